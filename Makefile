@@ -1,0 +1,56 @@
+# Everything a person types. `make` alone lists it. Needs Python 3.11 and a package registry; no GPU.
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+VENV ?= .venv
+QAQ_HOME ?= var
+PORT ?= 3000
+
+BIN := $(VENV)/bin
+export QAQ_HOME
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo ui test test-slow check format clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## Make the virtual environment and install the project into it
+
+# torch comes first and alone: where a CPU or CUDA build is already there, or is wanted from another index, it stays.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install ## Run the whole pipeline on the example batches, with two small real models
+	$(BIN)/python examples/demo.py
+
+ui: install ## Open the pipeline in the Dagster UI on 127.0.0.1 (PORT=3000)
+	$(BIN)/qaq ui --port $(PORT)
+
+test: install ## Run the tests: no network, no GPU, nothing slow
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install ## Run the slow tests: real models, a killed run, the UI in a browser
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: install ## Lint, format, types, import contracts, definitions
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-logo
+	$(MAKE) --no-print-directory check-definitions
+
+.PHONY: check-definitions
+check-definitions: install
+	home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && cp qaq_pipeline/dagster.yaml "$$home"/ && \
+	DAGSTER_HOME="$$home" $(BIN)/dagster definitions validate -w workspace.yaml
+
+format: install ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove caches and build outputs; var/ and the virtual environment stay
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find qaq_pipeline qaq_pipeline_tests examples -name __pycache__ -type d -exec rm -rf {} +

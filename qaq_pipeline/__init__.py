@@ -1,0 +1,28 @@
+"""Selects synthetic code-instruction data by QAQ (arXiv 2603.12165), as a Dagster project.
+
+The map, each module importing only from those above it:
+
+    schema            every stored table: columns, dtypes, units, keys, what null means
+    config            the settings file, as closed pydantic models; profiles/ holds two
+    identity          what makes a score what it is: the key of the cache
+    records           delivered files -> one row per record: accepted, or rejected with a reason
+    screening         duplicates, before any GPU time is spent
+    prompts           a pair -> token ids of the forward and the reverse pass: templates, priors, truncation
+    batching          sequences -> batches: longest first, by token budget
+    logprobs          hidden states -> log-probabilities of target tokens (torch)
+    scores            sums and counts -> RMI, IFD, strata of PPL(Q), ranks, gap
+    selection         the strategies and their exact budgets
+    ledger            every input row: decision, reason, sentence
+    exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet
+    model_files       where a model comes from: hub, directory, GGUF converted once
+    causal_lm         the model on its device (torch, transformers)
+    storage           tables, deliveries and cached scores: atomic, with provenance
+    scoring           pairs -> Logprobs: what is cached is read, the rest scored by shards
+    publication       batches -> a version of the dataset, its manifest
+    resources         the above as Dagster resources
+    assets/           the eight assets, one module each
+    definitions       assets, jobs, resources and executor put together
+    driver            runs the jobs for a batch; what `qaq run` does
+    doctor            what stands in the way of a run on this machine
+    cli               the commands a person types
+"""

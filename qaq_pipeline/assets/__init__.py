@@ -1,0 +1,34 @@
+"""The eight assets, one module each, in the order in which they are made.
+
+Each module has one function `build_<asset>(settings)`: an asset reads, calls one pure function, and reports. What
+an asset computes stands in the pure modules; how it is stored, in `storage` and `resources`.
+"""
+
+import dagster as dg
+
+from qaq_pipeline.assets.curated_dataset import build_curated_dataset
+from qaq_pipeline.assets.decisions import build_decisions
+from qaq_pipeline.assets.disagreement_scores import build_disagreement_scores
+from qaq_pipeline.assets.logprobs import build_logprobs
+from qaq_pipeline.assets.raw_data import build_raw_data
+from qaq_pipeline.assets.rmi_scores import build_rmi_scores
+from qaq_pipeline.assets.screened_data import build_screened_data
+from qaq_pipeline.assets.selected_subset import build_selected_subset
+from qaq_pipeline.config import Settings
+
+__all__ = ["build_assets"]
+
+
+def build_assets(settings: Settings) -> list[dg.AssetsDefinition]:
+    """Fresh definitions of all assets, for the settings."""
+    builders = (
+        build_raw_data,
+        build_screened_data,
+        build_logprobs,
+        build_rmi_scores,
+        build_disagreement_scores,
+        build_decisions,
+        build_selected_subset,
+        build_curated_dataset,
+    )
+    return [build(settings) for build in builders]

@@ -1,0 +1,73 @@
+"""The asset curated_dataset: all batches' selections, published as one version."""
+
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from qaq_pipeline import publication
+from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version
+from qaq_pipeline.config import Settings
+from qaq_pipeline.publication import Publication
+from qaq_pipeline.storage import Storage
+
+VERSION = "1"
+
+
+def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
+    """curated_dataset: unpartitioned; publishing the same content twice is a no-op."""
+
+    @dg.asset(
+        description=(
+            "The published selection of every complete batch, and random controls of its size, as files for "
+            "training, under the hash of their manifest. A version is never overwritten; latest.json points to the "
+            "newest and lists the batches left out."
+        ),
+        deps=["raw_data", "decisions", "selected_subset"],
+        owners=OWNERS,
+        group_name="publication",
+        kinds={"json", "parquet"},
+        code_version=code_version(VERSION, settings.published, settings.export),
+    )
+    def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
+        registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
+        with storage.lock(publication.FOLDER):
+            batches, excluded = publication.read_batches(storage, registered, settings.published.name)
+            if not batches:
+                raise dg.Failure(
+                    f"curated_dataset: no batch is complete ({excluded or 'none is registered'})", allow_retries=False
+                )
+            published = publication.publish(storage, settings, batches, excluded)
+            storage.write_json(_sidecar(context, excluded), publication.FOLDER, "runs", f"{context.run.run_id}.json")
+        return _result(context, published, excluded)
+
+    return curated_dataset
+
+
+def _sidecar(context: dg.AssetExecutionContext, excluded: dict[str, str]) -> dict[str, object]:
+    """What lies outside the manifest's hash: who published, when, and without which batches."""
+    return {
+        "run_id": context.run.run_id,
+        "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "excluded_batches": excluded,
+    }
+
+
+def _result(
+    context: dg.AssetExecutionContext, published: Publication, excluded: dict[str, str]
+) -> dg.MaterializeResult:
+    if not published.is_new:
+        context.log.info("version %s was published before; nothing is written anew", published.version)
+    entries = published.manifest["batches"]
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(published.version),
+        metadata={
+            "version": published.version,
+            "is_new_version": published.is_new,
+            "path": published.url,
+            "dagster/row_count": sum(entry["rows_selected"] for entry in entries),
+            "rows_in": sum(entry["rows_in"] for entry in entries),
+            "batches": [entry["batch"] for entry in entries],
+            "excluded_batches": excluded,
+            "manifest": dg.JsonMetadataValue(published.manifest),
+        },
+    )

@@ -1,0 +1,79 @@
+"""The asset decisions[batch]: the ledger."""
+
+import dagster as dg
+
+from qaq_pipeline import ledger, selection
+from qaq_pipeline.assets.shared import (
+    BATCHES,
+    by_model,
+    code_version,
+    count_by,
+    definition,
+    provenance_of,
+    table_result,
+)
+from qaq_pipeline.config import Settings, settings_hash
+from qaq_pipeline.storage import StoredTable, hash_json
+
+VERSION = "1"
+
+
+def build_decisions(settings: Settings) -> dg.AssetsDefinition:
+    """decisions[batch]: every input row under every named selection, with its reason."""
+    roles = sorted(settings.models)
+
+    @dg.asset(
+        **definition("decisions"),
+        group_name="selection",
+        kinds={"polars", "parquet"},
+        partitions_def=BATCHES,
+        code_version=code_version(VERSION, settings.selections),
+    )
+    def decisions(
+        context: dg.AssetExecutionContext,
+        raw_data: StoredTable,
+        screened_data: StoredTable,
+        rmi_scores: dict[str, StoredTable],
+        disagreement_scores: StoredTable,
+    ) -> dg.MaterializeResult:
+        scores = {role: table.frame for role, table in rmi_scores.items()}
+        candidates = selection.candidates(disagreement_scores.frame, scores)
+        verdicts = selection.select_all(candidates, settings.selections, roles)
+        inputs = {
+            "raw_data": raw_data,
+            "screened_data": screened_data,
+            "disagreement_scores": disagreement_scores,
+            **by_model("rmi_scores", rmi_scores),
+        }
+        facts = {
+            "settings_hash": settings_hash(settings.selections),
+            "files": raw_data.provenance["files"],
+            "models": {role: table.provenance["identity"] for role, table in rmi_scores.items()},
+        }
+        frame = ledger.decide(
+            raw_data.frame,
+            screened_data.frame,
+            scores,
+            disagreement_scores.frame,
+            verdicts,
+            settings.published,
+            hash_json(provenance_of(context, inputs, **facts)),
+        )
+        _require_every_row(raw_data, frame.height)
+        metadata = {
+            "published_selection": settings.published.name,
+            "rows_by_decision": count_by(frame, "decision"),
+            "rows_by_reason": count_by(frame, "reason"),
+            "selected_by_selection": count_by(verdicts.filter("is_selected"), "selection"),
+        }
+        return table_result(context, frame, inputs, metadata, **facts)
+
+    return decisions
+
+
+def _require_every_row(raw_data: StoredTable, num_rows: int) -> None:
+    if num_rows != raw_data.frame.height:
+        raise dg.Failure(
+            f"decisions: {num_rows} rows for {raw_data.frame.height} of raw_data; nothing was written",
+            allow_retries=False,
+        )

@@ -1,0 +1,92 @@
+"""The asset logprobs[batch and model]: the only GPU step."""
+
+from collections.abc import Callable
+
+import dagster as dg
+import polars as pl
+
+from qaq_pipeline.assets.shared import batch_by_model, code_version, count_by, definition, table_result
+from qaq_pipeline.config import Settings
+from qaq_pipeline.prompts import Pair
+from qaq_pipeline.resources import ModelRuntime, ScoredPairs, partition_parts
+from qaq_pipeline.schema import Quantity, Status
+from qaq_pipeline.scoring import Progress
+from qaq_pipeline.storage import Storage, StoredTable
+
+VERSION = "1"
+GPU_POOL = "gpu"
+
+
+def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
+    """logprobs[batch and model]: sums of NLL of every distinct accepted pair."""
+    models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
+
+    @dg.asset(
+        **definition("logprobs"),
+        group_name="scoring",
+        kinds={"pytorch", "huggingface"},
+        partitions_def=batch_by_model(settings),
+        pool=GPU_POOL,
+        code_version=code_version(VERSION, models, settings.scoring),
+    )
+    def logprobs(
+        context: dg.AssetExecutionContext,
+        storage: dg.ResourceParam[Storage],
+        model_runtime: dg.ResourceParam[ModelRuntime],
+        raw_data: StoredTable,
+        screened_data: StoredTable,
+    ) -> dg.MaterializeResult:
+        batch, role = partition_parts(context.partition_key)
+        pairs = accepted_pairs(raw_data.frame, screened_data.frame)
+        with storage.lock("logprobs", batch, role):
+            scored = model_runtime.score(role, pairs, storage, _logger(context))
+        inputs = {"raw_data": raw_data, "screened_data": screened_data}
+        return table_result(context, scored.frame, inputs, _metadata(scored), **scored.provenance)
+
+    return logprobs
+
+
+def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
+    """The distinct pairs to score, in the order of their ids."""
+    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(
+        "batch", "source_file", "source_row", "turn_index"
+    )
+    rows = raw.join(accepted, on=accepted.columns, how="semi").sort("pair_id")
+    return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
+
+
+def _logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
+    def log(progress: Progress) -> None:
+        context.log.info(
+            "%s: %d of %d sequences, %d tokens/s, %.0f s left",
+            progress.model,
+            progress.done_sequences,
+            progress.total_sequences,
+            progress.tokens_per_second,
+            progress.seconds_left,
+        )
+
+    return log
+
+
+def _metadata(scored: ScoredPairs) -> dict[str, object]:
+    report, frame = scored.report, scored.frame
+    identity = scored.provenance["identity"]
+    speed = {} if report.tokens_per_second is None else {"tokens_per_second": round(report.tokens_per_second, 1)}
+    return {
+        "model": identity["model"],
+        "revision": identity["revision"],
+        "dtype": identity["dtype"],
+        "template_hash": identity["template_hash"],
+        "identity_hash": scored.provenance["identity_hash"],
+        "pairs": report.num_pairs,
+        "truncated_answers": int(frame["is_truncated"].sum()),
+        "null_reasons": {quantity.value: count_by(frame, f"null_reason_{quantity}") for quantity in Quantity},
+        "quantities_scored": report.num_scored_quantities,
+        "quantities_from_cache": report.num_cached_quantities,
+        "sequences": report.num_sequences,
+        "tokens": report.num_tokens,
+        "padded_tokens": report.num_padded_tokens,
+        "seconds": round(report.seconds, 2),
+        **speed,
+    }

@@ -1,0 +1,45 @@
+"""The asset rmi_scores[batch and model]."""
+
+import dagster as dg
+import polars as pl
+
+from qaq_pipeline import scores
+from qaq_pipeline.assets.shared import batch_by_model, code_version, count_by, definition, table_result
+from qaq_pipeline.config import Settings
+from qaq_pipeline.storage import StoredTable
+
+VERSION = "1"
+
+
+def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
+    """rmi_scores[batch and model]: rank-free scores from sums and counts."""
+    eligibility = settings.eligibility
+
+    @dg.asset(
+        **definition("rmi_scores"),
+        group_name="scoring",
+        kinds={"polars", "parquet"},
+        partitions_def=batch_by_model(settings),
+        code_version=code_version(VERSION, eligibility),
+    )
+    def rmi_scores(context: dg.AssetExecutionContext, logprobs: StoredTable) -> dg.MaterializeResult:
+        frame = scores.rmi_scores(
+            logprobs.frame,
+            min_query_tokens=eligibility.min_query_tokens,
+            short_query_tokens=eligibility.short_query_tokens,
+        )
+        provenance = {key: logprobs.provenance[key] for key in ("identity", "identity_hash", "frame")}
+        return table_result(context, frame, {"logprobs": logprobs}, _metadata(frame), **provenance)
+
+    return rmi_scores
+
+
+def _metadata(frame: pl.DataFrame) -> dict[str, object]:
+    medians = {f"median_{name}": frame[name].median() for name in ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")}
+    return {
+        "scorable": frame.height - frame["rmi"].null_count(),
+        "short_queries": int(frame["is_short_query"].sum()),
+        "null_reasons_rmi": count_by(frame, "null_reason_rmi"),
+        "null_reasons_ifd": count_by(frame, "null_reason_ifd"),
+        **{name: value for name, value in medians.items() if value is not None},
+    }

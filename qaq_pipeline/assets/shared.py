@@ -1,0 +1,122 @@
+"""What every asset of a table shares: its partitions, its definition's metadata, and its result.
+
+Belongs here: partitions definitions, the column schema for the UI, and the step from a frame to a materialisation.
+Does not belong here: anything of one asset alone.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import dataframely as dy
+import polars as pl
+
+from qaq_pipeline import schema
+from qaq_pipeline.config import Settings, settings_hash
+from qaq_pipeline.resources import partition_parts
+from qaq_pipeline.storage import StoredTable
+
+OWNERS = ["team:data-curation"]
+
+BATCHES = dg.DynamicPartitionsDefinition(name="batch")
+"""One partition a delivery."""
+
+
+def batch_by_model(settings: Settings) -> dg.MultiPartitionsDefinition:
+    """One partition for each batch and each model of the settings."""
+    return dg.MultiPartitionsDefinition(
+        {"batch": BATCHES, "model": dg.StaticPartitionsDefinition(sorted(settings.models))}
+    )
+
+
+def code_version(code: str, *settings: object) -> str:
+    """Version of an asset: of its code, and of exactly the settings that it reads."""
+    return f"{code}-{settings_hash(*settings)}"
+
+
+def definition(name: str) -> dict[str, Any]:
+    """Description, owners and column schema of a table's asset, from the schema."""
+    table = schema.TABLES[name]
+    return {
+        "name": name,
+        "description": inspect.getdoc(table),
+        "owners": OWNERS,
+        "metadata": {"dagster/column_schema": column_schema(table)},
+    }
+
+
+def column_schema(table: type[dy.Schema]) -> dg.TableSchema:
+    """The table's columns as the UI shows them: type, description, unit, constraints."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                name=name,
+                type=str(column.dtype),
+                description=column.description,
+                constraints=dg.TableColumnConstraints(nullable=column.nullable),
+                tags=_tags(column),
+            )
+            for name, column in table.columns().items()
+        ]
+    )
+
+
+def _tags(column: dy.Column) -> dict[str, str]:
+    unit = (column.metadata or {}).get("unit")
+    return ({"unit": unit} if unit else {}) | ({"key": ""} if column.primary_key else {})
+
+
+def table_result(
+    context: dg.AssetExecutionContext,
+    frame: pl.DataFrame,
+    inputs: Mapping[str, StoredTable],
+    metadata: Mapping[str, Any],
+    /,
+    **provenance: Any,
+) -> dg.MaterializeResult:
+    """The materialisation of a table: the checked frame, its content version and its provenance.
+
+    Raises:
+        dg.Failure: the frame does not fit its schema, a fault of the code; nothing is written.
+    """
+    name = context.asset_key.path[-1]
+    try:
+        checked = schema.enforce(schema.TABLES[name], frame)
+    except schema.TableError as error:
+        raise dg.Failure(f"{name}: {error}; nothing was written", allow_retries=False) from error
+    table = StoredTable(checked, provenance_of(context, inputs, **provenance))
+    return dg.MaterializeResult(
+        value=table,
+        data_version=dg.DataVersion(table.data_version),
+        metadata={
+            "dagster/row_count": checked.height,
+            "provenance": dg.JsonMetadataValue(table.provenance),
+            **metadata,
+        },
+    )
+
+
+def provenance_of(
+    context: dg.AssetExecutionContext, inputs: Mapping[str, StoredTable], /, **provenance: Any
+) -> dict[str, Any]:
+    """What makes a table what it is, run id and time apart: code, settings and the versions of its inputs."""
+    name = context.asset_key.path[-1]
+    return {
+        "table": name,
+        "partition": list(partition_parts(context.partition_key)),
+        "code_version": context.assets_def.code_versions_by_key[context.asset_key],
+        "inputs": {key: table.data_version for key, table in sorted(inputs.items())},
+        **provenance,
+    }
+
+
+def by_model(name: str, tables: Mapping[str, StoredTable]) -> dict[str, StoredTable]:
+    """Tables of several models under names of their own, as provenance lists them."""
+    return {f"{name}|{model}": table for model, table in tables.items()}
+
+
+def count_by(frame: pl.DataFrame, column: str) -> dict[str, int]:
+    """How often each value of a column stands in a frame, most frequent first; nulls are left out."""
+    counts = frame[column].drop_nulls().value_counts(sort=True, name="n").sort("n", column, descending=[True, False])
+    return dict(counts.iter_rows())

@@ -1,0 +1,352 @@
+"""The console script `qaq`: the commands a person types, and how their results are shown.
+
+Belongs here: arguments, progress bars, tables in the terminal, exit codes. Does not belong here: the work itself.
+Exit codes: 0 all went well, 1 the work failed, 2 the command or the settings cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qaq_pipeline import config, schema
+from qaq_pipeline.config import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from qaq_pipeline import driver
+    from qaq_pipeline.scoring import Progress as ScoringProgress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Select synthetic code-instruction data worth training on (QAQ).",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file or packaged profile (demo, paper). Default: QAQ_CONFIG, else demo."),
+]
+BatchOption = Annotated[str, typer.Option("--batch", help="Name of the batch: letters, digits, '_', '-', '.'.")]
+
+
+def main() -> None:
+    """Entry point of the console script: faults that a user can mend are one line, never a traceback."""
+    try:
+        app()
+    except SettingsError as error:
+        _fail(str(error), code=2)
+
+
+@app.command()
+def run(
+    files: Annotated[list[Path], typer.Argument(help="Delivered files: JSON, JSONL, Parquet; .gz and .zst too.")],
+    batch: BatchOption,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read only the first rows.")] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Register files as a batch, run every stage, publish, and print a summary that adds up."""
+    from qaq_pipeline import driver
+
+    settings = _settings(config_file)
+    _quiet_logs()
+    with driver.open_instance() as instance:
+        try:
+            driver.register(settings, instance, batch, files, limit)
+            with _progress_display() as events:
+                summary = driver.run_batch(settings, instance, batch, events)
+        except (driver.RunError, ValueError) as error:
+            _fail(str(error))
+    _print_summary(summary)
+
+
+@app.command()
+def status(config_file: ConfigOption = None) -> None:
+    """Show every batch and which of its tables are stored."""
+    from qaq_pipeline import driver
+
+    settings = _settings(config_file)
+    with driver.open_instance() as instance:
+        rows = driver.batch_status(settings, instance)
+    if not rows:
+        console.print("No batch yet: register one with `qaq run FILE --batch NAME`.")
+        return
+    table = Table(*rows[0], title="Batches")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+@app.command()
+def explain(
+    batch: Annotated[str, typer.Argument(help="Name of the batch.")],
+    row: Annotated[
+        str, typer.Argument(help="Row number, file:row, file:row.turn, or a pair_id (or its first digits).")
+    ],
+    config_file: ConfigOption = None,
+) -> None:
+    """Say what happened to a row, in sentences, with its numbers."""
+    from qaq_pipeline.resources import open_storage
+    from qaq_pipeline.storage import StorageError
+
+    storage = open_storage(_settings(config_file))
+    try:
+        decisions = storage.read_table("decisions", config.check_batch_name(batch))
+        raw = storage.read_table("raw_data", batch).frame
+    except (StorageError, ValueError) as error:
+        _fail(f"{error}. Known batches: `qaq status`")
+    found = _find_rows(decisions.frame, row)
+    if found.is_empty():
+        _fail(
+            f"batch {batch!r} has no row {row!r}; it has {raw.height} rows, the first of file {raw['source_file'][0]!r}"
+            if raw.height
+            else f"batch {batch!r} has no rows"
+        )
+    for decision in found.join(raw.select(*schema.ROW_KEY, "query", "answer"), on=schema.ROW_KEY).iter_rows(named=True):
+        _print_row(decision)
+    models = decisions.provenance["models"]
+    for role, identity in sorted(models.items()):
+        console.print(
+            f"{role}: {identity['model']} ({identity['revision']}), {identity['dtype']}, "
+            f"template {identity['template_hash']}",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(schema.TABLES)}.")],
+    to: Annotated[Path, typer.Option("--to", help="File to write: .parquet, .csv or .jsonl.")],
+    batch: Annotated[str | None, typer.Option("--batch", help="Only this batch. Default: all.")] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write a stored table to a file. Per-model tables get a column `model`, all others stay as they are."""
+    from qaq_pipeline import driver
+    from qaq_pipeline.storage import StorageError
+
+    settings = _settings(config_file)
+    if name not in schema.TABLES:
+        _fail(f"{name!r} is no table; known: {', '.join(schema.TABLES)}", code=2)
+    try:
+        with driver.open_instance() as instance:
+            frame = driver.collect_table(settings, instance, name, batch)
+        _write_frame(frame, to)
+    except (StorageError, ValueError, OSError) as error:
+        _fail(str(error))
+    console.print(f"{frame.height:,} rows of {name} written to {to}")
+
+
+@app.command()
+def doctor(config_file: ConfigOption = None) -> None:
+    """Check models, devices, storage, Dagster home and versions; exit 1 where something is missing."""
+    from qaq_pipeline import doctor as examination
+
+    findings = examination.examine(_settings(config_file))
+    result = Table("", "check", "finding", title="qaq doctor")
+    for finding in findings:
+        result.add_row("[green]ok[/]" if finding.is_ok else "[red]no[/]", finding.check, finding.text)
+    console.print(result)
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 3000,
+    workspace: Annotated[Path, typer.Option("--workspace", help="Dagster workspace file.")] = Path("workspace.yaml"),
+    config_file: ConfigOption = None,
+) -> None:
+    """Open the Dagster UI and its daemon on 127.0.0.1, over the same home as `qaq run`."""
+    from qaq_pipeline import driver
+
+    _settings(config_file)
+    if not workspace.exists():
+        _fail(f"{workspace}: no such file; run this in the project's folder, or pass --workspace", code=2)
+    home = driver.prepare_home()
+    dagster = Path(sys.executable).with_name("dagster")
+    command = [str(dagster), "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
+    console.print(f"Dagster UI: http://127.0.0.1:{port} (Dagster home {home}); Ctrl-C ends it", highlight=False)
+    # A shell that starts this in the background makes it ignore Ctrl-C's signal, and with it dagster's own shutdown.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "QAQ_HOME": str(config.home_directory())}
+    os.execve(command[0], command, environment)  # noqa: S606
+
+
+# --- parts of the commands -----------------------------------------------------------------------------------------
+
+
+def _settings(config_file: Path | None) -> Settings:
+    """The settings; a file named on the command line is handed on to processes that steps start."""
+    if config_file is not None:
+        os.environ["QAQ_CONFIG"] = str(config_file)
+    settings = config.load_settings()
+    os.environ.setdefault("DAGSTER_HOME", str(config.dagster_home()))
+    return settings
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(code)
+
+
+def _quiet_logs() -> None:
+    """Keep third parties' bars and debug lines out of the display; Dagster keeps them in its event log."""
+    import logging
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("dagster").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="dagster.*")
+
+
+@contextmanager
+def _progress_display() -> Iterator[driver.Events]:
+    from qaq_pipeline import driver
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
+        display = _Display(bars)
+        yield driver.Events(on_stage=display.stage, on_progress=display.scoring)
+        display.finish()
+
+
+class _Display:
+    """One bar a stage; the scoring's shows sequences, tokens a second, and the time left."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._current: TaskID | None = None
+
+    def stage(self, job: str, partition: str) -> None:
+        self.finish()
+        self._current = self._bars.add_task(f"{job} {partition}", total=None, detail="")
+        if not console.is_terminal:
+            console.print(f"{job} {partition}", highlight=False)
+
+    def scoring(self, progress: ScoringProgress) -> None:
+        assert self._current is not None
+        detail = (
+            f"{progress.done_sequences:,}/{progress.total_sequences:,} sequences, "
+            f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:,.0f} s left"
+        )
+        self._bars.update(self._current, total=progress.total_tokens, completed=progress.done_tokens, detail=detail)
+
+    def finish(self) -> None:
+        if self._current is not None:
+            self._bars.update(self._current, total=1, completed=1)
+
+
+def _print_summary(summary: driver.BatchSummary) -> None:
+    rows = Table("rows", "", "why", title=f"Batch {summary.batch}")
+    rows.add_row("in", f"{summary.rows_in:,}", "", style="bold")
+    for decision, count in summary.rows_by_decision.items():
+        reasons = summary.reasons_by_decision.get(decision, {})
+        rows.add_row(decision, f"{count:,}", ", ".join(f"{reason} {n:,}" for reason, n in reasons.items()))
+    rows.add_row("sum", f"{sum(summary.rows_by_decision.values()):,}", "", style="bold")
+    console.print(rows)
+    _print_models(summary)
+    sizes = ", ".join(f"{name} {count:,}" for name, count in summary.selected_by_selection.items())
+    console.print(f"Pairs by selection: {sizes}", highlight=False)
+    for warning in summary.warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+    if summary.scored == 0:
+        console.print("Nothing was scored: every score was in the cache.")
+    console.print(f"Dataset{'' if summary.is_new_version else ' (unchanged)'}: {summary.dataset_url}", soft_wrap=True)
+    for name, url in summary.tables.items():
+        console.print(f"{name}: {url}", highlight=False, soft_wrap=True)
+
+
+def _print_models(summary: driver.BatchSummary) -> None:
+    names = sorted({name for model in summary.models for name in model.medians})
+    shown = Table("model", "", "frame", "dtype", "scored", "cached", "tokens/s", *(f"median {n}" for n in names))
+    for model in summary.models:
+        speed = f"{model.tokens / model.seconds:,.0f}" if model.tokens and model.seconds else "-"
+        medians = (f"{model.medians[name]:.3f}" if name in model.medians else "-" for name in names)
+        shown.add_row(
+            model.role, model.model, model.frame, model.dtype, f"{model.scored:,}", f"{model.cached:,}", speed, *medians
+        )
+    console.print(shown)
+
+
+def _find_rows(decisions: pl.DataFrame, row: str) -> pl.DataFrame:
+    """The rows that the user means: by number, file:row, file:row.turn, or the first digits of a pair_id."""
+    import polars as pl
+
+    if row.isdigit():
+        found = decisions.filter(pl.col("source_row") == int(row))
+        if not found.is_empty():
+            return found
+    file, _, position = row.rpartition(":")
+    number, _, turn = position.partition(".")
+    if file and number.isdigit():
+        of_row = (pl.col("source_file") == file) & (pl.col("source_row") == int(number))
+        return decisions.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdigit() else True))
+    return decisions.filter(pl.col("pair_id").str.starts_with(row)) if len(row) >= 6 else decisions.clear()
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    reference = f"{row['batch']}/{row['source_file']}:{row['source_row']}.{row['turn_index']}"
+    console.print(f"{reference}: {row['decision']} ({row['reason']})", style="bold", highlight=False, soft_wrap=True)
+    console.print(row["explanation"], highlight=False, markup=False)
+    for label in ("query", "answer"):
+        text = " ".join((row[label] or "").split())
+        console.print(f"  {label}: {text[:160]}{'…' if len(text) > 160 else ''}", style="dim", markup=False)
+    if row["scores"]:
+        _print_structs("model", row["scores"])
+    if row["verdicts"]:
+        _print_structs("selection", row["verdicts"])
+    console.print(f"pair_id {row['pair_id']}, provenance {row['provenance_id']}", style="dim", highlight=False)
+
+
+def _print_structs(name: str, structs: list[dict[str, Any]]) -> None:
+    shown = Table(*([name] + [field for field in structs[0] if field != name]))
+    for struct in structs:
+        shown.add_row(struct[name], *(_cell(value) for field, value in struct.items() if field != name))
+    console.print(shown)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _write_frame(frame: pl.DataFrame, to: Path) -> None:
+    import polars as pl
+
+    writers = {".parquet": frame.write_parquet, ".jsonl": frame.write_ndjson}
+    if to.suffix in writers:
+        writers[to.suffix](to)
+    elif to.suffix == ".csv":
+        nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
+        as_json = [
+            pl.Series(name, [json.dumps(value, default=list) for value in frame[name].to_list()], dtype=pl.String)
+            for name in nested
+        ]
+        frame.with_columns(as_json).write_csv(to)
+    else:
+        raise ValueError(f"{to}: the ending says the format: .parquet, .csv or .jsonl")

@@ -1,0 +1,78 @@
+"""What stands in the way of a run on this machine: models, devices, storage, Dagster home, versions.
+
+Belongs here: one check a function, each with what was found and, where it fails, the remedy.
+Does not belong here: mending anything.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qaq_pipeline import config, model_files
+from qaq_pipeline.config import Settings
+from qaq_pipeline.resources import LIBRARIES, open_storage
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    is_ok: bool
+    text: str
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Every check, in the order in which a run would meet them."""
+    return [
+        _versions(),
+        *_models(settings),
+        _storage(settings),
+        _dagster_home(),
+    ]
+
+
+def _versions() -> Finding:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    return Finding("versions", is_ok=True, text=f"Python {platform.python_version()}, {versions}")
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    from qaq_pipeline import causal_lm
+
+    for role, model in settings.models.items():
+        check = f"model {role}"
+        try:
+            device = causal_lm.resolve_device(model.device)
+            files = model_files.locate(model, settings.model_cache_dir)
+            causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+        except (model_files.ModelNotFoundError, causal_lm.UnsupportedModelError, OSError) as error:
+            yield Finding(check, is_ok=False, text=str(error))
+            continue
+        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        yield Finding(check, is_ok=True, text=f"{files.name} on {device}, {dtype}, {model.frame} frame, {files.folder}")
+
+
+def _storage(settings: Settings) -> Finding:
+    storage = open_storage(settings)
+    name = f".doctor-{uuid.uuid4().hex}"
+    try:
+        storage.write_bytes(b"qaq", name)
+        storage.remove(name)
+    except OSError as error:
+        return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
+    return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")
+
+
+def _dagster_home() -> Finding:
+    home = config.dagster_home()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return Finding("Dagster home", is_ok=False, text=f"{home}: cannot be made ({error}); set QAQ_HOME")
+    return Finding("Dagster home", is_ok=os.access(home, os.W_OK), text=str(home))

@@ -1,0 +1,338 @@
+"""Runs the pipeline for a batch without the UI: registers it, runs the jobs in order, and sums up what came out.
+
+Belongs here: what `qaq run` does, less the printing. Does not belong here: anything that the UI could not do as well.
+
+Dagster's own CLI cannot register a dynamic partition, nor mix partitions definitions in one run: hence the driver. It
+works on the instance in DAGSTER_HOME, so that every run, event and partition is visible in the UI afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from qaq_pipeline import config, publication, records, schema
+from qaq_pipeline.config import Settings
+from qaq_pipeline.definitions import STAGES, build_defs
+from qaq_pipeline.resources import open_storage
+from qaq_pipeline.scoring import Progress
+from qaq_pipeline.storage import Delivery, Storage, StorageError
+
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+"""The console shows this driver's own words; Dagster keeps all of its own in the event log."""
+
+
+class RunError(RuntimeError):
+    """A stage failed. The text says which, on what partition, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One model's part of a run."""
+
+    role: str
+    model: str
+    dtype: str
+    frame: str
+    scored: int
+    """Quantities scored in this run."""
+    cached: int
+    """Quantities that the cache had."""
+    tokens: int
+    seconds: float
+    medians: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What became of a batch. Rows by decision add up to the rows in."""
+
+    batch: str
+    rows_in: int
+    rows_by_decision: dict[str, int]
+    reasons_by_decision: dict[str, dict[str, int]]
+    selected_by_selection: dict[str, int]
+    models: list[ModelSummary]
+    warnings: list[str]
+    dataset_url: str
+    is_new_version: bool
+    tables: dict[str, str]
+
+    @property
+    def scored(self) -> int:
+        """Quantities scored in this run, over all models."""
+        return sum(model.scored for model in self.models)
+
+
+def _ignore(*_: object) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Callbacks of a run, for whoever shows its progress."""
+
+    on_stage: Callable[[str, str], None] = _ignore
+    """Called with the job and the partition when a stage begins."""
+    on_progress: Callable[[Progress], None] = _ignore
+    """Called after every scored batch, where steps run in this process."""
+
+
+def prepare_home() -> Path:
+    """DAGSTER_HOME, with the packaged instance settings in it if it has none of its own."""
+    home = config.dagster_home()
+    home.mkdir(parents=True, exist_ok=True)
+    target = home / "dagster.yaml"
+    if not target.exists():
+        template = importlib.resources.files("qaq_pipeline") / "dagster.yaml"
+        target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    return home
+
+
+def open_instance() -> dg.DagsterInstance:
+    """The Dagster instance in DAGSTER_HOME."""
+    return dg.DagsterInstance.from_config(str(prepare_home()))
+
+
+def register(
+    settings: Settings, instance: dg.DagsterInstance, batch: str, files: Sequence[Path], limit: int | None
+) -> Delivery:
+    """Keep a copy of the files as the batch's delivery, and add its partition.
+
+    Raises:
+        RunError: a file is missing, cannot be read at all, or two files have one name.
+        ValueError: the name of the batch cannot be used.
+    """
+    config.check_batch_name(batch)
+    contents = _read_files(files)
+    for name, data in contents.items():
+        try:
+            records.read_file(data, name, batch, settings.records)
+        except records.UnreadableFileError as error:
+            raise RunError(str(error)) from error
+    delivery = open_storage(settings).store_delivery(batch, contents, limit)
+    instance.add_dynamic_partitions("batch", [batch])
+    return delivery
+
+
+def _read_files(files: Sequence[Path]) -> dict[str, bytes]:
+    contents: dict[str, bytes] = {}
+    for path in files:
+        if path.name in contents:
+            raise RunError(f"{path}: two files of the delivery are named {path.name!r}; rename one")
+        try:
+            contents[path.name] = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    return contents
+
+
+def run_batch(
+    settings: Settings, instance: dg.DagsterInstance, batch: str, events: Events | None = None
+) -> BatchSummary:
+    """Run every stage for a registered batch, then publish.
+
+    Raises:
+        RunError: a stage failed; what the stages before it made stays.
+    """
+    events = events or Events()
+    results: dict[str, Mapping[str, Any]] = {}
+    for job_name, assets in STAGES.items():
+        for partition in _partitions(settings, job_name, batch):
+            events.on_stage(job_name, partition or "")
+            run_id = _run_job(settings, instance, job_name, partition, events)
+            for asset in assets:
+                results[f"{asset}|{partition or ''}"] = _metadata(instance, run_id, asset)
+    return summarise(settings, batch, results)
+
+
+def _partitions(settings: Settings, job_name: str, batch: str) -> list[str | None]:
+    if job_name == "publish_dataset":
+        return [None]
+    if job_name == "score_batch":
+        return [f"{batch}|{role}" for role in sorted(settings.models)]
+    return [batch]
+
+
+def _run_job(
+    settings: Settings, instance: dg.DagsterInstance, job_name: str, partition: str | None, events: Events
+) -> str:
+    if settings.runtime.executor == "multiprocess":
+        return _run_in_processes(instance, job_name, partition)
+    job = build_defs(settings, on_progress=events.on_progress).resolve_job_def(job_name)
+    result = job.execute_in_process(
+        instance=instance, partition_key=_partition_key(partition), run_config=_QUIET, raise_on_error=False
+    )
+    _require_success(result, job_name, partition)
+    return result.run_id
+
+
+def _run_in_processes(instance: dg.DagsterInstance, job_name: str, partition: str | None) -> str:
+    job = dg.build_reconstructable_job("qaq_pipeline.driver", "resolve_job", reconstructable_args=(job_name,))
+    result = dg.execute_job(job, instance, run_config=_QUIET, tags=_partition_tags(partition))
+    _require_success(result, job_name, partition)
+    return result.run_id
+
+
+def resolve_job(job_name: str) -> dg.JobDefinition:
+    """The job by its name, for the settings of the environment: how another process finds it."""
+    return build_defs(config.load_settings()).resolve_job_def(job_name)
+
+
+def _partition_key(partition: str | None) -> str | None:
+    if partition is None or "|" not in partition:
+        return partition
+    batch, model = partition.split("|")
+    return dg.MultiPartitionKey({"batch": batch, "model": model})
+
+
+def _partition_tags(partition: str | None) -> dict[str, str]:
+    if partition is None:
+        return {}
+    tags = {"dagster/partition": partition}
+    batch, *model = partition.split("|")
+    return tags | ({"dagster/partition/batch": batch, "dagster/partition/model": model[0]} if model else {})
+
+
+def _require_success(result: Any, job_name: str, partition: str | None) -> None:
+    if result.success:
+        return
+    failures = [event for event in result.all_events if event.is_step_failure or event.is_run_failure]
+    where = f"{job_name} of {partition}" if partition else job_name
+    raise RunError(
+        f"{where} failed: {_cause(failures)}\n"
+        f"Run {result.run_id}; what was made before it stays. Mend the cause and run again."
+    )
+
+
+def _cause(failures: Sequence[dg.DagsterEvent]) -> str:
+    """The first failure's own words: those of its innermost error, and the step's name."""
+    for event in failures:
+        error = event.step_failure_data.error if event.is_step_failure else None
+        while error is not None and error.cause is not None:
+            error = error.cause
+        if error is not None:
+            return f"step {event.step_key}: {error.message.strip()}"
+    return "; ".join(event.message or "" for event in failures) or "no event says why; see the run's log"
+
+
+def _metadata(instance: dg.DagsterInstance, run_id: str, asset: str) -> dict[str, Any]:
+    """The metadata of the asset's materialisation in that run."""
+    events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+    for record in events:
+        materialisation = record.asset_materialization
+        if materialisation and materialisation.asset_key == dg.AssetKey(asset):
+            return {name: value.value for name, value in materialisation.metadata.items()}
+    raise RunError(f"run {run_id} succeeded without materialising {asset}; see its log in the UI")
+
+
+def summarise(settings: Settings, batch: str, results: Mapping[str, Mapping[str, Any]]) -> BatchSummary:
+    """The summary of a batch, from its stored tables and the metadata of its run.
+
+    Raises:
+        RunError: rows by decision do not add up to the rows in.
+    """
+    storage = open_storage(settings)
+    decisions = storage.read_table("decisions", batch)
+    raw = storage.read_table("raw_data", batch)
+    by_decision = Counter(decisions.frame["decision"].to_list())
+    if by_decision.total() != raw.frame.height:
+        raise RunError(
+            f"batch {batch}: {by_decision.total()} decisions for {raw.frame.height} rows in: report this fault"
+        )
+    published = results["curated_dataset|"]
+    return BatchSummary(
+        batch=batch,
+        rows_in=raw.frame.height,
+        rows_by_decision={decision.value: by_decision[decision.value] for decision in schema.Decision},
+        reasons_by_decision=_reasons(decisions.frame),
+        selected_by_selection=dict(results[f"decisions|{batch}"]["selected_by_selection"]),
+        models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
+        warnings=list(results[f"disagreement_scores|{batch}"]["warnings"]),
+        dataset_url=storage.url(publication.FOLDER, published["version"]),
+        is_new_version=published["is_new_version"],
+        tables={name: storage.table_url(name, batch) for name in ("decisions", "selected_subset")},
+    )
+
+
+def _reasons(decisions: pl.DataFrame) -> dict[str, dict[str, int]]:
+    counts = (
+        decisions.group_by("decision", "reason")
+        .len()
+        .sort("decision", "len", "reason", descending=[False, True, False])
+    )
+    reasons: dict[str, dict[str, int]] = {}
+    for decision, reason, count in counts.iter_rows():
+        reasons.setdefault(decision, {})[reason] = count
+    return reasons
+
+
+def _model_summary(settings: Settings, batch: str, role: str, results: Mapping[str, Mapping[str, Any]]) -> ModelSummary:
+    scoring, scores = results[f"logprobs|{batch}|{role}"], results[f"rmi_scores|{batch}|{role}"]
+    return ModelSummary(
+        role=role,
+        model=scoring["model"],
+        dtype=scoring["dtype"],
+        frame=settings.models[role].frame,
+        scored=scoring["quantities_scored"],
+        cached=scoring["quantities_from_cache"],
+        tokens=scoring["tokens"],
+        seconds=scoring["seconds"],
+        medians={name.removeprefix("median_"): value for name, value in scores.items() if name.startswith("median_")},
+    )
+
+
+def collect_table(settings: Settings, instance: dg.DagsterInstance, name: str, batch: str | None) -> pl.DataFrame:
+    """A stored table of one batch, or of all, with the columns that say which: `batch`, and `model` where it has one.
+
+    Raises:
+        StorageError: the batch, or every one, lacks the table.
+    """
+    batches = [config.check_batch_name(batch)] if batch else sorted(instance.get_dynamic_partitions("batch"))
+    storage = open_storage(settings)
+    partitions = [parts for name_of in batches for parts in _table_partitions(settings, name, name_of)]
+    frames = [
+        storage.read_table(name, *parts).frame.select(_labels(parts), pl.all().exclude("batch"))
+        for parts in partitions
+        if batch or storage.has_table(name, *parts)
+    ]
+    if not frames:
+        raise StorageError(f"no batch has {name} yet; run one with `qaq run FILE --batch NAME`")
+    return pl.concat(frames)
+
+
+def _labels(partition: tuple[str, ...]) -> list[pl.Expr]:
+    return [pl.lit(value).alias(label) for label, value in zip(("batch", "model"), partition, strict=False)]
+
+
+def _table_partitions(settings: Settings, name: str, batch: str) -> list[tuple[str, ...]]:
+    by_model = name in ("logprobs", "rmi_scores")
+    return [(batch, role) for role in sorted(settings.models)] if by_model else [(batch,)]
+
+
+def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[dict[str, str]]:
+    """For every registered batch, how many rows each of its tables has."""
+    storage = open_storage(settings)
+    return [
+        {"batch": batch} | {name: _table_status(settings, storage, name, batch) for name in schema.TABLES}
+        for batch in sorted(instance.get_dynamic_partitions("batch"))
+    ]
+
+
+def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> str:
+    partitions = _table_partitions(settings, name, batch)
+    try:
+        rows = [storage.read_table(name, *p).frame.height for p in partitions if storage.has_table(name, *p)]
+    except StorageError:
+        return "unreadable"
+    if not rows:
+        return "-"
+    models = "" if len(rows) == len(partitions) else f" ({len(rows)} of {len(partitions)} models)"
+    return f"{rows[0]:,} rows{models}"

@@ -1,0 +1,139 @@
+"""Dagster resources: stored tables as asset inputs and outputs, and the models that score.
+
+Belongs here: what connects storage and models to Dagster. Does not belong here: any asset, any formula.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from qaq_pipeline import model_files
+from qaq_pipeline.config import Settings, check_batch_name
+from qaq_pipeline.identity import ScoreIdentity
+from qaq_pipeline.prompts import Pair, PairEncoder
+from qaq_pipeline.scoring import Progress, ScoringModel, ScoringReport, SequenceScorer, score_pairs
+from qaq_pipeline.storage import Storage, StoredTable
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "polars", "dagster")
+
+
+def open_storage(settings: Settings) -> Storage:
+    """The storage that the settings name."""
+    return Storage(settings.storage_root, settings.home / "locks", settings.runtime.lock_timeout_seconds)
+
+
+def partition_parts(partition_key: str) -> tuple[str, ...]:
+    """(batch,) of a batch partition, (batch, model) of a batch-by-model partition.
+
+    Raises:
+        ValueError: the name of the batch cannot be used.
+    """
+    batch, *model = partition_key.split("|")
+    return (check_batch_name(batch), *model)
+
+
+class TableIOManager(dg.IOManager):
+    """Stored tables as Dagster values: one `StoredTable` a partition, written atomically under its lock.
+
+    An asset of one batch that reads an asset of batch-by-model gets a dict of tables by model, keys sorted.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def handle_output(self, context: dg.OutputContext, obj: StoredTable) -> None:
+        name, parts = context.asset_key.path[-1], partition_parts(context.partition_key)
+        with self._storage.lock(name, *parts):
+            self._storage.write_table(obj, name, *parts)
+
+    def load_input(self, context: dg.InputContext) -> StoredTable | dict[str, StoredTable]:
+        name = context.asset_key.path[-1]
+        partitions = sorted(partition_parts(key) for key in context.asset_partition_keys)
+        tables = {parts: self._storage.read_table(name, *parts) for parts in partitions}
+        has_models = any(len(parts) > 1 for parts in partitions)
+        if has_models and not isinstance(context.partition_key, dg.MultiPartitionKey):
+            return {parts[1]: table for parts, table in tables.items()}
+        (table,) = tables.values()
+        return table
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """A Logprobs frame, what its scoring took, and what it rests on."""
+
+    frame: pl.DataFrame
+    report: ScoringReport
+    provenance: dict[str, Any]
+
+
+class ModelRuntime:
+    """Scores pairs under a model of the settings. torch and transformers load on first use.
+
+    Args:
+        settings: models, prompts, window.
+        on_progress: called after every batch.
+    """
+
+    def __init__(self, settings: Settings, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
+        self._settings = settings
+        self._on_progress = on_progress
+
+    def score(
+        self, role: str, pairs: Sequence[Pair], storage: Storage, on_shard: Callable[[Progress], None]
+    ) -> ScoredPairs:
+        """The Logprobs of the pairs under the model of that role; the cache spares what was scored before.
+
+        Raises:
+            model_files.ModelNotFoundError: the model's files cannot be had.
+            causal_lm.UnsupportedModelError: the model cannot be scored right.
+            prompts.TemplateUnusableError: its chat template cannot carry the passes.
+        """
+        from qaq_pipeline import causal_lm
+
+        settings, model = self._settings, self._settings.models[role]
+        files = model_files.locate(model, settings.model_cache_dir)
+        tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+        encoder = PairEncoder(tokenizer, model, settings.scoring)
+        device = causal_lm.resolve_device(model.device)
+        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        identity = self._identity(files, encoder, dtype)
+
+        def load() -> SequenceScorer:
+            return causal_lm.load_model(model, files, min_context=settings.scoring.max_tokens)
+
+        frame, report = score_pairs(
+            pairs,
+            ScoringModel(role, encoder, identity, load),
+            storage,
+            settings.scoring,
+            settings.runtime,
+            on_progress=self._on_progress,
+            on_shard=on_shard,
+        )
+        provenance = {
+            "identity": asdict(identity),
+            "identity_hash": identity.digest(),
+            "frame": model.frame,
+            "template": encoder.template_text(),
+            "device": device.type,
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        }
+        return ScoredPairs(frame, report, provenance)
+
+    def _identity(self, files: model_files.ModelFiles, encoder: PairEncoder, dtype: str) -> ScoreIdentity:
+        scoring = self._settings.scoring
+        return ScoreIdentity(
+            model=files.name,
+            revision=files.revision,
+            tokenizer_hash=files.tokenizer_hash(),
+            template_hash=encoder.template_hash(),
+            prior=scoring.prior,
+            dtype=dtype,
+            max_tokens=scoring.max_tokens,
+            too_long=scoring.too_long,
+            token_logprobs=scoring.token_logprobs,
+        )

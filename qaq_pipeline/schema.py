@@ -1,0 +1,439 @@
+"""Every stored table, declared once: columns, dtypes, keys, units, and what null means.
+
+Belongs here: the tables' schemas, the closed vocabularies of their text columns, and the check that a frame fits.
+Does not belong here: how a table is computed, or where it is stored.
+
+A schema is enforced on every write (`enforce`), shown in the Dagster UI, and read by every other module, so a
+column that is not declared here does not exist. Absent numbers are null and stand beside a reason: no number ever
+stands for a failure.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import dataframely as dy
+import polars as pl
+
+NATS = "nats"
+NATS_PER_TOKEN = "nats/token"
+TOKENS = "tokens"
+
+
+class Status(StrEnum):
+    """What screening says of an input row."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    DUPLICATE = "duplicate"
+
+
+class RejectReason(StrEnum):
+    """Why a delivered row could not be read as a (query, answer) pair."""
+
+    BAD_JSON = "bad_json"
+    INVALID_UTF8 = "invalid_utf8"
+    NOT_AN_OBJECT = "not_an_object"
+    MISSING_QUERY = "missing_query"
+    MISSING_ANSWER = "missing_answer"
+    EMPTY_QUERY = "empty_query"
+    EMPTY_ANSWER = "empty_answer"
+    WRONG_TYPE = "wrong_type"
+    UNKNOWN_ROLE = "unknown_role"
+    NO_ANSWERED_TURN = "no_answered_turn"
+
+
+class DuplicateReason(StrEnum):
+    """Why a readable row is not scored although nothing is wrong with its text."""
+
+    EXACT_DUPLICATE = "exact_duplicate"
+
+
+class Quantity(StrEnum):
+    """The four negative log-likelihoods that a model can give of a pair (method: log PPL(X | C))."""
+
+    Q = "q"
+    Q_GIVEN_A = "q_given_a"
+    A = "a"
+    A_GIVEN_Q = "a_given_q"
+
+
+class NullReason(StrEnum):
+    """Why a quantity of a pair is null."""
+
+    NOT_WANTED = "not_wanted"
+    QUERY_TOO_LONG = "query_too_long"
+    PAIR_TOO_LONG = "pair_too_long"
+    NO_TOKENS_TO_SCORE = "no_tokens_to_score"
+    NON_FINITE = "non_finite"
+    TOO_FEW_QUERY_TOKENS = "too_few_query_tokens"
+
+
+class Decision(StrEnum):
+    """The fate of an input row under the published selection."""
+
+    SELECTED = "selected"
+    NOT_SELECTED = "not_selected"
+    REJECTED = "rejected"
+    DUPLICATE = "duplicate"
+    UNSCORABLE = "unscorable"
+
+
+class SelectionReason(StrEnum):
+    """Why a pair in the pool of a selection is, or is not, selected by it."""
+
+    WITHIN_BUDGET = "within_budget"
+    IN_BAND = "in_band"
+    BELOW_CUT = "below_cut"
+    OUTSIDE_BAND = "outside_band"
+    GAP_BELOW_MINIMUM = "gap_below_minimum"
+    RANK_STRONG_OUT_OF_RANGE = "rank_strong_out_of_range"
+    IFD_ABOVE_MAXIMUM = "ifd_above_maximum"
+    NOT_IN_POOL = "not_in_pool"
+
+
+SELECTED_REASONS = (SelectionReason.WITHIN_BUDGET, SelectionReason.IN_BAND)
+
+
+def _closed(*vocabularies: type[StrEnum], nullable: bool = False, description: str) -> dy.String:
+    values = [member.value for vocabulary in vocabularies for member in vocabulary]
+    return dy.String(
+        nullable=nullable,
+        check=lambda column: column.is_in(values),
+        description=f"{description} One of: {', '.join(values)}.",
+    )
+
+
+def _nll(symbol: str) -> dy.Float64:
+    return dy.Float64(
+        nullable=True,
+        min=0.0,
+        metadata={"unit": NATS},
+        description=f"Sum over its scored tokens of -ln p: {symbol}. Null: see the null reason.",
+    )
+
+
+def _log_ppl(symbol: str) -> dy.Float64:
+    return dy.Float64(
+        nullable=True,
+        min=0.0,
+        metadata={"unit": NATS_PER_TOKEN},
+        description=f"log PPL({symbol}) = sum of NLL / scored tokens. Null: see the null reason.",
+    )
+
+
+def _null_reason(of: str) -> dy.String:
+    return _closed(NullReason, nullable=True, description=f"Why {of} is null; null where it is not.")
+
+
+def _count(what: str, *, minimum: int = 0) -> dy.Int64:
+    return dy.Int64(min=minimum, metadata={"unit": TOKENS}, description=what)
+
+
+def _nullable_rank(of: str) -> dy.Float64:
+    return dy.Float64(
+        nullable=True,
+        min_exclusive=0.0,
+        max=1.0,
+        description=f"Rank of RMI inside its stratum, in (0, 1], {of}; average of ties. Null: not scorable.",
+    )
+
+
+def _null_iff_reason(value: str, reason: str) -> pl.Expr:
+    return pl.col(value).is_null() == pl.col(reason).is_not_null()
+
+
+class _RowKey(dy.Schema):
+    """The key of one (query, answer) candidate in a delivery: an input row, or one turn of a conversation."""
+
+    batch = dy.String(primary_key=True, description="Name of the delivery: the batch partition.")
+    source_file = dy.String(primary_key=True, description="File of the delivery, relative to the delivery.")
+    source_row = dy.Int64(
+        primary_key=True, min=1, description="Row in the file, from 1: the line of a JSONL file, else the position."
+    )
+    turn_index = dy.Int64(
+        primary_key=True,
+        min=0,
+        description="Number, from 0, of the query/answer turn in a conversation; 0 where a row is one pair.",
+    )
+
+
+ROW_KEY = ["batch", "source_file", "source_row", "turn_index"]
+
+_PAIR_ID = r"^[0-9a-f]{32}$"
+
+
+class RawData(_RowKey):
+    """One row per delivered row (or turn): accepted, or rejected with a reason. Nothing is lost."""
+
+    pair_id = dy.String(
+        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null where rejected."
+    )
+    system = dy.String(nullable=True, description="The row's own system text: context, never scored.")
+    query = dy.String(nullable=True, description="Q, as delivered; null where the row has none.")
+    answer = dy.String(nullable=True, description="A, as delivered; null where the row has none.")
+    source = dy.String(nullable=True, description="The row's own `source` field, where it has one.")
+    language = dy.String(nullable=True, description="The row's own `language` field, where it has one.")
+    record = dy.String(description="The delivered record, verbatim; invalid bytes as \\xNN escapes.")
+    status = _closed(Status, description="Accepted or rejected.")
+    reason = _closed(RejectReason, nullable=True, description="Why it was rejected; null where accepted.")
+    detail = dy.String(nullable=True, description="What exactly was wrong, in words; null where accepted.")
+
+    @dy.rule()
+    def rejected_iff_reason(cls) -> pl.Expr:
+        return (pl.col("status") == Status.REJECTED.value) == pl.col("reason").is_not_null()
+
+    @dy.rule()
+    def accepted_has_text(cls) -> pl.Expr:
+        complete = pl.all_horizontal(pl.col("pair_id", "query", "answer").is_not_null())
+        return (pl.col("status") != Status.ACCEPTED.value) | complete
+
+
+class ScreenedData(_RowKey):
+    """The same rows, with what was found before any GPU time is spent. Only accepted rows are scored."""
+
+    pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="As in raw_data.")
+    status = _closed(Status, description="Accepted, rejected (as in raw_data) or duplicate.")
+    reason = _closed(RejectReason, DuplicateReason, nullable=True, description="Why it is not scored; else null.")
+    duplicate_of = dy.String(
+        nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
+    )
+    similarity = dy.Float64(
+        nullable=True, min=0.0, max=1.0, description="Similarity to that row, 1 where equal; null unless duplicate."
+    )
+    evidence = dy.String(nullable=True, description="What the verdict rests on, in words; null where accepted.")
+
+    @dy.rule()
+    def duplicate_names_its_row(cls) -> pl.Expr:
+        return (pl.col("status") == Status.DUPLICATE.value) == pl.col("duplicate_of").is_not_null()
+
+    @dy.rule()
+    def pairs_are_scored_once(cls) -> pl.Expr:
+        accepted = pl.col("status") == Status.ACCEPTED.value
+        return ~accepted | pl.struct("pair_id", "status").is_unique()
+
+
+class CachedScores(dy.Schema):
+    """Score cache: one row per scored quantity of a pair, under one score identity (the folder's name)."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    quantity = dy.String(
+        primary_key=True, check=lambda column: column.is_in([q.value for q in Quantity]), description="Which NLL."
+    )
+    sum_nll = dy.Float64(nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL; null: see reason.")
+    num_tokens = _count("Scored tokens: the divisor of the mean.")
+    null_reason = _null_reason("the sum")
+    token_logprobs = dy.List(
+        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each scored token, if asked for."
+    )
+
+    @dy.rule()
+    def null_iff_reason(cls) -> pl.Expr:
+        return _null_iff_reason("sum_nll", "null_reason")
+
+
+class Logprobs(dy.Schema):
+    """Sums of negative log-likelihoods of each distinct accepted pair under one model, with token counts."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    sum_nll_q = _nll("Q after the prior's context")
+    sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
+    sum_nll_a = _nll("A after an empty query, in the forward frame")
+    sum_nll_a_given_q = _nll("A after Q, in the forward frame")
+    null_reason_q = _null_reason("sum_nll_q")
+    null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
+    null_reason_a = _null_reason("sum_nll_a")
+    null_reason_a_given_q = _null_reason("sum_nll_a_given_q")
+    num_q_tokens = _count("Scored tokens of Q, the same in both passes: the divisor of both means.")
+    num_a_tokens = _count("Scored tokens of A, after truncation: the divisor of both means.")
+    num_a_tokens_untruncated = _count("All tokens of A.")
+    is_truncated = dy.Bool(description="Whether the tail of A was cut to fit the model's window. Q never is.")
+    token_logprobs_q = dy.List(
+        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each token of Q; null unless asked."
+    )
+    token_logprobs_q_given_a = dy.List(
+        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each token of Q given A; likewise."
+    )
+    token_logprobs_a = dy.List(
+        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each scored token of A; likewise."
+    )
+    token_logprobs_a_given_q = dy.List(
+        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each such token given Q; likewise."
+    )
+
+    @dy.rule()
+    def null_iff_reason(cls) -> pl.Expr:
+        return pl.all_horizontal(_null_iff_reason(f"sum_nll_{q}", f"null_reason_{q}") for q in Quantity)
+
+    @dy.rule()
+    def scored_has_tokens(cls) -> pl.Expr:
+        counts = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
+        return pl.all_horizontal(
+            pl.col(f"sum_nll_{q}").is_null() | (pl.col(counts.get(q, "num_a_tokens")) > 0) for q in Quantity
+        )
+
+
+class RmiScores(dy.Schema):
+    """Rank-free scores of each pair under one model, derived from its sums: seconds to recompute, no GPU."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    log_ppl_q = _log_ppl("Q")
+    log_ppl_q_given_a = _log_ppl("Q | A")
+    log_ppl_a = _log_ppl("A")
+    log_ppl_a_given_q = _log_ppl("A | Q")
+    rmi = dy.Float64(
+        nullable=True,
+        metadata={"unit": NATS_PER_TOKEN},
+        description="RMI = log PPL(Q) - log PPL(Q | A). Low: mismatch. Very high: A echoes Q.",
+    )
+    ifd_ppl = dy.Float64(
+        nullable=True, min=0.0, description="IFD as a ratio of perplexities: exp(log PPL(A | Q) - log PPL(A))."
+    )
+    ifd_loss = dy.Float64(nullable=True, min=0.0, description="IFD as a ratio of losses: log PPL(A | Q) / log PPL(A).")
+    null_reason_rmi = _null_reason("rmi")
+    null_reason_ifd = _null_reason("ifd_ppl")
+    num_q_tokens = _count("Scored tokens of Q.")
+    num_a_tokens = _count("Scored tokens of A, after truncation.")
+    num_a_tokens_untruncated = _count("All tokens of A.")
+    is_truncated = dy.Bool(description="Whether the tail of A was cut.")
+    is_short_query = dy.Bool(description="Whether Q has fewer tokens than `scoring.short_query_tokens`: noisy.")
+
+    @dy.rule()
+    def null_iff_reason(cls) -> pl.Expr:
+        return _null_iff_reason("rmi", "null_reason_rmi") & _null_iff_reason("ifd_ppl", "null_reason_ifd")
+
+
+MODEL_RANK = dy.Struct(
+    {
+        "model": dy.String(description="Role of the model."),
+        "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1; null: not scorable."),
+        "num_strata": dy.Int64(description="How many strata the model's pool has."),
+        "rank": dy.Float64(nullable=True, description="Rank of RMI inside the stratum, in (0, 1]."),
+    }
+)
+
+
+class DisagreementScores(dy.Schema):
+    """Strata, ranks and the gap between the strong and the weak model: what depends on a pool, and on which."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    pool_id = dy.String(description="The pool in which ranks were taken: batch:<name>.")
+    stratum_strong = dy.Int64(nullable=True, min=1, description="Stratum of the strong model's PPL(Q), from 1.")
+    rank_strong = _nullable_rank("under the strong model")
+    stratum_weak = dy.Int64(nullable=True, min=1, description="Stratum of the weak model's PPL(Q), from 1.")
+    rank_weak = _nullable_rank("under the weak model")
+    num_strata = dy.Int64(min=0, description="Strata of the strong model's pool; 0 where nothing was scorable.")
+    gap = dy.Float64(
+        nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
+    )
+    rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
+    null_reason = _null_reason("the gap")
+    ranks = dy.List(MODEL_RANK, description="Stratum and rank of every model, in long form.")
+
+    @dy.rule()
+    def null_iff_reason(cls) -> pl.Expr:
+        return _null_iff_reason("gap", "null_reason")
+
+
+VERDICT = dy.Struct(
+    {
+        "selection": dy.String(description="Name of the selection."),
+        "is_selected": dy.Bool(description="Whether it takes this pair."),
+        "reason": dy.String(description="Why, or why not."),
+        "score": dy.Float64(nullable=True, description="The value that the selection orders by."),
+        "position": dy.Int64(nullable=True, description="Place in that order, from 1; null where it has none."),
+        "cut": dy.Float64(nullable=True, description="Score of the last pair taken; null where nothing was."),
+        "pool_size": dy.Int64(description="Pairs in the selection's pool."),
+    }
+)
+
+MODEL_SCORE = dy.Struct(
+    {
+        "model": dy.String(description="Role of the model."),
+        "rmi": dy.Float64(nullable=True),
+        "log_ppl_q": dy.Float64(nullable=True),
+        "log_ppl_q_given_a": dy.Float64(nullable=True),
+        "ifd_ppl": dy.Float64(nullable=True),
+        "num_q_tokens": dy.Int64(),
+        "num_a_tokens": dy.Int64(),
+        "is_truncated": dy.Bool(),
+        "stratum": dy.Int64(nullable=True),
+        "num_strata": dy.Int64(),
+        "rank": dy.Float64(nullable=True),
+        "null_reason": dy.String(nullable=True),
+    }
+)
+
+
+class Decisions(_RowKey):
+    """The ledger: the fate of every input row under every named selection, with its reason and its numbers."""
+
+    pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="Content hash; null where rejected.")
+    decision = _closed(Decision, description="Fate under the published selection.")
+    reason = _closed(
+        SelectionReason, RejectReason, DuplicateReason, NullReason, description="Why, from a closed vocabulary."
+    )
+    explanation = dy.String(min_length=1, description="The same as a sentence, with the numbers.")
+    duplicate_of = dy.String(nullable=True, description="As in screened_data.")
+    gap = dy.Float64(nullable=True, description="rank_strong - rank_weak; null where a model could not score it.")
+    rank_sum = dy.Float64(nullable=True, description="rank_strong + rank_weak.")
+    scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty where the pair was not scored.")
+    verdicts = dy.List(VERDICT, description="Verdict of every named selection and control; empty likewise.")
+    provenance_id = dy.String(regex=_PAIR_ID, description="Hash of what made this row's decision; see the footer.")
+
+
+class SelectedSubset(_RowKey):
+    """The rows of the published selection, best first: text and origin, without scores."""
+
+    position = dy.Int64(min=1, description="Place in the selection's order, from 1.")
+    pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    system = dy.String(nullable=True, description="The row's own system text.")
+    query = dy.String(description="Q, as delivered.")
+    answer = dy.String(description="A, as delivered.")
+    source = dy.String(nullable=True, description="As in raw_data.")
+    language = dy.String(nullable=True, description="As in raw_data.")
+
+
+TABLES: dict[str, type[dy.Schema]] = {
+    "raw_data": RawData,
+    "screened_data": ScreenedData,
+    "logprobs": Logprobs,
+    "rmi_scores": RmiScores,
+    "disagreement_scores": DisagreementScores,
+    "decisions": Decisions,
+    "selected_subset": SelectedSubset,
+}
+"""Stored tables by asset name, in the order in which they are made."""
+
+
+class TableError(ValueError):
+    """A frame does not fit its table: a fault of the code, raised before anything is written."""
+
+
+def dtypes(schema: type[dy.Schema]) -> dict[str, pl.DataType]:
+    """Polars dtypes of a table's columns, in order: what an empty or hand-built frame needs."""
+    return {name: column.dtype for name, column in schema.columns().items()}
+
+
+def enforce(schema: type[dy.Schema], frame: pl.DataFrame) -> pl.DataFrame:
+    """`frame` with exactly the declared columns, in order; raises `TableError` where it does not fit.
+
+    Raises:
+        TableError: a column is missing, undeclared or of another dtype, or rows break a rule; the text names the
+            columns and rules, how many rows break each, and one of them.
+    """
+    expected = dtypes(schema)
+    undeclared = [name for name in frame.columns if name not in expected]
+    missing = [name for name in expected if name not in frame.columns]
+    if undeclared or missing:
+        raise TableError(f"{schema.__name__}: columns missing {missing}, columns not declared {undeclared}")
+    wrong = {n: f"{frame.schema[n]}, not {d}" for n, d in expected.items() if frame.schema[n] != d}
+    if wrong:
+        raise TableError(f"{schema.__name__}: columns of another type: {wrong}")
+    valid, failures = schema.filter(frame.select(list(expected)))
+    counts = failures.counts()
+    if counts:
+        example = failures.invalid().select(schema.primary_key()).row(0, named=True)
+        broken = ", ".join(f"{rule} ({count} rows)" for rule, count in counts.items())
+        raise TableError(f"{schema.__name__}: rows break the rules {broken}; the first of them: {example}")
+    return valid

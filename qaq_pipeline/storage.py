@@ -1,0 +1,293 @@
+"""Tables, deliveries and cached scores on disk or object store. No Dagster.
+
+Belongs here: paths, atomic writes, schema-checked tables with their provenance in the file's footer, locks.
+Does not belong here: what the tables mean, or when they are made.
+
+    <root>/deliveries/<batch>/<hash>/<file>       immutable copy of what was delivered; current.json points to it
+    <root>/<table>/<batch>[/<model>]/table.parquet
+    <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed
+    <root>/curated_dataset/<manifest hash>/…       written once each; latest.json points to the newest
+
+Every write is atomic: on local disk a temporary name in the same folder, then `os.replace`; on an object store one
+PUT. A pointer is replaced last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dataframely as dy
+import fsspec
+import polars as pl
+from filelock import FileLock, Timeout
+from fsspec.implementations.local import LocalFileSystem
+
+from qaq_pipeline import schema
+from qaq_pipeline.config import check_batch_name
+from qaq_pipeline.identity import ScoreIdentity
+
+_FOOTER_KEY = "qaq_pipeline"
+_TABLE_FILE = "table.parquet"
+
+
+class StorageError(ValueError):
+    """Something stored is missing, torn or foreign. The text names the path and the remedy."""
+
+
+class PartitionBusyError(RuntimeError):
+    """Another process is writing the same partition. The text names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A frame and what made it: inputs with their versions, settings hash, code version, model identity."""
+
+    frame: pl.DataFrame
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def data_version(self) -> str:
+        """Hash of the content alone (32 hex digits): equal content has equal versions, whenever it was made."""
+        return hashlib.blake2b(_parquet_bytes(self.frame, {}), digest_size=16).hexdigest()
+
+    @cached_property
+    def provenance_id(self) -> str:
+        """Hash of the provenance (32 hex digits); it knows no run id and no time."""
+        return hash_json(self.provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What was delivered as one batch: files with their sha256, and how many rows of them are read."""
+
+    batch: str
+    files: dict[str, str]
+    """sha256 of each file, by its name in the delivery."""
+    limit: int | None = None
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of files, names and limit (32 hex digits): the folder of the copy."""
+        return hash_json({"files": self.files, "limit": self.limit})
+
+
+def hash_json(value: Any) -> str:
+    """Hash of a JSON value (32 hex digits)."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Storage:
+    """Everything the pipeline keeps, under one root.
+
+    Args:
+        root: local path or any fsspec URL.
+        lock_directory: local folder of the lock files; locks hold between processes of one machine.
+        lock_timeout_seconds: how long a writer waits for another.
+    """
+
+    def __init__(self, root: str, lock_directory: Path, lock_timeout_seconds: float = 10.0) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(root)
+        self._lock_directory = lock_directory
+        self._lock_timeout = lock_timeout_seconds
+
+    def path(self, *parts: str) -> str:
+        """Full path of something under the root."""
+        return "/".join([self._root.rstrip("/"), *parts])
+
+    def url(self, *parts: str) -> str:
+        """The same with its protocol, as other tools want it."""
+        return self._fs.unstrip_protocol(self.path(*parts)).removeprefix("file://")
+
+    # --- bytes -------------------------------------------------------------------------------------------------
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Write atomically: readers see the old content or the new, never a part of it."""
+        path = self.path(*parts)
+        if not isinstance(self._fs, LocalFileSystem):
+            self._fs.pipe_file(path, data)
+            return
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_bytes(self, *parts: str) -> bytes:
+        """Raises `StorageError` where there is nothing."""
+        try:
+            return self._fs.cat_file(self.path(*parts))
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
+
+    def remove(self, *parts: str) -> None:
+        """Remove one file."""
+        self._fs.rm_file(self.path(*parts))
+
+    def exists(self, *parts: str) -> bool:
+        """Whether something is stored there."""
+        return self._fs.exists(self.path(*parts))
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        """Write a JSON value atomically."""
+        self.write_bytes(json.dumps(value, indent=2, sort_keys=True).encode(), *parts)
+
+    def read_json(self, *parts: str) -> Any:
+        """Raises `StorageError` where there is nothing."""
+        return json.loads(self.read_bytes(*parts))
+
+    # --- tables ------------------------------------------------------------------------------------------------
+
+    def write_table(self, table: StoredTable, name: str, *partition: str) -> None:
+        """Write a table of `schema.TABLES`, with its provenance in the footer.
+
+        Raises:
+            schema.TableError: the frame does not fit; nothing is written.
+        """
+        frame = schema.enforce(schema.TABLES[name], table.frame)
+        footer = {"provenance": table.provenance, "data_version": table.data_version}
+        self.write_bytes(_parquet_bytes(frame, footer), *_table_path(name, partition))
+
+    def read_table(self, name: str, *partition: str) -> StoredTable:
+        """Read a table and its provenance.
+
+        Raises:
+            StorageError: it is missing, torn, or was written with other columns.
+        """
+        parts = _table_path(name, partition)
+        data = self.read_bytes(*parts)
+        try:
+            footer = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
+            frame = pl.read_parquet(io.BytesIO(data), glob=False)
+        except (pl.exceptions.PolarsError, KeyError, ValueError) as error:
+            raise StorageError(
+                f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"
+            ) from error
+        if dict(frame.schema) != schema.dtypes(schema.TABLES[name]):
+            raise StorageError(f"{self.url(*parts)}: written by another version of {name}; materialise it anew")
+        return StoredTable(frame, footer["provenance"])
+
+    def has_table(self, name: str, *partition: str) -> bool:
+        """Whether the partition of the table is stored."""
+        return self.exists(*_table_path(name, partition))
+
+    def table_url(self, name: str, *partition: str) -> str:
+        """Where the partition of the table lies."""
+        return self.url(*_table_path(name, partition))
+
+    # --- deliveries --------------------------------------------------------------------------------------------
+
+    def store_delivery(self, batch: str, files: Mapping[str, bytes], limit: int | None = None) -> Delivery:
+        """Keep an immutable copy of a delivery; the same content twice is stored once."""
+        check_batch_name(batch)
+        delivery = Delivery(batch, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, limit)
+        for name, data in files.items():
+            if not self.exists("deliveries", batch, delivery.content_hash, name):
+                self.write_bytes(data, "deliveries", batch, delivery.content_hash, name)
+        pointer = {"files": delivery.files, "limit": limit}
+        self.write_json(pointer, "deliveries", batch, "current.json")
+        return delivery
+
+    def current_delivery(self, batch: str) -> Delivery:
+        """What the batch was last delivered as. Raises `StorageError` where nothing was."""
+        check_batch_name(batch)
+        if not self.exists("deliveries", batch, "current.json"):
+            raise StorageError(f"batch {batch!r} was never delivered; register it with `qaq run FILE --batch {batch}`")
+        pointer = self.read_json("deliveries", batch, "current.json")
+        return Delivery(batch, pointer["files"], pointer["limit"])
+
+    def read_delivery(self, delivery: Delivery) -> dict[str, bytes]:
+        """The delivered bytes by file name. Raises `StorageError` where a copy is not what was delivered."""
+        contents = {}
+        for name, sha256 in delivery.files.items():
+            parts = ("deliveries", delivery.batch, delivery.content_hash, name)
+            contents[name] = self.read_bytes(*parts)
+            if hashlib.sha256(contents[name]).hexdigest() != sha256:
+                raise StorageError(f"{self.url(*parts)}: changed since it was delivered; deliver the batch again")
+        return contents
+
+    # --- cached scores -----------------------------------------------------------------------------------------
+
+    def read_scores(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
+        """Every cached score of the pairs under the identity, once each, as `CachedScores`."""
+        frames = [pl.DataFrame(schema=schema.dtypes(schema.CachedScores))]
+        for path in sorted(self._fs.glob(self.path("score_cache", identity.digest(), "*.parquet"))):
+            shard = self._read_shard(path)
+            frames.append(shard.filter(pl.col("pair_id").is_in(pair_ids.implode())))
+        return pl.concat(frames).unique(schema.CachedScores.primary_key(), keep="first", maintain_order=True)
+
+    def append_scores(self, identity: ScoreIdentity, scores: pl.DataFrame) -> None:
+        """Add a shard of scores to the cache. Shards are never changed, so writers cannot disturb each other."""
+        folder = ("score_cache", identity.digest())
+        if not self.exists(*folder, "identity.json"):
+            fields = {name: getattr(identity, name) for name in identity.__dataclass_fields__}
+            self.write_json(fields, *folder, "identity.json")
+        data = _parquet_bytes(schema.enforce(schema.CachedScores, scores), {})
+        self.write_bytes(data, *folder, f"{uuid.uuid4().hex}.parquet")
+
+    def _read_shard(self, path: str) -> pl.DataFrame:
+        try:
+            shard = pl.read_parquet(io.BytesIO(self._fs.cat_file(path)), glob=False)
+            return schema.enforce(schema.CachedScores, shard)
+        except (pl.exceptions.PolarsError, schema.TableError) as error:
+            raise StorageError(
+                f"{self._fs.unstrip_protocol(path)}: not a shard of scores ({error}); remove it, and its pairs are "
+                "scored again"
+            ) from error
+
+    # --- locks -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self, name: str, *partition: str) -> Iterator[None]:
+        """Hold a partition, so that the driver and the daemon never write the same one at once.
+
+        The kernel frees the lock when its holder dies. It may be taken again by its holder.
+
+        Raises:
+            PartitionBusyError: another process holds it for longer than the time-out.
+        """
+        self._lock_directory.mkdir(parents=True, exist_ok=True)
+        label = "/".join((name, *partition))
+        file = self._lock_directory / ("__".join((name, *partition)) + ".lock")
+        try:
+            with FileLock(file, timeout=self._lock_timeout, is_singleton=True):
+                yield
+        except Timeout as error:
+            raise PartitionBusyError(
+                f"{label} is being written by another process (lock {file}); wait for it to end, then run again"
+            ) from error
+
+
+def _table_path(name: str, partition: Sequence[str]) -> tuple[str, ...]:
+    if name not in schema.TABLES:
+        raise StorageError(f"{name!r} is no table; known: {', '.join(schema.TABLES)}")
+    for part in partition:
+        check_batch_name(part)
+    return (name, *partition, _TABLE_FILE)
+
+
+def _parquet_bytes(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {_FOOTER_KEY: json.dumps(footer, sort_keys=True)} if footer else None
+    frame.rechunk().write_parquet(buffer, compression="zstd", metadata=metadata)
+    return buffer.getvalue()
+
+
+def empty(table: type[dy.Schema]) -> pl.DataFrame:
+    """A frame of the table with no row."""
+    return pl.DataFrame(schema=schema.dtypes(table))

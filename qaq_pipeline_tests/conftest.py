@@ -1,0 +1,197 @@
+"""Fixtures that several test modules share: tiny models on disk, twenty samples, and settings that name them.
+
+The tiny tokenizer maps every byte to the token of its value, so that a test can write token ids by hand; its special
+tokens follow from 256 on (`qaq_pipeline_tests.naive`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.prompts import Pair
+from qaq_pipeline_tests.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
+
+_TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+_GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+_CHATML = "{% for message in messages %}" + _TURN + "{% endfor %}" + _GENERATION
+_NO_SYSTEM = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + _TURN
+    + "{% endfor %}"
+    + _GENERATION
+)
+_IGNORES_SYSTEM = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}" + _TURN + "{% endif %}{% endfor %}"
+) + _GENERATION
+
+TEMPLATES = {
+    "chatml": _CHATML,
+    "emits_bos": "{{ bos_token }}" + _CHATML,
+    "no_system": _NO_SYSTEM,
+    "ignores_system": _IGNORES_SYSTEM,
+    "trims": _CHATML.replace("message['content']", "message['content'] | trim"),
+    "drops_user": "{% for message in messages %}{{ message['role'] }}{% endfor %}",
+    "broken": "{{ raise_exception('nothing works') }}",
+    "none": None,
+}
+"""Chat templates by name; `emits_bos` as DeepSeek's and Llama's, `no_system` as Gemma's first one."""
+
+Template = Literal["chatml", "emits_bos", "no_system", "ignores_system", "trims", "drops_user", "broken", "none"]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A seeded 2-layer llama (hidden size 32, fp32) with a byte tokenizer; seed 0 is the strong one, 1 the weak."""
+
+    seed: int = 0
+    has_bos: bool = True
+    template: Template = "chatml"
+    max_context: int = 512
+
+
+def byte_tokenizer(tiny: TinyModel) -> Any:
+    """A fast byte-level tokenizer without merges: the id of a byte is its value."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    # Byte-level BPE writes a byte that is no visible character as chr(256 + its place among those).
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    names = {"bos_token": "<s>"} if tiny.has_bos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", **names)
+    tokenizer.chat_template = TEMPLATES[tiny.template]
+    return tokenizer
+
+
+def build_tiny_model(tiny: TinyModel, folder: Path) -> Path:
+    """Write the model and its tokenizer into `folder`, in Hugging Face layout."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=tiny.max_context,
+        # Wide enough that a wrong context moves an NLL by far more than any tolerance.
+        initializer_range=0.3,
+        bos_token_id=SPECIAL_TOKENS["<s>"] if tiny.has_bos else None,
+        eos_token_id=SPECIAL_TOKENS["</s>"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tiny.seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_libraries() -> None:
+    """No hub access and no progress bars, in this process and in those that a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> None:
+    """torch on one thread: on a shared machine two are slower, and a tiny model needs no more."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Callable[..., Path]:
+    """Factory: `tiny_model_dir(seed=1, has_bos=False, template="trims", …)` is the folder of that `TinyModel`."""
+
+    @functools.cache
+    def build(tiny: TinyModel) -> Path:
+        return build_tiny_model(tiny, tmp_path_factory.mktemp("models") / f"{tiny.template}-{tiny.seed}")
+
+    return lambda **variant: build(TinyModel(**variant))
+
+
+@pytest.fixture
+def settings_for(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Settings]:
+    """Factory: `Settings` with two tiny models on the CPU and a QAQ_HOME of the test's own; sections by keyword.
+
+    `settings_for(strong={"frame": "plain"}, tiny={"template": "trims"}, scoring={"prior": "user"})`: what `strong`
+    and `weak` give is added to the model's section, `tiny` varies both models on disk.
+    """
+    monkeypatch.setenv("QAQ_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QAQ_CONFIG", raising=False)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+
+    def build(
+        *,
+        strong: dict[str, Any] | None = None,
+        weak: dict[str, Any] | None = None,
+        tiny: dict[str, Any] | None = None,
+        **sections: Any,
+    ) -> Settings:
+        models = {
+            role: {"directory": str(tiny_model_dir(**{"seed": seed, **(tiny or {})})), "device": "cpu"}
+            | {"dtype": "float32"}
+            | (given or {})
+            for seed, (role, given) in enumerate({"strong": strong, "weak": weak}.items())
+        }
+        values: dict[str, Any] = {
+            "models": models,
+            "scoring": {"max_tokens": 512} | sections.pop("scoring", {}),
+            "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | sections.pop("ranking", {}),
+        }
+        return parse_settings(yaml.safe_dump(values | sections), "test.yaml")
+
+    return build
+
+
+SAMPLES = [
+    ("Reverse a string in Python.", "def reverse(s):\n    return s[::-1]\n"),
+    ("Sum the squares below n.", "def total(n):\n    return sum(i * i for i in range(n))\n"),
+    ("Hi", "print('hi')"),
+    ("SQL: names of all users", "SELECT name FROM users;"),
+    ("Is 7 prime?", "Yes: no number from 2 to 6 divides it."),
+    ("C: swap two ints", "void swap(int *a, int *b) { int t = *a; *a = *b; *b = t; }"),
+    ("  indent kept \n", "\n\n    if x:\n        pass\n"),
+    ("Größe von „naïve“ in UTF-8?", "len('naïve'.encode())  # 6 → ö, ï: 2 bytes each"),
+    ("What does <|im_end|> mean?", "It ends a turn: <|im_start|>user\nhello<|im_end|>"),
+    ("q", "a"),
+    ("Bash: count lines of *.py", "find . -name '*.py' -print0 | xargs -0 cat | wc -l"),
+    ("Center a div with CSS.", ".box { display: grid; place-items: center; }"),
+    ("Go: read a file", 'data, err := os.ReadFile("a.txt")\nif err != nil {\n\treturn err\n}'),
+    ("Regex for a hex colour?", r"^#[0-9a-fA-F]{6}$"),
+    ("Explain big-O of binary search.", "Each step halves the range, so it takes O(log n) steps."),
+    ("Rust: a vector of 1 to 3", "let v = vec![1, 2, 3];"),
+    ("Undo the last git commit, keep the changes", "git reset --soft HEAD~1"),
+    ("Fix: for i in range(10) print(i)", "for i in range(10):\n    print(i)"),
+    ("日本語の文字列を逆にする", "s[::-1]"),
+    ("JS: unique values of an array", "const unique = [...new Set(values)];"),
+]
+
+
+@pytest.fixture(scope="session")
+def twenty_samples() -> list[Pair]:
+    """Twenty tiny code pairs: one-character and two-character queries, UTF-8, whitespace, special tokens as text."""
+    return [Pair(f"{number:032x}", None, query, answer) for number, (query, answer) in enumerate(SAMPLES)]
