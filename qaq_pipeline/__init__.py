@@ -22,6 +22,7 @@ The map, each module importing only from those above it:
     resources         the above as Dagster resources
     assets/           the eight assets, one module each
     definitions       assets, jobs, resources and executor put together
+    liveness          which runs of the driver died with their process
     driver            runs the jobs for a batch; what `qaq run` does
     doctor            what stands in the way of a run on this machine
     cli               the commands a person types

@@ -270,6 +270,12 @@ def _print_summary(summary: driver.BatchSummary) -> None:
     console.print(rows)
     _print_models(summary)
     sizes = ", ".join(f"{name} {count:,}" for name, count in summary.selected_by_selection.items())
+    selected = summary.rows_by_decision["selected"]
+    console.print(
+        f"Published selection {summary.published}: {selected:,} of {summary.pool_size:,} pairs in its pool, "
+        f"{selected / max(summary.rows_in, 1):.1%} of all rows",
+        highlight=False,
+    )
     console.print(f"Pairs by selection: {sizes}", highlight=False)
     for warning in summary.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
@@ -281,14 +287,19 @@ def _print_summary(summary: driver.BatchSummary) -> None:
 
 
 def _print_models(summary: driver.BatchSummary) -> None:
-    names = sorted({name for model in summary.models for name in model.medians})
-    shown = Table("model", "", "frame", "dtype", "scored", "cached", "tokens/s", *(f"median {n}" for n in names))
-    for model in summary.models:
-        speed = f"{model.tokens / model.seconds:,.0f}" if model.tokens and model.seconds else "-"
-        medians = (f"{model.medians[name]:.3f}" if name in model.medians else "-" for name in names)
-        shown.add_row(
-            model.role, model.model, model.frame, model.dtype, f"{model.scored:,}", f"{model.cached:,}", speed, *medians
-        )
+    shown = Table("", *(model.role for model in summary.models), title="Scoring")
+    rows = {
+        "model": [model.model for model in summary.models],
+        "frame, dtype": [f"{model.frame}, {model.dtype}" for model in summary.models],
+        "likelihoods scored": [f"{model.scored:,}" for model in summary.models],
+        "from the cache": [f"{model.cached:,}" for model in summary.models],
+        "tokens": [f"{model.tokens:,}" for model in summary.models],
+        "tokens/s": [f"{model.tokens / model.seconds:,.0f}" if model.tokens else "-" for model in summary.models],
+    }
+    for name in summary.models[0].medians:
+        rows[f"median {name}"] = [f"{model.medians[name]:.3f}" for model in summary.models]
+    for label, cells in rows.items():
+        shown.add_row(label, *cells)
     console.print(shown)
 
 
@@ -323,9 +334,11 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def _print_structs(name: str, structs: list[dict[str, Any]]) -> None:
-    shown = Table(*([name] + [field for field in structs[0] if field != name]))
-    for struct in structs:
-        shown.add_row(struct[name], *(_cell(value) for field, value in struct.items() if field != name))
+    """One column a struct, one row a field: readable in 80 characters."""
+    shown = Table("", *(struct[name] for struct in structs))
+    for field in structs[0]:
+        if field != name:
+            shown.add_row(field, *(_cell(struct[field]) for struct in structs))
     console.print(shown)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, publication, records, schema
+from qaq_pipeline import config, liveness, publication, records, schema
 from qaq_pipeline.config import Settings
 from qaq_pipeline.definitions import STAGES, build_defs
 from qaq_pipeline.resources import open_storage
@@ -58,6 +58,8 @@ class BatchSummary:
     rows_in: int
     rows_by_decision: dict[str, int]
     reasons_by_decision: dict[str, dict[str, int]]
+    published: str
+    pool_size: int
     selected_by_selection: dict[str, int]
     models: list[ModelSummary]
     warnings: list[str]
@@ -144,12 +146,15 @@ def run_batch(
     """
     events = events or Events()
     results: dict[str, Mapping[str, Any]] = {}
-    for job_name, assets in STAGES.items():
-        for partition in _partitions(settings, job_name, batch):
-            events.on_stage(job_name, partition or "")
-            run_id = _run_job(settings, instance, job_name, partition, events)
-            for asset in assets:
-                results[f"{asset}|{partition or ''}"] = _metadata(instance, run_id, asset)
+    lock_directory = settings.home / "locks"
+    liveness.end_dead_runs(instance, lock_directory)
+    with liveness.living(lock_directory) as tags:
+        for job_name, assets in STAGES.items():
+            for partition in _partitions(settings, job_name, batch):
+                events.on_stage(job_name, partition or "")
+                run_id = _run_job(settings, instance, job_name, partition, events, tags)
+                for asset in assets:
+                    results[f"{asset}|{partition or ''}"] = _metadata(instance, run_id, asset)
     return summarise(settings, batch, results)
 
 
@@ -162,23 +167,37 @@ def _partitions(settings: Settings, job_name: str, batch: str) -> list[str | Non
 
 
 def _run_job(
-    settings: Settings, instance: dg.DagsterInstance, job_name: str, partition: str | None, events: Events
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    job_name: str,
+    partition: str | None,
+    events: Events,
+    tags: dict[str, str],
 ) -> str:
     if settings.runtime.executor == "multiprocess":
-        return _run_in_processes(instance, job_name, partition)
-    job = build_defs(settings, on_progress=events.on_progress).resolve_job_def(job_name)
-    result = job.execute_in_process(
-        instance=instance, partition_key=_partition_key(partition), run_config=_QUIET, raise_on_error=False
-    )
+        result = _run_in_processes(settings, instance, job_name, tags | _partition_tags(partition))
+    else:
+        job = build_defs(settings, on_progress=events.on_progress).resolve_job_def(job_name)
+        result = job.execute_in_process(
+            instance=instance,
+            partition_key=_partition_key(partition),
+            run_config=_QUIET,
+            tags=tags,
+            raise_on_error=False,
+        )
     _require_success(result, job_name, partition)
     return result.run_id
 
 
-def _run_in_processes(instance: dg.DagsterInstance, job_name: str, partition: str | None) -> str:
+def _run_in_processes(
+    settings: Settings, instance: dg.DagsterInstance, job_name: str, tags: dict[str, str]
+) -> dg.JobExecutionResult:
+    if settings != config.load_settings():
+        raise RunError(
+            "executor multiprocess: its processes read QAQ_CONFIG, which names other settings; set it to these"
+        )
     job = dg.build_reconstructable_job("qaq_pipeline.driver", "resolve_job", reconstructable_args=(job_name,))
-    result = dg.execute_job(job, instance, run_config=_QUIET, tags=_partition_tags(partition))
-    _require_success(result, job_name, partition)
-    return result.run_id
+    return dg.execute_job(job, instance, run_config=_QUIET, tags=tags)
 
 
 def resolve_job(job_name: str) -> dg.JobDefinition:
@@ -247,13 +266,15 @@ def summarise(settings: Settings, batch: str, results: Mapping[str, Mapping[str,
         raise RunError(
             f"batch {batch}: {by_decision.total()} decisions for {raw.frame.height} rows in: report this fault"
         )
-    published = results["curated_dataset|"]
+    published, decided = results["curated_dataset|"], results[f"decisions|{batch}"]
     return BatchSummary(
         batch=batch,
         rows_in=raw.frame.height,
         rows_by_decision={decision.value: by_decision[decision.value] for decision in schema.Decision},
         reasons_by_decision=_reasons(decisions.frame),
-        selected_by_selection=dict(results[f"decisions|{batch}"]["selected_by_selection"]),
+        published=settings.published.name,
+        pool_size=decided["pool_size"],
+        selected_by_selection=dict(decided["selected_by_selection"]),
         models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
         warnings=list(results[f"disagreement_scores|{batch}"]["warnings"]),
         dataset_url=storage.url(publication.FOLDER, published["version"]),
@@ -299,7 +320,7 @@ def collect_table(settings: Settings, instance: dg.DagsterInstance, name: str, b
     storage = open_storage(settings)
     partitions = [parts for name_of in batches for parts in _table_partitions(settings, name, name_of)]
     frames = [
-        storage.read_table(name, *parts).frame.select(_labels(parts), pl.all().exclude("batch"))
+        storage.read_table(name, *parts).frame.select(*_labels(parts), pl.all().exclude("batch"))
         for parts in partitions
         if batch or storage.has_table(name, *parts)
     ]

@@ -104,21 +104,25 @@ def _decision() -> pl.Expr:
 
 
 def _null_reason() -> pl.Expr:
-    """The first model's reason that is more than `not_wanted`, models in the order of their roles."""
-    reasons = pl.col("scores").list.eval(pl.element().struct.field("null_reason").drop_nulls())
-    faults = reasons.list.eval(pl.element().filter(pl.element() != NullReason.NOT_WANTED.value))
-    return pl.coalesce(faults.list.first(), reasons.list.first())
+    """The first model's reason, models in the order of their roles."""
+    return pl.col("scores").list.eval(pl.element().struct.field("null_reason").drop_nulls()).list.first()
 
 
 def _model_scores(scores: Mapping[str, pl.DataFrame], disagreement: pl.DataFrame) -> pl.DataFrame:
     ranks = disagreement.select("pair_id", "ranks").explode("ranks").unnest("ranks")
     frames = [
-        frame.with_columns(model=pl.lit(role), null_reason=pl.coalesce("null_reason_rmi", "null_reason_ifd"))
+        frame.with_columns(model=pl.lit(role), null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")))
         .join(ranks, on=["pair_id", "model"], validate="1:1")
         .select("pair_id", pl.struct(list(schema.MODEL_SCORE.inner)).alias("scores"))
         for role, frame in sorted(scores.items())
     ]
     return pl.concat(frames).group_by("pair_id", maintain_order=True).agg("scores")
+
+
+def _fault(score: str) -> pl.Expr:
+    """Why a wanted score is null; that it was not wanted is no fault."""
+    reason = pl.col(f"null_reason_{score}")
+    return pl.when(reason != NullReason.NOT_WANTED.value).then(reason)
 
 
 def _verdict_lists(verdicts: pl.DataFrame) -> pl.DataFrame:

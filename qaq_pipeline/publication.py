@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline import exports, ledger, schema
-from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings
+from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, check_batch_name
 from qaq_pipeline.storage import Storage, StoredTable, empty, hash_json
 
 FOLDER = "curated_dataset"
@@ -51,6 +51,11 @@ def read_batches(
     """The batches that are complete and consistent, and for every other registered one why it is left out."""
     included, excluded = [], {}
     for batch in sorted(registered):
+        try:
+            check_batch_name(batch)
+        except ValueError as error:  # The UI registers any name.
+            excluded[batch] = str(error)
+            continue
         missing = [n for n in ("raw_data", "decisions", "selected_subset") if not storage.has_table(n, batch)]
         if missing:
             excluded[batch] = f"not materialised: {', '.join(missing)}"

@@ -360,7 +360,7 @@ MODEL_SCORE = dy.Struct(
         "stratum": dy.Int64(nullable=True),
         "num_strata": dy.Int64(),
         "rank": dy.Float64(nullable=True),
-        "null_reason": dy.String(nullable=True),
+        "null_reason": dy.String(nullable=True, description="Why a wanted score is null; else null."),
     }
 )
 

@@ -37,6 +37,9 @@ from qaq_pipeline.config import check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
 
 _FOOTER_KEY = "qaq_pipeline"
+_FOOTER_TAIL_BYTES = 8
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+"""What Polars raises of bytes that are no Parquet file, or a damaged one."""
 _TABLE_FILE = "table.parquet"
 
 
@@ -54,11 +57,13 @@ class StoredTable:
 
     frame: pl.DataFrame
     provenance: dict[str, Any] = field(default_factory=dict)
+    stored_version: str | None = None
+    """The data version under which it was stored: a newer Parquet writer must not change it. None: not stored yet."""
 
     @cached_property
     def data_version(self) -> str:
         """Hash of the content alone (32 hex digits): equal content has equal versions, whenever it was made."""
-        return hashlib.blake2b(_parquet_bytes(self.frame, {}), digest_size=16).hexdigest()
+        return self.stored_version or _hash_body(_parquet_bytes(self.frame, {}))
 
     @cached_property
     def provenance_id(self) -> str:
@@ -167,20 +172,24 @@ class Storage:
         """Read a table and its provenance.
 
         Raises:
-            StorageError: it is missing, torn, or was written with other columns.
+            StorageError: it is missing, torn, changed since it was written, or has other columns.
         """
         parts = _table_path(name, partition)
+        if not self.exists(*parts):
+            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
         data = self.read_bytes(*parts)
         try:
             footer = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
-            frame = pl.read_parquet(io.BytesIO(data), glob=False)
-        except (pl.exceptions.PolarsError, KeyError, ValueError) as error:
+            table = StoredTable(_read_parquet(data), footer["provenance"], footer["data_version"])
+        except (*_UNREADABLE, KeyError, TypeError, ValueError) as error:
             raise StorageError(
                 f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"
             ) from error
-        if dict(frame.schema) != schema.dtypes(schema.TABLES[name]):
+        if dict(table.frame.schema) != schema.dtypes(schema.TABLES[name]):
             raise StorageError(f"{self.url(*parts)}: written by another version of {name}; materialise it anew")
-        return StoredTable(frame, footer["provenance"])
+        if _hash_body(data) != table.data_version:
+            raise StorageError(f"{self.url(*parts)}: changed since it was written; materialise it anew")
+        return table
 
     def has_table(self, name: str, *partition: str) -> bool:
         """Whether the partition of the table is stored."""
@@ -197,8 +206,9 @@ class Storage:
         check_batch_name(batch)
         delivery = Delivery(batch, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, limit)
         for name, data in files.items():
-            if not self.exists("deliveries", batch, delivery.content_hash, name):
-                self.write_bytes(data, "deliveries", batch, delivery.content_hash, name)
+            copy = ("deliveries", batch, delivery.content_hash, name)
+            if not (self.exists(*copy) and self.read_bytes(*copy) == data):  # A damaged copy is written anew.
+                self.write_bytes(data, *copy)
         pointer = {"files": delivery.files, "limit": limit}
         self.write_json(pointer, "deliveries", batch, "current.json")
         return delivery
@@ -213,6 +223,7 @@ class Storage:
 
     def read_delivery(self, delivery: Delivery) -> dict[str, bytes]:
         """The delivered bytes by file name. Raises `StorageError` where a copy is not what was delivered."""
+        check_batch_name(delivery.batch)
         contents = {}
         for name, sha256 in delivery.files.items():
             parts = ("deliveries", delivery.batch, delivery.content_hash, name)
@@ -242,9 +253,8 @@ class Storage:
 
     def _read_shard(self, path: str) -> pl.DataFrame:
         try:
-            shard = pl.read_parquet(io.BytesIO(self._fs.cat_file(path)), glob=False)
-            return schema.enforce(schema.CachedScores, shard)
-        except (pl.exceptions.PolarsError, schema.TableError) as error:
+            return schema.enforce(schema.CachedScores, _read_parquet(self._fs.cat_file(path)))
+        except (*_UNREADABLE, schema.TableError) as error:
             raise StorageError(
                 f"{self._fs.unstrip_protocol(path)}: not a shard of scores ({error}); remove it, and its pairs are "
                 "scored again"
@@ -261,6 +271,8 @@ class Storage:
         Raises:
             PartitionBusyError: another process holds it for longer than the time-out.
         """
+        for part in partition:
+            check_batch_name(part)
         self._lock_directory.mkdir(parents=True, exist_ok=True)
         label = "/".join((name, *partition))
         file = self._lock_directory / ("__".join((name, *partition)) + ".lock")
@@ -286,6 +298,18 @@ def _parquet_bytes(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
     metadata = {_FOOTER_KEY: json.dumps(footer, sort_keys=True)} if footer else None
     frame.rechunk().write_parquet(buffer, compression="zstd", metadata=metadata)
     return buffer.getvalue()
+
+
+def _read_parquet(data: bytes) -> pl.DataFrame:
+    return pl.read_parquet(io.BytesIO(data), glob=False)
+
+
+def _hash_body(parquet: bytes) -> str:
+    """Hash of a Parquet file less its footer, which names its writer: of the columns' bytes (32 hex digits)."""
+    # A Parquet file ends: …columns | footer | length of the footer, 4 bytes little-endian | PAR1
+    footer_bytes = int.from_bytes(parquet[-_FOOTER_TAIL_BYTES:-4], "little")
+    body = parquet[: -(footer_bytes + _FOOTER_TAIL_BYTES)]
+    return hashlib.blake2b(body, digest_size=16).hexdigest()
 
 
 def empty(table: type[dy.Schema]) -> pl.DataFrame:

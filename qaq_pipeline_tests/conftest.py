@@ -7,7 +7,9 @@ tokens follow from 256 on (`qaq_pipeline_tests.naive`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,10 @@ import yaml
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline_tests.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
+
+# Read when the libraries are imported, which test modules do: no test asks a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 _GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -100,16 +106,6 @@ def build_tiny_model(tiny: TinyModel, folder: Path) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer(tiny).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet_libraries() -> None:
-    """No hub access and no progress bars, in this process and in those that a test starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -195,3 +191,35 @@ SAMPLES = [
 def twenty_samples() -> list[Pair]:
     """Twenty tiny code pairs: one-character and two-character queries, UTF-8, whitespace, special tokens as text."""
     return [Pair(f"{number:032x}", None, query, answer) for number, (query, answer) in enumerate(SAMPLES)]
+
+
+REPEATED_ROW, REJECTED_ROW = 7, 12
+"""Rows of `delivered`, from 1."""
+
+
+@pytest.fixture
+def delivered(tmp_path: Path, twenty_samples: list[Pair]) -> Path:
+    """A delivery of twenty rows: the samples, but row 7 repeats row 1 and row 12 has no query."""
+    rows = [{"query": pair.query, "response": pair.answer} for pair in twenty_samples]
+    rows[REPEATED_ROW - 1] = rows[0]
+    rows[REJECTED_ROW - 1] = {"query": "", "response": "nothing was asked"}
+    return write_jsonl(tmp_path / "delivered" / "rows.jsonl", rows)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write records as JSONL, and give the path back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path) -> Callable[[Settings], Path]:
+    """Factory: the settings as a YAML file, for what reads `QAQ_CONFIG` or `--config`."""
+
+    def write(settings: Settings) -> Path:
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
+        return path
+
+    return write

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qaq_pipeline import logprobs
 from qaq_pipeline.causal_lm import (
@@ -134,9 +134,9 @@ class ScaledLlama(LlamaForCausalLM):
 def test_a_model_that_scales_its_logits_in_code_is_refused(dtype: torch.dtype) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ScaledLlama(AutoConfig.for_model("llama", **TINY)).to(dtype)
+        model: Any = ScaledLlama(LlamaConfig(**TINY))
     with pytest.raises(UnsupportedModelError, match="not supported"):
-        CausalLM(model, "scaled")
+        CausalLM(model.to(dtype), "scaled")
 
 
 def test_a_model_that_sees_what_stands_to_the_right_is_refused() -> None:
@@ -306,7 +306,7 @@ def test_a_borrowed_template_replaces_the_models_own(tiny_model_dir: Callable[..
 def test_of_several_named_templates_the_default_one_is_taken(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    several = AutoTokenizer.from_pretrained(tiny_model_dir())
+    several: Any = AutoTokenizer.from_pretrained(tiny_model_dir())
     several.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ raise_exception('no tools here') }}"}
     several.save_pretrained(tmp_path)
     message = [{"role": "user", "content": "x"}]

@@ -89,7 +89,10 @@ class ByteTokenizer:
     ) -> None:
         self.bos_token_id = bos
         self.end_of_text_id = end_of_text
-        self.render_chat = render
+        self._render = render
+
+    def render_chat(self, messages: Messages) -> str:
+        return self._render(messages)
 
     def encode_markup(self, text: str) -> list[int]:
         pieces = re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", text)

@@ -163,7 +163,7 @@ def test_all_four_nlls_equal_the_naive_ones(
 def test_the_comparison_would_notice_a_missing_or_a_second_bos(
     beginning: list[int], twenty_samples: list[Pair], tiny_model_dir: Callable[..., Path]
 ) -> None:
-    """The faintest fault of a context, far from what is scored, still moves some score by far more than the tolerance."""
+    """The faintest fault of a context, far from the scored tokens, still moves some score far beyond the tolerance."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir()).eval()
     for prior in ("null_answer", "user"):
         differences = []
@@ -305,9 +305,7 @@ def test_asked_for_one_score_first_and_then_for_both_only_the_rest_is_scored(
     twenty_samples: list[Pair],
 ) -> None:
     selections = [{"name": "any", "strategy": {"rmi": "rmi_top", "ifd": "ifd"}[first]}]
-    half, half_report = scorings(
-        twenty_samples, scoring={"quantities": [first], "prior": prior}, selections=selections
-    )
+    half, half_report = scorings(twenty_samples, scoring={"quantities": [first], "prior": prior}, selections=selections)
     rest = {"rmi": ("a", "a_given_q"), "ifd": ("q", "q_given_a")}[first]
     for quantity in rest:
         assert half[f"null_reason_{quantity}"].unique().to_list() == [NullReason.NOT_WANTED.value]

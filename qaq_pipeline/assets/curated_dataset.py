@@ -63,7 +63,7 @@ def _result(
         metadata={
             "version": published.version,
             "is_new_version": published.is_new,
-            "path": published.url,
+            "path": dg.MetadataValue.path(published.url),
             "dagster/row_count": sum(entry["rows_selected"] for entry in entries),
             "rows_in": sum(entry["rows_in"] for entry in entries),
             "batches": [entry["batch"] for entry in entries],

@@ -1,6 +1,7 @@
 """The asset decisions[batch]: the ledger."""
 
 import dagster as dg
+import polars as pl
 
 from qaq_pipeline import ledger, selection
 from qaq_pipeline.assets.shared import (
@@ -62,6 +63,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         _require_every_row(raw_data, frame.height)
         metadata = {
             "published_selection": settings.published.name,
+            "pool_size": _pool_size(verdicts, settings.published.name),
             "rows_by_decision": count_by(frame, "decision"),
             "rows_by_reason": count_by(frame, "reason"),
             "selected_by_selection": count_by(verdicts.filter("is_selected"), "selection"),
@@ -69,6 +71,11 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         return table_result(context, frame, inputs, metadata, **facts)
 
     return decisions
+
+
+def _pool_size(verdicts: pl.DataFrame, selection_name: str) -> int:
+    sizes = verdicts.filter(pl.col("selection") == selection_name)["pool_size"]
+    return 0 if sizes.is_empty() else int(sizes[0])
 
 
 def _require_every_row(raw_data: StoredTable, num_rows: int) -> None:

@@ -31,7 +31,8 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         for warning in warnings:
             context.log.warning(warning)
         inputs = by_model("rmi_scores", rmi_scores)
-        return table_result(context, frame, inputs, _metadata(frame, warnings), pool_id=pool_id)
+        models = {role: table.provenance["identity"] for role, table in rmi_scores.items()}
+        return table_result(context, frame, inputs, _metadata(frame, warnings), pool_id=pool_id, models=models)
 
     return disagreement_scores
 

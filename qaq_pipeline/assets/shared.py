@@ -91,8 +91,8 @@ def table_result(
         data_version=dg.DataVersion(table.data_version),
         metadata={
             "dagster/row_count": checked.height,
-            "provenance": dg.JsonMetadataValue(table.provenance),
             **metadata,
+            "provenance": dg.JsonMetadataValue(table.provenance),
         },
     )
 

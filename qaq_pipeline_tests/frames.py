@@ -1,0 +1,94 @@
+"""Hand-made frames of stored tables, which several test modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.identity import ScoreIdentity
+from qaq_pipeline.schema import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
+
+HOSTILE_NAMES = ["../evil", "a/b", "[x]", "x|y", "", "x" * 300, ".hidden", "a..b", "a\n", "b 1", "~", "-rf"]
+"""Names that would leave a folder, be a pattern, break a partition key, or be no name at all."""
+
+IDENTITY = ScoreIdentity(
+    model="tiny",
+    revision="files:0",
+    tokenizer_hash="0",
+    template_hash="0",
+    prior="null_answer",
+    dtype="float32",
+    max_tokens=512,
+    too_long="truncate_answer",
+    token_logprobs=False,
+)
+
+
+def pair_name(number: int) -> str:
+    """A pair_id that is easy to read."""
+    return f"{number:032x}"
+
+
+def raw_rows(*rows: dict[str, Any], batch: str = "b1") -> pl.DataFrame:
+    """RawData: accepted rows 1, 2, 3, … of one file, each a pair of its own, with the given changes."""
+    return pl.DataFrame(
+        [_raw_row(number, batch) | row for number, row in enumerate(rows, start=1)], schema=dtypes(RawData)
+    )
+
+
+def _raw_row(number: int, batch: str) -> dict[str, Any]:
+    return dict.fromkeys(dtypes(RawData)) | {
+        "batch": batch,
+        "source_file": "a.jsonl",
+        "source_row": number,
+        "turn_index": 0,
+        "pair_id": pair_name(number),
+        "query": f"query {number}",
+        "answer": f"answer {number}",
+        "record": "{}",
+        "status": Status.ACCEPTED.value,
+    }
+
+
+def rejected(reason: RejectReason = RejectReason.EMPTY_QUERY, detail: str = "`query` is blank") -> dict[str, Any]:
+    """The changes that make a row a rejected one."""
+    return {
+        "pair_id": None,
+        "query": None,
+        "answer": None,
+        "status": Status.REJECTED.value,
+        "reason": reason.value,
+        "detail": detail,
+    }
+
+
+def rmi_rows(*rows: dict[str, Any]) -> pl.DataFrame:
+    """RmiScores of the pairs 1, 2, 3, …, scorable, with the given changes."""
+    scored = {
+        "log_ppl_q": 2.0,
+        "log_ppl_q_given_a": 1.5,
+        "log_ppl_a": 1.0,
+        "log_ppl_a_given_q": 0.5,
+        "rmi": 0.5,
+        "ifd_ppl": 0.6,
+        "ifd_loss": 0.5,
+        "num_q_tokens": 7,
+        "num_a_tokens": 11,
+        "num_a_tokens_untruncated": 11,
+        "is_truncated": False,
+        "is_short_query": False,
+    }
+    return pl.DataFrame(
+        [scored | {"pair_id": pair_name(number)} | row for number, row in enumerate(rows, start=1)],
+        schema=dtypes(RmiScores),
+    )
+
+
+def cached(*numbers: int, quantity: Quantity = Quantity.Q, sum_nll: float = 1.5) -> pl.DataFrame:
+    """CachedScores: one quantity of some pairs."""
+    rows = [
+        {"pair_id": pair_name(number), "quantity": quantity.value, "sum_nll": sum_nll, "num_tokens": 3}
+        for number in numbers
+    ]
+    return pl.DataFrame(rows, schema=dtypes(CachedScores))

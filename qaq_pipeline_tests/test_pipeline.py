@@ -1,0 +1,607 @@
+"""The whole graph on tiny models: its shape, what comes out of a batch, a second run, and what may go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+from syrupy.assertion import SnapshotAssertion
+
+from qaq_pipeline import causal_lm, driver, publication, schema
+from qaq_pipeline.assets import build_assets
+from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.definitions import STAGES, build_defs
+from qaq_pipeline.driver import BatchSummary, RunError
+from qaq_pipeline.prompts import Pair
+from qaq_pipeline.resources import ScoredPairs, open_storage
+from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
+from qaq_pipeline.scoring import ScoringReport
+from qaq_pipeline.storage import StorageError
+from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, write_jsonl
+from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, pair_name
+
+SettingsFor = Callable[..., Settings]
+Deliver = Callable[..., Path]
+
+HUB_SETTINGS = {"models": {"strong": {"hub": "tiny/strong"}, "weak": {"hub": "tiny/weak"}}}
+"""Settings that name no file: enough to build definitions, not to score."""
+
+PARTITIONS_OF_TABLE = {name: 2 if name in ("logprobs", "rmi_scores") else 1 for name in schema.TABLES}
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    """A Dagster instance in memory, which forgets."""
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+@pytest.fixture
+def deliver(tmp_path: Path) -> Deliver:
+    """Factory: rows, as (query, answer), in a file of their own."""
+
+    def write(*rows: tuple[str, str], name: str = "rows.jsonl") -> Path:
+        records = [{"query": query, "response": answer} for query, answer in rows]
+        return write_jsonl(tmp_path / "delivered" / name, records)
+
+    return write
+
+
+def curate(settings: Settings, instance: dg.DagsterInstance, *files: Path, batch: str = "b1") -> BatchSummary:
+    """What `qaq run` does."""
+    driver.register(settings, instance, batch, files, None)
+    summary = driver.run_batch(settings, instance, batch)
+    assert sum(summary.rows_by_decision.values()) == summary.rows_in
+    sizes = summary.selected_by_selection
+    published = settings.published.name
+    for control in ("control_random", "control_stratified_random"):
+        assert sizes.get(control, 0) == sizes.get(published, 0) == summary.rows_by_decision["selected"]
+    return summary
+
+
+def table(settings: Settings, name: str, *partition: str) -> pl.DataFrame:
+    return open_storage(settings).read_table(name, *(partition or ("b1",))).frame
+
+
+def latest(settings: Settings) -> dict[str, Any]:
+    return open_storage(settings).read_json(publication.FOLDER, "latest.json")
+
+
+def stored_tables(settings: Settings) -> dict[str, bytes]:
+    """Bytes of every stored table and of the newest version of the dataset, by path."""
+    root = Path(settings.storage_root)
+    tables = [path for name in schema.TABLES for path in (root / name).rglob("*.parquet")]
+    version = root / publication.FOLDER / latest(settings)["version"]
+    files = [*tables, *(path for path in version.rglob("*") if path.is_file())]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+# --- the graph ------------------------------------------------------------------------------------------------------
+
+
+def test_the_asset_graph_is_as_designed(snapshot: SnapshotAssertion) -> None:
+    assets = build_assets(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
+    assert {asset.key.to_user_string(): _describe(asset) for asset in assets} == snapshot
+
+
+def _describe(asset: dg.AssetsDefinition) -> dict[str, Any]:
+    (spec,) = asset.specs
+    return {
+        "group": spec.group_name,
+        "partitions": _partitions(asset.partitions_def),
+        "deps": sorted(dep.asset_key.to_user_string() for dep in spec.deps),
+        "pool": asset.op.pool,
+        "kinds": sorted(spec.kinds),
+    }
+
+
+def _partitions(partitions_def: dg.PartitionsDefinition | None) -> Any:
+    if isinstance(partitions_def, dg.MultiPartitionsDefinition):
+        dimensions = partitions_def.partitions_defs
+        return {dimension.name: _partitions(dimension.partitions_def) for dimension in dimensions}
+    if isinstance(partitions_def, dg.DynamicPartitionsDefinition):
+        return f"dynamic {partitions_def.name}"
+    return None if partitions_def is None else list(partitions_def.get_partition_keys())
+
+
+def test_the_definitions_load_and_have_every_job() -> None:
+    defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
+    dg.Definitions.validate_loadable(defs)
+    assert [job.name for job in defs.jobs or []] == list(STAGES)
+    assert [asset for assets in STAGES.values() for asset in assets] == [*schema.TABLES, "curated_dataset"]
+
+
+def test_only_the_scoring_waits_for_the_gpu_and_the_ui_shows_every_column() -> None:
+    assets = build_assets(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
+    pools = {asset.key.to_user_string(): asset.op.pool for asset in assets}
+    assert {name for name, pool in pools.items() if pool == "gpu"} == {"logprobs"}
+    for asset in assets:
+        (spec,) = asset.specs
+        name = spec.key.to_user_string()
+        assert spec.description
+        if name in schema.TABLES:
+            shown = spec.metadata["dagster/column_schema"]
+            assert [column.name for column in shown.columns] == list(dtypes(schema.TABLES[name]))
+
+
+CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "records": ({"records": {"multi_turn": "every"}}, {"raw_data"}),
+    "model": ({"strong": {"dtype": "bfloat16"}}, {"logprobs"}),
+    "system_prompt": ({"weak": {"system_prompt": "Write clean code."}}, {"logprobs"}),
+    "device": ({"strong": {"device": "auto"}}, set()),
+    "prior": ({"scoring": {"prior": "user"}}, {"logprobs"}),
+    "window": ({"scoring": {"max_tokens": 256}}, {"logprobs"}),
+    "token_logprobs": ({"scoring": {"token_logprobs": True}}, {"logprobs"}),
+    "eligibility": ({"eligibility": {"min_query_tokens": 3}}, {"rmi_scores"}),
+    "ranking": ({"ranking": {"num_strata": 3}}, {"disagreement_scores"}),
+    "budget": (
+        {"selections": [{"name": "diff_high", "strategy": "diff_high", "budget": {"count": 3}}]},
+        {"decisions", "curated_dataset"},
+    ),
+    "published": (
+        {"selections": [{"name": "other", "strategy": "diff_high"}]},
+        {"decisions", "selected_subset", "curated_dataset"},
+    ),
+    "second_selection": (
+        {
+            "selections": [
+                {"name": "diff_high", "strategy": "diff_high"},
+                {"name": "rmi_band", "strategy": "rmi_band"},
+            ]
+        },
+        {"decisions"},
+    ),
+    "export": ({"export": {"formats": ["alpaca"]}}, {"curated_dataset"}),
+    "runtime": ({"runtime": {"batch_tokens": 64, "executor": "multiprocess", "shard_seconds": 1.0}}, set()),
+    "storage": ({"storage": {"root": "memory://elsewhere"}}, set()),
+    "model_cache": ({"model_cache": "elsewhere"}, set()),
+}
+
+
+@pytest.mark.parametrize("changed", list(CHANGED_SETTINGS))
+def test_a_changed_setting_makes_exactly_its_readers_stale(settings_for: SettingsFor, changed: str) -> None:
+    sections, stale = CHANGED_SETTINGS[changed]
+    before, after = code_versions(settings_for()), code_versions(settings_for(**sections))
+    assert {name for name in before if before[name] != after[name]} == stale
+
+
+def code_versions(settings: Settings) -> dict[str, str | None]:
+    return {asset.key.to_user_string(): asset.code_versions_by_key[asset.key] for asset in build_assets(settings)}
+
+
+# --- one batch ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_runs_through_and_a_second_run_changes_nothing(
+    settings_for: SettingsFor, delivered: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
+    settings = settings_for()
+    with driver.open_instance() as instance:
+        first = curate(settings, instance, delivered)
+    before = stored_tables(settings)
+    published = latest(settings)
+
+    def load(*_: object) -> None:
+        pytest.fail("a model was loaded although every score was cached")
+
+    monkeypatch.setattr(causal_lm, "load_model", load)
+    with driver.open_instance() as instance:
+        second = curate(settings, instance, delivered)
+        registered = instance.get_dynamic_partitions("batch")
+        materialised = instance.get_materialized_partitions(dg.AssetKey("logprobs"))
+        runs = {run.job_name: run.status.value for run in instance.get_runs()}
+
+    assert (first.rows_in, first.pool_size, first.published) == (20, 18, "diff_high")
+    assert first.rows_by_decision == {
+        "selected": 5,
+        "not_selected": 13,
+        "rejected": 1,
+        "duplicate": 1,
+        "unscorable": 0,
+    }
+    assert first.reasons_by_decision["rejected"] == {"empty_query": 1}
+    assert first.scored == 2 * 4 * 18
+    assert [model.cached for model in first.models] == [0, 0]
+    assert first.is_new_version
+    assert (second.scored, [model.cached for model in second.models]) == (0, [4 * 18] * 2)
+    assert not second.is_new_version
+    assert second.rows_by_decision == first.rows_by_decision
+    assert stored_tables(settings) == before
+    assert latest(settings) == published
+    assert registered == ["b1"]
+    assert materialised == {"b1|strong", "b1|weak"}
+    assert runs == dict.fromkeys(STAGES, "SUCCESS")
+
+
+def test_every_table_of_a_batch_is_stored_and_says_what_made_it(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, delivered)
+    storage = open_storage(settings)
+    for name, partitions in PARTITIONS_OF_TABLE.items():
+        models = sorted(settings.models) if partitions == 2 else [None]
+        for model in models:
+            stored = storage.read_table(name, *(part for part in ("b1", model) if part))
+            assert stored.provenance["table"] == name
+            assert stored.provenance["partition"] == [part for part in ("b1", model) if part]
+            assert stored.provenance["code_version"] == code_versions(settings)[name]
+    decisions = storage.read_table("decisions", "b1")
+    assert decisions.frame["provenance_id"].unique().to_list() == [decisions.provenance_id]
+    raw_data = storage.read_table("raw_data", "b1")
+    assert decisions.provenance["inputs"]["raw_data"] == raw_data.data_version
+    assert decisions.provenance["models"]["strong"]["revision"].startswith("files:")
+
+
+def test_dagster_knows_the_version_that_lies_in_the_storage(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, delivered)
+    event = instance.get_latest_materialization_event(dg.AssetKey("decisions"))
+    assert event is not None
+    assert event.asset_materialization is not None
+    tags = event.asset_materialization.tags or {}
+    assert tags["dagster/data_version"] == open_storage(settings).read_table("decisions", "b1").data_version
+
+
+def test_the_rows_that_cannot_be_scored_keep_their_place_in_the_ledger(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, delivered)
+    decisions = table(settings, "decisions")
+    assert decisions["source_row"].to_list() == list(range(1, 21))
+    fates = dict(decisions.select("source_row", "decision").iter_rows())
+    assert (fates[REPEATED_ROW], fates[REJECTED_ROW]) == ("duplicate", "rejected")
+    assert table(settings, "logprobs", "b1", "strong").height == 18
+    assert table(settings, "selected_subset")["position"].to_list() == [1, 2, 3, 4, 5]
+
+
+def test_two_homes_hold_the_same_bytes_and_publish_the_same_version(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    here = settings_for()
+    curate(here, instance, delivered)
+    monkeypatch.setenv("QAQ_HOME", str(tmp_path / "elsewhere"))
+    there = settings_for()
+    with dg.DagsterInstance.ephemeral() as other:
+        curate(there, other, delivered)
+    assert here.storage_root != there.storage_root
+    assert stored_tables(here) == stored_tables(there)
+    assert latest(here) == latest(there)
+
+
+def test_the_log_probability_of_every_token_is_kept_if_asked_for(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(scoring={"token_logprobs": True})
+    curate(settings, instance, delivered)
+    logprobs = table(settings, "logprobs", "b1", "weak")
+    for quantity, count in {"q": "q", "q_given_a": "q", "a": "a", "a_given_q": "a"}.items():
+        tokens = logprobs[f"token_logprobs_{quantity}"]
+        assert tokens.list.len().to_list() == logprobs[f"num_{count}_tokens"].to_list()
+        gaps = (tokens.list.sum().cast(pl.Float64) + logprobs[f"sum_nll_{quantity}"]).abs()
+        assert (gaps < 1e-3).all()
+
+
+def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(scoring={"quantities": ["rmi"]})
+    summary = curate(settings, instance, delivered)
+    assert summary.scored == 2 * 2 * 18
+    assert summary.rows_by_decision["selected"] == 5
+    scores = table(settings, "rmi_scores", "b1", "strong")
+    assert scores["null_reason_ifd"].unique().to_list() == ["not_wanted"]
+    assert scores["null_reason_rmi"].null_count() == 18
+
+
+# --- odd batches ----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_delivery_has_no_rows_and_publishes_none(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    settings = settings_for()
+    (tmp_path / "none.json").write_text("[]")
+    summary = curate(settings, instance, tmp_path / "none.json")
+    assert (summary.rows_in, summary.scored, summary.pool_size) == (0, 0, 0)
+    assert stored_tables(settings)[f"{published_folder(settings)}/diff_high/messages.jsonl"] == b""
+
+
+def published_folder(settings: Settings) -> str:
+    return f"{publication.FOLDER}/{latest(settings)['version']}"
+
+
+def test_a_batch_of_rejected_rows_is_decided_and_nothing_is_scored(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    summary = curate(settings, instance, deliver(("", "a"), ("q", ""), (" ", " ")))
+    assert summary.rows_by_decision["rejected"] == 3
+    assert summary.scored == 0
+    assert [model.medians for model in summary.models] == [{}, {}]
+
+
+def test_a_single_row_is_its_own_stratum(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for(
+        ranking={"num_strata": 10}, selections=[{"name": "all", "strategy": "diff_high", "budget": {"fraction": 1.0}}]
+    )
+    summary = curate(settings, instance, deliver(("Is 7 prime?", "Yes.")))
+    assert summary.rows_by_decision["selected"] == 1
+    assert len(summary.warnings) == 2
+    assert "only 1 of 1 pairs can be ranked, so 1 stratum instead of 10" in summary.warnings[0]
+
+
+def test_fewer_rows_than_strata_are_fewer_strata_with_a_warning(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for(ranking={"num_strata": 10, "min_rows_per_stratum": 2})
+    rows = [(f"query {n}", f"answer {n}") for n in range(7)]
+    summary = curate(settings, instance, deliver(*rows))
+    scores = table(settings, "disagreement_scores")
+    assert scores["num_strata"].unique().to_list() == [3]
+    assert scores["stratum_strong"].value_counts(sort=True)["count"].to_list() in ([3, 2, 2], [3, 3, 1])
+    assert any("7 of 7 pairs can be ranked, so 3 strata instead of 10" in warning for warning in summary.warnings)
+
+
+def test_equal_pairs_are_scored_once_and_reported_as_often_as_they_came(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    same = [("Is 7 prime?", "Yes.")] * 3
+    summary = curate(settings, instance, deliver(*same, name="a.jsonl"), deliver(*same, name="b.jsonl"))
+    assert summary.rows_by_decision == {
+        "selected": 0,
+        "not_selected": 1,
+        "rejected": 0,
+        "duplicate": 5,
+        "unscorable": 0,
+    }
+    assert summary.scored == 2 * 4
+    representatives = table(settings, "decisions")["duplicate_of"].drop_nulls().unique().to_list()
+    assert representatives == ["b1/a.jsonl:1.0"]
+
+
+def test_only_the_first_rows_are_read_where_a_limit_says_so(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], 3)
+    assert driver.run_batch(settings, instance, "b1").rows_in == 3
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_hostile_batch_name_is_refused_before_anything_is_kept(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="batch name"):
+        driver.register(settings_for(), instance, name, [delivered], None)
+    assert instance.get_dynamic_partitions("batch") == []
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "[x]"])
+def test_a_hostile_partition_that_the_ui_registered_fails_and_writes_nothing(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, name: str, tmp_path: Path
+) -> None:
+    instance.add_dynamic_partitions("batch", [name])
+    with pytest.raises(ValueError, match="batch name"):
+        run_stages(settings_for(), instance, name, "ingest_batch")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+# --- several batches ------------------------------------------------------------------------------------------------
+
+
+def test_the_dataset_holds_every_batch_and_lists_the_one_that_was_never_made(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    only_first = curate(settings, instance, delivered)
+    driver.register(settings, instance, "b3", [delivered], None)
+    rows = [(f"query {n}", f"answer {n}") for n in range(8)]
+    both = curate(settings, instance, deliver(*rows), batch="b2")
+    assert both.is_new_version
+    assert Path(only_first.dataset_url).exists()
+    manifest = json.loads((Path(both.dataset_url) / "manifest.json").read_text())
+    assert [(entry["batch"], entry["rows_selected"]) for entry in manifest["batches"]] == [("b1", 5), ("b2", 2)]
+    alpaca = json.loads((Path(both.dataset_url) / "diff_high" / "alpaca.json").read_text())
+    assert len(alpaca) == 7
+    assert latest(settings)["excluded_batches"] == {"b3": "not materialised: raw_data, decisions, selected_subset"}
+
+
+def test_a_new_delivery_of_a_batch_replaces_its_rows(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, delivered)
+    again = curate(
+        settings, instance, deliver(("Is 7 prime?", "Yes: no number from 2 to 6 divides it."), ("new", "row"))
+    )
+    assert (again.rows_in, again.scored) == (2, 2 * 4)
+    assert table(settings, "raw_data")["source_row"].to_list() == [1, 2]
+
+
+def test_publishing_without_any_batch_fails_with_the_reason(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    with pytest.raises(dg.Failure, match=r"no batch is complete \({'b1': 'not materialised: raw_data"):
+        run_stages(settings, instance, "b1", "publish_dataset")
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+class HandMadeRuntime:
+    """A model runtime without a model: every sum from the place of the pair, with the given changes."""
+
+    def __init__(self, **changes: pl.Expr) -> None:
+        self._changes = changes
+
+    def score(self, role: str, pairs: Sequence[Pair], *_: object) -> ScoredPairs:
+        rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(pairs, start=1)]
+        frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
+        report = ScoringReport(len(rows), 0, len(rows), len(rows), 1, 1, 1.0)
+        provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest(), "frame": "chat"}
+        return ScoredPairs(frame, report, provenance)
+
+    def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
+        sums = {f"sum_nll_{quantity}": float(number + index) for index, quantity in enumerate(Quantity)}
+        sums["sum_nll_q_given_a"] += 0.5 if role == "strong" else 0.25 * number
+        return {"pair_id": pair_id, **sums, "num_q_tokens": 5, "num_a_tokens": 5} | {
+            "num_a_tokens_untruncated": 5,
+            "is_truncated": False,
+        }
+
+
+def run_stages(settings: Settings, instance: dg.DagsterInstance, batch: str, *jobs: str, **resources: object) -> None:
+    """Run jobs for a batch with some resources replaced; what a step raises is raised."""
+    defs = build_defs(settings, resource_overrides=resources)
+    for job in jobs or STAGES:
+        keys: dict[str, list[Any]] = {
+            "publish_dataset": [None],
+            "score_batch": [dg.MultiPartitionKey({"batch": batch, "model": role}) for role in settings.models],
+        }
+        for key in keys.get(job, [batch]):
+            defs.resolve_job_def(job).execute_in_process(instance=instance, partition_key=key)
+
+
+def test_a_pair_that_the_model_fails_on_is_unscorable_and_never_selected(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(selections=[{"name": "all", "strategy": "diff_low", "budget": {"fraction": 1.0}}])
+    driver.register(settings, instance, "b1", [delivered], None)
+    fails = pl.int_range(pl.len()) < 4
+    runtime = HandMadeRuntime(
+        sum_nll_q_given_a=pl.when(~fails).then("sum_nll_q_given_a"),
+        null_reason_q_given_a=pl.when(fails).then(pl.lit(NullReason.NON_FINITE.value)),
+    )
+    run_stages(settings, instance, "b1", model_runtime=runtime)
+    decisions = table(settings, "decisions")
+    assert dict(decisions["decision"].value_counts().iter_rows()) == {
+        "selected": 14,
+        "unscorable": 4,
+        "rejected": 1,
+        "duplicate": 1,
+    }
+    failed = decisions.filter(decision="unscorable")
+    assert failed["reason"].unique().to_list() == ["non_finite"]
+    assert failed["gap"].null_count() == 4
+    assert "strong model: non_finite; weak model: non_finite" in failed["explanation"][0]
+    assert set(table(settings, "selected_subset")["pair_id"]).isdisjoint(failed["pair_id"])
+
+
+def test_a_model_that_fails_on_every_pair_selects_none(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
+    reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
+    run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime(**nothing, **reasons))
+    assert table(settings, "decisions").filter(decision="unscorable").height == 18
+    assert table(settings, "selected_subset").is_empty()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"sum_nll_q": pl.lit(-1.0)}, r"logprobs: Logprobs: rows break the rules sum_nll_q\|min \(18 rows\)"),
+        ({"surprise": pl.lit(1)}, r"logprobs: Logprobs: columns missing \[\], columns not declared \['surprise'\]"),
+        ({"num_q_tokens": pl.lit(1)}, "logprobs: Logprobs: columns of another type"),
+        ({"pair_id": pl.lit(pair_name(1))}, r"logprobs: Logprobs: .*primary_key \(18 rows\)"),
+    ],
+)
+def test_a_fault_of_the_code_is_raised_before_the_write_and_the_old_file_stands(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, fault: dict[str, pl.Expr], said: str
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    run_stages(settings, instance, "b1", "ingest_batch", "score_batch", model_runtime=HandMadeRuntime())
+    file = Path(open_storage(settings).table_url("logprobs", "b1", "strong"))
+    before = file.read_bytes()
+    with pytest.raises(dg.Failure, match=said) as caught:
+        run_stages(settings, instance, "b1", "score_batch", model_runtime=HandMadeRuntime(**fault))
+    assert str(caught.value.description).endswith("nothing was written")
+    assert not caught.value.allow_retries
+    assert file.read_bytes() == before
+    assert len(instance.fetch_materializations(dg.AssetKey("logprobs"), limit=10).records) == 2
+
+
+def test_a_missing_partition_upstream_is_named_with_its_remedy(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    said = r"rmi_scores/b1/strong/table\.parquet: not stored yet; materialise rmi_scores first"
+    with pytest.raises(StorageError, match=said):
+        run_stages(settings, instance, "b1", "select_from_batch")
+
+
+def test_a_batch_that_only_the_ui_registered_names_the_remedy(
+    settings_for: SettingsFor, instance: dg.DagsterInstance
+) -> None:
+    instance.add_dynamic_partitions("batch", ["b1"])
+    with pytest.raises(RunError, match="batch 'b1' was never delivered; register it with `qaq run FILE --batch b1`"):
+        driver.run_batch(settings_for(), instance, "b1")
+
+
+def test_what_the_stages_before_a_failure_made_stays(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(strong={"directory": "no/such/model"})
+    driver.register(settings, instance, "b1", [delivered], None)
+    stages: list[str] = []
+    with pytest.raises(RunError, match=r"score_batch of b1\|strong failed: step logprobs: .*no config\.json there"):
+        driver.run_batch(settings, instance, "b1", driver.Events(on_stage=lambda job, of: stages.append(f"{job} {of}")))
+    assert stages == ["ingest_batch b1", "score_batch b1|strong"]
+    storage = open_storage(settings)
+    assert storage.has_table("screened_data", "b1")
+    assert not storage.has_table("logprobs", "b1", "strong")
+
+
+def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    curate(settings_for(), instance, delivered)
+    ranked = curate(settings_for(ranking={"num_strata": 3}, eligibility={"min_query_tokens": 2}), instance, delivered)
+    assert ranked.scored == 0
+    assert ranked.rows_by_decision["unscorable"] == 1
+    asked = curate(settings_for(weak={"system_prompt": "Write clean code."}), instance, delivered)
+    assert [(model.role, model.scored) for model in asked.models] == [("strong", 0), ("weak", 72)]
+
+
+@pytest.mark.slow
+def test_steps_in_processes_of_their_own_give_the_same_dataset(
+    settings_for: SettingsFor,
+    settings_file: Callable[[Settings], Path],
+    instance: dg.DagsterInstance,
+    delivered: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    here = curate(settings_for(), instance, delivered)
+    monkeypatch.setenv("QAQ_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = settings_for(runtime={"executor": "multiprocess"})
+    monkeypatch.setenv("QAQ_CONFIG", str(settings_file(settings)))
+    with driver.open_instance() as home:
+        there = curate(settings, home, delivered)
+    assert there.rows_by_decision == here.rows_by_decision
+    assert Path(there.dataset_url).name == Path(here.dataset_url).name

@@ -1,0 +1,296 @@
+"""publication: what a version consists of, when there is a new one, and which batches are left out, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+import pytest
+
+from qaq_pipeline import ledger, publication, schema, selection
+from qaq_pipeline.config import RankingSettings, Settings, parse_settings
+from qaq_pipeline.publication import BatchTables, Publication, publish, read_batches
+from qaq_pipeline.scores import disagreement_scores
+from qaq_pipeline.screening import screen
+from qaq_pipeline.storage import Storage, StoredTable, hash_json
+from qaq_pipeline_tests.frames import raw_rows, rejected, rmi_rows
+
+SETTINGS = """
+models:
+  strong: {hub: tiny/strong}
+  weak: {hub: tiny/weak}
+"""
+RANKING = RankingSettings.model_validate({"num_strata": 1, "min_rows_per_stratum": 1})
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return parse_settings(SETTINGS)
+
+
+def store(
+    storage: Storage, settings: Settings, batch: str = "b1", texts: tuple[str, ...] = ("a", "b", "c", "d")
+) -> None:
+    """The tables of a batch as the assets leave them: one row a text, and a rejected one."""
+    raw = raw_rows(*({"query": text, "source_file": f"{batch}.jsonl"} for text in texts), rejected(), batch=batch)
+    rmi = {"strong": [0.1 * n for n in range(len(texts))], "weak": [-0.1 * n for n in range(len(texts))]}
+    scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}
+    disagreement, _ = disagreement_scores(scores, RANKING, f"batch:{batch}")
+    candidates = selection.candidates(disagreement, scores)
+    verdicts = selection.select_all(candidates, settings.selections, ["strong", "weak"])
+    raw_data = StoredTable(raw, {"files": {f"{batch}.jsonl": hashlib.sha256(repr(texts).encode()).hexdigest()}})
+    made_of = {
+        "inputs": {"raw_data": raw_data.data_version},
+        "models": {"strong": {"model": "tiny/strong"}, "weak": {"model": "tiny/weak"}},
+        "settings_hash": "0",
+    }
+    frame = ledger.decide(raw, screen(raw), scores, disagreement, verdicts, settings.published, hash_json(made_of))
+    decisions = StoredTable(schema.enforce(schema.Decisions, frame), made_of)
+    storage.write_table(raw_data, "raw_data", batch)
+    storage.write_table(decisions, "decisions", batch)
+    select(storage, settings, batch)
+
+
+def select(storage: Storage, settings: Settings, batch: str = "b1") -> None:
+    """selected_subset of a batch, as the asset leaves it."""
+    raw, decisions = storage.read_table("raw_data", batch), storage.read_table("decisions", batch)
+    rows = ledger.selected_rows(settings.published.name, raw.frame, decisions.frame)
+    inputs = {"raw_data": raw.data_version, "decisions": decisions.data_version}
+    table = StoredTable(rows, {"selection": settings.published.name, "inputs": inputs})
+    storage.write_table(table, "selected_subset", batch)
+
+
+def publish_registered(storage: Storage, settings: Settings, *registered: str) -> Publication:
+    batches, excluded = read_batches(storage, registered, settings.published.name)
+    return publish(storage, settings, batches, excluded)
+
+
+def version_files(storage: Storage, version: str) -> dict[str, bytes]:
+    folder = Path(storage.url(publication.FOLDER, version))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    assert sorted(version_files(storage, published.version)) == [
+        "control_random/alpaca.json",
+        "control_random/messages.jsonl",
+        "control_stratified_random/alpaca.json",
+        "control_stratified_random/messages.jsonl",
+        "diff_high/alpaca.json",
+        "diff_high/messages.jsonl",
+        "manifest.json",
+        "scores.parquet",
+    ]
+    assert published.url == storage.url(publication.FOLDER, published.version)
+    assert published.is_new
+
+
+def test_the_manifest_hashes_the_files_and_names_what_entered(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    files = version_files(storage, published.version)
+    manifest = json.loads(files.pop("manifest.json"))
+    assert manifest == published.manifest
+    assert manifest["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert published.version == hash_json(manifest)
+    (entry,) = manifest["batches"]
+    tables = {name: storage.read_table(name, "b1") for name in ("raw_data", "decisions", "selected_subset")}
+    assert {name: entry["data_versions"][name] for name in tables} == {n: t.data_version for n, t in tables.items()}
+    assert (entry["batch"], entry["rows_in"], entry["rows_selected"]) == ("b1", 5, 1)
+    assert entry["models"] == {"strong": {"model": "tiny/strong"}, "weak": {"model": "tiny/weak"}}
+    assert entry["files"] == tables["raw_data"].provenance["files"]
+    assert entry["provenance_id"] == tables["decisions"].frame["provenance_id"][0]
+    assert manifest["selection"]["name"] == "diff_high"
+
+
+def test_the_manifest_holds_no_time_no_run_and_no_path(storage: Storage, settings: Settings, tmp_path: Path) -> None:
+    store(storage, settings)
+    manifest = json.dumps(publish_registered(storage, settings, "b1").manifest)
+    assert str(tmp_path) not in manifest
+    assert "run_id" not in manifest
+    assert "published_at" not in manifest
+
+
+def test_publishing_the_same_content_again_writes_no_version(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    first = publish_registered(storage, settings, "b1")
+    folder = Path(storage.url(publication.FOLDER, first.version))
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    store(storage, settings)
+    second = publish_registered(storage, settings, "b1")
+    assert (second.version, second.is_new) == (first.version, False)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+
+
+def test_equal_content_has_an_equal_version_in_another_storage(
+    storage: Storage, settings: Settings, tmp_path: Path
+) -> None:
+    elsewhere = Storage(f"memory://{tmp_path.name}", tmp_path / "locks")
+    for place in (storage, elsewhere):
+        store(place, settings, "b2")
+        store(place, settings, "b1")
+    here, there = (publish_registered(place, settings, "b2", "b1") for place in (storage, elsewhere))
+    assert here.version == there.version
+    assert elsewhere.read_json(publication.FOLDER, there.version, "manifest.json") == here.manifest
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    old = publish_registered(storage, settings, "b1")
+    before = version_files(storage, old.version)
+    store(storage, settings, texts=("a", "b", "c", "changed"))
+    new = publish_registered(storage, settings, "b1")
+    assert new.version != old.version
+    assert new.is_new
+    assert version_files(storage, old.version) == before
+    assert storage.read_json(publication.FOLDER, "latest.json")["version"] == new.version
+
+
+@pytest.mark.parametrize("change", ["selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]"])
+def test_another_setting_of_the_selection_is_another_version(storage: Storage, settings: Settings, change: str) -> None:
+    store(storage, settings)
+    old = publish_registered(storage, settings, "b1")
+    changed = parse_settings(SETTINGS + change)
+    store(storage, changed)
+    new = publish_registered(storage, changed, "b1")
+    assert new.version != old.version
+    assert new.manifest["batches"][0]["rows_selected"] == 2
+
+
+def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
+    store(storage, settings)
+    files = publish_registered(storage, settings, "b1").manifest["files"]
+    assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", "scores.parquet"}
+
+
+def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Settings) -> None:
+    for batch in ("b10", "b1", "a"):
+        store(storage, settings, batch)
+    published = publish_registered(storage, settings, "b10", "b1", "a")
+    assert [entry["batch"] for entry in published.manifest["batches"]] == ["a", "b1", "b10"]
+    rows = json.loads(version_files(storage, published.version)["diff_high/alpaca.json"])
+    assert len(rows) == 3
+    scores = pl.read_parquet(version_files(storage, published.version)["scores.parquet"])
+    assert scores["batch"].unique(maintain_order=True).to_list() == ["a", "b1", "b10"]
+    assert scores.height == 15
+
+
+def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    published = publish_registered(storage, settings, "b1", "b2")
+    assert storage.read_json(publication.FOLDER, "latest.json") == {
+        "version": published.version,
+        "excluded_batches": {"b2": "not materialised: raw_data, decisions, selected_subset"},
+    }
+
+
+def test_a_version_that_was_left_half_written_is_finished(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    whole = version_files(storage, published.version)
+    storage.remove(publication.FOLDER, published.version, "manifest.json")
+    storage.write_bytes(b"[", publication.FOLDER, published.version, "diff_high", "alpaca.json")
+    assert publish_registered(storage, settings, "b1").is_new
+    assert version_files(storage, published.version) == whole
+
+
+# --- batches that are left out --------------------------------------------------------------------------------------
+
+
+def _lose_table(storage: Storage, _: Settings) -> None:
+    storage.remove("decisions", "b1", "table.parquet")
+
+
+def _select_otherwise(storage: Storage, _: Settings) -> None:
+    other = parse_settings(SETTINGS + "selections: [{name: other, strategy: sum_high}]")
+    store(storage, other)
+
+
+def _decide_anew(storage: Storage, _: Settings) -> None:
+    table = storage.read_table("decisions", "b1")
+    changed = table.frame.with_columns(explanation=pl.lit("Otherwise."))
+    storage.write_table(StoredTable(changed, table.provenance), "decisions", "b1")
+
+
+def _read_anew(storage: Storage, _: Settings) -> None:
+    table = storage.read_table("raw_data", "b1")
+    storage.write_table(StoredTable(table.frame[:3], table.provenance), "raw_data", "b1")
+
+
+def _no_change(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+
+
+LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
+    "missing": (_lose_table, "not materialised: decisions"),
+    "other_selection": (_select_otherwise, "selected by other, not by diff_high; materialise selected_subset"),
+    "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
+    "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),
+}
+
+
+@pytest.mark.parametrize("why", list(LEFT_OUT))
+def test_a_batch_that_is_incomplete_or_stale_is_left_out_with_the_reason(
+    storage: Storage, settings: Settings, why: str
+) -> None:
+    change, reason = LEFT_OUT[why]
+    for batch in ("b1", "b2"):
+        store(storage, settings, batch)
+    change(storage, settings)
+    batches, excluded = read_batches(storage, ["b1", "b2"], "diff_high")
+    assert [tables.batch for tables in batches] == ["b2"]
+    assert excluded == {"b1": reason}
+
+
+def test_a_batch_that_was_made_again_alike_is_not_stale(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    _no_change(storage, settings)
+    batches, excluded = read_batches(storage, ["b1"], "diff_high")
+    assert [tables.batch for tables in batches] == ["b1"]
+    assert excluded == {}
+
+
+def test_the_older_batch_enters_again_once_it_is_materialised(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    _decide_anew(storage, settings)
+    select(storage, settings)
+    assert read_batches(storage, ["b1"], "diff_high")[1] == {}
+
+
+def test_a_batch_whose_name_cannot_be_used_is_left_out_and_stops_nobody(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    batches, excluded = read_batches(storage, ["../evil", "b1"], "diff_high")
+    assert [tables.batch for tables in batches] == ["b1"]
+    assert list(excluded) == ["../evil"]
+    assert "batch name '../evil' cannot be used" in excluded["../evil"]
+
+
+def test_no_batch_is_no_batch(storage: Storage) -> None:
+    assert read_batches(storage, [], "diff_high") == ([], {})
+
+
+def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) -> None:
+    store(storage, settings)
+    ((tables,), _) = read_batches(storage, ["b1"], "diff_high")
+    read: dict[str, Any] = {field.name: getattr(tables, field.name) for field in dataclasses.fields(BatchTables)}
+    assert read.pop("batch") == "b1"
+    assert {name: table.frame.height for name, table in read.items()} == {
+        "raw_data": 5,
+        "decisions": 5,
+        "selected_subset": 1,
+    }

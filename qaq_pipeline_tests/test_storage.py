@@ -1,0 +1,469 @@
+"""storage: atomic writes, tables with provenance, deliveries, the score cache, locks; on disk and in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qaq_pipeline import schema
+from qaq_pipeline.schema import Quantity, TableError
+from qaq_pipeline.storage import Delivery, PartitionBusyError, Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, cached, pair_name, raw_rows, rejected
+
+REPOSITORY = Path(__file__).parents[1]
+PROVENANCE = {"code_version": "1-abc", "inputs": {}, "files": {"größe.jsonl": "12"}, "partition": ["b1"]}
+ROWS = raw_rows({"query": "Größe?\n", "system": "Be brief."}, rejected(), {"answer": ""})
+TABLE = ("raw_data", "b1", "table.parquet")
+FILES = {"a.jsonl": b'{"query": "q", "response": "a"}\n', "b.jsonl": b"\x00\xff"}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
+
+
+@pytest.fixture(params=["disk", "memory"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    """Storage on the local disk, and on a file system that is not local."""
+    root = str(tmp_path / "storage") if request.param == "disk" else f"memory://{tmp_path.name}/storage"
+    yield Storage(root, tmp_path / "locks")
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+
+
+def files_under(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def table_file(storage: Storage, batch: str = "b1") -> Path:
+    return Path(storage.table_url("raw_data", batch))
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_write_replaces_the_first_and_leaves_nothing_else(any_storage: Storage) -> None:
+    any_storage.write_bytes(b"old", "folder", "file")
+    any_storage.write_bytes(b"new", "folder", "file")
+    assert any_storage.read_bytes("folder", "file") == b"new"
+    assert [Path(path).name for path in any_storage._fs.ls(any_storage.path("folder"), detail=False)] == ["file"]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_content_and_no_temporary_file(
+    storage: Storage, tmp_path: Path
+) -> None:
+    storage.write_bytes(b"old", "folder", "file")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            storage.write_bytes(b"new" * 1000, "folder", "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_under(tmp_path) == ["storage/folder/file"]
+    assert storage.read_bytes("folder", "file") == b"old"
+
+
+def test_a_write_that_cannot_replace_leaves_no_temporary_file(storage: Storage, tmp_path: Path) -> None:
+    storage.write_bytes(b"inside", "folder", "file")
+    with pytest.raises(OSError, match="folder"):
+        storage.write_bytes(b"new", "folder")
+    assert files_under(tmp_path) == ["storage/folder/file"]
+
+
+def test_what_is_missing_is_named(any_storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"storage/no/such: not stored yet"):
+        any_storage.read_bytes("no", "such")
+    assert not any_storage.exists("no", "such")
+
+
+def test_json_comes_back(any_storage: Storage) -> None:
+    any_storage.write_json({"ä": [1, None]}, "value.json")
+    assert any_storage.read_json("value.json") == {"ä": [1, None]}
+    any_storage.remove("value.json")
+    assert not any_storage.exists("value.json")
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_comes_back_with_its_provenance_and_version(any_storage: Storage) -> None:
+    written = StoredTable(ROWS, PROVENANCE)
+    any_storage.write_table(written, "raw_data", "b1")
+    read = any_storage.read_table("raw_data", "b1")
+    assert read.frame.equals(ROWS)
+    assert dict(read.frame.schema) == schema.dtypes(schema.RawData)
+    assert read.provenance == PROVENANCE
+    assert (read.data_version, read.provenance_id) == (written.data_version, written.provenance_id)
+    assert any_storage.has_table("raw_data", "b1")
+    assert not any_storage.has_table("raw_data", "b2")
+
+
+def test_the_footer_of_the_file_says_what_made_it(storage: Storage) -> None:
+    table = StoredTable(ROWS, PROVENANCE)
+    storage.write_table(table, "raw_data", "b1")
+    footer = json.loads(pl.read_parquet_metadata(table_file(storage))["qaq_pipeline"])
+    assert footer == {"provenance": PROVENANCE, "data_version": table.data_version}
+
+
+@pytest.mark.parametrize("name", list(schema.TABLES))
+def test_a_table_without_rows_is_stored_too(storage: Storage, name: str) -> None:
+    storage.write_table(StoredTable(empty(schema.TABLES[name])), name, "b1")
+    assert storage.read_table(name, "b1").frame.equals(empty(schema.TABLES[name]))
+
+
+def test_partitions_of_a_table_do_not_mix(storage: Storage) -> None:
+    scores = empty(schema.RmiScores)
+    for role in ("strong", "weak"):
+        storage.write_table(StoredTable(scores, {"role": role}), "rmi_scores", "b1", role)
+    assert storage.read_table("rmi_scores", "b1", "weak").provenance == {"role": "weak"}
+    assert storage.read_table("rmi_scores", "b1", "strong").provenance == {"role": "strong"}
+
+
+def test_a_frame_that_does_not_fit_is_not_written(storage: Storage) -> None:
+    storage.write_table(StoredTable(ROWS), "raw_data", "b1")
+    before = table_file(storage).read_bytes()
+    with pytest.raises(TableError, match="RawData"):
+        storage.write_table(StoredTable(ROWS.drop("answer")), "raw_data", "b1")
+    assert table_file(storage).read_bytes() == before
+
+
+def test_a_table_that_is_not_declared_is_refused_with_those_that_are(storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"'surprise' is no table; known: raw_data, screened_data"):
+        storage.read_table("surprise", "b1")
+
+
+def test_a_missing_table_is_named_with_its_remedy(any_storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"raw_data/b1/table\.parquet: not stored yet; materialise raw_data first"):
+        any_storage.read_table("raw_data", "b1")
+
+
+@given(cuts=st.lists(st.integers(0, 8), max_size=4), order=st.permutations(range(8)))
+def test_equal_content_has_an_equal_version_however_the_frame_came_about(cuts: list[int], order: list[int]) -> None:
+    frame = raw_rows(*[{}] * 8)
+    edges = [0, *sorted(cuts), 8]
+    pieces = [frame[start:stop] for start, stop in itertools.pairwise(edges)]
+    rebuilt = pl.concat(pieces, rechunk=False)[order].sort("source_row")
+    assert StoredTable(rebuilt).data_version == StoredTable(frame).data_version
+    changed = frame.with_columns(answer=pl.when(pl.col("source_row") == 3).then(pl.lit("!")).otherwise("answer"))
+    assert StoredTable(changed).data_version != StoredTable(frame).data_version
+
+
+def test_the_version_knows_content_only_and_the_provenance_id_provenance_only() -> None:
+    table, told = StoredTable(ROWS), StoredTable(ROWS, PROVENANCE)
+    assert table.data_version == told.data_version
+    assert table.provenance_id != told.provenance_id == hash_json(PROVENANCE)
+    assert StoredTable(ROWS[:1], PROVENANCE).provenance_id == told.provenance_id
+
+
+def test_the_version_of_a_stored_table_does_not_depend_on_who_reads_it(storage: Storage) -> None:
+    """A newer Polars may write other bytes for the same rows; a table that lies there keeps its version."""
+    other_bytes = StoredTable(ROWS, {}, stored_version="0" * 32)
+    assert other_bytes.data_version == "0" * 32
+    storage.write_table(StoredTable(ROWS), "raw_data", "b1")
+    assert storage.read_table("raw_data", "b1").stored_version == StoredTable(ROWS).data_version
+
+
+def foreign(footer: str | None = None, frame: pl.DataFrame = ROWS) -> bytes:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata=None if footer is None else {"qaq_pipeline": footer})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"PAR1" * 4,
+        foreign(),
+        foreign("[]"),
+        foreign("{}"),
+        foreign("{"),
+        foreign('{"provenance": {}}'),
+        foreign('{"provenance": {}, "data_version": "0"}'),
+        foreign('{"provenance": {}, "data_version": "0"}', ROWS.drop("answer")),
+        foreign('{"provenance": {}, "data_version": "0"}', ROWS.with_columns(pl.col("source_row").cast(pl.Int32))),
+    ],
+)
+def test_a_foreign_file_or_one_of_an_old_schema_is_named_with_its_remedy(storage: Storage, content: bytes) -> None:
+    storage.write_bytes(content, *TABLE)
+    with pytest.raises(StorageError, match=r"raw_data/b1/table\.parquet: .*materialise it anew"):
+        storage.read_table("raw_data", "b1")
+
+
+def test_a_file_of_an_old_schema_is_told_from_a_damaged_one(storage: Storage) -> None:
+    storage.write_bytes(foreign('{"provenance": {}, "data_version": "0"}', ROWS.drop("answer")), *TABLE)
+    with pytest.raises(StorageError, match="written by another version of raw_data"):
+        storage.read_table("raw_data", "b1")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torn_table_is_an_error_wherever_it_ends(storage: Storage) -> None:
+    storage.write_table(StoredTable(ROWS, PROVENANCE), "raw_data", "b1")
+    whole = storage.read_bytes(*TABLE)
+    for length in range(0, len(whole), 41):
+        storage.write_bytes(whole[:length], *TABLE)
+        with pytest.raises(StorageError, match=r"raw_data/b1/table\.parquet: .*materialise it anew"):
+            storage.read_table("raw_data", "b1")
+
+
+def test_a_changed_byte_never_gives_other_rows(storage: Storage) -> None:
+    storage.write_table(StoredTable(ROWS, PROVENANCE), "raw_data", "b1")
+    whole = storage.read_bytes(*TABLE)
+    refused = 0
+    for position in range(0, len(whole), 41):
+        changed = bytearray(whole)
+        changed[position] ^= 0x5A
+        storage.write_bytes(bytes(changed), *TABLE)
+        try:
+            assert storage.read_table("raw_data", "b1").frame.equals(ROWS)
+        except StorageError:
+            refused += 1
+    assert refused > 0
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+PATH_TAKING: dict[str, Callable[[Storage, str], Any]] = {
+    "write_table": lambda storage, name: storage.write_table(StoredTable(ROWS), "raw_data", name),
+    "write_table_of_model": lambda storage, name: storage.write_table(StoredTable(ROWS), "raw_data", "b1", name),
+    "read_table": lambda storage, name: storage.read_table("raw_data", name),
+    "has_table": lambda storage, name: storage.has_table("raw_data", name),
+    "table_url": lambda storage, name: storage.table_url("raw_data", name),
+    "store_delivery": lambda storage, name: storage.store_delivery(name, FILES),
+    "current_delivery": lambda storage, name: storage.current_delivery(name),
+    "read_delivery": lambda storage, name: storage.read_delivery(Delivery(name, {"a.jsonl": "0"})),
+    "lock": lambda storage, name: storage.lock("raw_data", name).__enter__(),
+    "lock_of_model": lambda storage, name: storage.lock("raw_data", "b1", name).__enter__(),
+}
+
+
+@pytest.mark.parametrize("function", list(PATH_TAKING))
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_hostile_batch_name_is_refused_and_nothing_is_written(
+    storage: Storage, tmp_path: Path, function: str, name: str
+) -> None:
+    with pytest.raises(ValueError, match=r"batch name .* cannot be used: give a letter or digit"):
+        PATH_TAKING[function](storage, name)
+    assert files_under(tmp_path) == []
+
+
+# --- deliveries -----------------------------------------------------------------------------------------------------
+
+
+def test_a_delivery_comes_back(any_storage: Storage) -> None:
+    delivery = any_storage.store_delivery("b1", FILES, limit=3)
+    assert any_storage.current_delivery("b1") == delivery
+    assert list(delivery.files) == ["a.jsonl", "b.jsonl"]
+    assert any_storage.read_delivery(delivery) == FILES
+
+
+def test_a_new_delivery_of_a_batch_keeps_the_old_copy(any_storage: Storage) -> None:
+    first = any_storage.store_delivery("b1", FILES)
+    second = any_storage.store_delivery("b1", FILES | {"b.jsonl": b"other"})
+    assert any_storage.current_delivery("b1") == second
+    assert first.content_hash != second.content_hash
+    assert any_storage.read_delivery(first) == FILES
+    assert any_storage.read_delivery(second)["b.jsonl"] == b"other"
+
+
+def test_the_same_delivery_twice_is_stored_once(storage: Storage, tmp_path: Path) -> None:
+    first = storage.store_delivery("b1", FILES)
+    copy = Path(storage.url("deliveries", "b1", first.content_hash, "a.jsonl"))
+    written = copy.stat().st_mtime_ns
+    assert storage.store_delivery("b1", FILES) == first
+    assert copy.stat().st_mtime_ns == written
+    assert len(files_under(tmp_path / "storage" / "deliveries")) == len(FILES) + 1
+
+
+def test_the_hash_of_a_delivery_knows_its_files_their_names_and_its_limit(storage: Storage) -> None:
+    first = FILES["a.jsonl"]
+    deliveries = [
+        storage.store_delivery("b1", {"a.jsonl": first}),
+        storage.store_delivery("b1", {"a.jsonl": first}, limit=3),
+        storage.store_delivery("b1", {"c.jsonl": first}),
+        storage.store_delivery("b1", {"a.jsonl": first + b" "}),
+    ]
+    assert len({delivery.content_hash for delivery in deliveries}) == len(deliveries)
+    assert all(storage.read_delivery(delivery) for delivery in deliveries)
+
+
+def test_a_flipped_byte_in_a_delivered_copy_is_found_and_named(any_storage: Storage) -> None:
+    delivery = any_storage.store_delivery("b1", FILES)
+    copy = ("deliveries", "b1", delivery.content_hash, "a.jsonl")
+    flipped = bytes([FILES["a.jsonl"][0] ^ 1]) + FILES["a.jsonl"][1:]
+    any_storage.write_bytes(flipped, *copy)
+    with pytest.raises(StorageError, match=r"a\.jsonl: changed since it was delivered; deliver the batch again"):
+        any_storage.read_delivery(delivery)
+
+
+def test_delivering_again_mends_a_changed_copy(storage: Storage) -> None:
+    delivery = storage.store_delivery("b1", FILES)
+    storage.write_bytes(b"damaged", "deliveries", "b1", delivery.content_hash, "a.jsonl")
+    assert storage.read_delivery(storage.store_delivery("b1", FILES)) == FILES
+
+
+def test_a_batch_that_was_never_delivered_is_named_with_its_remedy(any_storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"batch 'b9' was never delivered; .*`qaq run FILE --batch b9`"):
+        any_storage.current_delivery("b9")
+
+
+# --- score cache ----------------------------------------------------------------------------------------------------
+
+
+def pair_ids(*numbers: int) -> pl.Series:
+    return pl.Series([pair_name(number) for number in numbers], dtype=pl.String)
+
+
+def keys(scores: pl.DataFrame) -> list[tuple[str, str]]:
+    return sorted(scores.select("pair_id", "quantity").iter_rows())
+
+
+def test_cached_scores_come_back_for_the_pairs_that_are_asked_for(any_storage: Storage) -> None:
+    any_storage.append_scores(IDENTITY, cached(1, 2, 3))
+    any_storage.append_scores(IDENTITY, cached(4))
+    any_storage.append_scores(IDENTITY, cached(1, quantity=Quantity.A))
+    found = any_storage.read_scores(IDENTITY, pair_ids(1, 4, 9))
+    assert keys(found) == [(pair_name(1), "a"), (pair_name(1), "q"), (pair_name(4), "q")]
+    assert dict(found.schema) == schema.dtypes(schema.CachedScores)
+
+
+def test_a_cache_without_shards_has_no_scores(any_storage: Storage) -> None:
+    assert any_storage.read_scores(IDENTITY, pair_ids(1)).equals(empty(schema.CachedScores))
+
+
+def test_a_score_that_two_writers_stored_is_read_once(any_storage: Storage) -> None:
+    for sum_nll in (1.5, 1.5000001):
+        any_storage.append_scores(IDENTITY, cached(1, 2, sum_nll=sum_nll))
+    found = any_storage.read_scores(IDENTITY, pair_ids(1, 2))
+    assert keys(found) == [(pair_name(1), "q"), (pair_name(2), "q")]
+    assert found.equals(any_storage.read_scores(IDENTITY, pair_ids(1, 2)))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IDENTITY)])
+def test_scores_of_another_identity_are_not_read(storage: Storage, field: str) -> None:
+    value = getattr(IDENTITY, field)
+    changes: dict[str, Any] = {field: not value if isinstance(value, bool) else value * 2}
+    other = dataclasses.replace(IDENTITY, **changes)
+    storage.append_scores(other, cached(1))
+    assert storage.read_scores(IDENTITY, pair_ids(1)).is_empty()
+    assert storage.read_scores(other, pair_ids(1)).height == 1
+
+
+def test_the_folder_of_the_scores_says_whose_they_are(any_storage: Storage) -> None:
+    any_storage.append_scores(IDENTITY, cached(1))
+    stored = any_storage.read_json("score_cache", IDENTITY.digest(), "identity.json")
+    assert stored == dataclasses.asdict(IDENTITY)
+
+
+def shards(storage: Storage) -> list[Path]:
+    return sorted(Path(storage.url("score_cache", IDENTITY.digest())).glob("*.parquet"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("content", [b"", b"hello", foreign(), None], ids=["empty", "text", "foreign", "torn"])
+def test_a_torn_shard_is_named_and_its_removal_mends_the_cache(storage: Storage, content: bytes | None) -> None:
+    storage.append_scores(IDENTITY, cached(1))
+    (torn,) = shards(storage)
+    torn.write_bytes(torn.read_bytes()[:-9] if content is None else content)
+    storage.append_scores(IDENTITY, cached(2))
+    with pytest.raises(
+        StorageError, match=rf"{torn.name}: not a shard of scores .*; remove it, and its pairs"
+    ) as error:
+        storage.read_scores(IDENTITY, pair_ids(1, 2))
+    assert str(torn) in str(error.value)
+    torn.unlink()
+    assert keys(storage.read_scores(IDENTITY, pair_ids(1, 2))) == [(pair_name(2), "q")]
+
+
+def test_a_shard_that_is_still_being_written_is_not_read(storage: Storage) -> None:
+    storage.append_scores(IDENTITY, cached(1))
+    (shard,) = shards(storage)
+    shard.with_name(".0123.tmp").write_bytes(b"half")
+    assert storage.read_scores(IDENTITY, pair_ids(1)).height == 1
+
+
+def test_scores_that_do_not_fit_are_not_appended(storage: Storage) -> None:
+    with pytest.raises(TableError, match="CachedScores"):
+        storage.append_scores(IDENTITY, cached(1).with_columns(sum_nll=pl.lit(-1.0)))
+    assert shards(storage) == []
+
+
+# --- locks ----------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from qaq_pipeline.storage import Storage
+with Storage(sys.argv[1], Path(sys.argv[2])).lock("logprobs", "b1", "strong"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Storage:
+    """Waits a tenth of a second for a lock."""
+    return Storage(str(tmp_path / "storage"), tmp_path / "locks", lock_timeout_seconds=0.1)
+
+
+@pytest.fixture
+def holder(impatient: Storage, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which holds the lock of logprobs/b1/strong."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "storage"), str(tmp_path / "locks")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_lock_holds_between_processes_and_is_freed_when_its_holder_is_killed(
+    impatient: Storage, holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    with pytest.raises(PartitionBusyError) as caught, impatient.lock("logprobs", "b1", "strong"):
+        pytest.fail("two processes hold one lock")
+    text = str(caught.value)
+    assert "logprobs/b1/strong is being written by another process" in text
+    assert str(tmp_path / "locks" / "logprobs__b1__strong.lock") in text
+    assert "wait for it to end" in text
+    with impatient.lock("logprobs", "b1", "weak"), impatient.lock("logprobs", "b2", "strong"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with impatient.lock("logprobs", "b1", "strong"):
+        pass
+
+
+def test_the_holder_of_a_lock_may_take_it_again(impatient: Storage) -> None:
+    with impatient.lock("raw_data", "b1"):
+        with impatient.lock("raw_data", "b1"):
+            pass
+        impatient.write_table(StoredTable(ROWS), "raw_data", "b1")
+    with impatient.lock("raw_data", "b1"):
+        pass
+
+
+def test_a_lock_is_freed_when_its_work_fails(impatient: Storage) -> None:
+    with pytest.raises(KeyError), impatient.lock("raw_data", "b1"):
+        raise KeyError
+    with impatient.lock("raw_data", "b1"):
+        pass
