@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import fetch_models
@@ -58,7 +59,7 @@ def run(*arguments: str) -> None:
 def convert_models() -> None:
     """Convert the GGUF files side by side: the reading is one thread's work."""
     roles = sorted(config.load_settings("demo").models)
-    with ProcessPoolExecutor(len(roles)) as processes:
+    with ProcessPoolExecutor(len(roles), mp_context=get_context("spawn")) as processes:
         list(processes.map(convert_model, roles))
 
 
