@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -52,6 +53,8 @@ def main() -> None:
         app()
     except SettingsError as error:
         _fail(str(error), code=2)
+    except OSError as error:  # A disk that is full, a folder that cannot be made: it names the path.
+        _fail(str(error))
 
 
 @app.command()
@@ -63,16 +66,18 @@ def run(
 ) -> None:
     """Register files as a batch, run every stage, publish, and print a summary that adds up."""
     from qaq_pipeline import driver
+    from qaq_pipeline.storage import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
     with driver.open_instance() as instance:
         try:
-            driver.register(settings, instance, batch, files, limit)
-            with _progress_display() as events:
+            with driver.batch_lock(settings, batch), _progress_display() as events:
+                if driver.register(settings, instance, batch, files, limit).replaces_other_content:
+                    events.on_notice(f"batch {batch} was delivered before as something else, which this replaces")
                 summary = driver.run_batch(settings, instance, batch, events)
-        except (driver.RunError, ValueError) as error:
-            _fail(str(error))
+        except (driver.RunError, PartitionBusyError, ValueError) as error:
+            _fail(str(error), code=_exit_code(error))
     _print_summary(summary)
 
 
@@ -89,7 +94,7 @@ def status(config_file: ConfigOption = None) -> None:
         return
     table = Table(*rows[0], title="Batches")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     console.print(table)
 
 
@@ -111,7 +116,7 @@ def explain(
         raw = storage.read_table("raw_data", batch).frame
     except (StorageError, ValueError) as error:
         _fail(f"{error}. Known batches: `qaq status`")
-    found = _find_rows(decisions.frame, row)
+    found = _find_rows(decisions.frame, row.removeprefix(f"{batch}/"))
     if found.is_empty():
         _fail(
             f"batch {batch!r} has no row {row!r}; it has {raw.height} rows, the first of file {raw['source_file'][0]!r}"
@@ -126,6 +131,7 @@ def explain(
             f"{role}: {identity['model']} ({identity['revision']}), {identity['dtype']}, "
             f"template {identity['template_hash']}",
             style="dim",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
@@ -150,8 +156,8 @@ def table(
             frame = driver.collect_table(settings, instance, name, batch)
         _write_frame(frame, to)
     except (StorageError, ValueError, OSError) as error:
-        _fail(str(error))
-    console.print(f"{frame.height:,} rows of {name} written to {to}")
+        _fail(str(error), code=_exit_code(error))
+    console.print(f"{frame.height:,} rows of {name} written to {to}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -162,7 +168,7 @@ def doctor(config_file: ConfigOption = None) -> None:
     findings = examination.examine(_settings(config_file))
     result = Table("", "check", "finding", title="qaq doctor")
     for finding in findings:
-        result.add_row("[green]ok[/]" if finding.is_ok else "[red]no[/]", finding.check, finding.text)
+        result.add_row("[green]ok[/]" if finding.is_ok else "[red]no[/]", finding.check, escape(finding.text))
     console.print(result)
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(1)
@@ -207,6 +213,10 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+def _exit_code(error: Exception) -> int:
+    return 2 if isinstance(error, SettingsError) else 1
+
+
 def _quiet_logs() -> None:
     """Keep third parties' bars and debug lines out of the display; Dagster keeps them in its event log."""
     import logging
@@ -230,7 +240,7 @@ def _progress_display() -> Iterator[driver.Events]:
     )
     with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
         display = _Display(bars)
-        yield driver.Events(on_stage=display.stage, on_progress=display.scoring)
+        yield driver.Events(on_stage=display.stage, on_progress=display.scoring, on_notice=display.notice)
         display.finish()
 
 
@@ -255,6 +265,9 @@ class _Display:
         )
         self._bars.update(self._current, total=progress.total_tokens, completed=progress.done_tokens, detail=detail)
 
+    def notice(self, text: str) -> None:
+        self._bars.console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
+
     def finish(self) -> None:
         if self._current is not None:
             self._bars.update(self._current, total=1, completed=1)
@@ -278,12 +291,13 @@ def _print_summary(summary: driver.BatchSummary) -> None:
     )
     console.print(f"Pairs by selection: {sizes}", highlight=False)
     for warning in summary.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     if summary.scored == 0:
-        console.print("Nothing was scored: every score was in the cache.")
-    console.print(f"Dataset{'' if summary.is_new_version else ' (unchanged)'}: {summary.dataset_url}", soft_wrap=True)
-    for name, url in summary.tables.items():
-        console.print(f"{name}: {url}", highlight=False, soft_wrap=True)
+        found = "every score was in the cache" if summary.cached else "no row could be"
+        console.print(f"Nothing was scored: {found}.")
+    unchanged = "" if summary.is_new_version else " (unchanged)"
+    for name, url in {f"Dataset{unchanged}": summary.dataset_url, **summary.tables}.items():
+        console.print(f"{name}: {url}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_models(summary: driver.BatchSummary) -> None:
@@ -293,11 +307,13 @@ def _print_models(summary: driver.BatchSummary) -> None:
         "frame, dtype": [f"{model.frame}, {model.dtype}" for model in summary.models],
         "likelihoods scored": [f"{model.scored:,}" for model in summary.models],
         "from the cache": [f"{model.cached:,}" for model in summary.models],
+        "answers cut": [f"{model.truncated:,}" for model in summary.models],
         "tokens": [f"{model.tokens:,}" for model in summary.models],
-        "tokens/s": [f"{model.tokens / model.seconds:,.0f}" if model.tokens else "-" for model in summary.models],
+        "tokens/s": [f"{model.tokens / model.seconds:,.0f}" if model.seconds else "-" for model in summary.models],
     }
-    for name in summary.models[0].medians:
-        rows[f"median {name}"] = [f"{model.medians[name]:.3f}" for model in summary.models]
+    for name in dict.fromkeys(name for model in summary.models for name in model.medians):
+        medians = (model.medians.get(name) for model in summary.models)
+        rows[f"median {name}"] = ["-" if median is None else f"{median:.3f}" for median in medians]
     for label, cells in rows.items():
         shown.add_row(label, *cells)
     console.print(shown)
@@ -307,21 +323,22 @@ def _find_rows(decisions: pl.DataFrame, row: str) -> pl.DataFrame:
     """The rows that the user means: by number, file:row, file:row.turn, or the first digits of a pair_id."""
     import polars as pl
 
-    if row.isdigit():
+    if row.isdecimal():
         found = decisions.filter(pl.col("source_row") == int(row))
         if not found.is_empty():
             return found
     file, _, position = row.rpartition(":")
     number, _, turn = position.partition(".")
-    if file and number.isdigit():
+    if file and number.isdecimal():
         of_row = (pl.col("source_file") == file) & (pl.col("source_row") == int(number))
-        return decisions.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdigit() else True))
+        return decisions.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdecimal() else True))
     return decisions.filter(pl.col("pair_id").str.starts_with(row)) if len(row) >= 6 else decisions.clear()
 
 
 def _print_row(row: dict[str, Any]) -> None:
     reference = f"{row['batch']}/{row['source_file']}:{row['source_row']}.{row['turn_index']}"
-    console.print(f"{reference}: {row['decision']} ({row['reason']})", style="bold", highlight=False, soft_wrap=True)
+    fate = f"{reference}: {row['decision']} ({row['reason']})"
+    console.print(fate, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(row["explanation"], highlight=False, markup=False)
     for label in ("query", "answer"):
         text = " ".join((row[label] or "").split())

@@ -1,7 +1,7 @@
 """What stands in the way of a run on this machine: models, devices, storage, Dagster home, versions.
 
 Belongs here: one check a function, each with what was found and, where it fails, the remedy.
-Does not belong here: mending anything.
+Does not belong here: mending anything; nothing is downloaded, though a GGUF file is converted on the way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qaq_pipeline import config, model_files
-from qaq_pipeline.config import Settings
+from qaq_pipeline.config import Settings, SettingsError
+from qaq_pipeline.prompts import PairEncoder
 from qaq_pipeline.resources import LIBRARIES, open_storage
 
 
@@ -49,9 +50,10 @@ def _models(settings: Settings) -> Iterator[Finding]:
         check = f"model {role}"
         try:
             device = causal_lm.resolve_device(model.device)
-            files = model_files.locate(model, settings.model_cache_dir)
-            causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
-        except (model_files.ModelNotFoundError, causal_lm.UnsupportedModelError, OSError) as error:
+            files = model_files.locate(model, settings.model_cache_dir, download=False)
+            tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+            PairEncoder(tokenizer, model, settings.scoring)
+        except (OSError, ValueError) as error:  # Of the model's files, its tokenizer, its template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue
         dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
@@ -59,12 +61,12 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 def _storage(settings: Settings) -> Finding:
-    storage = open_storage(settings)
     name = f".doctor-{uuid.uuid4().hex}"
     try:
+        storage = open_storage(settings)
         storage.write_bytes(b"qaq", name)
         storage.remove(name)
-    except OSError as error:
+    except (OSError, SettingsError) as error:
         return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
     return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")
 

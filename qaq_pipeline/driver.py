@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.resources
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class ModelSummary:
     """Quantities scored in this run."""
     cached: int
     """Quantities that the cache had."""
+    truncated: int
+    """Answers whose tail was cut."""
     tokens: int
     seconds: float
     medians: dict[str, float]
@@ -72,6 +75,24 @@ class BatchSummary:
         """Quantities scored in this run, over all models."""
         return sum(model.scored for model in self.models)
 
+    @property
+    def cached(self) -> int:
+        """Quantities that the cache had, over all models."""
+        return sum(model.cached for model in self.models)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A delivery, and what the batch was delivered as before."""
+
+    delivery: Delivery
+    previous: Delivery | None
+
+    @property
+    def replaces_other_content(self) -> bool:
+        """Whether the batch was delivered before as something else."""
+        return self.previous is not None and self.previous.content_hash != self.delivery.content_hash
+
 
 def _ignore(*_: object) -> None:
     """Nobody watches."""
@@ -85,6 +106,8 @@ class Events:
     """Called with the job and the partition when a stage begins."""
     on_progress: Callable[[Progress], None] = _ignore
     """Called after every scored batch, where steps run in this process."""
+    on_notice: Callable[[str], None] = _ignore
+    """Called with what a person should know at once."""
 
 
 def prepare_home() -> Path:
@@ -105,7 +128,7 @@ def open_instance() -> dg.DagsterInstance:
 
 def register(
     settings: Settings, instance: dg.DagsterInstance, batch: str, files: Sequence[Path], limit: int | None
-) -> Delivery:
+) -> Registration:
     """Keep a copy of the files as the batch's delivery, and add its partition.
 
     Raises:
@@ -119,9 +142,11 @@ def register(
             records.read_file(data, name, batch, settings.records)
         except records.UnreadableFileError as error:
             raise RunError(str(error)) from error
-    delivery = open_storage(settings).store_delivery(batch, contents, limit)
+    storage = open_storage(settings)
+    previous = storage.current_delivery(batch) if storage.has_delivery(batch) else None
+    delivery = storage.store_delivery(batch, contents, limit)
     instance.add_dynamic_partitions("batch", [batch])
-    return delivery
+    return Registration(delivery, previous)
 
 
 def _read_files(files: Sequence[Path]) -> dict[str, bytes]:
@@ -136,6 +161,15 @@ def _read_files(files: Sequence[Path]) -> dict[str, bytes]:
     return contents
 
 
+def batch_lock(settings: Settings, batch: str) -> AbstractContextManager[None]:
+    """Hold a batch from its registration to its publication, so that two drivers cannot mix their deliveries.
+
+    Raises:
+        PartitionBusyError: another driver holds it; ValueError: the name cannot be used.
+    """
+    return open_storage(settings).lock("batch", config.check_batch_name(batch))
+
+
 def run_batch(
     settings: Settings, instance: dg.DagsterInstance, batch: str, events: Events | None = None
 ) -> BatchSummary:
@@ -146,8 +180,12 @@ def run_batch(
     """
     events = events or Events()
     results: dict[str, Mapping[str, Any]] = {}
-    lock_directory = settings.home / "locks"
+    lock_directory = config.dagster_home() / "driver_locks"
     liveness.end_dead_runs(instance, lock_directory)
+    for run_id in liveness.holders_of_pools(instance):
+        events.on_notice(
+            f"run {run_id} holds the GPU pool, and scoring waits for it; if its process is gone, terminate it in the UI"
+        )
     with liveness.living(lock_directory) as tags:
         for job_name, assets in STAGES.items():
             for partition in _partitions(settings, job_name, batch):
@@ -232,10 +270,10 @@ def _require_success(result: Any, job_name: str, partition: str | None) -> None:
 
 
 def _cause(failures: Sequence[dg.DagsterEvent]) -> str:
-    """The first failure's own words: those of its innermost error, and the step's name."""
+    """The first failure's own words: what the step raised, out of Dagster's wrapping, and the step's name."""
     for event in failures:
         error = event.step_failure_data.error if event.is_step_failure else None
-        while error is not None and error.cause is not None:
+        while error is not None and error.cause is not None and (error.cls_name or "").startswith("Dagster"):
             error = error.cause
         if error is not None:
             return f"step {event.step_key}: {error.message.strip()}"
@@ -276,11 +314,18 @@ def summarise(settings: Settings, batch: str, results: Mapping[str, Mapping[str,
         pool_size=decided["pool_size"],
         selected_by_selection=dict(decided["selected_by_selection"]),
         models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
-        warnings=list(results[f"disagreement_scores|{batch}"]["warnings"]),
+        warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *_exclusions(batch, published)],
         dataset_url=storage.url(publication.FOLDER, published["version"]),
         is_new_version=published["is_new_version"],
         tables={name: storage.table_url(name, batch) for name in ("decisions", "selected_subset")},
     )
+
+
+def _exclusions(batch: str, published: Mapping[str, Any]) -> list[str]:
+    excluded = published["excluded_batches"]
+    if batch in excluded:
+        raise RunError(f"batch {batch} was left out of the published dataset: {excluded[batch]}")
+    return [f"batch {name} is not in the published dataset: {reason}" for name, reason in excluded.items()]
 
 
 def _reasons(decisions: pl.DataFrame) -> dict[str, dict[str, int]]:
@@ -304,6 +349,7 @@ def _model_summary(settings: Settings, batch: str, role: str, results: Mapping[s
         frame=settings.models[role].frame,
         scored=scoring["quantities_scored"],
         cached=scoring["quantities_from_cache"],
+        truncated=scoring["truncated_answers"],
         tokens=scoring["tokens"],
         seconds=scoring["seconds"],
         medians={name.removeprefix("median_"): value for name, value in scores.items() if name.startswith("median_")},
@@ -351,7 +397,7 @@ def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -
     partitions = _table_partitions(settings, name, batch)
     try:
         rows = [storage.read_table(name, *p).frame.height for p in partitions if storage.has_table(name, *p)]
-    except StorageError:
+    except ValueError:  # A StorageError, or a name that the UI let pass.
         return "unreadable"
     if not rows:
         return "-"

@@ -1,10 +1,11 @@
 """Which of the driver's runs died with their process, so that nothing waits for them.
 
 Belongs here: the lock by which a driver shows that it lives, and what is owed to runs whose driver is dead.
-Does not belong here: runs started from the UI, which Dagster's own run monitoring looks after.
+Does not belong here: ending runs that were started from the UI; of these it can only say that they hold a slot.
 
 A killed run would stand as started for ever and, worse, keep its slot in the GPU pool: the next run would wait for it
-without end. The kernel frees a dead driver's lock, whatever killed it.
+without end. The kernel frees a dead driver's lock, whatever killed it. The locks lie in the Dagster home, beside the
+runs that they speak of.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ def living(lock_directory: Path) -> Iterator[dict[str, str]]:
     lock_directory.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
     lock = FileLock(_lock_file(lock_directory, name))
-    with lock:
-        yield {TAG: name}
-    Path(lock.lock_file).unlink(missing_ok=True)
+    try:
+        with lock:
+            yield {TAG: name}
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[str]:
@@ -41,6 +44,15 @@ def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[st
         instance.report_run_failed(run, "the process of the driver that ran it is gone")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     return [run.run_id for run in dead]
+
+
+def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
+    """Ids of the runs that hold a slot of a pool now: whoever wants it waits for them."""
+    storage = instance.event_log_storage
+    claimed = [
+        slot for key in storage.get_concurrency_keys() for slot in storage.get_concurrency_info(key).claimed_slots
+    ]
+    return sorted({slot.run_id for slot in claimed})
 
 
 def _is_dead(lock_directory: Path, name: str) -> bool:

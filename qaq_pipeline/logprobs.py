@@ -40,8 +40,13 @@ def target_positions(sequences: Sequence[TokenSequence], padded_length: int) -> 
         hidden      h0    h1    h2    h3    h4
         predicts   pre    q1    q2    q3     -        rows of the head: h1 h2 h3
 
-    So a target token at p is read from the hidden state at p - 1, and a target never begins at 0.
+    So a target token at p is read from the hidden state at p - 1.
+
+    Raises:
+        ValueError: a target begins at 0, where nothing stands before it.
     """
+    if any(target.start < 1 for sequence in sequences for target in sequence.targets):
+        raise ValueError("a target begins at position 0: its first token has no left context to be predicted from")
     positions = [
         row * padded_length + position
         for row, sequence in enumerate(sequences)

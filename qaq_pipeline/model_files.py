@@ -56,12 +56,13 @@ class ModelFiles:
         return _hash_files(present)[:16]
 
 
-def locate(model: ModelSettings, cache: Path) -> ModelFiles:
+def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> ModelFiles:
     """The model's files, fetched or converted if need be.
 
     Args:
         model: the model's settings; relative paths in them are taken from `cache`.
         cache: folder of local and converted models.
+        download: whether a hub model may be fetched; otherwise it must lie in the hub's cache.
 
     Raises:
         ModelNotFoundError: a local path does not exist, or the hub cannot give the repository.
@@ -70,7 +71,7 @@ def locate(model: ModelSettings, cache: Path) -> ModelFiles:
         return _from_gguf(cache / model.gguf, cache)
     if model.directory is not None:
         return _from_directory(cache / model.directory)
-    return _from_hub(str(model.hub), model.revision)
+    return _from_hub(str(model.hub), model.revision, download=download)
 
 
 def chat_template(source: str, cache: Path) -> str:
@@ -93,16 +94,19 @@ def chat_template(source: str, cache: Path) -> str:
     return tokenizer.get_chat_template()
 
 
-def _from_hub(hub_id: str, revision: str | None) -> ModelFiles:
+def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFiles:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+        snapshot = snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_files_only=not download
+        )
     except Exception as error:  # huggingface_hub raises OSError, ValueError and httpx errors alike
         raise ModelNotFoundError(
             f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be had: {_first_line(error)}. "
             "Check the id and the network, log in if it is gated, or name a local `directory`"
         ) from error
+    folder = Path(snapshot)
     return ModelFiles(hub_id, folder, folder.name)
 
 

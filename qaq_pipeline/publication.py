@@ -18,8 +18,8 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline import exports, ledger, schema
-from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, check_batch_name
-from qaq_pipeline.storage import Storage, StoredTable, empty, hash_json
+from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
+from qaq_pipeline.storage import Storage, StorageError, StoredTable, empty, hash_json
 
 FOLDER = "curated_dataset"
 MANIFEST_FORMAT = 1
@@ -46,24 +46,17 @@ class Publication:
 
 
 def read_batches(
-    storage: Storage, registered: Sequence[str], selection: str
+    storage: Storage, registered: Sequence[str], settings: Settings
 ) -> tuple[list[BatchTables], dict[str, str]]:
     """The batches that are complete and consistent, and for every other registered one why it is left out."""
     included, excluded = [], {}
     for batch in sorted(registered):
         try:
-            check_batch_name(batch)
-        except ValueError as error:  # The UI registers any name.
+            tables = _read_batch(storage, batch)
+            fault = _inconsistency(tables, settings)
+        except ValueError as error:  # A name that the UI let pass, or a StorageError.
             excluded[batch] = str(error)
             continue
-        missing = [n for n in ("raw_data", "decisions", "selected_subset") if not storage.has_table(n, batch)]
-        if missing:
-            excluded[batch] = f"not materialised: {', '.join(missing)}"
-            continue
-        tables = BatchTables(
-            batch, *(storage.read_table(name, batch) for name in ("raw_data", "decisions", "selected_subset"))
-        )
-        fault = _inconsistency(tables, selection)
         if fault:
             excluded[batch] = fault
         else:
@@ -71,10 +64,20 @@ def read_batches(
     return included, excluded
 
 
-def _inconsistency(tables: BatchTables, selection: str) -> str | None:
+def _read_batch(storage: Storage, batch: str) -> BatchTables:
+    names = ("raw_data", "decisions", "selected_subset")
+    missing = [name for name in names if not storage.has_table(name, batch)]
+    if missing:
+        raise StorageError(f"not materialised: {', '.join(missing)}")
+    return BatchTables(batch, *(storage.read_table(name, batch) for name in names))
+
+
+def _inconsistency(tables: BatchTables, settings: Settings) -> str | None:
     made_of = tables.selected_subset.provenance
-    if made_of["selection"] != selection:
-        return f"selected by {made_of['selection']}, not by {selection}; materialise selected_subset"
+    if made_of["selection"] != settings.published.name:
+        return f"selected by {made_of['selection']}, not by {settings.published.name}; materialise decisions"
+    if tables.decisions.provenance["published_hash"] != settings_hash(settings.published):
+        return f"decided under other settings of {settings.published.name}; materialise decisions"
     if made_of["inputs"]["decisions"] != tables.decisions.data_version:
         return "selected_subset is older than decisions; materialise it"
     if tables.decisions.provenance["inputs"]["raw_data"] != tables.raw_data.data_version:

@@ -4,6 +4,7 @@ Belongs here: what connects storage and models to Dagster. Does not belong here:
 """
 
 import importlib.metadata
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline import model_files
-from qaq_pipeline.config import Settings, check_batch_name
+from qaq_pipeline.config import Settings, SettingsError, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring import Progress, ScoringModel, ScoringReport, SequenceScorer, score_pairs
@@ -22,8 +23,15 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "polars", "dagster")
 
 
 def open_storage(settings: Settings) -> Storage:
-    """The storage that the settings name."""
-    return Storage(settings.storage_root, settings.home / "locks", settings.runtime.lock_timeout_seconds)
+    """The storage that the settings name.
+
+    Raises:
+        SettingsError: its URL is of an unknown kind, or of one whose fsspec package is not installed.
+    """
+    try:
+        return Storage(settings.storage_root, settings.home / "locks", settings.runtime.lock_timeout_seconds)
+    except (ValueError, ImportError) as error:
+        raise SettingsError(f"storage.root: {settings.storage_root!r} cannot be used ({error})") from error
 
 
 def partition_parts(partition_key: str) -> tuple[str, ...]:
@@ -118,7 +126,8 @@ class ModelRuntime:
             "identity": asdict(identity),
             "identity_hash": identity.digest(),
             "frame": model.frame,
-            "template": encoder.template_text(),
+            "scoring": settings.scoring.model_dump(mode="json", exclude={"quantities", "token_logprobs"}),
+            "template": json.loads(encoder.template_text()),
             "device": device.type,
             "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }

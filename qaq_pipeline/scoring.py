@@ -162,12 +162,19 @@ def _table_row(
 
 
 def _not_cached(encoded: Iterable[EncodedPair], cached: pl.DataFrame) -> list[TokenSequence]:
-    """The sequences, each without the targets that the cache has; those left without a target are dropped."""
-    known = set(zip(cached["pair_id"], cached["quantity"], strict=True))
+    """The sequences, each without the targets that the cache has; those left without a target are dropped.
+
+    A cached sum over another number of tokens is of another segmentation, and is scored anew.
+    """
+    known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
     sequences = []
     for pair in encoded:
         for sequence in pair.sequences:
-            targets = tuple(t for t in sequence.targets if (sequence.pair_id, t.quantity.value) not in known)
+            targets = tuple(
+                target
+                for target in sequence.targets
+                if (sequence.pair_id, target.quantity.value, target.stop - target.start) not in known
+            )
             if targets:
                 sequences.append(TokenSequence(sequence.pair_id, sequence.token_ids, targets))
     return sequences
@@ -229,7 +236,8 @@ class _Run:
 
     def _close_shard(self) -> None:
         shard = pl.DataFrame(self._open_rows, schema=schema.dtypes(schema.CachedScores), orient="row")
-        self._storage.append_scores(self._model.identity, shard)
+        # A failure is not cached: its cause may be mended by the next run.
+        self._storage.append_scores(self._model.identity, shard.filter(pl.col("null_reason").is_null()))
         self.shards.append(shard)
         self._open_rows = []
 

@@ -213,10 +213,13 @@ class Storage:
         self.write_json(pointer, "deliveries", batch, "current.json")
         return delivery
 
+    def has_delivery(self, batch: str) -> bool:
+        """Whether the batch was ever delivered."""
+        return self.exists("deliveries", check_batch_name(batch), "current.json")
+
     def current_delivery(self, batch: str) -> Delivery:
         """What the batch was last delivered as. Raises `StorageError` where nothing was."""
-        check_batch_name(batch)
-        if not self.exists("deliveries", batch, "current.json"):
+        if not self.has_delivery(batch):
             raise StorageError(f"batch {batch!r} was never delivered; register it with `qaq run FILE --batch {batch}`")
         pointer = self.read_json("deliveries", batch, "current.json")
         return Delivery(batch, pointer["files"], pointer["limit"])
@@ -235,12 +238,21 @@ class Storage:
     # --- cached scores -----------------------------------------------------------------------------------------
 
     def read_scores(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
-        """Every cached score of the pairs under the identity, once each, as `CachedScores`."""
-        frames = [pl.DataFrame(schema=schema.dtypes(schema.CachedScores))]
-        for path in sorted(self._fs.glob(self.path("score_cache", identity.digest(), "*.parquet"))):
-            shard = self._read_shard(path)
-            frames.append(shard.filter(pl.col("pair_id").is_in(pair_ids.implode())))
-        return pl.concat(frames).unique(schema.CachedScores.primary_key(), keep="first", maintain_order=True)
+        """Every cached score of the pairs under the identity, once each, as `CachedScores`.
+
+        Of a score that two writers cached, the lower sum counts, whatever the shards are named.
+        """
+        key = schema.CachedScores.primary_key()
+        wanted = pl.col("pair_id").is_in(pair_ids.implode())
+        shards = [self._read_shard(path).filter(wanted) for path in self._shards(identity)]
+        scores = pl.concat([empty(schema.CachedScores), *shards])
+        return scores.sort(*key, "sum_nll", "num_tokens").unique(key, keep="first", maintain_order=True)
+
+    def _shards(self, identity: ScoreIdentity) -> list[str]:
+        folder = self.path("score_cache", identity.digest())
+        if not self._fs.exists(folder):
+            return []
+        return sorted(path for path in self._fs.ls(folder, detail=False) if path.endswith(".parquet"))
 
     def append_scores(self, identity: ScoreIdentity, scores: pl.DataFrame) -> None:
         """Add a shard of scores to the cache. Shards are never changed, so writers cannot disturb each other."""

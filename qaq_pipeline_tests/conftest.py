@@ -6,10 +6,13 @@ tokens follow from 256 on (`qaq_pipeline_tests.naive`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -194,16 +197,21 @@ def twenty_samples() -> list[Pair]:
 
 
 REPEATED_ROW, REJECTED_ROW = 7, 12
-"""Rows of `delivered`, from 1."""
+"""Rows of `delivered_rows`, from 1."""
+
+
+def delivered_rows() -> list[dict[str, str]]:
+    """Twenty rows: the samples, but row 7 repeats row 1 and row 12 has no query."""
+    rows = [{"query": query, "response": answer} for query, answer in SAMPLES]
+    rows[REPEATED_ROW - 1] = rows[0]
+    rows[REJECTED_ROW - 1] = {"query": "", "response": "nothing was asked"}
+    return rows
 
 
 @pytest.fixture
-def delivered(tmp_path: Path, twenty_samples: list[Pair]) -> Path:
-    """A delivery of twenty rows: the samples, but row 7 repeats row 1 and row 12 has no query."""
-    rows = [{"query": pair.query, "response": pair.answer} for pair in twenty_samples]
-    rows[REPEATED_ROW - 1] = rows[0]
-    rows[REJECTED_ROW - 1] = {"query": "", "response": "nothing was asked"}
-    return write_jsonl(tmp_path / "delivered" / "rows.jsonl", rows)
+def delivered(tmp_path: Path) -> Path:
+    """A file of `delivered_rows`."""
+    return write_jsonl(tmp_path / "delivered" / "rows.jsonl", delivered_rows())
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -223,3 +231,33 @@ def settings_file(tmp_path: Path) -> Callable[[Settings], Path]:
         return path
 
     return write
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from qaq_pipeline.storage import Storage
+with Storage("memory://", Path(sys.argv[1])).lock(*sys.argv[2:]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+LockHolder = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def lock_holder() -> Iterator[LockHolder]:
+    """Factory: another process, which holds the lock of a partition until it is killed or the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def start(lock_directory: Path, *partition: str) -> subprocess.Popen[str]:
+            command = [sys.executable, "-c", _HOLDER, str(lock_directory), *partition]
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            return process
+
+        yield start

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from typing import Any
 
 import polars as pl
 
+from qaq_pipeline import ledger, selection
+from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.schema import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
+from qaq_pipeline.scores import disagreement_scores
+from qaq_pipeline.screening import screen
+from qaq_pipeline.storage import Storage, StoredTable, hash_json
 
 HOSTILE_NAMES = ["../evil", "a/b", "[x]", "x|y", "", "x" * 300, ".hidden", "a..b", "a\n", "b 1", "~", "-rf"]
 """Names that would leave a folder, be a pattern, break a partition key, or be no name at all."""
@@ -23,6 +30,9 @@ IDENTITY = ScoreIdentity(
     too_long="truncate_answer",
     token_logprobs=False,
 )
+
+
+ONE_STRATUM = RankingSettings.model_validate({"num_strata": 1, "min_rows_per_stratum": 1})
 
 
 def pair_name(number: int) -> str:
@@ -92,3 +102,41 @@ def cached(*numbers: int, quantity: Quantity = Quantity.Q, sum_nll: float = 1.5)
         for number in numbers
     ]
     return pl.DataFrame(rows, schema=dtypes(CachedScores))
+
+
+def store_batch(
+    storage: Storage,
+    settings: Settings,
+    batch: str = "b1",
+    queries: tuple[str, ...] = ("a", "b", "c", "d"),
+    source_file: str = "a.jsonl",
+) -> None:
+    """The tables of a batch that is published, as the assets leave them: one row a query, and a rejected one."""
+    changes = [*({"query": query} for query in queries), rejected()]
+    raw = raw_rows(*(row | {"source_file": source_file} for row in changes), batch=batch)
+    rmi = {"strong": [0.1 * n for n in range(len(queries))], "weak": [-0.1 * n for n in range(len(queries))]}
+    scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}
+    disagreement, _ = disagreement_scores(scores, ONE_STRATUM, f"batch:{batch}")
+    candidates = selection.candidates(disagreement, scores)
+    verdicts = selection.select_all(candidates, settings.selections, ["strong", "weak"])
+    files = {source_file: hashlib.sha256(repr(queries).encode()).hexdigest()}
+    raw_data = StoredTable(raw, {"files": files})
+    made_of = {
+        "inputs": {"raw_data": raw_data.data_version},
+        "models": {role: dataclasses.asdict(IDENTITY) for role in scores},
+        "settings_hash": settings_hash(settings.selections),
+        "published_hash": settings_hash(settings.published),
+    }
+    frame = ledger.decide(raw, screen(raw), scores, disagreement, verdicts, settings.published, hash_json(made_of))
+    storage.write_table(raw_data, "raw_data", batch)
+    storage.write_table(StoredTable(frame, made_of), "decisions", batch)
+    store_selection(storage, settings, batch)
+
+
+def store_selection(storage: Storage, settings: Settings, batch: str = "b1") -> None:
+    """selected_subset of a batch, as the asset leaves it."""
+    raw, decisions = storage.read_table("raw_data", batch), storage.read_table("decisions", batch)
+    rows = ledger.selected_rows(settings.published.name, raw.frame, decisions.frame)
+    inputs = {"raw_data": raw.data_version, "decisions": decisions.data_version}
+    table = StoredTable(rows, {"selection": settings.published.name, "inputs": inputs})
+    storage.write_table(table, "selected_subset", batch)

@@ -74,8 +74,8 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"records": {"shape": "csv"}}, ["records.shape", "'alpaca'", "got 'csv'"]),
         ({"ranking": {"num_strata": 0}}, ["ranking.num_strata", "greater than or equal to 1", "got 0"]),
         ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'messages' or 'alpaca'", "got 'xml'"]),
-        ({"executor": "k8s"}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
-        ({"lock_timeout_seconds": -1}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
+        ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
+        ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
         ({"scorring": {}}, ["scorring", "not permitted"]),
         ({"models": MODELS | {"Third": {"directory": "x"}}}, ["models.Third", "pattern", "got 'Third'"]),
         ({"models": {"strong": {"directory": "big"}}}, ["weak", "required"]),
@@ -241,7 +241,7 @@ def test_a_value_given_as_its_default_changes_no_hash() -> None:
 
 
 def test_the_hash_is_the_same_in_every_process_and_version() -> None:
-    assert settings_hash(config.Budget(fraction=0.25, count=None, answer_tokens=None)) == "6039c7522ee85707"
+    assert settings_hash(config.Budget(fraction=0.25, count=None, answer_tokens=None)) == "4fb8d9355e1d5232"
 
 
 @pytest.mark.parametrize("name", ["2026-11-02", "b1", "A", "0", "a.b_c-d", "a" * 100])

@@ -13,14 +13,13 @@ from polars.testing import assert_frame_equal
 from pydantic import TypeAdapter
 
 from qaq_pipeline import ledger, schema, selection
-from qaq_pipeline.config import RankingSettings, Selection
+from qaq_pipeline.config import Selection
 from qaq_pipeline.schema import Decisions, NullReason, SelectedSubset, SelectionReason, TableError, dtypes, enforce
 from qaq_pipeline.scores import disagreement_scores
 from qaq_pipeline.screening import screen
-from qaq_pipeline_tests.frames import pair_name, raw_rows, rejected, rmi_rows
+from qaq_pipeline_tests.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
 PROVENANCE_ID = "0123456789abcdef" * 2
-RANKING = RankingSettings.model_validate({"num_strata": 1, "min_rows_per_stratum": 1})
 HALF = {"budget": {"fraction": 0.5}}
 
 UNSCORED = {"rmi": None, "log_ppl_q": None, "log_ppl_q_given_a": None, "null_reason_rmi": "query_too_long"}
@@ -65,7 +64,7 @@ def decide(
     given = {"name": "mine", "strategy": strategy} | ({} if strategy == "rmi_band" else HALF) | published
     selected_by: Selection = TypeAdapter(Selection).validate_python(given)
     scores = {"strong": strong, "weak": weak}
-    disagreement, _ = disagreement_scores(scores, RANKING, "batch:b1")
+    disagreement, _ = disagreement_scores(scores, ONE_STRATUM, "batch:b1")
     verdicts = selection.select_all(selection.candidates(disagreement, scores), [selected_by], sorted(scores))
     frame = ledger.decide(raw, screen(raw), scores, disagreement, verdicts, selected_by, PROVENANCE_ID)
     return enforce(Decisions, frame)

@@ -91,6 +91,21 @@ def test_token_logprobs_are_no_worse_than_the_naive_log_softmax(dtype: torch.dty
     assert (fast_N - naive_N).abs().max() <= 16 * UNIT * largest
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8])
+@pytest.mark.parametrize("cached_floats", [1, 100, 300, 10_000])
+def test_the_logsumexp_by_blocks_equals_the_one_in_one_piece(
+    cached_floats: int, num_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CACHED_FLOATS", cached_floats)
+    logits_NV = (torch.randn(num_rows, 100, generator=torch.Generator().manual_seed(num_rows)) * 20).to(dtype)
+    before = logits_NV.clone()
+    fast_N = logprobs.logsumexp_fp32(logits_NV)
+    assert fast_N.dtype == torch.float32
+    torch.testing.assert_close(fast_N, logits_NV.float().logsumexp(-1), atol=16 * UNIT * 100, rtol=0)
+    assert torch.equal(logits_NV, before)
+
+
 def test_token_logprobs_of_equal_logits_are_minus_the_log_of_the_vocabulary() -> None:
     assert token_logprobs(torch.full((1, 8), 3.0), torch.tensor([5])).item() == pytest.approx(-math.log(8))
 
@@ -138,6 +153,11 @@ def test_a_target_token_is_read_from_the_hidden_state_before_it() -> None:
     model.batch_logprobs([sequence(ids, (2, 5))])
     (rows_ND,) = model.head_rows
     assert torch.equal(rows_ND, model.body(torch.tensor([ids]))[0, 1:4])
+
+
+def test_a_target_that_begins_at_zero_is_an_error_and_reads_no_other_sequence() -> None:
+    with pytest.raises(ValueError, match="begins at position 0"):
+        ToyModel().batch_logprobs([sequence([1, 2, 3], (1, 3)), sequence([4, 5, 6], (0, 3))])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from qaq_pipeline.resources import ScoredPairs, open_storage
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
 from qaq_pipeline.scoring import ScoringReport
 from qaq_pipeline.storage import StorageError
-from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, write_jsonl
+from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, pair_name
 
 SettingsFor = Callable[..., Settings]
@@ -208,6 +208,11 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
         "unscorable": 0,
     }
     assert first.reasons_by_decision["rejected"] == {"empty_query": 1}
+    fates = dict(table(settings, "decisions").select("source_row", "decision").iter_rows())
+    assert list(fates) == list(range(1, 21))
+    assert (fates[REPEATED_ROW], fates[REJECTED_ROW]) == ("duplicate", "rejected")
+    assert table(settings, "logprobs", "b1", "strong").height == 18
+    assert table(settings, "selected_subset")["position"].to_list() == [1, 2, 3, 4, 5]
     assert first.scored == 2 * 4 * 18
     assert [model.cached for model in first.models] == [0, 0]
     assert first.is_new_version
@@ -239,37 +244,19 @@ def test_every_table_of_a_batch_is_stored_and_says_what_made_it(
     raw_data = storage.read_table("raw_data", "b1")
     assert decisions.provenance["inputs"]["raw_data"] == raw_data.data_version
     assert decisions.provenance["models"]["strong"]["revision"].startswith("files:")
-
-
-def test_dagster_knows_the_version_that_lies_in_the_storage(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
-) -> None:
-    settings = settings_for()
-    curate(settings, instance, delivered)
     event = instance.get_latest_materialization_event(dg.AssetKey("decisions"))
     assert event is not None
     assert event.asset_materialization is not None
-    tags = event.asset_materialization.tags or {}
-    assert tags["dagster/data_version"] == open_storage(settings).read_table("decisions", "b1").data_version
-
-
-def test_the_rows_that_cannot_be_scored_keep_their_place_in_the_ledger(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
-) -> None:
-    settings = settings_for()
-    curate(settings, instance, delivered)
-    decisions = table(settings, "decisions")
-    assert decisions["source_row"].to_list() == list(range(1, 21))
-    fates = dict(decisions.select("source_row", "decision").iter_rows())
-    assert (fates[REPEATED_ROW], fates[REJECTED_ROW]) == ("duplicate", "rejected")
-    assert table(settings, "logprobs", "b1", "strong").height == 18
-    assert table(settings, "selected_subset")["position"].to_list() == [1, 2, 3, 4, 5]
+    assert (event.asset_materialization.tags or {})["dagster/data_version"] == decisions.data_version
 
 
 def test_two_homes_hold_the_same_bytes_and_publish_the_same_version(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, monkeypatch: pytest.MonkeyPatch,
+    settings_for: SettingsFor,
+    instance: dg.DagsterInstance,
+    delivered: Path,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     here = settings_for()
     curate(here, instance, delivered)
     monkeypatch.setenv("QAQ_HOME", str(tmp_path / "elsewhere"))
@@ -420,7 +407,9 @@ def test_the_dataset_holds_every_batch_and_lists_the_one_that_was_never_made(
     assert [(entry["batch"], entry["rows_selected"]) for entry in manifest["batches"]] == [("b1", 5), ("b2", 2)]
     alpaca = json.loads((Path(both.dataset_url) / "diff_high" / "alpaca.json").read_text())
     assert len(alpaca) == 7
-    assert latest(settings)["excluded_batches"] == {"b3": "not materialised: raw_data, decisions, selected_subset"}
+    left_out = "not materialised: raw_data, decisions, selected_subset"
+    assert latest(settings)["excluded_batches"] == {"b3": left_out}
+    assert f"batch b3 is not in the published dataset: {left_out}" in both.warnings
 
 
 def test_a_new_delivery_of_a_batch_replaces_its_rows(
@@ -433,6 +422,37 @@ def test_a_new_delivery_of_a_batch_replaces_its_rows(
     )
     assert (again.rows_in, again.scored) == (2, 2 * 4)
     assert table(settings, "raw_data")["source_row"].to_list() == [1, 2]
+
+
+def test_tables_of_another_delivery_are_not_mixed(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime())
+    before = table(settings, "decisions")
+    driver.register(settings, instance, "b1", [deliver(("Is 7 prime?", "Yes."))], None)
+    run_stages(settings, instance, "b1", "ingest_batch")
+    said = (
+        r"rmi_scores\|strong of batch b1 was made from another raw_data, .*materialise rmi_scores of this batch first"
+    )
+    with pytest.raises(dg.Failure, match=said):
+        run_stages(settings, instance, "b1", "select_from_batch")
+    assert table(settings, "decisions").equals(before)
+    run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime())
+    assert table(settings, "decisions").height == 1
+
+
+def test_models_that_were_asked_differently_are_not_compared(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    run_stages(settings, instance, "b1", "ingest_batch")
+    for role, prior in (("strong", "user"), ("weak", "bare")):
+        run_stages(settings, instance, f"b1|{role}", "score_batch", model_runtime=HandMadeRuntime(prior))
+    with pytest.raises(dg.Failure, match=r"strong was scored with .*user.*, weak with .*bare.*; materialise logprobs"):
+        run_stages(settings, instance, "b1", "select_from_batch")
 
 
 def test_publishing_without_any_batch_fails_with_the_reason(
@@ -450,14 +470,16 @@ def test_publishing_without_any_batch_fails_with_the_reason(
 class HandMadeRuntime:
     """A model runtime without a model: every sum from the place of the pair, with the given changes."""
 
-    def __init__(self, **changes: pl.Expr) -> None:
+    def __init__(self, prior: str = "null_answer", /, **changes: pl.Expr) -> None:
+        self._scoring = {"prior": prior}
         self._changes = changes
 
     def score(self, role: str, pairs: Sequence[Pair], *_: object) -> ScoredPairs:
         rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(pairs, start=1)]
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
         report = ScoringReport(len(rows), 0, len(rows), len(rows), 1, 1, 1.0)
-        provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest(), "frame": "chat"}
+        provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
+        provenance |= {"frame": "chat", "scoring": self._scoring, "libraries": {}, "device": "cpu"}
         return ScoredPairs(frame, report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
@@ -470,12 +492,13 @@ class HandMadeRuntime:
 
 
 def run_stages(settings: Settings, instance: dg.DagsterInstance, batch: str, *jobs: str, **resources: object) -> None:
-    """Run jobs for a batch with some resources replaced; what a step raises is raised."""
+    """Run jobs for a batch (or batch|model) with some resources replaced; what a step raises is raised."""
     defs = build_defs(settings, resource_overrides=resources)
+    name, *models = batch.split("|")
     for job in jobs or STAGES:
         keys: dict[str, list[Any]] = {
             "publish_dataset": [None],
-            "score_batch": [dg.MultiPartitionKey({"batch": batch, "model": role}) for role in settings.models],
+            "score_batch": [dg.MultiPartitionKey({"batch": name, "model": m}) for m in models or settings.models],
         }
         for key in keys.get(job, [batch]):
             defs.resolve_job_def(job).execute_in_process(instance=instance, partition_key=key)
@@ -573,6 +596,19 @@ def test_what_the_stages_before_a_failure_made_stays(
     storage = open_storage(settings)
     assert storage.has_table("screened_data", "b1")
     assert not storage.has_table("logprobs", "b1", "strong")
+
+
+def test_a_partition_that_another_process_writes_is_left_to_it(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, lock_holder: LockHolder
+) -> None:
+    settings = settings_for(runtime={"lock_timeout_seconds": 0.1})
+    driver.register(settings, instance, "b1", [delivered], None)
+    holder = lock_holder(settings.home / "locks", "logprobs", "b1", "strong")
+    with pytest.raises(RunError, match=r"step logprobs: .*logprobs/b1/strong is being written by another process"):
+        driver.run_batch(settings, instance, "b1")
+    holder.kill()
+    holder.wait()
+    assert driver.run_batch(settings, instance, "b1").rows_by_decision["selected"] == 5
 
 
 def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(

@@ -13,20 +13,17 @@ import fsspec
 import polars as pl
 import pytest
 
-from qaq_pipeline import ledger, publication, schema, selection
-from qaq_pipeline.config import RankingSettings, Settings, parse_settings
+from qaq_pipeline import publication
+from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.publication import BatchTables, Publication, publish, read_batches
-from qaq_pipeline.scores import disagreement_scores
-from qaq_pipeline.screening import screen
 from qaq_pipeline.storage import Storage, StoredTable, hash_json
-from qaq_pipeline_tests.frames import raw_rows, rejected, rmi_rows
+from qaq_pipeline_tests.frames import store_batch, store_selection
 
 SETTINGS = """
 models:
   strong: {hub: tiny/strong}
   weak: {hub: tiny/weak}
 """
-RANKING = RankingSettings.model_validate({"num_strata": 1, "min_rows_per_stratum": 1})
 
 
 @pytest.fixture
@@ -39,40 +36,8 @@ def settings() -> Settings:
     return parse_settings(SETTINGS)
 
 
-def store(
-    storage: Storage, settings: Settings, batch: str = "b1", texts: tuple[str, ...] = ("a", "b", "c", "d")
-) -> None:
-    """The tables of a batch as the assets leave them: one row a text, and a rejected one."""
-    raw = raw_rows(*({"query": text, "source_file": f"{batch}.jsonl"} for text in texts), rejected(), batch=batch)
-    rmi = {"strong": [0.1 * n for n in range(len(texts))], "weak": [-0.1 * n for n in range(len(texts))]}
-    scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}
-    disagreement, _ = disagreement_scores(scores, RANKING, f"batch:{batch}")
-    candidates = selection.candidates(disagreement, scores)
-    verdicts = selection.select_all(candidates, settings.selections, ["strong", "weak"])
-    raw_data = StoredTable(raw, {"files": {f"{batch}.jsonl": hashlib.sha256(repr(texts).encode()).hexdigest()}})
-    made_of = {
-        "inputs": {"raw_data": raw_data.data_version},
-        "models": {"strong": {"model": "tiny/strong"}, "weak": {"model": "tiny/weak"}},
-        "settings_hash": "0",
-    }
-    frame = ledger.decide(raw, screen(raw), scores, disagreement, verdicts, settings.published, hash_json(made_of))
-    decisions = StoredTable(schema.enforce(schema.Decisions, frame), made_of)
-    storage.write_table(raw_data, "raw_data", batch)
-    storage.write_table(decisions, "decisions", batch)
-    select(storage, settings, batch)
-
-
-def select(storage: Storage, settings: Settings, batch: str = "b1") -> None:
-    """selected_subset of a batch, as the asset leaves it."""
-    raw, decisions = storage.read_table("raw_data", batch), storage.read_table("decisions", batch)
-    rows = ledger.selected_rows(settings.published.name, raw.frame, decisions.frame)
-    inputs = {"raw_data": raw.data_version, "decisions": decisions.data_version}
-    table = StoredTable(rows, {"selection": settings.published.name, "inputs": inputs})
-    storage.write_table(table, "selected_subset", batch)
-
-
 def publish_registered(storage: Storage, settings: Settings, *registered: str) -> Publication:
-    batches, excluded = read_batches(storage, registered, settings.published.name)
+    batches, excluded = read_batches(storage, registered, settings)
     return publish(storage, settings, batches, excluded)
 
 
@@ -82,7 +47,7 @@ def version_files(storage: Storage, version: str) -> dict[str, bytes]:
 
 
 def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     assert sorted(version_files(storage, published.version)) == [
         "control_random/alpaca.json",
@@ -99,7 +64,7 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
 
 
 def test_the_manifest_hashes_the_files_and_names_what_entered(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     files = version_files(storage, published.version)
     manifest = json.loads(files.pop("manifest.json"))
@@ -110,14 +75,14 @@ def test_the_manifest_hashes_the_files_and_names_what_entered(storage: Storage, 
     tables = {name: storage.read_table(name, "b1") for name in ("raw_data", "decisions", "selected_subset")}
     assert {name: entry["data_versions"][name] for name in tables} == {n: t.data_version for n, t in tables.items()}
     assert (entry["batch"], entry["rows_in"], entry["rows_selected"]) == ("b1", 5, 1)
-    assert entry["models"] == {"strong": {"model": "tiny/strong"}, "weak": {"model": "tiny/weak"}}
+    assert entry["models"] == tables["decisions"].provenance["models"]
     assert entry["files"] == tables["raw_data"].provenance["files"]
     assert entry["provenance_id"] == tables["decisions"].frame["provenance_id"][0]
     assert manifest["selection"]["name"] == "diff_high"
 
 
 def test_the_manifest_holds_no_time_no_run_and_no_path(storage: Storage, settings: Settings, tmp_path: Path) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     manifest = json.dumps(publish_registered(storage, settings, "b1").manifest)
     assert str(tmp_path) not in manifest
     assert "run_id" not in manifest
@@ -125,11 +90,11 @@ def test_the_manifest_holds_no_time_no_run_and_no_path(storage: Storage, setting
 
 
 def test_publishing_the_same_content_again_writes_no_version(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     first = publish_registered(storage, settings, "b1")
     folder = Path(storage.url(publication.FOLDER, first.version))
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    store(storage, settings)
+    store_batch(storage, settings)
     second = publish_registered(storage, settings, "b1")
     assert (second.version, second.is_new) == (first.version, False)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
@@ -140,8 +105,8 @@ def test_equal_content_has_an_equal_version_in_another_storage(
 ) -> None:
     elsewhere = Storage(f"memory://{tmp_path.name}", tmp_path / "locks")
     for place in (storage, elsewhere):
-        store(place, settings, "b2")
-        store(place, settings, "b1")
+        store_batch(place, settings, "b2")
+        store_batch(place, settings, "b1")
     here, there = (publish_registered(place, settings, "b2", "b1") for place in (storage, elsewhere))
     assert here.version == there.version
     assert elsewhere.read_json(publication.FOLDER, there.version, "manifest.json") == here.manifest
@@ -149,10 +114,10 @@ def test_equal_content_has_an_equal_version_in_another_storage(
 
 
 def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     old = publish_registered(storage, settings, "b1")
     before = version_files(storage, old.version)
-    store(storage, settings, texts=("a", "b", "c", "changed"))
+    store_batch(storage, settings, queries=("a", "b", "c", "changed"))
     new = publish_registered(storage, settings, "b1")
     assert new.version != old.version
     assert new.is_new
@@ -162,10 +127,10 @@ def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage
 
 @pytest.mark.parametrize("change", ["selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]"])
 def test_another_setting_of_the_selection_is_another_version(storage: Storage, settings: Settings, change: str) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     old = publish_registered(storage, settings, "b1")
     changed = parse_settings(SETTINGS + change)
-    store(storage, changed)
+    store_batch(storage, changed)
     new = publish_registered(storage, changed, "b1")
     assert new.version != old.version
     assert new.manifest["batches"][0]["rows_selected"] == 2
@@ -173,14 +138,14 @@ def test_another_setting_of_the_selection_is_another_version(storage: Storage, s
 
 def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
     settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
-    store(storage, settings)
+    store_batch(storage, settings)
     files = publish_registered(storage, settings, "b1").manifest["files"]
     assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", "scores.parquet"}
 
 
 def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Settings) -> None:
     for batch in ("b10", "b1", "a"):
-        store(storage, settings, batch)
+        store_batch(storage, settings, batch)
     published = publish_registered(storage, settings, "b10", "b1", "a")
     assert [entry["batch"] for entry in published.manifest["batches"]] == ["a", "b1", "b10"]
     rows = json.loads(version_files(storage, published.version)["diff_high/alpaca.json"])
@@ -191,7 +156,7 @@ def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Set
 
 
 def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1", "b2")
     assert storage.read_json(publication.FOLDER, "latest.json") == {
         "version": published.version,
@@ -200,7 +165,7 @@ def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Stora
 
 
 def test_a_version_that_was_left_half_written_is_finished(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     whole = version_files(storage, published.version)
     storage.remove(publication.FOLDER, published.version, "manifest.json")
@@ -218,7 +183,16 @@ def _lose_table(storage: Storage, _: Settings) -> None:
 
 def _select_otherwise(storage: Storage, _: Settings) -> None:
     other = parse_settings(SETTINGS + "selections: [{name: other, strategy: sum_high}]")
-    store(storage, other)
+    store_batch(storage, other)
+
+
+def _change_the_budget(storage: Storage, _: Settings) -> None:
+    other = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    store_batch(storage, other)
+
+
+def _tear(storage: Storage, _: Settings) -> None:
+    storage.write_bytes(b"torn", "decisions", "b1", "table.parquet")
 
 
 def _decide_anew(storage: Storage, _: Settings) -> None:
@@ -233,12 +207,14 @@ def _read_anew(storage: Storage, _: Settings) -> None:
 
 
 def _no_change(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
 
 
 LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
     "missing": (_lose_table, "not materialised: decisions"),
-    "other_selection": (_select_otherwise, "selected by other, not by diff_high; materialise selected_subset"),
+    "other_selection": (_select_otherwise, "selected by other, not by diff_high; materialise decisions"),
+    "other_budget": (_change_the_budget, "decided under other settings of diff_high; materialise decisions"),
+    "torn": (_tear, r"decisions/b1/table.parquet: cannot be read as a table"),
     "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
     "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),
 }
@@ -250,43 +226,44 @@ def test_a_batch_that_is_incomplete_or_stale_is_left_out_with_the_reason(
 ) -> None:
     change, reason = LEFT_OUT[why]
     for batch in ("b1", "b2"):
-        store(storage, settings, batch)
+        store_batch(storage, settings, batch)
     change(storage, settings)
-    batches, excluded = read_batches(storage, ["b1", "b2"], "diff_high")
+    batches, excluded = read_batches(storage, ["b1", "b2"], settings)
     assert [tables.batch for tables in batches] == ["b2"]
-    assert excluded == {"b1": reason}
+    assert list(excluded) == ["b1"]
+    assert reason in excluded["b1"]
 
 
 def test_a_batch_that_was_made_again_alike_is_not_stale(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     _no_change(storage, settings)
-    batches, excluded = read_batches(storage, ["b1"], "diff_high")
+    batches, excluded = read_batches(storage, ["b1"], settings)
     assert [tables.batch for tables in batches] == ["b1"]
     assert excluded == {}
 
 
 def test_the_older_batch_enters_again_once_it_is_materialised(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
+    store_batch(storage, settings)
     _decide_anew(storage, settings)
-    select(storage, settings)
-    assert read_batches(storage, ["b1"], "diff_high")[1] == {}
+    store_selection(storage, settings)
+    assert read_batches(storage, ["b1"], settings)[1] == {}
 
 
 def test_a_batch_whose_name_cannot_be_used_is_left_out_and_stops_nobody(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
-    batches, excluded = read_batches(storage, ["../evil", "b1"], "diff_high")
+    store_batch(storage, settings)
+    batches, excluded = read_batches(storage, ["../evil", "b1"], settings)
     assert [tables.batch for tables in batches] == ["b1"]
     assert list(excluded) == ["../evil"]
     assert "batch name '../evil' cannot be used" in excluded["../evil"]
 
 
-def test_no_batch_is_no_batch(storage: Storage) -> None:
-    assert read_batches(storage, [], "diff_high") == ([], {})
+def test_no_batch_is_no_batch(storage: Storage, settings: Settings) -> None:
+    assert read_batches(storage, [], settings) == ([], {})
 
 
 def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) -> None:
-    store(storage, settings)
-    ((tables,), _) = read_batches(storage, ["b1"], "diff_high")
+    store_batch(storage, settings)
+    ((tables,), _) = read_batches(storage, ["b1"], settings)
     read: dict[str, Any] = {field.name: getattr(tables, field.name) for field in dataclasses.fields(BatchTables)}
     assert read.pop("batch") == "b1"
     assert {name: table.frame.height for name, table in read.items()} == {

@@ -385,6 +385,18 @@ def test_whatever_makes_another_score_is_scored_anew(scorings: Scorings, twenty_
     assert scorings.num_loads == len(changes)
 
 
+def test_a_cached_sum_over_another_number_of_tokens_is_scored_anew(
+    settings_for: Callable[..., Settings], scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
+) -> None:
+    stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "null_reason": None, "token_logprobs": None}
+    rows = [stale | {"pair_id": pair.pair_id} for pair in twenty_samples[:3]]
+    identity = scorings.model(settings_for()).identity
+    scorings.storage.append_scores(identity, pl.DataFrame(rows, schema=schema.dtypes(schema.CachedScores)))
+    scored, report = scorings(twenty_samples)
+    assert report.num_cached_quantities == 0
+    assert_same_scores(scored, reference)
+
+
 def test_what_only_changes_time_rescores_nothing(scorings: Scorings, twenty_samples: list[Pair]) -> None:
     scorings(twenty_samples[:4])
     scorings(twenty_samples[:4], runtime={"batch_tokens": 64, "shard_seconds": 0}, strong={"device": "auto"})
@@ -451,19 +463,22 @@ def test_fault_5_a_score_that_is_not_finite_is_null_with_a_reason_and_harms_no_o
     spoiled = twenty_samples[3].pair_id
     scorings.wrap = lambda scorer: Spoiling(scorer, spoiled, quantity, value)
     keep = {"token_logprobs": True}
-    for _ in ("scored", "from the cache"):
-        scored, _ = scorings(twenty_samples, scoring=keep)
-        row = scored.row(3, named=True)
-        assert row["pair_id"] == spoiled
-        assert (row[f"sum_nll_{quantity}"], row[f"token_logprobs_{quantity}"]) == (None, None)
-        assert row[f"null_reason_{quantity}"] == NullReason.NON_FINITE
-        reasons = scored.select(f"null_reason_{q}" for q in Quantity)
-        assert reasons.null_count().sum_horizontal().item() == 4 * 20 - 1
-        others = pl.col("pair_id") != spoiled
-        assert_frame_equal(
-            means(scored).filter(others), means(reference).filter(others), abs_tol=RUN_TOLERANCE, rel_tol=0
-        )
-    assert scorings.num_loads == 1
+    scored, _ = scorings(twenty_samples, scoring=keep)
+    row = scored.row(3, named=True)
+    assert row["pair_id"] == spoiled
+    assert (row[f"sum_nll_{quantity}"], row[f"token_logprobs_{quantity}"]) == (None, None)
+    assert row[f"null_reason_{quantity}"] == NullReason.NON_FINITE
+    reasons = scored.select(f"null_reason_{q}" for q in Quantity)
+    assert reasons.null_count().sum_horizontal().item() == 4 * 20 - 1
+    others = pl.col("pair_id") != spoiled
+    assert_frame_equal(means(scored).filter(others), means(reference).filter(others), abs_tol=RUN_TOLERANCE, rel_tol=0)
+
+    again, report = scorings(twenty_samples, scoring=keep)
+    assert_frame_equal(again, scored)
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (79, 1), "a failure is not cached"
+    scorings.wrap = lambda scorer: scorer
+    mended, _ = scorings(twenty_samples, scoring=keep)
+    assert_frame_equal(means(mended), means(reference), abs_tol=RUN_TOLERANCE, rel_tol=0)
 
 
 def test_fault_6_every_pair_asked_for_is_in_the_table_once_whatever_became_of_it(

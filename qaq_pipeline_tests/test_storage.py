@@ -6,11 +6,8 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,9 @@ from hypothesis import strategies as st
 from qaq_pipeline import schema
 from qaq_pipeline.schema import Quantity, TableError
 from qaq_pipeline.storage import Delivery, PartitionBusyError, Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline_tests.conftest import LockHolder
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, cached, pair_name, raw_rows, rejected
 
-REPOSITORY = Path(__file__).parents[1]
 PROVENANCE = {"code_version": "1-abc", "inputs": {}, "files": {"größe.jsonl": "12"}, "partition": ["b1"]}
 ROWS = raw_rows({"query": "Größe?\n", "system": "Be brief."}, rejected(), {"answer": ""})
 TABLE = ("raw_data", "b1", "table.parquet")
@@ -63,6 +60,13 @@ def test_the_second_write_replaces_the_first_and_leaves_nothing_else(any_storage
     any_storage.write_bytes(b"new", "folder", "file")
     assert any_storage.read_bytes("folder", "file") == b"new"
     assert [Path(path).name for path in any_storage._fs.ls(any_storage.path("folder"), detail=False)] == ["file"]
+
+
+def test_a_reader_keeps_the_content_that_it_opened(storage: Storage) -> None:
+    storage.write_bytes(b"old", "file")
+    with Path(storage.url("file")).open("rb") as reader:
+        storage.write_bytes(b"new content", "file")
+        assert reader.read() == b"old"
 
 
 def test_a_write_that_fails_midway_leaves_the_old_content_and_no_temporary_file(
@@ -408,15 +412,6 @@ def test_scores_that_do_not_fit_are_not_appended(storage: Storage) -> None:
 
 # --- locks ----------------------------------------------------------------------------------------------------------
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from qaq_pipeline.storage import Storage
-with Storage(sys.argv[1], Path(sys.argv[2])).lock("logprobs", "b1", "strong"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> Storage:
@@ -424,21 +419,10 @@ def impatient(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "storage"), tmp_path / "locks", lock_timeout_seconds=0.1)
 
 
-@pytest.fixture
-def holder(impatient: Storage, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which holds the lock of logprobs/b1/strong."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "storage"), str(tmp_path / "locks")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
 def test_a_lock_holds_between_processes_and_is_freed_when_its_holder_is_killed(
-    impatient: Storage, holder: subprocess.Popen[str], tmp_path: Path
+    impatient: Storage, lock_holder: LockHolder, tmp_path: Path
 ) -> None:
+    holder = lock_holder(tmp_path / "locks", "logprobs", "b1", "strong")
     with pytest.raises(PartitionBusyError) as caught, impatient.lock("logprobs", "b1", "strong"):
         pytest.fail("two processes hold one lock")
     text = str(caught.value)

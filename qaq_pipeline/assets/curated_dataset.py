@@ -31,7 +31,7 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         with storage.lock(publication.FOLDER):
-            batches, excluded = publication.read_batches(storage, registered, settings.published.name)
+            batches, excluded = publication.read_batches(storage, registered, settings)
             if not batches:
                 raise dg.Failure(
                     f"curated_dataset: no batch is complete ({excluded or 'none is registered'})", allow_retries=False

@@ -11,6 +11,7 @@ from qaq_pipeline.assets.shared import (
     count_by,
     definition,
     provenance_of,
+    require_inputs,
     table_result,
 )
 from qaq_pipeline.config import Settings, settings_hash
@@ -37,6 +38,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         rmi_scores: dict[str, StoredTable],
         disagreement_scores: StoredTable,
     ) -> dg.MaterializeResult:
+        _require_one_origin(raw_data, screened_data, rmi_scores, disagreement_scores)
         scores = {role: table.frame for role, table in rmi_scores.items()}
         candidates = selection.candidates(disagreement_scores.frame, scores)
         verdicts = selection.select_all(candidates, settings.selections, roles)
@@ -48,6 +50,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         }
         facts = {
             "settings_hash": settings_hash(settings.selections),
+            "published_hash": settings_hash(settings.published),
             "files": raw_data.provenance["files"],
             "models": {role: table.provenance["identity"] for role, table in rmi_scores.items()},
         }
@@ -71,6 +74,21 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         return table_result(context, frame, inputs, metadata, **facts)
 
     return decisions
+
+
+def _require_one_origin(
+    raw_data: StoredTable,
+    screened_data: StoredTable,
+    rmi_scores: dict[str, StoredTable],
+    disagreement_scores: StoredTable,
+) -> None:
+    """Every input goes back to this raw_data, and the ranks are of these scores."""
+    rows = {"raw_data": raw_data, "screened_data": screened_data}
+    require_inputs("screened_data", screened_data, {"raw_data": raw_data}, screened_data.provenance["inputs"])
+    for name, table in by_model("rmi_scores", rmi_scores).items():
+        require_inputs(name, table, rows, table.provenance["scored_from"])
+    ranked = by_model("rmi_scores", rmi_scores)
+    require_inputs("disagreement_scores", disagreement_scores, ranked, disagreement_scores.provenance["inputs"])
 
 
 def _pool_size(verdicts: pl.DataFrame, selection_name: str) -> int:

@@ -25,6 +25,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, rmi_scores: dict[str, StoredTable]
     ) -> dg.MaterializeResult:
         pool_id = f"batch:{context.partition_key}"
+        require_same_scoring(rmi_scores)
         frames = {role: table.frame for role, table in rmi_scores.items()}
         frame, warnings = scores.disagreement_scores(frames, settings.ranking, pool_id)
         warnings += frame_warnings(rmi_scores)
@@ -35,6 +36,23 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         return table_result(context, frame, inputs, _metadata(frame, warnings), pool_id=pool_id, models=models)
 
     return disagreement_scores
+
+
+def require_same_scoring(tables: dict[str, StoredTable]) -> None:
+    """Ranks of models that were asked under other settings cannot be compared.
+
+    Raises:
+        dg.Failure: the models' prior, window, truncation or instruction differ.
+    """
+    scoring = {role: table.provenance["scoring"] for role, table in tables.items()}
+    first, *others = scoring
+    for other in others:
+        if scoring[other] != scoring[first]:
+            raise dg.Failure(
+                f"disagreement_scores: {first} was scored with {scoring[first]}, {other} with {scoring[other]}; "
+                "materialise logprobs and rmi_scores of both models",
+                allow_retries=False,
+            )
 
 
 def frame_warnings(tables: dict[str, StoredTable]) -> list[str]:

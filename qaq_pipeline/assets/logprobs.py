@@ -81,7 +81,6 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
         "identity_hash": scored.provenance["identity_hash"],
         "pairs": report.num_pairs,
         "truncated_answers": int(frame["is_truncated"].sum()),
-        "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame, f"null_reason_{q}"))},
         "quantities_scored": report.num_scored_quantities,
         "quantities_from_cache": report.num_cached_quantities,
         "sequences": report.num_sequences,
@@ -89,4 +88,5 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
         "padded_tokens": report.num_padded_tokens,
         "seconds": round(report.seconds, 2),
         **speed,
+        "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame, f"null_reason_{q}"))},
     }

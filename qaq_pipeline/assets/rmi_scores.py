@@ -28,7 +28,9 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
             min_query_tokens=eligibility.min_query_tokens,
             short_query_tokens=eligibility.short_query_tokens,
         )
-        provenance = {key: logprobs.provenance[key] for key in ("identity", "identity_hash", "frame")}
+        carried = ("identity", "identity_hash", "frame", "scoring", "libraries", "device")
+        provenance = {key: logprobs.provenance[key] for key in carried}
+        provenance["scored_from"] = logprobs.provenance["inputs"]
         return table_result(context, frame, {"logprobs": logprobs}, _metadata(frame), **provenance)
 
     return rmi_scores

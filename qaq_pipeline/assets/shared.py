@@ -111,6 +111,30 @@ def provenance_of(
     }
 
 
+def require_inputs(
+    name: str, table: StoredTable, current: Mapping[str, StoredTable], recorded: Mapping[str, str]
+) -> None:
+    """Refuse a table that was made from other data than that which now stands beside it.
+
+    Args:
+        name: what the table is called in the error.
+        table: the table.
+        current: the tables that it should have been made from, by the names in `recorded`.
+        recorded: data versions of what it was made from.
+
+    Raises:
+        dg.Failure: a version differs; the text says what to materialise.
+    """
+    stale = [key for key, source in current.items() if recorded.get(key) != source.data_version]
+    if stale:
+        batch = table.provenance["partition"][0]
+        raise dg.Failure(
+            f"{name} of batch {batch} was made from another {', '.join(stale)} than the one stored now; "
+            f"materialise {name.partition('|')[0]} of this batch first (or `qaq run` the batch again)",
+            allow_retries=False,
+        )
+
+
 def by_model(name: str, tables: Mapping[str, StoredTable]) -> dict[str, StoredTable]:
     """Tables of several models under names of their own, as provenance lists them."""
     return {f"{name}|{model}": table for model, table in tables.items()}

@@ -1,0 +1,537 @@
+"""cli: what a person types, what they are shown, and that every mistake of theirs is one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+
+from qaq_pipeline import cli, driver, schema
+from qaq_pipeline.config import parse_settings
+from qaq_pipeline.driver import BatchSummary, ModelSummary
+from qaq_pipeline.resources import open_storage
+from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
+from qaq_pipeline_tests.frames import HOSTILE_NAMES, pair_name, store_batch
+
+QAQ = Path(sys.executable).with_name("qaq")
+BRACKETS = "a[bold]b.jsonl"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command left on the terminal, spaces and line breaks made one."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self, code: int = 1, lines: int = 1) -> str:
+        """The error message; fails where there is none, or more than that."""
+        assert self.code == code, self
+        assert self.err.startswith("error: ")
+        assert "Traceback" not in self.err + self.out
+        assert len(self.err.strip().splitlines()) == lines, self.err
+        return self.err
+
+
+Qaq = Callable[..., Shown]
+
+
+@dataclass(frozen=True)
+class Home:
+    """A QAQ_HOME, and the settings file that goes with it."""
+
+    folder: Path
+    config: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "QAQ_HOME": str(self.folder),
+            "DAGSTER_HOME": str(self.folder / "dagster"),
+            "QAQ_CONFIG": str(self.config),
+        }
+
+
+def write_settings(path: Path, models: dict[str, Path], **sections: Any) -> Path:
+    values = {
+        "models": {
+            role: {"directory": str(folder), "device": "cpu", "dtype": "float32"} for role, folder in models.items()
+        },
+        "scoring": {"max_tokens": 512},
+        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
+    }
+    path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tiny_model_dir: Callable[..., Path]) -> dict[str, Path]:
+    return {"strong": tiny_model_dir(seed=0), "weak": tiny_model_dir(seed=1)}
+
+
+@pytest.fixture(scope="module")
+def curated(
+    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Home, subprocess.CompletedProcess[str]]:
+    """A home in which the console script curated the twenty rows as batch b1, and what it printed."""
+    folder = tmp_path_factory.mktemp("curated")
+    home = Home(folder / "home", write_settings(folder / "settings.yaml", tiny_models))
+    delivery = write_jsonl(folder / "rows.jsonl", delivered_rows())
+    # DAGSTER_HOME is left to its default, and the settings are named on the command line.
+    environment = {name: value for name, value in os.environ.items() if name not in ("DAGSTER_HOME", "QAQ_CONFIG")}
+    environment |= {"QAQ_HOME": str(home.folder), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    command = [str(QAQ), "run", str(delivery), "--batch", "b1", "--config", str(home.config)]
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    return home, run
+
+
+@pytest.fixture
+def home(curated: tuple[Home, subprocess.CompletedProcess[str]]) -> Home:
+    return curated[0]
+
+
+@pytest.fixture(scope="module")
+def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Dagster home whose databases are set up, to be copied: setting them up takes a second."""
+    folder = tmp_path_factory.mktemp("template") / "dagster"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAGSTER_HOME", str(folder))
+        with driver.open_instance() as instance:
+            instance.get_dynamic_partitions("batch")
+            instance.get_runs()
+    return folder
+
+
+@pytest.fixture
+def empty_home(tiny_models: dict[str, Path], dagster_home: Path, tmp_path: Path) -> Home:
+    """A home in which nothing was run yet."""
+    shutil.copytree(dagster_home, tmp_path / "home" / "dagster")
+    return Home(tmp_path / "home", write_settings(tmp_path / "settings.yaml", tiny_models))
+
+
+@pytest.fixture
+def qaq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Qaq]:
+    """Factory: a `qaq` command in this process, in a home."""
+    dagster_level = logging.getLogger("dagster").level
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(home: Home, *arguments: object) -> Shown:
+        for name, value in home.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["qaq", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        return Shown(code, " ".join(shown.out.split()), shown.err)
+
+    yield run
+    logging.getLogger("dagster").setLevel(dagster_level)
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_console_script_curates_a_delivery_and_its_summary_adds_up(
+    curated: tuple[Home, subprocess.CompletedProcess[str]],
+) -> None:
+    home, run = curated
+    assert (run.returncode, run.stderr) == (0, ""), run.stderr
+    counts = dict(re.findall(r"(selected|not_selected|rejected|duplicate|unscorable|in|sum) +│ +(\d+) ", run.stdout))
+    assert counts == {
+        "in": "20",
+        "selected": "5",
+        "not_selected": "13",
+        "rejected": "1",
+        "duplicate": "1",
+        "unscorable": "0",
+        "sum": "20",
+    }
+    assert "below_cut 13" in run.stdout
+    assert "empty_query 1" in run.stdout
+    for stage in ("ingest_batch b1", "score_batch b1|strong", "score_batch b1|weak", "select_from_batch b1"):
+        assert stage in run.stdout
+    assert "Published selection diff_high: 5 of 18 pairs in its pool, 25.0% of all rows" in run.stdout
+    assert "control_random 5" in run.stdout
+    (dataset,) = re.findall(r"^Dataset: (.*)$", run.stdout, re.MULTILINE)
+    assert (Path(dataset) / "diff_high" / "messages.jsonl").exists()
+    assert (home.folder / "dagster" / "dagster.yaml").exists()
+
+
+def test_a_second_run_says_that_nothing_was_scored(home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    shown = qaq(home, "run", delivery, "--batch", "b1")
+    assert (shown.code, shown.err) == (0, "")
+    assert "Nothing was scored: every score was in the cache." in shown.out
+    assert "Dataset (unchanged): " in shown.out
+
+
+def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    delivery = tmp_path / "odd.json"
+    for rows in ([], delivered_rows()[:1]):
+        delivery.write_text(json.dumps(rows))
+        shown = qaq(empty_home, "run", delivery, "--batch", "odd")
+        assert shown.code == 0
+        assert f"sum │ {len(rows)} │" in shown.out
+        assert ("Nothing was scored: no row could be." in shown.out) is (not rows)
+        noted = "note: batch odd was delivered before as something else, which this replaces"
+        assert (noted in shown.out) is bool(rows)
+
+
+def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    def model(role: str, seconds: float, **medians: float) -> ModelSummary:
+        return ModelSummary(role, "tiny", "float32", "chat", 4, 0, 0, 5, seconds, medians)
+
+    for models in (
+        [model("strong", 0.0, rmi=0.5), model("weak", 2.0)],
+        [model("strong", 2.0), model("weak", 0.0, rmi=0.5)],
+    ):
+        cli._print_summary(
+            BatchSummary(
+                "b1", 0, {"selected": 0}, {}, "diff_high", 0, {}, models, ["mind: [b]this[/b]"], "/a/[b]/c", True, {}
+            )
+        )
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "median rmi" in shown
+        assert "0.500" in shown
+        assert "mind: [b]this[/b]" in shown
+        assert "Dataset: /a/[b]/c" in shown
+
+
+# --- status, table, doctor ------------------------------------------------------------------------------------------
+
+
+def test_status_shows_the_rows_of_every_table(home: Home, qaq: Qaq) -> None:
+    shown = qaq(home, "status")
+    assert shown.code == 0
+    assert all(name in shown.out for name in schema.TABLES)
+    assert "│ b1 │ 20 rows │ 20 rows │ 18 rows │ 18 rows │ 18 rows │ 20 rows │ 5 rows │" in shown.out
+
+
+def test_status_without_a_batch_says_what_to_type(empty_home: Home, qaq: Qaq) -> None:
+    shown = qaq(empty_home, "status")
+    assert (shown.code, shown.out) == (0, "No batch yet: register one with `qaq run FILE --batch NAME`.")
+
+
+def test_status_names_what_cannot_be_read_and_what_is_missing(
+    empty_home: Home, qaq: Qaq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", empty_home.environment["DAGSTER_HOME"])
+    with driver.open_instance() as instance:
+        instance.add_dynamic_partitions("batch", ["../evil", "[x]", "b1"])
+    torn = empty_home.folder / "storage" / "raw_data" / "b1" / "table.parquet"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    shown = qaq(empty_home, "status")
+    assert shown.code == 0
+    assert "│ b1 │ unreadable │ - │ - │ - │ - │ - │ - │" in shown.out
+    assert "│ ../evil │ unreadable │" in shown.out
+    assert "│ [x] │ unreadable │" in shown.out
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize(("name", "height"), [("decisions", 20), ("logprobs", 36), ("selected_subset", 5)])
+def test_a_table_is_written_as_a_file(
+    home: Home, qaq: Qaq, tmp_path: Path, suffix: str, name: str, height: int
+) -> None:
+    to = tmp_path / f"out.{suffix}"
+    shown = qaq(home, "table", name, "--to", to)
+    assert shown.code == 0
+    assert f"{height} rows of {name} written to" in shown.out
+    read = {"parquet": pl.read_parquet, "csv": pl.read_csv, "jsonl": pl.read_ndjson}
+    frame = read[suffix](to)
+    assert frame.height == height
+    assert frame["batch"].unique().to_list() == ["b1"]
+    expected = [column for column in schema.dtypes(schema.TABLES[name]) if column != "batch"]
+    assert frame.columns == ["batch", *(["model"] if name == "logprobs" else []), *expected]
+    if suffix == "csv" and name == "decisions":
+        assert [score["model"] for score in json.loads(frame["scores"][0])] == ["strong", "weak"]
+
+
+def test_a_table_of_one_batch_is_that_batchs(home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    assert qaq(home, "table", "raw_data", "--to", tmp_path / "a.parquet", "--batch", "b1").code == 0
+    assert pl.read_parquet(tmp_path / "a.parquet").height == 20
+
+
+def test_doctor_finds_a_home_that_works(home: Home, qaq: Qaq) -> None:
+    shown = qaq(home, "doctor")
+    assert shown.code == 0
+    assert "│ no │" not in shown.out
+    for check in ("versions", "model strong", "model weak", "storage", "Dagster home"):
+        assert f"│ ok │ {check} │" in shown.out
+    assert not list((home.folder / "storage").glob(".doctor*"))
+
+
+def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    models = tiny_models | {"weak": tmp_path / "nowhere"}
+    (tmp_path / "file").write_text("no folder")
+    config = write_settings(tmp_path / "settings.yaml", models, storage={"root": str(tmp_path / "file" / "storage")})
+    shown = qaq(Home(tmp_path / "home", config), "doctor")
+    assert shown.code == 1
+    assert "│ ok │ model strong │" in shown.out
+    assert "│ no │ model weak │" in shown.out
+    assert "no config.json there" in shown.out
+    assert "│ no │ storage │" in shown.out
+    assert "cannot be written" in shown.out
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+def selected_row(home: Home) -> int:
+    decisions = open_storage_of(home).read_table("decisions", "b1").frame
+    return int(decisions.filter(decision="selected")["source_row"][0])
+
+
+def open_storage_of(home: Home) -> Any:
+    settings = parse_settings(home.config.read_text())
+    settings._home = home.folder
+    return open_storage(settings)
+
+
+def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Qaq) -> None:
+    row = selected_row(home)
+    shown = qaq(home, "explain", "b1", row)
+    assert shown.code == 0
+    assert shown.out.startswith(f"b1/rows.jsonl:{row}.0: selected (within_budget) Rank of RMI among pairs of like ")
+    assert re.search(
+        r"Selected by diff_high: gap 0\.\d{3} is number \d of 18 in the pool; the last pair taken", shown.out
+    )
+    for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "pool_size", "provenance"):
+        assert word in shown.out
+    assert "strong: chatml-0 (files:" in shown.out
+
+
+def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
+    shown = qaq(home, "explain", "b1", REJECTED_ROW)
+    assert shown.out.startswith(
+        f"b1/rows.jsonl:{REJECTED_ROW}.0: rejected (empty_query) Rejected when it was read: shape query_answer: `query`"
+    )
+    assert "pair_id None" in shown.out
+
+
+def test_explain_says_of_what_a_row_is_a_duplicate(home: Home, qaq: Qaq) -> None:
+    shown = qaq(home, "explain", "b1", REPEATED_ROW)
+    assert shown.out.startswith(
+        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate: equal system text, query and answer "
+        "as b1/rows.jsonl:1.0, which stands for this pair."
+    )
+    assert "query: Reverse a string in Python." in shown.out
+
+
+def test_a_row_can_be_named_in_several_ways(home: Home, qaq: Qaq) -> None:
+    decisions = open_storage_of(home).read_table("decisions", "b1").frame
+    pair_id = decisions.filter(source_row=3)["pair_id"][0]
+    first = qaq(home, "explain", "b1", 3)
+    for name in ("rows.jsonl:3", "rows.jsonl:3.0", "b1/rows.jsonl:3.0", pair_id, pair_id[:8]):
+        assert qaq(home, "explain", "b1", name) == first
+
+
+def test_markup_in_names_and_texts_is_shown_as_it_is(empty_home: Home, qaq: Qaq) -> None:
+    settings = parse_settings(empty_home.config.read_text())
+    store_batch(open_storage_of(empty_home), settings, queries=("[red]q[/red]", "[/]"), source_file=BRACKETS)
+    shown = qaq(empty_home, "explain", "b1", 1)
+    assert shown.code == 0
+    assert shown.out.startswith(f"b1/{BRACKETS}:1.0: ")
+    assert "query: [red]q[/red]" in shown.out
+    assert "query: [/]" in qaq(empty_home, "explain", "b1", pair_name(2)).out
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"rows\.jsonl: cannot be read \(No such file or directory\); check the path"),
+        (b"", r"rows\.jsonl: is empty\. Deliver it again"),
+        (b"\x1f\x8b\x08\x00", r"rows\.jsonl: the compressed data are cut off or damaged"),
+        (b"PAR1 torn", r"rows\.jsonl: is no complete Parquet file"),
+        (b'[{"query": "q"', r"rows\.jsonl: line 1, column \d+: the JSON array cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    delivery = tmp_path / "rows.jsonl"
+    if content is not None:
+        delivery.write_bytes(content)
+    shown = qaq(empty_home, "run", delivery, "--batch", "b1")
+    assert re.search(said, shown.error())
+    assert not (empty_home.folder / "storage").exists()
+
+
+def test_a_folder_is_no_delivery(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    assert "cannot be read (Is a directory)" in qaq(empty_home, "run", tmp_path, "--batch", "b1").error()
+
+
+def test_a_batch_that_another_process_runs_is_left_to_it(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], lock_holder: LockHolder
+) -> None:
+    write_settings(empty_home.config, tiny_models, runtime={"lock_timeout_seconds": 0.1})
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    lock_holder(empty_home.folder / "locks", "batch", "b1")
+    error = qaq(empty_home, "run", delivery, "--batch", "b1").error()
+    assert "batch/b1 is being written by another process" in error
+    assert "wait for it to end, then run again" in error
+    assert not (empty_home.folder / "storage").exists()
+
+
+def test_two_files_of_one_name_are_refused(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a" / "rows.jsonl", delivered_rows())
+    other = write_jsonl(tmp_path / "b" / "rows.jsonl", delivered_rows())
+    shown = qaq(empty_home, "run", one, other, "--batch", "b1")
+    assert "two files of the delivery are named 'rows.jsonl'; rename one" in shown.error()
+
+
+def test_a_hostile_batch_name_is_refused_and_nothing_is_written(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    for name in HOSTILE_NAMES:
+        commands = [["run", delivery, f"--batch={name}"], ["explain", "--", name, "1"]]
+        commands += [["table", "raw_data", f"--batch={name}", "--to", tmp_path / "out.csv"]] if name else []
+        for command in commands:
+            assert "cannot be used: give a letter or digit" in qaq(empty_home, *command).error()
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "settings.yaml", "home"}
+    assert {path.name for path in empty_home.folder.iterdir()} == {"dagster"}
+    assert "No batch yet" in qaq(empty_home, "status").out
+
+
+@pytest.mark.parametrize(
+    "row", ["99", "rows.jsonl:99", "other.jsonl:1", "rows.jsonl:1.7", "abcdef", "x", "²", "9" * 30, "a:²"]
+)
+def test_a_row_that_is_not_there_is_named_with_those_that_are(home: Home, qaq: Qaq, row: str) -> None:
+    error = qaq(home, "explain", "b1", row).error()
+    assert f"batch 'b1' has no row {row!r}; it has 20 rows, the first of file 'rows.jsonl'" in error
+
+
+def test_a_batch_that_is_not_there_is_named_with_where_to_look(home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    assert "decisions/b9/table.parquet: not stored yet" in (error := qaq(home, "explain", "b9", "1").error())
+    assert "Known batches: `qaq status`" in error
+    asked = qaq(home, "table", "decisions", "--batch", "b9", "--to", tmp_path / "out.csv")
+    assert "decisions/b9/table.parquet: not stored yet; materialise decisions first" in asked.error()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["surprise", "--to", "out.csv"], 2, "'surprise' is no table; known: raw_data, screened_data, logprobs"),
+        (["decisions", "--to", "out.xlsx"], 1, "out.xlsx: the ending says the format: .parquet, .csv or .jsonl"),
+        (["decisions", "--to", "no/such/folder/out.csv"], 1, "No such file or directory"),
+        (["decisions", "--to", "no/such/folder/out.parquet"], 1, "No such file or directory"),
+    ],
+)
+def test_a_table_that_cannot_be_written_says_why(
+    home: Home, qaq: Qaq, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in qaq(home, "table", *arguments).error(code)
+
+
+def test_a_table_that_no_batch_has_says_what_to_type(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    shown = qaq(empty_home, "table", "decisions", "--to", tmp_path / "out.csv")
+    assert "no batch has decisions yet; run one with `qaq run FILE --batch NAME`" in shown.error()
+
+
+@pytest.mark.parametrize("command", [["status"], ["doctor"], ["explain", "b1", "1"], ["run", "x", "--batch", "b1"]])
+def test_settings_that_cannot_be_used_name_the_field(
+    qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], command: list[str]
+) -> None:
+    config = write_settings(tmp_path / "settings.yaml", tiny_models, scoring={"max_tokens": 3, "prio": "user"})
+    error = qaq(Home(tmp_path / "home", config), *command).error(code=2, lines=3)
+    assert f"{config}: 2 setting(s) cannot be used" in error
+    assert "scoring.max_tokens: Input should be greater than or equal to 16 (got 3)" in error
+    assert "scoring.prio: Extra inputs are not permitted (got 'user')" in error
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("content", [None, "[1, 2]"])
+def test_a_settings_file_that_is_none_is_named(qaq: Qaq, tmp_path: Path, content: str | None) -> None:
+    config = tmp_path / "settings.yaml"
+    if content is not None:
+        config.write_text(content)
+    home = Home(tmp_path / "home", tmp_path / "other.yaml")
+    error = qaq(home, "status", "--config", config).error(code=2)
+    assert f"{config}: " in error
+    assert ("cannot be read" if content is None else "a mapping of settings is expected, not list") in error
+
+
+def test_a_missing_model_fails_its_stage_and_says_what_stays(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    write_settings(empty_home.config, tiny_models | {"strong": tmp_path / "nowhere"})
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    error = qaq(empty_home, "run", delivery, "--batch", "b1").error(lines=2)
+    assert "score_batch of b1|strong failed: step logprobs: " in error
+    assert "nowhere: no config.json there" in error
+    assert "what was made before it stays. Mend the cause and run again." in error
+
+
+@pytest.mark.parametrize("root", ["nosuch://bucket/qaq", "oci://bucket/qaq"])
+def test_a_storage_of_an_unknown_or_missing_kind_is_a_fault_of_the_settings(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], root: str
+) -> None:
+    write_settings(empty_home.config, tiny_models, storage={"root": root})
+    for arguments in storage_commands(tmp_path):
+        assert f"storage.root: {root!r} cannot be used" in qaq(empty_home, *arguments).error(code=2)
+
+
+def test_a_storage_that_cannot_be_written_is_one_line(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    write_settings(empty_home.config, tiny_models, storage={"root": str(tmp_path / "file" / "storage")})
+    for arguments in storage_commands(tmp_path):
+        shown = qaq(empty_home, *arguments)
+        assert arguments == ["status"] or "file/storage" in shown.error()
+
+
+def storage_commands(folder: Path) -> list[list[Any]]:
+    """A command line of each kind that opens the storage."""
+    delivery = write_jsonl(folder / "rows.jsonl", delivered_rows())
+    return [
+        ["run", delivery, "--batch", "b1"],
+        ["status"],
+        ["explain", "b1", "1"],
+        ["table", "raw_data", "--to", folder / "out.csv", "--batch", "b1"],
+    ]
+
+
+def test_a_home_that_cannot_be_made_is_one_line(qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    config = write_settings(tmp_path / "settings.yaml", tiny_models)
+    shown = qaq(Home(tmp_path / "file" / "home", config), "status")
+    assert "file/home" in shown.error()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["run", "rows.jsonl"], ["run", "x", "--batch", "b1", "--limit", "0"], ["explain", "b1"], ["nonsense"]],
+)
+def test_a_command_that_is_not_one_is_explained_by_its_usage(empty_home: Home, qaq: Qaq, arguments: list[str]) -> None:
+    shown = qaq(empty_home, *arguments)
+    assert shown.code == 2
+    assert "Usage: " in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_the_ui_needs_its_workspace(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    error = qaq(empty_home, "ui", "--workspace", tmp_path / "none.yaml").error(code=2)
+    assert "none.yaml: no such file; run this in the project's folder, or pass --workspace" in error

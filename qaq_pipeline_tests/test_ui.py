@@ -1,0 +1,349 @@
+"""The Dagster UI as a person meets it in a browser: what is visible, and that a click materialises a batch.
+
+Two batches of tiny models: b1 was curated by `qaq run`, b2 is registered only. `QAQ_SCREENSHOTS` names a folder for
+the pictures that the tests take; without it they go to pytest's temporary folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+import yaml
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from qaq_pipeline import config, driver, publication, schema
+from qaq_pipeline.config import Settings
+from qaq_pipeline.definitions import STAGES
+from qaq_pipeline.prompts import Pair
+from qaq_pipeline.resources import open_storage
+from qaq_pipeline_tests.conftest import write_jsonl
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it, e.g. Debian's package `chromium`"),
+]
+
+REPOSITORY = Path(__file__).parents[1]
+QAQ = Path(sys.executable).with_name("qaq")
+LOOPBACK = "127.0.0.1"
+PATIENCE_S = 180.0
+"""For anything that starts a process; a page is given `PAGE_PATIENCE_MS`."""
+PAGE_PATIENCE_MS = 90_000
+VIEWPORT = (1500, 900)
+WIDE_VIEWPORT = (2600, 900)
+"""Below about 2300 pixels the eight nodes shrink to their names, and a long name is cut."""
+
+GROUPS = ["ingest", "scoring", "selection", "publication"]
+ASSETS = [asset for assets in STAGES.values() for asset in assets]
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The running UI, and what stands behind it."""
+
+    url: str
+    settings: Settings
+    model_names: dict[str, str]
+    """Names of the models' folders, by role."""
+
+
+# --- the UI, started and ended -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path], twenty_samples: list[Pair]
+) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("ui")
+    models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(("strong", "weak"))}
+    home, profile = folder / "home", write_profile(folder / "settings.yaml", models)
+    rows = [{"instruction": pair.query, "output": pair.answer} for pair in twenty_samples]
+    files = {batch: write_jsonl(folder / f"{batch}.jsonl", rows) for batch in ("b1", "b2")}
+    variables = {"QAQ_HOME": str(home), "QAQ_CONFIG": str(profile), "DAGSTER_HOME": str(home / "dagster")}
+    settings = register(files["b2"], "b2", variables)
+    environment = {**os.environ, **variables}
+    subprocess.run(
+        [str(QAQ), "run", str(files["b1"]), "--batch", "b1"], env=environment, cwd=REPOSITORY, check=True, timeout=600
+    )
+    with running_ui(environment, folder / "ui.log") as url:
+        yield Site(url, settings, {role: path.name for role, path in models.items()})
+    assert_nothing_runs(home)
+    with pytest.raises(ConnectionRefusedError), socket.create_connection((LOOPBACK, urlsplit(url).port or 0)):
+        pass
+
+
+def write_profile(path: Path, models: dict[str, Path]) -> Path:
+    values: dict[str, Any] = {
+        "models": {
+            role: {"directory": str(folder), "device": "cpu", "dtype": "float32"} for role, folder in models.items()
+        },
+        "scoring": {"max_tokens": 512},
+        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
+    }
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:
+    """Deliver a batch and add its partition, as `qaq run` does before it materialises anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        settings = config.load_settings()
+        with driver.open_instance() as instance:
+            driver.register(settings, instance, batch, [file], None)
+    return settings
+
+
+@contextlib.contextmanager
+def running_ui(environment: dict[str, str], log: Path) -> Iterator[str]:
+    """`qaq ui` on a free port, until it answers; ended by Ctrl-C's signal, which its whole process group gets."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [str(QAQ), "ui", "--port", str(port)],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://{LOOPBACK}:{port}"
+    try:
+        wait_for_answer(url, process, log)
+        yield url
+    finally:
+        interrupt(process)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # It ended by itself.
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/server_info", timeout=10):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"qaq ui does not answer (exit {process.poll()}); its last words:\n{log.read_text()[-3000:]}")
+
+
+def assert_nothing_runs(home: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := processes_of(home)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert left == {}
+
+
+def processes_of(home: Path) -> dict[int, str]:
+    """Command lines by id of the processes whose environment names the home, as far as /proc tells."""
+    marker = f"QAQ_HOME={home}\0".encode()
+    found = {}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # It ended meanwhile, or is another user's.
+            if marker in environ.read_bytes():
+                found[int(environ.parent.name)] = environ.with_name("cmdline").read_text().replace("\0", " ")
+    return found
+
+
+# --- the browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PAGE_PATIENCE_MS)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page in a fresh browser profile; in the end it has asked nobody but the UI, and has met no error."""
+    asked: set[str | None] = set()
+    faults: list[str] = []
+    with browser.new_context(viewport={"width": VIEWPORT[0], "height": VIEWPORT[1]}) as context:
+        context.set_default_timeout(PAGE_PATIENCE_MS)
+        context.on("request", lambda request: asked.add(host_of(request.url)))
+        context.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        context.on("weberror", lambda error: faults.append(str(error.error)))
+        opened = context.new_page()
+        opened.on("websocket", lambda channel: asked.add(host_of(channel.url)))
+        yield opened
+    assert asked == {LOOPBACK}
+    assert faults == []
+
+
+def host_of(url: str) -> str | None:
+    """The host; what a page holds in itself (data:, blob:) comes from where the page does."""
+    return LOOPBACK if urlsplit(url).scheme in ("data", "blob") else urlsplit(url).hostname
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wanted = os.environ.get("QAQ_SCREENSHOTS")
+    folder = Path(wanted) if wanted else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def take_picture(page: Page, path: Path) -> None:
+    page.wait_for_timeout(1500)  # Lists and graphs slide into their places.
+    page.screenshot(path=path)
+
+
+def seen(within: Page | Locator, text: str) -> Locator:
+    """The element that shows exactly this text; the UI keeps invisible twins of some, to measure them."""
+    return within.get_by_text(text, exact=True).filter(visible=True).first
+
+
+def metadata_value(page: Page, key: str) -> Locator:
+    """The cell beside the key in a table of metadata."""
+    row = page.get_by_role("row").filter(has=page.get_by_text(key, exact=True)).filter(visible=True).first
+    return row.get_by_role("cell").nth(1)
+
+
+# --- what a person sees --------------------------------------------------------------------------------------------
+
+
+def test_lineage_shows_all_assets_in_one_picture(page: Page, site: Site, pictures: Path):
+    page.set_viewport_size({"width": WIDE_VIEWPORT[0], "height": WIDE_VIEWPORT[1]})
+    page.goto(f"{site.url}/asset-groups")
+    graph = page.locator("svg")
+    for group in GROUPS:
+        expect(seen(graph, group)).to_be_in_viewport(ratio=1)
+    page.get_by_text("Hide navigation").click()
+    page.keyboard.press("Alt+KeyE")  # Expands all groups.
+
+    for name in [*GROUPS, *ASSETS]:
+        expect(seen(graph, name)).to_be_in_viewport(ratio=1)
+    take_picture(page, pictures / "lineage.png")
+
+
+def test_partitions_are_batches_by_models(page: Page, site: Site, pictures: Path):
+    page.goto(f"{site.url}/assets/logprobs?view=partitions")
+
+    for key in ("b1", "b2", "strong", "weak", "Materialized (2)", "Missing (2)", "Failed (0)"):
+        expect(seen(page, key)).to_be_in_viewport(ratio=1)
+    take_picture(page, pictures / "partitions.png")
+
+
+def test_partition_tells_model_prompt_speed_and_provenance(page: Page, site: Site, pictures: Path):
+    provenance = open_storage(site.settings).read_table("logprobs", "b1", "strong").provenance
+    identity = provenance["identity"]
+    page.set_viewport_size({"width": VIEWPORT[0], "height": 1150})
+    page.goto(f"{site.url}/assets/logprobs?view=partitions&partition={quote('b1|strong')}")
+
+    expect(seen(page, "b1|strong")).to_be_in_viewport(ratio=1)
+    shown = {
+        "model": site.model_names["strong"],
+        "revision": identity["revision"],
+        "dtype": "float32",
+        "template_hash": identity["template_hash"],
+        "identity_hash": provenance["identity_hash"],
+        "pairs": "20",
+    }
+    for key, value in shown.items():
+        expect(metadata_value(page, key)).to_have_text(value)
+        expect(seen(page, key)).to_be_in_viewport(ratio=1)
+    for key in ("tokens", "tokens_per_second", "seconds"):
+        expect(metadata_value(page, key)).to_have_text(re.compile(r"^[1-9]\d*(\.\d+)?$|^0\.\d+$"))
+    take_picture(page, pictures / "partition_metadata.png")
+    metadata_value(page, "provenance").get_by_text("Show JSON").click()
+    expect(page.get_by_role("dialog")).to_contain_text(provenance["inputs"]["screened_data"])
+    take_picture(page, pictures / "provenance.png")
+
+
+def test_overview_shows_description_row_count_and_columns(page: Page, site: Site, pictures: Path):
+    column = schema.Logprobs.columns()["sum_nll_q_given_a"]
+    page.goto(f"{site.url}/assets/logprobs?view=overview")
+
+    expect(seen(page, " ".join((schema.Logprobs.__doc__ or "").split()))).to_be_in_viewport(ratio=1)
+    expect(seen(page, "Row count")).to_be_in_viewport(ratio=1)
+    expect(seen(page, "20")).to_be_in_viewport(ratio=1)
+    row = page.get_by_role("row").filter(has=page.get_by_text("sum_nll_q_given_a", exact=True)).first
+    for text in ("Float64", str(column.description), "unit: nats"):
+        expect(seen(row, text)).to_be_in_viewport(ratio=1)
+    take_picture(page, pictures / "column_schema.png")
+
+
+def test_batch_is_materialised_by_clicking(page: Page, site: Site, pictures: Path):
+    storage = open_storage(site.settings)
+    assert not storage.has_table("raw_data", "b2")
+
+    for asset, picture in (("raw_data", "materialise.png"), ("screened_data", "materialise_next.png")):
+        materialise(page, site, asset, "b2", pictures / picture)
+        assert storage.read_table(asset, "b2").frame.height == 20
+
+    page.goto(f"{site.url}/assets/raw_data?view=partitions&partition=b2")
+    expect(metadata_value(page, "dagster/row_count")).to_have_text("20")
+    take_picture(page, pictures / "materialised.png")
+
+
+def materialise(page: Page, site: Site, asset: str, partition: str, picture: Path) -> None:
+    page.goto(f"{site.url}/assets/{asset}?view=partitions")
+    page.locator("button", has_text=re.compile("^Materialize")).click()
+    dialog = page.get_by_role("dialog").filter(has_text=f"Launch runs to materialize {asset}")
+    dialog.get_by_text("Select a partition or create one").click()
+    page.get_by_role("menuitem").filter(has_text=partition).filter(visible=True).click()
+    page.keyboard.press("Escape")  # Closes the list of partitions.
+    expect(seen(dialog, "1 partition")).to_be_visible()
+    take_picture(page, picture)
+    dialog.get_by_role("button", name="Launch 1 run").click()
+    page.get_by_text("View", exact=True).filter(visible=True).click()
+    ended = page.get_by_text(re.compile("^(Success|Failure|Canceled)$")).filter(visible=True).first
+    expect(ended).to_be_visible(timeout=PATIENCE_S * 1000)
+    expect(ended).to_have_text("Success")
+
+
+def test_curated_dataset_shows_version_and_excluded_batches(page: Page, site: Site, pictures: Path):
+    latest = open_storage(site.settings).read_json(publication.FOLDER, "latest.json")
+    assert set(latest["excluded_batches"]) == {"b2"}
+    page.goto(f"{site.url}/assets/curated_dataset?view=events")
+
+    expect(metadata_value(page, "version")).to_have_text(latest["version"])
+    expect(metadata_value(page, "excluded_batches")).to_have_text(json.dumps(latest["excluded_batches"], indent=2))
+    expect(metadata_value(page, "rows_in")).to_have_text("20")
+    take_picture(page, pictures / "curated_dataset.png")
