@@ -39,6 +39,7 @@ PLAIN_QUERY = "\n\nProblem:\n"
 PLAIN_ANSWER = "\n\nAnswer:\n"
 
 _SLOT = "QAQ6b1fSLOT"
+_SYSTEM_PROBE = "QAQ6b1fSYSTEM"
 
 QUANTITIES_OF = {
     "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
@@ -154,13 +155,11 @@ def _render_around_slot(
     render: Callable[[list[dict[str, str]]], str], system: str, user_prefix: str
 ) -> tuple[str, str]:
     user = {"role": "user", "content": user_prefix + _SLOT}
-    folded = {"role": "user", "content": f"{system}\n\n{user_prefix}{_SLOT}".lstrip()}
-    try:
-        text = render([{"role": "system", "content": system}, user])
-        if system.strip() not in text:
-            text = render([folded])
-    except TemplateError:
-        text = _render_or_refuse(render, folded)
+    if _has_system_turn(render):
+        text = _render_or_refuse(render, [{"role": "system", "content": system}, user])
+    else:
+        folded = {"role": "user", "content": f"{system}\n\n{user_prefix}{_SLOT}".lstrip()}
+        text = _render_or_refuse(render, [folded])
     before, slot, after = text.partition(_SLOT)
     if not slot or _SLOT in after:
         raise TemplateUnusableError(
@@ -169,9 +168,18 @@ def _render_around_slot(
     return before, after
 
 
-def _render_or_refuse(render: Callable[[list[dict[str, str]]], str], message: dict[str, str]) -> str:
+def _has_system_turn(render: Callable[[list[dict[str, str]]], str]) -> bool:
+    """Whether the template shows a system turn, rather than refusing or ignoring it."""
+    probe = [{"role": "system", "content": _SYSTEM_PROBE}, {"role": "user", "content": _SLOT}]
     try:
-        return render([message])
+        return _SYSTEM_PROBE in render(probe)
+    except TemplateError:
+        return False
+
+
+def _render_or_refuse(render: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]]) -> str:
+    try:
+        return render(messages)
     except TemplateError as error:
         raise TemplateUnusableError(
             f"the chat template fails on one user turn ({error}); set `frame: plain`, or `chat_template_from`"

@@ -135,13 +135,13 @@ def score_pairs(
 
 def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:
     """The Logprobs table, sorted by pair_id: counts and reasons of the encoding beside the cached scores."""
-    by_key = {(row["pair_id"], row["quantity"]): row for row in scores.iter_rows(named=True)}
+    by_key = {(row["pair_id"], row["quantity"], row["num_tokens"]): row for row in scores.iter_rows(named=True)}
     rows = [_table_row(pair, by_key, token_logprobs=token_logprobs) for pair in encoded]
     return pl.DataFrame(rows, schema=schema.dtypes(schema.Logprobs), orient="row").sort("pair_id")
 
 
 def _table_row(
-    pair: EncodedPair, by_key: dict[tuple[str, str], dict[str, Any]], *, token_logprobs: bool
+    pair: EncodedPair, by_key: dict[tuple[str, str, int], dict[str, Any]], *, token_logprobs: bool
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "pair_id": pair.pair_id,
@@ -151,7 +151,8 @@ def _table_row(
         "is_truncated": pair.is_truncated,
     }
     for quantity in Quantity:
-        score = by_key.get((pair.pair_id, quantity.value), {})
+        num_tokens = pair.num_q_tokens if quantity in _QUERY_SIDE else pair.num_a_tokens
+        score = by_key.get((pair.pair_id, quantity.value, num_tokens), {})
         is_scored = quantity not in pair.null_reasons
         if is_scored and not score:
             raise AssertionError(f"pair {pair.pair_id}: {quantity.value} was neither scored nor refused")

@@ -238,15 +238,15 @@ class Storage:
     # --- cached scores -----------------------------------------------------------------------------------------
 
     def read_scores(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
-        """Every cached score of the pairs under the identity, once each, as `CachedScores`.
+        """Every cached score of the pairs under the identity, once for each number of tokens, as `CachedScores`.
 
         Of a score that two writers cached, the lower sum counts, whatever the shards are named.
         """
-        key = schema.CachedScores.primary_key()
+        key = [*schema.CachedScores.primary_key(), "num_tokens"]
         wanted = pl.col("pair_id").is_in(pair_ids.implode())
         shards = [self._read_shard(path).filter(wanted) for path in self._shards(identity)]
         scores = pl.concat([empty(schema.CachedScores), *shards])
-        return scores.sort(*key, "sum_nll", "num_tokens").unique(key, keep="first", maintain_order=True)
+        return scores.sort(*key, "sum_nll", nulls_last=True).unique(key, keep="first", maintain_order=True)
 
     def _shards(self, identity: ScoreIdentity) -> list[str]:
         folder = self.path("score_cache", identity.digest())

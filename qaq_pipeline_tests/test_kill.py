@@ -100,7 +100,7 @@ def tables(settings: Settings) -> dict[str, pl.DataFrame]:
 
 KILL_TIMES: dict[str, Callable[[dict[str, int]], bool]] = {
     "at_the_first_shard": lambda stored: bool(stored) and max(stored.values()) >= 1,
-    "amid_the_strong_model": lambda stored: bool(stored) and max(stored.values()) >= 10,
+    "amid_the_strong_model": lambda stored: bool(stored) and max(stored.values()) >= 50,
     "amid_the_weak_model": lambda stored: len(stored) == 2 and min(stored.values()) >= 5,
 }
 
