@@ -130,7 +130,11 @@ class RuntimeSettings(_Closed):
     executor: Literal["in_process", "multiprocess"] = Field(
         "in_process", description="Where steps run: in the run's process, or each in one of its own."
     )
-    batch_tokens: int = Field(4096, ge=16, description="Padded tokens of one forward pass: bounds memory.")
+    batch_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Padded tokens of one forward pass: bounds memory. Default: 1,024 on a CPU, else 16,384.",
+    )
     shard_seconds: float = Field(20.0, ge=0, description="How often finished scores are stored, in seconds.")
     lock_timeout_seconds: float = Field(
         10.0, ge=0, description="How long a step waits for another that writes the same partition, in seconds."

@@ -24,7 +24,7 @@ _ORDERED_BY = {
     "rmi_top": "rank",
     "length": "answer length in tokens",
     "random": "random draw",
-    "stratified_random": "random draw",
+    "stratified_random": "place in the stratified draw",
 }
 
 

@@ -16,7 +16,15 @@ from qaq_pipeline import model_files
 from qaq_pipeline.config import Settings, SettingsError, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.prompts import Pair, PairEncoder
-from qaq_pipeline.scoring import Progress, ScoringModel, ScoringReport, SequenceScorer, score_pairs
+from qaq_pipeline.scoring import (
+    BATCH_TOKENS_CPU,
+    BATCH_TOKENS_GPU,
+    Progress,
+    ScoringModel,
+    ScoringReport,
+    SequenceScorer,
+    score_pairs,
+)
 from qaq_pipeline.storage import Storage, StoredTable
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "polars", "dagster")
@@ -109,13 +117,14 @@ class ModelRuntime:
         device = causal_lm.resolve_device(model.device)
         dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
         identity = self._identity(files, encoder, dtype)
+        batch_tokens = BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS_GPU
 
         def load() -> SequenceScorer:
             return causal_lm.load_model(model, files, min_context=settings.scoring.max_tokens)
 
         frame, report = score_pairs(
             pairs,
-            ScoringModel(role, encoder, identity, load),
+            ScoringModel(role, encoder, identity, load, batch_tokens),
             storage,
             settings.scoring,
             settings.runtime,

@@ -22,6 +22,9 @@ from qaq_pipeline.prompts import QUANTITIES_OF, EncodedPair, Pair, PairEncoder, 
 from qaq_pipeline.schema import NullReason, Quantity
 from qaq_pipeline.storage import Storage
 
+BATCH_TOKENS_CPU = 1024
+BATCH_TOKENS_GPU = 16_384
+
 _QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
 
 
@@ -41,6 +44,8 @@ class ScoringModel:
     encoder: PairEncoder
     identity: ScoreIdentity
     load: Callable[[], SequenceScorer]
+    batch_tokens: int = BATCH_TOKENS_CPU
+    """Padded tokens of a batch where the settings name none: a CPU's caches want few, a GPU many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +227,8 @@ class _Run:
     ) -> Iterator[Progress]:
         lengths = [len(sequence.token_ids) for sequence in sequences]
         total_tokens, done_tokens, done_sequences = sum(lengths), 0, 0
-        for indices in token_budget_batches(lengths, self._runtime.batch_tokens):
+        budget = self._runtime.batch_tokens or self._model.batch_tokens
+        for indices in token_budget_batches(lengths, budget):
             batch = [sequences[index] for index in indices]
             for sequence, logprobs in zip(batch, scorer.score(batch), strict=True):
                 self._open_rows += [
