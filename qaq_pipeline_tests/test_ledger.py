@@ -213,9 +213,11 @@ def test_the_sentence_names_what_the_selection_orders_by(strategy: str, measure:
     assert f" by mine: {measure} is number " in said(1, decide(strategy))[2]
 
 
-@pytest.mark.parametrize("strategy", ["random", "stratified_random"])
-def test_a_random_selection_says_that_it_drew(strategy: str) -> None:
-    assert " by mine: random draw " in said(1, decide(strategy))[2]
+@pytest.mark.parametrize(
+    ("strategy", "measure"), [("random", "random draw"), ("stratified_random", "place in the stratified draw")]
+)
+def test_a_random_selection_says_that_it_drew(strategy: str, measure: str) -> None:
+    assert f" by mine: {measure} " in said(1, decide(strategy))[2]
 
 
 def test_every_reason_of_a_selection_has_a_sentence() -> None:
