@@ -225,6 +225,11 @@ def test_query_answer_aliases(query_field: str, answer_field: str) -> None:
     assert only(read(jsonl(record)))["pair_id"] == row["pair_id"]
 
 
+def test_the_aliases_are_those_of_the_documentation() -> None:
+    assert QUERY_FIELDS == ("query", "question", "problem", "instruction", "prompt")
+    assert ANSWER_FIELDS == ("response", "answer", "solution", "output", "completion")
+
+
 def test_the_first_alias_that_is_present_is_taken() -> None:
     record = {name: name for name in (QUERY_FIELDS + ANSWER_FIELDS)[::-1]}
     row = only(read(jsonl(record | {"query": None}), shape="query_answer"))

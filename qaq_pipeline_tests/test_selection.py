@@ -118,6 +118,18 @@ def test_rmi_band_takes_what_lies_in_the_half_open_band():
     assert verdicts["cut"].unique().to_list() == [0.51]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "column"), [("rmi_band", "rank"), ("ifd", "ifd_ppl"), ("length", "num_a_tokens_untruncated")]
+)
+def test_the_named_model_decides(strategy: str, column: str):
+    values = [6, 5, 7] if strategy == "length" else [0.6, 0.2, 0.1]
+    frame = pairs(**{f"{column}_strong": values[::-1], f"{column}_weak": values})
+    budget = {} if strategy == "rmi_band" else {"budget": {"count": 1}}
+    of_weak = taken(select(frame, parse(strategy=strategy, model="weak", **budget), ROLES))
+    of_strong = taken(select(frame, parse(strategy=strategy, **budget), ROLES))
+    assert (of_weak, of_strong) == ((["c"], ["a"]) if strategy == "length" else (["a"], ["c"]))
+
+
 def test_rmi_top_takes_the_highest_ranks_of_its_model():
     frame = pairs(rank_strong=[0.1, 0.2, 0.3, 0.4, None], rank_weak=[0.9, None, 0.3, 0.8, 0.95])
     assert taken(select(frame, half(strategy="rmi_top"), ROLES)) == ["d", "c"]
