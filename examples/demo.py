@@ -39,7 +39,7 @@ def main() -> None:
     print_defects(batches)
     done = time.monotonic()
     console.print(f"Models fetched and converted in {ready - started:.0f} s, batches curated in {done - ready:.0f} s.")
-    console.print("Next: `make ui`, or `qaq explain 2026-11-02 ROW`.")
+    console.print("Next: `make ui`, or `.venv/bin/qaq explain 2026-11-02 ROW`.")
 
 
 def batch_name(path: Path) -> str:
@@ -88,7 +88,7 @@ def print_defects(batches: list[Path]) -> None:
         shares = [f"{of_kind['verdicts'].list.contains(selection).mean():.2f}" for selection in selections]
         table.add_row(kind, f"{of_kind.height}", *shares)
     console.print(table)
-    console.print("About 34 planted rows a batch: a difference of 0.1 in a kind's share is noise.", style="dim")
+    console.print("10 to 12 rows of a kind: a difference of 0.2 in its share is noise.", style="dim")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _warn(role: str, num_rows: int, num_pairs: int, num_strata: int, ranking: Ra
         return [f"model {role!r}: none of {num_pairs} pairs can be ranked"]
     strata = "1 stratum" if num_strata == 1 else f"{num_strata} strata"
     return [
-        f"model {role!r}: only {num_rows} of {num_pairs} pairs can be ranked, so {strata} instead of "
+        f"model {role!r}: {num_rows} of {num_pairs} pairs can be ranked, so {strata} instead of "
         f"{ranking.num_strata}: a stratum holds at least {ranking.min_rows_per_stratum} pairs"
     ]
 

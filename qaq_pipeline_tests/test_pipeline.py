@@ -329,7 +329,7 @@ def test_a_single_row_is_its_own_stratum(
     summary = curate(settings, instance, deliver(("Is 7 prime?", "Yes.")))
     assert summary.rows_by_decision["selected"] == 1
     assert len(summary.warnings) == 2
-    assert "only 1 of 1 pairs can be ranked, so 1 stratum instead of 10" in summary.warnings[0]
+    assert "1 of 1 pairs can be ranked, so 1 stratum instead of 10" in summary.warnings[0]
 
 
 def test_fewer_rows_than_strata_are_fewer_strata_with_a_warning(

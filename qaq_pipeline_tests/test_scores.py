@@ -335,10 +335,8 @@ def test_fewer_strata_come_with_a_warning():
     frame, warnings = ranked(RankingSettings(), strong=pairs, weak=[(1.0, 1.0)] * 130)
     assert frame["num_strata"].unique().to_list() == [1]
     assert warnings == [
-        "model 'strong': only 34 of 130 pairs can be ranked, so 1 stratum instead of 10: "
-        "a stratum holds at least 20 pairs",
-        "model 'weak': only 130 of 130 pairs can be ranked, so 6 strata instead of 10: "
-        "a stratum holds at least 20 pairs",
+        "model 'strong': 34 of 130 pairs can be ranked, so 1 stratum instead of 10: a stratum holds at least 20 pairs",
+        "model 'weak': 130 of 130 pairs can be ranked, so 6 strata instead of 10: a stratum holds at least 20 pairs",
     ]
 
 
