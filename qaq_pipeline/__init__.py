@@ -10,7 +10,8 @@ The map, each module importing only from those above it:
     prompts           a pair -> token ids of the forward and the reverse pass: templates, priors, truncation
     batching          sequences -> batches: longest first, by token budget
     logprobs          hidden states -> log-probabilities of target tokens (torch)
-    scores            sums and counts -> RMI, IFD, strata of PPL(Q), ranks, gap
+    scores            sums and counts -> log PPL, RMI, IFD
+    strata            strata of PPL(Q), the rank of RMI inside them, the gap between the models
     selection         the strategies and their exact budgets
     ledger            every input row: decision, reason, sentence
     exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet

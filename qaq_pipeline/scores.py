@@ -1,21 +1,14 @@
-"""From stored sums and counts to scores: log PPL, RMI, IFD, strata of PPL(Q), ranks inside them, and the gap.
+"""From stored sums and counts to rank-free scores: log PPL, RMI, IFD.
 
-Belongs here: Polars expressions over whole tables, in which a pair without a number keeps null and a reason.
-Does not belong here: models, files, Dagster, and what is selected.
-
-Frames are sorted by pair_id before anything depends on order, so no result depends on the order of the input.
+Belongs here: the formulas, as Polars expressions over whole tables, in which a pair without a number keeps null and a
+reason. Does not belong here: strata and ranks (`strata`), models, files, Dagster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import polars as pl
 
-from qaq_pipeline.config import RankingSettings
-from qaq_pipeline.schema import DisagreementScores, NullReason, Quantity, RmiScores, dtypes
-
-_GAP_DECIMALS = 14
+from qaq_pipeline.schema import NullReason, Quantity, RmiScores, dtypes
 
 
 def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tokens: int) -> pl.DataFrame:
@@ -67,120 +60,3 @@ def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple
 
 def _null_where_reason(score: str, reason_of: str) -> pl.Expr:
     return pl.when(pl.col(f"null_reason_{reason_of}").is_null()).then(pl.col(score)).alias(score)
-
-
-def count_strata(num_rows: int, ranking: RankingSettings) -> int:
-    """Number of strata of a pool: max(1, min(num_strata, num_rows // min_rows_per_stratum)); 0 of an empty pool."""
-    if num_rows == 0:
-        return 0
-    return max(1, min(ranking.num_strata, num_rows // ranking.min_rows_per_stratum))
-
-
-def stratum(log_ppl_q: pl.Expr, num_rows: int, num_strata: int) -> pl.Expr:
-    """floor(i * num_strata / num_rows) + 1 for the 0-based position i in (log_ppl_q, row); null stays null.
-
-    The frame is sorted by pair_id, so equal PPLs are told apart by pair_id and no bin edge can fall on two bins.
-    """
-    position = log_ppl_q.rank("ordinal").cast(pl.Int64) - 1
-    return position * num_strata // num_rows + 1
-
-
-def rank_in_stratum(rmi: pl.Expr, stratum_column: str) -> pl.Expr:
-    """(rows of the stratum below + (equal rows + 1) / 2) / rows of the stratum: pandas `rank(pct=True)`; null stays.
-
-    The count is spread over the rows before the division: Polars divides by a scalar as a product with its
-    reciprocal, and 49 * (1 / 49) < 1.
-    """
-    return rmi.rank("average").over(stratum_column) / rmi.count().over(stratum_column)
-
-
-def disagreement_scores(
-    scores: Mapping[str, pl.DataFrame], ranking: RankingSettings, pool_id: str
-) -> tuple[pl.DataFrame, list[str]]:
-    """DisagreementScores of each role's RmiScores, sorted by pair_id, and warnings as sentences.
-
-    gap      = rank_strong - rank_weak
-    rank_sum = rank_strong + rank_weak
-
-    Both to 14 decimals: ranks are j / m, and without it 0.4 - 0.3 and 0.3 - 0.2 would be two gaps.
-
-    Raises:
-        ValueError: `strong` or `weak` is missing, or the roles' frames do not hold the same pairs.
-    """
-    ordered = {role: scores[role].sort("pair_id") for role in sorted(scores)}
-    _check_same_pairs(ordered)
-    ranked: dict[str, pl.DataFrame] = {}
-    warnings: list[str] = []
-    for role, frame in ordered.items():
-        ranked[role], warning = _rank_role(role, frame, ordered["strong"], ranking)
-        warnings += warning
-    long = [frame.rename(lambda column, role=role: f"{column}:{role}") for role, frame in ranked.items()]
-    wide = pl.concat([ordered["strong"].select("pair_id"), *long], how="horizontal")
-    return _disagreement(wide, sorted(ranked), pool_id), warnings
-
-
-def _check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
-    missing = [role for role in ("strong", "weak") if role not in scores]
-    if missing:
-        raise ValueError(f"scores of the roles {missing} are missing; given: {list(scores)}")
-    strong = scores["strong"]["pair_id"]
-    if not all(frame["pair_id"].equals(strong) for frame in scores.values()):
-        counts = ", ".join(f"{role}: {frame.height} pairs" for role, frame in scores.items())
-        raise ValueError(f"the models' scores are not of the same pairs ({counts}); score the batch again under each")
-
-
-def _rank_role(
-    role: str, frame: pl.DataFrame, strong: pl.DataFrame, ranking: RankingSettings
-) -> tuple[pl.DataFrame, list[str]]:
-    """stratum, num_strata, rank and null_reason of one role's rows, in their order, and its warning, if any."""
-    binned_by = strong if ranking.strata_from == "strong" else frame
-    in_pool = frame["rmi"].is_not_null() & binned_by["rmi"].is_not_null()
-    num_rows = int(in_pool.sum())
-    num_strata = count_strata(num_rows, ranking)
-    pooled = pl.DataFrame({"in_pool": in_pool, "log_ppl_q": binned_by["log_ppl_q"], "rmi": frame["rmi"]}).select(
-        pl.when("in_pool").then("log_ppl_q").alias("log_ppl_q"), pl.when("in_pool").then("rmi").alias("rmi")
-    )
-    ranked = pooled.with_columns(stratum=stratum(pl.col("log_ppl_q"), num_rows, num_strata)).select(
-        "stratum",
-        pl.lit(num_strata, pl.Int64).alias("num_strata"),
-        rank_in_stratum(pl.col("rmi"), "stratum").alias("rank"),
-        frame["null_reason_rmi"].alias("null_reason"),
-    )
-    return ranked, _warn(role, num_rows, frame.height, num_strata, ranking)
-
-
-def _warn(role: str, num_rows: int, num_pairs: int, num_strata: int, ranking: RankingSettings) -> list[str]:
-    if num_pairs == 0 or num_strata == ranking.num_strata:
-        return []
-    if num_rows == 0:
-        return [f"model {role!r}: none of {num_pairs} pairs can be ranked"]
-    strata = "1 stratum" if num_strata == 1 else f"{num_strata} strata"
-    return [
-        f"model {role!r}: {num_rows} of {num_pairs} pairs can be ranked, so {strata} instead of "
-        f"{ranking.num_strata}: a stratum holds at least {ranking.min_rows_per_stratum} pairs"
-    ]
-
-
-def _disagreement(wide: pl.DataFrame, roles: list[str], pool_id: str) -> pl.DataFrame:
-    strong, weak = pl.col("rank:strong"), pl.col("rank:weak")
-    columns = {
-        "pair_id": pl.col("pair_id"),
-        "pool_id": pl.lit(pool_id),
-        "stratum_strong": pl.col("stratum:strong"),
-        "rank_strong": strong,
-        "stratum_weak": pl.col("stratum:weak"),
-        "rank_weak": weak,
-        "num_strata": pl.col("num_strata:strong"),
-        "gap": (strong - weak).round(_GAP_DECIMALS),
-        "rank_sum": (strong + weak).round(_GAP_DECIMALS),
-        "null_reason": pl.coalesce("null_reason:strong", "null_reason:weak"),
-        # Sixty times faster than concat_list of structs.
-        "ranks": pl.concat_arr([_rank_struct(role) for role in roles]).arr.to_list(),
-    }
-    types = dtypes(DisagreementScores)
-    return wide.select(expression.cast(types[name]).alias(name) for name, expression in columns.items())
-
-
-def _rank_struct(role: str) -> pl.Expr:
-    numbers = [pl.col(f"{column}:{role}").alias(column) for column in ("stratum", "num_strata", "rank")]
-    return pl.struct(pl.lit(role).alias("model"), *numbers)

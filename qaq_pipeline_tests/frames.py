@@ -12,9 +12,9 @@ from qaq_pipeline import ledger, selection
 from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.schema import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
-from qaq_pipeline.scores import disagreement_scores
 from qaq_pipeline.screening import screen
 from qaq_pipeline.storage import Storage, StoredTable, hash_json
+from qaq_pipeline.strata import disagreement_scores
 
 HOSTILE_NAMES = ["../evil", "a/b", "[x]", "x|y", "", "x" * 300, ".hidden", "a..b", "a\n", "b 1", "~", "-rf"]
 """Names that would leave a folder, be a pattern, break a partition key, or be no name at all."""

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter
 from qaq_pipeline import ledger, schema, selection
 from qaq_pipeline.config import Selection
 from qaq_pipeline.schema import Decisions, NullReason, SelectedSubset, SelectionReason, TableError, dtypes, enforce
-from qaq_pipeline.scores import disagreement_scores
 from qaq_pipeline.screening import screen
+from qaq_pipeline.strata import disagreement_scores
 from qaq_pipeline_tests.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
 PROVENANCE_ID = "0123456789abcdef" * 2

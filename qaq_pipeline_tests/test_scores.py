@@ -15,7 +15,8 @@ from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config import RankingSettings
 from qaq_pipeline.schema import DisagreementScores, Logprobs, Quantity, RmiScores, dtypes, enforce
-from qaq_pipeline.scores import count_strata, disagreement_scores, rmi_scores
+from qaq_pipeline.scores import rmi_scores
+from qaq_pipeline.strata import count_strata, disagreement_scores
 
 POOL = "batch:test"
 Pairs = Sequence[tuple[float, float | None]]

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter
 
 from qaq_pipeline.config import RankingSettings, Selection
 from qaq_pipeline.schema import VERDICT, DisagreementScores, RmiScores, SelectionReason, dtypes, enforce
-from qaq_pipeline.scores import disagreement_scores
 from qaq_pipeline.selection import candidates, draws, quotas, select, select_all
+from qaq_pipeline.strata import disagreement_scores
 
 ROLES = ["strong", "weak"]
 MODEL_COLUMNS = {

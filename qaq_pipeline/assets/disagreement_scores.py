@@ -3,7 +3,7 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import scores
+from qaq_pipeline import strata
 from qaq_pipeline.assets.shared import BATCHES, by_model, code_version, definition, table_result
 from qaq_pipeline.config import Settings
 from qaq_pipeline.storage import StoredTable
@@ -27,7 +27,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         pool_id = f"batch:{context.partition_key}"
         require_same_scoring(rmi_scores)
         frames = {role: table.frame for role, table in rmi_scores.items()}
-        frame, warnings = scores.disagreement_scores(frames, settings.ranking, pool_id)
+        frame, warnings = strata.disagreement_scores(frames, settings.ranking, pool_id)
         warnings += frame_warnings(rmi_scores)
         for warning in warnings:
             context.log.warning(warning)
