@@ -146,16 +146,18 @@ def chat_markup(render: Callable[[list[dict[str, str]]], str], system: str, *, i
     Raises:
         TemplateUnusableError: the template fails, or drops or repeats the user's text.
     """
-    forward = _render_around_slot(render, system, "")
-    reverse = _render_around_slot(render, system, task_text(invalid_clause=invalid_clause))
+    has_system_turn = _has_system_turn(render)
+    task = task_text(invalid_clause=invalid_clause)
+    forward = _render_around_slot(render, system, "", has_system_turn=has_system_turn)
+    reverse = _render_around_slot(render, system, task, has_system_turn=has_system_turn)
     return Markup(*forward, *reverse)
 
 
 def _render_around_slot(
-    render: Callable[[list[dict[str, str]]], str], system: str, user_prefix: str
+    render: Callable[[list[dict[str, str]]], str], system: str, user_prefix: str, *, has_system_turn: bool
 ) -> tuple[str, str]:
     user = {"role": "user", "content": user_prefix + _SLOT}
-    if _has_system_turn(render):
+    if has_system_turn:
         text = _render_or_refuse(render, [{"role": "system", "content": system}, user])
     else:
         folded = {"role": "user", "content": f"{system}\n\n{user_prefix}{_SLOT}".lstrip()}

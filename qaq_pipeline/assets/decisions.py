@@ -85,9 +85,9 @@ def _require_one_origin(
     """Every input goes back to this raw_data, and the ranks are of these scores."""
     rows = {"raw_data": raw_data, "screened_data": screened_data}
     require_inputs("screened_data", screened_data, {"raw_data": raw_data}, screened_data.provenance["inputs"])
-    for name, table in by_model("rmi_scores", rmi_scores).items():
-        require_inputs(name, table, rows, table.provenance["scored_from"])
     ranked = by_model("rmi_scores", rmi_scores)
+    for name, table in ranked.items():
+        require_inputs(name, table, rows, table.provenance["scored_from"])
     require_inputs("disagreement_scores", disagreement_scores, ranked, disagreement_scores.provenance["inputs"])
 
 
