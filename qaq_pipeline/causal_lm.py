@@ -6,32 +6,45 @@ Does not belong here: which sequences are scored, in which order, or where score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qaq_pipeline import logprobs, model_files
+from qaq_pipeline import model_files
+from qaq_pipeline.batching import BatchTooLargeError
 from qaq_pipeline.config import ModelSettings
 from qaq_pipeline.model_files import ModelFiles
-from qaq_pipeline.prompts import Target, TokenSequence
-from qaq_pipeline.schema import Quantity
+from qaq_pipeline.prompts import TokenSequence
+from qaq_pipeline.runner import UnsupportedModelError, choose_runner, model_context
+from qaq_pipeline.workers import Load, ScorerFacts
 
-SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
-"""Mean difference from the model's own logits that the self-test allows, in nats per token, by dtype: a batch of
-another shape rounds differently, while a wrong head or mask is off by more than one."""
+BATCH_TOKENS_CPU = 1024
+BATCH_TOKENS_GPU = 32_768
+"""Tokens of a batch where the settings name none and memory allows them: a CPU's caches want few, a GPU many."""
+
+FREE_SHARE = 0.7
+"""Of free memory, what a batch is planned to take at most: its estimate may be off, and others live here too."""
+
+SAMPLE_TEXT = (
+    "Write a function that returns the sum of the squares of the first n natural numbers.\n\nAnswer:\n"
+    "def sum_of_squares(n):\n    total = 0\n    for i in range(1, n + 1):\n        total += i * i\n    return total\n"
+)
+"""An ordinary text, for the self-test."""
 
 _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
 """Put before a template that asks for today's date: prompts, and with them scores, must not change at midnight. The
 date is the one that Llama 3's own templates fall back on."""
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be scored right. The text names the model, what differs, and the remedy."""
 
 
 class HfTokenizer:
@@ -115,73 +128,168 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 class CausalLM:
-    """A causal language model that scores token sequences.
+    """A causal language model that scores token sequences, by the fastest runner that is right for it.
+
+    Args:
+        model: a transformers causal LM, on its device, in its dtype.
+        name: of the model, for messages.
+        sample_ids: token ids of an ordinary text, which the self-test scores.
+        free_bytes: memory that a batch may take, asked for before every batch; default: of the model's device.
 
     Raises:
-        UnsupportedModelError: its fast path does not give the model's own log-probabilities.
+        UnsupportedModelError: its log-probabilities are no ground for a score.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        sample_ids: Sequence[int] = (),
+        free_bytes: Callable[[], float] | None = None,
+    ) -> None:
         self._model = model.eval().requires_grad_(requires_grad=False)
-        self._name = name
-        self._head = model.get_output_embeddings()
-        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
-        self._self_test()
+        self._free_bytes = free_bytes or functools.partial(free_memory, model.device)
+        self._runner = choose_runner(self._model, name, sample_ids)
+        self._bytes_per_token = _bytes_per_token(model)
+        self.facts = self._facts()
 
     @property
     def max_context(self) -> int | None:
         """Longest sequence the model was made for, in tokens; None where it states none."""
-        return getattr(self._model.config, "max_position_embeddings", None)
+        return model_context(self._model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self._model.dtype
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
-        """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats."""
-        return logprobs.batch_logprobs(self._hidden, self._logits, sequences, self.device)
+    def score(self, sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
+        """For each sequence and each of its targets, ln p of the target's tokens: fp32, in nats.
 
-    def _hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self._model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        Raises:
+            BatchTooLargeError: the batch does not fit into memory; on a CPU before the kernel's killer is woken.
+        """
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
+        if num_tokens * self._bytes_per_token > self._free_bytes():
+            raise BatchTooLargeError(f"{num_tokens} tokens need more than the memory that is free")
+        try:
+            scores = self._runner.score(sequences)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            return [[values.numpy() for values in targets] for targets in scores]
+        # Outside the except block, whose traceback would keep the failed batch's tensors alive.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise BatchTooLargeError(f"{num_tokens} tokens did not fit into memory")
 
-    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV = self._head(hidden_ND)
-        if self._softcap is None:
-            return logits_NV
-        return torch.tanh(logits_NV / self._softcap) * self._softcap
-
-    @torch.inference_mode()
-    def _self_test(self) -> None:
-        """Compare two padded sequences with the model's own logits, one at a time: no wrong number gets past it."""
-        ids = [[(7 * i + 3 * n) % self._head.weight.shape[0] for i in range(n)] for n in (13, 8)]
-        sequences = [TokenSequence("", row, (Target(Quantity.Q, 1, len(row)),)) for row in ids]
-        for row, (fast,) in zip(ids, self.score(sequences), strict=True):
-            ids_1T = torch.tensor([row], device=self.device)
-            own_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0]
-            own = logprobs.token_logprobs(own_TV[:-1], ids_1T[0, 1:]).cpu()
-            difference = float((fast - own).abs().mean())
-            if not difference <= SELF_TEST_TOLERANCE[self.dtype]:
-                raise UnsupportedModelError(
-                    f"{self._name} ({type(self._model).__name__}): log-probabilities differ by {difference:.2g} nats "
-                    "from the model's own logits; this architecture is not supported yet"
-                )
+    def _facts(self) -> ScorerFacts:
+        most = BATCH_TOKENS_CPU if self.device.type == "cpu" else BATCH_TOKENS_GPU
+        head = self._model.get_output_embeddings().weight.numel()
+        return ScorerFacts(
+            runner=self._runner.name,
+            is_padded=self._runner.is_padded,
+            batch_tokens=max(1, min(most, int(self._free_bytes() / self._bytes_per_token))),
+            flops_per_token=2.0 * _num_body_weights(self._model),
+            flops_per_target=2.0 * head,
+            peak_flops_per_second=matmul_flops_per_second(self.dtype, self.device),
+        )
 
 
-def load_model(model: ModelSettings, files: ModelFiles, min_context: int = 0) -> CausalLM:
+def free_memory(device: torch.device) -> float:
+    """Bytes that a batch may take: of the device's free memory the part that stays clear of its end."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)
+    return FREE_SHARE * psutil.virtual_memory().available
+
+
+@torch.inference_mode()
+def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """What a large matrix product reaches, with as many threads as scoring has: the best of five."""
+    size = 1024 if device.type == "cpu" else 8192
+    one = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        float((one @ one)[0, 0])  # Waits for the device.
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _num_body_weights(model: Any) -> int:
+    """Weights that every token is multiplied with: matrices, less embeddings and head."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    tables.add(id(model.get_output_embeddings().weight))
+    return sum(weight.numel() for weight in model.parameters() if weight.dim() == 2 and id(weight) not in tables)
+
+
+def _bytes_per_token(model: Any) -> float:
+    """Memory that a token of a batch takes at the most, in bytes: activations of one layer, and the head's rows.
+
+    Counted from the architecture: residual, norms, queries, keys, values and their outputs, the three products of
+    the feed-forward, each in the model's dtype and some in fp32; of the head, a chunk's logits spread over it.
+    """
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    itemsize = model.dtype.itemsize
+    logits = vocabulary * (itemsize + 4) if model.device.type != "cpu" else vocabulary * itemsize
+    return (16 * hidden + 4 * inner) * itemsize + 4 * hidden + logits / 2
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    is_torch = isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or is_torch or "can't allocate memory" in str(error)
+
+
+def load_model(
+    model: ModelSettings, files: ModelFiles, min_context: int = 0, num_threads: int | None = None
+) -> CausalLM:
     """The model on its device, in its dtype, tested against its own logits.
+
+    Args:
+        model: its settings.
+        files: its files.
+        min_context: tokens that the longest sequence may have.
+        num_threads: threads of this process from now on; default: torch's own choice.
 
     Raises:
         UnsupportedModelError: the device is missing, the model was made for sequences shorter than `min_context`
-            tokens, or the self-test fails.
+            tokens, or its own log-probabilities are no ground for a score.
     """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     device = resolve_device(model.device)
     # The attention is transformers' choice: SDPA, but eager where an architecture needs it (Gemma 2's soft-capping).
     loaded = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=resolve_dtype(model.dtype, device), trust_remote_code=False
     )
-    scorer = CausalLM(loaded.to(device), files.name)
+    tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(files.folder))
+    scorer = CausalLM(loaded.to(device), files.name, tokenizer.encode_markup(SAMPLE_TEXT))
     if scorer.max_context is not None and scorer.max_context < min_context:
         raise UnsupportedModelError(
             f"{files.name}: made for {scorer.max_context} tokens, fewer than scoring.max_tokens ({min_context}); "
             f"set scoring.max_tokens to {scorer.max_context} or less"
         )
     return scorer
+
+
+def loaders(model: ModelSettings, files: ModelFiles, min_context: int, most: int) -> list[Load]:
+    """How to load the model in each of several processes: one for each core of a CPU, at most so many.
+
+    Several on a CPU have one thread each: a core of their own, and no barriers between them.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = min(most, num_cores) if resolve_device(model.device).type == "cpu" else 1
+    num_threads = 1 if number > 1 else None
+    return [functools.partial(load_model, model, files, min_context, num_threads)] * number

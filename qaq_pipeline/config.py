@@ -133,7 +133,14 @@ class RuntimeSettings(_Closed):
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="Padded tokens of one forward pass: bounds memory. Default: 1,024 on a CPU, else 16,384.",
+        description="Tokens of one forward pass, padding included: bounds memory. Default: 1,024 on a CPU; on a GPU "
+        "up to 32,768, by its free memory.",
+    )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Scoring processes at most. Default: one for each GPU, or for each core of a CPU with one thread "
+        "each, where there is work enough.",
     )
     shard_seconds: float = Field(20.0, ge=0, description="How often finished scores are stored, in seconds.")
     lock_timeout_seconds: float = Field(

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 ENGINE = "transformers-body-and-head"
-ENGINE_VERSION = "1"
+ENGINE_VERSION = "2"
 
 
 @dataclass(frozen=True, slots=True)

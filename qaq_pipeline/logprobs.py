@@ -1,9 +1,10 @@
-"""Hidden states to log-probabilities of target tokens. Tensors in, tensors out.
+"""Hidden states to log-probabilities of target tokens: the output head. Tensors in, tensors out.
 
 Belongs here: the token shift, the output head on target rows only, log-softmax in fp32.
-Does not belong here: loading a model, prompts, or files.
+Does not belong here: loading a model, attention, prompts, or files.
 
-Shape suffixes: B sequences, T tokens (padded), D hidden size, N target tokens of the whole batch, V vocabulary.
+Shape suffixes: F tokens of all rows of a batch, one after another (flat), D hidden size, N target tokens of the
+batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,19 +20,8 @@ ROWS_PER_CHUNK_GPU = 2048
 CACHED_FLOATS = 1 << 20
 
 
-def pad_right(sequences: Sequence[TokenSequence], device: torch.device) -> torch.Tensor:
-    """Token ids [B, T], padded on the right with 0.
-
-    Under causal attention no real token can see what stands to its right, so padding needs no attention mask and
-    its id does not matter.
-    """
-    length = max(len(sequence.token_ids) for sequence in sequences)
-    rows = [sequence.token_ids + [0] * (length - len(sequence.token_ids)) for sequence in sequences]
-    return torch.tensor(rows, dtype=torch.long, device=device)
-
-
-def target_positions(sequences: Sequence[TokenSequence], padded_length: int) -> torch.Tensor:
-    """Flat positions [N] in [B * T] of all target tokens, sequence by sequence, target by target.
+def target_positions(sequences: Sequence[TokenSequence], starts: Sequence[int]) -> torch.Tensor:
+    """Flat positions [N] of all target tokens, sequence by sequence, target by target.
 
     The token shift, drawn once: the hidden state at position p predicts the token at p + 1.
 
@@ -42,18 +32,44 @@ def target_positions(sequences: Sequence[TokenSequence], padded_length: int) -> 
 
     So a target token at p is read from the hidden state at p - 1.
 
+    Args:
+        sequences: with their targets.
+        starts: flat position of each sequence's first token; it lies before the row of a sequence whose beginning
+            is a shared prefix.
+
     Raises:
         ValueError: a target begins at 0, where nothing stands before it.
     """
     if any(target.start < 1 for sequence in sequences for target in sequence.targets):
         raise ValueError("a target begins at position 0: its first token has no left context to be predicted from")
     positions = [
-        row * padded_length + position
-        for row, sequence in enumerate(sequences)
+        start + position
+        for start, sequence in zip(starts, sequences, strict=True)
         for target in sequence.targets
         for position in range(target.start, target.stop)
     ]
     return torch.tensor(positions, dtype=torch.long)
+
+
+def batch_logprobs(
+    hidden_FD: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    sequences: Sequence[TokenSequence],
+    starts: Sequence[int],
+) -> list[list[torch.Tensor]]:
+    """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats.
+
+    Equals, sequence by sequence, `log_softmax(head(hidden)[start - 1 : stop - 1])` at the ids [start : stop).
+    The head sees target rows only, in chunks: logits of the whole batch never exist.
+    """
+    positions_N = target_positions(sequences, starts).to(hidden_FD.device)
+    targets = [sequence.token_ids[t.start : t.stop] for sequence in sequences for t in sequence.targets]
+    targets_N = torch.tensor([token for target in targets for token in target], device=hidden_FD.device)
+    rows = ROWS_PER_CHUNK_CPU if hidden_FD.device.type == "cpu" else ROWS_PER_CHUNK_GPU
+    chunks = zip(hidden_FD[positions_N - 1].split(rows), targets_N.split(rows), strict=True)
+    logprobs_N = torch.cat([token_logprobs(head(hidden), tokens) for hidden, tokens in chunks]).cpu()
+    per_target = iter(logprobs_N.split([len(target) for target in targets]))
+    return [[next(per_target) for _ in sequence.targets] for sequence in sequences]
 
 
 def token_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -78,27 +94,3 @@ def logsumexp_fp32(logits_NV: torch.Tensor) -> torch.Tensor:
         maxima = values.amax(-1, keepdim=True)
         sums.append(values.sub_(maxima).exp_().sum(-1).log_().add_(maxima.squeeze(-1)))
     return torch.cat(sums)
-
-
-def batch_logprobs(
-    body: Callable[[torch.Tensor], torch.Tensor],
-    head: Callable[[torch.Tensor], torch.Tensor],
-    sequences: Sequence[TokenSequence],
-    device: torch.device,
-) -> list[list[torch.Tensor]]:
-    """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU.
-
-    Equals, sequence by sequence, `log_softmax(head(body(ids))[start - 1 : stop - 1])` at the ids [start : stop).
-    The head sees target rows only, in chunks: logits of the whole batch never exist.
-    """
-    ids_BT = pad_right(sequences, device)
-    positions_N = target_positions(sequences, ids_BT.shape[1]).to(device)
-    hidden_BTD = body(ids_BT)
-    hidden_ND = hidden_BTD.flatten(0, 1)[positions_N - 1]
-    targets_N = ids_BT.flatten()[positions_N]
-    rows = ROWS_PER_CHUNK_CPU if device.type == "cpu" else ROWS_PER_CHUNK_GPU
-    chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
-    logprobs_N = torch.cat([token_logprobs(head(hidden), targets) for hidden, targets in chunks]).cpu()
-    counts = [target.stop - target.start for sequence in sequences for target in sequence.targets]
-    per_target = iter(logprobs_N.split(counts))
-    return [[next(per_target) for _ in sequence.targets] for sequence in sequences]

@@ -55,6 +55,10 @@ class ModelFiles:
         present = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).exists()]
         return _hash_files(present)[:16]
 
+    def num_weight_bytes(self) -> int:
+        """Size of the weights, in bytes."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
 
 def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> ModelFiles:
     """The model's files, fetched or converted if need be.

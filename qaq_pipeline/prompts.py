@@ -38,6 +38,9 @@ INVALID_CLAUSE = ' If the inferred question is outside programming, respond with
 PLAIN_QUERY = "\n\nProblem:\n"
 PLAIN_ANSWER = "\n\nAnswer:\n"
 
+MIN_SHARED_TOKENS = 8
+"""A shared prefix costs its sequences a mask in every layer: below this many tokens that costs more than it saves."""
+
 _SLOT = "QAQ6b1fSLOT"
 _SYSTEM_PROBE = "QAQ6b1fSYSTEM"
 
@@ -97,6 +100,9 @@ class TokenSequence:
     pair_id: str
     token_ids: list[int]
     targets: tuple[Target, ...]
+    num_shared: int = 0
+    """Leading tokens that other sequences begin with too, so that a runner may compute them once. The last token of
+    a template's prefix is not among them: what follows is predicted from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +357,10 @@ def _concatenate(
     scored: Mapping[Quantity, _Span],
     wanted: Collection[Quantity],
 ) -> TokenSequence:
-    """The parts one after another, with a target wherever a scored span comes to lie."""
+    """The parts one after another, with a target wherever a scored span comes to lie.
+
+    Where they begin with the template's own text, its tokens are shared with all sequences that do.
+    """
     token_ids: list[int] = []
     targets = []
     for part in parts:
@@ -362,7 +371,8 @@ def _concatenate(
             for quantity, span in scored.items()
             if span is part and quantity in wanted
         ]
-    return TokenSequence(pair_id, token_ids, tuple(targets))
+    num_shared = 0 if isinstance(parts[0], _Span) else len(parts[0]) - 1
+    return TokenSequence(pair_id, token_ids, tuple(targets), num_shared if num_shared >= MIN_SHARED_TOKENS else 0)
 
 
 def _first_present(*ids: int | None) -> int | None:

@@ -3,6 +3,7 @@
 Belongs here: what connects storage and models to Dagster. Does not belong here: any asset, any formula.
 """
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
@@ -17,12 +18,9 @@ from qaq_pipeline.config import Settings, SettingsError, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring import (
-    BATCH_TOKENS_CPU,
-    BATCH_TOKENS_GPU,
     Progress,
     ScoringModel,
     ScoringReport,
-    SequenceScorer,
     score_pairs,
 )
 from qaq_pipeline.storage import Storage, StoredTable
@@ -117,14 +115,10 @@ class ModelRuntime:
         device = causal_lm.resolve_device(model.device)
         dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
         identity = self._identity(files, encoder, dtype)
-        batch_tokens = BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS_GPU
-
-        def load() -> SequenceScorer:
-            return causal_lm.load_model(model, files, min_context=settings.scoring.max_tokens)
-
+        loads = functools.partial(causal_lm.loaders, model, files, settings.scoring.max_tokens)
         frame, report = score_pairs(
             pairs,
-            ScoringModel(role, encoder, identity, load, batch_tokens),
+            ScoringModel(role, encoder, identity, loads, files.num_weight_bytes()),
             storage,
             settings.scoring,
             settings.runtime,

@@ -66,6 +66,7 @@ class NullReason(StrEnum):
     PAIR_TOO_LONG = "pair_too_long"
     NO_TOKENS_TO_SCORE = "no_tokens_to_score"
     NON_FINITE = "non_finite"
+    OUT_OF_MEMORY = "out_of_memory"
     TOO_FEW_QUERY_TOKENS = "too_few_query_tokens"
 
 

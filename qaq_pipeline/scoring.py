@@ -1,56 +1,52 @@
 """From pairs to their sums of NLL under one model: what is cached is read, the rest is scored and cached by shards.
 
-Belongs here: the loop over batches, shards by time, progress, and the assembly of the Logprobs table.
-Does not belong here: prompts, the model, or the ranks.
+Belongs here: the course of one scoring, its progress and its report, and the assembly of the Logprobs table.
+Does not belong here: prompts, sequences (planner), batches, models (workers, runner), shards, or the ranks.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import polars as pl
 
 from qaq_pipeline import schema
-from qaq_pipeline.batching import token_budget_batches
+from qaq_pipeline.batching import BatchQueue
 from qaq_pipeline.config import RuntimeSettings, ScoringSettings
 from qaq_pipeline.identity import ScoreIdentity
-from qaq_pipeline.prompts import QUANTITIES_OF, EncodedPair, Pair, PairEncoder, Target, TokenSequence
+from qaq_pipeline.planner import Plan, wanted_quantities
+from qaq_pipeline.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.schema import NullReason, Quantity
+from qaq_pipeline.shards import ShardWriter
 from qaq_pipeline.storage import Storage
+from qaq_pipeline.workers import Load, Workers, open_workers
 
-BATCH_TOKENS_CPU = 1024
-BATCH_TOKENS_GPU = 16_384
+WORTH_ANOTHER_PROCESS = 5e12
+"""Bytes of weights times tokens below which one process scores: about 20 seconds of a CPU core, and a process takes
+some to start."""
 
 _QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
 
 
-class SequenceScorer(Protocol):
-    """The seam to a model."""
-
-    def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
-        """For each sequence and each of its targets, ln p of the target's tokens (a 1-D tensor), in nats."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class ScoringModel:
-    """A model as scoring needs it; `load` is called only if something has to be scored."""
+    """A model as scoring needs it; it is loaded only if something has to be scored."""
 
     role: str
     encoder: PairEncoder
     identity: ScoreIdentity
-    load: Callable[[], SequenceScorer]
-    batch_tokens: int = BATCH_TOKENS_CPU
-    """Padded tokens of a batch where the settings name none: a CPU's caches want few, a GPU many."""
+    loads: Callable[[int], Sequence[Load]]
+    """How to load the model in each of several processes: as many as there are cores or devices, at most so many."""
+    num_weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the scoring of one partition is."""
+    """How far the scoring of one partition is. Totals are forecasts until every pair is tokenised."""
 
     model: str
     done_tokens: int
@@ -61,8 +57,13 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens, padding not counted."""
+        """Real tokens, padding not counted, shared prefixes counted for each sequence."""
         return self.done_tokens / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def sequences_per_second(self) -> float:
+        """Sequences finished, by the seconds since the first batch was given out."""
+        return self.done_sequences / self.seconds if self.seconds > 0 else math.nan
 
     @property
     def seconds_left(self) -> float:
@@ -80,18 +81,22 @@ class ScoringReport:
     num_scored_quantities: int
     num_sequences: int
     num_tokens: int
-    num_padded_tokens: int
+    num_computed_tokens: int
+    """Tokens that went through the model: padding counts, a shared prefix that was computed before does not."""
+    num_splits: int
+    """Batches that did not fit into memory and were halved."""
     seconds: float
+    runner: str | None = None
+    """The way through the model; None where nothing was scored."""
+    num_workers: int = 0
+    peak_share: float | None = None
+    """Floating-point operations of a second, as a share of what a large matrix product reached when the model was
+    loaded; None where nothing was scored or the peak is not known."""
 
     @property
     def tokens_per_second(self) -> float | None:
         """Real tokens a second of scoring; None where nothing was scored."""
         return self.num_tokens / self.seconds if self.num_tokens else None
-
-
-def wanted_quantities(scoring: ScoringSettings) -> frozenset[Quantity]:
-    """The negative log-likelihoods that the wanted scores are made of."""
-    return frozenset(quantity for score in scoring.quantities for quantity in QUANTITIES_OF[score])
 
 
 def score_pairs(
@@ -107,35 +112,30 @@ def score_pairs(
     """The Logprobs table of the pairs, and what it took.
 
     Finished scores are added to the cache every `runtime.shard_seconds`, so that a kill loses at most the open
-    shard; what the cache holds is not scored again.
+    shard, and a signal or an error not even that; what the cache holds is not scored again.
 
     Args:
         pairs: distinct pairs.
         model: whose log-probabilities are taken.
         storage: holds the cache.
         scoring: what is wanted.
-        runtime: batch and shard size.
+        runtime: batch and shard size, processes.
         on_progress: called after every batch.
         on_shard: called after every stored shard.
+
+    Raises:
+        workers.WorkerDiedError: a scoring process was killed.
+        Exception: what the model raised while it was loaded or run.
     """
-    encoded = model.encoder.encode(pairs, wanted_quantities(scoring))
     pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
     cached = storage.read_scores(model.identity, pair_ids)
-    sequences = _not_cached(encoded, cached)
-    run = _Run(storage, model, scoring, runtime, on_progress, on_shard)
-    if sequences:
-        run.score(sequences)
-    scores = pl.concat([cached, *run.shards])
-    report = ScoringReport(
-        num_pairs=len(pairs),
-        num_cached_quantities=_num_targets(encoded) - _num_scored(sequences),
-        num_scored_quantities=_num_scored(sequences),
-        num_sequences=len(sequences),
-        num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
-        num_padded_tokens=run.num_padded_tokens,
-        seconds=run.seconds,
-    )
-    return logprobs_table(encoded, scores, token_logprobs=scoring.token_logprobs), report
+    plan = Plan(pairs, model.encoder, wanted_quantities(scoring), cached)
+    run = _Run(plan, model, runtime, on_progress, on_shard)
+    shards = ShardWriter(storage, model.identity, runtime.shard_seconds, keep_tokens=scoring.token_logprobs)
+    with shards:
+        run.score(shards)
+    scores = pl.concat([cached, *shards.closed])
+    return logprobs_table(plan.encoded, scores, token_logprobs=scoring.token_logprobs), run.report(len(pairs))
 
 
 def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:
@@ -167,105 +167,110 @@ def _table_row(
     return row
 
 
-def _not_cached(encoded: Iterable[EncodedPair], cached: pl.DataFrame) -> list[TokenSequence]:
-    """The sequences, each without the targets that the cache has; those left without a target are dropped.
-
-    A cached sum over another number of tokens is of another segmentation, and is scored anew.
-    """
-    known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
-    sequences = []
-    for pair in encoded:
-        for sequence in pair.sequences:
-            targets = tuple(
-                target
-                for target in sequence.targets
-                if (sequence.pair_id, target.quantity.value, target.stop - target.start) not in known
-            )
-            if targets:
-                sequences.append(TokenSequence(sequence.pair_id, sequence.token_ids, targets))
-    return sequences
-
-
 class _Run:
-    """One scoring: batches, longest first, into shards."""
+    """The batches of one plan through the workers, and the counts of it."""
 
     def __init__(
         self,
-        storage: Storage,
+        plan: Plan,
         model: ScoringModel,
-        scoring: ScoringSettings,
         runtime: RuntimeSettings,
         on_progress: Callable[[Progress], None],
         on_shard: Callable[[Progress], None],
     ) -> None:
-        self._storage = storage
+        self._plan = plan
         self._model = model
-        self._keep_tokens = scoring.token_logprobs
         self._runtime = runtime
         self._on_progress = on_progress
         self._on_shard = on_shard
-        self._open_rows: list[dict[str, Any]] = []
-        self.shards: list[pl.DataFrame] = []
-        self.num_padded_tokens = 0
-        self.seconds = 0.0
+        self._workers: Workers | None = None
+        self._done_tokens = 0
+        self._done_sequences = 0
+        self._computed_tokens = 0
+        self._targets = 0
+        self._splits = 0
+        self._seconds = 0.0
 
-    def score(self, sequences: Sequence[TokenSequence]) -> None:
-        """Score the sequences; every finished shard is in the cache before the next begins."""
-        scorer = self._model.load()
-        started = shard_started = time.monotonic()
-        for progress in self._batches(sequences, scorer, started):
-            self.seconds = progress.seconds
-            self._on_progress(progress)
-            is_last = progress.done_sequences == progress.total_sequences
-            if is_last or time.monotonic() - shard_started >= self._runtime.shard_seconds:
-                self._close_shard()
-                self._on_shard(progress)
-                shard_started = time.monotonic()
+    def score(self, shards: ShardWriter) -> None:
+        """Score every sequence of the plan; the model is loaded when the first one is known."""
+        windows = self._plan.windows()
+        first = next((window for window in windows if window), None)
+        if first is None:
+            return
+        with open_workers(self._loads()) as self._workers:
+            facts = self._workers.facts
+            budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
+            is_padded = any(fact.is_padded for fact in facts)
+            queue = BatchQueue(_chain(first, windows), budget, is_padded=is_padded)
+            started = time.monotonic()
+            for batch, scores in self._workers.run(queue):
+                if scores is None:
+                    self._splits += 1
+                    if not queue.split(batch):
+                        shards.add_failure(batch[0], NullReason.OUT_OF_MEMORY)
+                        self._count(queue, batch)
+                else:
+                    queue.fitted()
+                    for sequence, logprobs in zip(batch, scores, strict=True):
+                        shards.add(sequence, logprobs)
+                    self._count(queue, batch)
+                self._seconds = time.monotonic() - started
+                self._on_progress(self._progress())
+                if shards.close_if_due():
+                    self._on_shard(self._progress())
+            shards.close()
+            self._on_shard(self._progress())
 
-    def _batches(
-        self, sequences: Sequence[TokenSequence], scorer: SequenceScorer, started: float
-    ) -> Iterator[Progress]:
-        lengths = [len(sequence.token_ids) for sequence in sequences]
-        total_tokens, done_tokens, done_sequences = sum(lengths), 0, 0
-        budget = self._runtime.batch_tokens or self._model.batch_tokens
-        for indices in token_budget_batches(lengths, budget):
-            batch = [sequences[index] for index in indices]
-            for sequence, logprobs in zip(batch, scorer.score(batch), strict=True):
-                self._open_rows += [
-                    _cache_row(sequence.pair_id, target, values, keep_tokens=self._keep_tokens)
-                    for target, values in zip(sequence.targets, logprobs, strict=True)
-                ]
-            done_sequences += len(batch)
-            done_tokens += sum(lengths[index] for index in indices)
-            self.num_padded_tokens += len(batch) * lengths[indices[0]]
-            seconds = time.monotonic() - started
-            yield Progress(self._model.role, done_tokens, total_tokens, done_sequences, len(sequences), seconds)
+    def report(self, num_pairs: int) -> ScoringReport:
+        """What was done."""
+        facts = self._workers.facts if self._workers else []
+        return ScoringReport(
+            num_pairs=num_pairs,
+            num_cached_quantities=self._plan.num_cached,
+            num_scored_quantities=self._plan.num_quantities,
+            num_sequences=self._plan.num_sequences,
+            num_tokens=self._plan.num_tokens,
+            num_computed_tokens=self._computed_tokens,
+            num_splits=self._splits,
+            seconds=self._seconds,
+            runner=facts[0].runner if facts else None,
+            num_workers=len(facts),
+            peak_share=self._peak_share(),
+        )
 
-    def _close_shard(self) -> None:
-        shard = pl.DataFrame(self._open_rows, schema=schema.dtypes(schema.CachedScores), orient="row")
-        # A failure is not cached: its cause may be mended by the next run.
-        self._storage.append_scores(self._model.identity, shard.filter(pl.col("null_reason").is_null()))
-        self.shards.append(shard)
-        self._open_rows = []
+    def _loads(self) -> Sequence[Load]:
+        """One for each process asked for; by default as many as the work is worth."""
+        wanted = self._runtime.processes or round(
+            self._plan.expected_tokens * self._model.num_weight_bytes / WORTH_ANOTHER_PROCESS
+        )
+        return self._model.loads(max(wanted, 1))
+
+    def _count(self, queue: BatchQueue, batch: Sequence[TokenSequence]) -> None:
+        self._done_sequences += len(batch)
+        self._done_tokens += sum(len(sequence.token_ids) for sequence in batch)
+        self._computed_tokens += queue.tokens(batch)
+        self._targets += sum(target.stop - target.start for sequence in batch for target in sequence.targets)
+
+    def _progress(self) -> Progress:
+        plan = self._plan
+        return Progress(
+            self._model.role,
+            self._done_tokens,
+            plan.expected_tokens,
+            self._done_sequences,
+            plan.expected_sequences,
+            self._seconds,
+        )
+
+    def _peak_share(self) -> float | None:
+        if self._workers is None or not self._seconds:
+            return None
+        facts = self._workers.facts
+        peak = sum(fact.peak_flops_per_second for fact in facts)
+        flops = self._computed_tokens * facts[0].flops_per_token + self._targets * facts[0].flops_per_target
+        return flops / self._seconds / peak if peak and flops else None
 
 
-def _cache_row(pair_id: str, target: Target, logprobs: Any, *, keep_tokens: bool) -> dict[str, Any]:
-    """A row of CachedScores; the sum is taken in fp64. What is not finite is null, with its reason."""
-    sum_nll = -float(logprobs.double().sum())
-    is_finite = math.isfinite(sum_nll)
-    return {
-        "pair_id": pair_id,
-        "quantity": target.quantity.value,
-        "sum_nll": max(sum_nll, 0.0) if is_finite else None,
-        "num_tokens": target.stop - target.start,
-        "null_reason": None if is_finite else NullReason.NON_FINITE.value,
-        "token_logprobs": logprobs.tolist() if keep_tokens and is_finite else None,
-    }
-
-
-def _num_targets(encoded: Iterable[EncodedPair]) -> int:
-    return sum(len(sequence.targets) for pair in encoded for sequence in pair.sequences)
-
-
-def _num_scored(sequences: Iterable[TokenSequence]) -> int:
-    return sum(len(sequence.targets) for sequence in sequences)
+def _chain(first: list[TokenSequence], rest: Iterator[list[TokenSequence]]) -> Iterator[list[TokenSequence]]:
+    yield first
+    yield from rest

@@ -1,94 +1,63 @@
-"""causal_lm: equal to the model's own logits over architectures, refused where it would not be; tokenizer, device."""
+"""causal_lm: equal to the model's own logits over architectures, by the fastest way that is; memory, tokenizer, device.
+
+The models and their tolerances are those of `test_runner`: 1e-4 against the naive result, 1e-5 between two batches.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from qaq_pipeline import logprobs
+from qaq_pipeline import causal_lm, logprobs
+from qaq_pipeline.batching import BatchTooLargeError
 from qaq_pipeline.causal_lm import (
+    BATCH_TOKENS_CPU,
     CausalLM,
     HfTokenizer,
     UnsupportedModelError,
+    free_memory,
     load_model,
     load_tokenizer,
+    loaders,
+    matmul_flops_per_second,
     resolve_device,
     resolve_dtype,
 )
 from qaq_pipeline.config import ModelSettings
 from qaq_pipeline.model_files import ModelFiles
-from qaq_pipeline.prompts import Target, TokenSequence
-from qaq_pipeline.schema import Quantity
-from qaq_pipeline_tests.conftest import TEMPLATES
-from qaq_pipeline_tests.naive import BOS, END_OF_TEXT, IM_END, IM_START, VOCABULARY_SIZE, naive_logprobs, text
+from qaq_pipeline_tests.conftest import TEMPLATES, TinyModel, byte_tokenizer
+from qaq_pipeline_tests.naive import BOS, END_OF_TEXT, IM_END, IM_START, naive_logprobs, text
+from qaq_pipeline_tests.test_runner import (
+    PACKED,
+    PADDED,
+    TINY,
+    assert_same,
+    mixed_sequences,
+    naive_mixed,
+    scaled_llama,
+    sequence,
+    tiny,
+    unshared,
+)
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GPT2 = {"vocab_size": VOCABULARY_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256} | {
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-BLOOM = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
-ACCEPTED: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("bloom", BLOOM),
-    "llama": ("llama", TINY),
-    "llama_tied": ("llama", TINY | {"tie_word_embeddings": True}),
-    "gpt2": ("gpt2", GPT2),
-    "qwen2": ("qwen2", TINY),
-    "qwen3": ("qwen3", TINY),
-    "gemma2": (
-        "gemma2",
-        TINY | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "sliding_window": 16},
-    ),
-    "gemma3_text": ("gemma3_text", TINY | {"sliding_window": 16}),
-    "gemma3_text_softcap": ("gemma3_text", TINY | {"sliding_window": 16, "final_logit_softcapping": 3.0}),
-    "mistral_window": ("mistral", TINY | {"sliding_window": 16}),
-}
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cohere": ("cohere", {k: v for k, v in TINY.items() if k != "head_dim"} | {"logit_scale": 0.25}),
-    "granite": ("granite", TINY | {"logits_scaling": 8.0}),
-}
 
-
-def tiny(model_type: str, values: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """A seeded model of that architecture."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values), dtype=dtype).eval()
-
-
-def sequence(ids: list[int], *spans: tuple[int, int]) -> TokenSequence:
-    targets = tuple(Target(quantity, *span) for quantity, span in zip(Quantity, spans, strict=False))
-    return TokenSequence("p", ids, targets)
-
-
-def random_sequences() -> list[TokenSequence]:
-    """Sequences of 3 to 60 tokens, each with two targets."""
-    generator = torch.Generator().manual_seed(7)
-    drawn = [torch.randint(0, VOCABULARY_SIZE, (length,), generator=generator).tolist() for length in (60, 3, 17, 40)]
-    return [sequence(ids, (1, len(ids) // 2 + 1), (len(ids) // 2 + 1, len(ids))) for ids in drawn]
+@pytest.fixture(autouse=True)
+def measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A speed that is not measured: for each model that takes longer than all else, in float16 ten seconds."""
+    monkeypatch.setattr(causal_lm, "matmul_flops_per_second", lambda _dtype, _device: 1e9)
 
 
 def files(folder: Path) -> ModelFiles:
@@ -102,72 +71,88 @@ def model_settings(**values: Any) -> ModelSettings:
 # --- the model's own log-probabilities -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_scores_equal_the_models_own_full_logits_one_sequence_at_a_time(name: str) -> None:
-    model = tiny(*ACCEPTED[name])
-    sequences = random_sequences()
-    for one, values in zip(sequences, CausalLM(model, name).score(sequences), strict=True):
-        for target, value in zip(one.targets, values, strict=True):
-            ids = one.token_ids
-            naive = naive_logprobs(model, ids[: target.start], ids[target.start : target.stop])
-            torch.testing.assert_close(value, naive, atol=1e-4, rtol=0)
+def tensors(scores: Sequence[Sequence[np.ndarray]]) -> list[list[torch.Tensor]]:
+    return [[torch.from_numpy(values) for values in targets] for targets in scores]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_an_architecture_that_changes_its_logits_afterwards_is_refused_by_name(name: str) -> None:
-    model = tiny(*REFUSED[name])
-    with pytest.raises(
-        UnsupportedModelError, match=rf"some/{name} \({type(model).__name__}\): .* nats .* not supported"
-    ):
-        CausalLM(model, f"some/{name}")
+@pytest.mark.parametrize("family", PACKED)
+def test_scores_equal_the_models_own_full_logits_one_sequence_at_a_time(family: str) -> None:
+    scorer = CausalLM(tiny(family), family)
+    assert (scorer.facts.runner, scorer.facts.is_padded) == ("packed", False)
+    for sequences in (mixed_sequences(), unshared(mixed_sequences())):
+        assert_same(tensors(scorer.score(sequences)), naive_mixed(family))
 
 
-class ScaledLlama(LlamaForCausalLM):
-    """Scales its logits where no config field says so."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        return dataclasses.replace(output, logits=output.logits * 0.5)
+@pytest.mark.parametrize("family", PADDED)
+def test_what_cannot_be_packed_is_scored_in_padded_batches(family: str) -> None:
+    scorer = CausalLM(tiny(family), family)
+    assert (scorer.facts.runner, scorer.facts.is_padded) == ("padded", True)
+    assert_same(tensors(scorer.score(mixed_sequences())), naive_mixed(family))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_scales_its_logits_in_code_is_refused(dtype: torch.dtype) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: Any = ScaledLlama(LlamaConfig(**TINY))
-    with pytest.raises(UnsupportedModelError, match="not supported"):
-        CausalLM(model.to(dtype), "scaled")
+def test_a_model_that_scales_its_logits_in_code_is_scored_by_its_own_logits(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = scaled_llama(dtype)
+    scorer = CausalLM(model, "some/scaled")
+    assert (scorer.facts.runner, scorer.facts.is_padded) == ("own_logits", False)
+    assert "some/scaled (ScaledLlama): scored by its own logits, one sequence at a time, which is slow" in caplog.text
+    sequences = mixed_sequences()
+    for one, values in zip(sequences, tensors(scorer.score(sequences)), strict=True):
+        for target, value in zip(one.targets, values, strict=True):
+            ids = one.token_ids
+            naive = naive_logprobs(model, ids[: target.start], ids[target.start : target.stop])
+            # Logits of the targets alone, or of all tokens: bfloat16 may round to another of its 8 bits.
+            assert_same(value, naive, atol=1e-4 if dtype == torch.float32 else 0.1)
 
 
-def test_a_model_that_sees_what_stands_to_the_right_is_refused() -> None:
-    model = tiny("gemma3_text", TINY | {"use_bidirectional_attention": True})
-    with pytest.raises(UnsupportedModelError, match="not supported"):
-        CausalLM(model, "bidirectional")
+def test_a_score_is_an_array_of_fp32_for_each_target() -> None:
+    sequences = mixed_sequences()
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = CausalLM(tiny("llama", dtype), "tiny").score(sequences)
+        for one, values in zip(sequences, scores, strict=True):
+            assert all(isinstance(value, np.ndarray) and value.dtype == np.float32 for value in values)
+            assert [value.shape for value in values] == [(target.stop - target.start,) for target in one.targets]
 
 
-def test_a_model_with_broken_weights_is_refused() -> None:
-    model = tiny("llama", TINY)
-    with torch.no_grad():
-        model.lm_head.weight[5] = torch.nan
-    with pytest.raises(UnsupportedModelError, match="differ by nan nats"):
-        CausalLM(model, "broken")
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param({"weight": torch.nan}, "log-probabilities are not finite: .*`dtype: float32`", id="NaN weights"),
+        pytest.param({"is_causal": False}, "what stands to the right of a token moves", id="bidirectional"),
+    ],
+)
+def test_a_model_that_gives_no_ground_for_a_score_is_refused_by_name(spoil: dict[str, Any], reason: str) -> None:
+    model = tiny("gemma3_text")
+    if "weight" in spoil:
+        with torch.no_grad():
+            model.lm_head.weight[5] = spoil["weight"]
+    else:
+        model.config.use_bidirectional_attention = True
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match=f"^some/model: .*{reason}"):
+        CausalLM(model, "some/model")
 
 
-def test_neither_order_nor_company_nor_padding_moves_a_score() -> None:
-    scorer = CausalLM(tiny("llama", TINY), "tiny")
-    sequences = random_sequences()
-    together = scorer.score(sequences)
-    for variant in (scorer.score(sequences[::-1])[::-1], [scorer.score([one])[0] for one in sequences]):
-        torch.testing.assert_close(variant, together, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_neither_order_nor_company_nor_padding_moves_a_score(family: str) -> None:
+    scorer = CausalLM(tiny(family), family)
+    sequences = mixed_sequences()
+    together = tensors(scorer.score(sequences))
+    assert_same(tensors(scorer.score(sequences[::-1]))[::-1], together, atol=1e-5)
+    assert_same([tensors(scorer.score([one]))[0] for one in sequences], together, atol=1e-5)
+    assert_same(tensors(scorer.score(unshared(sequences))), together, atol=1e-5)
 
 
 def test_fault_4_the_models_head_sees_target_rows_only_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "ROWS_PER_CHUNK_CPU", 8)
-    model = tiny("llama", TINY)
+    model = tiny("llama")
     scorer = CausalLM(model, "tiny")
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[0]))
-    sequences = random_sequences()
+    sequences = mixed_sequences()
     scorer.score(sequences)
     num_targets = sum(target.stop - target.start for one in sequences for target in one.targets)
     assert max(rows) <= 8
@@ -177,27 +162,197 @@ def test_fault_4_the_models_head_sees_target_rows_only_in_chunks(monkeypatch: py
     assert rows == [5]
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_model_left_in_training_scores_without_dropout_or_gradients(is_training: bool) -> None:
+    model = tiny("gpt2")
+    assert model.config.resid_pdrop > 0
+    scorer = CausalLM(model.train(is_training), "tiny")
+    assert_same(tensors(scorer.score(mixed_sequences())), naive_mixed("gpt2"))
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "num_tokens"), [("llama", 60 + 3), ("bloom", 60 + 60)])
+def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(family: str, num_tokens: int) -> None:
+    model = tiny(family)
+    scorer = CausalLM(model, family, free_bytes=lambda: 0)
+    model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the batch ran"))
+    batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
+    with pytest.raises(BatchTooLargeError, match=f"^{num_tokens} tokens need more than the memory that is free$"):
+        scorer.score(batch)
+
+
+def test_free_memory_is_asked_for_before_every_batch() -> None:
+    free = [1e12, 1e12, 0.0, 1e12]  # The first for the facts.
+    scorer = CausalLM(tiny("llama"), "tiny", free_bytes=functools.partial(free.pop, 0))
+    batch = mixed_sequences()
+    first = scorer.score(batch)
+    with pytest.raises(BatchTooLargeError, match="memory that is free"):
+        scorer.score(batch)
+    np.testing.assert_array_equal(scorer.score(batch)[0][0], first[0][0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+    ids=["cpu", "cuda", "python"],
+)
+def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception) -> None:
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+    batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
+    expected = scorer.score(batch)
+
+    def run_out(*_: Any) -> None:
+        raise error
+
+    hook = model.base_model.register_forward_pre_hook(run_out)
+    with pytest.raises(BatchTooLargeError, match=r"^63 tokens did not fit into memory$") as caught:
+        scorer.score(batch)
+    # The traceback of the first error would keep the failed batch's tensors.
+    assert caught.value.__context__ is caught.value.__cause__ is None
+    hook.remove()
+    np.testing.assert_array_equal(scorer.score(batch)[0][0], expected[0][0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("can't allocate memory")])
+def test_any_other_error_passes_through(error: Exception) -> None:
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.base_model.register_forward_pre_hook(fail)
+    with pytest.raises(type(error)) as caught:
+        scorer.score(mixed_sequences())
+    assert caught.value is error
+
+
+def test_memory_for_a_batch_is_less_than_what_is_free() -> None:
+    psutil = causal_lm.psutil
+    assert 0 < free_memory(CPU) < psutil.virtual_memory().total
+
+
+# --- what a model says of itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_work_of_a_token_is_counted_without_embeddings_and_head(family: str) -> None:
+    facts = CausalLM(tiny(family), family).facts
+    hidden, inner, keys = TINY["hidden_size"], TINY["intermediate_size"], TINY["num_key_value_heads"] * TINY["head_dim"]
+    of_a_layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner
+    assert facts.flops_per_token == 2 * TINY["num_hidden_layers"] * of_a_layer
+    assert facts.flops_per_target == 2 * TINY["vocab_size"] * hidden
+    assert facts.peak_flops_per_second == 1e9
+
+
+def test_a_batch_on_a_cpu_is_small_and_smaller_where_memory_is_short() -> None:
+    sizes = [CausalLM(tiny("llama"), "tiny", free_bytes=lambda free=free: free).facts for free in (1e12, 1e6, 0)]
+    ample, short, none = (facts.batch_tokens for facts in sizes)
+    assert ample == BATCH_TOKENS_CPU > short > none == 1
+
+
+def test_a_batch_of_the_size_it_names_fits_into_the_memory_it_was_told_of() -> None:
+    scorer = CausalLM(tiny("llama"), "tiny", free_bytes=lambda: 1e6)
+    fitting = scorer.facts.batch_tokens
+    scorer.score([sequence([1] * fitting, (1, 2))])
+    with pytest.raises(BatchTooLargeError):
+        scorer.score([sequence([1] * (fitting + 1), (1, 2))])
+
+
+def test_the_speed_of_a_matrix_product_is_measured() -> None:
+    assert 1e8 < matmul_flops_per_second(torch.float32, CPU) < 1e14
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+def saved(model: Any, folder: Path) -> None:
+    """The model on disk, with the byte tokenizer."""
+    model.save_pretrained(folder)
+    byte_tokenizer(TinyModel()).save_pretrained(folder)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int]]]:
+    """Each model that is loaded in the test, and the sample it was tested with."""
+    seen: list[tuple[Any, list[int]]] = []
+    choose = causal_lm.choose_runner
+
+    def spied(model: Any, name: str, sample_ids: list[int]) -> Any:
+        seen.append((model, sample_ids))
+        return choose(model, name, sample_ids)
+
+    monkeypatch.setattr(causal_lm, "choose_runner", spied)
+    return seen
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_model_is_loaded_in_the_dtype_asked_for(dtype: str, tiny_model_dir: Callable[..., Path]) -> None:
+def test_a_model_is_loaded_in_the_dtype_asked_for(
+    dtype: str, tiny_model_dir: Callable[..., Path], loaded: list[tuple[Any, list[int]]]
+) -> None:
     scorer = load_model(model_settings(dtype=dtype), files(tiny_model_dir()), min_context=512)
-    assert scorer.dtype == getattr(torch, dtype)
-    assert scorer.device == torch.device("cpu")
+    ((model, sample_ids),) = loaded
+    assert (model.dtype, model.device) == (getattr(torch, dtype), CPU)
+    assert sample_ids == text(causal_lm.SAMPLE_TEXT)
     assert scorer.max_context == 512
+    assert scorer.facts.runner == "packed"
     ((value,),) = scorer.score([sequence([BOS, *text("print(1)")], (1, 9))])
-    assert value.dtype == torch.float32
-    assert torch.isfinite(value).all()
+    assert value.dtype == np.float32
+    assert np.isfinite(value).all()
 
 
 def test_a_model_whose_attention_sdpa_cannot_compute_is_loaded_all_the_same(tmp_path: Path) -> None:
-    model = tiny(*ACCEPTED["gemma2"])
-    model.save_pretrained(tmp_path)
+    model = tiny("gemma2")
+    saved(model, tmp_path)
     scorer = load_model(model_settings(), files(tmp_path))
     ids = list(range(3, 50))
     ((value,),) = scorer.score([sequence(ids, (20, 47))])
-    torch.testing.assert_close(value, naive_logprobs(model, ids[:20], ids[20:]), atol=1e-4, rtol=0)
+    assert_same(torch.from_numpy(value), naive_logprobs(model, ids[:20], ids[20:]))
+
+
+@pytest.mark.parametrize("num_threads", [1, None])
+def test_a_model_is_given_the_threads_asked_for(
+    num_threads: int | None, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    load_model(model_settings(), files(tiny_model_dir()), num_threads=num_threads)
+    assert given == [number for number in (num_threads,) if number is not None]
+
+
+@pytest.mark.parametrize(
+    ("most", "num_cores", "expected"),
+    [
+        pytest.param(8, 3, [1, 1, 1], id="one for each core, with one thread each"),
+        pytest.param(2, 3, [1, 1], id="at most so many"),
+        pytest.param(8, 1, [None], id="one core: one process, threads as torch likes"),
+        pytest.param(1, 3, [None], id="one process: all cores are its own"),
+    ],
+)
+def test_on_a_cpu_there_are_as_many_models_as_cores_with_one_thread_each(
+    most: int, num_cores: int, expected: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(num_cores)), raising=False)
+    monkeypatch.setattr(causal_lm, "load_model", lambda *arguments: arguments)
+    settings, model = model_settings(), files(Path("tiny"))
+    assert [load() for load in loaders(settings, model, 77, most)] == [
+        (settings, model, 77, number) for number in expected
+    ]
+
+
+def test_on_a_gpu_there_is_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(causal_lm, "load_model", lambda *arguments: arguments[-1])
+    assert [load() for load in loaders(model_settings(device="cuda"), files(Path("tiny")), 0, 8)] == [None]
 
 
 def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(tiny_model_dir: Callable[..., Path]) -> None:
@@ -208,7 +363,7 @@ def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(tiny_m
 
 
 def test_a_model_that_states_no_longest_sequence_is_taken_at_any_window(tmp_path: Path) -> None:
-    tiny(*ACCEPTED["bloom"]).save_pretrained(tmp_path)
+    saved(tiny("bloom"), tmp_path)
     assert load_model(model_settings(), files(tmp_path), min_context=1_000_000).max_context is None
 
 

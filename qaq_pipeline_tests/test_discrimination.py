@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from qaq_pipeline import causal_lm, config, model_files, records
-from qaq_pipeline.batching import token_budget_batches
+from qaq_pipeline.batching import BatchQueue
 from qaq_pipeline.prompts import Pair, PairEncoder
 from qaq_pipeline.schema import Quantity
 
@@ -36,14 +36,15 @@ def read_pairs() -> list[Pair]:
 
 
 def mean_nlls(model: causal_lm.CausalLM, encoder: PairEncoder, pairs: Sequence[Pair], quantity: Quantity) -> np.ndarray:
-    encoded = encoder.encode(pairs, [quantity])
-    sequences = [sequence for pair in encoded for sequence in pair.sequences]
+    sequences = [sequence for pair in encoder.encode(pairs, [quantity]) for sequence in pair.sequences]
     assert len(sequences) == len(pairs)
-    means = np.empty(len(pairs))
-    for indices in token_budget_batches([len(sequence.token_ids) for sequence in sequences], 4096):
-        for index, (logprobs,) in zip(indices, model.score([sequences[i] for i in indices]), strict=True):
-            means[index] = -logprobs.double().mean()
-    return means
+    # A shuffled pair keeps the id of its query, and pairs are distinct: an id names one sequence.
+    means: dict[str, float] = {}
+    queue = BatchQueue([sequences], model.facts.batch_tokens, is_padded=model.facts.is_padded)
+    while batch := queue.take():
+        for sequence, (logprobs,) in zip(batch, model.score(batch), strict=True):
+            means[sequence.pair_id] = -float(logprobs.mean(dtype=np.float64))
+    return np.array([means[pair.pair_id] for pair in pairs])
 
 
 def derangement(strata: Sequence[np.ndarray]) -> np.ndarray:

@@ -7,6 +7,7 @@ token between two runs of the fast path, which differ by the shape of their batc
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,16 @@ from polars.testing import assert_frame_equal
 from transformers import AutoModelForCausalLM
 
 from qaq_pipeline import causal_lm, model_files, schema
+from qaq_pipeline.batching import BatchTooLargeError
 from qaq_pipeline.config import ScoringSettings, Settings
 from qaq_pipeline.identity import ScoreIdentity
+from qaq_pipeline.planner import wanted_quantities
 from qaq_pipeline.prompts import Pair, PairEncoder, TokenSequence
+from qaq_pipeline.resources import ModelRuntime
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity
-from qaq_pipeline.scoring import Progress, ScoringModel, ScoringReport, SequenceScorer, score_pairs, wanted_quantities
+from qaq_pipeline.scoring import Progress, ScoringModel, ScoringReport, score_pairs
 from qaq_pipeline.storage import Storage
+from qaq_pipeline.workers import ScorerFacts, SequenceScorer
 from qaq_pipeline_tests.naive import BOS, FRAMES, PRIORS, SYSTEM, contexts, naive_logprobs, naive_nll, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +71,7 @@ class Scorings:
             self.num_loads += 1
             return Recorder(self.wrap(causal_lm.load_model(section, files)), self.scored)
 
-        return ScoringModel(role, encoder, identity, load)
+        return ScoringModel(role, encoder, identity, lambda _: [load])
 
     def __call__(
         self,
@@ -92,11 +97,22 @@ class Scorings:
         return schema.enforce(Logprobs, frame), report
 
 
-class Recorder:
+class Wrapped:
+    """Hands on to a scorer."""
+
+    def __init__(self, scorer: SequenceScorer) -> None:
+        self._scorer = scorer
+        self.facts: ScorerFacts = scorer.facts
+
+    def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
+        return self._scorer.score(sequences)
+
+
+class Recorder(Wrapped):
     """Hands on to a scorer and keeps what it was asked."""
 
     def __init__(self, scorer: SequenceScorer, seen: list[list[TokenSequence]]) -> None:
-        self._scorer = scorer
+        super().__init__(scorer)
         self._seen = seen
 
     def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
@@ -148,7 +164,7 @@ def test_all_four_nlls_equal_the_naive_ones(
 ) -> None:
     pairs = twenty_samples[:12]
     framed = {"frame": frame, "system_prompt": SYSTEM}
-    scored, report = scorings(pairs, strong=framed, scoring={"prior": prior}, runtime={"batch_tokens": 1500})
+    scored, report = scorings(pairs, strong=framed, scoring={"prior": prior}, runtime={"batch_tokens": 600})
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir()).eval()
     for pair, row in zip(pairs, means(scored).iter_rows(named=True), strict=True):
         for quantity, expected in naive_means(model, pair, frame, prior).items():
@@ -237,7 +253,8 @@ def test_neither_batches_nor_padding_nor_shards_move_a_score(
     assert_same_scores(scored, reference)
     num_batches = len(scorings.scored)
     assert num_batches == {16: 80, 1_000_000: 1}.get(runtime.get("batch_tokens", 0), num_batches)
-    assert report.num_padded_tokens >= report.num_tokens
+    assert report.runner == "packed"
+    assert 0 < report.num_computed_tokens < report.num_tokens, "shared prefixes are computed once"
 
 
 def test_the_order_of_the_pairs_moves_no_score(
@@ -278,8 +295,11 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
         num_scored_quantities=0,
         num_sequences=0,
         num_tokens=0,
-        num_padded_tokens=0,
+        num_computed_tokens=0,
         seconds=0.0,
+        runner=None,
+        num_workers=0,
+        peak_share=None,
     )
     assert second_report.tokens_per_second is None
 
@@ -323,11 +343,11 @@ class KilledError(Exception):
     """Stands for a run that ends in the middle."""
 
 
-class Killed:
+class Killed(Wrapped):
     """A scorer that ends the run at its nth batch."""
 
     def __init__(self, scorer: SequenceScorer, at_batch: int) -> None:
-        self._scorer = scorer
+        super().__init__(scorer)
         self._batches_left = at_batch
 
     def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
@@ -341,7 +361,7 @@ class Killed:
 def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_scores(
     at_batch: int, scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
 ) -> None:
-    runtime = {"batch_tokens": 1200, "shard_seconds": 0}
+    runtime = {"batch_tokens": 400, "shard_seconds": 0}
     scorings.wrap = lambda scorer: Killed(scorer, at_batch)
     with pytest.raises(KilledError):
         scorings(twenty_samples, runtime=runtime)
@@ -352,13 +372,22 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_scores(
     assert_same_scores(scored, reference)
 
 
-def test_a_killed_run_loses_no_more_than_the_open_shard(scorings: Scorings, twenty_samples: list[Pair]) -> None:
-    scorings.wrap = lambda scorer: Killed(scorer, 7)
-    with pytest.raises(KilledError):
-        scorings(twenty_samples, runtime={"batch_tokens": 1200, "shard_seconds": 1000})
-    scorings.wrap = lambda scorer: scorer
-    _, report = scorings(twenty_samples)
-    assert report.num_cached_quantities == 0
+@pytest.mark.parametrize("end", [KilledError, KeyboardInterrupt, SystemExit])
+def test_a_run_that_ends_by_an_error_or_a_signal_loses_nothing_that_was_finished(
+    end: type[BaseException], scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
+) -> None:
+    runtime = {"batch_tokens": 400, "shard_seconds": 1000}
+
+    def stop(progress: Progress) -> None:
+        if len(scorings.scored) == 7:
+            raise end
+
+    with pytest.raises(end):
+        scorings(twenty_samples, runtime=runtime, on_progress=stop)
+    done = sum(len(sequence.targets) for batch in scorings.scored for sequence in batch)
+    scored, report = scorings(twenty_samples, runtime=runtime)
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (done, 80 - done)
+    assert_same_scores(scored, reference)
 
 
 def test_whatever_makes_another_score_is_scored_anew(scorings: Scorings, twenty_samples: list[Pair]) -> None:
@@ -438,16 +467,16 @@ def test_no_pairs_make_an_empty_table(scorings: Scorings) -> None:
     assert scored.height == report.num_pairs == scorings.num_loads == 0
 
 
-class Spoiling:
+class Spoiling(Wrapped):
     """A scorer whose log-probabilities of one quantity of one pair are spoiled."""
 
     def __init__(self, scorer: SequenceScorer, pair_id: str, quantity: Quantity, value: float) -> None:
-        self._scorer = scorer
+        super().__init__(scorer)
         self._place = (pair_id, quantity)
         self._value = value
 
     def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
-        scored = [[value.clone() for value in values] for values in self._scorer.score(sequences)]
+        scored = [[value.copy() for value in values] for values in self._scorer.score(sequences)]
         for sequence, values in zip(sequences, scored, strict=True):
             for target, logprobs in zip(sequence.targets, values, strict=True):
                 if (sequence.pair_id, target.quantity) == self._place:
@@ -497,14 +526,68 @@ def test_fault_6_every_pair_asked_for_is_in_the_table_once_whatever_became_of_it
     assert scored["is_truncated"].any()
 
 
+class Cramped(Wrapped):
+    """A scorer that holds so many tokens at once."""
+
+    def __init__(self, scorer: SequenceScorer, room: int) -> None:
+        super().__init__(scorer)
+        self._room = room
+
+    def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
+        if sum(len(sequence.token_ids) for sequence in sequences) > self._room:
+            raise BatchTooLargeError
+        return self._scorer.score(sequences)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_no_score_moves(
+    scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
+) -> None:
+    scorings.wrap = lambda scorer: Cramped(scorer, room=700)
+    scored, report = scorings(twenty_samples, runtime={"batch_tokens": 5000})
+    assert report.num_splits > 3
+    assert report.num_scored_quantities == 80
+    assert_same_scores(scored, reference)
+
+
+def test_a_sequence_that_fits_nowhere_is_null_with_its_reason_and_is_tried_again_by_the_next_run(
+    scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
+) -> None:
+    scorings(twenty_samples)
+    longest = max(len(one.token_ids) for batch in scorings.scored for one in batch)
+    too_long = {one.pair_id for batch in scorings.scored for one in batch if len(one.token_ids) == longest}
+    elsewhere = Storage(scorings.storage.path("elsewhere"), Path(scorings.storage.path("locks")))
+    scorings.wrap = lambda scorer: Cramped(scorer, room=longest - 1)
+    scored, _ = scorings(twenty_samples, storage=elsewhere)
+    reasons = scored.unpivot([f"null_reason_{q}" for q in Quantity], index="pair_id").drop_nulls()
+    assert set(reasons["pair_id"]) == too_long
+    assert set(reasons["value"]) == {NullReason.OUT_OF_MEMORY.value}
+    scorings.wrap = lambda scorer: scorer
+    mended, report = scorings(twenty_samples, storage=elsewhere)
+    assert report.num_scored_quantities == reasons.height
+    assert_same_scores(mended, reference)
+
+
+def test_two_processes_give_the_scores_of_one(
+    settings_for: Callable[..., Settings],
+    new_storage: Callable[[], Storage],
+    twenty_samples: list[Pair],
+    reference: pl.DataFrame,
+) -> None:
+    settings = settings_for(runtime={"processes": 2, "batch_tokens": 300})
+    runtime = ModelRuntime(settings)
+    scored = runtime.score("strong", twenty_samples, new_storage(), lambda _: None)
+    assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
+    assert_same_scores(scored.frame, reference)
+
+
 def test_an_error_of_the_model_ends_the_run_and_becomes_no_score(
     scorings: Scorings, twenty_samples: list[Pair]
 ) -> None:
-    class Failing:
+    class Failing(Wrapped):
         def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
             raise RuntimeError("out of order")
 
-    scorings.wrap = lambda _: Failing()
+    scorings.wrap = Failing
     with pytest.raises(RuntimeError, match="out of order"):
         scorings(twenty_samples)
     scorings.wrap = lambda scorer: scorer
@@ -520,11 +603,11 @@ def test_progress_counts_real_tokens_up_to_all_of_them(scorings: Scorings, twent
     shards: list[Progress] = []
     _, report = scorings(
         twenty_samples,
-        runtime={"batch_tokens": 1500, "shard_seconds": 0},
+        runtime={"batch_tokens": 600, "shard_seconds": 0},
         on_progress=steps.append,
         on_shard=shards.append,
     )
-    assert steps == shards
+    assert shards == [*steps, steps[-1]]
     assert len(steps) == len(scorings.scored) > 3
     assert [step.done_sequences for step in steps] == sorted(step.done_sequences for step in steps)
     assert {step.total_tokens for step in steps} == {report.num_tokens}
@@ -533,9 +616,11 @@ def test_progress_counts_real_tokens_up_to_all_of_them(scorings: Scorings, twent
     assert last.seconds_left == 0
     assert report.seconds == last.seconds
     assert report.num_tokens == sum(len(one.token_ids) for batch in scorings.scored for one in batch)
-    padded = sum(len(batch) * max(len(one.token_ids) for one in batch) for batch in scorings.scored)
-    assert report.num_padded_tokens == padded
-    longest = [max(len(one.token_ids) for one in batch) for batch in scorings.scored]
+    computed = [[len(one.token_ids) - one.num_shared for one in batch] for batch in scorings.scored]
+    assert report.num_computed_tokens == sum(map(sum, computed))
+    assert report.peak_share is not None
+    assert 0 < report.peak_share < 1
+    longest = [max(lengths) for lengths in computed]
     assert longest == sorted(longest, reverse=True)
 
 

@@ -72,7 +72,17 @@ def _logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
 def _metadata(scored: ScoredPairs) -> dict[str, object]:
     report, frame = scored.report, scored.frame
     identity = scored.provenance["identity"]
-    speed = {} if report.tokens_per_second is None else {"tokens_per_second": round(report.tokens_per_second, 1)}
+    speed: dict[str, object] = {}
+    if report.tokens_per_second is not None:
+        speed = {
+            "runner": report.runner,
+            "processes": report.num_workers,
+            "tokens_per_second": round(report.tokens_per_second, 1),
+            "pairs_per_second": round(report.num_pairs / report.seconds, 2),
+            "computed_per_real_token": round(report.num_computed_tokens / report.num_tokens, 4),
+        }
+    if report.peak_share is not None:
+        speed["share_of_matmul_peak"] = round(report.peak_share, 3)
     return {
         "model": identity["model"],
         "revision": identity["revision"],
@@ -85,7 +95,8 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
         "quantities_from_cache": report.num_cached_quantities,
         "sequences": report.num_sequences,
         "tokens": report.num_tokens,
-        "padded_tokens": report.num_padded_tokens,
+        "computed_tokens": report.num_computed_tokens,
+        "batches_halved": report.num_splits,
         "seconds": round(report.seconds, 2),
         **speed,
         "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame, f"null_reason_{q}"))},

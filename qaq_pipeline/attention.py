@@ -1,0 +1,168 @@
+"""Attention over packed sequences: several in one row of tokens, each seeing itself and its shared prefix only.
+
+Belongs here: how a row is divided into segments, what a prefix keeps of each layer, the attention that respects
+both. Does not belong here: which sequences make a row, positions, the output head.
+
+    one row     [ segment 0 | segment 1 | segment 2 ]         no padding, one matrix product for all
+    segment 1 attends to  [ its prefix, computed once ] + [ itself, causally ]
+
+Registered with transformers under `PACKED`, so that every architecture whose attention goes through its interface
+gets it unchanged: rotary positions, grouped heads and norms are applied before, the output projection after.
+
+Shape suffixes: H heads, K key-value heads, S tokens of a segment, P of its prefix, T of the row, E size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED = "qaq_packed"
+
+_WITHOUT_EFFECT = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+)
+"""What architectures hand to their attention beside its operands, and what changes nothing here."""
+
+
+class AttentionUnsupportedError(ValueError):
+    """An architecture's attention asks for something that packed rows cannot give. The text names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Keys and values of tokens that many sequences begin with, layer by layer."""
+
+    length: int
+    by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Keys and values [1, K, P, E] of each attention module, by its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, stop) of the row, which continue the prefix."""
+
+    start: int
+    stop: int
+    prefix: SharedPrefix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """How a row of tokens divides. Where `record` is set, the row is a prefix, and its keys and values are kept."""
+
+    segments: tuple[Segment, ...]
+    record: SharedPrefix | None = None
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    """Masks of this row by (segment length, prefix length, window): the layers share them."""
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_row: PackedRow | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one packed row, as transformers' attention interface wants it.
+
+    Args:
+        module: the attention layer.
+        query: [1, H, T, E]; keys and values are [1, K, T, E].
+        key: see query.
+        value: see query.
+        attention_mask: none; the row's division stands for it.
+        scaling: factor of the scores; default 1 / sqrt(E).
+        dropout: none.
+        sliding_window: a token sees itself and the `sliding_window - 1` before it.
+        softcap: scores are bounded to (-softcap, softcap) by tanh.
+        packed_row: how the row divides.
+        **others: whatever else the architecture hands over.
+
+    Returns:
+        The output [1, T, H, E], and no weights.
+
+    Raises:
+        AttentionUnsupportedError: the architecture hands over something that would have to be respected and is not
+            known here, or does not hand the row's division through.
+    """
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
+    is_causal = getattr(module, "is_causal", True)
+    if unknown or attention_mask is not None or dropout or not is_causal or packed_row is None:
+        asked = ", ".join(unknown) or "a mask, dropout, attention to the right, or no room for a row's division"
+        raise AttentionUnsupportedError(f"{type(module).__name__} asks for {asked}")
+    if packed_row.record is not None:
+        packed_row.record.by_layer[id(module)] = (key, value)
+    scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    outputs = []
+    for segment in packed_row.segments:
+        tokens = slice(segment.start, segment.stop)
+        keys, values = key[:, :, tokens], value[:, :, tokens]
+        prefix_length = 0
+        if segment.prefix is not None:
+            prefix_length = segment.prefix.length
+            prefix_keys, prefix_values = segment.prefix.by_layer[id(module)]
+            keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
+        mask = _mask(packed_row, segment.stop - segment.start, prefix_length, sliding_window, query)
+        outputs.append(_attend(query[:, :, tokens], keys, values, mask, scaling, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of one segment, [1, H, S, E]; without a mask it is plain causal.
+
+    With a softcap as Gemma 2 defines it: `softmax(softcap * tanh(q k^T * scaling / softcap)) v`, softmax in fp32.
+    """
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) * softcap
+    if mask is None:
+        mask = _causal(query.shape[2], 0, None, query)
+    return torch.softmax((scores + mask).float(), dim=-1).to(query.dtype) @ value
+
+
+def _mask(row: PackedRow, length: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Mask [S, P + S] to add to the scores; None where plain causal attention says the same."""
+    if window is not None and length + prefix <= window:
+        window = None
+    if not prefix and window is None:
+        return None
+    kept = (length, prefix, window)
+    if kept not in row.masks:
+        row.masks[kept] = _causal(*kept, like)
+    return row.masks[kept]
+
+
+def _causal(length: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """0 where query i of the segment sees key j of prefix and segment, -inf elsewhere."""
+    queries = torch.arange(prefix, prefix + length, device=like.device)[:, None]
+    keys = torch.arange(prefix + length, device=like.device)[None, :]
+    is_hidden = keys > queries
+    if window is not None:
+        is_hidden |= keys <= queries - window
+    return torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(is_hidden, -math.inf)
