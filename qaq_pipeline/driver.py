@@ -276,7 +276,9 @@ def _cause(failures: Sequence[dg.DagsterEvent]) -> str:
         while error is not None and error.cause is not None and (error.cls_name or "").startswith("Dagster"):
             error = error.cause
         if error is not None:
-            return f"step {event.step_key}: {error.message.strip()}"
+            is_interrupted = error.cls_name == dg.DagsterExecutionInterruptedError.__name__
+            message = "interrupted by a signal" if is_interrupted else error.message.strip()
+            return f"step {event.step_key}: {message}"
     return "; ".join(event.message or "" for event in failures) or "no event says why; see the run's log"
 
 

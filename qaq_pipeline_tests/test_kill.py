@@ -68,16 +68,26 @@ def num_cached(storage_root: Path) -> int:
     return cached.height
 
 
-def kill_once(is_due: Callable[[dict[str, int]], bool], delivery: Path, config: Path, storage_root: Path) -> None:
-    """Start `qaq run`, and kill it as soon as its shards are those."""
+def kill_once(
+    is_due: Callable[[dict[str, int]], bool],
+    delivery: Path,
+    config: Path,
+    storage_root: Path,
+    by: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Start `qaq run`, and end it by that signal as soon as its shards are those."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "QAQ_CONFIG": str(config)}
     command = [str(QAQ), "run", str(delivery), "--batch", "b1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not is_due(shards(storage_root)):
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(by)
         _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"the run ended before it was killed: {errors.decode()}"
+    if by == signal.SIGKILL:
+        assert process.returncode == -by, f"the run ended before it was killed: {errors.decode()}"
+    else:
+        assert process.returncode == 1
+        assert "interrupted by a signal" in errors.decode()
 
 
 def curate(settings: Settings, delivery: Path) -> BatchSummary:
@@ -132,6 +142,17 @@ def test_a_killed_run_is_taken_up_where_it_fell(
         assert num_cached(root) == 2 * NUM_QUANTITIES, moment
         assert resumed.rows_by_decision == whole.rows_by_decision, moment
         compare(tables(settings), expected)
+
+
+def test_a_terminated_run_stores_what_it_has_finished_and_is_taken_up_there(
+    slow_settings: Callable[[], Settings], settings_file: Callable[[Settings], Path], delivery: Path
+) -> None:
+    settings = slow_settings()
+    root = Path(settings.storage_root)
+    kill_once(KILL_TIMES["amid_the_weak_model"], delivery, settings_file(settings), root, by=signal.SIGTERM)
+    saved = num_cached(root)
+    assert NUM_QUANTITIES < saved < 2 * NUM_QUANTITIES
+    assert curate(settings, delivery).scored == 2 * NUM_QUANTITIES - saved
 
 
 def compare(resumed: dict[str, pl.DataFrame], expected: dict[str, pl.DataFrame]) -> None:
