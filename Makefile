@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export QAQ_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow check format clean
+.PHONY: help install demo ui test test-slow bench check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ test: install ## Run the tests: no network, no GPU, nothing slow
 
 test-slow: install ## Run the slow tests: real models, a killed run, the UI in a browser
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: install ## Measure the scoring engine against its goals and real opponents (10 min; installs lm-eval)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m bench
 
 check: install ## Lint, format, types, import contracts, definitions
 	$(BIN)/ruff check

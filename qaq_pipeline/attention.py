@@ -97,11 +97,13 @@ def packed_attention(
         AttentionUnsupportedError: the architecture hands over something that would have to be respected and is not
             known here, or does not hand the row's division through.
     """
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
-    is_causal = getattr(module, "is_causal", True)
-    if unknown or attention_mask is not None or dropout or not is_causal or packed_row is None:
-        asked = ", ".join(unknown) or "a mask, dropout, attention to the right, or no room for a row's division"
-        raise AttentionUnsupportedError(f"{type(module).__name__} asks for {asked}")
+    demands = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
+    demands += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
+    demands += ["attention to the right"] * (not getattr(module, "is_causal", True))
+    if demands:
+        raise AttentionUnsupportedError(f"{type(module).__name__} asks for {', '.join(demands)}")
+    if packed_row is None:
+        raise AttentionUnsupportedError(f"{type(module).__name__} is not told how its row divides")
     if packed_row.record is not None:
         packed_row.record.by_layer[id(module)] = (key, value)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -116,7 +118,7 @@ def packed_attention(
             keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         mask = _mask(packed_row, segment.stop - segment.start, prefix_length, sliding_window, query)
         outputs.append(_attend(query[:, :, tokens], keys, values, mask, scaling, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -7,8 +7,8 @@ Does not belong here: which sequences are scored, in which order, or where score
 from __future__ import annotations
 
 import functools
-import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline import model_files
 from qaq_pipeline.batching import BatchTooLargeError
@@ -25,14 +26,20 @@ from qaq_pipeline.config import ModelSettings
 from qaq_pipeline.model_files import ModelFiles
 from qaq_pipeline.prompts import TokenSequence
 from qaq_pipeline.runner import UnsupportedModelError, choose_runner, model_context
-from qaq_pipeline.workers import Load, ScorerFacts
+from qaq_pipeline.workers import Load, ScorerFacts, free_devices, lease_device
 
 BATCH_TOKENS_CPU = 1024
 BATCH_TOKENS_GPU = 32_768
 """Tokens of a batch where the settings name none and memory allows them: a CPU's caches want few, a GPU many."""
 
+_PEAK_SECONDS = 0.2
+
 FREE_SHARE = 0.7
 """Of free memory, what a batch is planned to take at most: its estimate may be off, and others live here too."""
+
+LEASES = Path(tempfile.gettempdir()) / f"qaq_pipeline-{os.getuid() if hasattr(os, 'getuid') else 0}"
+"""Locks of this user's GPUs: one scoring process a GPU, whatever its QAQ_HOME."""
+LEASE_SECONDS = 10.0
 
 SAMPLE_TEXT = (
     "Write a function that returns the sum of the squares of the first n natural numbers.\n\nAnswer:\n"
@@ -134,6 +141,7 @@ class CausalLM:
         model: a transformers causal LM, on its device, in its dtype.
         name: of the model, for messages.
         sample_ids: token ids of an ordinary text, which the self-test scores.
+        max_tokens: that a sequence may have.
         free_bytes: memory that a batch may take, asked for before every batch; default: of the model's device.
 
     Raises:
@@ -145,13 +153,17 @@ class CausalLM:
         model: Any,
         name: str,
         sample_ids: Sequence[int] = (),
+        max_tokens: int = 2048,
         free_bytes: Callable[[], float] | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._free_bytes = free_bytes or functools.partial(free_memory, model.device)
-        self._runner = choose_runner(self._model, name, sample_ids)
+        self._runner = choose_runner(self._model, name, sample_ids, max_tokens)
         self._bytes_per_token = _bytes_per_token(model)
+        self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()
+        self.lease: FileLock | None = None
+        """Of its GPU; it ends with the model."""
 
     @property
     def max_context(self) -> int | None:
@@ -177,7 +189,7 @@ class CausalLM:
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
         num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
-        if num_tokens * self._bytes_per_token > self._free_bytes():
+        if num_tokens * self._bytes_per_token + max(lengths) ** 2 * self._bytes_per_square > self._free_bytes():
             raise BatchTooLargeError(f"{num_tokens} tokens need more than the memory that is free")
         try:
             scores = self._runner.score(sequences)
@@ -204,6 +216,21 @@ class CausalLM:
         )
 
 
+def costs(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> ScorerFacts:
+    """What the model would say of itself, without its weights: from its config, and a matrix product."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder))
+    model.tie_weights()
+    return ScorerFacts(
+        runner="",
+        is_padded=device.type != "cpu",
+        batch_tokens=0,
+        flops_per_token=2.0 * _num_body_weights(model),
+        flops_per_target=2.0 * model.get_output_embeddings().weight.numel(),
+        peak_flops_per_second=matmul_flops_per_second(dtype, device),
+    )
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that a batch may take: of the device's free memory the part that stays clear of its end."""
     if device.type == "cuda":
@@ -214,15 +241,15 @@ def free_memory(device: torch.device) -> float:
 
 @torch.inference_mode()
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """What a large matrix product reaches, with as many threads as scoring has: the best of five."""
+    """What a large matrix product reaches, with as many threads as scoring has: the best of those of 0.2 seconds."""
     size = 1024 if device.type == "cpu" else 8192
     one = torch.randn(size, size, device=device).to(dtype)
-    best = math.inf
-    for _ in range(5):
+    seconds: list[float] = []
+    while sum(seconds) < _PEAK_SECONDS:
         started = time.perf_counter()
         float((one @ one)[0, 0])  # Waits for the device.
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def _num_body_weights(model: Any) -> int:
@@ -241,10 +268,19 @@ def _bytes_per_token(model: Any) -> float:
     config = model.config.get_text_config()
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = inner if isinstance(inner, int) else max(inner)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     itemsize = model.dtype.itemsize
     logits = vocabulary * (itemsize + 4) if model.device.type != "cpu" else vocabulary * itemsize
     return (16 * hidden + 4 * inner) * itemsize + 4 * hidden + logits / 2
+
+
+def _bytes_per_square(model: Any) -> float:
+    """Memory of the attention for a pair of tokens of the longest sequence: scores exist where they are capped."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is None:
+        return 0.0
+    return config.num_attention_heads * (2 * model.dtype.itemsize + 8)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -255,7 +291,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def load_model(
     model: ModelSettings, files: ModelFiles, min_context: int = 0, num_threads: int | None = None
 ) -> CausalLM:
-    """The model on its device, in its dtype, tested against its own logits.
+    """The model on its device, in its dtype, tested against its own logits. A GPU is held as long as the model is.
 
     Args:
         model: its settings.
@@ -266,16 +302,20 @@ def load_model(
     Raises:
         UnsupportedModelError: the device is missing, the model was made for sequences shorter than `min_context`
             tokens, or its own log-probabilities are no ground for a score.
+        DeviceBusyError: another process holds the GPU.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     device = resolve_device(model.device)
+    lease = lease_device(_device_name(device), LEASES, LEASE_SECONDS) if device.type == "cuda" else None
     # The attention is transformers' choice: SDPA, but eager where an architecture needs it (Gemma 2's soft-capping).
     loaded = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=resolve_dtype(model.dtype, device), trust_remote_code=False
     )
     tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(files.folder))
-    scorer = CausalLM(loaded.to(device), files.name, tokenizer.encode_markup(SAMPLE_TEXT))
+    sample_ids = tokenizer.encode_markup(SAMPLE_TEXT)
+    scorer = CausalLM(loaded.to(device), files.name, sample_ids, max_tokens=min_context or 2048)
+    scorer.lease = lease
     if scorer.max_context is not None and scorer.max_context < min_context:
         raise UnsupportedModelError(
             f"{files.name}: made for {scorer.max_context} tokens, fewer than scoring.max_tokens ({min_context}); "
@@ -285,11 +325,23 @@ def load_model(
 
 
 def loaders(model: ModelSettings, files: ModelFiles, min_context: int, most: int) -> list[Load]:
-    """How to load the model in each of several processes: one for each core of a CPU, at most so many.
+    """How to load the model in each of several processes: one for each free GPU or each core, at most so many.
 
     Several on a CPU have one thread each: a core of their own, and no barriers between them.
     """
+    device = resolve_device(model.device)
+    if device.type == "cuda":
+        named = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        wanted = named if device.index is None else [_device_name(device)]
+        # Where all are held, loading waits for the first.
+        gpus = (free_devices(wanted, LEASES) or wanted[:1])[:most]
+        settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
+        return [functools.partial(load_model, gpu, files, min_context) for gpu in settings]
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number = min(most, num_cores) if resolve_device(model.device).type == "cpu" else 1
+    number = min(most, num_cores) if device.type == "cpu" else 1
     num_threads = 1 if number > 1 else None
     return [functools.partial(load_model, model, files, min_context, num_threads)] * number
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device.type}:{device.index or 0}"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qaq_pipeline import driver
     from qaq_pipeline.scoring import Progress as ScoringProgress
 
+_SHORTEST_KEY = 6
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -158,6 +160,83 @@ def table(
     except (StorageError, ValueError, OSError) as error:
         _fail(str(error), code=_exit_code(error))
     console.print(f"{frame.height:,} rows of {name} written to {to}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def estimate(
+    files: Annotated[list[Path], typer.Argument(help="Files as `qaq run` takes them.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Say what scoring files would take: tokens, operations and time on this machine, and what the cache spares."""
+    from qaq_pipeline import driver
+
+    settings = _settings(config_file)
+    _quiet_logs()
+    try:
+        costs = driver.estimate(settings, files)
+    except (driver.RunError, ValueError) as error:
+        _fail(str(error), code=_exit_code(error))
+    shown = Table("", *(cost.role for cost in costs), title="To score")
+    rows = {
+        "model": [cost.model for cost in costs],
+        "distinct pairs": [f"{cost.num_pairs:,}" for cost in costs],
+        "likelihoods in the cache": [f"{cost.num_cached:,}" for cost in costs],
+        "sequences": [f"{cost.num_sequences:,}" for cost in costs],
+        "tokens": [f"{cost.num_tokens:,}" for cost in costs],
+        "of them shared": [f"{cost.num_shared_tokens:,}" for cost in costs],
+        "teraFLOP": [f"{cost.flops / 1e12:,.2f}" for cost in costs],
+        "matmul peak": [f"{cost.peak_flops_per_second / 1e12:,.2f} TFLOP/s, {cost.device}" for cost in costs],
+        "time": [_duration(cost.seconds) for cost in costs],
+    }
+    for label, cells in rows.items():
+        shown.add_row(label, *cells)
+    console.print(shown)
+    console.print(
+        f"In all about {_duration(sum(cost.seconds for cost in costs))}, loading not counted.", highlight=False
+    )
+
+
+@app.command()
+def cache(
+    prune: Annotated[
+        str | None,
+        typer.Option("--prune", help="Remove the scores of this model: its name, or the key's first digits."),
+    ] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Show what the score cache holds, by model, and how often it was used."""
+    from qaq_pipeline.resources import open_storage
+
+    storage = open_storage(_settings(config_file))
+    if prune is not None:
+        found = [one for one in storage.cached_models() if one.identity["model"] == prune or _is_key(one.digest, prune)]
+        if not found:
+            _fail(f"the cache holds nothing of {prune!r}; `qaq cache` lists what it holds")
+        for one in found:
+            storage.prune_scores(one.digest)
+            console.print(
+                f"removed {one.num_scores:,} scores of {one.identity['model']}", markup=False, highlight=False
+            )
+        return
+    models = storage.cached_models()
+    if not models:
+        console.print("The score cache is empty.")
+        return
+    shown = Table("", *(one.digest[:8] for one in models), title="Score cache, by key")
+    rows = {
+        "model": [one.identity["model"] for one in models],
+        "dtype, prior": [f"{one.identity['dtype']}, {one.identity['prior']}" for one in models],
+        "template": [one.identity["template_hash"] for one in models],
+        "engine": [f"{one.identity['engine']} {one.identity['engine_version']}" for one in models],
+        "scores": [f"{one.num_scores:,}" for one in models],
+        "shards": [f"{one.num_shards:,}" for one in models],
+        "set aside": [f"{one.num_set_aside:,}" for one in models],
+        "size": [f"{one.num_bytes / 1e6:,.2f} MB" for one in models],
+        "hits": [f"{one.num_hits:,}" for one in models],
+    }
+    for label, cells in rows.items():
+        shown.add_row(label, *map(escape, cells))
+    console.print(shown)
 
 
 @app.command()
@@ -319,6 +398,16 @@ def _print_models(summary: driver.BatchSummary) -> None:
     console.print(shown)
 
 
+def _is_key(digest: str, start: str) -> bool:
+    return len(start) >= _SHORTEST_KEY and digest.startswith(start)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def _find_rows(decisions: pl.DataFrame, row: str) -> pl.DataFrame:
     """The rows that the user means: by number, file:row, file:row.turn, or the first digits of a pair_id."""
     import polars as pl
@@ -332,7 +421,8 @@ def _find_rows(decisions: pl.DataFrame, row: str) -> pl.DataFrame:
     if file and number.isdecimal():
         of_row = (pl.col("source_file") == file) & (pl.col("source_row") == int(number))
         return decisions.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdecimal() else True))
-    return decisions.filter(pl.col("pair_id").str.starts_with(row)) if len(row) >= 6 else decisions.clear()
+    is_key = len(row) >= _SHORTEST_KEY
+    return decisions.filter(pl.col("pair_id").str.starts_with(row)) if is_key else decisions.clear()
 
 
 def _print_row(row: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, liveness, publication, records, schema
+from qaq_pipeline import config, liveness, publication, records, schema, screening
+from qaq_pipeline.assets.logprobs import accepted_pairs
 from qaq_pipeline.config import Settings
 from qaq_pipeline.definitions import STAGES, build_defs
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.resources import ModelRuntime, ScoringCost, open_storage
 from qaq_pipeline.scoring import Progress
 from qaq_pipeline.storage import Delivery, Storage, StorageError
 
@@ -159,6 +160,23 @@ def _read_files(files: Sequence[Path]) -> dict[str, bytes]:
         except OSError as error:
             raise RunError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     return contents
+
+
+def estimate(settings: Settings, files: Sequence[Path]) -> list[ScoringCost]:
+    """What scoring the files would take, model by model; nothing is registered.
+
+    Raises:
+        RunError: a file is missing or cannot be read at all.
+        ValueError: a model cannot be had or scored.
+    """
+    try:
+        frames = [records.read_file(data, name, "b", settings.records) for name, data in _read_files(files).items()]
+    except records.UnreadableFileError as error:
+        raise RunError(str(error)) from error
+    raw = pl.concat(frames)
+    pairs = accepted_pairs(raw, screening.screen(raw))
+    storage, runtime = open_storage(settings), ModelRuntime(settings)
+    return [runtime.estimate(role, pairs, storage) for role in settings.models]
 
 
 def batch_lock(settings: Settings, batch: str) -> AbstractContextManager[None]:

@@ -68,6 +68,10 @@ class Plan:
         self.num_sequences = 0
         self.num_tokens = 0
         """Tokens of the sequences to score, shared prefixes included."""
+        self.num_shared_tokens = 0
+        """Of these, tokens of shared prefixes."""
+        self.num_targets = 0
+        """Of these, tokens whose log-probability is wanted."""
 
     def windows(self) -> Iterator[list[TokenSequence]]:
         """The sequences to score, each window tokenised while the one before it is scored."""
@@ -81,6 +85,13 @@ class Plan:
     def expected_tokens(self) -> int:
         """Tokens to score in all: those planned, and for the rest as many to a character as so far."""
         return _extrapolate(self.num_tokens, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_work(self) -> tuple[int, int]:
+        """Tokens to compute in all, shared prefixes left out, and target tokens, as `expected_tokens`."""
+        done, left = self._characters_planned, self._characters_left
+        computed = self.num_tokens - self.num_shared_tokens
+        return _extrapolate(computed, done, left), _extrapolate(self.num_targets, done, left)
 
     @property
     def expected_sequences(self) -> int:
@@ -105,6 +116,8 @@ class Plan:
         self.num_quantities += num_quantities
         self.num_sequences += len(sequences)
         self.num_tokens += sum(len(sequence.token_ids) for sequence in sequences)
+        self.num_shared_tokens += sum(sequence.num_shared for sequence in sequences)
+        self.num_targets += sum(target.stop - target.start for one in sequences for target in one.targets)
         return sequences
 
     def _not_cached(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:

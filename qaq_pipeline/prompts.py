@@ -104,6 +104,11 @@ class TokenSequence:
     """Leading tokens that other sequences begin with too, so that a runner may compute them once. The last token of
     a template's prefix is not among them: what follows is predicted from it."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a target would be predicted from a shared token, whose hidden state is not kept."""
+        if self.num_shared and any(target.start <= self.num_shared for target in self.targets):
+            raise ValueError(f"a target begins among or right after the {self.num_shared} shared tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:

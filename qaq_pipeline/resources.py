@@ -14,10 +14,12 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline import model_files
-from qaq_pipeline.config import Settings, SettingsError, check_batch_name
+from qaq_pipeline.config import ModelSettings, Settings, SettingsError, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
+from qaq_pipeline.planner import Plan, wanted_quantities
 from qaq_pipeline.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring import (
+    Estimate,
     Progress,
     ScoringModel,
     ScoringReport,
@@ -76,6 +78,33 @@ class TableIOManager(dg.IOManager):
 
 
 @dataclass(frozen=True)
+class ScoringCost:
+    """What scoring some pairs under one model would take on this machine."""
+
+    role: str
+    model: str
+    device: str
+    num_pairs: int
+    num_cached: int
+    """Quantities that the score cache has."""
+    num_sequences: int
+    num_tokens: int
+    num_shared_tokens: int
+    """Of these, tokens of shared prefixes."""
+    flops: float
+    peak_flops_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _PreparedModel:
+    model: ModelSettings
+    files: model_files.ModelFiles
+    encoder: PairEncoder
+    identity: ScoreIdentity
+
+
+@dataclass(frozen=True)
 class ScoredPairs:
     """A Logprobs frame, what its scoring took, and what it rests on."""
 
@@ -97,7 +126,12 @@ class ModelRuntime:
         self._on_progress = on_progress
 
     def score(
-        self, role: str, pairs: Sequence[Pair], storage: Storage, on_shard: Callable[[Progress], None]
+        self,
+        role: str,
+        pairs: Sequence[Pair],
+        storage: Storage,
+        on_shard: Callable[[Progress], None],
+        on_start: Callable[[Estimate], None] = lambda _: None,
     ) -> ScoredPairs:
         """The Logprobs of the pairs under the model of that role; the cache spares what was scored before.
 
@@ -108,13 +142,8 @@ class ModelRuntime:
         """
         from qaq_pipeline import causal_lm
 
-        settings, model = self._settings, self._settings.models[role]
-        files = model_files.locate(model, settings.model_cache_dir)
-        tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
-        encoder = PairEncoder(tokenizer, model, settings.scoring)
-        device = causal_lm.resolve_device(model.device)
-        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
-        identity = self._identity(files, encoder, dtype)
+        settings, prepared = self._settings, self._prepare(role)
+        model, files, encoder, identity = prepared.model, prepared.files, prepared.encoder, prepared.identity
         loads = functools.partial(causal_lm.loaders, model, files, settings.scoring.max_tokens)
         frame, report = score_pairs(
             pairs,
@@ -122,6 +151,7 @@ class ModelRuntime:
             storage,
             settings.scoring,
             settings.runtime,
+            on_start=on_start,
             on_progress=self._on_progress,
             on_shard=on_shard,
         )
@@ -131,10 +161,52 @@ class ModelRuntime:
             "frame": model.frame,
             "scoring": settings.scoring.model_dump(mode="json", exclude={"quantities", "token_logprobs"}),
             "template": json.loads(encoder.template_text()),
-            "device": device.type,
+            "device": causal_lm.resolve_device(model.device).type,
             "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
         return ScoredPairs(frame, report, provenance)
+
+    def estimate(self, role: str, pairs: Sequence[Pair], storage: Storage) -> ScoringCost:
+        """What scoring the pairs under the model of that role would take: every pair is tokenised, no weights loaded.
+
+        Raises:
+            Exception: as `score`.
+        """
+        from qaq_pipeline import causal_lm
+
+        prepared = self._prepare(role)
+        pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
+        cached = storage.read_scores(prepared.identity, pair_ids)
+        plan = Plan(pairs, prepared.encoder, wanted_quantities(self._settings.scoring), cached)
+        for _ in plan.windows():
+            pass
+        device = causal_lm.resolve_device(prepared.model.device)
+        facts = causal_lm.costs(prepared.files, causal_lm.resolve_dtype(prepared.model.dtype, device), device)
+        estimate = Estimate.of(plan, [facts])
+        return ScoringCost(
+            role=role,
+            model=prepared.files.name,
+            device=device.type,
+            num_pairs=len(pairs),
+            num_cached=plan.num_cached,
+            num_sequences=plan.num_sequences,
+            num_tokens=plan.num_tokens,
+            num_shared_tokens=plan.num_shared_tokens,
+            flops=estimate.flops,
+            peak_flops_per_second=facts.peak_flops_per_second,
+            seconds=estimate.seconds if plan.num_sequences else 0.0,
+        )
+
+    def _prepare(self, role: str) -> _PreparedModel:
+        from qaq_pipeline import causal_lm
+
+        settings, model = self._settings, self._settings.models[role]
+        files = model_files.locate(model, settings.model_cache_dir)
+        tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+        encoder = PairEncoder(tokenizer, model, settings.scoring)
+        device = causal_lm.resolve_device(model.device)
+        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        return _PreparedModel(model, files, encoder, self._identity(files, encoder, dtype))
 
     def _identity(self, files: model_files.ModelFiles, encoder: PairEncoder, dtype: str) -> ScoreIdentity:
         scoring = self._settings.scoring

@@ -30,7 +30,11 @@ SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 
 another shape rounds differently (0.03 in bfloat16 at the most, measured), a wrong head or mask is off by more."""
 
 KEPT_PREFIXES = 8
-LONGEST_TESTED_WINDOW = 1024
+TESTED_TOKENS = 32
+"""Of each sequence of the self-test its last tokens are compared: those that a window hides the beginning from."""
+
+_ROPE_BY_LENGTH = frozenset({"longrope", "dynamic"})
+"""Rotary embeddings that depend on the longest sequence of a forward pass."""
 
 _PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -204,6 +208,7 @@ def choose_runner(
     model: Any,
     name: str,
     sample_ids: Sequence[int] = (),
+    max_tokens: int = 2048,
     wanted: Sequence[type[PackedRunner | PaddedRunner]] | None = None,
 ) -> Runner:
     """The fastest runner that gives the model's own log-probabilities: no wrong number gets past it.
@@ -215,24 +220,32 @@ def choose_runner(
         name: of the model, for messages.
         sample_ids: token ids of some ordinary text, at least 32: in half precision a model's numbers for it are firm,
             while those for a random text are mostly rounding. Default: a pattern, for models without a tokenizer.
+        max_tokens: that a sequence may have: what only longer ones would show is not tested.
         wanted: runners to try, the best first; default: by the device.
 
     Raises:
         UnsupportedModelError: the model's log-probabilities are not finite, or it sees what stands to the right.
     """
     own = OwnLogitsRunner(model)
-    sequences = _test_sequences(model, sample_ids)
+    sequences = _test_sequences(model, sample_ids, max_tokens)
     expected = own.score(sequences)
     _check_model(own, sequences, expected, name, SELF_TEST_TOLERANCE[model.dtype])
     label, attention_before = f"{name} ({type(model).__name__})", model.config._attn_implementation
     for kind in wanted or _fastest_first(model.device):
         try:
+            _check_positions(model, max_tokens)
             runner = kind(model)
             difference = _mean_difference(runner.score(sequences), expected)
             if difference <= SELF_TEST_TOLERANCE[model.dtype]:
                 return runner
             reason = f"its log-probabilities would differ by {difference:.2g} nats from the model's own"
-        except AttentionUnsupportedError as error:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # Code of any architecture, asked for what it may not do.
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             reason = str(error)
         model.set_attn_implementation(attention_before)
         logger.warning("%s: not scored %s: %s", label, kind.name, reason)
@@ -240,27 +253,38 @@ def choose_runner(
     return own
 
 
+def _check_positions(model: Any, max_tokens: int) -> None:
+    """Raises `AttentionUnsupportedError` where a long sequence would move the positions of those beside it."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    if kind in _ROPE_BY_LENGTH and max_tokens > (original or 0):
+        raise AttentionUnsupportedError(
+            f"{kind} positions depend on the longest sequence of a batch; with scoring.max_tokens of {original} at "
+            "most they do not"
+        )
+
+
 def _fastest_first(device: torch.device) -> list[type[PackedRunner | PaddedRunner]]:
     return [PackedRunner, PaddedRunner] if device.type == "cpu" else [PaddedRunner]
 
 
-def _test_sequences(model: Any, sample_ids: Sequence[int]) -> list[TokenSequence]:
-    """Three sequences with one beginning; one is longer than the attention's window, if that is not too long."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    longest = min(window if window <= LONGEST_TESTED_WINDOW else 0, (model_context(model) or window + 8) - 8)
+def _test_sequences(model: Any, sample_ids: Sequence[int], max_tokens: int) -> list[TokenSequence]:
+    """Three sequences with one beginning; one is longer than the attention's window, where sequences may be."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     num_words = model.get_output_embeddings().weight.shape[0]
     sample = list(sample_ids) or [(7 * i * i + 3 * i + 5) % num_words for i in range(64)]
     num_shared = 9
     beginning, rest = sample[:num_shared], sample[num_shared:]
-    lengths = (4, 9, max(longest, len(rest) - 2))
+    longest = max(window + TESTED_TOKENS if window < max_tokens else 0, len(rest) - 2)
+    lengths = (4, 9, min(longest, max_tokens - num_shared, (model_context(model) or max_tokens) - num_shared))
     endings = [(rest * (n // len(rest) + 2))[number : number + n] for number, n in enumerate(lengths)]
-    return [
-        TokenSequence(
-            "", beginning + ending, (Target(Quantity.Q, num_shared, num_shared + len(ending)),), num_shared - 1
-        )
-        for ending in endings
-    ]
+    return [_test_sequence(beginning, ending) for ending in endings]
+
+
+def _test_sequence(beginning: list[int], ending: list[int]) -> TokenSequence:
+    length = len(beginning) + len(ending)
+    target = Target(Quantity.Q, max(length - TESTED_TOKENS, len(beginning)), length)
+    return TokenSequence("", beginning + ending, (target,), num_shared=len(beginning) - 1)
 
 
 def model_context(model: Any) -> int | None:
@@ -283,7 +307,7 @@ def _check_model(
         )
     longest = max(sequences, key=lambda one: len(one.token_ids))
     (target,) = longest.targets
-    half = (target.start + target.stop) // 2
+    half = (target.start + target.stop) // 2  # Of what is compared.
     cut = TokenSequence("", longest.token_ids[:half], (Target(Quantity.Q, target.start, half),))
     (whole,) = expected[sequences.index(longest)]
     difference = _mean_difference(own.score([cut]), [[whole[: half - target.start]]])

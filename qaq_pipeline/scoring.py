@@ -23,11 +23,14 @@ from qaq_pipeline.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.schema import NullReason, Quantity
 from qaq_pipeline.shards import ShardWriter
 from qaq_pipeline.storage import Storage
-from qaq_pipeline.workers import Load, Workers, open_workers
+from qaq_pipeline.workers import Load, ScorerFacts, Workers, open_workers
 
 WORTH_ANOTHER_PROCESS = 5e12
 """Bytes of weights times tokens below which one process scores: about 20 seconds of a CPU core, and a process takes
 some to start."""
+
+TYPICAL_SHARE = 0.55
+"""Of the matmul peak, what scoring reaches: attention, norms and the head's log-sum-exp take the rest."""
 
 _QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
 
@@ -73,6 +76,27 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a scoring will take, before it begins: from the tokens of the first window, and the matmul peak."""
+
+    num_sequences: int
+    num_tokens: int
+    flops: float
+    """Floating-point operations of body and head; 0: not known."""
+    seconds: float
+    """At `TYPICAL_SHARE` of the matmul peak that the loaded models measured; NaN: not known."""
+
+    @classmethod
+    def of(cls, plan: Plan, facts: Sequence[ScorerFacts]) -> Estimate:
+        """For what is left of the plan, with these workers."""
+        computed, targets = plan.expected_work
+        flops = computed * facts[0].flops_per_token + targets * facts[0].flops_per_target
+        peak = sum(fact.peak_flops_per_second for fact in facts)
+        seconds = flops / (TYPICAL_SHARE * peak) if peak and flops else math.nan
+        return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
+
+
+@dataclass(frozen=True, slots=True)
 class ScoringReport:
     """What one scoring did, beside the table."""
 
@@ -92,6 +116,8 @@ class ScoringReport:
     peak_share: float | None = None
     """Floating-point operations of a second, as a share of what a large matrix product reached when the model was
     loaded; None where nothing was scored or the peak is not known."""
+    estimate: Estimate | None = None
+    """Made before the first batch; None where nothing was scored."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -106,6 +132,7 @@ def score_pairs(
     scoring: ScoringSettings,
     runtime: RuntimeSettings,
     *,
+    on_start: Callable[[Estimate], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_shard: Callable[[Progress], None] = lambda _: None,
 ) -> tuple[pl.DataFrame, ScoringReport]:
@@ -120,6 +147,7 @@ def score_pairs(
         storage: holds the cache.
         scoring: what is wanted.
         runtime: batch and shard size, processes.
+        on_start: called once the model is loaded, before the first batch.
         on_progress: called after every batch.
         on_shard: called after every stored shard.
 
@@ -130,10 +158,12 @@ def score_pairs(
     pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
     cached = storage.read_scores(model.identity, pair_ids)
     plan = Plan(pairs, model.encoder, wanted_quantities(scoring), cached)
-    run = _Run(plan, model, runtime, on_progress, on_shard)
+    run = _Run(plan, model, runtime, on_start, on_progress, on_shard)
     shards = ShardWriter(storage, model.identity, runtime.shard_seconds, keep_tokens=scoring.token_logprobs)
     with shards:
         run.score(shards)
+    if plan.num_cached:
+        storage.count_hits(model.identity, plan.num_cached)
     scores = pl.concat([cached, *shards.closed])
     return logprobs_table(plan.encoded, scores, token_logprobs=scoring.token_logprobs), run.report(len(pairs))
 
@@ -175,15 +205,18 @@ class _Run:
         plan: Plan,
         model: ScoringModel,
         runtime: RuntimeSettings,
+        on_start: Callable[[Estimate], None],
         on_progress: Callable[[Progress], None],
         on_shard: Callable[[Progress], None],
     ) -> None:
+        self._on_start = on_start
         self._plan = plan
         self._model = model
         self._runtime = runtime
         self._on_progress = on_progress
         self._on_shard = on_shard
         self._workers: Workers | None = None
+        self._estimate: Estimate | None = None
         self._done_tokens = 0
         self._done_sequences = 0
         self._computed_tokens = 0
@@ -202,6 +235,8 @@ class _Run:
             budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
             is_padded = any(fact.is_padded for fact in facts)
             queue = BatchQueue(_chain(first, windows), budget, is_padded=is_padded)
+            self._estimate = Estimate.of(self._plan, facts)
+            self._on_start(self._estimate)
             started = time.monotonic()
             for batch, scores in self._workers.run(queue):
                 if scores is None:
@@ -236,6 +271,7 @@ class _Run:
             runner=facts[0].runner if facts else None,
             num_workers=len(facts),
             peak_share=self._peak_share(),
+            estimate=self._estimate,
         )
 
     def _loads(self) -> Sequence[Load]:

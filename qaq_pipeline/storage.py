@@ -5,7 +5,7 @@ Does not belong here: what the tables mean, or when they are made.
 
     <root>/deliveries/<batch>/<hash>/<file>       immutable copy of what was delivered; current.json points to it
     <root>/<table>/<batch>[/<model>]/table.parquet
-    <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed
+    <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed; set_aside/ holds what is no shard
     <root>/curated_dataset/<manifest hash>/…       written once each; latest.json points to the newest
 
 Every write is atomic: on local disk a temporary name in the same folder, then `os.replace`; on an object store one
@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ from fsspec.implementations.local import LocalFileSystem
 from qaq_pipeline import schema
 from qaq_pipeline.config import check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
+
+logger = logging.getLogger(__name__)
 
 _FOOTER_KEY = "qaq_pipeline"
 _FOOTER_TAIL_BYTES = 8
@@ -69,6 +72,21 @@ class StoredTable:
     def provenance_id(self) -> str:
         """Hash of the provenance (32 hex digits); it knows no run id and no time."""
         return hash_json(self.provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """What the score cache holds under one identity."""
+
+    digest: str
+    identity: dict[str, Any]
+    """Fields of the `ScoreIdentity`."""
+    num_shards: int
+    num_set_aside: int
+    num_scores: int
+    num_bytes: int
+    num_hits: int
+    """Scores that runs have taken from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,19 +258,14 @@ class Storage:
     def read_scores(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
         """Every cached score of the pairs under the identity, once for each number of tokens, as `CachedScores`.
 
-        Of a score that two writers cached, the lower sum counts, whatever the shards are named.
+        Of a score that two writers cached, the lower sum counts, whatever the shards are named. A file that is no
+        shard, torn or changed is set aside with a warning and never read: its pairs are scored again.
         """
         key = [*schema.CachedScores.primary_key(), "num_tokens"]
         wanted = pl.col("pair_id").is_in(pair_ids.implode())
-        shards = [self._read_shard(path).filter(wanted) for path in self._shards(identity)]
+        shards = [shard.filter(wanted) for path in self._shards(identity.digest()) for shard in self._read_shard(path)]
         scores = pl.concat([empty(schema.CachedScores), *shards])
         return scores.sort(*key, "sum_nll", nulls_last=True).unique(key, keep="first", maintain_order=True)
-
-    def _shards(self, identity: ScoreIdentity) -> list[str]:
-        folder = self.path("score_cache", identity.digest())
-        if not self._fs.exists(folder):
-            return []
-        return sorted(path for path in self._fs.ls(folder, detail=False) if path.endswith(".parquet"))
 
     def append_scores(self, identity: ScoreIdentity, scores: pl.DataFrame) -> None:
         """Add a shard of scores to the cache. Shards are never changed, so writers cannot disturb each other."""
@@ -260,17 +273,67 @@ class Storage:
         if not self.exists(*folder, "identity.json"):
             fields = {name: getattr(identity, name) for name in identity.__dataclass_fields__}
             self.write_json(fields, *folder, "identity.json")
-        data = _parquet_bytes(schema.enforce(schema.CachedScores, scores), {})
+        frame = schema.enforce(schema.CachedScores, scores)
+        data = _parquet_bytes(frame, {"data_version": StoredTable(frame).data_version})
         self.write_bytes(data, *folder, f"{uuid.uuid4().hex}.parquet")
 
-    def _read_shard(self, path: str) -> pl.DataFrame:
+    def count_hits(self, identity: ScoreIdentity, number: int) -> None:
+        """Add to the count of scores that runs have taken from the cache."""
+        parts = ("score_cache", identity.digest(), "hits.json")
+        with self.lock("score_cache", identity.digest()):
+            before = self.read_json(*parts) if self.exists(*parts) else 0
+            self.write_json(before + number, *parts)
+
+    def cached_models(self) -> list[CachedModel]:
+        """What the score cache holds, by model."""
+        folder = self.path("score_cache")
+        digests = (
+            [path.rsplit("/", 1)[-1] for path in self._fs.ls(folder, detail=False)]
+            if self.exists("score_cache")
+            else []
+        )
+        found = [
+            self._cached_model(digest) for digest in digests if self.exists("score_cache", digest, "identity.json")
+        ]
+        return sorted(found, key=lambda cached: (cached.identity["model"], cached.digest))
+
+    def prune_scores(self, digest: str) -> None:
+        """Remove what the score cache holds under an identity."""
+        with self.lock("score_cache", digest):
+            self._fs.rm(self.path("score_cache", digest), recursive=True)
+
+    def _cached_model(self, digest: str) -> CachedModel:
+        folder, paths = ("score_cache", digest), self._shards(digest)
+        aside = self.path(*folder, "set_aside")
+        return CachedModel(
+            digest=digest,
+            identity=self.read_json(*folder, "identity.json"),
+            num_shards=len(paths),
+            num_set_aside=len(self._fs.ls(aside, detail=False)) if self._fs.exists(aside) else 0,
+            num_scores=sum(shard.height for path in paths for shard in self._read_shard(path)),
+            num_bytes=sum(self._fs.size(path) for path in paths),
+            num_hits=self.read_json(*folder, "hits.json") if self.exists(*folder, "hits.json") else 0,
+        )
+
+    def _shards(self, digest: str) -> list[str]:
+        folder = self.path("score_cache", digest)
+        if not self._fs.exists(folder):
+            return []
+        return sorted(path for path in self._fs.ls(folder, detail=False) if path.endswith(".parquet"))
+
+    def _read_shard(self, path: str) -> Iterator[pl.DataFrame]:
+        """The shard, or nothing where the file is none: it is set aside."""
+        data = self._fs.cat_file(path)
         try:
-            return schema.enforce(schema.CachedScores, _read_parquet(self._fs.cat_file(path)))
-        except (*_UNREADABLE, schema.TableError) as error:
-            raise StorageError(
-                f"{self._fs.unstrip_protocol(path)}: not a shard of scores ({error}); remove it, and its pairs are "
-                "scored again"
-            ) from error
+            expected = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])["data_version"]
+            if _hash_body(data) != expected:
+                raise ValueError("it was changed since it was written")  # noqa: TRY301
+            yield schema.enforce(schema.CachedScores, _read_parquet(data))
+        except (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError) as error:
+            folder, name = path.rsplit("/", 1)
+            self._fs.makedirs(f"{folder}/set_aside", exist_ok=True)
+            self._fs.mv(path, f"{folder}/set_aside/{name}")
+            logger.warning("%s: no shard of scores (%s); set aside, its pairs are scored again", path, error)
 
     # --- locks -------------------------------------------------------------------------------------------------
 

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from qaq_pipeline.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.prompts import TokenSequence
@@ -71,6 +73,46 @@ class SequenceScorer(Protocol):
 
 
 Load = Callable[[], SequenceScorer]
+
+
+class DeviceBusyError(RuntimeError):
+    """Another process scores on the device. The text names it and the remedy."""
+
+
+def lease_device(device: str, directory: Path, timeout: float) -> FileLock:
+    """Hold a device until the lease is released or its process ends, however it ends.
+
+    Args:
+        device: as torch names it.
+        directory: of the lock files; whoever shares it shares the devices.
+        timeout: seconds to wait for another holder.
+
+    Raises:
+        DeviceBusyError: it is held for longer.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{device.replace(':', '-')}.lock"
+    lease = FileLock(file, timeout=timeout)
+    try:
+        lease.acquire()
+    except Timeout as error:
+        raise DeviceBusyError(
+            f"{device} is held by another scoring process (lock {file}); wait for it to end, or set another `device`"
+        ) from error
+    return lease
+
+
+def free_devices(devices: Sequence[str], directory: Path) -> list[str]:
+    """Those that nobody holds now."""
+
+    def is_free(device: str) -> bool:
+        try:
+            lease_device(device, directory, timeout=0).release()
+        except DeviceBusyError:
+            return False
+        return True
+
+    return [device for device in devices if is_free(device)]
 
 
 class Workers(Protocol):

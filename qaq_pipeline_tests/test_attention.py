@@ -258,7 +258,7 @@ ROW = PackedRow((Segment(0, 3),))
         pytest.param({}, {"attention_mask": torch.zeros(1, 1, 3, 3)}, "asks for a mask", id="mask"),
         pytest.param({}, {"dropout": 0.1}, "asks for .*dropout", id="dropout"),
         pytest.param({"is_causal": False}, {}, "asks for .*attention to the right", id="bidirectional"),
-        pytest.param({}, {"packed_row": None}, "asks for .*no room for a row's division$", id="no row"),
+        pytest.param({}, {"packed_row": None}, "is not told how its row divides$", id="no row"),
     ],
 )
 def test_what_a_packed_row_cannot_give_is_refused_by_name(

@@ -34,6 +34,7 @@ from qaq_pipeline.causal_lm import (
 )
 from qaq_pipeline.config import ModelSettings
 from qaq_pipeline.model_files import ModelFiles
+from qaq_pipeline.workers import lease_device
 from qaq_pipeline_tests.conftest import TEMPLATES, TinyModel, byte_tokenizer
 from qaq_pipeline_tests.naive import BOS, END_OF_TEXT, IM_END, IM_START, naive_logprobs, text
 from qaq_pipeline_tests.test_runner import (
@@ -286,9 +287,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int]]]:
     seen: list[tuple[Any, list[int]]] = []
     choose = causal_lm.choose_runner
 
-    def spied(model: Any, name: str, sample_ids: list[int]) -> Any:
+    def spied(model: Any, name: str, sample_ids: list[int], max_tokens: int) -> Any:
         seen.append((model, sample_ids))
-        return choose(model, name, sample_ids)
+        return choose(model, name, sample_ids, max_tokens)
 
     monkeypatch.setattr(causal_lm, "choose_runner", spied)
     return seen
@@ -348,11 +349,28 @@ def test_on_a_cpu_there_are_as_many_models_as_cores_with_one_thread_each(
     ]
 
 
-def test_on_a_gpu_there_is_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "held", "most", "expected"),
+    [
+        ("cuda", [], 8, ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda", [], 2, ["cuda:0", "cuda:1"]),
+        ("cuda", ["cuda:0"], 8, ["cuda:1", "cuda:2"]),
+        ("cuda", ["cuda:0", "cuda:1", "cuda:2"], 8, ["cuda:0"]),
+        ("cuda:1", [], 8, ["cuda:1"]),
+    ],
+)
+def test_there_is_a_model_for_each_gpu_that_nobody_holds(
+    device: str, held: list[str], most: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(causal_lm, "load_model", lambda *arguments: arguments[-1])
-    assert [load() for load in loaders(model_settings(device="cuda"), files(Path("tiny")), 0, 8)] == [None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(causal_lm, "LEASES", tmp_path)
+    monkeypatch.setattr(causal_lm, "load_model", lambda settings, *_: settings.device)
+    leases = [lease_device(name, tmp_path, timeout=0) for name in held]
+    found = [load() for load in loaders(model_settings(device=device), files(Path("tiny")), 0, most)]
+    for lease in leases:
+        lease.release()
+    assert found == expected
 
 
 def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(tiny_model_dir: Callable[..., Path]) -> None:

@@ -216,6 +216,49 @@ def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixt
         assert "Dataset: /a/[b]/c" in shown
 
 
+# --- estimate, cache ------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_counts_what_the_cache_lacks_and_registers_nothing(
+    home: Home, empty_home: Home, qaq: Qaq, tmp_path: Path
+) -> None:
+    new = {"query": "Name a prime.", "response": "Seven is one."}
+    delivery = write_jsonl(tmp_path / "rows.jsonl", [*delivered_rows(), new])
+    for place, counts in ((home, "4 │ 4"), (empty_home, "76 │ 76")):
+        shown = qaq(place, "estimate", delivery)
+        assert shown.code == 0, shown
+        assert "distinct pairs │ 19 │ 19" in shown.out
+        assert f"sequences │ {counts}" in shown.out
+        assert re.search(r"matmul peak │ 0\.\d\d TFLOP/s, cpu", shown.out)
+        assert "In all about 0 s" in shown.out
+    assert "No batch yet" in qaq(empty_home, "status").out
+
+
+def test_an_estimate_of_a_file_that_cannot_be_read_is_one_line(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text("")
+    assert "empty.json" in qaq(empty_home, "estimate", tmp_path / "empty.json").error()
+    assert "missing.json" in qaq(empty_home, "estimate", tmp_path / "missing.json").error()
+
+
+def test_the_cache_is_shown_by_model_and_pruned_by_name(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    assert qaq(empty_home, "cache").out == "The score cache is empty."
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    for _ in range(2):
+        assert qaq(empty_home, "run", delivery, "--batch", "b1").code == 0
+    shown = qaq(empty_home, "cache")
+    assert "scores │ 72 │ 72" in shown.out
+    assert "hits │ 72 │ 72" in shown.out
+    assert "set aside │ 0 │ 0" in shown.out
+    (strong, weak) = open_storage(parse_settings(empty_home.config.read_text(), "s")).cached_models()
+    assert (
+        qaq(empty_home, "cache", "--prune", "nobody").error().startswith("error: the cache holds nothing of 'nobody'")
+    )
+    removed = qaq(empty_home, "cache", "--prune", strong.digest[:8])
+    assert f"removed 72 scores of {strong.identity['model']}" in removed.out
+    assert weak.digest[:8] in qaq(empty_home, "cache").out
+    assert strong.digest[:8] not in qaq(empty_home, "cache").out
+
+
 # --- status, table, doctor ------------------------------------------------------------------------------------------
 
 

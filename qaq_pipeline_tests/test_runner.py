@@ -480,6 +480,60 @@ def test_the_self_test_reads_the_sample_it_is_given(monkeypatch: pytest.MonkeyPa
     assert set().union(*seen) <= set(sample)
 
 
+def longrope(original: int) -> Any:
+    """A tiny Phi-3 whose rotary embeddings change for all where one sequence is longer than that."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "factor": 8.0}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": original} | factors
+    values = TINY | {"max_position_embeddings": 2048, "original_max_position_embeddings": original}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("phi3", **values, rope_parameters=rope)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_positions_that_depend_on_the_longest_of_a_batch_keep_sequences_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = longrope(original=200)
+    chosen = choose_runner(model, "phi", max_tokens=400)
+    assert chosen.name == "own_logits"
+    assert "longrope positions depend on the longest sequence of a batch" in caplog.text
+    short, long = sequence(random_ids(20, 1), (5, 20)), sequence(random_ids(300, 2), (5, 300))
+    with torch.inference_mode():
+        ((beside,), _) = chosen.score([short, long])
+    naive = naive_logprobs(model, short.token_ids[:5], short.token_ids[5:])
+    torch.testing.assert_close(beside, naive, atol=1e-4, rtol=0)
+
+
+def test_they_are_packed_where_no_sequence_can_be_that_long() -> None:
+    assert choose_runner(longrope(original=200), "phi", max_tokens=200).name == "packed"
+
+
+def test_a_context_shorter_than_the_self_test_would_like_is_respected() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=48)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    assert choose_runner(model, "short", max_tokens=48).name == "packed"
+
+
+def test_a_runner_that_an_architecture_breaks_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("view size is not compatible")
+
+    monkeypatch.setattr(PackedRunner, "score", broken)
+    assert choose_runner(tiny("llama"), "odd").name == "padded"
+    assert "odd (LlamaForCausalLM): not scored packed: view size is not compatible" in caplog.text
+
+
+@pytest.mark.parametrize("start", [3, 20])
+def test_a_target_that_a_shared_token_would_predict_is_an_error(start: int) -> None:
+    with pytest.raises(ValueError, match="a target begins among or right after the 20 shared tokens"):
+        sequence(random_ids(40, 1), (start, 40), num_shared=20)
+
+
 def test_no_runner_is_asked_for_a_body_that_is_the_whole_model() -> None:
     model = tiny("llama")
     model.base_model_prefix = ""

@@ -300,6 +300,7 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
         runner=None,
         num_workers=0,
         peak_share=None,
+        estimate=None,
     )
     assert second_report.tokens_per_second is None
 

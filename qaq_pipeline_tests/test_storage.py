@@ -381,20 +381,56 @@ def shards(storage: Storage) -> list[Path]:
     return sorted(Path(storage.url("score_cache", IDENTITY.digest())).glob("*.parquet"))
 
 
+def flip_a_byte(data: bytes) -> bytes:
+    """The data with one bit of its 40th byte changed: amid the columns."""
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+SPOILED: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "text": lambda _: b"hello",
+    "foreign": lambda _: foreign(),
+    "torn": lambda data: data[:-9],
+    "changed": flip_a_byte,
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("content", [b"", b"hello", foreign(), None], ids=["empty", "text", "foreign", "torn"])
-def test_a_torn_shard_is_named_and_its_removal_mends_the_cache(storage: Storage, content: bytes | None) -> None:
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_what_is_no_shard_is_set_aside_named_and_never_read(
+    storage: Storage, spoil: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
     storage.append_scores(IDENTITY, cached(1))
-    (torn,) = shards(storage)
-    torn.write_bytes(torn.read_bytes()[:-9] if content is None else content)
+    (spoiled,) = shards(storage)
+    spoiled.write_bytes(content := spoil(spoiled.read_bytes()))
     storage.append_scores(IDENTITY, cached(2))
-    with pytest.raises(
-        StorageError, match=rf"{torn.name}: not a shard of scores .*; remove it, and its pairs"
-    ) as error:
-        storage.read_scores(IDENTITY, pair_ids(1, 2))
-    assert str(torn) in str(error.value)
-    torn.unlink()
     assert keys(storage.read_scores(IDENTITY, pair_ids(1, 2))) == [(pair_name(2), "q")]
+    assert f"{spoiled}: no shard of scores" in caplog.text
+    assert (spoiled.parent / "set_aside" / spoiled.name).read_bytes() == content
+    assert not spoiled.exists()
+    caplog.clear()
+    storage.append_scores(IDENTITY, cached(1))
+    assert keys(storage.read_scores(IDENTITY, pair_ids(1, 2))) == [(pair_name(1), "q"), (pair_name(2), "q")]
+    assert caplog.text == ""
+    (entry,) = storage.cached_models()
+    assert (entry.num_shards, entry.num_set_aside, entry.num_scores) == (2, 1, 2)
+
+
+def test_the_cache_lists_what_it_holds_by_model_and_removes_it(any_storage: Storage) -> None:
+    other = dataclasses.replace(IDENTITY, model="another")
+    assert any_storage.cached_models() == []
+    for identity, numbers in ((IDENTITY, (1, 2, 3)), (IDENTITY, (4,)), (other, (1,))):
+        any_storage.append_scores(identity, cached(*numbers))
+    for number in (3, 4):
+        any_storage.count_hits(IDENTITY, number)
+    by_model = {entry.identity["model"]: entry for entry in any_storage.cached_models()}
+    assert by_model.keys() == {IDENTITY.model, "another"}
+    ours = by_model[IDENTITY.model]
+    assert (ours.digest, ours.num_shards, ours.num_scores, ours.num_hits) == (IDENTITY.digest(), 2, 4, 7)
+    assert ours.num_bytes > 1000
+    any_storage.prune_scores(ours.digest)
+    assert [entry.identity["model"] for entry in any_storage.cached_models()] == ["another"]
+    assert any_storage.read_scores(IDENTITY, pair_ids(1)).is_empty()
 
 
 def test_a_shard_that_is_still_being_written_is_not_read(storage: Storage) -> None:

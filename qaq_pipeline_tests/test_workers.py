@@ -26,7 +26,17 @@ from qaq_pipeline import workers as workers_module
 from qaq_pipeline.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.prompts import Target, TokenSequence
 from qaq_pipeline.schema import Quantity
-from qaq_pipeline.workers import Batch, ScorerFacts, Scores, WorkerDiedError, Workers, open_workers
+from qaq_pipeline.workers import (
+    Batch,
+    DeviceBusyError,
+    ScorerFacts,
+    Scores,
+    WorkerDiedError,
+    Workers,
+    free_devices,
+    lease_device,
+    open_workers,
+)
 
 BATCH_TOKENS = 40
 MEMORY_TOKENS = 100
@@ -372,3 +382,30 @@ def test_workers_end_by_themselves_when_their_parent_is_killed() -> None:
             for pid in filter(is_alive, pids):
                 os.kill(pid, signal.SIGKILL)
     assert (output, errors) == ("", "")
+
+
+# --- leases ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_has_one_holder_and_is_free_when_it_lets_go(tmp_path: Path) -> None:
+    lease = lease_device("cuda:0", tmp_path, timeout=0)
+    assert free_devices(["cuda:0", "cuda:1"], tmp_path) == ["cuda:1"]
+    with pytest.raises(DeviceBusyError, match=r"cuda:0 is held by another scoring process .*cuda-0\.lock"):
+        lease_device("cuda:0", tmp_path, timeout=0)
+    lease.release()
+    assert free_devices(["cuda:0", "cuda:1"], tmp_path) == ["cuda:0", "cuda:1"]
+
+
+def test_a_device_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from qaq_pipeline.workers import lease_device\n"
+        "lease = lease_device('cuda:0', Path(sys.argv[1]), 0); print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert free_devices(["cuda:0"], tmp_path) == []
+        holder.kill()
+    assert free_devices(["cuda:0"], tmp_path) == ["cuda:0"]

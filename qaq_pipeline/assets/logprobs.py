@@ -1,5 +1,6 @@
 """The asset logprobs[batch and model]: the only GPU step."""
 
+import math
 from collections.abc import Callable
 
 import dagster as dg
@@ -10,7 +11,7 @@ from qaq_pipeline.config import Settings
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import ModelRuntime, ScoredPairs, partition_parts
 from qaq_pipeline.schema import Quantity, Status
-from qaq_pipeline.scoring import Progress
+from qaq_pipeline.scoring import Estimate, Progress
 from qaq_pipeline.storage import Storage, StoredTable
 
 VERSION = "1"
@@ -39,7 +40,7 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         batch, role = partition_parts(context.partition_key)
         pairs = accepted_pairs(raw_data.frame, screened_data.frame)
         with storage.lock("logprobs", batch, role):
-            scored = model_runtime.score(role, pairs, storage, _logger(context))
+            scored = model_runtime.score(role, pairs, storage, _logger(context), _start_logger(context))
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         return table_result(context, scored.frame, inputs, _metadata(scored), **scored.provenance)
 
@@ -69,6 +70,19 @@ def _logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
     return log
 
 
+def _start_logger(context: dg.AssetExecutionContext) -> Callable[[Estimate], None]:
+    def log(estimate: Estimate) -> None:
+        context.log.info(
+            "to score: %d sequences, %d tokens, %.3g FLOP; at a typical share of the matmul peak %.0f s",
+            estimate.num_sequences,
+            estimate.num_tokens,
+            estimate.flops,
+            estimate.seconds,
+        )
+
+    return log
+
+
 def _metadata(scored: ScoredPairs) -> dict[str, object]:
     report, frame = scored.report, scored.frame
     identity = scored.provenance["identity"]
@@ -81,6 +95,8 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
             "pairs_per_second": round(report.num_pairs / report.seconds, 2),
             "computed_per_real_token": round(report.num_computed_tokens / report.num_tokens, 4),
         }
+    if report.estimate is not None and math.isfinite(report.estimate.seconds):
+        speed |= {"estimated_seconds": round(report.estimate.seconds, 1), "teraflop": report.estimate.flops / 1e12}
     if report.peak_share is not None:
         speed["share_of_matmul_peak"] = round(report.peak_share, 3)
     return {

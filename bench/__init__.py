@@ -1,0 +1,1 @@
+"""The benchmark of the scoring engine: `python -m bench`."""

@@ -1,0 +1,56 @@
+"""The benchmark: every goal of the engine against real opponents, in one run, on the same pairs. No downloads.
+
+    python -m bench [--quick] [--device cpu|cuda] [--json FILE]
+
+Prints a table of ratios (min, median, max over rotated blocks, a matrix product timed beside each), writes it as JSON,
+and exits 1 where a goal is missed. On a CPU: process seconds, one thread. On a GPU: CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import rows
+from bench.rows import Row
+
+
+def main() -> int:
+    """Run every row that this machine can show; the exit status is 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="two rotations instead of five: for a look, not a claim")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--json", type=Path, default=Path("var/bench.json"), help="where the numbers go")
+    arguments = parser.parse_args()
+    rotations = 2 if arguments.quick else 5
+    results: list[Row] = []
+    for name, measure in rows.for_device(arguments.device).items():
+        if arguments.only in name:
+            found = measure(rotations)
+            results += found
+            for row in found:
+                print(row, file=sys.stderr)  # noqa: T201
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps([row.as_json() for row in results], indent=2) + "\n", encoding="utf-8")
+    show(results, arguments.device)
+    return 1 if any(row.is_missed for row in results) else 0
+
+
+def show(results: list[Row], device: str) -> None:
+    """The table, and the machine."""
+    table = Table("", "goal", "min", "median", "max", "", title=f"{rows.machine(device)}")
+    for row in results:
+        low, middle, high = (f"{value:.4g}" for value in (row.low, row.median, row.high))
+        table.add_row(row.name, row.goal_text, low, middle, high, "[red]missed[/]" if row.is_missed else "")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The rows of the benchmark: what each measures, and its goal.
+
+Belongs here: timing, and one function a group of rows. Does not belong here: the implementations, or the workload.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from bench import opponents, workload
+from bench.opponents import Score
+from bench.workload import LONG, SHORT, Mix
+from qaq_pipeline.batching import BatchQueue
+from qaq_pipeline.causal_lm import CausalLM, matmul_flops_per_second
+from qaq_pipeline.identity import ScoreIdentity
+from qaq_pipeline.prompts import TokenSequence
+from qaq_pipeline.shards import ShardWriter
+from qaq_pipeline.storage import Storage
+from qaq_pipeline.workers import open_workers
+
+Measure = Callable[[int], "list[Row]"]
+
+ENGINE, REFERENCE, LM_EVAL = "engine", "reference loop", "lm-eval engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured quantity over the rotations, and its goal."""
+
+    name: str
+    values: tuple[float, ...]
+    goal: float | None = None
+    is_ceiling: bool = False
+    """Whether the goal is the most it may be; else the least."""
+
+    @property
+    def low(self) -> float:
+        """Of the rotations."""
+        return min(self.values)
+
+    @property
+    def median(self) -> float:
+        """Of the rotations: what is held against the goal."""
+        return statistics.median(self.values)
+
+    @property
+    def high(self) -> float:
+        """Of the rotations."""
+        return max(self.values)
+
+    @property
+    def goal_text(self) -> str:
+        """The goal as a person reads it."""
+        return "" if self.goal is None else f"{'<=' if self.is_ceiling else '>='} {self.goal:g}"
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the median is on the wrong side of the goal; NaN is."""
+        if self.goal is None:
+            return False
+        return not (self.median <= self.goal if self.is_ceiling else self.median >= self.goal)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, and whether the goal is missed."""
+        return asdict(self) | {"median": self.median, "is_missed": self.is_missed}
+
+
+def for_device(device: str) -> dict[str, Measure]:
+    """The groups of rows that the device can show, by name."""
+    if device.startswith("cuda"):
+        return {f"gpu {name}": functools.partial(gpu_rows, name, device) for name in ("0.6B", "6.7B")}
+    return {
+        "speed short": functools.partial(speed_rows, SHORT, 2.0),
+        "speed long": functools.partial(speed_rows, LONG, 1.5),
+        "default": default_rows,
+        "accuracy": accuracy_rows,
+        "padding": padding_rows,
+        "memory": memory_rows,
+        "processes": process_rows,
+        "shards": shard_rows,
+    }
+
+
+def machine(device: str) -> str:
+    """Where it was measured."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        model = lines[0].partition(": ")[2] if lines else model
+    bf16 = "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else "no native bf16"
+    return f"{model}, {os.cpu_count()} cores, {bf16}, torch {torch.__version__}"
+
+
+# --- timing --------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Process seconds on a CPU, whoever else is there; seconds between CUDA events on a GPU."""
+    if device.type == "cpu":
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    work()
+    after.record()
+    torch.cuda.synchronize(device)
+    return before.elapsed_time(after) / 1000
+
+
+def rotate(
+    contestants: Mapping[str, tuple[Callable[[], object], torch.dtype]], rotations: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each contestant and rotation, and the matrix peak beside; each rotation begins with another."""
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        contestants[name][0]()  # Warm.
+    for rotation in range(rotations):
+        for name in names[rotation % len(names) :] + names[: rotation % len(names)]:
+            work, dtype = contestants[name]
+            before = matmul_flops_per_second(dtype, device)
+            seconds[name].append(seconds_of(work, device))
+            peaks[name].append((before + matmul_flops_per_second(dtype, device)) / 2)
+    return seconds, peaks
+
+
+def flops(engine: CausalLM, config: Any, sequences: Sequence[TokenSequence]) -> float:
+    """Useful floating-point operations of these passes: body, causal attention, head on the targets."""
+    facts = engine.facts
+    size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * size_of_head
+    total = 0.0
+    for sequence in sequences:
+        length = len(sequence.token_ids)
+        num_targets = sum(target.stop - target.start for target in sequence.targets)
+        attention = config.num_hidden_layers * 4.0 * width * length * (length + 1) / 2
+        total += length * facts.flops_per_token + attention + num_targets * facts.flops_per_target
+    return total
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def speed_rows(mix: Mix, goal_fp32: float, rotations: int) -> list[Row]:
+    """Four likelihoods of a pair, plain frame, prior `bare`: against the reference loop and lm-eval's engine."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    models = {dtype: workload.build("135M", dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)}
+    opponents_of = {dtype: workload.build("135M", dtype, "cpu") for dtype in models}
+    engines = {dtype: CausalLM(model, "135M") for dtype, model in models.items()}
+    sequences = workload.two_passes(workload.draw(mix, mix.pairs_per_block))
+    scores: dict[tuple[str, torch.dtype], Score] = {
+        (ENGINE, dtype): opponents.engine(engines[dtype]) for dtype in models
+    }
+    scores |= {(LM_EVAL, dtype): opponents.lm_eval_engine(model) for dtype, model in opponents_of.items()}
+    scores |= {(REFERENCE, dtype): opponents.reference_loop(model) for dtype, model in opponents_of.items()}
+    contestants = {
+        f"{name} {dtype}": (functools.partial(score, sequences), dtype) for (name, dtype), score in scores.items()
+    }
+    seconds, peaks = rotate(contestants, rotations, device)
+
+    def ratio(other: str, dtype: torch.dtype, other_dtype: torch.dtype) -> tuple[float, ...]:
+        ours, theirs = seconds[f"{ENGINE} {dtype}"], seconds[f"{other} {other_dtype}"]
+        return tuple(b / a for a, b in zip(ours, theirs, strict=True))
+
+    def share(dtype: torch.dtype) -> tuple[float, ...]:
+        work, name = flops(engines[dtype], models[dtype].config, sequences), f"{ENGINE} {dtype}"
+        return tuple(work / s / p for s, p in zip(seconds[name], peaks[name], strict=True))
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return [
+        Row(f"{mix.name}: fp32 against the reference loop", ratio(REFERENCE, fp32, fp32), goal_fp32),
+        Row(f"{mix.name}: bf16 against the fp32 reference loop", ratio(REFERENCE, bf16, fp32), 4.2),
+        Row(f"{mix.name}: bf16 against the bf16 reference loop", ratio(REFERENCE, bf16, bf16)),
+        Row(f"{mix.name}: fp32 against lm-eval's engine", ratio(LM_EVAL, fp32, fp32), 1.6),
+        Row(f"{mix.name}: bf16 against lm-eval's engine", ratio(LM_EVAL, bf16, bf16), 1.6),
+        Row(f"{mix.name}: share of the matmul peak, fp32", share(fp32), 0.80),
+        Row(f"{mix.name}: share of the matmul peak, bf16", share(bf16), 0.75),
+    ]
+
+
+def default_rows(rotations: int) -> list[Row]:
+    """RMI alone, chat frame, prior `null_answer`: with the shared prefix, without, and the reference loop; bf16."""
+    torch.set_num_threads(1)
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    engine = CausalLM(workload.build("135M", dtype, "cpu"), "135M")
+    reference = opponents.reference_loop(workload.build("135M", dtype, "cpu"))
+    sequences = workload.default_passes(workload.draw(SHORT, SHORT.pairs_per_block))
+    unshared = [TokenSequence(one.pair_id, one.token_ids, one.targets) for one in sequences]
+    score = opponents.engine(engine)
+    seconds, _ = rotate(
+        {
+            "shared": (functools.partial(score, sequences), dtype),
+            "unshared": (functools.partial(score, unshared), dtype),
+            "reference": (functools.partial(reference, sequences), dtype),
+        },
+        rotations,
+        device,
+    )
+    pairs = {name: zip(seconds["shared"], seconds[name], strict=True) for name in ("unshared", "reference")}
+    return [
+        Row("default settings: bf16 against the bf16 reference loop", tuple(b / a for a, b in pairs["reference"])),
+        Row("default settings: against itself without shared prefixes", tuple(b / a for a, b in pairs["unshared"])),
+    ]
+
+
+def accuracy_rows(rotations: int) -> list[Row]:
+    """The largest difference of a mean NLL from the reference loop's, in fp32, both mixes, packed."""
+    model = workload.build("135M", torch.float32, "cpu")
+    sequences = [one for mix in (SHORT, LONG) for one in workload.two_passes(workload.draw(mix, mix.pairs_per_block))]
+    expected = opponents.reference_loop(model)(sequences)
+    ours = opponents.engine(CausalLM(model, "135M"))(sequences)
+    differences = [
+        abs(a - b) / (target.stop - target.start)
+        for sequence, one, other in zip(sequences, ours, expected, strict=True)
+        for target, a, b in zip(sequence.targets, one, other, strict=True)
+    ]
+    return [
+        Row("largest difference of a mean NLL from the reference, fp32", (max(differences),), 1e-4, is_ceiling=True)
+    ]
+
+
+def padding_rows(rotations: int) -> list[Row]:
+    """Padded to real tokens of 10,000 pairs, in padded batches of a GPU's budget; packed rows have none."""
+    sequences = workload.two_passes(workload.draw(workload.PRODUCTION, 10_000))
+    queue = BatchQueue([sequences], 32_768, is_padded=True)
+    padded = 0
+    while batch := queue.take():
+        padded += queue.tokens(batch)
+    return [
+        Row(
+            "padded / real tokens, 10,000 pairs",
+            (padded / sum(len(s.token_ids) for s in sequences),),
+            1.01,
+            is_ceiling=True,
+        )
+    ]
+
+
+def memory_rows(rotations: int) -> list[Row]:
+    """Peak extra memory on 4,096-token rows with a vocabulary of 151,936 words, as a share of full logits'."""
+    ours, theirs = (
+        int(
+            subprocess.run(
+                [sys.executable, "-m", "bench.memory", who], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for who in (ENGINE, REFERENCE)
+    )
+    return [Row("extra memory against full logits, 4,096 tokens, 152 K words", (ours / theirs,), 0.1, is_ceiling=True)]
+
+
+def load(dtype: str, num_threads: int) -> CausalLM:
+    """A worker's model."""
+    torch.set_num_threads(num_threads)
+    return CausalLM(workload.build("135M", getattr(torch, dtype), "cpu"), "135M")
+
+
+def process_rows(rotations: int) -> list[Row]:
+    """Two processes with a thread each against one such process, wall clock: only an idle machine shows it."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return []
+    sequences = workload.two_passes(workload.draw(SHORT, 160))
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    loads = [functools.partial(load, "bfloat16", 1)] * 2
+    with open_workers(loads) as two, open_workers(loads[:1]) as one:
+        for _ in range(rotations):
+            for number, workers in ((1, one), (2, two)):
+                started = time.perf_counter()
+                for _batch in workers.run(BatchQueue([sequences], 1024, is_padded=False)):
+                    pass
+                seconds[number].append(time.perf_counter() - started)
+    return [Row("two processes against one", tuple(a / b for a, b in zip(seconds[1], seconds[2], strict=True)), 1.8)]
+
+
+def shard_rows(rotations: int) -> list[Row]:
+    """What storing a shard costs, as a share of the 20 seconds in which its 5,000 scores were made."""
+    identity = ScoreIdentity("m", "r", "t", "h", "bare", "bfloat16", 2048, "truncate_answer", token_logprobs=False)
+    sequences = workload.two_passes(workload.draw(SHORT, 1250))
+    shares = []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(Storage(folder, Path(folder)), identity, 20.0, keep_tokens=False)
+        for _ in range(rotations):
+            started = time.perf_counter()
+            for sequence in sequences:
+                writer.add(sequence, [np.zeros(t.stop - t.start, np.float32) for t in sequence.targets])
+            writer.close()
+            shares.append((time.perf_counter() - started) / 20.0)
+    return [Row("share of the time that shards take", tuple(shares), 0.005, is_ceiling=True)]
+
+
+def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
+    """On one GPU, bf16, production lengths: the share of its peak, and the opponents."""
+    dtype, place = torch.bfloat16, torch.device(device)
+    model = workload.build(name, dtype, device)
+    engine = CausalLM(model, name)
+    sequences = workload.two_passes(workload.draw(workload.PRODUCTION, workload.PRODUCTION.pairs_per_block))
+    few = sequences[:32]
+    seconds, peaks = rotate(
+        {
+            ENGINE: (functools.partial(opponents.engine(engine), sequences), dtype),
+            LM_EVAL: (functools.partial(opponents.lm_eval_engine(model), few), dtype),
+            REFERENCE: (functools.partial(opponents.reference_loop(model), few), dtype),
+        },
+        rotations,
+        place,
+    )
+    work, tokens = (
+        flops(engine, model.config, sequences),
+        (sum(len(s.token_ids) for s in part) for part in (sequences, few)),
+    )
+    scale = 1 / (next(tokens) / next(tokens))
+    share = tuple(work / s / p for s, p in zip(seconds[ENGINE], peaks[ENGINE], strict=True))
+    ratios = {
+        other: tuple(theirs / (ours * scale) for ours, theirs in zip(seconds[ENGINE], seconds[other], strict=True))
+        for other in (REFERENCE, LM_EVAL)
+    }
+    return [
+        Row(f"{name}: share of the matmul peak", share, {"0.6B": 0.40, "6.7B": 0.60}[name]),
+        Row(f"{name}: against the reference loop", ratios[REFERENCE], 15.0),
+        Row(f"{name}: against lm-eval's engine", ratios[LM_EVAL], 2.0),
+    ]
+
+
+def peak_extra_memory(work: Callable[[], object]) -> int:
+    """Bytes by which the work raised the process's high-water mark over what it held before."""
+    import resource
+
+    held = psutil.Process().memory_info().rss
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
