@@ -315,11 +315,11 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
     model = workload.build(name, dtype, device)
     engine = CausalLM(model, name)
     sequences = workload.two_passes(workload.draw(workload.PRODUCTION, workload.PRODUCTION.pairs_per_block))
-    few = sequences[:32]
+    few = sequences[:256]
     seconds, peaks = rotate(
         {
             ENGINE: (functools.partial(opponents.engine(engine), sequences), dtype),
-            LM_EVAL: (functools.partial(opponents.lm_eval_engine(model), few), dtype),
+            LM_EVAL: (functools.partial(opponents.lm_eval_engine(model, batch_size=64), few), dtype),
             REFERENCE: (functools.partial(opponents.reference_loop(model), few), dtype),
         },
         rotations,

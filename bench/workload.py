@@ -41,7 +41,7 @@ class Mix:
 
 SHORT = Mix("short", 26, 62, 0.6, 12)
 """As Code Alpaca, tokenised by SmolLM2."""
-LONG = Mix("long", 110, 400, 0.25, 3)
+LONG = Mix("long", 110, 400, 0.25, 8)
 """Pairs of about 300 to 750 tokens."""
 PRODUCTION = Mix("production", 150, 600, 0.5, 512)
 """As the paper's data; for GPUs."""

@@ -9,16 +9,21 @@ The map, each module importing only from those above it:
     screening         duplicates, before any GPU time is spent
     prompts           a pair -> token ids of the forward and the reverse pass: templates, priors, truncation
     batching          sequences -> batches: longest first, by token budget
-    logprobs          hidden states -> log-probabilities of target tokens (torch)
+    head              hidden states -> log-probabilities of target tokens: the token shift, the output head (torch)
+    attention         attention over packed sequences and their shared prefixes (torch, transformers)
     scores            sums and counts -> log PPL, RMI, IFD
     strata            strata of PPL(Q), the rank of RMI inside them, the gap between the models
     selection         the strategies and their exact budgets
     ledger            every input row: decision, reason, sentence
     exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet
     model_files       where a model comes from: hub, directory, GGUF converted once
-    causal_lm         the model on its device (torch, transformers)
-    storage           tables, deliveries and cached scores: atomic, with provenance
-    scoring           pairs -> Logprobs: what is cached is read, the rest scored by shards
+    workers           the processes that score batches, one for each core or GPU; leases of GPUs
+    runner            a batch through the model: packed, padded, or by its own logits; the self-test (torch)
+    storage           tables, deliveries and cached scores: atomic, with provenance; what is torn is set aside
+    causal_lm         the model on its device: tokenizer, dtype, memory, how many load it (torch, transformers)
+    planner           pairs -> the sequences that the cache does not have, a window ahead of the model
+    shards            finished scores, stored every few seconds
+    scoring           pairs -> Logprobs: one scoring from the cache to its table
     publication       batches -> a version of the dataset, its manifest
     resources         the above as Dagster resources
     assets/           the eight assets, one module each

@@ -24,6 +24,11 @@ from transformers import AttentionInterface
 
 PACKED = "qaq_packed"
 
+LONG_ENOUGH_FOR_BLOCKS = 128
+BLOCK_QUERIES = 64
+"""From that many tokens on, attention in blocks of so many queries is faster than torch's kernel is in half precision
+on a CPU; in fp32 it is not."""
+
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
 )
@@ -59,7 +64,7 @@ class PackedRow:
     segments: tuple[Segment, ...]
     record: SharedPrefix | None = None
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    """Masks of this row by (segment length, prefix length, window): the layers share them."""
+    """Masks of this row by (segment length, prefix length, window that hides something): the layers share them."""
 
 
 def packed_attention(
@@ -116,8 +121,14 @@ def packed_attention(
             prefix_length = segment.prefix.length
             prefix_keys, prefix_values = segment.prefix.by_layer[id(module)]
             keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
-        mask = _mask(packed_row, segment.stop - segment.start, prefix_length, sliding_window, query)
-        outputs.append(_attend(query[:, :, tokens], keys, values, mask, scaling, softcap))
+        length = segment.stop - segment.start
+        window = sliding_window if sliding_window is not None and length + prefix_length > sliding_window else None
+        is_slow = query.device.type == "cpu" and query.dtype != torch.float32 and length >= LONG_ENOUGH_FOR_BLOCKS
+        if is_slow and softcap is None and window is None:
+            outputs.append(_attend_in_blocks(query[:, :, tokens], keys, values, prefix_length, scaling))
+        else:
+            mask = _mask(packed_row, length, prefix_length, window, query)
+            outputs.append(_attend(query[:, :, tokens], keys, values, mask, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -148,10 +159,32 @@ def _attend(
     return torch.softmax((scores + mask).float(), dim=-1).to(query.dtype) @ value
 
 
+def _attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: int, scaling: float
+) -> torch.Tensor:
+    """Causal attention of one segment after its prefix, [1, H, S, E], a block of queries at a time; softmax in fp32.
+
+    Keys that a block cannot see are not computed, and a mask is needed on its diagonal only. In bfloat16 on a CPU that
+    takes 0.55 to 0.8 of the time of torch's kernel.
+    """
+    num_kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    length, size = query.shape[2], value.shape[3]
+    queries = query[0].unflatten(0, (num_kv_heads, groups))
+    keys, values = key[0].float().transpose(1, 2), value[0]
+    outputs = value.new_empty(num_kv_heads, groups, length, size)
+    for start in range(0, length, BLOCK_QUERIES):
+        stop = min(start + BLOCK_QUERIES, length)
+        rows, seen = stop - start, prefix + stop
+        block = queries[:, :, start:stop].reshape(num_kv_heads, groups * rows, -1).float()
+        scores = torch.bmm(block, keys[:, :, :seen]).mul_(scaling).view(num_kv_heads, groups, rows, seen)
+        scores[..., prefix + start :] += _causal(rows, 0, None, scores)
+        weights = torch.softmax(scores, dim=-1).to(value.dtype).view(num_kv_heads, groups * rows, seen)
+        outputs[:, :, start:stop] = torch.bmm(weights, values[:, :seen]).view(num_kv_heads, groups, rows, size)
+    return outputs.flatten(0, 1)[None]
+
+
 def _mask(row: PackedRow, length: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
     """Mask [S, P + S] to add to the scores; None where plain causal attention says the same."""
-    if window is not None and length + prefix <= window:
-        window = None
     if not prefix and window is None:
         return None
     kept = (length, prefix, window)

@@ -45,14 +45,22 @@ class BatchQueue:
     Args:
         windows: sequences to score, a window at a time; the next is asked for when the last is used up.
         budget: tokens that a batch may hold.
-        is_padded: whether sequences are padded to the longest of their batch; else a prefix they share costs
-            nothing.
+        is_padded: whether sequences are padded to the longest of their batch.
+        shares_prefixes: whether a prefix they share costs nothing; by default it does where there is no padding.
     """
 
-    def __init__(self, windows: Iterable[Sequence[TokenSequence]], budget: int, *, is_padded: bool) -> None:
+    def __init__(
+        self,
+        windows: Iterable[Sequence[TokenSequence]],
+        budget: int,
+        *,
+        is_padded: bool,
+        shares_prefixes: bool | None = None,
+    ) -> None:
         self._windows = iter(windows)
         self._full_budget = self.budget = budget
         self._is_padded = is_padded
+        self._shares_prefixes = not is_padded if shares_prefixes is None else shares_prefixes
         self._window: Sequence[TokenSequence] = ()
         self._lengths: list[int] = []
         self._next = 0
@@ -104,4 +112,4 @@ class BatchQueue:
         self._next = 0
 
     def _cost(self, sequence: TokenSequence) -> int:
-        return len(sequence.token_ids) - (0 if self._is_padded else sequence.num_shared)
+        return len(sequence.token_ids) - (sequence.num_shared if self._shares_prefixes else 0)

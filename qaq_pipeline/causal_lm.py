@@ -1,23 +1,24 @@
 """The model runtime: a Hugging Face causal LM on its device, which gives log-probabilities of target tokens.
 
-Belongs here: the tokenizer and model adapters, dtype and device choice, the start-up self-test.
-Does not belong here: which sequences are scored, in which order, or where scores are stored.
+Belongs here: the tokenizer and model adapters, dtype and device choice, memory, how many processes load it.
+Does not belong here: the way through the model and its self-test (runner), or which sequences are scored.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline import model_files
@@ -26,7 +27,7 @@ from qaq_pipeline.config import ModelSettings
 from qaq_pipeline.model_files import ModelFiles
 from qaq_pipeline.prompts import TokenSequence
 from qaq_pipeline.runner import UnsupportedModelError, choose_runner, model_context
-from qaq_pipeline.workers import Load, ScorerFacts, free_devices, lease_device
+from qaq_pipeline.workers import Load, ScorerFacts, lease_devices
 
 BATCH_TOKENS_CPU = 1024
 BATCH_TOKENS_GPU = 32_768
@@ -39,7 +40,15 @@ FREE_SHARE = 0.7
 
 LEASES = Path(tempfile.gettempdir()) / f"qaq_pipeline-{os.getuid() if hasattr(os, 'getuid') else 0}"
 """Locks of this user's GPUs: one scoring process a GPU, whatever its QAQ_HOME."""
-LEASE_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+
+PATIENCE_SECONDS = 10
+"""How long a sequence that does not fit waits for memory before it is given up."""
+
+PROCESS_BYTES = 700e6
+"""What a scoring process takes beside its weights: Python, torch, transformers."""
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 SAMPLE_TEXT = (
     "Write a function that returns the sum of the squares of the first n natural numbers.\n\nAnswer:\n"
@@ -162,8 +171,6 @@ class CausalLM:
         self._bytes_per_token = _bytes_per_token(model)
         self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()
-        self.lease: FileLock | None = None
-        """Of its GPU; it ends with the model."""
 
     @property
     def max_context(self) -> int | None:
@@ -189,8 +196,10 @@ class CausalLM:
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
         num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
-        if num_tokens * self._bytes_per_token + max(lengths) ** 2 * self._bytes_per_square > self._free_bytes():
-            raise BatchTooLargeError(f"{num_tokens} tokens need more than the memory that is free")
+        num_bytes = num_tokens * self._bytes_per_token + max(lengths) ** 2 * self._bytes_per_square
+        # A sequence alone cannot be made smaller: it waits for others to free what it needs.
+        if not self._is_room(num_bytes, PATIENCE_SECONDS if len(sequences) == 1 else 0):
+            raise BatchTooLargeError(f"{num_tokens} tokens need {num_bytes / 1e6:.0f} MB, more than is free")
         try:
             scores = self._runner.score(sequences)
         except (MemoryError, RuntimeError) as error:
@@ -203,12 +212,21 @@ class CausalLM:
             torch.cuda.empty_cache()
         raise BatchTooLargeError(f"{num_tokens} tokens did not fit into memory")
 
+    def _is_room(self, num_bytes: float, patience: int) -> bool:
+        """Whether so many bytes are free, now or within so many seconds."""
+        for _ in range(patience):
+            if num_bytes <= self._free_bytes():
+                return True
+            time.sleep(1)
+        return num_bytes <= self._free_bytes()
+
     def _facts(self) -> ScorerFacts:
         most = BATCH_TOKENS_CPU if self.device.type == "cpu" else BATCH_TOKENS_GPU
         head = self._model.get_output_embeddings().weight.numel()
         return ScorerFacts(
             runner=self._runner.name,
             is_padded=self._runner.is_padded,
+            shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(most, int(self._free_bytes() / self._bytes_per_token))),
             flops_per_token=2.0 * _num_body_weights(self._model),
             flops_per_target=2.0 * head,
@@ -224,6 +242,7 @@ def costs(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Scorer
     return ScorerFacts(
         runner="",
         is_padded=device.type != "cpu",
+        shares_prefixes=device.type == "cpu",
         batch_tokens=0,
         flops_per_token=2.0 * _num_body_weights(model),
         flops_per_target=2.0 * model.get_output_embeddings().weight.numel(),
@@ -231,12 +250,40 @@ def costs(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Scorer
     )
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that a batch may take: of the device's free memory the part that stays clear of its end."""
+def free_memory(device: torch.device, num_processes: int = 1) -> float:
+    """Bytes that a batch may take: of the device's free memory the part that stays clear of its end.
+
+    Args:
+        device: whose memory.
+        num_processes: that take of it at once.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)
-    return FREE_SHARE * psutil.virtual_memory().available
+    return FREE_SHARE * available_memory() / num_processes
+
+
+def available_memory() -> float:
+    """Bytes of memory that processes may still take: of the machine, or of the container where that is less."""
+    available = float(psutil.virtual_memory().available)
+    limit, used = (_control_group(f"memory.{name}") for name in ("max", "current"))
+    return available if limit is None or used is None else min(available, max(limit - used, 0.0))
+
+
+def num_cores() -> int:
+    """Cores that this process may use: by its affinity, or by the container's quota where that is less."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _control_group("cpu.max")
+    return number if quota is None else max(1, min(number, math.floor(quota)))
+
+
+def _control_group(name: str) -> float | None:
+    """A limit of the container this process is in, where it has one: cpu.max as cores, others as they are."""
+    file = CONTROL_GROUP / name
+    if not file.exists():
+        return None
+    value, *period = file.read_text(encoding="ascii").split()
+    return None if value == "max" else float(value) / (float(period[0]) if period else 1.0)
 
 
 @torch.inference_mode()
@@ -288,34 +335,30 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or is_torch or "can't allocate memory" in str(error)
 
 
-def load_model(
-    model: ModelSettings, files: ModelFiles, min_context: int = 0, num_threads: int | None = None
-) -> CausalLM:
-    """The model on its device, in its dtype, tested against its own logits. A GPU is held as long as the model is.
+def load_model(model: ModelSettings, files: ModelFiles, min_context: int = 0, num_processes: int = 1) -> CausalLM:
+    """The model on its device, in its dtype, tested against its own logits.
 
     Args:
         model: its settings.
         files: its files.
         min_context: tokens that the longest sequence may have.
-        num_threads: threads of this process from now on; default: torch's own choice.
+        num_processes: that score on this device at once; of several on a CPU each has one thread from now on.
 
     Raises:
         UnsupportedModelError: the device is missing, the model was made for sequences shorter than `min_context`
             tokens, or its own log-probabilities are no ground for a score.
-        DeviceBusyError: another process holds the GPU.
     """
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     device = resolve_device(model.device)
-    lease = lease_device(_device_name(device), LEASES, LEASE_SECONDS) if device.type == "cuda" else None
+    if num_processes > 1 and device.type == "cpu":
+        torch.set_num_threads(1)
     # The attention is transformers' choice: SDPA, but eager where an architecture needs it (Gemma 2's soft-capping).
     loaded = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=resolve_dtype(model.dtype, device), trust_remote_code=False
     )
     tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(files.folder))
     sample_ids = tokenizer.encode_markup(SAMPLE_TEXT)
-    scorer = CausalLM(loaded.to(device), files.name, sample_ids, max_tokens=min_context or 2048)
-    scorer.lease = lease
+    free_bytes = functools.partial(free_memory, device, num_processes)
+    scorer = CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
     if scorer.max_context is not None and scorer.max_context < min_context:
         raise UnsupportedModelError(
             f"{files.name}: made for {scorer.max_context} tokens, fewer than scoring.max_tokens ({min_context}); "
@@ -324,24 +367,25 @@ def load_model(
     return scorer
 
 
-def loaders(model: ModelSettings, files: ModelFiles, min_context: int, most: int) -> list[Load]:
+@contextmanager
+def loaders(model: ModelSettings, files: ModelFiles, min_context: int, most: int) -> Iterator[list[Load]]:
     """How to load the model in each of several processes: one for each free GPU or each core, at most so many.
 
-    Several on a CPU have one thread each: a core of their own, and no barriers between them.
+    Within the context the GPUs are held. On a CPU there are no more processes than memory holds; of several each has
+    one thread: a core of its own, and no barriers between them.
+
+    Raises:
+        workers.DeviceBusyError: other processes hold the GPUs.
     """
     device = resolve_device(model.device)
     if device.type == "cuda":
-        named = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        wanted = named if device.index is None else [_device_name(device)]
-        # Where all are held, loading waits for the first.
-        gpus = (free_devices(wanted, LEASES) or wanted[:1])[:most]
-        settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
-        return [functools.partial(load_model, gpu, files, min_context) for gpu in settings]
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number = min(most, num_cores) if device.type == "cpu" else 1
-    num_threads = 1 if number > 1 else None
-    return [functools.partial(load_model, model, files, min_context, num_threads)] * number
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device.type}:{device.index or 0}"
+        indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
+        locks = {f"cuda:{index}": f"gpu-{torch.cuda.get_device_properties(index).uuid}" for index in indices}
+        with lease_devices(locks, LEASES, most, LEASE_SECONDS) as gpus:
+            settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
+            yield [functools.partial(load_model, gpu, files, min_context) for gpu in settings]
+        return
+    # Weights are read in the files' dtype and held in the model's: half as much again is room for both.
+    room = FREE_SHARE * available_memory() / (1.5 * files.num_weight_bytes() + PROCESS_BYTES)
+    number = max(1, min(most, num_cores(), math.floor(room))) if device.type == "cpu" else 1
+    yield [functools.partial(load_model, model, files, min_context, number)] * number

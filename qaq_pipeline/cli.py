@@ -206,6 +206,7 @@ def cache(
 ) -> None:
     """Show what the score cache holds, by model, and how often it was used."""
     from qaq_pipeline.resources import open_storage
+    from qaq_pipeline.storage import PartitionBusyError
 
     storage = open_storage(_settings(config_file))
     if prune is not None:
@@ -213,7 +214,10 @@ def cache(
         if not found:
             _fail(f"the cache holds nothing of {prune!r}; `qaq cache` lists what it holds")
         for one in found:
-            storage.prune_scores(one.digest)
+            try:
+                storage.prune_scores(one.digest)
+            except PartitionBusyError as error:
+                _fail(str(error))
             console.print(
                 f"removed {one.num_scores:,} scores of {one.identity['model']}", markup=False, highlight=False
             )

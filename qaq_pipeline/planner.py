@@ -55,7 +55,9 @@ class Plan:
         self._wanted = wanted
         self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
         self._window_pairs = window_pairs
-        self._finished = {pair_id for pair_id, count in Counter(cached["pair_id"]).items() if count >= len(wanted)}
+        known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in set(wanted)}
+        counts = Counter(pair_id for pair_id, _ in known)
+        self._finished = {pair_id for pair_id, count in counts.items() if count == len(set(wanted))}
         unfinished = self._unfinished(pairs)
         self._pairs_left, self._characters_left = len(unfinished), sum(map(_num_characters, unfinished))
         self._pairs_planned = self._characters_planned = 0
@@ -65,6 +67,8 @@ class Plan:
         """Quantities that the cache has."""
         self.num_quantities = 0
         """Quantities to score."""
+        self.num_pairs_to_score = 0
+        """Pairs of which a sequence is to be scored."""
         self.num_sequences = 0
         self.num_tokens = 0
         """Tokens of the sequences to score, shared prefixes included."""
@@ -87,11 +91,14 @@ class Plan:
         return _extrapolate(self.num_tokens, self._characters_planned, self._characters_left)
 
     @property
-    def expected_work(self) -> tuple[int, int]:
-        """Tokens to compute in all, shared prefixes left out, and target tokens, as `expected_tokens`."""
-        done, left = self._characters_planned, self._characters_left
-        computed = self.num_tokens - self.num_shared_tokens
-        return _extrapolate(computed, done, left), _extrapolate(self.num_targets, done, left)
+    def expected_shared_tokens(self) -> int:
+        """Of the tokens to score, those of shared prefixes, as `expected_tokens`."""
+        return _extrapolate(self.num_shared_tokens, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_targets(self) -> int:
+        """Tokens whose log-probability is wanted, as `expected_tokens`."""
+        return _extrapolate(self.num_targets, self._characters_planned, self._characters_left)
 
     @property
     def expected_sequences(self) -> int:
@@ -103,7 +110,9 @@ class Plan:
         return [pair for pair in pairs if pair.pair_id not in self._finished]
 
     def _plan(self, pairs: Sequence[Pair], encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
-        sequences = [sequence for pair in encoded for sequence in self._not_cached(pair.sequences)]
+        by_pair = [list(self._not_cached(pair.sequences)) for pair in encoded]
+        sequences = [sequence for sequences in by_pair for sequence in sequences]
+        self.num_pairs_to_score += sum(map(bool, by_pair))
         unfinished = self._unfinished(pairs)
         num_characters = sum(map(_num_characters, unfinished))
         self._pairs_left -= len(unfinished)

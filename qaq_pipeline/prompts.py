@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -101,8 +101,8 @@ class TokenSequence:
     token_ids: list[int]
     targets: tuple[Target, ...]
     num_shared: int = 0
-    """Leading tokens that other sequences begin with too, so that a runner may compute them once. The last token of
-    a template's prefix is not among them: what follows is predicted from it."""
+    """Leading tokens that the sequences of every pair without a system text of its own begin with, so that a runner
+    may compute them once. The last token of the prefix is not among them: what follows is predicted from it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a target would be predicted from a shared token, whose hidden state is not kept."""
@@ -256,6 +256,8 @@ class PairEncoder:
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
         sequences = () if failure else self._sequences(pair.pair_id, pieces, q_ids, kept, wanted)
+        if pair.system:
+            sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
             pair_id=pair.pair_id,
             num_q_tokens=max(len(q_ids) - self._num_dropped, 0),

@@ -14,13 +14,13 @@ import inspect
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 
-from qaq_pipeline import attention, logprobs
+from qaq_pipeline import attention, head
 from qaq_pipeline.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
 from qaq_pipeline.prompts import Target, TokenSequence
 from qaq_pipeline.schema import Quantity
@@ -51,6 +51,8 @@ class Runner(Protocol):
     name: str
     is_padded: bool
     """Whether a batch costs its longest sequence as often as it has sequences."""
+    shares_prefixes: bool
+    """Whether a shared prefix is computed once."""
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
         """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats."""
@@ -66,6 +68,7 @@ class PackedRunner:
 
     name = "packed"
     is_padded = False
+    shares_prefixes = True
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
@@ -76,22 +79,22 @@ class PackedRunner:
         if model.config._attn_implementation != attention.PACKED:
             raise AttentionUnsupportedError("attention that does not go through transformers' interface")
         self._model = model
-        self._body, self._head = body_of(model), head_of(model)
+        self._body, self._head = body_of(model), head.head_of(model)
         self._prefixes: OrderedDict[tuple[int, ...], SharedPrefix] = OrderedDict()
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
-        """See `Runner`. The row holds every sequence less its shared prefix."""
+        """See `Runner`. The row holds every sequence less its shared prefix and its last token, which predicts none."""
         prefixes = self._shared(sequences)
         skipped = [prefix.length if prefix else 0 for prefix in prefixes]
-        lengths = [len(one.token_ids) - skip for one, skip in zip(sequences, skipped, strict=True)]
+        lengths = [len(one.token_ids) - 1 - skip for one, skip in zip(sequences, skipped, strict=True)]
         stops = list(accumulate(lengths))
         starts = [stop - length for stop, length in zip(stops, lengths, strict=True)]
         segments = tuple(Segment(*bounds) for bounds in zip(starts, stops, prefixes, strict=True))
-        ids = [token for one, skip in zip(sequences, skipped, strict=True) for token in one.token_ids[skip:]]
+        ids = [token for one, skip in zip(sequences, skipped, strict=True) for token in one.token_ids[skip:-1]]
         positions = [p for skip, length in zip(skipped, lengths, strict=True) for p in range(skip, skip + length)]
         hidden_FD = self._hidden(ids, positions, PackedRow(segments))
         firsts = [start - skip for start, skip in zip(starts, skipped, strict=True)]
-        return logprobs.batch_logprobs(hidden_FD, self._head, sequences, firsts)
+        return head.batch_logprobs(hidden_FD, self._head, sequences, firsts)
 
     def _shared(self, sequences: Sequence[TokenSequence]) -> list[SharedPrefix | None]:
         """The prefix that each sequence continues: one that is known, or that several of these begin with."""
@@ -133,17 +136,18 @@ class PaddedRunner:
 
     name = "padded"
     is_padded = True
+    shares_prefixes = False
 
     def __init__(self, model: Any) -> None:
         self._device = model.device
-        self._body, self._head = body_of(model), head_of(model)
+        self._body, self._head = body_of(model), head.head_of(model)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
         """See `Runner`."""
         ids_BT = pad_right(sequences).to(self._device)
         hidden_BTD = self._body(input_ids=ids_BT, use_cache=False).last_hidden_state
         firsts = range(0, ids_BT.numel(), ids_BT.shape[1])
-        return logprobs.batch_logprobs(hidden_BTD.flatten(0, 1), self._head, sequences, firsts)
+        return head.batch_logprobs(hidden_BTD.flatten(0, 1), self._head, sequences, firsts)
 
 
 class OwnLogitsRunner:
@@ -151,6 +155,7 @@ class OwnLogitsRunner:
 
     name = "own_logits"
     is_padded = False
+    shares_prefixes = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -162,12 +167,12 @@ class OwnLogitsRunner:
 
     def _score_one(self, sequence: TokenSequence) -> list[torch.Tensor]:
         ids_1T = torch.tensor([sequence.token_ids], device=self._model.device)
-        positions_N = logprobs.target_positions([sequence], [0]).to(ids_1T.device)
+        positions_N = head.target_positions([sequence], [0]).to(ids_1T.device)
         if self._can_select:
             logits_NV = self._model(input_ids=ids_1T, use_cache=False, logits_to_keep=positions_N - 1).logits[0]
         else:
             logits_NV = self._model(input_ids=ids_1T, use_cache=False).logits[0][positions_N - 1]
-        logprobs_N = logprobs.token_logprobs(logits_NV, ids_1T[0, positions_N]).cpu()
+        logprobs_N = head.token_logprobs(logits_NV, ids_1T[0, positions_N]).cpu()
         return list(logprobs_N.split([target.stop - target.start for target in sequence.targets]))
 
 
@@ -185,24 +190,6 @@ def body_of(model: Any) -> Any:
     return model.base_model
 
 
-def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head on chosen hidden states, with what the architecture does to its logits afterwards.
-
-    Known: soft-capping (Gemma 2), a factor (Cohere) and a divisor (Granite). An unknown one shows in the self-test.
-    """
-    head, config = model.get_output_embeddings(), model.config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-
-    def logits(hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV = head(hidden_ND)
-        if factor != 1:
-            logits_NV = logits_NV * factor
-        return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap
-
-    return logits
-
-
 @torch.inference_mode()
 def choose_runner(
     model: Any,
@@ -211,7 +198,7 @@ def choose_runner(
     max_tokens: int = 2048,
     wanted: Sequence[type[PackedRunner | PaddedRunner]] | None = None,
 ) -> Runner:
-    """The fastest runner that gives the model's own log-probabilities: no wrong number gets past it.
+    """The fastest runner that gives the model's own log-probabilities, within the rounding of its dtype.
 
     The packed runner, where it is chosen, replaces the model's attention.
 
@@ -255,13 +242,15 @@ def choose_runner(
 
 def _check_positions(model: Any, max_tokens: int) -> None:
     """Raises `AttentionUnsupportedError` where a long sequence would move the positions of those beside it."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-    if kind in _ROPE_BY_LENGTH and max_tokens > (original or 0):
-        raise AttentionUnsupportedError(
-            f"{kind} positions depend on the longest sequence of a batch; with scoring.max_tokens of {original} at "
-            "most they do not"
-        )
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # One set for all layers, or one for each kind of layer.
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+        if kind in _ROPE_BY_LENGTH and max_tokens > (original or 0):
+            raise AttentionUnsupportedError(
+                f"{kind} positions depend on the longest sequence of a batch; with scoring.max_tokens of {original} at "
+                "most they do not"
+            )
 
 
 def _fastest_first(device: torch.device) -> list[type[PackedRunner | PaddedRunner]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ WORTH_ANOTHER_PROCESS = 5e12
 """Bytes of weights times tokens below which one process scores: about 20 seconds of a CPU core, and a process takes
 some to start."""
 
+MOST_MISFITS = 16
+
 TYPICAL_SHARE = 0.55
 """Of the matmul peak, what scoring reaches: attention, norms and the head's log-sum-exp take the rest."""
 
@@ -42,8 +45,9 @@ class ScoringModel:
     role: str
     encoder: PairEncoder
     identity: ScoreIdentity
-    loads: Callable[[int], Sequence[Load]]
-    """How to load the model in each of several processes: as many as there are cores or devices, at most so many."""
+    loads: Callable[[int], AbstractContextManager[Sequence[Load]]]
+    """How to load the model in each of several processes: as many as there are cores or devices, at most so many.
+    Within the context the devices are held."""
     num_weight_bytes: int = 0
 
 
@@ -62,11 +66,6 @@ class Progress:
     def tokens_per_second(self) -> float:
         """Real tokens, padding not counted, shared prefixes counted for each sequence."""
         return self.done_tokens / self.seconds if self.seconds > 0 else math.nan
-
-    @property
-    def sequences_per_second(self) -> float:
-        """Sequences finished, by the seconds since the first batch was given out."""
-        return self.done_sequences / self.seconds if self.seconds > 0 else math.nan
 
     @property
     def seconds_left(self) -> float:
@@ -89,8 +88,8 @@ class Estimate:
     @classmethod
     def of(cls, plan: Plan, facts: Sequence[ScorerFacts]) -> Estimate:
         """For what is left of the plan, with these workers."""
-        computed, targets = plan.expected_work
-        flops = computed * facts[0].flops_per_token + targets * facts[0].flops_per_target
+        computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
+        flops = computed * facts[0].flops_per_token + plan.expected_targets * facts[0].flops_per_target
         peak = sum(fact.peak_flops_per_second for fact in facts)
         seconds = flops / (TYPICAL_SHARE * peak) if peak and flops else math.nan
         return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
@@ -103,6 +102,8 @@ class ScoringReport:
     num_pairs: int
     num_cached_quantities: int
     num_scored_quantities: int
+    num_scored_pairs: int
+    """Pairs of which some quantity was scored."""
     num_sequences: int
     num_tokens: int
     num_computed_tokens: int
@@ -153,6 +154,7 @@ def score_pairs(
 
     Raises:
         workers.WorkerDiedError: a scoring process was killed.
+        MemoryError: sequence after sequence did not fit.
         Exception: what the model raised while it was loaded or run.
     """
     pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
@@ -222,6 +224,7 @@ class _Run:
         self._computed_tokens = 0
         self._targets = 0
         self._splits = 0
+        self._misfits = 0
         self._seconds = 0.0
 
     def score(self, shards: ShardWriter) -> None:
@@ -230,11 +233,13 @@ class _Run:
         first = next((window for window in windows if window), None)
         if first is None:
             return
-        with open_workers(self._loads()) as self._workers:
+        with self._model.loads(self._most_workers()) as loads, open_workers(loads) as self._workers:
             facts = self._workers.facts
             budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
             is_padded = any(fact.is_padded for fact in facts)
-            queue = BatchQueue(_chain(first, windows), budget, is_padded=is_padded)
+            shares_prefixes = all(fact.shares_prefixes for fact in facts)
+            sequences = _chain(first, windows)
+            queue = BatchQueue(sequences, budget, is_padded=is_padded, shares_prefixes=shares_prefixes)
             self._estimate = Estimate.of(self._plan, facts)
             self._on_start(self._estimate)
             started = time.monotonic()
@@ -244,8 +249,10 @@ class _Run:
                     if not queue.split(batch):
                         shards.add_failure(batch[0], NullReason.OUT_OF_MEMORY)
                         self._count(queue, batch)
+                        self._count_misfit()
                 else:
                     queue.fitted()
+                    self._misfits = 0
                     for sequence, logprobs in zip(batch, scores, strict=True):
                         shards.add(sequence, logprobs)
                     self._count(queue, batch)
@@ -263,6 +270,7 @@ class _Run:
             num_pairs=num_pairs,
             num_cached_quantities=self._plan.num_cached,
             num_scored_quantities=self._plan.num_quantities,
+            num_scored_pairs=self._plan.num_pairs_to_score,
             num_sequences=self._plan.num_sequences,
             num_tokens=self._plan.num_tokens,
             num_computed_tokens=self._computed_tokens,
@@ -274,12 +282,21 @@ class _Run:
             estimate=self._estimate,
         )
 
-    def _loads(self) -> Sequence[Load]:
-        """One for each process asked for; by default as many as the work is worth."""
+    def _count_misfit(self) -> None:
+        """A sequence may be too long for the memory; many on end are a memory that others have taken."""
+        self._misfits += 1
+        if self._misfits >= MOST_MISFITS:
+            raise MemoryError(
+                f"{self._misfits} sequences on end did not fit into memory, each alone; what was finished is stored: "
+                "free memory and run again, or lower scoring.max_tokens"
+            )
+
+    def _most_workers(self) -> int:
+        """The processes asked for; by default as many as the work is worth."""
         wanted = self._runtime.processes or round(
             self._plan.expected_tokens * self._model.num_weight_bytes / WORTH_ANOTHER_PROCESS
         )
-        return self._model.loads(max(wanted, 1))
+        return max(wanted, 1)
 
     def _count(self, queue: BatchQueue, batch: Sequence[TokenSequence]) -> None:
         self._done_sequences += len(batch)

@@ -263,7 +263,7 @@ class Storage:
         """
         key = [*schema.CachedScores.primary_key(), "num_tokens"]
         wanted = pl.col("pair_id").is_in(pair_ids.implode())
-        shards = [shard.filter(wanted) for path in self._shards(identity.digest()) for shard in self._read_shard(path)]
+        shards = [shard.filter(wanted) for shard in map(self._shard_or_aside, self._shards(identity.digest()))]
         scores = pl.concat([empty(schema.CachedScores), *shards])
         return scores.sort(*key, "sum_nll", nulls_last=True).unique(key, keep="first", maintain_order=True)
 
@@ -280,7 +280,8 @@ class Storage:
     def count_hits(self, identity: ScoreIdentity, number: int) -> None:
         """Add to the count of scores that runs have taken from the cache."""
         parts = ("score_cache", identity.digest(), "hits.json")
-        with self.lock("score_cache", identity.digest()):
+        # A statistic: no scoring fails for it.
+        with contextlib.suppress(PartitionBusyError), self.lock("score_cache", identity.digest()):
             before = self.read_json(*parts) if self.exists(*parts) else 0
             self.write_json(before + number, *parts)
 
@@ -299,19 +300,22 @@ class Storage:
 
     def prune_scores(self, digest: str) -> None:
         """Remove what the score cache holds under an identity."""
+        doomed = self.path("score_cache", f".{uuid.uuid4().hex}.pruned")
         with self.lock("score_cache", digest):
-            self._fs.rm(self.path("score_cache", digest), recursive=True)
+            # Out of the way in one step: a shard that is being written goes with it, or starts the folder anew.
+            self._fs.mv(self.path("score_cache", digest), doomed, recursive=True)
+        self._fs.rm(doomed, recursive=True)
 
     def _cached_model(self, digest: str) -> CachedModel:
-        folder, paths = ("score_cache", digest), self._shards(digest)
-        aside = self.path(*folder, "set_aside")
+        folder, aside = ("score_cache", digest), self.path("score_cache", digest, "set_aside")
+        contents = [self._fs.cat_file(path) for path in self._shards(digest)]
         return CachedModel(
             digest=digest,
             identity=self.read_json(*folder, "identity.json"),
-            num_shards=len(paths),
+            num_shards=len(contents),
             num_set_aside=len(self._fs.ls(aside, detail=False)) if self._fs.exists(aside) else 0,
-            num_scores=sum(shard.height for path in paths for shard in self._read_shard(path)),
-            num_bytes=sum(self._fs.size(path) for path in paths),
+            num_scores=sum(_num_rows(data) for data in contents),
+            num_bytes=sum(map(len, contents)),
             num_hits=self.read_json(*folder, "hits.json") if self.exists(*folder, "hits.json") else 0,
         )
 
@@ -321,19 +325,21 @@ class Storage:
             return []
         return sorted(path for path in self._fs.ls(folder, detail=False) if path.endswith(".parquet"))
 
-    def _read_shard(self, path: str) -> Iterator[pl.DataFrame]:
-        """The shard, or nothing where the file is none: it is set aside."""
-        data = self._fs.cat_file(path)
+    def _shard_or_aside(self, path: str) -> pl.DataFrame:
+        """The shard; no scores where the file is none, which is set aside, or is gone since it was listed."""
         try:
-            expected = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])["data_version"]
-            if _hash_body(data) != expected:
-                raise ValueError("it was changed since it was written")  # noqa: TRY301
-            yield schema.enforce(schema.CachedScores, _read_parquet(data))
+            data = self._fs.cat_file(path)
+        except FileNotFoundError:
+            return empty(schema.CachedScores)
+        try:
+            return _read_shard(data)
         except (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError) as error:
-            folder, name = path.rsplit("/", 1)
-            self._fs.makedirs(f"{folder}/set_aside", exist_ok=True)
-            self._fs.mv(path, f"{folder}/set_aside/{name}")
             logger.warning("%s: no shard of scores (%s); set aside, its pairs are scored again", path, error)
+        folder, name = path.rsplit("/", 1)
+        self._fs.makedirs(f"{folder}/set_aside", exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # Another reader was faster.
+            self._fs.mv(path, f"{folder}/set_aside/{name}")
+        return empty(schema.CachedScores)
 
     # --- locks -------------------------------------------------------------------------------------------------
 
@@ -377,6 +383,22 @@ def _parquet_bytes(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
 
 def _read_parquet(data: bytes) -> pl.DataFrame:
     return pl.read_parquet(io.BytesIO(data), glob=False)
+
+
+def _read_shard(data: bytes) -> pl.DataFrame:
+    """A shard of scores, as it was written. Raises what Polars does, or ValueError, where it is none."""
+    expected = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])["data_version"]
+    if _hash_body(data) != expected:
+        raise ValueError("it was changed since it was written")
+    return schema.enforce(schema.CachedScores, _read_parquet(data))
+
+
+def _num_rows(data: bytes) -> int:
+    """Rows of a shard; 0 where it is none."""
+    try:
+        return _read_shard(data).height
+    except (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError):
+        return 0
 
 
 def _hash_body(parquet: bytes) -> str:

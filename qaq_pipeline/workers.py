@@ -1,7 +1,9 @@
 """Who scores the batches: this process, or several of their own, one for each core or GPU. No torch.
 
-Belongs here: starting and ending scoring processes, handing batches out and results in.
+Belongs here: starting and ending scoring processes, handing batches out and results in, leases of GPUs.
 Does not belong here: what a batch is, or what becomes of its scores.
+
+A device has one holder at a time, by a lock file that the kernel frees with its holder (`lease_devices`).
 
     parent    batches ──► pipe ──► worker   a model of its own, one thread on a CPU
               results ◄── pipe ◄──          ends when the parent does: its pipe closes, however the parent died
@@ -14,8 +16,8 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -45,6 +47,8 @@ class ScorerFacts:
     runner: str
     """Name of the way through the model (see `runner`)."""
     is_padded: bool
+    shares_prefixes: bool
+    """Whether a shared prefix is computed once."""
     batch_tokens: int
     """Tokens of a batch that its device does best with, and that its memory holds."""
     flops_per_token: float = 0.0
@@ -79,40 +83,39 @@ class DeviceBusyError(RuntimeError):
     """Another process scores on the device. The text names it and the remedy."""
 
 
-def lease_device(device: str, directory: Path, timeout: float) -> FileLock:
-    """Hold a device until the lease is released or its process ends, however it ends.
+@contextmanager
+def lease_devices(locks: Mapping[str, str], directory: Path, most: int, timeout: float) -> Iterator[list[str]]:
+    """Hold those devices that nobody else holds, at most so many and at least one, until the context ends.
 
     Args:
-        device: as torch names it.
+        locks: name of the lock by device: what identifies the device itself, whatever it is called here.
         directory: of the lock files; whoever shares it shares the devices.
-        timeout: seconds to wait for another holder.
+        most: devices wanted.
+        timeout: seconds to wait for the first, where all are held.
 
     Raises:
-        DeviceBusyError: it is held for longer.
+        DeviceBusyError: all are held for longer.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{device.replace(':', '-')}.lock"
-    lease = FileLock(file, timeout=timeout)
-    try:
-        lease.acquire()
-    except Timeout as error:
-        raise DeviceBusyError(
-            f"{device} is held by another scoring process (lock {file}); wait for it to end, or set another `device`"
-        ) from error
-    return lease
-
-
-def free_devices(devices: Sequence[str], directory: Path) -> list[str]:
-    """Those that nobody holds now."""
-
-    def is_free(device: str) -> bool:
-        try:
-            lease_device(device, directory, timeout=0).release()
-        except DeviceBusyError:
-            return False
-        return True
-
-    return [device for device in devices if is_free(device)]
+    files = {device: directory / f"{name}.lock" for device, name in locks.items()}
+    with ExitStack() as leases:
+        held = []
+        for device, file in files.items():
+            with suppress(Timeout):
+                if len(held) < most:
+                    leases.enter_context(FileLock(file, timeout=0))
+                    held.append(device)
+        if not held:
+            first, file = next(iter(files.items()))
+            try:
+                leases.enter_context(FileLock(file, timeout=timeout))
+            except Timeout as error:
+                raise DeviceBusyError(
+                    f"{', '.join(files)}: held by other scoring processes (lock {file}); wait for one to end, or set "
+                    "another `device`"
+                ) from error
+            held.append(first)
+        yield held
 
 
 class Workers(Protocol):
@@ -182,11 +185,18 @@ class _Processes:
             if not busy:
                 return
             ready = wait(list(busy))
+            errors: list[Exception] = []
             for connection in [connection for connection in busy if connection in ready]:
                 process, batch = busy.pop(connection)
-                scores = process.receive()
+                try:
+                    scores = process.receive()
+                except Exception as error:  # noqa: BLE001 - raised below: what others have finished comes first.
+                    errors.append(error)
+                    continue
                 idle.append(process)
                 yield batch, scores
+            if errors:
+                raise errors[0]
 
 
 class _Process:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from qaq_pipeline import attention
 from qaq_pipeline.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix, packed_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -283,3 +284,52 @@ def test_what_changes_nothing_is_no_reason_to_refuse(arguments: dict[str, Any]) 
     output = attend(given, ROW, SinkAttention(is_causal=True), **arguments)
     assert torch.equal(output, attend(given, ROW, SinkAttention()))
     assert math.isfinite(float(output.sum()))
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 70])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attention_in_blocks_is_attention(length: int, prefix: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(length + prefix)
+    query = torch.randn(1, 2 * groups, length, 16, generator=generator)
+    key, value = (torch.randn(1, 2, prefix + length, size, generator=generator) for size in (16, 8))
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * 0.3
+    hidden = torch.ones(length, prefix + length, dtype=torch.bool).triu(prefix + 1)
+    expected = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ value.repeat_interleave(groups, 1)
+    torch.testing.assert_close(attention._attend_in_blocks(query, key, value, prefix, 0.3), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "window", "in_blocks"),
+    [
+        (torch.bfloat16, attention.LONG_ENOUGH_FOR_BLOCKS, None, True),
+        (torch.bfloat16, attention.LONG_ENOUGH_FOR_BLOCKS, 10_000, True),
+        (torch.bfloat16, attention.LONG_ENOUGH_FOR_BLOCKS, 30, False),
+        (torch.bfloat16, attention.LONG_ENOUGH_FOR_BLOCKS - 1, None, False),
+        (torch.float32, 2 * attention.LONG_ENOUGH_FOR_BLOCKS, None, False),
+    ],
+)
+def test_long_segments_in_half_precision_go_by_blocks_and_come_out_the_same(
+    dtype: torch.dtype, length: int, window: int | None, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    kept = attention._attend_in_blocks
+
+    def spied(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return kept(*arguments)
+
+    monkeypatch.setattr(attention, "_attend_in_blocks", spied)
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        row = PackedRow((Segment(0, length),))
+        return packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, packed_row=row)[0]
+
+    expected, output = attend(query, key, value), attend(query.to(dtype), key.to(dtype), value.to(dtype))
+    assert bool(calls) is in_blocks
+    torch.testing.assert_close(output.float(), expected, atol=0.03 if dtype == torch.bfloat16 else 1e-6, rtol=0)

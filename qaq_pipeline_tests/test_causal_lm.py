@@ -5,6 +5,7 @@ The models and their tolerances are those of `test_runner`: 1e-4 against the nai
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qaq_pipeline import causal_lm, logprobs
+from qaq_pipeline import causal_lm, head
 from qaq_pipeline.batching import BatchTooLargeError
 from qaq_pipeline.causal_lm import (
     BATCH_TOKENS_CPU,
@@ -34,7 +35,7 @@ from qaq_pipeline.causal_lm import (
 )
 from qaq_pipeline.config import ModelSettings
 from qaq_pipeline.model_files import ModelFiles
-from qaq_pipeline.workers import lease_device
+from qaq_pipeline.workers import lease_devices
 from qaq_pipeline_tests.conftest import TEMPLATES, TinyModel, byte_tokenizer
 from qaq_pipeline_tests.naive import BOS, END_OF_TEXT, IM_END, IM_START, naive_logprobs, text
 from qaq_pipeline_tests.test_runner import (
@@ -148,7 +149,7 @@ def test_neither_order_nor_company_nor_padding_moves_a_score(family: str) -> Non
 
 
 def test_fault_4_the_models_head_sees_target_rows_only_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "ROWS_PER_CHUNK_CPU", 8)
+    monkeypatch.setattr(head, "ROWS_PER_CHUNK_CPU", 8)
     model = tiny("llama")
     scorer = CausalLM(model, "tiny")
     rows: list[int] = []
@@ -181,7 +182,7 @@ def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(family
     scorer = CausalLM(model, family, free_bytes=lambda: 0)
     model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the batch ran"))
     batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
-    with pytest.raises(BatchTooLargeError, match=f"^{num_tokens} tokens need more than the memory that is free$"):
+    with pytest.raises(BatchTooLargeError, match=rf"^{num_tokens} tokens need \d+ MB, more than is free$"):
         scorer.score(batch)
 
 
@@ -190,7 +191,7 @@ def test_free_memory_is_asked_for_before_every_batch() -> None:
     scorer = CausalLM(tiny("llama"), "tiny", free_bytes=functools.partial(free.pop, 0))
     batch = mixed_sequences()
     first = scorer.score(batch)
-    with pytest.raises(BatchTooLargeError, match="memory that is free"):
+    with pytest.raises(BatchTooLargeError, match="more than is free"):
         scorer.score(batch)
     np.testing.assert_array_equal(scorer.score(batch)[0][0], first[0][0])
 
@@ -319,34 +320,72 @@ def test_a_model_whose_attention_sdpa_cannot_compute_is_loaded_all_the_same(tmp_
     assert_same(torch.from_numpy(value), naive_logprobs(model, ids[:20], ids[20:]))
 
 
-@pytest.mark.parametrize("num_threads", [1, None])
-def test_a_model_is_given_the_threads_asked_for(
-    num_threads: int | None, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    load_model(model_settings(), files(tiny_model_dir()), num_threads=num_threads)
-    assert given == [number for number in (num_threads,) if number is not None]
+def test_a_sequence_alone_waits_for_memory_before_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(causal_lm.time, "sleep", waited.append)
+    alone = [sequence([1, 2, 3], (1, 3))]
+    free = iter([1e12, 0.0, 0.0, 1e12])
+    assert CausalLM(tiny("llama"), "tiny", free_bytes=lambda: next(free)).score(alone)
+    assert waited == [1, 1]
+    with pytest.raises(BatchTooLargeError, match="more than is free"):
+        CausalLM(tiny("llama"), "tiny", free_bytes=lambda: 0).score(alone)
+    assert len(waited) == 2 + causal_lm.PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize(
-    ("most", "num_cores", "expected"),
+    ("files_of_the_group", "num_cores", "available"),
     [
-        pytest.param(8, 3, [1, 1, 1], id="one for each core, with one thread each"),
-        pytest.param(2, 3, [1, 1], id="at most so many"),
-        pytest.param(8, 1, [None], id="one core: one process, threads as torch likes"),
-        pytest.param(1, 3, [None], id="one process: all cores are its own"),
+        ({}, 6, 8e9),
+        ({"cpu.max": "250000 100000", "memory.max": "4000000000", "memory.current": "1500000000"}, 2, 2.5e9),
+        ({"cpu.max": "50000 100000", "memory.max": "max", "memory.current": "5"}, 1, 8e9),
+        ({"cpu.max": "max 100000", "memory.max": "1000", "memory.current": "5000"}, 6, 0.0),
     ],
 )
-def test_on_a_cpu_there_are_as_many_models_as_cores_with_one_thread_each(
-    most: int, num_cores: int, expected: list[int | None], monkeypatch: pytest.MonkeyPatch
+def test_the_limits_of_a_container_count(
+    files_of_the_group: dict[str, str],
+    num_cores: int,
+    available: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(num_cores)), raising=False)
+    for name, content in files_of_the_group.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(causal_lm, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)), raising=False)
+    monkeypatch.setattr(causal_lm.psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    assert causal_lm.num_cores() == num_cores
+    assert causal_lm.available_memory() == available
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_of_several_processes_each_has_one_thread(
+    num_processes: int, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    load_model(model_settings(), files(tiny_model_dir()), num_processes=num_processes)
+    assert given == ([1] if num_processes > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("most", "num_cores", "available", "expected"),
+    [
+        pytest.param(8, 3, 64e9, 3, id="one for each core"),
+        pytest.param(2, 3, 64e9, 2, id="at most so many"),
+        pytest.param(8, 1, 64e9, 1, id="one core"),
+        pytest.param(8, 8, 6.1e9, 6, id="no more than memory holds"),
+        pytest.param(8, 8, 0.1e9, 1, id="but one"),
+    ],
+)
+def test_on_a_cpu_there_are_as_many_models_as_cores_and_memory_hold(
+    most: int, num_cores: int, available: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "num_cores", lambda: num_cores)
+    monkeypatch.setattr(causal_lm, "available_memory", lambda: available)
     monkeypatch.setattr(causal_lm, "load_model", lambda *arguments: arguments)
     settings, model = model_settings(), files(Path("tiny"))
-    assert [load() for load in loaders(settings, model, 77, most)] == [
-        (settings, model, 77, number) for number in expected
-    ]
+    with loaders(settings, model, 77, most) as loads:
+        assert [load() for load in loads] == [(settings, model, 77, expected)] * expected
 
 
 @pytest.mark.parametrize(
@@ -354,23 +393,23 @@ def test_on_a_cpu_there_are_as_many_models_as_cores_with_one_thread_each(
     [
         ("cuda", [], 8, ["cuda:0", "cuda:1", "cuda:2"]),
         ("cuda", [], 2, ["cuda:0", "cuda:1"]),
-        ("cuda", ["cuda:0"], 8, ["cuda:1", "cuda:2"]),
-        ("cuda", ["cuda:0", "cuda:1", "cuda:2"], 8, ["cuda:0"]),
+        ("cuda", [0], 8, ["cuda:1", "cuda:2"]),
         ("cuda:1", [], 8, ["cuda:1"]),
     ],
 )
 def test_there_is_a_model_for_each_gpu_that_nobody_holds(
-    device: str, held: list[str], most: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, held: list[int], most: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"id-{index}"))
     monkeypatch.setattr(causal_lm, "LEASES", tmp_path)
     monkeypatch.setattr(causal_lm, "load_model", lambda settings, *_: settings.device)
-    leases = [lease_device(name, tmp_path, timeout=0) for name in held]
-    found = [load() for load in loaders(model_settings(device=device), files(Path("tiny")), 0, most)]
-    for lease in leases:
-        lease.release()
-    assert found == expected
+    with contextlib.ExitStack() as others:
+        for index in held:
+            others.enter_context(lease_devices({"x": f"gpu-id-{index}"}, tmp_path, most=1, timeout=0))
+        with loaders(model_settings(device=device), files(Path("tiny")), 0, most) as loads:
+            assert [load() for load in loads] == expected
 
 
 def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(tiny_model_dir: Callable[..., Path]) -> None:

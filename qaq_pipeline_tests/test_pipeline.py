@@ -477,7 +477,7 @@ class HandMadeRuntime:
     def score(self, role: str, pairs: Sequence[Pair], *_: object) -> ScoredPairs:
         rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(pairs, start=1)]
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
-        report = ScoringReport(len(rows), 0, len(rows), len(rows), 1, 1, 0, 1.0)
+        report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
         provenance |= {"frame": "chat", "scoring": self._scoring, "libraries": {}, "device": "cpu"}
         return ScoredPairs(frame, report, provenance)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qaq_pipeline import attention, logprobs, runner
+from qaq_pipeline import attention, head, runner
 from qaq_pipeline.attention import AttentionUnsupportedError
 from qaq_pipeline.prompts import Target, TokenSequence
 from qaq_pipeline.runner import (
@@ -242,7 +242,7 @@ def test_padding_stands_on_the_right() -> None:
 def test_fault_4_the_models_head_sees_target_rows_only_in_chunks(
     kind: Callable[[Any], runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "ROWS_PER_CHUNK_CPU", 8)
+    monkeypatch.setattr(head, "ROWS_PER_CHUNK_CPU", 8)
     model = tiny("llama")
     score = runner_of(kind, model)
     rows: list[int] = []
@@ -267,7 +267,10 @@ def test_the_models_own_head_sees_target_rows_only() -> None:
 
 
 class Counted:
-    """A packed runner of a tiny llama, and the rows of tokens that its model has seen since it was last asked."""
+    """A packed runner of a tiny llama, and the rows of tokens that its model has seen since it was last asked.
+
+    A row has one token of each prefix, which what follows is predicted from, and no sequence's last token.
+    """
 
     def __init__(self) -> None:
         model = tiny("llama")
@@ -290,29 +293,29 @@ def counted() -> Counted:
 
 def test_a_prefix_is_computed_once_and_then_known(counted: Counted) -> None:
     first = counted.score([continued(0, 5), continued(0, 9)])
-    assert counted.rows() == [PREFIX - 1, (1 + 5) + (1 + 9)]
+    assert counted.rows() == [PREFIX - 1, 5 + 9]
     again = counted.score([continued(0, 5), continued(0, 9), continued(0, 7)])
-    assert counted.rows() == [(1 + 5) + (1 + 9) + (1 + 7)]
+    assert counted.rows() == [5 + 9 + 7]
     assert_same(again[:2], first, atol=1e-5)
 
 
 def test_a_prefix_that_only_one_sequence_has_is_not_computed_apart(counted: Counted) -> None:
     counted.score([continued(0, 5), continued(1, 9), sequence(random_ids(10, 1), (1, 10))])
-    assert counted.rows() == [(PREFIX + 5) + (PREFIX + 9) + 10]
+    assert counted.rows() == [(PREFIX + 4) + (PREFIX + 8) + 9]
 
 
 def test_a_known_prefix_serves_a_sequence_alone(counted: Counted) -> None:
     counted.score([continued(0, 5), continued(0, 9)])
     counted.rows()
     alone = counted.score([continued(0, 5), continued(1, 9)])
-    assert counted.rows() == [(1 + 5) + (PREFIX + 9)]
+    assert counted.rows() == [5 + (PREFIX + 8)]
     assert_same(alone, naive_scores(tiny("llama"), [continued(0, 5), continued(1, 9)]))
 
 
 def test_two_prefixes_in_one_row_are_each_computed_once(counted: Counted) -> None:
     sequences = [continued(0, 5), continued(1, 6), continued(0, 7), continued(1, 8)]
     scores = counted.score(sequences)
-    assert counted.rows() == [PREFIX - 1, PREFIX - 1, (1 + 5) + (1 + 6) + (1 + 7) + (1 + 8)]
+    assert counted.rows() == [PREFIX - 1, PREFIX - 1, 5 + 6 + 7 + 8]
     assert_same(scores, naive_scores(tiny("llama"), sequences))
 
 
@@ -336,23 +339,23 @@ def test_of_known_prefixes_those_used_last_are_kept(counted: Counted) -> None:
     for prefix in range(KEPT_PREFIXES):
         counted.score([continued(prefix, 3), continued(prefix, 4)])
     counted.score([continued(0, 5)])
-    assert counted.rows()[-1] == 1 + 5
+    assert counted.rows()[-1] == 5
     counted.score([continued(KEPT_PREFIXES, 3), continued(KEPT_PREFIXES, 4)])
     counted.rows()
     for prefix, is_known in [(0, True), (1, False), (2, True), (KEPT_PREFIXES, True)]:
         counted.score([continued(prefix, 3)])
-        assert counted.rows() == [(1 if is_known else PREFIX) + 3]
+        assert counted.rows() == [(0 if is_known else PREFIX - 1) + 3]
 
 
 def test_a_row_may_need_more_prefixes_than_are_kept(counted: Counted) -> None:
     sequences = [continued(prefix, length) for prefix in range(KEPT_PREFIXES + 2) for length in (3, 4)]
     scores = counted.score(sequences)
-    assert counted.rows() == [PREFIX - 1] * (KEPT_PREFIXES + 2) + [((1 + 3) + (1 + 4)) * (KEPT_PREFIXES + 2)]
+    assert counted.rows() == [PREFIX - 1] * (KEPT_PREFIXES + 2) + [(3 + 4) * (KEPT_PREFIXES + 2)]
     assert_same(scores, naive_scores(tiny("llama"), sequences))
     known = 0
     for prefix in range(KEPT_PREFIXES + 2):
         counted.score([continued(prefix, 3)])
-        known += counted.rows() == [1 + 3]
+        known += counted.rows() == [3]
     assert known == KEPT_PREFIXES
 
 

@@ -6,6 +6,7 @@ token between two runs of the fast path, which differ by the shape of their batc
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ class Scorings:
             self.num_loads += 1
             return Recorder(self.wrap(causal_lm.load_model(section, files)), self.scored)
 
-        return ScoringModel(role, encoder, identity, lambda _: [load])
+        return ScoringModel(role, encoder, identity, lambda _: contextlib.nullcontext([load]))
 
     def __call__(
         self,
@@ -293,6 +294,7 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
         first_report,
         num_cached_quantities=80,
         num_scored_quantities=0,
+        num_scored_pairs=0,
         num_sequences=0,
         num_tokens=0,
         num_computed_tokens=0,

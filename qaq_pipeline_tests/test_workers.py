@@ -33,8 +33,7 @@ from qaq_pipeline.workers import (
     Scores,
     WorkerDiedError,
     Workers,
-    free_devices,
-    lease_device,
+    lease_devices,
     open_workers,
 )
 
@@ -85,7 +84,9 @@ class FakeScorer:
     """A model as `workers` knows one: ln p of a token is its id over -8. A class is a picklable way to load it."""
 
     def __init__(self) -> None:
-        self.facts = ScorerFacts(runner=str(os.getpid()), is_padded=False, batch_tokens=BATCH_TOKENS)
+        self.facts = ScorerFacts(
+            runner=str(os.getpid()), is_padded=False, shares_prefixes=True, batch_tokens=BATCH_TOKENS
+        )
 
     def score(self, sequences: Sequence[TokenSequence]) -> Scores:
         for deed in (sequence.token_ids[0] for sequence in sequences):
@@ -387,25 +388,48 @@ def test_workers_end_by_themselves_when_their_parent_is_killed() -> None:
 # --- leases ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_has_one_holder_and_is_free_when_it_lets_go(tmp_path: Path) -> None:
-    lease = lease_device("cuda:0", tmp_path, timeout=0)
-    assert free_devices(["cuda:0", "cuda:1"], tmp_path) == ["cuda:1"]
-    with pytest.raises(DeviceBusyError, match=r"cuda:0 is held by another scoring process .*cuda-0\.lock"):
-        lease_device("cuda:0", tmp_path, timeout=0)
-    lease.release()
-    assert free_devices(["cuda:0", "cuda:1"], tmp_path) == ["cuda:0", "cuda:1"]
+GPUS = {"cuda:0": "gpu-a", "cuda:1": "gpu-b"}
+
+
+def free(directory: Path) -> list[str]:
+    """The GPUs that nobody holds."""
+    try:
+        with lease_devices(GPUS, directory, most=9, timeout=0) as held:
+            return held
+    except DeviceBusyError:
+        return []
+
+
+def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path) -> None:
+    with lease_devices(GPUS, tmp_path, most=1, timeout=0) as first:
+        assert first == ["cuda:0"]
+        assert free(tmp_path) == ["cuda:1"]
+        with lease_devices(GPUS, tmp_path, most=9, timeout=0) as second:
+            assert second == ["cuda:1"]
+            with (
+                pytest.raises(DeviceBusyError, match=r"cuda:0, cuda:1: held by other scoring .*gpu-a\.lock"),
+                lease_devices(GPUS, tmp_path, most=1, timeout=0.1),
+            ):
+                pass
+    assert free(tmp_path) == ["cuda:0", "cuda:1"]
+
+
+def test_a_device_is_the_same_whatever_it_is_called(tmp_path: Path) -> None:
+    with lease_devices({"cuda:0": "gpu-b"}, tmp_path, most=1, timeout=0):
+        assert free(tmp_path) == ["cuda:0"]  # gpu-a, by its name here.
 
 
 def test_a_device_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from qaq_pipeline.workers import lease_device\n"
-        "lease = lease_device('cuda:0', Path(sys.argv[1]), 0); print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from qaq_pipeline.workers import lease_devices\n"
+        "with lease_devices({'cuda:0': 'gpu-a', 'cuda:1': 'gpu-b'}, Path(sys.argv[1]), 9, 0): "
+        "print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", hold, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        assert free_devices(["cuda:0"], tmp_path) == []
+        assert free(tmp_path) == []
         holder.kill()
-    assert free_devices(["cuda:0"], tmp_path) == ["cuda:0"]
+    assert free(tmp_path) == ["cuda:0", "cuda:1"]

@@ -92,7 +92,7 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
             "runner": report.runner,
             "processes": report.num_workers,
             "tokens_per_second": round(report.tokens_per_second, 1),
-            "pairs_per_second": round(report.num_pairs / report.seconds, 2),
+            "pairs_per_second": round(report.num_scored_pairs / report.seconds, 2),
             "computed_per_real_token": round(report.num_computed_tokens / report.num_tokens, 4),
         }
     if report.estimate is not None and math.isfinite(report.estimate.seconds):

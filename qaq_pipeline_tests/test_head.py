@@ -17,8 +17,8 @@ from typing import Literal, get_args
 import pytest
 import torch
 
-from qaq_pipeline import logprobs
-from qaq_pipeline.logprobs import batch_logprobs, target_positions, token_logprobs
+from qaq_pipeline import head
+from qaq_pipeline.head import batch_logprobs, target_positions, token_logprobs
 from qaq_pipeline.prompts import Target, TokenSequence
 from qaq_pipeline.schema import Quantity
 
@@ -128,10 +128,10 @@ def test_token_logprobs_are_no_worse_than_the_naive_log_softmax(dtype: torch.dty
 def test_the_logsumexp_by_blocks_equals_the_one_in_one_piece(
     cached_floats: int, num_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CACHED_FLOATS", cached_floats)
+    monkeypatch.setattr(head, "CACHED_FLOATS", cached_floats)
     logits_NV = (torch.randn(num_rows, 100, generator=torch.Generator().manual_seed(num_rows)) * 20).to(dtype)
     before = logits_NV.clone()
-    fast_N = logprobs.logsumexp_fp32(logits_NV)
+    fast_N = head.logsumexp_fp32(logits_NV)
     assert fast_N.dtype == torch.float32
     torch.testing.assert_close(fast_N, logits_NV.float().logsumexp(-1), atol=16 * UNIT * 100, rtol=0)
     assert torch.equal(logits_NV, before)
@@ -231,7 +231,7 @@ def test_neither_order_nor_company_nor_padding_moves_a_logprob(layout: Layout) -
 def test_fault_4_the_head_sees_target_rows_only_in_chunks(
     chunk: int, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "ROWS_PER_CHUNK_CPU", chunk)
+    monkeypatch.setattr(head, "ROWS_PER_CHUNK_CPU", chunk)
     model, sequences = ToyModel(), random_sequences(30)
     values = model.batch_logprobs(sequences, layout)
     seen = [rows_ND.shape[0] for rows_ND in model.head_rows]
@@ -247,9 +247,9 @@ def test_fault_4_the_head_sees_target_rows_only_in_chunks(
 
 def test_a_whole_batch_of_targets_is_split_at_the_chunk_size_of_the_device() -> None:
     model = ToyModel()
-    length = 2 * logprobs.ROWS_PER_CHUNK_CPU + 2
+    length = 2 * head.ROWS_PER_CHUNK_CPU + 2
     model.batch_logprobs([sequence([1] * length, (1, length))])
-    assert [rows_ND.shape[0] for rows_ND in model.head_rows] == [logprobs.ROWS_PER_CHUNK_CPU] * 2 + [1]
+    assert [rows_ND.shape[0] for rows_ND in model.head_rows] == [head.ROWS_PER_CHUNK_CPU] * 2 + [1]
 
 
 def test_a_row_that_is_not_finite_spoils_no_other() -> None:

@@ -10,6 +10,7 @@ batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -94,3 +95,21 @@ def logsumexp_fp32(logits_NV: torch.Tensor) -> torch.Tensor:
         maxima = values.amax(-1, keepdim=True)
         sums.append(values.sub_(maxima).exp_().sum(-1).log_().add_(maxima.squeeze(-1)))
     return torch.cat(sums)
+
+
+def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output head on chosen hidden states, with what the architecture does to its logits afterwards.
+
+    Known: soft-capping (Gemma 2), a factor (Cohere) and a divisor (Granite). An unknown one shows in the self-test.
+    """
+    layer, config = model.get_output_embeddings(), model.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+    def logits(hidden_ND: torch.Tensor) -> torch.Tensor:
+        logits_NV = layer(hidden_ND)
+        if factor != 1:
+            logits_NV = logits_NV * factor
+        return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap
+
+    return logits
