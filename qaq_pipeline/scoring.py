@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
@@ -171,32 +170,48 @@ def score_pairs(
 
 
 def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:
-    """The Logprobs table, sorted by pair_id: counts and reasons of the encoding beside the cached scores."""
-    by_key = {(row["pair_id"], row["quantity"], row["num_tokens"]): row for row in scores.iter_rows(named=True)}
-    rows = [_table_row(pair, by_key, token_logprobs=token_logprobs) for pair in encoded]
-    return pl.DataFrame(rows, schema=schema.dtypes(schema.Logprobs), orient="row").sort("pair_id")
-
-
-def _table_row(
-    pair: EncodedPair, by_key: dict[tuple[str, str, int], dict[str, Any]], *, token_logprobs: bool
-) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "pair_id": pair.pair_id,
-        "num_q_tokens": pair.num_q_tokens,
-        "num_a_tokens": pair.num_a_tokens,
-        "num_a_tokens_untruncated": pair.num_a_tokens_untruncated,
-        "is_truncated": pair.is_truncated,
-    }
+    """The Logprobs table, sorted by pair_id: counts and reasons of the encoding beside the `CachedScores`."""
+    table = _counts_and_refusals(encoded)
     for quantity in Quantity:
-        num_tokens = pair.num_q_tokens if quantity in _QUERY_SIDE else pair.num_a_tokens
-        score = by_key.get((pair.pair_id, quantity.value, num_tokens), {})
-        is_scored = quantity not in pair.null_reasons
-        if is_scored and not score:
-            raise AssertionError(f"pair {pair.pair_id}: {quantity.value} was neither scored nor refused")
-        row[f"sum_nll_{quantity}"] = score["sum_nll"] if is_scored else None
-        row[f"null_reason_{quantity}"] = score["null_reason"] if is_scored else pair.null_reasons[quantity].value
-        row[f"token_logprobs_{quantity}"] = score["token_logprobs"] if is_scored and token_logprobs else None
-    return row
+        num_tokens = "num_q_tokens" if quantity in _QUERY_SIDE else "num_a_tokens"
+        found = scores.filter(pl.col("quantity") == quantity.value).select(
+            "pair_id",
+            pl.col("num_tokens").alias(num_tokens),
+            is_found=pl.lit(value=True),
+            sum_nll="sum_nll",
+            failure="null_reason",
+            tokens="token_logprobs" if token_logprobs else pl.lit(None),
+        )
+        table = table.join(found, on=["pair_id", num_tokens], how="left", validate="1:1")
+        refusal = pl.col(f"null_reason_{quantity}")
+        lost = table.filter(refusal.is_null() & pl.col("is_found").is_null())
+        if not lost.is_empty():
+            raise AssertionError(f"pair {lost['pair_id'][0]}: {quantity.value} was neither scored nor refused")
+        # A score that the cache has of something not wanted now is not shown.
+        table = table.with_columns(
+            pl.when(refusal.is_null()).then("sum_nll").alias(f"sum_nll_{quantity}"),
+            pl.when(refusal.is_null()).then("tokens").alias(f"token_logprobs_{quantity}"),
+            pl.coalesce(refusal, "failure").alias(f"null_reason_{quantity}"),
+        ).drop("is_found", "sum_nll", "failure", "tokens")
+    return table.select(pl.col(name).cast(dtype) for name, dtype in schema.dtypes(schema.Logprobs).items()).sort(
+        "pair_id"
+    )
+
+
+def _counts_and_refusals(encoded: Sequence[EncodedPair]) -> pl.DataFrame:
+    """Token counts of each pair, and why a quantity was not asked of the model; null where it was."""
+    reasons = {
+        f"null_reason_{quantity}": [pair.null_reasons.get(quantity) for pair in encoded] for quantity in Quantity
+    }
+    counts = {
+        "num_q_tokens": [pair.num_q_tokens for pair in encoded],
+        "num_a_tokens": [pair.num_a_tokens for pair in encoded],
+        "num_a_tokens_untruncated": [pair.num_a_tokens_untruncated for pair in encoded],
+        "is_truncated": [pair.is_truncated for pair in encoded],
+    }
+    columns = {"pair_id": [pair.pair_id for pair in encoded]} | counts | reasons
+    dtypes = schema.dtypes(schema.Logprobs)
+    return pl.DataFrame(columns, schema={name: dtypes[name] for name in columns}, strict=False)
 
 
 class _Run:
