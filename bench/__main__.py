@@ -4,7 +4,7 @@
 
 Prints a table of ratios (min, median, max over rotated blocks, a matrix product timed beside each), writes it as JSON,
 and exits 1 where a goal is missed. On a CPU: process seconds, one thread. On a GPU: CUDA events. Not here: bf16's
-Spearman of RMI, which random weights cannot show (LOG.md), work lost by a kill (test_endurance), ranks of many rows.
+Spearman of RMI, which random weights cannot show (LOG.md), work lost by a kill (test_endurance).
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ def for_device(device: str) -> dict[str, Measure]:
         "memory": memory_rows,
         "processes": process_rows,
         "shards": shard_rows,
+        "ranks": rank_rows,
     }
 
 
@@ -307,6 +308,17 @@ def shard_rows(rotations: int) -> list[Row]:
             writer.close()
             shares.append((time.perf_counter() - started) / 20.0)
     return [Row("share of the time that shards take", tuple(shares), 0.005, is_ceiling=True)]
+
+
+def rank_rows(rotations: int) -> list[Row]:
+    """Strata, ranks, the gap and one selection: 310,000 and 10 million rows."""
+    rows = []
+    for number, goal_seconds in ((310_000, 1.0), (10_000_000, 10.0)):
+        command = [sys.executable, "-m", "bench.ranks", str(number)]
+        seconds, extra = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        rows.append(Row(f"ranks and selection of {number:,} rows, s", (seconds,), goal_seconds, is_ceiling=True))
+        rows.append(Row(f"ranks and selection of {number:,} rows, GB", (extra / 1e9,), 2.0, is_ceiling=True))
+    return rows
 
 
 def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
