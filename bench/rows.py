@@ -155,7 +155,7 @@ def flops(engine: CausalLM, config: Any, sequences: Sequence[TokenSequence]) -> 
         length = len(sequence.token_ids)
         num_targets = sum(target.stop - target.start for target in sequence.targets)
         attention = config.num_hidden_layers * 4.0 * width * length * (length + 1) / 2
-        total += length * facts.flops_per_token + attention + num_targets * facts.flops_per_target
+        total += facts.flops(length, num_targets) + attention
     return total
 
 
@@ -337,11 +337,9 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
         rotations,
         place,
     )
-    work, tokens = (
-        flops(engine, model.config, sequences),
-        (sum(len(s.token_ids) for s in part) for part in (sequences, few)),
-    )
-    scale = 1 / (next(tokens) / next(tokens))
+    work = flops(engine, model.config, sequences)
+    all_tokens, few_tokens = (sum(len(one.token_ids) for one in part) for part in (sequences, few))
+    scale = few_tokens / all_tokens
     share = tuple(work / s / p for s, p in zip(seconds[ENGINE], peaks[ENGINE], strict=True))
     ratios = {
         other: tuple(theirs / (ours * scale) for ours, theirs in zip(seconds[ENGINE], seconds[other], strict=True))

@@ -222,19 +222,17 @@ class CausalLM:
 
     def _facts(self) -> ScorerFacts:
         most = BATCH_TOKENS_CPU if self.device.type == "cpu" else BATCH_TOKENS_GPU
-        head = self._model.get_output_embeddings().weight.numel()
         return ScorerFacts(
             runner=self._runner.name,
             is_padded=self._runner.is_padded,
             shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(most, int(self._free_bytes() / self._bytes_per_token))),
-            flops_per_token=2.0 * _num_body_weights(self._model),
-            flops_per_target=2.0 * head,
+            **_work(self._model),
             peak_flops_per_second=matmul_flops_per_second(self.dtype, self.device),
         )
 
 
-def costs(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> ScorerFacts:
+def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> ScorerFacts:
     """What the model would say of itself, without its weights: from its config, and a matrix product."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder))
@@ -244,8 +242,7 @@ def costs(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Scorer
         is_padded=device.type != "cpu",
         shares_prefixes=device.type == "cpu",
         batch_tokens=0,
-        flops_per_token=2.0 * _num_body_weights(model),
-        flops_per_target=2.0 * model.get_output_embeddings().weight.numel(),
+        **_work(model),
         peak_flops_per_second=matmul_flops_per_second(dtype, device),
     )
 
@@ -299,11 +296,15 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def _num_body_weights(model: Any) -> int:
-    """Weights that every token is multiplied with: matrices, less embeddings and head."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    tables.add(id(model.get_output_embeddings().weight))
-    return sum(weight.numel() for weight in model.parameters() if weight.dim() == 2 and id(weight) not in tables)
+def _work(model: Any) -> dict[str, float]:
+    """Floating-point operations of a token in the body, without attention, and of a target in the head.
+
+    Every token is multiplied with the model's matrices, less embeddings and head.
+    """
+    head = model.get_output_embeddings().weight
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} | {id(head)}
+    body = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2 and id(weight) not in tables)
+    return {"flops_per_token": 2.0 * body, "flops_per_target": 2.0 * head.numel()}
 
 
 def _bytes_per_token(model: Any) -> float:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -176,7 +176,6 @@ def estimate(
         costs = driver.estimate(settings, files)
     except (driver.RunError, ValueError) as error:
         _fail(str(error), code=_exit_code(error))
-    shown = Table("", *(cost.role for cost in costs), title="To score")
     rows = {
         "model": [cost.model for cost in costs],
         "distinct pairs": [f"{cost.num_pairs:,}" for cost in costs],
@@ -188,9 +187,7 @@ def estimate(
         "matmul peak": [f"{cost.peak_flops_per_second / 1e12:,.2f} TFLOP/s, {cost.device}" for cost in costs],
         "time": [_duration(cost.seconds) for cost in costs],
     }
-    for label, cells in rows.items():
-        shown.add_row(label, *cells)
-    console.print(shown)
+    _print_columns("To score", [cost.role for cost in costs], rows)
     console.print(
         f"In all about {_duration(sum(cost.seconds for cost in costs))}, loading not counted.", highlight=False
     )
@@ -226,7 +223,6 @@ def cache(
     if not models:
         console.print("The score cache is empty.")
         return
-    shown = Table("", *(one.digest[:8] for one in models), title="Score cache, by key")
     rows = {
         "model": [one.identity["model"] for one in models],
         "dtype, prior": [f"{one.identity['dtype']}, {one.identity['prior']}" for one in models],
@@ -238,9 +234,7 @@ def cache(
         "size": [f"{one.num_bytes / 1e6:,.2f} MB" for one in models],
         "hits": [f"{one.num_hits:,}" for one in models],
     }
-    for label, cells in rows.items():
-        shown.add_row(label, *map(escape, cells))
-    console.print(shown)
+    _print_columns("Score cache, by key", [one.digest[:8] for one in models], rows)
 
 
 @app.command()
@@ -384,7 +378,6 @@ def _print_summary(summary: driver.BatchSummary) -> None:
 
 
 def _print_models(summary: driver.BatchSummary) -> None:
-    shown = Table("", *(model.role for model in summary.models), title="Scoring")
     rows = {
         "model": [model.model for model in summary.models],
         "frame, dtype": [f"{model.frame}, {model.dtype}" for model in summary.models],
@@ -397,8 +390,14 @@ def _print_models(summary: driver.BatchSummary) -> None:
     for name in dict.fromkeys(name for model in summary.models for name in model.medians):
         medians = (model.medians.get(name) for model in summary.models)
         rows[f"median {name}"] = ["-" if median is None else f"{median:.3f}" for median in medians]
+    _print_columns("Scoring", [model.role for model in summary.models], rows)
+
+
+def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """One column a model, one row a label: readable in 80 characters."""
+    shown = Table("", *heads, title=title)
     for label, cells in rows.items():
-        shown.add_row(label, *cells)
+        shown.add_row(label, *map(escape, cells))
     console.print(shown)
 
 

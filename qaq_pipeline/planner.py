@@ -52,12 +52,14 @@ class Plan:
     ) -> None:
         self._pairs = sorted(pairs, key=lambda pair: (-_num_characters(pair), pair.pair_id))
         self._encoder = encoder
-        self._wanted = wanted
+        self._wanted = frozenset(wanted)
+        self.cached = cached
+        """`CachedScores` of the pairs, wanted or not."""
         self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
         self._window_pairs = window_pairs
-        known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in set(wanted)}
+        known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}
         counts = Counter(pair_id for pair_id, _ in known)
-        self._finished = {pair_id for pair_id, count in counts.items() if count == len(set(wanted))}
+        self._finished = {pair_id for pair_id, count in counts.items() if count == len(self._wanted)}
         unfinished = self._unfinished(pairs)
         self._pairs_left, self._characters_left = len(unfinished), sum(map(_num_characters, unfinished))
         self._pairs_planned = self._characters_planned = 0

@@ -16,13 +16,13 @@ import polars as pl
 from qaq_pipeline import model_files
 from qaq_pipeline.config import ModelSettings, Settings, SettingsError, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
-from qaq_pipeline.planner import Plan, wanted_quantities
 from qaq_pipeline.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring import (
     Estimate,
     Progress,
     ScoringModel,
     ScoringReport,
+    plan_scoring,
     score_pairs,
 )
 from qaq_pipeline.storage import Storage, StoredTable
@@ -175,13 +175,11 @@ class ModelRuntime:
         from qaq_pipeline import causal_lm
 
         prepared = self._prepare(role)
-        pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
-        cached = storage.read_scores(prepared.identity, pair_ids)
-        plan = Plan(pairs, prepared.encoder, wanted_quantities(self._settings.scoring), cached)
+        plan = plan_scoring(pairs, prepared.encoder, prepared.identity, storage, self._settings.scoring)
         for _ in plan.windows():
             pass
         device = causal_lm.resolve_device(prepared.model.device)
-        facts = causal_lm.costs(prepared.files, causal_lm.resolve_dtype(prepared.model.dtype, device), device)
+        facts = causal_lm.unloaded_facts(prepared.files, causal_lm.resolve_dtype(prepared.model.dtype, device), device)
         estimate = Estimate.of(plan, [facts])
         return ScoringCost(
             role=role,

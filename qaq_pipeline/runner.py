@@ -226,11 +226,8 @@ def choose_runner(
             if difference <= SELF_TEST_TOLERANCE[model.dtype]:
                 return runner
             reason = f"its log-probabilities would differ by {difference:.2g} nats from the model's own"
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # Code of any architecture, asked for what it may not do.
+        # Code of any architecture, asked for what it may not do.
+        except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error)

@@ -6,9 +6,10 @@ Does not belong here: prompts, sequences (planner), batches, models (workers, ru
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ class Estimate:
     def of(cls, plan: Plan, facts: Sequence[ScorerFacts]) -> Estimate:
         """For what is left of the plan, with these workers."""
         computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
-        flops = computed * facts[0].flops_per_token + plan.expected_targets * facts[0].flops_per_target
+        flops = facts[0].flops(computed, plan.expected_targets)
         peak = sum(fact.peak_flops_per_second for fact in facts)
         seconds = flops / (TYPICAL_SHARE * peak) if peak and flops else math.nan
         return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
@@ -156,17 +157,23 @@ def score_pairs(
         MemoryError: sequence after sequence did not fit.
         Exception: what the model raised while it was loaded or run.
     """
-    pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
-    cached = storage.read_scores(model.identity, pair_ids)
-    plan = Plan(pairs, model.encoder, wanted_quantities(scoring), cached)
+    plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
     run = _Run(plan, model, runtime, on_start, on_progress, on_shard)
     shards = ShardWriter(storage, model.identity, runtime.shard_seconds, keep_tokens=scoring.token_logprobs)
     with shards:
         run.score(shards)
     if plan.num_cached:
         storage.count_hits(model.identity, plan.num_cached)
-    scores = pl.concat([cached, *shards.closed])
+    scores = pl.concat([plan.cached, *shards.closed])
     return logprobs_table(plan.encoded, scores, token_logprobs=scoring.token_logprobs), run.report(len(pairs))
+
+
+def plan_scoring(
+    pairs: Sequence[Pair], encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
+) -> Plan:
+    """What has to be scored of the pairs: the wanted quantities, less what the cache has under the identity."""
+    pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
+    return Plan(pairs, encoder, wanted_quantities(scoring), storage.read_scores(identity, pair_ids))
 
 
 def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:
@@ -237,7 +244,6 @@ class _Run:
         self._done_tokens = 0
         self._done_sequences = 0
         self._computed_tokens = 0
-        self._targets = 0
         self._splits = 0
         self._misfits = 0
         self._seconds = 0.0
@@ -253,7 +259,7 @@ class _Run:
             budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
             is_padded = any(fact.is_padded for fact in facts)
             shares_prefixes = all(fact.shares_prefixes for fact in facts)
-            sequences = _chain(first, windows)
+            sequences = itertools.chain([first], windows)
             queue = BatchQueue(sequences, budget, is_padded=is_padded, shares_prefixes=shares_prefixes)
             self._estimate = Estimate.of(self._plan, facts)
             self._on_start(self._estimate)
@@ -317,7 +323,6 @@ class _Run:
         self._done_sequences += len(batch)
         self._done_tokens += sum(len(sequence.token_ids) for sequence in batch)
         self._computed_tokens += queue.tokens(batch)
-        self._targets += sum(target.stop - target.start for sequence in batch for target in sequence.targets)
 
     def _progress(self) -> Progress:
         plan = self._plan
@@ -335,10 +340,5 @@ class _Run:
             return None
         facts = self._workers.facts
         peak = sum(fact.peak_flops_per_second for fact in facts)
-        flops = self._computed_tokens * facts[0].flops_per_token + self._targets * facts[0].flops_per_target
+        flops = facts[0].flops(self._computed_tokens, self._plan.num_targets)
         return flops / self._seconds / peak if peak and flops else None
-
-
-def _chain(first: list[TokenSequence], rest: Iterator[list[TokenSequence]]) -> Iterator[list[TokenSequence]]:
-    yield first
-    yield from rest

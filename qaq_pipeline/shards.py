@@ -82,17 +82,12 @@ class ShardWriter:
 
 def _scored(pair_id: str, target: Target, logprobs: np.ndarray, *, keep_tokens: bool) -> dict[str, Any]:
     """A row of CachedScores; the sum is taken in fp64. What is not finite is null, with its reason."""
+    row = _failed(pair_id, target, NullReason.NON_FINITE)
     sum_nll = -float(logprobs.sum(dtype=np.float64))
-    if not math.isfinite(sum_nll):
-        return _failed(pair_id, target, NullReason.NON_FINITE)
-    return {
-        "pair_id": pair_id,
-        "quantity": target.quantity.value,
-        "sum_nll": max(sum_nll, 0.0),
-        "num_tokens": target.stop - target.start,
-        "null_reason": None,
-        "token_logprobs": logprobs.tolist() if keep_tokens else None,
-    }
+    if math.isfinite(sum_nll):
+        tokens = logprobs.tolist() if keep_tokens else None
+        row |= {"sum_nll": max(sum_nll, 0.0), "null_reason": None, "token_logprobs": tokens}
+    return row
 
 
 def _failed(pair_id: str, target: Target, reason: NullReason) -> dict[str, Any]:

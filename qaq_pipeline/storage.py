@@ -43,6 +43,8 @@ _FOOTER_KEY = "qaq_pipeline"
 _FOOTER_TAIL_BYTES = 8
 _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 """What Polars raises of bytes that are no Parquet file, or a damaged one."""
+_NO_SHARD = (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError)
+"""What reading a shard raises where the file is none, or was changed."""
 _TABLE_FILE = "table.parquet"
 
 
@@ -333,7 +335,7 @@ class Storage:
             return empty(schema.CachedScores)
         try:
             return _read_shard(data)
-        except (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError) as error:
+        except _NO_SHARD as error:
             logger.warning("%s: no shard of scores (%s); set aside, its pairs are scored again", path, error)
         folder, name = path.rsplit("/", 1)
         self._fs.makedirs(f"{folder}/set_aside", exist_ok=True)
@@ -397,7 +399,7 @@ def _num_rows(data: bytes) -> int:
     """Rows of a shard; 0 where it is none."""
     try:
         return _read_shard(data).height
-    except (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError):
+    except _NO_SHARD:
         return 0
 
 

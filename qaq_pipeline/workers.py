@@ -58,6 +58,10 @@ class ScorerFacts:
     peak_flops_per_second: float = 0.0
     """Of a large matrix product in the model's dtype on its device, measured when it was loaded; 0: not known."""
 
+    def flops(self, num_tokens: int, num_targets: int) -> float:
+        """Floating-point operations of body and head for so many tokens, so many of them targets."""
+        return num_tokens * self.flops_per_token + num_targets * self.flops_per_target
+
 
 class SequenceScorer(Protocol):
     """The seam to a model."""

@@ -5,6 +5,7 @@ No tolerances: counts of tokens are compared exactly.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -316,16 +317,17 @@ def test_a_batch_taken_before_another_was_split_raises_no_budget() -> None:
     assert queue.budget <= 20
 
 
+def fits_into(memory: int, is_padded: bool, batch: Window) -> bool:
+    return cost(batch, is_padded=is_padded) <= memory
+
+
 @given(WINDOWS, BUDGETS, PADDED, MEMORIES, WORKERS, RANDOMS)
 def test_whatever_fits_every_sequence_is_scored_once_or_fails_alone(
     windows: list[list[tuple[int, int]]], budget: int, is_padded: bool, memory: int, num_workers: int, random: Random
 ) -> None:
-    def fits(batch: Window) -> bool:
-        return cost(batch, is_padded=is_padded) <= memory
-
     sequences = build(windows)
-    queue = BatchQueue(sequences, budget, is_padded=is_padded)
-    outcome = work_off(sequences, queue, fits, num_workers, random)
+    fits = functools.partial(fits_into, memory, is_padded)
+    outcome = work_off(sequences, BatchQueue(sequences, budget, is_padded=is_padded), fits, num_workers, random)
     alone = {number_of(one): fits([one]) for window in sequences for one in window}
     assert sorted(outcome.scored) == [number for number, is_small in alone.items() if is_small]
     assert sorted(outcome.failed) == [number for number, is_small in alone.items() if not is_small]
@@ -335,10 +337,7 @@ def test_whatever_fits_every_sequence_is_scored_once_or_fails_alone(
 def test_the_budget_never_rises_over_the_full_one_and_never_falls_to_nothing(
     windows: list[list[tuple[int, int]]], budget: int, is_padded: bool, memory: int, num_workers: int, random: Random
 ) -> None:
-    def fits(batch: Window) -> bool:
-        return cost(batch, is_padded=is_padded) <= memory
-
     sequences = build(windows)
-    queue = BatchQueue(sequences, budget, is_padded=is_padded)
-    outcome = work_off(sequences, queue, fits, num_workers, random)
+    fits = functools.partial(fits_into, memory, is_padded)
+    outcome = work_off(sequences, BatchQueue(sequences, budget, is_padded=is_padded), fits, num_workers, random)
     assert all(1 <= after <= budget for after in outcome.budgets)
