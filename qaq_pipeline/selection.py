@@ -81,16 +81,32 @@ def candidates(disagreement: pl.DataFrame, scores: Mapping[str, pl.DataFrame]) -
         ValueError: the ranks or scores of a role are not those of the pairs of `disagreement`.
     """
     ordered = disagreement.sort("pair_id")
-    ranks = ordered.select("pair_id", "ranks").explode("ranks").unnest("ranks")
-    wide = [ordered.select("pair_id", "gap", "rank_sum", "stratum_strong")]
-    for role in sorted(scores):
-        ranked = ranks.filter(pl.col("model") == role).select("pair_id", "stratum", "rank")
-        for frame in (ranked, scores[role].select("pair_id", *_MODEL_COLUMNS).sort("pair_id")):
-            if not frame["pair_id"].equals(ordered["pair_id"]):
-                counts = f"{ordered.height} pairs are ranked, {frame.height} are of {role!r}"
-                raise ValueError(f"ranks and scores are not of the same pairs ({counts}); make the ranks again")
-            wide.append(frame.drop("pair_id").rename(lambda column, role=role: f"{column}:{role}"))
+    roles = sorted(scores)
+    wide = [ordered.select("pair_id", "gap", "rank_sum", "stratum_strong"), _ranks_by_role(ordered["ranks"], roles)]
+    for role in roles:
+        frame = scores[role].select("pair_id", *_MODEL_COLUMNS).sort("pair_id")
+        if not frame["pair_id"].equals(ordered["pair_id"]):
+            counts = f"{ordered.height} pairs are ranked, {frame.height} are of {role!r}"
+            raise ValueError(f"ranks and scores are not of the same pairs ({counts}); make the ranks again")
+        wide.append(frame.drop("pair_id").rename(lambda column, role=role: f"{column}:{role}"))
     return pl.concat(wide, how="horizontal")
+
+
+def _ranks_by_role(ranks: pl.Series, roles: Sequence[str]) -> pl.DataFrame:
+    """`stratum:<role>` and `rank:<role>` of the long form, in which every pair has the roles in alphabetical order."""
+    frame = ranks.alias("ranks").to_frame()
+    by_role = {role: pl.col("ranks").list.get(i, null_on_oob=True) for i, role in enumerate(roles)}
+    same_roles = pl.all_horizontal(
+        pl.col("ranks").list.len() == len(roles),
+        *(of_role.struct.field("model").eq_missing(role) for role, of_role in by_role.items()),
+    )
+    if not frame.select(same_roles.all()).item():
+        raise ValueError(f"not every pair is ranked under the models {list(roles)}; make the ranks again")
+    return frame.select(
+        of_role.struct.field(column).alias(f"{column}:{role}")
+        for role, of_role in by_role.items()
+        for column in ("stratum", "rank")
+    )
 
 
 def select(candidates: pl.DataFrame, selection: Selection, roles: Sequence[str]) -> pl.DataFrame:
@@ -201,37 +217,42 @@ def _verdicts(ordered: pl.DataFrame, name: str, rule: _Rule, limit: _Limit) -> p
     barriers = ((~in_pool, SelectionReason.NOT_IN_POOL), *rule.barriers)
     judged = ordered.select(
         "pair_id",
-        pl.int_range(pl.len()).alias("row"),
         pl.col(_TOKENS).alias("answer_tokens"),
         pl.coalesce(pl.when(_flag(holds)).then(pl.lit(why.value)) for holds, why in barriers).alias("barrier"),
         pl.when(in_pool).then(rule.score).cast(pl.Float64).alias("score"),
         in_pool.sum().cast(pl.Int64).alias("pool_size"),
-    )
-    placed = _place(judged, rule.descending, limit)
-    cut = placed.filter("is_selected").select(pl.col("score").last()).item() if placed["is_selected"].any() else None
-    verdicts = placed.with_columns(
+    ).with_columns(position=_position(rule.descending))
+    num_taken = _num_taken(judged, limit)
+    is_selected = _flag(pl.col("position") <= num_taken)
+    return judged.select(
+        "pair_id",
         selection=pl.lit(name),
+        is_selected=is_selected,
         reason=pl.coalesce(
             "barrier",
-            pl.when("is_selected").then(pl.lit(rule.taken.value)),
+            pl.when(is_selected).then(pl.lit(rule.taken.value)),
             pl.lit(SelectionReason.BELOW_CUT.value),
         ),
-        cut=pl.lit(cut, pl.Float64),
-    )
-    return verdicts.sort("row").select("pair_id", *VERDICT.inner)
+        score="score",
+        position="position",
+        pool_size="pool_size",
+        cut=pl.col("score").filter(pl.col("position") == num_taken).first(),
+    ).select("pair_id", *VERDICT.inner)
 
 
-def _place(judged: pl.DataFrame, descending: bool, limit: _Limit) -> pl.DataFrame:
-    """`judged` with position and is_selected, those without a barrier first and in the order of the selection."""
-    free = judged.filter(pl.col("barrier").is_null()).sort("score", descending=descending, maintain_order=True)
-    fits = pl.lit(True)
-    if limit.num_rows is not None:
-        fits = pl.col("position") <= limit.num_rows
-    if limit.answer_tokens is not None:
-        fits = pl.col("answer_tokens").cum_sum() <= limit.answer_tokens
-    free = free.with_columns(position=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
-    barred = judged.filter(pl.col("barrier").is_not_null()).with_columns(position=pl.lit(None, pl.Int64))
-    return pl.concat([free.with_columns(is_selected=fits), barred.with_columns(is_selected=pl.lit(False))])
+def _position(descending: bool) -> pl.Expr:
+    """Place, from 1, among the pairs without a barrier, by score and then in the order of the frame; else null."""
+    ascending = -pl.col("score") if descending else pl.col("score")
+    return pl.when(pl.col("barrier").is_null()).then(ascending).rank("ordinal").cast(pl.Int64)
+
+
+def _num_taken(judged: pl.DataFrame, limit: _Limit) -> int:
+    """How many of the first places are taken: the longest prefix within the limit."""
+    num_placed = int(judged["position"].count())
+    if limit.answer_tokens is None:
+        return num_placed if limit.num_rows is None else min(limit.num_rows, num_placed)
+    in_order = judged.filter(pl.col("position").is_not_null()).sort("position")["answer_tokens"]
+    return int((in_order.cum_sum() <= limit.answer_tokens).sum())
 
 
 def _select_random(ordered: pl.DataFrame, selection: RandomSelection, roles: Sequence[str]) -> pl.DataFrame:

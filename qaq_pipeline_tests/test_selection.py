@@ -400,6 +400,17 @@ def test_ranks_and_scores_must_be_of_the_same_pairs():
         candidates(ranked, scores_of(4, seed=1))
 
 
+@pytest.mark.parametrize("ranked_roles", [["strong"], ["strong", "third", "weak"], ["strong", "other"]])
+def test_ranks_and_scores_must_be_of_the_same_models(ranked_roles: list[str]):
+    scores = scores_of(5, seed=1)
+    ranked, _ = disagreement_scores(scores, RankingSettings(), "batch:test")
+    rank = {"stratum": 1, "num_strata": 1, "rank": 0.5}
+    of_roles = [{"model": role, **rank} for role in ranked_roles]
+    ranks = pl.Series("ranks", [*ranked["ranks"][:-1].to_list(), of_roles], dtype=ranked["ranks"].dtype)
+    with pytest.raises(ValueError, match="not every pair is ranked under the models"):
+        candidates(ranked.with_columns(ranks), scores)
+
+
 @effort(max_examples=15, deadline=None)
 @given(size=POOL_SIZES, seed=st.integers(0, 999))
 def test_verdicts_do_not_depend_on_the_order_of_rows(size: int, seed: int):
