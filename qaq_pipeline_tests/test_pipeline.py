@@ -24,7 +24,7 @@ from qaq_pipeline.resources import ScoredPairs, open_storage
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
 from qaq_pipeline.scoring import ScoringReport
 from qaq_pipeline.storage import StorageError
-from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, write_jsonl
+from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, pair_name
 
 SettingsFor = Callable[..., Settings]
@@ -620,6 +620,43 @@ def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
     assert ranked.rows_by_decision["unscorable"] == 1
     asked = curate(settings_for(weak={"system_prompt": "Write clean code."}), instance, delivered)
     assert [(model.role, model.scored) for model in asked.models] == [("strong", 0), ("weak", 72)]
+
+
+def test_a_second_batch_that_shares_pairs_scores_only_the_rest_and_its_metadata_says_so(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, deliver(*SAMPLES[:10], name="first.jsonl"))
+    second = deliver(*SAMPLES[4:14], name="second.jsonl")
+    curate(settings, instance, second, batch="b2")
+    for role in settings.models:
+        assert _counted(instance, "b2", role) == {
+            "pairs": 10,
+            "pairs_scored": 4,
+            "quantities_scored": 4 * 4,
+            "quantities_from_cache": 6 * 4,
+        }
+    changes: list[dict[str, Any]] = [
+        {"tiny": {"seed": 7}},
+        {"strong": {"dtype": "bfloat16"}},
+        {"strong": {"system_prompt": "Write clean code."}},
+    ]
+    for change in changes:
+        run_stages(settings_for(**change), instance, "b2|strong", "score_batch")
+        assert _counted(instance, "b2", "strong")["pairs_scored"] == 10, change
+
+
+def _counted(instance: dg.DagsterInstance, batch: str, role: str) -> dict[str, Any]:
+    """What the newest materialisation of logprobs says of pairs and quantities."""
+    key = dg.AssetKey("logprobs")
+    found = instance.fetch_materializations(
+        dg.AssetRecordsFilter(key, asset_partitions=[f"{batch}|{role}"]), limit=1
+    ).records[0]
+    assert found.asset_materialization is not None
+    metadata = found.asset_materialization.metadata
+    return {
+        name: metadata[name].value for name in ("pairs", "pairs_scored", "quantities_scored", "quantities_from_cache")
+    }
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
         "template_hash": identity["template_hash"],
         "identity_hash": scored.provenance["identity_hash"],
         "pairs": report.num_pairs,
+        "pairs_scored": report.num_scored_pairs,
         "truncated_answers": int(frame["is_truncated"].sum()),
         "quantities_scored": report.num_scored_quantities,
         "quantities_from_cache": report.num_cached_quantities,
