@@ -35,7 +35,7 @@ test: install ## Run the tests: no network, no GPU, nothing slow
 test-slow: install ## Run the slow tests: real models, a killed run, the UI in a browser
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-bench: install ## Measure the scoring engine against its goals and real opponents (10 min; installs lm-eval)
+bench: install ## Measure the scoring engine against its goals and real opponents (40 min; installs lm-eval)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m bench
 

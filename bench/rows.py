@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -353,9 +354,12 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
 
 
 def peak_extra_memory(work: Callable[[], object]) -> int:
-    """Bytes by which the work raised the process's high-water mark over what it held before."""
-    import resource
+    """Bytes by which the work raised the process's high-water mark over what it held before.
 
+    Of the process's own memory: getrusage's mark is inherited from the process that started this one.
+    """
     held = psutil.Process().memory_info().rss
     work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, flags=re.MULTILINE)
+    return int(peak) * 1024 - held

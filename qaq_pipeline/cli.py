@@ -85,12 +85,12 @@ def run(
 
 @app.command()
 def status(config_file: ConfigOption = None) -> None:
-    """Show every batch and which of its tables are stored."""
+    """Show every batch, which of its tables are stored, and why one is left out of the published dataset."""
     from qaq_pipeline import driver
 
     settings = _settings(config_file)
     with driver.open_instance() as instance:
-        rows = driver.batch_status(settings, instance)
+        rows, left_out = driver.batch_status(settings, instance), driver.batches_left_out(settings, instance)
     if not rows:
         console.print("No batch yet: register one with `qaq run FILE --batch NAME`.")
         return
@@ -98,6 +98,8 @@ def status(config_file: ConfigOption = None) -> None:
     for row in rows:
         table.add_row(*map(escape, row.values()))
     console.print(table)
+    for batch, reason in left_out.items():
+        console.print(f"{batch} is left out: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -370,7 +372,7 @@ def _print_summary(summary: driver.BatchSummary) -> None:
     for warning in summary.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     if summary.scored == 0:
-        found = "every score was in the cache" if summary.cached else "no row could be"
+        found = "every score was in the cache" if summary.cached else "no pair was left to score"
         console.print(f"Nothing was scored: {found}.")
     unchanged = "" if summary.is_new_version else " (unchanged)"
     for name, url in {f"Dataset{unchanged}": summary.dataset_url, **summary.tables}.items():

@@ -50,6 +50,71 @@ class RecordSettings(_Closed):
     )
 
 
+class DuplicateSettings(_Closed):
+    """Which rows another row stands for. Equal ones (white space and Unicode form aside) always are."""
+
+    near_threshold: float | None = Field(
+        0.7,
+        ge=0.5,
+        le=1,
+        description="Least Jaccard similarity of the 5-word sequences of query and answer of near duplicates; null: "
+        "only equal rows are duplicates.",
+    )
+    across_batches: bool = Field(True, description="Whether a row of an older batch may stand for one of a newer.")
+
+
+class BenchmarkSettings(_Closed):
+    """A benchmark whose tasks must not be trained on: a file as HumanEval, MBPP or LiveCodeBench are published."""
+
+    name: str = Field(pattern=SELECTION_NAME, description="Name of the benchmark, as in the evidence.")
+    path: str = Field(description="Local path or any fsspec URL of the file: JSONL or JSON, perhaps gzipped.")
+
+
+class ContaminationSettings(_Closed):
+    """Which rows hold benchmark tasks, and what becomes of them."""
+
+    benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to keep out.")
+    action: Literal["drop", "flag"] = Field(
+        "drop", description="drop: such a row is not scored and never selected. flag: it is, with the evidence beside."
+    )
+    ngram_words: int = Field(10, ge=3, le=50, description="Length of the compared word sequences, in words.")
+    min_share: float = Field(
+        0.2, gt=0, le=1, description="Least share of a task's word sequences that a row must hold."
+    )
+    min_solution_words: int = Field(
+        10, ge=1, description="Shorter solutions are not looked for word for word, in words."
+    )
+    trivial_solutions: tuple[str, ...] = Field(
+        (), description="Solutions that are nobody's own, and not looked for, white space aside."
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"benchmarks: the name {name!r} is used twice")
+        return self
+
+
+class ScreeningSettings(_Closed):
+    """What is found out about rows before any of them is scored."""
+
+    duplicates: DuplicateSettings = Field(DuplicateSettings(), description="Equal and near rows.")
+    contamination: ContaminationSettings = Field(ContaminationSettings(), description="Benchmark tasks.")
+
+
+class GateSettings(_Closed):
+    """What a batch must be like to be scored and published; its rows are in the ledger in any case."""
+
+    max_rejected_share: float | None = Field(
+        0.2, ge=0, le=1, description="Share of rows that may be rejected; null: any. Above it, nothing is scored."
+    )
+    min_scorable_share: float | None = Field(
+        0.5, ge=0, le=1, description="Least share of the distinct pairs that every model must score; null: any."
+    )
+
+
 class StorageSettings(_Closed):
     """Where tables, deliveries and the score cache lie."""
 
@@ -305,6 +370,8 @@ class Settings(_Closed):
     """The whole file."""
 
     records: RecordSettings = Field(RecordSettings(), description="How delivered files are read.")
+    screening: ScreeningSettings = Field(ScreeningSettings(), description="What is found before scoring.")
+    gates: GateSettings = Field(GateSettings(), description="What a batch must be like.")
     storage: StorageSettings = Field(StorageSettings(), description="Where everything is stored.")
     model_cache: str | None = Field(None, description="Folder of local and converted models. Default: QAQ_HOME/models.")
     models: dict[Annotated[str, Field(pattern=ROLE_NAME)], ModelSettings] = Field(

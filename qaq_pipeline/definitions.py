@@ -13,7 +13,7 @@ from qaq_pipeline.resources import ModelRuntime, TableIOManager, open_storage
 from qaq_pipeline.scoring import Progress
 
 STAGES: dict[str, list[str]] = {
-    "ingest_batch": ["raw_data", "screened_data"],
+    "ingest_batch": ["raw_data", "signatures", "screened_data"],
     "score_batch": ["logprobs", "rmi_scores"],
     "select_from_batch": ["disagreement_scores", "decisions", "selected_subset"],
     "publish_dataset": ["curated_dataset"],

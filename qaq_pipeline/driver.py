@@ -27,6 +27,9 @@ from qaq_pipeline.resources import ModelRuntime, ScoringCost, open_storage
 from qaq_pipeline.scoring import Progress
 from qaq_pipeline.storage import Delivery, Storage, StorageError
 
+_FAILURE = f"{dg.Failure.__module__}.{dg.Failure.__name__}: "
+"""How Dagster begins the message of a step that fails with a word of its own."""
+
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """The console shows this driver's own words; Dagster keeps all of its own in the event log."""
 
@@ -165,6 +168,8 @@ def _read_files(files: Sequence[Path]) -> dict[str, bytes]:
 def estimate(settings: Settings, files: Sequence[Path]) -> list[ScoringCost]:
     """What scoring the files would take, model by model; nothing is registered.
 
+    At most: rows that older batches or benchmarks hold as well are counted.
+
     Raises:
         RunError: a file is missing or cannot be read at all.
         ValueError: a model cannot be had or scored.
@@ -174,7 +179,7 @@ def estimate(settings: Settings, files: Sequence[Path]) -> list[ScoringCost]:
     except records.UnreadableFileError as error:
         raise RunError(str(error)) from error
     raw = pl.concat(frames)
-    pairs = accepted_pairs(raw, screening.screen(raw))
+    pairs = accepted_pairs(raw, screening.screen_alone(raw, settings.screening))
     storage, runtime = open_storage(settings), ModelRuntime(settings)
     return [runtime.estimate(role, pairs, storage) for role in settings.models]
 
@@ -295,7 +300,7 @@ def _cause(failures: Sequence[dg.DagsterEvent]) -> str:
             error = error.cause
         if error is not None:
             is_interrupted = error.cls_name == dg.DagsterExecutionInterruptedError.__name__
-            message = "interrupted by a signal" if is_interrupted else error.message.strip()
+            message = "interrupted by a signal" if is_interrupted else error.message.strip().removeprefix(_FAILURE)
             return f"step {event.step_key}: {message}"
     return "; ".join(event.message or "" for event in failures) or "no event says why; see the run's log"
 
@@ -411,6 +416,12 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[dict[
         {"batch": batch} | {name: _table_status(settings, storage, name, batch) for name in schema.TABLES}
         for batch in sorted(instance.get_dynamic_partitions("batch"))
     ]
+
+
+def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:
+    """The registered batches that a publication would leave out now, and why."""
+    registered = instance.get_dynamic_partitions("batch")
+    return publication.read_batches(open_storage(settings), registered, settings)[1]
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> str:

@@ -13,6 +13,7 @@ import polars as pl
 
 from qaq_pipeline import schema
 from qaq_pipeline.config import IfdSelection, PplSelection, RmiBandSelection, Selection
+from qaq_pipeline.gates import Gate
 from qaq_pipeline.schema import Decision, NullReason, SelectionReason, Status
 
 _ORDERED_BY = {
@@ -36,6 +37,7 @@ def decide(
     verdicts: pl.DataFrame,
     published: Selection,
     provenance_id: str,
+    gate: Gate | None = None,
 ) -> pl.DataFrame:
     """The Decisions of a batch: one row for every row of RawData.
 
@@ -47,6 +49,7 @@ def decide(
         verdicts: of `selection.select_all`, every selection of every pair.
         published: the selection that decides.
         provenance_id: of the table that is made.
+        gate: why the batch goes no further, where it does not: every row is decided by it, and none has a verdict.
     """
     pairs = (
         _model_scores(scores, disagreement)
@@ -68,9 +71,22 @@ def decide(
         verdicts=pl.when(pl.col("status") == Status.ACCEPTED.value).then("verdicts").fill_null([]),
         provenance_id=pl.lit(provenance_id),
     )
+    if gate is not None:
+        return _gated(decided, gate)
     sentences = [explain(row, published) for row in decided.iter_rows(named=True)]
     explained = decided.with_columns(explanation=pl.Series(sentences, dtype=pl.String))
     return explained.select(list(schema.dtypes(schema.Decisions)))
+
+
+def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
+    """The Decisions of a batch that goes no further; what was found of a row itself is said after that."""
+    own = pl.coalesce(pl.format(" Of the row itself: {}.", pl.coalesce("evidence", "detail")), pl.lit(""))
+    return decided.with_columns(
+        decision=pl.lit(Decision.BATCH_GATED.value),
+        reason=pl.lit(gate.reason.value),
+        explanation=pl.lit(f"The batch was not published: {gate.sentence}.") + own,
+        verdicts=pl.col("verdicts").list.head(0),
+    ).select(list(schema.dtypes(schema.Decisions)))
 
 
 def selected_rows(selection: str, raw: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
@@ -144,8 +160,10 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
     decision = Decision(row["decision"])
     if decision is Decision.REJECTED:
         return f"Rejected when it was read: {row['detail']}"
+    if decision is Decision.CONTAMINATED:
+        return f"Contaminated: it holds {row['evidence']}."
     if decision is Decision.DUPLICATE:
-        return f"Duplicate: {row['evidence']} as {row['duplicate_of']}, which stands for this pair."
+        return f"Duplicate of {row['duplicate_of']}, which stands for this pair: {row['evidence']}."
     if decision is Decision.UNSCORABLE:
         return f"Not scorable: {_why_unscorable(row)}. It is in no stratum and cannot be selected."
     return f"{_ranks(row)} {_verdict(row, published)}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline import exports, ledger, schema
+from qaq_pipeline import exports, gates, ledger, schema
 from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
 from qaq_pipeline.storage import Storage, StorageError, StoredTable, empty, hash_json
 
@@ -73,6 +73,9 @@ def _read_batch(storage: Storage, batch: str) -> BatchTables:
 
 
 def _inconsistency(tables: BatchTables, settings: Settings) -> str | None:
+    gate = gates.of_provenance(tables.decisions.provenance)
+    if gate is not None:
+        return f"gated ({gate.reason.value}): {gate.sentence}"
     made_of = tables.selected_subset.provenance
     if made_of["selection"] != settings.published.name:
         return f"selected by {made_of['selection']}, not by {settings.published.name}; materialise decisions"

@@ -25,6 +25,7 @@ class Status(StrEnum):
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
+    CONTAMINATED = "contaminated"
     DUPLICATE = "duplicate"
 
 
@@ -47,6 +48,22 @@ class DuplicateReason(StrEnum):
     """Why a readable row is not scored although nothing is wrong with its text."""
 
     EXACT_DUPLICATE = "exact_duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+
+
+class ContaminationReason(StrEnum):
+    """What of a benchmark's task a row holds."""
+
+    BENCHMARK_PROMPT = "benchmark_prompt"
+    BENCHMARK_SOLUTION = "benchmark_solution"
+
+
+class GateReason(StrEnum):
+    """Why no row of a batch is scored, or published."""
+
+    EMPTY_BATCH = "empty_batch"
+    TOO_MANY_REJECTED = "too_many_rejected"
+    TOO_FEW_SCORABLE = "too_few_scorable"
 
 
 class Quantity(StrEnum):
@@ -76,8 +93,10 @@ class Decision(StrEnum):
     SELECTED = "selected"
     NOT_SELECTED = "not_selected"
     REJECTED = "rejected"
+    CONTAMINATED = "contaminated"
     DUPLICATE = "duplicate"
     UNSCORABLE = "unscorable"
+    BATCH_GATED = "batch_gated"
 
 
 class SelectionReason(StrEnum):
@@ -190,19 +209,53 @@ class RawData(_RowKey):
         return (pl.col("status") != Status.ACCEPTED.value) | complete
 
 
+class Signatures(_RowKey):
+    """Of every accepted row, what its duplicates are found by. Immutable: it depends on the row's text alone."""
+
+    pair_id = dy.String(regex=_PAIR_ID, description="As in raw_data.")
+    content_hash = dy.String(
+        regex=_PAIR_ID, description="Hash of system text, query and answer, in NFC, every run of white space one space."
+    )
+    bands = dy.List(
+        dy.UInt64(), description="MinHash bands of the 5-word sequences of query and answer; empty without words."
+    )
+
+
+class Contamination(_RowKey):
+    """The rows of a batch that hold a task of one benchmark: each with the task that it holds most of."""
+
+    benchmark = dy.String(description="Name of the benchmark.")
+    task = dy.String(description="The task's id.")
+    reason = _closed(ContaminationReason, description="What of it.")
+    share = dy.Float64(min_exclusive=0.0, max=1.0, description="Share of that text's word sequences in the row.")
+    matched_text = dy.String(description="The longest text in common, in words; of a solution word for word, itself.")
+
+
 class ScreenedData(_RowKey):
     """The same rows, with what was found before any GPU time is spent. Only accepted rows are scored."""
 
     pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="As in raw_data.")
-    status = _closed(Status, description="Accepted, rejected (as in raw_data) or duplicate.")
-    reason = _closed(RejectReason, DuplicateReason, nullable=True, description="Why it is not scored; else null.")
+    status = _closed(Status, description="Accepted, rejected (as in raw_data), contaminated or duplicate.")
+    reason = _closed(
+        RejectReason,
+        ContaminationReason,
+        DuplicateReason,
+        nullable=True,
+        description="Why it is not scored, or why it is flagged; else null.",
+    )
     duplicate_of = dy.String(
         nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
     )
     similarity = dy.Float64(
-        nullable=True, min=0.0, max=1.0, description="Similarity to that row, 1 where equal; null unless duplicate."
+        nullable=True,
+        min=0.0,
+        max=1.0,
+        description="Of a duplicate, the Jaccard similarity to that row; of a contaminated one, the share of the "
+        "benchmark's text that it holds; else null.",
     )
-    evidence = dy.String(nullable=True, description="What the verdict rests on, in words; null where accepted.")
+    evidence = dy.String(
+        nullable=True, description="What the verdict rests on, in words; null where accepted and not flagged."
+    )
 
     @dy.rule()
     def duplicate_names_its_row(cls) -> pl.Expr:
@@ -376,7 +429,13 @@ class Decisions(_RowKey):
     pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="Content hash; null where rejected.")
     decision = _closed(Decision, description="Fate under the published selection.")
     reason = _closed(
-        SelectionReason, RejectReason, DuplicateReason, NullReason, description="Why, from a closed vocabulary."
+        SelectionReason,
+        RejectReason,
+        ContaminationReason,
+        DuplicateReason,
+        NullReason,
+        GateReason,
+        description="Why, from a closed vocabulary.",
     )
     explanation = dy.String(min_length=1, description="The same as a sentence, with the numbers.")
     duplicate_of = dy.String(nullable=True, description="As in screened_data.")
@@ -401,6 +460,7 @@ class SelectedSubset(_RowKey):
 
 TABLES: dict[str, type[dy.Schema]] = {
     "raw_data": RawData,
+    "signatures": Signatures,
     "screened_data": ScreenedData,
     "logprobs": Logprobs,
     "rmi_scores": RmiScores,

@@ -1,37 +1,101 @@
-"""What is found out about rows before any GPU time is spent. Polars only.
+"""What is found out about rows before any GPU time is spent: which of them are scored, and why the others are not.
 
-Belongs here: duplicates (exact ones so far), each named with the row that represents it.
-Does not belong here: reading records, or scores.
+Belongs here: the order of the verdicts, and who may stand for a duplicate. Does not belong here: how duplicates
+(`duplicates`) and benchmark text (`contamination`) are found, reading records, or scores.
+
+A rejected row stays rejected; then a contaminated one is contaminated; then duplicates are looked for among the rest,
+so that the row that stands for others may itself be selected.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import polars as pl
 
-from qaq_pipeline import schema
-from qaq_pipeline.schema import DuplicateReason, Status
+from qaq_pipeline import duplicates, schema
+from qaq_pipeline.config import ScreeningSettings
+from qaq_pipeline.duplicates import Texts
+from qaq_pipeline.schema import Status, dtypes
+
+_FOUND = {"reason": pl.String, "duplicate_of": pl.String, "similarity": pl.Float64, "evidence": pl.String}
 
 
-def screen(raw: pl.DataFrame) -> pl.DataFrame:
-    """The ScreenedData of a batch's RawData: of equal accepted pairs, the first in key order represents the others.
+def screen(
+    raw: pl.DataFrame,
+    signatures: pl.DataFrame,
+    contamination: pl.DataFrame,
+    older: Sequence[pl.DataFrame],
+    texts: Texts,
+    settings: ScreeningSettings,
+) -> pl.DataFrame:
+    """The ScreenedData of a batch, in key order.
 
-    Equal means an equal `pair_id`: the same system text, query and answer, to the letter.
+    Args:
+        raw: RawData.
+        signatures: of its accepted rows.
+        contamination: what of it holds benchmark tasks.
+        older: Signatures of older batches' accepted rows, the oldest first.
+        texts: the texts of rows of all these batches.
+        settings: what is looked for, and what becomes of contaminated rows.
     """
-    is_accepted = pl.col("status") == Status.ACCEPTED.value
-    ordered = raw.sort(schema.ROW_KEY).with_row_index("position")
-    first = pl.col("position").filter(is_accepted).min().over("pair_id")
-    is_duplicate = is_accepted & (pl.col("position") != first)
-    return ordered.select(
-        *schema.ROW_KEY,
-        "pair_id",
-        status=pl.when(is_duplicate).then(pl.lit(Status.DUPLICATE.value)).otherwise("status"),
-        reason=pl.when(is_duplicate).then(pl.lit(DuplicateReason.EXACT_DUPLICATE.value)).otherwise("reason"),
-        duplicate_of=pl.when(is_duplicate).then(row_reference().gather(first)),
-        similarity=pl.when(is_duplicate).then(pl.lit(1.0)),
-        evidence=pl.when(is_duplicate).then(pl.lit("equal system text, query and answer")).otherwise("detail"),
+    held = _held(contamination)
+    is_dropped = settings.contamination.action == "drop"
+    own = signatures.join(held, on=schema.ROW_KEY, how="anti") if is_dropped else signatures
+    twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold)
+    rejected = raw.select(*schema.ROW_KEY, "pair_id", "status", "reason", evidence="detail")
+    found = [
+        (twins, Status.DUPLICATE),
+        (
+            held.with_columns(duplicate_of=pl.lit(None, pl.String)),
+            Status.CONTAMINATED if is_dropped else Status.ACCEPTED,
+        ),
+    ]
+    verdicts = pl.concat(
+        [
+            frame.select(
+                *schema.ROW_KEY,
+                *(pl.col(name).cast(dtype) for name, dtype in _FOUND.items()),
+                verdict=pl.lit(status.value),
+            )
+            for frame, status in found
+        ]
+    ).unique(schema.ROW_KEY, keep="first", maintain_order=True)
+    joined = rejected.join(verdicts, on=schema.ROW_KEY, how="left", suffix="_found", validate="1:1")
+    screened = joined.with_columns(
+        status=pl.coalesce("verdict", "status"),
+        reason=pl.coalesce("reason_found", "reason"),
+        evidence=pl.coalesce("evidence_found", "evidence"),
     )
+    return screened.sort(schema.ROW_KEY).select(list(dtypes(schema.ScreenedData)))
 
 
-def row_reference() -> pl.Expr:
-    """A row as batch/file:row.turn, the way errors, decisions and `qaq explain` name it."""
-    return pl.format("{}/{}:{}.{}", "batch", "source_file", "source_row", "turn_index")
+def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
+    """The ScreenedData of a batch for itself, without older batches and benchmarks."""
+    nothing = pl.DataFrame(schema=dtypes(schema.Contamination))
+    return screen(raw, duplicates.signatures(raw), nothing, [], texts_of([raw]), settings)
+
+
+def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
+    """The texts of rows of these batches' RawData."""
+    texts = pl.concat([raw.select(*schema.ROW_KEY, duplicates.near_text().alias("text")) for raw in raws])
+    return lambda rows: rows.join(texts, on=schema.ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
+
+
+def _held(contamination: pl.DataFrame) -> pl.DataFrame:
+    """Of each contaminated row, the benchmark that it holds most of, in words."""
+    most = contamination.sort(*schema.ROW_KEY, "share", "benchmark", descending=[False] * 4 + [True, False])
+    what = pl.col("reason").str.strip_prefix("benchmark_")
+    return most.unique(schema.ROW_KEY, keep="first", maintain_order=True).select(
+        *schema.ROW_KEY,
+        "reason",
+        similarity="share",
+        evidence=pl.format(
+            "{} of the {} of task {} of {}, among it: {}",
+            (pl.col("share") * 100).round(0).cast(pl.Int64).cast(pl.String) + "%",
+            what,
+            "task",
+            "benchmark",
+            "matched_text",
+        ),
+    )

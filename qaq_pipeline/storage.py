@@ -5,6 +5,8 @@ Does not belong here: what the tables mean, or when they are made.
 
     <root>/deliveries/<batch>/<hash>/<file>       immutable copy of what was delivered; current.json points to it
     <root>/<table>/<batch>[/<model>]/table.parquet
+    <root>/screened_data/order.json               the batches in the order in which they were first screened
+    <root>/contamination/<batch>/<key>.parquet    what was found of one benchmark
     <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed; set_aside/ holds what is no shard
     <root>/curated_dataset/<manifest hash>/…       written once each; latest.json points to the newest
 
@@ -46,6 +48,7 @@ _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 _NO_SHARD = (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError)
 """What reading a shard raises where the file is none, or was changed."""
 _TABLE_FILE = "table.parquet"
+_ORDER = ("screened_data", "order.json")
 
 
 class StorageError(ValueError):
@@ -255,6 +258,32 @@ class Storage:
                 raise StorageError(f"{self.url(*parts)}: changed since it was delivered; deliver the batch again")
         return contents
 
+    # --- the order of batches ----------------------------------------------------------------------------------
+
+    def batches_in_order(self) -> list[str]:
+        """The batches that were ever screened, the first one first: a batch keeps its place."""
+        return self.read_json(*_ORDER) if self.exists(*_ORDER) else []
+
+    def batches_before(self, batch: str) -> list[str]:
+        """The batches screened before this one, which takes its place for good. Call it under a lock."""
+        known = self.batches_in_order()
+        if batch not in known:
+            self.write_json([*known, check_batch_name(batch)], *_ORDER)
+            return known
+        return known[: known.index(batch)]
+
+    # --- what was found of benchmarks --------------------------------------------------------------------------
+
+    def read_contamination(self, batch: str, key: str) -> pl.DataFrame | None:
+        """What was found under that key, or None."""
+        parts = ("contamination", check_batch_name(batch), f"{key}.parquet")
+        return _read_parquet(self.read_bytes(*parts)) if self.exists(*parts) else None
+
+    def write_contamination(self, found: pl.DataFrame, batch: str, key: str) -> None:
+        """Keep what was found, so that a longer list of benchmarks is checked for the new ones only."""
+        frame = schema.enforce(schema.Contamination, found)
+        self.write_bytes(_parquet_bytes(frame, {}), "contamination", check_batch_name(batch), f"{key}.parquet")
+
     # --- cached scores -----------------------------------------------------------------------------------------
 
     def read_scores(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
@@ -346,10 +375,11 @@ class Storage:
     # --- locks -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lock(self, name: str, *partition: str) -> Iterator[None]:
+    def lock(self, name: str, *partition: str, waits: bool = False) -> Iterator[None]:
         """Hold a partition, so that the driver and the daemon never write the same one at once.
 
-        The kernel frees the lock when its holder dies. It may be taken again by its holder.
+        The kernel frees the lock when its holder dies. It may be taken again by its holder. With `waits`, there is no
+        time-out: for what another holds as a matter of course, and not by mistake.
 
         Raises:
             PartitionBusyError: another process holds it for longer than the time-out.
@@ -360,7 +390,7 @@ class Storage:
         label = "/".join((name, *partition))
         file = self._lock_directory / ("__".join((name, *partition)) + ".lock")
         try:
-            with FileLock(file, timeout=self._lock_timeout, is_singleton=True):
+            with FileLock(file, is_singleton=True).acquire(timeout=-1 if waits else self._lock_timeout):
                 yield
         except Timeout as error:
             raise PartitionBusyError(

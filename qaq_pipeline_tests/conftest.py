@@ -196,6 +196,15 @@ def twenty_samples() -> list[Pair]:
     return [Pair(f"{number:032x}", None, query, answer) for number, (query, answer) in enumerate(SAMPLES)]
 
 
+@pytest.fixture(scope="session")
+def code_alpaca() -> Path:
+    """2,000 real pairs, where they are at hand: beside the repository, never in it."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "code_alpaca_2k.json"
+    if not path.exists():
+        pytest.skip("shared/data/code_alpaca_2k.json is not here")
+    return path
+
+
 REPEATED_ROW, REJECTED_ROW = 7, 12
 """Rows of `delivered_rows`, from 1."""
 

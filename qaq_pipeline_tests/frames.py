@@ -12,7 +12,7 @@ from qaq_pipeline import ledger, selection
 from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.schema import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
-from qaq_pipeline.screening import screen
+from qaq_pipeline.screening import screen_alone
 from qaq_pipeline.storage import Storage, StoredTable, hash_json
 from qaq_pipeline.strata import disagreement_scores
 
@@ -43,19 +43,21 @@ def pair_name(number: int) -> str:
 def raw_rows(*rows: dict[str, Any], batch: str = "b1") -> pl.DataFrame:
     """RawData: accepted rows 1, 2, 3, … of one file, each a pair of its own, with the given changes."""
     return pl.DataFrame(
-        [_raw_row(number, batch) | row for number, row in enumerate(rows, start=1)], schema=dtypes(RawData)
+        [_raw_row(number, batch, row.get("pair_id")) | row for number, row in enumerate(rows, start=1)],
+        schema=dtypes(RawData),
     )
 
 
-def _raw_row(number: int, batch: str) -> dict[str, Any]:
+def _raw_row(number: int, batch: str, pair_id: str | None) -> dict[str, Any]:
+    pair = int(pair_id, 16) if pair_id else number
     return dict.fromkeys(dtypes(RawData)) | {
         "batch": batch,
         "source_file": "a.jsonl",
         "source_row": number,
         "turn_index": 0,
         "pair_id": pair_name(number),
-        "query": f"query {number}",
-        "answer": f"answer {number}",
+        "query": f"query {pair}",
+        "answer": f"answer {pair}",
         "record": "{}",
         "status": Status.ACCEPTED.value,
     }
@@ -127,7 +129,15 @@ def store_batch(
         "settings_hash": settings_hash(settings.selections),
         "published_hash": settings_hash(settings.published),
     }
-    frame = ledger.decide(raw, screen(raw), scores, disagreement, verdicts, settings.published, hash_json(made_of))
+    frame = ledger.decide(
+        raw,
+        screen_alone(raw, settings.screening),
+        scores,
+        disagreement,
+        verdicts,
+        settings.published,
+        hash_json(made_of),
+    )
     storage.write_table(raw_data, "raw_data", batch)
     storage.write_table(StoredTable(frame, made_of), "decisions", batch)
     store_selection(storage, settings, batch)

@@ -186,14 +186,23 @@ def test_a_second_run_says_that_nothing_was_scored(home: Home, qaq: Qaq, tmp_pat
 
 def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
     delivery = tmp_path / "odd.json"
-    for rows in ([], delivered_rows()[:1]):
-        delivery.write_text(json.dumps(rows))
-        shown = qaq(empty_home, "run", delivery, "--batch", "odd")
-        assert shown.code == 0
-        assert f"sum │ {len(rows)} │" in shown.out
-        assert ("Nothing was scored: no row could be." in shown.out) is (not rows)
-        noted = "note: batch odd was delivered before as something else, which this replaces"
-        assert (noted in shown.out) is bool(rows)
+    delivery.write_text("[]")
+    gated = qaq(empty_home, "run", delivery, "--batch", "odd")
+    assert gated.code == 1
+    assert "no batch can be published; odd: gated (empty_batch): it has no row; deliver it again" in gated.err
+    status = qaq(empty_home, "status")
+    assert "odd is left out: gated (empty_batch): it has no row; deliver it again with some" in status.out
+    delivery.write_text(json.dumps(delivered_rows()[:1]))
+    shown = qaq(empty_home, "run", delivery, "--batch", "odd")
+    assert shown.code == 0
+    assert "sum │ 1 │" in shown.out
+    assert "note: batch odd was delivered before as something else, which this replaces" in shown.out
+    assert "is left out" not in qaq(empty_home, "status").out
+    repeated = qaq(empty_home, "run", delivery, "--batch", "again")
+    assert repeated.code == 0
+    assert "duplicate │ 1 │ exact_duplicate 1" in repeated.out
+    assert "Nothing was scored: no pair was left to score." in repeated.out
+    assert "note:" not in repeated.out
 
 
 def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +275,7 @@ def test_status_shows_the_rows_of_every_table(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "status")
     assert shown.code == 0
     assert all(name in shown.out for name in schema.TABLES)
-    assert "│ b1 │ 20 rows │ 20 rows │ 18 rows │ 18 rows │ 18 rows │ 20 rows │ 5 rows │" in shown.out
+    assert "│ b1 │ 20 rows │ 19 rows │ 20 rows │ 18 rows │ 18 rows │ 18 rows │ 20 rows │ 5 rows │" in shown.out
 
 
 def test_status_without_a_batch_says_what_to_type(empty_home: Home, qaq: Qaq) -> None:
@@ -374,8 +383,8 @@ def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
 def test_explain_says_of_what_a_row_is_a_duplicate(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "explain", "b1", REPEATED_ROW)
     assert shown.out.startswith(
-        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate: equal system text, query and answer "
-        "as b1/rows.jsonl:1.0, which stands for this pair."
+        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate of b1/rows.jsonl:1.0, which stands "
+        "for this pair: equal system text, query and answer."
     )
     assert "query: Reverse a string in Python." in shown.out
 
@@ -475,7 +484,11 @@ def test_a_batch_that_is_not_there_is_named_with_where_to_look(home: Home, qaq: 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["surprise", "--to", "out.csv"], 2, "'surprise' is no table; known: raw_data, screened_data, logprobs"),
+        (
+            ["surprise", "--to", "out.csv"],
+            2,
+            "'surprise' is no table; known: raw_data, signatures, screened_data, logprobs",
+        ),
         (["decisions", "--to", "out.xlsx"], 1, "out.xlsx: the ending says the format: .parquet, .csv or .jsonl"),
         (["decisions", "--to", "no/such/folder/out.csv"], 1, "No such file or directory"),
         (["decisions", "--to", "no/such/folder/out.parquet"], 1, "No such file or directory"),

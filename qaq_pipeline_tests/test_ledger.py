@@ -13,9 +13,9 @@ from polars.testing import assert_frame_equal
 from pydantic import TypeAdapter
 
 from qaq_pipeline import ledger, schema, selection
-from qaq_pipeline.config import Selection
+from qaq_pipeline.config import ScreeningSettings, Selection
 from qaq_pipeline.schema import Decisions, NullReason, SelectedSubset, SelectionReason, TableError, dtypes, enforce
-from qaq_pipeline.screening import screen
+from qaq_pipeline.screening import screen_alone
 from qaq_pipeline.strata import disagreement_scores
 from qaq_pipeline_tests.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
@@ -32,7 +32,7 @@ RAW = raw_rows(
     {},
     {"system": "Be brief.", "source": "forum", "language": "go"},
     rejected(),
-    {"pair_id": pair_name(4)},
+    {"pair_id": pair_name(4), "system": "Be brief."},
     {"pair_id": pair_name(5)},
 )
 STRONG = rmi_rows(
@@ -66,7 +66,9 @@ def decide(
     scores = {"strong": strong, "weak": weak}
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, "batch:b1")
     verdicts = selection.select_all(selection.candidates(disagreement, scores), [selected_by], sorted(scores))
-    frame = ledger.decide(raw, screen(raw), scores, disagreement, verdicts, selected_by, PROVENANCE_ID)
+    frame = ledger.decide(
+        raw, screen_alone(raw, ScreeningSettings()), scores, disagreement, verdicts, selected_by, PROVENANCE_ID
+    )
     return enforce(Decisions, frame)
 
 
@@ -178,7 +180,7 @@ GOLDEN = [
         {},
         "duplicate",
         "exact_duplicate",
-        "Duplicate: equal system text, query and answer as b1/a.jsonl:4.0, which stands for this pair.",
+        "Duplicate of b1/a.jsonl:4.0, which stands for this pair: equal system text, query and answer.",
         id="duplicate",
     ),
     pytest.param(

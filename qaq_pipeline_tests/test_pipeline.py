@@ -14,7 +14,7 @@ import pytest
 import yaml
 from syrupy.assertion import SnapshotAssertion
 
-from qaq_pipeline import causal_lm, driver, publication, schema
+from qaq_pipeline import causal_lm, contamination, driver, publication, schema
 from qaq_pipeline.assets import build_assets
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.definitions import STAGES, build_defs
@@ -204,8 +204,10 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
         "selected": 5,
         "not_selected": 13,
         "rejected": 1,
+        "contaminated": 0,
         "duplicate": 1,
         "unscorable": 0,
+        "batch_gated": 0,
     }
     assert first.reasons_by_decision["rejected"] == {"empty_query": 1}
     fates = dict(table(settings, "decisions").select("source_row", "decision").iter_rows())
@@ -296,14 +298,18 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
 # --- odd batches ----------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_delivery_has_no_rows_and_publishes_none(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, tmp_path: Path
+def test_an_empty_delivery_is_gated_and_publishes_nothing(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, tmp_path: Path
 ) -> None:
     settings = settings_for()
     (tmp_path / "none.json").write_text("[]")
-    summary = curate(settings, instance, tmp_path / "none.json")
-    assert (summary.rows_in, summary.scored, summary.pool_size) == (0, 0, 0)
-    assert stored_tables(settings)[f"{published_folder(settings)}/diff_high/messages.jsonl"] == b""
+    with pytest.raises(RunError, match=r"no batch can be published; b1: gated \(empty_batch\): it has no row"):
+        curate(settings, instance, tmp_path / "none.json")
+    assert table(settings, "decisions").is_empty()
+    curate(settings, instance, delivered, batch="b2")
+    with pytest.raises(RunError, match=r"batch b1 was left out of the published dataset: gated \(empty_batch\)"):
+        curate(settings, instance, tmp_path / "none.json")
+    assert list(latest(settings)["excluded_batches"]) == ["b1"]
 
 
 def published_folder(settings: Settings) -> str:
@@ -313,7 +319,7 @@ def published_folder(settings: Settings) -> str:
 def test_a_batch_of_rejected_rows_is_decided_and_nothing_is_scored(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
-    settings = settings_for()
+    settings = settings_for(gates={"max_rejected_share": None})
     summary = curate(settings, instance, deliver(("", "a"), ("q", ""), (" ", " ")))
     assert summary.rows_by_decision["rejected"] == 3
     assert summary.scored == 0
@@ -354,8 +360,10 @@ def test_equal_pairs_are_scored_once_and_reported_as_often_as_they_came(
         "selected": 0,
         "not_selected": 1,
         "rejected": 0,
+        "contaminated": 0,
         "duplicate": 5,
         "unscorable": 0,
+        "batch_gated": 0,
     }
     assert summary.scored == 2 * 4
     representatives = table(settings, "decisions")["duplicate_of"].drop_nulls().unique().to_list()
@@ -460,7 +468,7 @@ def test_publishing_without_any_batch_fails_with_the_reason(
 ) -> None:
     settings = settings_for()
     driver.register(settings, instance, "b1", [delivered], None)
-    with pytest.raises(dg.Failure, match=r"no batch is complete \({'b1': 'not materialised: raw_data"):
+    with pytest.raises(dg.Failure, match=r"no batch can be published; b1: not materialised: raw_data"):
         run_stages(settings, instance, "b1", "publish_dataset")
 
 
@@ -532,7 +540,7 @@ def test_a_pair_that_the_model_fails_on_is_unscorable_and_never_selected(
 def test_a_model_that_fails_on_every_pair_selects_none(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
-    settings = settings_for()
+    settings = settings_for(gates={"min_scorable_share": None})
     driver.register(settings, instance, "b1", [delivered], None)
     nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
     reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
@@ -625,7 +633,8 @@ def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
 def test_a_second_batch_that_shares_pairs_scores_only_the_rest_and_its_metadata_says_so(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
-    settings = settings_for()
+    kept = {"screening": {"duplicates": {"across_batches": False}}}
+    settings = settings_for(**kept)
     curate(settings, instance, deliver(*SAMPLES[:10], name="first.jsonl"))
     second = deliver(*SAMPLES[4:14], name="second.jsonl")
     curate(settings, instance, second, batch="b2")
@@ -642,8 +651,119 @@ def test_a_second_batch_that_shares_pairs_scores_only_the_rest_and_its_metadata_
         {"strong": {"system_prompt": "Write clean code."}},
     ]
     for change in changes:
-        run_stages(settings_for(**change), instance, "b2|strong", "score_batch")
+        run_stages(settings_for(**kept, **change), instance, "b2|strong", "score_batch")
         assert _counted(instance, "b2", "strong")["pairs_scored"] == 10, change
+
+
+def test_rows_that_an_older_batch_has_are_duplicates_of_its_rows_and_are_not_scored(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, deliver(*SAMPLES[:10], name="first.jsonl"))
+    edited = (SAMPLES[9][0] + "  ", SAMPLES[9][1])
+    delivered = deliver(*SAMPLES[4:9], edited, *SAMPLES[10:14], name="second.jsonl")
+    summary = curate(settings, instance, delivered, batch="b2")
+    assert summary.reasons_by_decision["duplicate"] == {"exact_duplicate": 6}
+    assert [_counted(instance, "b2", role)["pairs"] for role in settings.models] == [4, 4]
+    of = table(settings, "screened_data", "b2")["duplicate_of"].drop_nulls().to_list()
+    assert of == [f"b1/first.jsonl:{row}.0" for row in range(5, 11)]
+    stored = open_storage(settings)
+    inputs = stored.read_table("screened_data", "b2").provenance["compared_with"]
+    assert inputs == {"b1": stored.read_table("screened_data", "b1").data_version}
+    # Materialised again, the older batch is not compared with the newer one, nor with itself.
+    again = curate(settings, instance, deliver(*SAMPLES[:10], name="first.jsonl"))
+    assert again.rows_by_decision["duplicate"] == 0
+    assert again.scored == 0
+
+
+def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_evidence(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver, tmp_path: Path
+) -> None:
+    prompt = "Return the longest word of a sentence; of two that are equally long, the one that comes first."
+    task = {"task_id": "T/1", "prompt": prompt, "canonical_solution": "x", "test": "", "entry_point": "f"}
+    benchmark = write_jsonl(tmp_path / "tasks.jsonl", [task])
+    checked: dict[str, Any] = {"benchmarks": [{"name": "mine", "path": str(benchmark)}]}
+    held = (prompt.upper(), "max(words, key=len)")
+    rows = deliver(*SAMPLES[:5], held, held)
+    dropped = curate(settings_for(screening={"contamination": checked}), instance, rows)
+    assert dropped.reasons_by_decision["contaminated"] == {"benchmark_prompt": 2}
+    decisions = table(settings_for(), "decisions")
+    assert decisions["explanation"][5] == (
+        "Contaminated: it holds 100% of the prompt of task T/1 of mine, among it: return the longest word of a "
+        "sentence of two that are equally long the one that comes first."
+    )
+    assert decisions["scores"].list.len().to_list() == [2] * 5 + [0, 0]
+    flagged = settings_for(screening={"contamination": checked | {"action": "flag"}})
+    summary = curate(flagged, instance, rows)
+    assert summary.rows_by_decision["contaminated"] == 0
+    screened = table(flagged, "screened_data")
+    assert screened["status"].to_list() == ["accepted"] * 6 + ["duplicate"]
+    assert (screened["reason"][5], screened["similarity"][5]) == ("benchmark_prompt", 1.0)
+    benchmark.unlink()
+    with pytest.raises(RunError, match=r"step screened_data: benchmark mine: .*tasks.jsonl cannot be read"):
+        curate(flagged, instance, rows)
+
+
+def test_a_longer_list_of_benchmarks_is_checked_for_the_new_one_only(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver, tmp_path: Path, monkeypatch: Any
+) -> None:
+    checked: list[str] = []
+    find = contamination.find
+    monkeypatch.setattr(
+        contamination, "find", lambda rows, benchmark, how: checked.append(benchmark.name) or find(rows, benchmark, how)
+    )
+    record = {"task_id": 1, "text": "Swap two integers in place.", "code": "a, b = b, a"}
+    sources = [
+        {"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", [record]))} for name in ("one", "two")
+    ]
+    driver.register(settings_for(), instance, "b1", [deliver(*SAMPLES[:5])], None)
+    for listed in (sources[:1], sources, sources):
+        settings = settings_for(screening={"contamination": {"benchmarks": listed}})
+        run_stages(settings, instance, "b1", "ingest_batch")
+    assert checked == ["one", "two"]
+    run_stages(
+        settings_for(screening={"contamination": {"benchmarks": sources, "ngram_words": 5}}),
+        instance,
+        "b1",
+        "ingest_batch",
+    )
+    assert checked == ["one", "two", "one", "two"]
+
+
+def test_a_gated_batch_is_not_scored_nor_published_and_is_mended_by_a_new_delivery(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, delivered)
+    new = [("What is a tuple?", "An immutable sequence."), ("And a set?", "No repetitions."), ("A dict?", "A map.")]
+    bad = deliver(*new, ("", "no query"), ("no answer", ""), name="bad.jsonl")
+    why = "2 of its 5 rows cannot be read, more than the share of 0.2"
+    with pytest.raises(RunError, match=rf"batch b2 was left out of the published dataset: gated .*{why}"):
+        curate(settings, instance, bad, batch="b2")
+    decisions = table(settings, "decisions", "b2")
+    assert decisions["decision"].to_list() == ["batch_gated"] * 5
+    assert decisions["explanation"][3].endswith("`query` is empty or only white space.")
+    assert _counted(instance, "b2", "strong")["pairs"] == 0
+    assert list(latest(settings)["excluded_batches"]) == ["b2"]
+    # A newer batch's rows are no duplicates of rows that are not published.
+    third = curate(settings, instance, deliver(*new, name="third.jsonl"), batch="b3")
+    assert third.rows_by_decision["duplicate"] == 0
+    mended = curate(settings, instance, deliver(("new", "row"), name="bad.jsonl"), batch="b2")
+    assert mended.rows_by_decision["batch_gated"] == 0
+    assert latest(settings)["excluded_batches"] == {}
+
+
+def test_a_batch_that_no_model_can_score_is_gated_after_scoring(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for()
+    driver.register(settings, instance, "b1", [delivered], None)
+    nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
+    reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
+    with pytest.raises(dg.Failure, match=r"no batch can be published; b1: gated \(too_few_scorable\)"):
+        run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime(**nothing, **reasons))
+    assert set(table(settings, "decisions")["decision"]) == {"batch_gated"}
+    assert set(table(settings, "decisions")["reason"]) == {"too_few_scorable"}
 
 
 def _counted(instance: dg.DagsterInstance, batch: str, role: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from qaq_pipeline.config import RecordSettings
 from qaq_pipeline.records import ANSWER_FIELDS, QUERY_FIELDS, UnreadableFileError, pair_id, read_file
 from qaq_pipeline.schema import RawData, RejectReason, Status, enforce
 
-CODE_ALPACA = Path(__file__).parents[2] / "shared" / "data" / "code_alpaca_2k.json"
 ALPACA = {"instruction": "Sort.", "input": "", "output": "sorted(x)"}
 ORIGIN = {"source": "unit", "language": "py"}
 PAIRS = [{"query": f"Q{number} \u2028\U0001f40d", "answer": f" A{number}\n", **ORIGIN} for number in range(3)]
@@ -372,9 +371,7 @@ def test_pair_id_tells_the_texts_apart_and_no_system_is_an_empty_one() -> None:
     assert frame["pair_id"].unique().to_list() == [pair_id(None, "Sort.", "sorted(x)")]
 
 
-def test_code_alpaca_2k() -> None:
-    if not CODE_ALPACA.exists():
-        pytest.skip("shared/data/code_alpaca_2k.json is not here")
-    frame = read(CODE_ALPACA.read_bytes())
+def test_code_alpaca_2k(code_alpaca: Path) -> None:
+    frame = read(code_alpaca.read_bytes())
     assert frame.height == 2017
     assert frame["reason"].drop_nulls().to_list() == ["empty_answer"] * 2

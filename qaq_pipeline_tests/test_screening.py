@@ -9,10 +9,10 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaq_pipeline.config import RecordSettings
+from qaq_pipeline.config import RecordSettings, ScreeningSettings
 from qaq_pipeline.records import read_file
 from qaq_pipeline.schema import ROW_KEY, RejectReason, ScreenedData, Status, enforce
-from qaq_pipeline.screening import screen
+from qaq_pipeline.screening import screen_alone
 from qaq_pipeline_tests.frames import pair_name, raw_rows, rejected
 
 SETTINGS = RecordSettings.model_validate({})
@@ -24,6 +24,10 @@ def pair(number: int, **changes: Any) -> dict[str, Any]:
 
 def at(file: str, row: int, number: int) -> dict[str, Any]:
     return pair(number, source_file=file, source_row=row)
+
+
+def screen(raw: pl.DataFrame) -> pl.DataFrame:
+    return screen_alone(raw, ScreeningSettings())
 
 
 def screened(raw: pl.DataFrame) -> dict[str, str | None]:
@@ -96,7 +100,7 @@ def test_the_system_text_matters_and_an_absent_one_is_an_empty_one() -> None:
         b'{"query": "q", "response": "a", "system": "Be brief."}',
     ]
     raw = read_file(b"\n".join(lines), "a.jsonl", "b1", SETTINGS)
-    assert screen(raw)["duplicate_of"].to_list() == [None, None, "b1/a.jsonl:1.0", None, "b1/a.jsonl:2.0"]
+    assert screen(raw)["duplicate_of"].to_list() == [None, None, "b1/a.jsonl:1.0", "b1/a.jsonl:1.0", "b1/a.jsonl:2.0"]
 
 
 def test_no_rows_are_no_rows() -> None:

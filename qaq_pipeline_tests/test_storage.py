@@ -149,7 +149,7 @@ def test_a_frame_that_does_not_fit_is_not_written(storage: Storage) -> None:
 
 
 def test_a_table_that_is_not_declared_is_refused_with_those_that_are(storage: Storage) -> None:
-    with pytest.raises(StorageError, match=r"'surprise' is no table; known: raw_data, screened_data"):
+    with pytest.raises(StorageError, match=r"'surprise' is no table; known: raw_data, signatures, screened_data"):
         storage.read_table("surprise", "b1")
 
 

@@ -50,8 +50,8 @@ PATIENCE_S = 180.0
 """For anything that starts a process; a page is given `PAGE_PATIENCE_MS`."""
 PAGE_PATIENCE_MS = 90_000
 VIEWPORT = (1500, 900)
-WIDE_VIEWPORT = (2600, 900)
-"""Below about 2300 pixels the eight nodes shrink to their names, and a long name is cut."""
+WIDE_VIEWPORT = (2900, 900)
+"""In a narrower one the nine nodes shrink to their names, and a long name is cut."""
 
 GROUPS = ["ingest", "scoring", "selection", "publication"]
 ASSETS = [asset for assets in STAGES.values() for asset in assets]

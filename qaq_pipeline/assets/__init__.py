@@ -1,4 +1,4 @@
-"""The eight assets, one module each, in the order in which they are made.
+"""The nine assets, one module each, in the order in which they are made.
 
 Each module has one function `build_<asset>(settings)`: an asset reads, calls one pure function, and reports. What
 an asset computes stands in the pure modules; how it is stored, in `storage` and `resources`.
@@ -14,6 +14,7 @@ from qaq_pipeline.assets.raw_data import build_raw_data
 from qaq_pipeline.assets.rmi_scores import build_rmi_scores
 from qaq_pipeline.assets.screened_data import build_screened_data
 from qaq_pipeline.assets.selected_subset import build_selected_subset
+from qaq_pipeline.assets.signatures import build_signatures
 from qaq_pipeline.config import Settings
 
 __all__ = ["build_assets"]
@@ -23,6 +24,7 @@ def build_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     """Fresh definitions of all assets, for the settings."""
     builders = (
         build_raw_data,
+        build_signatures,
         build_screened_data,
         build_logprobs,
         build_rmi_scores,

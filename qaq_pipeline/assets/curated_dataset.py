@@ -33,9 +33,8 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
         with storage.lock(publication.FOLDER):
             batches, excluded = publication.read_batches(storage, registered, settings)
             if not batches:
-                raise dg.Failure(
-                    f"curated_dataset: no batch is complete ({excluded or 'none is registered'})", allow_retries=False
-                )
+                why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
+                raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
             published = publication.publish(storage, settings, batches, excluded)
             storage.write_json(_sidecar(context, excluded), publication.FOLDER, "runs", f"{context.run.run_id}.json")
         return _result(context, published, excluded)

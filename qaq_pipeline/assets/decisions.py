@@ -3,15 +3,17 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import ledger, selection
+from qaq_pipeline import gates, ledger, selection
 from qaq_pipeline.assets.shared import (
     BATCHES,
     by_model,
     code_version,
     count_by,
     definition,
+    gate_metadata,
     provenance_of,
     require_inputs,
+    stored_gate,
     table_result,
 )
 from qaq_pipeline.config import Settings, settings_hash
@@ -29,7 +31,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         group_name="selection",
         kinds={"polars", "parquet"},
         partitions_def=BATCHES,
-        code_version=code_version(VERSION, settings.selections),
+        code_version=code_version(VERSION, settings.selections, settings.gates.min_scorable_share),
     )
     def decisions(
         context: dg.AssetExecutionContext,
@@ -42,6 +44,9 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         scores = {role: table.frame for role, table in rmi_scores.items()}
         candidates = selection.candidates(disagreement_scores.frame, scores)
         verdicts = selection.select_all(candidates, settings.selections, roles)
+        gate = gates.of_provenance(screened_data.provenance) or gates.after_scoring(scores, settings.gates)
+        if gate is not None:
+            context.log.warning("batch %s is gated: %s", context.partition_key, gate.sentence)
         inputs = {
             "raw_data": raw_data,
             "screened_data": screened_data,
@@ -51,6 +56,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         facts = {
             "settings_hash": settings_hash(settings.selections),
             "published_hash": settings_hash(settings.published),
+            **stored_gate(gate),
             "files": raw_data.provenance["files"],
             "models": {role: table.provenance["identity"] for role, table in rmi_scores.items()},
         }
@@ -62,6 +68,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             verdicts,
             settings.published,
             hash_json(provenance_of(context, inputs, **facts)),
+            gate,
         )
         _require_every_row(raw_data, frame.height)
         metadata = {
@@ -69,7 +76,8 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             "pool_size": _pool_size(verdicts, settings.published.name),
             "rows_by_decision": count_by(frame, "decision"),
             "rows_by_reason": count_by(frame, "reason"),
-            "selected_by_selection": count_by(verdicts.filter("is_selected"), "selection"),
+            "selected_by_selection": {} if gate else count_by(verdicts.filter("is_selected"), "selection"),
+            **gate_metadata(gate),
         }
         return table_result(context, frame, inputs, metadata, **facts)
 

@@ -6,7 +6,15 @@ from collections.abc import Callable
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.assets.shared import batch_by_model, code_version, count_by, definition, table_result
+from qaq_pipeline import gates
+from qaq_pipeline.assets.shared import (
+    batch_by_model,
+    code_version,
+    count_by,
+    definition,
+    gate_metadata,
+    table_result,
+)
 from qaq_pipeline.config import Settings
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import ModelRuntime, ScoredPairs, partition_parts
@@ -38,11 +46,15 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         screened_data: StoredTable,
     ) -> dg.MaterializeResult:
         batch, role = partition_parts(context.partition_key)
-        pairs = accepted_pairs(raw_data.frame, screened_data.frame)
+        gate = gates.of_provenance(screened_data.provenance)
+        if gate is not None:
+            context.log.warning("batch %s is not scored: %s", batch, gate.sentence)
+        pairs = [] if gate is not None else accepted_pairs(raw_data.frame, screened_data.frame)
         with storage.lock("logprobs", batch, role):
             scored = model_runtime.score(role, pairs, storage, _logger(context), _start_logger(context))
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
-        return table_result(context, scored.frame, inputs, _metadata(scored), **scored.provenance)
+        metadata = {**_metadata(scored), **gate_metadata(gate)}
+        return table_result(context, scored.frame, inputs, metadata, **scored.provenance)
 
     return logprobs
 

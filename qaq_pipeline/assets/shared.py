@@ -12,8 +12,9 @@ import dagster as dg
 import dataframely as dy
 import polars as pl
 
-from qaq_pipeline import schema
+from qaq_pipeline import gates, schema
 from qaq_pipeline.config import Settings, settings_hash
+from qaq_pipeline.gates import Gate
 from qaq_pipeline.resources import partition_parts
 from qaq_pipeline.storage import StoredTable
 
@@ -133,6 +134,16 @@ def require_inputs(
             f"materialise {name.partition('|')[0]} of this batch first (or `qaq run` the batch again)",
             allow_retries=False,
         )
+
+
+def stored_gate(gate: Gate | None) -> dict[str, Any]:
+    """A gate's verdict as part of a table's provenance; nothing where the batch passed."""
+    return {} if gate is None else {gates.PROVENANCE_KEY: gate.as_json()}
+
+
+def gate_metadata(gate: Gate | None) -> dict[str, str]:
+    """The verdict for people, in a materialisation's metadata."""
+    return {"gate": "passed" if gate is None else f"{gate.reason.value}: {gate.sentence}"}
 
 
 def by_model(name: str, tables: Mapping[str, StoredTable]) -> dict[str, StoredTable]:
