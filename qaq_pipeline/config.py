@@ -366,6 +366,16 @@ class ExportSettings(_Closed):
     )
 
 
+class PublicationSettings(_Closed):
+    """What becomes of published versions."""
+
+    keep_versions: int | None = Field(
+        None,
+        ge=1,
+        description="Versions whose files are kept, the newest ones; null: all. Manifests and differences always are.",
+    )
+
+
 class Settings(_Closed):
     """The whole file."""
 
@@ -386,6 +396,7 @@ class Settings(_Closed):
         description="Named selections; the first is published, and random controls of its size come with it.",
     )
     export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
+    publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="How the work is run.")
 
     _home: Path = PrivateAttr(default=Path("var"))

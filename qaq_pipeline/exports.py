@@ -29,8 +29,13 @@ def alpaca_json(rows: pl.DataFrame) -> bytes:
 
 def scores_parquet(decisions: pl.DataFrame) -> bytes:
     """Every input row's decision and scores, flat: joins on the row key or on pair_id."""
+    return parquet(flat_scores(decisions))
+
+
+def parquet(rows: pl.DataFrame) -> bytes:
+    """The rows as they are."""
     buffer = io.BytesIO()
-    flat_scores(decisions).write_parquet(buffer, compression="zstd")
+    rows.write_parquet(buffer, compression="zstd")
     return buffer.getvalue()
 
 

@@ -3,6 +3,9 @@
 Belongs here: what a version consists of. Does not belong here: the formats of the files, or when it is published.
 
     curated_dataset/<manifest hash>/manifest.json, scores.parquet, <selection>/<format's file>
+    curated_dataset/differences/<newer>_from_<older>.parquet   the rows that entered and left, and why
+    curated_dataset/history.json               the versions whose files are kept, the one published last at the end
+    curated_dataset/retired/<version>.json     manifests of versions whose files were not kept
     curated_dataset/latest.json                points to the newest version, and lists the batches left out
 
 The hash is taken of the manifest: equal content is one version, however often it is published.
@@ -11,6 +14,7 @@ The hash is taken of the manifest: equal content is one version, however often i
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +23,7 @@ import polars as pl
 
 from qaq_pipeline import exports, gates, ledger, schema
 from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
+from qaq_pipeline.schema import Change, Decision
 from qaq_pipeline.storage import Storage, StorageError, StoredTable, empty, hash_json
 
 FOLDER = "curated_dataset"
@@ -43,6 +48,13 @@ class Publication:
     manifest: dict[str, Any]
     url: str
     is_new: bool
+    """Whether its files were written now."""
+    previous: str | None = None
+    """The version that was the newest before, where it is another."""
+    difference: pl.DataFrame | None = None
+    """What is in and out since then, as Difference; None where there is no version before, or its files are gone."""
+    retired: tuple[str, ...] = ()
+    """Versions whose files were removed now."""
 
 
 def read_batches(
@@ -105,8 +117,80 @@ def publish(
         for name, data in files.items():
             storage.write_bytes(data, FOLDER, version, *name.split("/"))
         storage.write_json(manifest, FOLDER, version, "manifest.json")
+    previous = _latest(storage)
+    difference = None
+    if previous is not None and storage.exists(FOLDER, previous, "manifest.json"):
+        difference = _store_difference(storage, previous, version)
     storage.write_json({"version": version, "excluded_batches": excluded}, FOLDER, "latest.json")
-    return Publication(version, manifest, storage.url(FOLDER, version), is_new)
+    retired = _retire(storage, version, settings.publication.keep_versions)
+    return Publication(version, manifest, storage.url(FOLDER, version), is_new, previous, difference, retired)
+
+
+def _latest(storage: Storage) -> str | None:
+    return storage.read_json(FOLDER, "latest.json")["version"] if storage.exists(FOLDER, "latest.json") else None
+
+
+def _store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
+    before, after = (_read_scores(storage, version) for version in (older, newer))
+    found = difference(before, after)
+    if older != newer:
+        storage.write_bytes(exports.parquet(found), FOLDER, "differences", f"{newer}_from_{older}.parquet")
+    return found
+
+
+def _read_scores(storage: Storage, version: str) -> pl.DataFrame:
+    return pl.read_parquet(io.BytesIO(storage.read_bytes(FOLDER, version, "scores.parquet")), glob=False)
+
+
+def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
+    """The Difference of two versions, from their scores.parquet.
+
+    A row is the same where its place and its text are: of a row that was delivered anew with another text, the old one
+    left and the new one entered.
+    """
+    key = [*schema.ROW_KEY, "pair_id"]
+    old, new = (frame.select(*key, "decision", "reason").drop_nulls("pair_id") for frame in (before, after))
+    both = old.join(new, on=key, how="full", suffix="_after", coalesce=True)
+    was, is_now = (pl.col(name).eq_missing(Decision.SELECTED.value) for name in ("decision", "decision_after"))
+    batch_of = {"before": set(before["batch"]), "after": set(after["batch"])}
+    changed = both.filter(was != is_now)
+    change = (
+        pl.when(~pl.col("batch").is_in(batch_of["before"]))
+        .then(pl.lit(Change.BATCH_ENTERED.value))
+        .when(~pl.col("batch").is_in(batch_of["after"]))
+        .then(pl.lit(Change.BATCH_LEFT.value))
+        .when(pl.col("decision").is_null())
+        .then(pl.lit(Change.ROW_DELIVERED.value))
+        .when(pl.col("decision_after").is_null())
+        .then(pl.lit(Change.ROW_GONE.value))
+        .otherwise(pl.lit(Change.DECIDED_OTHERWISE.value))
+    )
+    return schema.enforce(
+        schema.Difference,
+        changed.select(
+            *key,
+            is_added=is_now,
+            change=change,
+            decision_before="decision",
+            reason_before="reason",
+            decision_after="decision_after",
+            reason_after="reason_after",
+        ).sort(key),
+    )
+
+
+def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]:
+    """Remove the files of the oldest versions, but for the newest `keep`; their manifests stay."""
+    history = storage.read_json(FOLDER, "history.json") if storage.exists(FOLDER, "history.json") else []
+    ordered = [*(known for known in history if known != version), version]
+    surplus = ordered[:-keep] if keep else []
+    for retired in surplus:
+        if storage.exists(FOLDER, retired, "manifest.json"):
+            manifest = storage.read_json(FOLDER, retired, "manifest.json")
+            storage.write_json(manifest, FOLDER, "retired", f"{retired}.json")
+            storage.remove_folder(FOLDER, retired)
+    storage.write_json(ordered[len(surplus) :], FOLDER, "history.json")
+    return tuple(surplus)
 
 
 def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:

@@ -458,6 +458,28 @@ class SelectedSubset(_RowKey):
     language = dy.String(nullable=True, description="As in raw_data.")
 
 
+class Change(StrEnum):
+    """Why a row is in one version of the dataset and not in the one before, or the other way round."""
+
+    BATCH_ENTERED = "batch_entered"
+    BATCH_LEFT = "batch_left"
+    ROW_DELIVERED = "row_delivered"
+    ROW_GONE = "row_gone"
+    DECIDED_OTHERWISE = "decided_otherwise"
+
+
+class Difference(_RowKey):
+    """The rows that one version of the published selection has and the other has not."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    is_added = dy.Bool(description="Whether the newer version has it; else the older one has.")
+    change = _closed(Change, description="Why.")
+    decision_before = dy.String(nullable=True, description="Its decision in the older version; null: not in it.")
+    reason_before = dy.String(nullable=True, description="The reason of that decision.")
+    decision_after = dy.String(nullable=True, description="Its decision in the newer version; null: not in it.")
+    reason_after = dy.String(nullable=True, description="The reason of that decision.")
+
+
 TABLES: dict[str, type[dy.Schema]] = {
     "raw_data": RawData,
     "signatures": Signatures,

@@ -167,6 +167,10 @@ class Storage:
         """Remove one file."""
         self._fs.rm_file(self.path(*parts))
 
+    def remove_folder(self, *parts: str) -> None:
+        """Remove a folder and what lies in it."""
+        self._fs.rm(self.path(*parts), recursive=True)
+
     def exists(self, *parts: str) -> bool:
         """Whether something is stored there."""
         return self._fs.exists(self.path(*parts))

@@ -271,3 +271,109 @@ def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) ->
         "decisions": 5,
         "selected_subset": 1,
     }
+
+
+# --- from one version to the next -----------------------------------------------------------------------------------
+
+
+def changes(published: Publication) -> list[tuple[Any, ...]]:
+    assert published.difference is not None
+    return published.difference.select(
+        "batch", "source_row", "is_added", "change", "decision_before", "decision_after"
+    ).rows()
+
+
+def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    first = publish_registered(storage, settings, "b1")
+    assert (first.previous, first.difference) == (None, None)
+    again = publish_registered(storage, settings, "b1")
+    assert (again.previous, changes(again)) == (first.version, [])
+    assert not storage.exists(publication.FOLDER, "differences")
+
+
+def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings, "b1")
+    first = publish_registered(storage, settings, "b1")
+    store_batch(storage, settings, "b2", queries=("e", "f", "g", "h"))
+    second = publish_registered(storage, settings, "b1", "b2")
+    assert changes(second) == [("b2", 4, True, "batch_entered", None, "selected")]
+    third = publish_registered(storage, settings, "b2")
+    assert changes(third) == [("b1", 4, False, "batch_left", "selected", None)]
+    stored = f"{third.version}_from_{second.version}.parquet"
+    data = storage.read_bytes(publication.FOLDER, "differences", stored)
+    assert third.difference is not None
+    assert third.difference.equals(pl.read_parquet(data))
+    assert first.version != third.version
+
+
+def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reasons(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    publish_registered(storage, settings, "b1")
+    half = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    store_batch(storage, half)
+    second = publish_registered(storage, half, "b1")
+    assert changes(second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]
+    assert second.difference is not None
+    (row,) = second.difference.iter_rows(named=True)
+    assert (row["reason_before"], row["reason_after"]) == ("below_cut", "within_budget")
+
+
+def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
+    """Of scores.parquet what a difference reads: batch, row, pair, decision."""
+    return pl.DataFrame(
+        [
+            {"batch": b, "source_file": "a", "source_row": n, "turn_index": 0, "pair_id": pair * 32, "decision": d}
+            for b, n, pair, d in rows
+        ],
+        schema_overrides={"source_row": pl.Int64, "turn_index": pl.Int64},
+    ).with_columns(reason=pl.lit("why"))
+
+
+def test_a_row_delivered_anew_with_another_text_left_and_entered() -> None:
+    before = decided(("b1", 1, "a", "selected"), ("b1", 2, "b", "selected"), ("b1", 3, "c", "selected"))
+    after = decided(("b1", 1, "a", "selected"), ("b1", 2, "d", "selected"), ("b1", 3, "c", "duplicate"))
+    found = publication.difference(before, after)
+    assert found.select("source_row", "pair_id", "is_added", "change").rows() == [
+        (2, "b" * 32, False, "row_gone"),
+        (2, "d" * 32, True, "row_delivered"),
+        (3, "c" * 32, False, "decided_otherwise"),
+    ]
+    assert publication.difference(after, before)["is_added"].to_list() == [True, False, True]
+
+
+def test_rows_that_no_version_selects_are_no_difference() -> None:
+    before = decided(("b1", 1, "a", "not_selected"), ("b1", 2, "b", "selected"))
+    after = decided(("b1", 1, "a", "duplicate"), ("b1", 2, "b", "selected"), ("b2", 1, "c", "not_selected"))
+    assert publication.difference(before, after).is_empty()
+
+
+def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "publication: {keep_versions: 2}")
+    published = []
+    for last in ("x", "y", "z"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        published.append(publish_registered(storage, settings, "b1"))
+    first, second, third = (one.version for one in published)
+    assert published[2].retired == (first,)
+    assert not storage.exists(publication.FOLDER, first)
+    assert storage.read_json(publication.FOLDER, "retired", f"{first}.json") == published[0].manifest
+    assert all(storage.exists(publication.FOLDER, version, "scores.parquet") for version in (second, third))
+    # The content of the retired one comes back: its files are written again, and the oldest of the others goes.
+    store_batch(storage, settings, queries=("a", "b", "c", "x"))
+    back = publish_registered(storage, settings, "b1")
+    assert (back.version, back.is_new, back.retired) == (first, True, (second,))
+    assert storage.read_json(publication.FOLDER, "history.json") == [third, first]
+    assert back.previous == third
+
+
+def test_without_a_limit_every_version_keeps_its_files(storage: Storage, settings: Settings) -> None:
+    for last in ("x", "y", "z"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        assert publish_registered(storage, settings, "b1").retired == ()
+    history = storage.read_json(publication.FOLDER, "history.json")
+    assert [storage.exists(publication.FOLDER, version, "manifest.json") for version in history] == [True] * 3

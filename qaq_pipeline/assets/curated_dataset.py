@@ -1,6 +1,7 @@
 """The asset curated_dataset: all batches' selections, published as one version."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import dagster as dg
 
@@ -26,7 +27,7 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
         owners=OWNERS,
         group_name="publication",
         kinds={"json", "parquet"},
-        code_version=code_version(VERSION, settings.published, settings.export),
+        code_version=code_version(VERSION, settings.published, settings.export, settings.publication),
     )
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
@@ -56,6 +57,8 @@ def _result(
 ) -> dg.MaterializeResult:
     if not published.is_new:
         context.log.info("version %s was published before; nothing is written anew", published.version)
+    for version in published.retired:
+        context.log.info("version %s: its files were removed, its manifest is kept in retired/", version)
     entries = published.manifest["batches"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(published.version),
@@ -67,6 +70,21 @@ def _result(
             "rows_in": sum(entry["rows_in"] for entry in entries),
             "batches": [entry["batch"] for entry in entries],
             "excluded_batches": excluded,
+            **_difference_metadata(published),
             "manifest": dg.JsonMetadataValue(published.manifest),
         },
     )
+
+
+def _difference_metadata(published: Publication) -> dict[str, Any]:
+    """What entered and left since the version before, counted by cause."""
+    found = published.difference
+    if found is None:
+        return {}
+    counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
+    return {
+        "previous_version": published.previous,
+        "rows_entered": int(found["is_added"].sum()),
+        "rows_left": int((~found["is_added"]).sum()),
+        "changes": {f"{'entered' if added else 'left'}: {why}": n for added, why, n in counts.iter_rows()},
+    }
