@@ -84,14 +84,19 @@ def load_benchmark(name: str, path: str) -> Benchmark:
 
 def _records(data: bytes, name: str) -> list[Any]:
     try:
-        text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8")
+        text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise BenchmarkError(
             f"benchmark {name}: cannot be read ({error}); expected JSONL or a JSON array, perhaps gzipped"
         ) from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that can be stored: one with a lone surrogate cannot."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _task(record: Any, number: int, name: str) -> Task:
@@ -99,7 +104,7 @@ def _task(record: Any, number: int, name: str) -> Task:
     for expected, read in _FORMATS.values():
         if expected <= keys:
             task = read(record)
-            if all(isinstance(text, str) for text in (task.prompt, task.solution or "")):
+            if all(map(_is_text, (task.prompt, task.solution or ""))):
                 return task
     known = "; ".join(f"{name}: {', '.join(sorted(expected))}" for name, (expected, _) in _FORMATS.items())
     raise BenchmarkError(

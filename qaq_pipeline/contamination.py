@@ -4,8 +4,9 @@ Belongs here: which rows hold a task's prompt or solution, and the evidence. Doe
 benchmark files (`benchmarks`), or what becomes of such a row (`screening`).
 
 A row holds a text of a task where at least `min_share` of the text's distinct word n-grams stand in its query and
-answer: a measure of containment, so neither the row's length nor a light edit hides it. A solution is found as well
-where it stands in the row word for word (white space aside), if it is long enough to be its own and not a trivial body.
+answer, and three of them if it has so many: a measure of containment, so neither the row's length nor a light edit
+hides it. A prompt too short for n-grams is found where its words stand in the row one after another; a solution as well
+where it stands there word for word, white space aside, if it is long enough to be its own and not a trivial body.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from qaq_pipeline.benchmarks import Benchmark
 from qaq_pipeline.config import ContaminationSettings
 from qaq_pipeline.schema import ContaminationReason
 
-VERSION = "1"
+VERSION = "2"
+_MIN_NGRAMS = 3
+_MIN_PROMPT_WORDS = 5
 _ROWS_AT_ONCE = 10_000
 _EVIDENCE_CHARACTERS = 200
 
@@ -86,7 +89,9 @@ class _Index:
 
 def _find(rows: pl.DataFrame, parts: list[_Part], index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
     text = rows.select(pl.concat_str("query", "answer", separator="\n")).to_series()
-    hits = pl.concat([_by_ngrams(text, index, settings), _by_solution(text, parts, settings)])
+    by_words = _verbatim(_in_words(text), _short_prompts(parts, settings))
+    by_solution = _verbatim(text.str.replace_all(r"\s+", " "), _long_solutions(parts, settings))
+    hits = pl.concat([_by_ngrams(text, index, settings), by_words, by_solution])
     best = hits.sort("row", "share", "part", descending=[False, True, False]).unique(
         "row", keep="first", maintain_order=True
     )
@@ -119,8 +124,9 @@ def _by_ngrams(text: pl.Series, index: _Index, settings: ContaminationSettings) 
     )
     held = of_rows.join(index.grams, on="gram")
     shares = held.group_by("row", "part").agg(pl.col("gram").n_unique().alias("num"), pl.col("place").sort())
-    hits = shares.with_columns(share=pl.col("num") / pl.Series(index.sizes).gather(shares["part"])).filter(
-        pl.col("share") >= settings.min_share
+    sizes = pl.Series(index.sizes).gather(shares["part"])
+    hits = shares.with_columns(share=pl.col("num") / sizes).filter(
+        (pl.col("share") >= settings.min_share) & ((pl.col("num") >= _MIN_NGRAMS) | (pl.col("num") == sizes))
     )
     matched = [
         _longest_run(found[row].to_list(), places, settings.ngram_words)
@@ -139,25 +145,48 @@ def _longest_run(found: list[str], places: list[int], ngram_words: int) -> str:
     return " ".join(found[longest[0] : longest[-1] + ngram_words])[:_EVIDENCE_CHARACTERS]
 
 
-def _by_solution(text: pl.Series, parts: list[_Part], settings: ContaminationSettings) -> pl.DataFrame:
-    """Rows in which a solution stands word for word."""
-    long_enough = {
+def _in_words(text: pl.Series) -> pl.Series:
+    """The words of each text with one space between them, and around them all."""
+    return pl.select(" " + pl.lit(shingles.words(text)).list.join(" ") + " ").to_series()
+
+
+def _short_prompts(parts: list[_Part], settings: ContaminationSettings) -> dict[str, int]:
+    """The prompts that are too short for n-grams but no mere phrase, by their words."""
+    texts = pl.Series([part.text for part in parts], dtype=pl.String)
+    lengths, in_words = shingles.words(texts).list.len().to_list(), _in_words(texts).to_list()
+    return {
+        in_words[number]: number
+        for number, part in enumerate(parts)
+        if part.reason is ContaminationReason.BENCHMARK_PROMPT
+        and _MIN_PROMPT_WORDS <= lengths[number] < settings.ngram_words
+    }
+
+
+def _long_solutions(parts: list[_Part], settings: ContaminationSettings) -> dict[str, int]:
+    """The solutions that are long enough to be looked for word for word, with every run of white space one space."""
+    lengths = shingles.words(pl.Series([part.text for part in parts], dtype=pl.String)).list.len().to_list()
+    return {
         _plain(part.text): number
         for number, part in enumerate(parts)
-        if part.reason is ContaminationReason.BENCHMARK_SOLUTION
-        and len(shingles.words(pl.Series([part.text]))[0]) >= settings.min_solution_words
+        if part.reason is ContaminationReason.BENCHMARK_SOLUTION and lengths[number] >= settings.min_solution_words
     }
-    if not long_enough:
+
+
+def _verbatim(texts: pl.Series, wanted: dict[str, int]) -> pl.DataFrame:
+    """Rows in which a wanted text stands as it is."""
+    if not wanted:
         return pl.DataFrame(schema=_HIT)
-    plain = text.str.replace_all(r"\s+", " ").alias("text").to_frame().with_row_index("row")
     return (
-        plain.select("row", matched=pl.col("text").str.extract_many(list(long_enough), overlapping=True))
+        texts.alias("text")
+        .to_frame()
+        .with_row_index("row")
+        .select("row", matched=pl.col("text").str.extract_many(list(wanted), overlapping=True))
         .explode("matched", empty_as_null=False)
         .unique(maintain_order=True)
         .select(
             pl.col("row").cast(pl.Int64),
-            pl.col("matched").replace_strict(long_enough, return_dtype=pl.Int64).alias("part"),
+            pl.col("matched").replace_strict(wanted, return_dtype=pl.Int64).alias("part"),
             pl.lit(1.0).alias("share"),
-            pl.col("matched").str.slice(0, _EVIDENCE_CHARACTERS).alias("matched_text"),
+            pl.col("matched").str.strip_chars().str.slice(0, _EVIDENCE_CHARACTERS).alias("matched_text"),
         )
     )

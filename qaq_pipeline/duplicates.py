@@ -6,7 +6,9 @@ others at all (`screening`), or what a word is (`shingles`).
 Near: by the sets of word 5-grams over query and answer, under an equal system text. MinHash bands find the candidates
 (Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4), and their exact
 Jaccard similarity decides: a false candidate costs time, never a row. A pair of similarity s is a candidate with
-probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5.
+probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5. A band that 32 rows share, all
+of them standing for themselves, is of a template's words, and finds no candidate any more: of a batch with one template
+that is most of every row, a pair is found by the bands that hold words of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SIGNATURE_VERSION = "1"
 """Of all that makes a signature, rensa's algorithm included; signatures of two versions are not compared."""
 _SEED = 5
 _ROWS_AT_ONCE = 10_000
-_SEPARATOR = "\x1f"
+_MAX_STANDING = 32
+"""Rows of one band, at most, that a row is compared with: more share it only where it is of a template's words."""
 
 Texts = Callable[[pl.DataFrame], pl.Series]
 """From the keys of some rows to the text of each, as `near_text` makes it."""
@@ -51,8 +54,8 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
         pl.col(part).fill_null("").str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
         for part in ("system", "query", "answer")
     ]
-    contents, systems = accepted.select(pl.concat_str(parts, separator=_SEPARATOR).alias("content"), parts[0])
-    hashes = [hashlib.blake2b(content.encode(), digest_size=16).hexdigest() for content in contents]
+    normal = accepted.select(parts)
+    systems, hashes = normal["system"], [_hash_content(*content) for content in normal.iter_rows()]
     salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
     bands = _bands(_ngrams(accepted.select(near_text()).to_series()), salts)
     return accepted.select(
@@ -63,8 +66,13 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def _hash_content(system: str, query: str, answer: str) -> str:
+    content = f"{len(system)} {len(query)} {system}{query}{answer}"
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
 def _ngrams(texts: pl.Series) -> shingles.Ragged:
-    return shingles.ngrams(shingles.hash_words(shingles.words(texts)), NGRAM_WORDS)
+    return shingles.ngrams(shingles.hash_words(shingles.words(texts, shingles.WORD_OR_SYMBOL)), NGRAM_WORDS)
 
 
 def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
@@ -152,19 +160,21 @@ def _duplicate(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) ->
 
 def _near(rows: pl.DataFrame, num_older: int, texts: Texts, threshold: float) -> dict[int, tuple[int, float]]:
     """For each own row that is near an earlier one: that row's order, and the similarity."""
-    shared = _shared_bands(rows, num_older)
-    ngrams_of = _ngram_sets(rows.join(shared.select("order"), on="order", how="semi"), texts)
+    in_common = _shared_bands(rows, num_older)
+    ngrams_of = _ngram_sets(rows.join(in_common.select("order"), on="order", how="semi"), texts)
     standing: dict[int, list[int]] = {}
     found: dict[int, tuple[int, float]] = {}
-    for order, bands in shared.iter_rows():
+    for order, bands in in_common.iter_rows():
         if order >= num_older:
-            candidates = sorted({earlier for band in bands for earlier in standing.get(band, ())})
+            shared = (standing.get(band, ()) for band in bands)
+            candidates = sorted({earlier for others in shared if len(others) < _MAX_STANDING for earlier in others})
             near = _first_near(ngrams_of[order], candidates, ngrams_of, threshold)
             if near is not None:
                 found[order] = near
                 continue
         for band in bands:
-            standing.setdefault(band, []).append(order)
+            if len(rows_of := standing.setdefault(band, [])) < _MAX_STANDING:
+                rows_of.append(order)
     return found
 
 

@@ -45,7 +45,7 @@ def before_scoring(screened: pl.DataFrame, settings: GateSettings) -> Gate | Non
         return Gate(GateReason.EMPTY_BATCH, "it has no row; deliver it again with some")
     rejected = screened.filter(pl.col("status") == Status.REJECTED.value).height
     limit = settings.max_rejected_share
-    if limit is not None and rejected > limit * screened.height:
+    if limit is not None and rejected / screened.height > limit:
         return Gate(
             GateReason.TOO_MANY_REJECTED,
             f"{rejected} of its {screened.height} rows cannot be read, more than the share of {limit:g} "
@@ -62,7 +62,7 @@ def after_scoring(scores: Mapping[str, pl.DataFrame], settings: GateSettings) ->
         return None
     for role, frame in sorted(scores.items()):
         scorable = frame.select((pl.col("rmi").is_not_null() | pl.col("ifd_ppl").is_not_null()).sum()).item()
-        if scorable < limit * num_pairs:
+        if scorable / num_pairs < limit:
             return Gate(
                 GateReason.TOO_FEW_SCORABLE,
                 f"the {role} model could score {scorable} of its {num_pairs} pairs, less than the share of {limit:g} "

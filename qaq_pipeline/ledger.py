@@ -66,7 +66,9 @@ def decide(
     decided = rows.with_columns(
         reason=pl.when(_is(Decision.UNSCORABLE))
         .then(_null_reason())
-        .otherwise(pl.coalesce("reason", "verdict_reason")),
+        .when(pl.col("status") == Status.ACCEPTED.value)
+        .then("verdict_reason")
+        .otherwise("reason"),
         scores=pl.col("scores").fill_null([]),
         verdicts=pl.when(pl.col("status") == Status.ACCEPTED.value).then("verdicts").fill_null([]),
         provenance_id=pl.lit(provenance_id),
@@ -164,9 +166,10 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
         return f"Contaminated: it holds {row['evidence']}."
     if decision is Decision.DUPLICATE:
         return f"Duplicate of {row['duplicate_of']}, which stands for this pair: {row['evidence']}."
+    flag = f" Flagged: it holds {row['evidence']}." if row["evidence"] else ""
     if decision is Decision.UNSCORABLE:
-        return f"Not scorable: {_why_unscorable(row)}. It is in no stratum and cannot be selected."
-    return f"{_ranks(row)} {_verdict(row, published)}"
+        return f"Not scorable: {_why_unscorable(row)}. It is in no stratum and cannot be selected.{flag}"
+    return f"{_ranks(row)} {_verdict(row, published)}{flag}"
 
 
 def _why_unscorable(row: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class BatchTables:
 
     batch: str
     raw_data: StoredTable
+    screened_data: StoredTable
     decisions: StoredTable
     selected_subset: StoredTable
 
@@ -62,10 +63,12 @@ def read_batches(
 ) -> tuple[list[BatchTables], dict[str, str]]:
     """The batches that are complete and consistent, and for every other registered one why it is left out."""
     included, excluded = [], {}
+    order = storage.batches_in_order()
+    standing = standing_batches(storage, order, set(registered))
     for batch in sorted(registered):
         try:
             tables = _read_batch(storage, batch)
-            fault = _inconsistency(tables, settings)
+            fault = _inconsistency(tables, settings) or _screened_otherwise(tables, order, standing)
         except ValueError as error:  # A name that the UI let pass, or a StorageError.
             excluded[batch] = str(error)
             continue
@@ -77,7 +80,7 @@ def read_batches(
 
 
 def _read_batch(storage: Storage, batch: str) -> BatchTables:
-    names = ("raw_data", "decisions", "selected_subset")
+    names = ("raw_data", "screened_data", "decisions", "selected_subset")
     missing = [name for name in names if not storage.has_table(name, batch)]
     if missing:
         raise StorageError(f"not materialised: {', '.join(missing)}")
@@ -95,9 +98,55 @@ def _inconsistency(tables: BatchTables, settings: Settings) -> str | None:
         return f"decided under other settings of {settings.published.name}; materialise decisions"
     if made_of["inputs"]["decisions"] != tables.decisions.data_version:
         return "selected_subset is older than decisions; materialise it"
-    if tables.decisions.provenance["inputs"]["raw_data"] != tables.raw_data.data_version:
-        return "decisions are older than raw_data; materialise the batch"
+    for name, table in (("raw_data", tables.raw_data), ("screened_data", tables.screened_data)):
+        if tables.decisions.provenance["inputs"][name] != table.data_version:
+            return f"decisions are older than {name}; materialise the batch"
     return None
+
+
+def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[str]) -> dict[str, str]:
+    """Of these batches those whose rows may stand for others, with the data version of their screened_data.
+
+    They are registered, their tables up to the screening go together, and neither screening nor scoring gated them.
+    """
+    found = {}
+    for batch in batches:
+        if batch not in registered:
+            continue
+        try:
+            signed, screened = (storage.read_table(name, batch) for name in ("signatures", "screened_data"))
+            decisions = storage.read_table("decisions", batch) if storage.has_table("decisions", batch) else None
+        except StorageError:
+            continue
+        is_current = screened.provenance["inputs"] == {
+            "raw_data": storage.table_version("raw_data", batch),
+            "signatures": signed.data_version,
+        }
+        gated = [gates.of_provenance(screened.provenance)]
+        if decisions is not None and decisions.provenance["inputs"]["screened_data"] == screened.data_version:
+            gated.append(gates.of_provenance(decisions.provenance))
+        if is_current and not any(gated):
+            found[batch] = screened.data_version
+    return found
+
+
+def _screened_otherwise(tables: BatchTables, order: Sequence[str], standing: Mapping[str, str]) -> str | None:
+    """Whether a batch's duplicates were looked for in other older batches than those that stand now.
+
+    Otherwise rows could be published twice, or nowhere: the row that stood for them is gone.
+    """
+    made_of = tables.screened_data.provenance
+    if not made_of["across_batches"] or tables.batch not in order:
+        return None
+    before = order[: order.index(tables.batch)]
+    now = {batch: standing[batch] for batch in before if batch in standing}
+    differing = sorted(set(now.items()) ^ set(made_of["compared_with"].items()))
+    if not differing:
+        return None
+    names = ", ".join(sorted({batch for batch, _ in differing}))
+    return (
+        f"screened against another state of batch {names}; materialise screened_data and what follows, or `qaq run` it"
+    )
 
 
 def publish(

@@ -256,6 +256,9 @@ class ScreenedData(_RowKey):
     evidence = dy.String(
         nullable=True, description="What the verdict rests on, in words; null where accepted and not flagged."
     )
+    batch_gate = _closed(
+        GateReason, nullable=True, description="Why no row of the batch is scored, the same in all; null: it passed."
+    )
 
     @dy.rule()
     def duplicate_names_its_row(cls) -> pl.Expr:

@@ -29,7 +29,7 @@ def screen(
     texts: Texts,
     settings: ScreeningSettings,
 ) -> pl.DataFrame:
-    """The ScreenedData of a batch, in key order.
+    """The ScreenedData of a batch, in key order; `batch_gate` is null.
 
     Args:
         raw: RawData.
@@ -42,7 +42,14 @@ def screen(
     held = _held(contamination)
     is_dropped = settings.contamination.action == "drop"
     own = signatures.join(held, on=schema.ROW_KEY, how="anti") if is_dropped else signatures
-    twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold)
+    twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold).join(
+        held.select(*schema.ROW_KEY, flagged="evidence"), on=schema.ROW_KEY, how="left", validate="1:1"
+    )
+    twins = twins.with_columns(
+        evidence=pl.concat_str(
+            "evidence", pl.format("flagged: it holds {}", "flagged"), separator="; ", ignore_nulls=True
+        )
+    )
     rejected = raw.select(*schema.ROW_KEY, "pair_id", "status", "reason", evidence="detail")
     found = [
         (twins, Status.DUPLICATE),
@@ -66,6 +73,7 @@ def screen(
         status=pl.coalesce("verdict", "status"),
         reason=pl.coalesce("reason_found", "reason"),
         evidence=pl.coalesce("evidence_found", "evidence"),
+        batch_gate=pl.lit(None, pl.String),
     )
     return screened.sort(schema.ROW_KEY).select(list(dtypes(schema.ScreenedData)))
 
@@ -79,7 +87,14 @@ def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame
 def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
     """The texts of rows of these batches' RawData."""
     texts = pl.concat([raw.select(*schema.ROW_KEY, duplicates.near_text().alias("text")) for raw in raws])
-    return lambda rows: rows.join(texts, on=schema.ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
+
+    def of_rows(rows: pl.DataFrame) -> pl.Series:
+        found = rows.join(texts, on=schema.ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
+        if found.null_count():
+            raise ValueError(f"{found.null_count()} rows to compare are not in raw_data; screen the batch again")
+        return found
+
+    return of_rows
 
 
 def _held(contamination: pl.DataFrame) -> pl.DataFrame:

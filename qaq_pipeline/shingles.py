@@ -17,8 +17,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-WORD = r"[\p{L}\p{M}\p{N}_]+"
+WORD = r"[\p{L}\p{N}_][\p{L}\p{M}\p{N}_]*"
 """A word: a run of letters, digits and underscores of any script, in lower case after NFKC."""
+WORD_OR_SYMBOL = WORD + r"|[^\s\p{L}\p{N}_]\p{M}*"
+"""A word, or a single symbol: `a > b` and `a < b` are not the same words."""
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
@@ -47,10 +49,10 @@ class Ragged:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
 
-def words(texts: pl.Series) -> pl.Series:
+def words(texts: pl.Series, pattern: str = WORD) -> pl.Series:
     """The words of each text, in order."""
     frame = texts.alias("text").to_frame()
-    return frame.select(pl.col("text").str.normalize("NFKC").str.to_lowercase().str.extract_all(WORD)).to_series()
+    return frame.select(pl.col("text").str.normalize("NFKC").str.to_lowercase().str.extract_all(pattern)).to_series()
 
 
 def hash_words(found: pl.Series) -> Ragged:

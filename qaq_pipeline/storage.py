@@ -5,7 +5,7 @@ Does not belong here: what the tables mean, or when they are made.
 
     <root>/deliveries/<batch>/<hash>/<file>       immutable copy of what was delivered; current.json points to it
     <root>/<table>/<batch>[/<model>]/table.parquet
-    <root>/screened_data/order.json               the batches in the order in which they were first screened
+    <root>/batch_order.json                       the batches in the order in which they were first screened
     <root>/contamination/<batch>/<key>.parquet    what was found of one benchmark
     <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed; set_aside/ holds what is no shard
     <root>/curated_dataset/<manifest hash>/…       written once each; latest.json points to the newest
@@ -48,7 +48,7 @@ _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 _NO_SHARD = (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError)
 """What reading a shard raises where the file is none, or was changed."""
 _TABLE_FILE = "table.parquet"
-_ORDER = ("screened_data", "order.json")
+_ORDER = ("batch_order.json",)
 
 
 class StorageError(ValueError):
@@ -218,6 +218,16 @@ class Storage:
             raise StorageError(f"{self.url(*parts)}: changed since it was written; materialise it anew")
         return table
 
+    def table_version(self, name: str, *partition: str) -> str | None:
+        """Data version of a stored table, by its footer alone; None where there is none, or none that can be read."""
+        parts = _table_path(name, partition)
+        try:
+            return json.loads(pl.read_parquet_metadata(io.BytesIO(self.read_bytes(*parts)))[_FOOTER_KEY])[
+                "data_version"
+            ]
+        except (*_UNREADABLE, KeyError, TypeError, ValueError):
+            return None
+
     def has_table(self, name: str, *partition: str) -> bool:
         """Whether the partition of the table is stored."""
         return self.exists(*_table_path(name, partition))
@@ -269,19 +279,28 @@ class Storage:
         return self.read_json(*_ORDER) if self.exists(*_ORDER) else []
 
     def batches_before(self, batch: str) -> list[str]:
-        """The batches screened before this one, which takes its place for good. Call it under a lock."""
+        """The batches screened before this one: all, where it has no place yet."""
+        known = self.batches_in_order()
+        return known[: known.index(batch)] if batch in known else known
+
+    def take_place(self, batch: str) -> None:
+        """Give a batch that was screened its place in the order, for good. Call it under a lock."""
         known = self.batches_in_order()
         if batch not in known:
             self.write_json([*known, check_batch_name(batch)], *_ORDER)
-            return known
-        return known[: known.index(batch)]
 
     # --- what was found of benchmarks --------------------------------------------------------------------------
 
     def read_contamination(self, batch: str, key: str) -> pl.DataFrame | None:
         """What was found under that key, or None."""
         parts = ("contamination", check_batch_name(batch), f"{key}.parquet")
-        return _read_parquet(self.read_bytes(*parts)) if self.exists(*parts) else None
+        if not self.exists(*parts):
+            return None
+        try:
+            return schema.enforce(schema.Contamination, _read_parquet(self.read_bytes(*parts)))
+        except (*_UNREADABLE, schema.TableError) as error:
+            logger.warning("%s: cannot be read (%s); the batch is checked again", self.url(*parts), error)
+            return None
 
     def write_contamination(self, found: pl.DataFrame, batch: str, key: str) -> None:
         """Keep what was found, so that a longer list of benchmarks is checked for the new ones only."""

@@ -123,15 +123,18 @@ def store_batch(
     verdicts = selection.select_all(candidates, settings.selections, ["strong", "weak"])
     files = {source_file: hashlib.sha256(repr(queries).encode()).hexdigest()}
     raw_data = StoredTable(raw, {"files": files})
+    screened = StoredTable(
+        screen_alone(raw, settings.screening), {"inputs": {}, "across_batches": False, "compared_with": {}}
+    )
     made_of = {
-        "inputs": {"raw_data": raw_data.data_version},
+        "inputs": {"raw_data": raw_data.data_version, "screened_data": screened.data_version},
         "models": {role: dataclasses.asdict(IDENTITY) for role in scores},
         "settings_hash": settings_hash(settings.selections),
         "published_hash": settings_hash(settings.published),
     }
     frame = ledger.decide(
         raw,
-        screen_alone(raw, settings.screening),
+        screened.frame,
         scores,
         disagreement,
         verdicts,
@@ -139,6 +142,7 @@ def store_batch(
         hash_json(made_of),
     )
     storage.write_table(raw_data, "raw_data", batch)
+    storage.write_table(screened, "screened_data", batch)
     storage.write_table(StoredTable(frame, made_of), "decisions", batch)
     store_selection(storage, settings, batch)
 

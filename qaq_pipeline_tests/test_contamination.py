@@ -127,6 +127,25 @@ def test_a_solution_is_found_word_for_word_or_by_its_word_sequences(
     assert hits == ({1: ("t/1", "benchmark_solution")} if is_found else {})
 
 
+def test_a_short_prompt_is_found_by_all_its_words_and_a_phrase_is_not() -> None:
+    tasks = (Task("t/1", "Find the nth tetrahedral number.", None), Task("t/2", "Sort a list.", None))
+    rows = pairs(
+        ("Write a function to find the Nth tetrahedral number!", "def f(n): ..."),
+        ("Find the nth tetrahedral numbers", "x"),
+        ("Sort a list.", "sorted(a)"),
+    )
+    assert found(rows, Benchmark("mine", "0", tasks)) == {1: ("t/1", "benchmark_prompt")}
+
+
+def test_one_sequence_in_common_is_not_enough_where_the_prompt_has_more() -> None:
+    task = Task("t/1", "Write a python function to check whether the given number is even or odd.", None)
+    rows = pairs(
+        ("Write a Python function to check whether the given number is prime, with tests.", "def is_prime(n): ..."),
+        (task.prompt, "n % 2"),
+    )
+    assert found(rows, Benchmark("mine", "0", (task,))) == {2: ("t/1", "benchmark_prompt")}
+
+
 def test_a_row_without_any_task_is_left_alone_and_no_rows_are_none(human_eval: Benchmark) -> None:
     assert found(pairs(("What is a monad?", "A burrito.")), human_eval) == {}
     assert found(raw_rows(), human_eval) == {}
@@ -150,7 +169,7 @@ RECORDS: dict[str, tuple[dict[str, Any], Task]] = {
 def test_every_format_is_read_as_lines_as_an_array_and_gzipped(name: str, tmp_path: Path) -> None:
     record, task = RECORDS[name]
     lines, array = json.dumps(record) + "\n\n", json.dumps([record])
-    for data in (lines.encode(), array.encode(), gzip.compress(lines.encode())):
+    for data in (lines.encode(), array.encode(), gzip.compress(lines.encode()), b"\xef\xbb\xbf" + lines.encode()):
         (tmp_path / "tasks").write_bytes(data)
         assert load_benchmark("mine", str(tmp_path / "tasks")).tasks == (task,)
 
@@ -163,6 +182,8 @@ def test_every_format_is_read_as_lines_as_an_array_and_gzipped(name: str, tmp_pa
         (b"\x1f\x8b\x00", "cannot be read"),
         (b"\xff", "cannot be read"),
         (b'{"question": "q"}', r"record 1: of no known format \(its keys: \['question'\]\)"),
+        (b"[" * 100_000, "cannot be read"),
+        (b'[{"task_id": 1, "text": "\\ud800", "code": "c"}]', "record 1"),
         (b"[1]", r"record 1: of no known format \(its keys: \[\]\)"),
         (b'[{"task_id": 1, "text": "t", "code": null}, {"task_id": 1, "text": 3, "code": "c"}]', "record 2"),
     ],
@@ -170,6 +191,11 @@ def test_every_format_is_read_as_lines_as_an_array_and_gzipped(name: str, tmp_pa
 def test_a_file_that_is_no_benchmark_is_refused_with_its_name(data: bytes, said: str) -> None:
     with pytest.raises(BenchmarkError, match=f"benchmark mine.*{said}"):
         read_benchmark(data, "mine")
+
+
+def test_a_line_separator_inside_a_text_ends_no_record() -> None:
+    data = '{"task_id": 1, "text": "a\u2028b", "code": "c"}\n'.encode()
+    assert read_benchmark(data, "mine").tasks[0].prompt == "a\u2028b"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -69,15 +69,39 @@ def test_a_comment_more_is_a_near_duplicate_and_the_similarity_is_exact() -> Non
     raw = raw_rows(row(QUERY, ANSWER), row(QUERY, commented))
     first, second = (_five_grams(query + "\n" + answer) for query, answer in ((QUERY, ANSWER), (QUERY, commented)))
     similarity = len(first & second) / len(first | second)
-    assert 0.7 < similarity < 0.8
+    assert 0.8 < similarity < 0.9
     assert found(raw) == {2: ("b1/a.jsonl:1.0", "near_duplicate", round(similarity, 3))}
-    assert found(raw, threshold=0.8) == {}
+    assert found(raw, threshold=0.9) == {}
     assert found(raw, threshold=None) == {}
 
 
 def _five_grams(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(r"\w+|[^\s\w]", text.lower())
     return {tuple(words[start : start + 5]) for start in range(len(words) - 4)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("Is it true that 5 > 3?", "True"), ("Is it true that 5 >= 3?", "True")),
+        (("Write hello world in C", "puts"), ("Write hello world in C++", "puts")),
+        (("Fix: `if a < b`", "if a > b"), ("Fix: `if a > b`", "if a < b")),
+        (("\u2764\ufe0f", "\u2600\ufe0f"), ("\u2708\ufe0f", "\u2702\ufe0f")),
+        (("a\x1fb", "c"), ("a", "b\x1fc")),
+    ],
+)
+def test_what_differs_in_symbols_only_is_another_row(first: tuple[str, str], second: tuple[str, str]) -> None:
+    assert found(raw_rows(row(*first), row(*second))) == {}
+
+
+def test_rows_of_one_template_are_compared_with_few_others_and_its_duplicates_still_found() -> None:
+    random_ = random.Random(0)
+    template = " ".join(random_.choices(WORDS, k=120))
+    own = [" ".join(f"{word}{random_.randrange(10**6)}" for word in random_.choices(WORDS, k=40)) for _ in range(300)]
+    rows = [row(template, text) for text in own] + [
+        row(template, own[number] + " more") for number in range(0, 300, 10)
+    ]
+    assert {int(of.split(":")[1][:-2]) for of, _, _ in found(raw_rows(*rows)).values()} == set(range(1, 301, 10))
 
 
 def test_another_system_text_makes_another_row() -> None:
@@ -87,14 +111,14 @@ def test_another_system_text_makes_another_row() -> None:
     assert found(raw) == {3: ("b1/a.jsonl:2.0", "near_duplicate", pytest.approx(1.0, abs=0.1))}
 
 
-def test_rows_without_words_are_near_to_nothing() -> None:
+def test_rows_of_symbols_are_rows_like_others() -> None:
     assert found(raw_rows(row("+", "-"), row("*", "/"), row("+ ", "-"))) == {
         3: ("b1/a.jsonl:1.0", "exact_duplicate", 1.0)
     }
 
 
 def test_short_rows_are_compared_whole() -> None:
-    raw = raw_rows(row("Sum two", "a + b"), row("sum two!", "a + b"), row("Sum three", "a + b"))
+    raw = raw_rows(row("Sum two", "a+b"), row("sum two", "a + b"), row("Sum three", "a + b"))
     assert found(raw) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
 
 
@@ -105,9 +129,9 @@ def test_the_oldest_row_stands_for_the_others_and_stands_itself() -> None:
         row(QUERY, commented), row(QUERY, commented + " "), row(QUERY, ANSWER), row("Other", "text  entirely")
     )
     assert found(own, old) == {
-        1: ("b0/a.jsonl:2.0", "near_duplicate", 0.766),
+        1: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
         # Equal to row 1, which stands for nobody, being a duplicate itself.
-        2: ("b0/a.jsonl:2.0", "near_duplicate", 0.766),
+        2: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
         3: ("b0/a.jsonl:2.0", "exact_duplicate", 1.0),
         4: ("b0/a.jsonl:1.0", "exact_duplicate", 1.0),
     }
@@ -127,7 +151,9 @@ def test_what_is_found_is_what_comparing_all_with_all_would_find(texts: list[tup
     rows = [_edited(text, edits, seed + place) for place, (text, edits) in enumerate(texts)]
     rows += [_edited(text, 1, seed) for text, _ in texts]
     raw = raw_rows(*(row(f"q {text}", text) for text in rows))
-    grams = [_five_grams(f"q {text}\n{text}") or {tuple(re.findall(r"\w+", f"q {text} {text}"))} for text in rows]
+    grams = [
+        _five_grams(f"q {text}\n{text}") or {tuple(re.findall(r"\w+|[^\s\w]", f"q {text} {text}"))} for text in rows
+    ]
     standing: list[int] = []
     expected: dict[int, int] = {}
     for number, own in enumerate(grams):
@@ -150,8 +176,8 @@ def _edited(text: str, edits: int, seed: int) -> str:
 
 def test_the_hashes_of_stored_signatures_never_change() -> None:
     (signed,) = duplicates.signatures(raw_rows(row(QUERY, ANSWER))).iter_rows(named=True)
-    assert signed["content_hash"] == "0b8fecc5196294a598ab275fd3d5494e"
-    assert signed["bands"][:2] == [8141302984909534748, 10797084957847986932]
+    assert signed["content_hash"] == "4939d71f7d9220a3f8396500f71f2cb6"
+    assert signed["bands"][:2] == [2193271871315645211, 11785509169141182236]
 
 
 def test_jaccard_of_nothing_is_nothing() -> None:

@@ -159,6 +159,11 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"decisions"},
     ),
     "export": ({"export": {"formats": ["alpaca"]}}, {"curated_dataset"}),
+    "keep_versions": ({"publication": {"keep_versions": 3}}, {"curated_dataset"}),
+    "near_threshold": ({"screening": {"duplicates": {"near_threshold": 0.9}}}, {"screened_data"}),
+    "contamination": ({"screening": {"contamination": {"action": "flag"}}}, {"screened_data"}),
+    "rejected_share": ({"gates": {"max_rejected_share": 0.5}}, {"screened_data"}),
+    "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"decisions"}),
     "runtime": ({"runtime": {"batch_tokens": 64, "executor": "multiprocess", "shard_seconds": 1.0}}, set()),
     "storage": ({"storage": {"root": "memory://elsewhere"}}, set()),
     "model_cache": ({"model_cache": "elsewhere"}, set()),
@@ -415,7 +420,7 @@ def test_the_dataset_holds_every_batch_and_lists_the_one_that_was_never_made(
     assert [(entry["batch"], entry["rows_selected"]) for entry in manifest["batches"]] == [("b1", 5), ("b2", 2)]
     alpaca = json.loads((Path(both.dataset_url) / "diff_high" / "alpaca.json").read_text())
     assert len(alpaca) == 7
-    left_out = "not materialised: raw_data, decisions, selected_subset"
+    left_out = "not materialised: raw_data, screened_data, decisions, selected_subset"
     assert latest(settings)["excluded_batches"] == {"b3": left_out}
     assert f"batch b3 is not in the published dataset: {left_out}" in both.warnings
 
@@ -699,6 +704,11 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     screened = table(flagged, "screened_data")
     assert screened["status"].to_list() == ["accepted"] * 6 + ["duplicate"]
     assert (screened["reason"][5], screened["similarity"][5]) == ("benchmark_prompt", 1.0)
+    decisions = table(flagged, "decisions")
+    assert set(decisions["reason"][:6]) <= {"within_budget", "below_cut"}
+    assert "Flagged: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][5]
+    assert "flagged: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][6]
+    assert not any("lagged" in sentence for sentence in decisions["explanation"][:5])
     benchmark.unlink()
     with pytest.raises(RunError, match=r"step screened_data: benchmark mine: .*tasks.jsonl cannot be read"):
         curate(flagged, instance, rows)
@@ -735,8 +745,7 @@ def test_a_gated_batch_is_not_scored_nor_published_and_is_mended_by_a_new_delive
 ) -> None:
     settings = settings_for()
     curate(settings, instance, delivered)
-    new = [("What is a tuple?", "An immutable sequence."), ("And a set?", "No repetitions."), ("A dict?", "A map.")]
-    bad = deliver(*new, ("", "no query"), ("no answer", ""), name="bad.jsonl")
+    bad = deliver(*NEW, ("", "no query"), ("no answer", ""), name="bad.jsonl")
     why = "2 of its 5 rows cannot be read, more than the share of 0.2"
     with pytest.raises(RunError, match=rf"batch b2 was left out of the published dataset: gated .*{why}"):
         curate(settings, instance, bad, batch="b2")
@@ -746,10 +755,96 @@ def test_a_gated_batch_is_not_scored_nor_published_and_is_mended_by_a_new_delive
     assert _counted(instance, "b2", "strong")["pairs"] == 0
     assert list(latest(settings)["excluded_batches"]) == ["b2"]
     # A newer batch's rows are no duplicates of rows that are not published.
-    third = curate(settings, instance, deliver(*new, name="third.jsonl"), batch="b3")
+    third = curate(settings, instance, deliver(*NEW, name="third.jsonl"), batch="b3")
     assert third.rows_by_decision["duplicate"] == 0
     mended = curate(settings, instance, deliver(("new", "row"), name="bad.jsonl"), batch="b2")
     assert mended.rows_by_decision["batch_gated"] == 0
+    assert latest(settings)["excluded_batches"] == {}
+
+
+NEW = [("What is a tuple?", "An immutable sequence."), ("And a set?", "No repetitions."), ("A dict?", "A map.")]
+
+
+def published_pairs(settings: Settings) -> list[str]:
+    version = latest(settings)["version"]
+    scores = open_storage(settings).read_bytes(publication.FOLDER, version, "scores.parquet")
+    return pl.read_parquet(scores)["pair_id"].drop_nulls().to_list()
+
+
+def test_rows_that_an_older_gated_batch_held_are_published_once_when_it_is_mended(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    with pytest.raises(RunError, match="gated"):
+        curate(settings, instance, deliver(*NEW, ("", "no query"), ("", "nor here")))
+    assert curate(settings, instance, deliver(*NEW), batch="b2").rows_by_decision["duplicate"] == 0
+    mended = curate(settings, instance, deliver(*NEW))
+    assert mended.rows_by_decision["duplicate"] == 3, "the mended batch is screened after the other"
+    assert sorted(latest(settings)["excluded_batches"]) == []
+
+
+def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_left_out_until_it_is_screened_again(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    curate(settings, instance, deliver(*NEW, *SAMPLES[:3]))
+    second = deliver(*NEW, *SAMPLES[4:7], name="second.jsonl")
+    assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 3
+    changed = curate(settings, instance, deliver(*SAMPLES[:3]))
+    why = "screened against another state of batch b1; materialise screened_data and what follows, or `qaq run` it"
+    assert latest(settings)["excluded_batches"] == {"b2": why}
+    assert changed.warnings[-1] == f"batch b2 is not in the published dataset: {why}"
+    assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 0
+    pairs = published_pairs(settings)
+    assert len(pairs) == len(set(pairs)) == 9
+
+
+def test_rows_stay_when_the_batch_that_held_them_is_taken_out_of_the_ui(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    settings = settings_for()
+    trial = deliver(*NEW)
+    curate(settings, instance, trial, batch="trial")
+    curate(settings, instance, trial)
+    instance.delete_dynamic_partition("batch", "trial")
+    with pytest.raises(dg.Failure, match=r"b1: screened against another state of batch trial"):
+        run_stages(settings, instance, "b1", "publish_dataset")
+    assert curate(settings, instance, trial).rows_by_decision["duplicate"] == 0
+
+
+def test_a_gate_that_is_loosened_or_tightened_takes_effect_or_says_what_to_materialise(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    rows = deliver(*NEW, ("", "no query"), ("", "nor here"))
+    loose = settings_for(gates={"max_rejected_share": None})
+    curate(loose, instance, rows)
+    strict = settings_for()
+    run_stages(strict, instance, "b1", "ingest_batch")
+    with pytest.raises(dg.Failure, match=r"b1: decisions are older than screened_data; materialise the batch"):
+        run_stages(strict, instance, "b1", "publish_dataset")
+    with pytest.raises(RunError, match="gated"):
+        curate(strict, instance, rows)
+    run_stages(loose, instance, "b1", "ingest_batch")
+    with pytest.raises(dg.Failure, match=r"materialise rmi_scores of this batch first"):
+        run_stages(loose, instance, "b1", "select_from_batch")
+    assert curate(loose, instance, rows).rows_by_decision["batch_gated"] == 0
+
+
+def test_a_screening_that_ended_before_its_write_takes_no_place(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for()
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    driver.register(settings, instance, "b1", [deliver(*NEW)], None)
+    with monkeypatch.context() as patch:
+        patch.setattr("qaq_pipeline.screening.screen", fail)
+        with pytest.raises(RunError, match="no more"):
+            driver.run_batch(settings, instance, "b1")
+    assert curate(settings, instance, deliver(*NEW, name="other.jsonl"), batch="b2").rows_by_decision["duplicate"] == 0
+    assert driver.run_batch(settings, instance, "b1").rows_by_decision["duplicate"] == 3
     assert latest(settings)["excluded_batches"] == {}
 
 

@@ -160,7 +160,7 @@ def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Stora
     published = publish_registered(storage, settings, "b1", "b2")
     assert storage.read_json(publication.FOLDER, "latest.json") == {
         "version": published.version,
-        "excluded_batches": {"b2": "not materialised: raw_data, decisions, selected_subset"},
+        "excluded_batches": {"b2": "not materialised: raw_data, screened_data, decisions, selected_subset"},
     }
 
 
@@ -268,6 +268,7 @@ def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) ->
     assert read.pop("batch") == "b1"
     assert {name: table.frame.height for name, table in read.items()} == {
         "raw_data": 5,
+        "screened_data": 5,
         "decisions": 5,
         "selected_subset": 1,
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import benchmarks, contamination, duplicates, gates, schema, screening
+from qaq_pipeline import benchmarks, contamination, duplicates, gates, publication, schema, screening
 from qaq_pipeline.assets.shared import (
     BATCHES,
     code_version,
@@ -19,7 +19,7 @@ from qaq_pipeline.assets.shared import (
 )
 from qaq_pipeline.config import ContaminationSettings, Settings
 from qaq_pipeline.schema import Status
-from qaq_pipeline.storage import Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline.storage import Storage, StoredTable, empty, hash_json
 
 VERSION = "2"
 
@@ -32,7 +32,9 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         group_name="ingest",
         kinds={"polars", "parquet"},
         partitions_def=BATCHES,
-        code_version=code_version(VERSION, settings.screening, settings.gates.max_rejected_share),
+        code_version=code_version(
+            VERSION, contamination.VERSION, settings.screening, settings.gates.max_rejected_share
+        ),
     )
     def screened_data(
         context: dg.AssetExecutionContext,
@@ -44,30 +46,27 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         require_inputs("signatures", signatures, {"raw_data": raw_data}, signatures.provenance["inputs"])
         found, hashes = _contamination(storage, batch, raw_data, settings.screening.contamination)
         # One batch at a time: each is compared with all before it, and the next must find this one's rows.
-        with storage.lock("screened_data", waits=True):
+        with storage.lock("batch_order", waits=True):
             before = storage.batches_before(batch)
-            older = _older(storage, before) if settings.screening.duplicates.across_batches else {}
+            older = _older(context, storage, before) if settings.screening.duplicates.across_batches else {}
             related = {name: duplicates.related(one.signatures, signatures.frame) for name, one in older.items()}
-            raws = [
-                raw_data.frame,
-                *(older[name].raw(storage) for name, rows in related.items() if not rows.is_empty()),
-            ]
+            raws = [storage.read_table("raw_data", name).frame for name, rows in related.items() if not rows.is_empty()]
             frame = screening.screen(
                 raw_data.frame,
                 signatures.frame,
                 found,
                 list(related.values()),
-                screening.texts_of(raws),
+                screening.texts_of([raw_data.frame, *raws]),
                 settings.screening,
             )
             gate = gates.before_scoring(frame, settings.gates)
             if gate is not None:
                 context.log.warning("batch %s is gated: %s", batch, gate.sentence)
-            inputs = {"raw_data": raw_data, "signatures": signatures}
+                frame = frame.with_columns(batch_gate=pl.lit(gate.reason.value))
             result = table_result(
                 context,
                 frame,
-                inputs,
+                {"raw_data": raw_data, "signatures": signatures},
                 {
                     "rows_by_status": count_by(frame, "status"),
                     "rows_by_reason": count_by(frame, "reason"),
@@ -75,12 +74,15 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
                     "benchmarks": hashes,
                     **gate_metadata(gate),
                 },
+                across_batches=settings.screening.duplicates.across_batches,
                 compared_with={name: one.version for name, one in older.items()},
                 benchmarks=hashes,
                 **stored_gate(gate),
             )
             assert result.value is not None
             storage.write_table(result.value, "screened_data", batch)
+            if gate is None:
+                storage.take_place(batch)
         return result
 
     return screened_data
@@ -90,35 +92,29 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
 class _OlderBatch:
     """Of an older batch, the rows that may stand for others."""
 
-    batch: str
     signatures: pl.DataFrame
     version: str
     """Of its screened_data."""
 
-    def raw(self, storage: Storage) -> pl.DataFrame:
-        return storage.read_table("raw_data", self.batch).frame
 
-
-def _older(storage: Storage, batches: list[str]) -> dict[str, _OlderBatch]:
-    """The older batches as they stand; one that is being made anew is left out, and says so by its absence."""
+def _older(context: dg.AssetExecutionContext, storage: Storage, batches: list[str]) -> dict[str, _OlderBatch]:
+    """The older batches whose rows may stand for others; one that is left out is named in the log."""
     older = {}
-    for batch in batches:
-        try:
-            signed, screened = (storage.read_table(name, batch) for name in ("signatures", "screened_data"))
-        except StorageError:
-            continue
-        if screened.provenance["inputs"]["signatures"] != signed.data_version:
-            continue
+    registered = set(context.instance.get_dynamic_partitions(str(BATCHES.name)))
+    for batch in publication.standing_batches(storage, batches, registered):
+        signed, screened = (storage.read_table(name, batch) for name in ("signatures", "screened_data"))
         if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
             raise dg.Failure(
-                f"signatures of batch {batch} are of another version; materialise signatures of all batches first",
+                f"signatures of batch {batch} are of another version; materialise signatures, then screened_data, of "
+                "every batch, the oldest first",
                 allow_retries=False,
             )
         accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
-        if gates.of_provenance(screened.provenance) is not None:
-            accepted = accepted.clear()
         standing = signed.frame.join(accepted, on=schema.ROW_KEY, how="semi", maintain_order="left")
-        older[batch] = _OlderBatch(batch, standing, screened.data_version)
+        older[batch] = _OlderBatch(standing, screened.data_version)
+    for batch in batches:
+        if batch not in older:
+            context.log.warning("not compared with batch %s: it is gated, incomplete, being made anew, or gone", batch)
     return older
 
 
