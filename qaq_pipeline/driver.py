@@ -9,9 +9,12 @@ works on the instance in DAGSTER_HOME, so that every run, event and partition is
 from __future__ import annotations
 
 import importlib.resources
+import signal
+import socket
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,14 +212,43 @@ def run_batch(
         events.on_notice(
             f"run {run_id} holds the GPU pool, and scoring waits for it; if its process is gone, terminate it in the UI"
         )
-    with liveness.living(lock_directory) as tags:
+    with liveness.living(lock_directory) as tags, _signals_to_end() as has_signal_come:
         for job_name, assets in STAGES.items():
             for partition in _partitions(settings, job_name, batch):
                 events.on_stage(job_name, partition or "")
                 run_id = _run_job(settings, instance, job_name, partition, events, tags)
+                if has_signal_come():
+                    raise RunError(
+                        f"interrupted by a signal after {job_name} of {partition or 'all'}; run again to go on"
+                    )
                 for asset in assets:
                     results[f"{asset}|{partition or ''}"] = _metadata(instance, run_id, asset)
     return summarise(settings, batch, results)
+
+
+@contextmanager
+def _signals_to_end() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C's or SIGTERM's signal has come: Dagster raises one inside a step, and drops one between steps."""
+    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread only.
+        yield lambda: False
+        return
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield lambda: not {signal.SIGINT, signal.SIGTERM}.isdisjoint(_received(reader))
+        finally:
+            signal.set_wakeup_fd(before)
+
+
+def _received(reader: socket.socket) -> bytes:
+    """The numbers of the signals that have come since the last look."""
+    try:
+        return reader.recv(4096)
+    except BlockingIOError:
+        return b""
 
 
 def _partitions(settings: Settings, job_name: str, batch: str) -> list[str | None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import dagster as dg
 import polars as pl
 import pytest
 import yaml
+from dagster._utils.interrupts import capture_interrupts
 from syrupy.assertion import SnapshotAssertion
 
 from qaq_pipeline import causal_lm, contamination, driver, publication, schema
@@ -622,6 +625,32 @@ def test_a_partition_that_another_process_writes_is_left_to_it(
     holder.kill()
     holder.wait()
     assert driver.run_batch(settings, instance, "b1").rows_by_decision["selected"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
+    settings_for: SettingsFor,
+    instance: dg.DagsterInstance,
+    delivered: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    settings = settings_for()
+    run_job = driver._run_job
+
+    def run_and_be_told_to_end(*arguments: Any) -> str:
+        with capture_interrupts():  # As Dagster's executor does around its steps.
+            run_id = run_job(*arguments)
+            os.kill(os.getpid(), number)
+        return run_id
+
+    driver.register(settings, instance, "b1", [delivered], None)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_run_job", run_and_be_told_to_end)
+        with pytest.raises(RunError, match="interrupted by a signal after ingest_batch of b1; run again to go on"):
+            driver.run_batch(settings, instance, "b1")
+    assert open_storage(settings).has_table("screened_data", "b1")
+    assert not open_storage(settings).has_table("logprobs", "b1", "strong")
 
 
 def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
