@@ -313,9 +313,9 @@ def test_batch_is_materialised_by_clicking(page: Page, site: Site, pictures: Pat
     storage = open_storage(site.settings)
     assert not storage.has_table("raw_data", "b2")
 
-    for asset, picture in (("raw_data", "materialise.png"), ("screened_data", "materialise_next.png")):
-        materialise(page, site, asset, "b2", pictures / picture)
-        assert storage.read_table(asset, "b2").frame.height == 20
+    for number, asset in enumerate(STAGES["ingest_batch"]):
+        materialise(page, site, asset, "b2", pictures / f"materialise_{number}.png")
+    assert storage.read_table("screened_data", "b2").frame.height == 20
 
     page.goto(f"{site.url}/assets/raw_data?view=partitions&partition=b2")
     expect(metadata_value(page, "dagster/row_count")).to_have_text("20")
