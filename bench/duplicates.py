@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import polars as pl
 
+from bench.rows import peak_extra_memory
 from qaq_pipeline import duplicates, records
 from qaq_pipeline.config import DuplicateSettings, RecordSettings
 from qaq_pipeline.schema import ROW_KEY
@@ -68,16 +68,19 @@ def main(file: Path, number: int) -> None:
         planted[row], texts[row] = edit.__name__, (query, edit(answer, random_))
     older, own = (_raw(texts[start:stop], name, start) for name, start, stop in (("b1", 0, half), ("b2", half, number)))
     print(f"{number} rows of {sum(len(q.split()) + len(a.split()) for q, a in texts) / number:.0f} words")  # noqa: T201
-    held = _peak()
-    started = time.perf_counter()
-    signed = [duplicates.signatures(raw) for raw in (older, own)]
-    signing = time.perf_counter() - started
-    related = duplicates.related(signed[0], signed[1])
-    found = duplicates.find(signed[1], [related], texts_of([older, own]), DuplicateSettings().near_threshold)
-    seconds = time.perf_counter() - started
-    memory = f"peak memory {_peak() / 2**30:.2f} GiB, of which {held / 2**30:.2f} GiB before"
-    print(f"signatures {signing:.1f} s, all {seconds:.1f} s, {memory}")  # noqa: T201
-    rows = set(found["source_row"].to_list())
+    rows: set[int] = set()
+
+    def work() -> None:
+        started = time.perf_counter()
+        signed = [duplicates.signatures(raw) for raw in (older, own)]
+        signing = time.perf_counter() - started
+        related = duplicates.related(signed[0], signed[1])
+        found = duplicates.find(signed[1], [related], texts_of([older, own]), DuplicateSettings().near_threshold)
+        rows.update(found["source_row"])
+        print(f"signatures {signing:.1f} s, all {time.perf_counter() - started:.1f} s")  # noqa: T201
+
+    extra = peak_extra_memory(work)
+    print(f"extra memory {extra / 2**30:.2f} GiB")  # noqa: T201
     for name in (edit.__name__ for edit in EDITS):
         of_edit = {row for row, edit in planted.items() if edit == name}
         print(f"{name}: {len(of_edit & rows)} of {len(of_edit)} found")  # noqa: T201
@@ -100,10 +103,6 @@ def _raw(texts: list[tuple[str, str]], batch: str, start: int) -> pl.DataFrame:
             "status": ["accepted"] * len(texts),
         }
     ).select(*ROW_KEY, "pair_id", "system", "query", "answer", "status")
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

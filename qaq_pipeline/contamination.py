@@ -71,27 +71,47 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Index:
-    """The distinct n-grams of every part, and how many each part has; of shorter parts, none."""
+    """What the rows are searched for, each with the numbers of the parts that it is of."""
 
     grams: pl.DataFrame
-    """gram, part."""
+    """gram, part: the distinct n-grams of every part; of shorter parts, none."""
     sizes: NDArray[np.int64]
+    """How many n-grams each part has."""
+    short_prompts: dict[str, int]
+    """The prompts that are too short for n-grams but no mere phrase, by their words."""
+    long_solutions: dict[str, int]
+    """The solutions that are long enough to be looked for word for word, with every run of white space one space."""
 
     @classmethod
     def of(cls, parts: list[_Part], settings: ContaminationSettings) -> _Index:
-        hashed = shingles.hash_words(shingles.words(pl.Series([part.text for part in parts], dtype=pl.String)))
-        is_long = np.diff(hashed.offsets) >= settings.ngram_words
+        words = shingles.words(pl.Series([part.text for part in parts], dtype=pl.String))
+        hashed = shingles.hash_words(words)
+        lengths, in_words = np.diff(hashed.offsets), _in_words(words)
+        is_long = lengths >= settings.ngram_words
         grams = shingles.ngrams(hashed, settings.ngram_words)
         frame = pl.DataFrame({"gram": grams.values, "part": grams.row_of_value()}).unique()
         frame = frame.filter(pl.Series(is_long).gather(frame["part"]))
-        return cls(frame, np.bincount(frame["part"].to_numpy(), minlength=len(parts)))
+        short_prompts = {
+            in_words[number]: number
+            for number, part in enumerate(parts)
+            if part.reason is ContaminationReason.BENCHMARK_PROMPT
+            and _MIN_PROMPT_WORDS <= lengths[number] < settings.ngram_words
+        }
+        long_solutions = {
+            _plain(part.text): number
+            for number, part in enumerate(parts)
+            if part.reason is ContaminationReason.BENCHMARK_SOLUTION and lengths[number] >= settings.min_solution_words
+        }
+        sizes = np.bincount(frame["part"].to_numpy(), minlength=len(parts))
+        return cls(frame, sizes, short_prompts, long_solutions)
 
 
 def _find(rows: pl.DataFrame, parts: list[_Part], index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
-    text = rows.select(pl.concat_str("query", "answer", separator="\n")).to_series()
-    by_words = _verbatim(_in_words(text), _short_prompts(parts, settings))
-    by_solution = _verbatim(text.str.replace_all(r"\s+", " "), _long_solutions(parts, settings))
-    hits = pl.concat([_by_ngrams(text, index, settings), by_words, by_solution])
+    text = rows.select(shingles.pair_text()).to_series()
+    words = shingles.words(text)
+    by_words = _verbatim(_in_words(words), index.short_prompts)
+    by_solution = _verbatim(text.str.replace_all(r"\s+", " "), index.long_solutions)
+    hits = pl.concat([_by_ngrams(words, index, settings), by_words, by_solution])
     best = hits.sort("row", "share", "part", descending=[False, True, False]).unique(
         "row", keep="first", maintain_order=True
     )
@@ -111,10 +131,9 @@ def _find(rows: pl.DataFrame, parts: list[_Part], index: _Index, settings: Conta
 _HIT = {"row": pl.Int64, "part": pl.Int64, "share": pl.Float64, "matched_text": pl.String}
 
 
-def _by_ngrams(text: pl.Series, index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
+def _by_ngrams(words: pl.Series, index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
     """Rows and the parts that they hold at least `min_share` of the n-grams of."""
-    found = shingles.words(text)
-    grams = shingles.ngrams(shingles.hash_words(found), settings.ngram_words)
+    grams = shingles.ngrams(shingles.hash_words(words), settings.ngram_words)
     of_rows = pl.DataFrame(
         {
             "gram": grams.values,
@@ -129,7 +148,7 @@ def _by_ngrams(text: pl.Series, index: _Index, settings: ContaminationSettings) 
         (pl.col("share") >= settings.min_share) & ((pl.col("num") >= _MIN_NGRAMS) | (pl.col("num") == sizes))
     )
     matched = [
-        _longest_run(found[row].to_list(), places, settings.ngram_words)
+        _longest_run(words[row].to_list(), places, settings.ngram_words)
         for row, places in hits.select("row", "place").iter_rows()
     ]
     return hits.with_columns(matched_text=pl.Series(matched, dtype=pl.String)).select(
@@ -145,31 +164,9 @@ def _longest_run(found: list[str], places: list[int], ngram_words: int) -> str:
     return " ".join(found[longest[0] : longest[-1] + ngram_words])[:_EVIDENCE_CHARACTERS]
 
 
-def _in_words(text: pl.Series) -> pl.Series:
+def _in_words(words: pl.Series) -> pl.Series:
     """The words of each text with one space between them, and around them all."""
-    return pl.select(" " + pl.lit(shingles.words(text)).list.join(" ") + " ").to_series()
-
-
-def _short_prompts(parts: list[_Part], settings: ContaminationSettings) -> dict[str, int]:
-    """The prompts that are too short for n-grams but no mere phrase, by their words."""
-    texts = pl.Series([part.text for part in parts], dtype=pl.String)
-    lengths, in_words = shingles.words(texts).list.len().to_list(), _in_words(texts).to_list()
-    return {
-        in_words[number]: number
-        for number, part in enumerate(parts)
-        if part.reason is ContaminationReason.BENCHMARK_PROMPT
-        and _MIN_PROMPT_WORDS <= lengths[number] < settings.ngram_words
-    }
-
-
-def _long_solutions(parts: list[_Part], settings: ContaminationSettings) -> dict[str, int]:
-    """The solutions that are long enough to be looked for word for word, with every run of white space one space."""
-    lengths = shingles.words(pl.Series([part.text for part in parts], dtype=pl.String)).list.len().to_list()
-    return {
-        _plain(part.text): number
-        for number, part in enumerate(parts)
-        if part.reason is ContaminationReason.BENCHMARK_SOLUTION and lengths[number] >= settings.min_solution_words
-    }
+    return pl.select(" " + pl.lit(words).list.join(" ") + " ").to_series()
 
 
 def _verbatim(texts: pl.Series, wanted: dict[str, int]) -> pl.DataFrame:

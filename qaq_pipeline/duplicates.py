@@ -34,12 +34,7 @@ _MAX_STANDING = 32
 """Rows of one band, at most, that a row is compared with: more share it only where it is of a template's words."""
 
 Texts = Callable[[pl.DataFrame], pl.Series]
-"""From the keys of some rows to the text of each, as `near_text` makes it."""
-
-
-def near_text() -> pl.Expr:
-    """The text in which near duplicates are looked for, of a RawData."""
-    return pl.concat_str("query", "answer", separator="\n")
+"""From the keys of some rows to the text of each, as `shingles.pair_text` makes it."""
 
 
 def signatures(raw: pl.DataFrame) -> pl.DataFrame:
@@ -57,7 +52,7 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
     normal = accepted.select(parts)
     systems, hashes = normal["system"], [_hash_content(*content) for content in normal.iter_rows()]
     salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
-    bands = _bands(_ngrams(accepted.select(near_text()).to_series()), salts)
+    bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
     return accepted.select(
         *schema.ROW_KEY,
         "pair_id",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from qaq_pipeline import duplicates, schema
+from qaq_pipeline import duplicates, schema, shingles
 from qaq_pipeline.config import ScreeningSettings
 from qaq_pipeline.duplicates import Texts
 from qaq_pipeline.schema import Status, dtypes
@@ -86,7 +86,7 @@ def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame
 
 def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
     """The texts of rows of these batches' RawData."""
-    texts = pl.concat([raw.select(*schema.ROW_KEY, duplicates.near_text().alias("text")) for raw in raws])
+    texts = pl.concat([raw.select(*schema.ROW_KEY, shingles.pair_text().alias("text")) for raw in raws])
 
     def of_rows(rows: pl.DataFrame) -> pl.Series:
         found = rows.join(texts, on=schema.ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]

@@ -49,6 +49,11 @@ class Ragged:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
 
+def pair_text() -> pl.Expr:
+    """The text of a pair that is compared, of a RawData: query and answer."""
+    return pl.concat_str("query", "answer", separator="\n")
+
+
 def words(texts: pl.Series, pattern: str = WORD) -> pl.Series:
     """The words of each text, in order."""
     frame = texts.alias("text").to_frame()
