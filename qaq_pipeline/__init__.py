@@ -7,6 +7,7 @@ The map, each module importing only from those above it:
     identity          what makes a score what it is: the key of the cache
     records           delivered files -> one row per record: accepted, or rejected with a reason
     gates             whether a batch is fit to be scored and published
+    alerts            what is said when something goes wrong, and the channels that carry it
     shingles          texts as sequences of hashed words, and sets of hashed n-grams
     duplicates        equal and near rows, in the batch and in older ones; their signatures
     benchmarks        the files of HumanEval, MBPP and LiveCodeBench
@@ -18,9 +19,12 @@ The map, each module importing only from those above it:
     attention         attention over packed sequences and their shared prefixes (torch, transformers)
     scores            sums and counts -> log PPL, RMI, IFD
     strata            strata of PPL(Q), the rank of RMI inside them, the gap between the models
+    measures          what the asset checks measure of stored tables
     selection         the strategies and their exact budgets
+    reference         a frozen pool of several batches: ranks and cuts against it, drift from it
     ledger            every input row: decision, reason, sentence
     exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet
+    card              what lies in a version and how it was chosen: its README
     model_files       where a model comes from: hub, directory, GGUF converted once
     workers           the processes that score batches, one for each core or GPU; leases of GPUs
     runner            a batch through the model: packed, padded, or by its own logits; the self-test (torch)
@@ -29,12 +33,23 @@ The map, each module importing only from those above it:
     planner           pairs -> the sequences that the cache does not have, a window ahead of the model
     shards            finished scores on their way into the cache, stored every few seconds
     scoring           pairs -> Logprobs: one scoring from the cache to its table
+    withdrawals       what must not be published any more, and why
+    landing           deliveries in the landing zone: complete or not, refused or copied
     publication       batches -> a version of the dataset, its manifest
+    recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
-    assets/           the nine assets, one module each
-    definitions       assets, jobs, resources and executor put together
+    failures          why a run failed, in its own words
+    assets/           the nine assets and rank_reference, one module each
     liveness          which runs of the driver died with their process
-    driver            runs the jobs for a batch; what `qaq run` does
+    checks            the asset checks: what a person should look at; they warn, and stop nothing
+    conditions        when an asset is made without a hand
+    jobs              assets, checks, jobs, resources and executor put together
+    runs              one run of a job in this process, and what is told of it
+    renewal           brings batches up to date, and publishes; what `qaq recurate` and `qaq withdraw` do
+    driver            a new batch's way through the jobs; what `qaq run` does
+    automation        sensors, the nightly job and its schedule
+    alerting          the sensor that sends an alert for every failed run
+    definitions       jobs and automation put together: the code location
     doctor            what stands in the way of a run on this machine
     cli               the commands a person types
 """

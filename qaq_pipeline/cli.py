@@ -91,6 +91,8 @@ def status(config_file: ConfigOption = None) -> None:
     settings = _settings(config_file)
     with driver.open_instance() as instance:
         rows, left_out = driver.batch_status(settings, instance), driver.batches_left_out(settings, instance)
+    for entry, reason in driver.refused_deliveries(settings).items():
+        console.print(f"{entry} is refused: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if not rows:
         console.print("No batch yet: register one with `qaq run FILE --batch NAME`.")
         return
@@ -103,6 +105,56 @@ def status(config_file: ConfigOption = None) -> None:
 
 
 @app.command()
+def recurate(config_file: ConfigOption = None) -> None:
+    """Make anew what is out of date, in every batch, and publish if something changed: what the nightly job does."""
+    from qaq_pipeline import driver, renewal
+
+    settings = _settings(config_file)
+    _quiet_logs()
+    with driver.open_instance() as instance:
+        try:
+            with _progress_display() as events:
+                done = renewal.recurate(settings, instance, events)
+        except (driver.RunError, ValueError) as error:
+            _fail(str(error), code=_exit_code(error))
+    console.print(f"{done.sentence}.", highlight=False)
+
+
+@app.command()
+def withdraw(
+    what: Annotated[str, typer.Argument(help="A batch, or a row of it: BATCH/FILE:ROW, BATCH/FILE:ROW.TURN.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept for good, and said of every row.")],
+    restore: Annotated[bool, typer.Option("--restore", help="Take the withdrawal back.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Publish without a batch, or without what a row of it says, wherever it is said. Older versions stay."""
+    from qaq_pipeline import driver, renewal
+
+    settings = _settings(config_file)
+    _quiet_logs()
+    batch, _, row = what.partition("/")
+    meant = renewal.Withdrawal(batch, row or None, reason, is_withdrawn=not restore)
+    with driver.open_instance() as instance:
+        try:
+            with _progress_display() as events:
+                done = renewal.withdraw(settings, instance, meant, events)
+        except (driver.RunError, ValueError) as error:
+            _fail(str(error), code=_exit_code(error))
+    console.print(f"{done.sentence}.", highlight=False)
+    older = driver.kept_versions(settings)[:-1]
+    if older and not restore:
+        folder = driver.dataset_folder(settings)
+        console.print(
+            f"Versions published before may still hold it: {', '.join(older)}, in {folder}. Remove their folders there "
+            "if they must not be kept; the delivery itself lies in deliveries/.",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
 def explain(
     batch: Annotated[str, typer.Argument(help="Name of the batch.")],
     row: Annotated[
@@ -111,6 +163,7 @@ def explain(
     config_file: ConfigOption = None,
 ) -> None:
     """Say what happened to a row, in sentences, with its numbers."""
+    from qaq_pipeline import ledger
     from qaq_pipeline.resources import open_storage
     from qaq_pipeline.storage import StorageError
 
@@ -120,7 +173,7 @@ def explain(
         raw = storage.read_table("raw_data", batch).frame
     except (StorageError, ValueError) as error:
         _fail(f"{error}. Known batches: `qaq status`")
-    found = _find_rows(decisions.frame, row.removeprefix(f"{batch}/"))
+    found = ledger.find_rows(decisions.frame, row.removeprefix(f"{batch}/"))
     if found.is_empty():
         _fail(
             f"batch {batch!r} has no row {row!r}; it has {raw.height} rows, the first of file {raw['source_file'][0]!r}"
@@ -411,23 +464,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _find_rows(decisions: pl.DataFrame, row: str) -> pl.DataFrame:
-    """The rows that the user means: by number, file:row, file:row.turn, or the first digits of a pair_id."""
-    import polars as pl
-
-    if row.isdecimal():
-        found = decisions.filter(pl.col("source_row") == int(row))
-        if not found.is_empty():
-            return found
-    file, _, position = row.rpartition(":")
-    number, _, turn = position.partition(".")
-    if file and number.isdecimal():
-        of_row = (pl.col("source_file") == file) & (pl.col("source_row") == int(number))
-        return decisions.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdecimal() else True))
-    is_key = len(row) >= _SHORTEST_KEY
-    return decisions.filter(pl.col("pair_id").str.starts_with(row)) if is_key else decisions.clear()
 
 
 def _print_row(row: dict[str, Any]) -> None:

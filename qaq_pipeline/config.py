@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import zoneinfo
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -35,7 +36,8 @@ class SettingsError(ValueError):
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # SettingsError shows the values that may be shown.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class RecordSettings(_Closed):
@@ -113,6 +115,67 @@ class GateSettings(_Closed):
     min_scorable_share: float | None = Field(
         0.5, ge=0, le=1, description="Least share of the distinct pairs that every model must score; null: any."
     )
+
+
+class CheckSettings(_Closed):
+    """When an asset check does not pass. Checks report; what stops a batch is a gate."""
+
+    max_null_share: float = Field(
+        0.05, ge=0, le=1, description="Share of wanted quantities that a model may leave without a number."
+    )
+    max_truncated_share: float = Field(0.1, ge=0, le=1, description="Share of answers that may be cut to the window.")
+    min_mean_rmi: float = Field(
+        0.0, ge=-10, le=10, description="Mean RMI of a batch under a model must be above this, in nats/token."
+    )
+    max_rank_correlation: float = Field(
+        0.98, ge=-1, le=1, description="Spearman's correlation of the two models' ranks must be below this."
+    )
+    max_psi: float = Field(
+        0.25, ge=0, le=100, description="Population stability index of PPL(Q) and RMI against the reference, at most."
+    )
+    max_ks: float = Field(
+        0.2, ge=0, le=1, description="Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference, at most."
+    )
+
+
+class LandingSettings(_Closed):
+    """Where deliveries land, and when one is complete."""
+
+    url: str | None = Field(
+        None,
+        description="Local path or any fsspec URL; a file or folder in it is one delivery. Default: QAQ_HOME/landing.",
+    )
+    marker: str = Field(
+        "_SUCCESS",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="File that says that a delivery is complete: in its folder, or FILE.MARKER beside a file.",
+    )
+    require_marker: bool = Field(
+        False,
+        description="Whether only the marker says so; else a delivery whose files stay the same for two looks is.",
+    )
+    interval_seconds: int = Field(30, ge=1, description="How often is looked, in seconds.")
+    max_deliveries_per_tick: int = Field(25, ge=1, le=25, description="Deliveries that are taken at one look, at most.")
+
+
+class AutomationSettings(_Closed):
+    """What runs without a hand while the daemon runs: `qaq ui`, or `dagster-daemon`."""
+
+    started: bool = Field(
+        False, description="Whether sensors and schedules run from the start; the UI starts and stops each of them."
+    )
+    interval_seconds: int = Field(30, ge=1, description="How often the assets' conditions are evaluated, in seconds.")
+    recuration_cron: str = Field("0 3 * * *", description="When what is out of date is curated again, as cron.")
+    timezone: str = Field("UTC", description="Time zone of the cron, such as Europe/Berlin.")
+    stale_after_hours: float = Field(
+        192.0, gt=0, description="The dataset is stale when nothing was published for longer, in hours."
+    )
+
+    @model_validator(mode="after")
+    def _zone(self) -> Self:
+        if self.timezone not in zoneinfo.available_timezones():
+            raise ValueError(f"timezone: {self.timezone!r} is no time zone; such as UTC or Europe/Berlin")
+        return self
 
 
 class StorageSettings(_Closed):
@@ -213,6 +276,26 @@ class RuntimeSettings(_Closed):
     )
 
 
+class ReferenceSettings(_Closed):
+    """A frozen pool: the scored pairs of some batches, which ranks and cuts of every batch can be taken against."""
+
+    name: str = Field(
+        pattern=SELECTION_NAME, description="Name of the reference. It is frozen: other batches need another name."
+    )
+    batches: tuple[str, ...] = Field(
+        min_length=1,
+        description="Batches whose pairs it holds; a pair of several counts once, as in the first of them.",
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for batch in self.batches:
+            check_batch_name(batch)
+            if self.batches.count(batch) > 1:
+                raise ValueError(f"batches: {batch!r} is named twice")
+        return self
+
+
 class RankingSettings(_Closed):
     """Strata of PPL(Q) and ranks inside them."""
 
@@ -223,7 +306,18 @@ class RankingSettings(_Closed):
     strata_from: Literal["own", "strong"] = Field(
         "own", description="Whose PPL(Q) makes the strata: each model's own, or the strong model's for all."
     )
-    pool: Literal["batch"] = Field("batch", description="The pool in which ranks are taken: the batch itself.")
+    pool: Literal["batch", "reference"] = Field(
+        "batch", description="The pool in which ranks are taken: the batch itself, or the reference."
+    )
+    reference: ReferenceSettings | None = Field(
+        None, description="What `pool: reference` ranks against; with `pool: batch`, what drift is measured against."
+    )
+
+    @model_validator(mode="after")
+    def _has_pool(self) -> Self:
+        if self.pool == "reference" and self.reference is None:
+            raise ValueError("pool: reference needs `reference: {name: NAME, batches: [BATCH, …]}`")
+        return self
 
 
 class Budget(_Closed):
@@ -376,12 +470,78 @@ class PublicationSettings(_Closed):
     )
 
 
+_ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+class LogAlerts(_Closed):
+    """The Python logger `qaq_pipeline.alerts`: ERROR for a failed run, WARNING for the rest."""
+
+    kind: Literal["log"] = "log"
+
+
+class EmailAlerts(_Closed):
+    """A message over SMTP."""
+
+    kind: Literal["email"]
+    host: str = Field(min_length=1, description="SMTP server.")
+    port: int = Field(587, ge=1, le=65535, description="Its port.")
+    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Address that the messages are from.")
+    recipients: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(
+        min_length=1, description="Addresses that they go to."
+    )
+    starttls: bool = Field(True, description="Whether the connection is encrypted by STARTTLS, certificate checked.")
+    username: str | None = Field(None, min_length=1, description="Login name; null: no login.")
+    password_env: str | None = Field(
+        None, pattern=_ENVIRONMENT_NAME, description="Environment variable that holds the password."
+    )
+
+    @model_validator(mode="after")
+    def _login(self) -> Self:
+        if (self.username is None) != (self.password_env is None):
+            raise ValueError("username and password_env belong together: give both or neither")
+        if self.username is not None and not self.starttls:
+            raise ValueError("password_env needs starttls: true; the password would be sent in clear text")
+        return self
+
+
+class SlackAlerts(_Closed):
+    """An incoming webhook of Slack; needs the extra `slack`."""
+
+    kind: Literal["slack"]
+    webhook_env: str = Field(
+        "SLACK_WEBHOOK_URL",
+        pattern=_ENVIRONMENT_NAME,
+        description="Environment variable that holds the webhook's URL, which is a secret.",
+    )
+
+
+class PythonAlerts(_Closed):
+    """A function of the user's own, called with the Alert."""
+
+    kind: Literal["python"]
+    target: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
+        description="As module:function; imported when the first alert is sent.",
+    )
+
+
+class AlertSettings(_Closed):
+    """Who is told of failed runs, gated batches and refused deliveries."""
+
+    channels: tuple[
+        Annotated[LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts, Field(discriminator="kind")], ...
+    ] = Field((LogAlerts(),), description="Every one of them is tried; none: nobody is told.")
+
+
 class Settings(_Closed):
     """The whole file."""
 
     records: RecordSettings = Field(RecordSettings(), description="How delivered files are read.")
     screening: ScreeningSettings = Field(ScreeningSettings(), description="What is found before scoring.")
     gates: GateSettings = Field(GateSettings(), description="What a batch must be like.")
+    checks: CheckSettings = Field(CheckSettings(), description="When an asset check warns.")
+    landing: LandingSettings = Field(LandingSettings(), description="Where deliveries land.")
+    automation: AutomationSettings = Field(AutomationSettings(), description="What runs without a hand.")
     storage: StorageSettings = Field(StorageSettings(), description="Where everything is stored.")
     model_cache: str | None = Field(None, description="Folder of local and converted models. Default: QAQ_HOME/models.")
     models: dict[Annotated[str, Field(pattern=ROLE_NAME)], ModelSettings] = Field(
@@ -397,6 +557,7 @@ class Settings(_Closed):
     )
     export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
     publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
+    alerts: AlertSettings = Field(AlertSettings(), description="Who is told when something goes wrong.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="How the work is run.")
 
     _home: Path = PrivateAttr(default=Path("var"))
@@ -445,6 +606,11 @@ class Settings(_Closed):
     def storage_root(self) -> str:
         """Local path or fsspec URL of the storage."""
         return self.storage.root or str(self._home / "storage")
+
+    @property
+    def landing_url(self) -> str:
+        """Local path or fsspec URL of the landing zone."""
+        return self.landing.url or str(self._home / "landing")
 
     @property
     def model_cache_dir(self) -> Path:
@@ -517,7 +683,8 @@ def _describe(error: ValidationError, name: str) -> str:
     for fault in error.errors(include_url=False):
         field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
         value = fault["input"]
-        shown = "" if isinstance(value, dict | Settings) else f" (got {value!r})"
+        is_secret = fault["loc"][:1] == ("alerts",)  # Perhaps a password, where the name of its variable belongs.
+        shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
         lines.append(f"  {field}: {fault['msg']}{shown}")
     return f"{name}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)
 

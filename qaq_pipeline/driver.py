@@ -9,12 +9,9 @@ works on the instance in DAGSTER_HOME, so that every run, event and partition is
 from __future__ import annotations
 
 import importlib.resources
-import signal
-import socket
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +19,14 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, liveness, publication, records, schema, screening
+from qaq_pipeline import config, landing, publication, records, schema, screening
 from qaq_pipeline.assets.logprobs import accepted_pairs
 from qaq_pipeline.config import Settings
-from qaq_pipeline.definitions import STAGES, build_defs
+from qaq_pipeline.jobs import PUBLISHING, STAGES
+from qaq_pipeline.renewal import renew
 from qaq_pipeline.resources import ModelRuntime, ScoringCost, open_storage
-from qaq_pipeline.scoring import Progress
+from qaq_pipeline.runs import Events, RunError, failed_checks, materialisation_metadata, running
 from qaq_pipeline.storage import Delivery, Storage, StorageError
-
-_FAILURE = f"{dg.Failure.__module__}.{dg.Failure.__name__}: "
-"""How Dagster begins the message of a step that fails with a word of its own."""
-
-_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-"""The console shows this driver's own words; Dagster keeps all of its own in the event log."""
-
-
-class RunError(RuntimeError):
-    """A stage failed. The text says which, on what partition, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -101,22 +89,6 @@ class Registration:
         return self.previous is not None and self.previous.content_hash != self.delivery.content_hash
 
 
-def _ignore(*_: object) -> None:
-    """Nobody watches."""
-
-
-@dataclass(frozen=True)
-class Events:
-    """Callbacks of a run, for whoever shows its progress."""
-
-    on_stage: Callable[[str, str], None] = _ignore
-    """Called with the job and the partition when a stage begins."""
-    on_progress: Callable[[Progress], None] = _ignore
-    """Called after every scored batch, where steps run in this process."""
-    on_notice: Callable[[str], None] = _ignore
-    """Called with what a person should know at once."""
-
-
 def prepare_home() -> Path:
     """DAGSTER_HOME, with the packaged instance settings in it if it has none of its own."""
     home = config.dagster_home()
@@ -152,6 +124,7 @@ def register(
     storage = open_storage(settings)
     previous = storage.current_delivery(batch) if storage.has_delivery(batch) else None
     delivery = storage.store_delivery(batch, contents, limit)
+    landing.forget(storage, batch)
     instance.add_dynamic_partitions("batch", [batch])
     return Registration(delivery, previous)
 
@@ -199,156 +172,37 @@ def batch_lock(settings: Settings, batch: str) -> AbstractContextManager[None]:
 def run_batch(
     settings: Settings, instance: dg.DagsterInstance, batch: str, events: Events | None = None
 ) -> BatchSummary:
-    """Run every stage for a registered batch, then publish.
+    """Run every stage for a registered batch, screen newer batches again where this one is another now, publish.
 
     Raises:
         RunError: a stage failed; what the stages before it made stays.
     """
-    events = events or Events()
     results: dict[str, Mapping[str, Any]] = {}
-    lock_directory = config.dagster_home() / "driver_locks"
-    liveness.end_dead_runs(instance, lock_directory)
-    for run_id in liveness.holders_of_pools(instance):
-        events.on_notice(
-            f"run {run_id} holds the GPU pool, and scoring waits for it; if its process is gone, terminate it in the UI"
-        )
-    with liveness.living(lock_directory) as tags, _signals_to_end() as has_signal_come:
+    unpassed: list[str] = []
+    with running(settings, instance, events or Events()) as run:
         for job_name, assets in STAGES.items():
+            if job_name == PUBLISHING:
+                renew(settings, instance, run, only_screening=True)  # What fails is left out, and listed.
             for partition in _partitions(settings, job_name, batch):
-                events.on_stage(job_name, partition or "")
-                run_id = _run_job(settings, instance, job_name, partition, events, tags)
-                if has_signal_come():
-                    raise RunError(
-                        f"interrupted by a signal after {job_name} of {partition or 'all'}; run again to go on"
-                    )
+                run_id = run(job_name, partition)
+                unpassed += failed_checks(instance, run_id)
                 for asset in assets:
-                    results[f"{asset}|{partition or ''}"] = _metadata(instance, run_id, asset)
-    return summarise(settings, batch, results)
-
-
-@contextmanager
-def _signals_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C's or SIGTERM's signal has come: Dagster raises one inside a step, and drops one between steps."""
-    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread only.
-        yield lambda: False
-        return
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        reader.setblocking(False)
-        writer.setblocking(False)
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        try:
-            yield lambda: not {signal.SIGINT, signal.SIGTERM}.isdisjoint(_received(reader))
-        finally:
-            signal.set_wakeup_fd(before)
-
-
-def _received(reader: socket.socket) -> bytes:
-    """The numbers of the signals that have come since the last look."""
-    try:
-        return reader.recv(4096)
-    except BlockingIOError:
-        return b""
+                    results[f"{asset}|{partition or ''}"] = materialisation_metadata(instance, run_id, asset)
+    return summarise(settings, batch, results, unpassed)
 
 
 def _partitions(settings: Settings, job_name: str, batch: str) -> list[str | None]:
-    if job_name == "publish_dataset":
+    if job_name == PUBLISHING:
         return [None]
     if job_name == "score_batch":
         return [f"{batch}|{role}" for role in sorted(settings.models)]
     return [batch]
 
 
-def _run_job(
-    settings: Settings,
-    instance: dg.DagsterInstance,
-    job_name: str,
-    partition: str | None,
-    events: Events,
-    tags: dict[str, str],
-) -> str:
-    if settings.runtime.executor == "multiprocess":
-        result = _run_in_processes(settings, instance, job_name, tags | _partition_tags(partition))
-    else:
-        job = build_defs(settings, on_progress=events.on_progress).resolve_job_def(job_name)
-        result = job.execute_in_process(
-            instance=instance,
-            partition_key=_partition_key(partition),
-            run_config=_QUIET,
-            tags=tags,
-            raise_on_error=False,
-        )
-    _require_success(result, job_name, partition)
-    return result.run_id
-
-
-def _run_in_processes(
-    settings: Settings, instance: dg.DagsterInstance, job_name: str, tags: dict[str, str]
-) -> dg.JobExecutionResult:
-    if settings != config.load_settings():
-        raise RunError(
-            "executor multiprocess: its processes read QAQ_CONFIG, which names other settings; set it to these"
-        )
-    job = dg.build_reconstructable_job("qaq_pipeline.driver", "resolve_job", reconstructable_args=(job_name,))
-    return dg.execute_job(job, instance, run_config=_QUIET, tags=tags)
-
-
-def resolve_job(job_name: str) -> dg.JobDefinition:
-    """The job by its name, for the settings of the environment: how another process finds it."""
-    return build_defs(config.load_settings()).resolve_job_def(job_name)
-
-
-def _partition_key(partition: str | None) -> str | None:
-    if partition is None or "|" not in partition:
-        return partition
-    batch, model = partition.split("|")
-    return dg.MultiPartitionKey({"batch": batch, "model": model})
-
-
-def _partition_tags(partition: str | None) -> dict[str, str]:
-    if partition is None:
-        return {}
-    tags = {"dagster/partition": partition}
-    batch, *model = partition.split("|")
-    return tags | ({"dagster/partition/batch": batch, "dagster/partition/model": model[0]} if model else {})
-
-
-def _require_success(result: Any, job_name: str, partition: str | None) -> None:
-    if result.success:
-        return
-    failures = [event for event in result.all_events if event.is_step_failure or event.is_run_failure]
-    where = f"{job_name} of {partition}" if partition else job_name
-    raise RunError(
-        f"{where} failed: {_cause(failures)}\n"
-        f"Run {result.run_id}; what was made before it stays. Mend the cause and run again."
-    )
-
-
-def _cause(failures: Sequence[dg.DagsterEvent]) -> str:
-    """The first failure's own words: what the step raised, out of Dagster's wrapping, and the step's name."""
-    for event in failures:
-        error = event.step_failure_data.error if event.is_step_failure else None
-        while error is not None and error.cause is not None and (error.cls_name or "").startswith("Dagster"):
-            error = error.cause
-        if error is not None:
-            is_interrupted = error.cls_name == dg.DagsterExecutionInterruptedError.__name__
-            message = "interrupted by a signal" if is_interrupted else error.message.strip().removeprefix(_FAILURE)
-            return f"step {event.step_key}: {message}"
-    return "; ".join(event.message or "" for event in failures) or "no event says why; see the run's log"
-
-
-def _metadata(instance: dg.DagsterInstance, run_id: str, asset: str) -> dict[str, Any]:
-    """The metadata of the asset's materialisation in that run."""
-    events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
-    for record in events:
-        materialisation = record.asset_materialization
-        if materialisation and materialisation.asset_key == dg.AssetKey(asset):
-            return {name: value.value for name, value in materialisation.metadata.items()}
-    raise RunError(f"run {run_id} succeeded without materialising {asset}; see its log in the UI")
-
-
-def summarise(settings: Settings, batch: str, results: Mapping[str, Mapping[str, Any]]) -> BatchSummary:
-    """The summary of a batch, from its stored tables and the metadata of its run.
+def summarise(
+    settings: Settings, batch: str, results: Mapping[str, Mapping[str, Any]], unpassed: Sequence[str]
+) -> BatchSummary:
+    """The summary of a batch, from its stored tables, the metadata of its runs and the checks that did not pass.
 
     Raises:
         RunError: rows by decision do not add up to the rows in.
@@ -371,7 +225,7 @@ def summarise(settings: Settings, batch: str, results: Mapping[str, Mapping[str,
         pool_size=decided["pool_size"],
         selected_by_selection=dict(decided["selected_by_selection"]),
         models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
-        warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *_exclusions(batch, published)],
+        warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *unpassed, *_exclusions(batch, published)],
         dataset_url=storage.url(publication.FOLDER, published["version"]),
         is_new_version=published["is_new_version"],
         tables={name: storage.table_url(name, batch) for name in ("decisions", "selected_subset")},
@@ -454,6 +308,21 @@ def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[s
     """The registered batches that a publication would leave out now, and why."""
     registered = instance.get_dynamic_partitions("batch")
     return publication.read_batches(open_storage(settings), registered, settings)[1]
+
+
+def refused_deliveries(settings: Settings) -> dict[str, str]:
+    """What lies in the landing zone and was refused at the last look, and why."""
+    return landing.read_refused(open_storage(settings))
+
+
+def kept_versions(settings: Settings) -> list[str]:
+    """The versions of the dataset whose files are kept, the newest last."""
+    return publication.kept_versions(open_storage(settings))
+
+
+def dataset_folder(settings: Settings) -> str:
+    """Where the versions of the dataset lie."""
+    return open_storage(settings).url(publication.FOLDER)
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> str:

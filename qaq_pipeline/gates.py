@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config import GateSettings
-from qaq_pipeline.schema import GateReason, Status
+from qaq_pipeline.schema import GateReason, RejectReason, Status
 
 PROVENANCE_KEY = "gate"
 
@@ -39,10 +39,19 @@ def of_provenance(provenance: Mapping[str, Any]) -> Gate | None:
     return None if stored is None else Gate(GateReason(stored["reason"]), stored["sentence"])
 
 
+def withdrawn(reason: str) -> Gate:
+    """The verdict on a batch that was withdrawn."""
+    return Gate(GateReason.BATCH_WITHDRAWN, f"it was withdrawn: {reason}")
+
+
 def before_scoring(screened: pl.DataFrame, settings: GateSettings) -> Gate | None:
     """The first gate that a batch's ScreenedData does not pass."""
     if screened.is_empty():
         return Gate(GateReason.EMPTY_BATCH, "it has no row; deliver it again with some")
+    unreadable = screened.filter(pl.col("reason") == RejectReason.UNREADABLE_FILE.value)
+    if not unreadable.is_empty():
+        faults = " ".join(unreadable["evidence"].to_list()).rstrip(".")
+        return Gate(GateReason.UNREADABLE_FILE, f"a file of it cannot be read: {faults}; then deliver it again")
     rejected = screened.filter(pl.col("status") == Status.REJECTED.value).height
     limit = settings.max_rejected_share
     if limit is not None and rejected / screened.height > limit:
@@ -54,8 +63,22 @@ def before_scoring(screened: pl.DataFrame, settings: GateSettings) -> Gate | Non
     return None
 
 
-def after_scoring(scores: Mapping[str, pl.DataFrame], settings: GateSettings) -> Gate | None:
-    """The first gate that a batch does not pass by the RmiScores of its models. A batch without a pair passes."""
+def after_scoring(
+    scores: Mapping[str, pl.DataFrame], provenance: Mapping[str, Mapping[str, Any]], settings: GateSettings
+) -> Gate | None:
+    """The first gate that a batch does not pass by the RmiScores of its models, and their provenance.
+
+    A batch without a pair passes.
+    """
+    for role, made_of in sorted(provenance.items()):
+        if "identity_after" in made_of:
+            before, after = made_of["identity"], made_of["identity_after"]
+            return Gate(
+                GateReason.MODEL_CHANGED,
+                f"the files of the {role} model {before['model']} changed while it scored ({before['revision']} "
+                f"before, {after['revision']} after), so its scores may be of either; run the batch again: what was "
+                "scored after the change is not in the cache",
+            )
     num_pairs = next(iter(scores.values())).height
     limit = settings.min_scorable_share
     if limit is None or num_pairs == 0:

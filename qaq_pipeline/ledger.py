@@ -11,10 +11,13 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline import schema
+from qaq_pipeline import reference, schema
 from qaq_pipeline.config import IfdSelection, PplSelection, RmiBandSelection, Selection
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.schema import Decision, NullReason, SelectionReason, Status
+
+_SHORTEST_KEY = 6
+"""Digits of a pair_id."""
 
 _ORDERED_BY = {
     "diff_high": "gap",
@@ -53,7 +56,7 @@ def decide(
     """
     pairs = (
         _model_scores(scores, disagreement)
-        .join(disagreement.select("pair_id", "gap", "rank_sum"), on="pair_id", validate="1:1")
+        .join(disagreement.select("pair_id", "pool_id", "gap", "rank_sum"), on="pair_id", validate="1:1")
         .join(_verdict_lists(verdicts), on="pair_id", how="left", validate="1:1")
         .join(_published_verdict(verdicts, published), on="pair_id", how="left", validate="1:1")
     )
@@ -154,6 +157,21 @@ def _published_verdict(verdicts: pl.DataFrame, published: Selection) -> pl.DataF
     return of_published.select("pair_id", *(pl.col(name).alias(f"verdict_{name}") for name in columns))
 
 
+def find_rows(rows: pl.DataFrame, row: str) -> pl.DataFrame:
+    """The rows that a person means: by number, file:row, file:row.turn, or the first digits of a pair_id."""
+    if row.isdecimal():
+        found = rows.filter(pl.col("source_row") == int(row))
+        if not found.is_empty():
+            return found
+    file, _, position = row.rpartition(":")
+    number, _, turn = position.partition(".")
+    if file and number.isdecimal():
+        of_row = (pl.col("source_file") == file) & (pl.col("source_row") == int(number))
+        return rows.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdecimal() else True))
+    is_key = len(row) >= _SHORTEST_KEY
+    return rows.filter(pl.col("pair_id").str.starts_with(row)) if is_key else rows.clear()
+
+
 # --- words ------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +180,8 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
     decision = Decision(row["decision"])
     if decision is Decision.REJECTED:
         return f"Rejected when it was read: {row['detail']}"
+    if decision is Decision.WITHDRAWN:
+        return f"Withdrawn: {row['evidence']}."
     if decision is Decision.CONTAMINATED:
         return f"Contaminated: it holds {row['evidence']}."
     if decision is Decision.DUPLICATE:
@@ -187,7 +207,13 @@ def _ranks(row: Mapping[str, Any]) -> str:
         return "No model ranks it."
     cut_tail = [score["model"] for score in row["scores"] if score["is_truncated"]]
     note = f" The tail of its answer was cut for: {', '.join(cut_tail)}." if cut_tail else ""
-    return f"Rank of RMI among pairs of like query perplexity: {', '.join(said)}.{note}"
+    return f"Rank of RMI among pairs of like query perplexity{_of_reference(row)}: {', '.join(said)}.{note}"
+
+
+def _of_reference(row: Mapping[str, Any]) -> str:
+    """Words for whose pairs those are, where they are not the batch's own."""
+    name = reference.name_in(row["pool_id"])
+    return "" if name is None else f" of the reference {name}"
 
 
 def _verdict(row: Mapping[str, Any], published: Selection) -> str:
@@ -205,7 +231,7 @@ def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReas
         return f"{value} is {inside} the band ({published.band[0]:g}, {published.band[1]:g}]"
     if reason in (SelectionReason.WITHIN_BUDGET, SelectionReason.BELOW_CUT):
         cut = row["verdict_cut"]
-        last = "nothing was taken" if cut is None else f"the last pair taken has {cut:.3f}"
+        last = "nothing was taken" if cut is None else f"the last pair taken{_of_reference(row)} has {cut:.3f}"
         return f"{place}; {last}"
     if reason is SelectionReason.GAP_BELOW_MINIMUM:
         return f"{value} is below the minimum gap or equal to it ({getattr(published, 'min_gap', None)})"

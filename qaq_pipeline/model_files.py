@@ -12,8 +12,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class ModelFiles:
     folder: Path
     revision: str
     """Commit of a hub model, `gguf:<sha256>` or `files:<sha256>` of a local one."""
+    stamps: Mapping[str, list[int]] = field(default_factory=dict, compare=False)
+    """Of a local directory: size and time of each file when it was hashed, by its name; else none."""
 
     def tokenizer_hash(self) -> str:
         """Hash of the tokenizer's files (16 hex digits)."""
@@ -76,6 +78,37 @@ def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> Model
     if model.directory is not None:
         return _from_directory(cache / model.directory)
     return _from_hub(str(model.hub), model.revision, download=download)
+
+
+class FilesWatch:
+    """Whether a model's files still are those that were located: asked while scores are made by them.
+
+    Only a local directory can change under its name: a hub snapshot is named by its commit, a converted GGUF by its
+    hash. A change is remembered, even where the files are changed back.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._files = files
+        self._stamps = files.stamps
+        self.found: str | None = None
+        """The other revision that was found, or `unreadable`; None: no change so far."""
+
+    def is_unchanged(self) -> bool:
+        """By sizes and times; the files are hashed again only where one of these differs."""
+        if self.found is None and self._stamps:
+            self._look()
+        return self.found is None
+
+    def _look(self) -> None:
+        try:
+            stamps = _stamps(_directory_files(self._files.folder))
+            revision = self._files.revision if stamps == self._stamps else _from_directory(self._files.folder).revision
+        except (ModelNotFoundError, OSError):  # Being replaced just now.
+            self.found = "unreadable"
+            return
+        self._stamps = stamps
+        if revision != self._files.revision:
+            self.found = revision
 
 
 def chat_template(source: str, cache: Path) -> str:
@@ -119,9 +152,14 @@ def _from_directory(folder: Path) -> ModelFiles:
         raise ModelNotFoundError(
             f"{folder}: no config.json there; a model directory in Hugging Face layout is expected"
         )
+    files = _directory_files(folder)
+    stamps = _stamps(files)
+    return ModelFiles(folder.name, folder, "files:" + _remembered_hash(files), stamps)
+
+
+def _directory_files(folder: Path) -> list[Path]:
     patterns = (*_HUB_PATTERNS, "*.bin")
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.name[0] != ".")
-    return ModelFiles(folder.name, folder, "files:" + _remembered_hash(files))
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.name[0] != ".")
 
 
 def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:
@@ -163,7 +201,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _remembered_hash(files: list[Path]) -> str:
     """sha256 over the files' names and bytes, remembered beside them until a size or time changes."""
-    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    stamps = _stamps(files)
     memory = files[0].parent / f".{files[0].name}.sha256.json"
     if memory.exists():
         remembered = json.loads(memory.read_text())
@@ -177,6 +215,11 @@ def _remembered_hash(files: list[Path]) -> str:
     except OSError as error:
         log.info("%s: the hash cannot be remembered (%s); it is taken again next time", memory, error)
     return sha256
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of last change, in nanoseconds, of each file."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def _hash_files(files: Iterable[Path]) -> str:

@@ -2,7 +2,7 @@
 
 Belongs here: what a version consists of. Does not belong here: the formats of the files, or when it is published.
 
-    curated_dataset/<manifest hash>/manifest.json, scores.parquet, <selection>/<format's file>
+    curated_dataset/<manifest hash>/manifest.json, README.md, scores.parquet, <selection>/<format's file>
     curated_dataset/differences/<newer>_from_<older>.parquet   the rows that entered and left, and why
     curated_dataset/history.json               the versions whose files are kept, the one published last at the end
     curated_dataset/retired/<version>.json     manifests of versions whose files were not kept
@@ -21,10 +21,11 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline import exports, gates, ledger, schema
+from qaq_pipeline import card, exports, gates, ledger, schema, withdrawals
 from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
 from qaq_pipeline.schema import Change, Decision
 from qaq_pipeline.storage import Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline.withdrawals import Withdrawals
 
 FOLDER = "curated_dataset"
 MANIFEST_FORMAT = 1
@@ -65,10 +66,15 @@ def read_batches(
     included, excluded = [], {}
     order = storage.batches_in_order()
     standing = standing_batches(storage, order, set(registered))
+    withdrawn = withdrawals.read(storage)
     for batch in sorted(registered):
         try:
             tables = _read_batch(storage, batch)
-            fault = _inconsistency(tables, settings) or _screened_otherwise(tables, order, standing)
+            fault = (
+                _inconsistency(tables, settings)
+                or screened_otherwise(batch, tables.screened_data.provenance, order, standing)
+                or not_withdrawn(storage, batch, tables.screened_data.provenance, withdrawn)
+            )
         except ValueError as error:  # A name that the UI let pass, or a StorageError.
             excluded[batch] = str(error)
             continue
@@ -130,23 +136,30 @@ def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[s
     return found
 
 
-def _screened_otherwise(tables: BatchTables, order: Sequence[str], standing: Mapping[str, str]) -> str | None:
+def screened_otherwise(
+    batch: str, made_of: Mapping[str, Any], order: Sequence[str], standing: Mapping[str, str]
+) -> str | None:
     """Whether a batch's duplicates were looked for in other older batches than those that stand now.
 
     Otherwise rows could be published twice, or nowhere: the row that stood for them is gone.
     """
-    made_of = tables.screened_data.provenance
-    if not made_of["across_batches"] or tables.batch not in order:
+    if not made_of["across_batches"] or batch not in order:
         return None
-    before = order[: order.index(tables.batch)]
+    before = order[: order.index(batch)]
     now = {batch: standing[batch] for batch in before if batch in standing}
     differing = sorted(set(now.items()) ^ set(made_of["compared_with"].items()))
     if not differing:
         return None
     names = ", ".join(sorted({batch for batch, _ in differing}))
-    return (
-        f"screened against another state of batch {names}; materialise screened_data and what follows, or `qaq run` it"
-    )
+    return f"screened against another state of batch {names}; `qaq recurate` screens it again"
+
+
+def not_withdrawn(storage: Storage, batch: str, made_of: Mapping[str, Any], withdrawn: Withdrawals) -> str | None:
+    """Whether something of a batch was withdrawn, or is so no longer, since it was screened."""
+    signatures = storage.read_table("signatures", batch).frame
+    if withdrawn.of_batch(batch, signatures) == made_of.get("withdrawn", {}):
+        return None
+    return "withdrawals changed since it was screened; `qaq recurate` screens it again"
 
 
 def publish(
@@ -166,7 +179,7 @@ def publish(
         for name, data in files.items():
             storage.write_bytes(data, FOLDER, version, *name.split("/"))
         storage.write_json(manifest, FOLDER, version, "manifest.json")
-    previous = _latest(storage)
+    previous = latest(storage)
     difference = None
     if previous is not None and storage.exists(FOLDER, previous, "manifest.json"):
         difference = _store_difference(storage, previous, version)
@@ -175,8 +188,49 @@ def publish(
     return Publication(version, manifest, storage.url(FOLDER, version), is_new, previous, difference, retired)
 
 
-def _latest(storage: Storage) -> str | None:
+def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:
+    """Whether the newest version is what would be published now, by the tables' footers and the settings alone."""
+    previous = latest(storage)
+    if previous is None:
+        return not any(_enters(storage, batch) for batch in registered)
+    if not storage.exists(FOLDER, previous, "manifest.json"):
+        return False
+    manifest = storage.read_json(FOLDER, previous, "manifest.json")
+    published = {entry["batch"]: entry["data_versions"] for entry in manifest["batches"]}
+    now = {batch: _enters(storage, batch) for batch in registered}
+    folders = {name.partition("/")[0] for name in manifest["files"] if "/" in name}
+    formats = {name.partition("/")[2] for name in manifest["files"] if "/" in name}
+    return (
+        {batch: tuple(versions[name] for name in _PUBLISHED) for batch, versions in published.items()}
+        == {batch: versions for batch, versions in now.items() if versions is not None}
+        and manifest["selection"] == settings.published.model_dump(mode="json")
+        and settings.published.name in folders
+        and formats == {exports.EXPORTERS[name][0] for name in settings.export.formats}
+    )
+
+
+_PUBLISHED = ("raw_data", "decisions", "selected_subset")
+
+
+def _enters(storage: Storage, batch: str) -> tuple[str, ...] | None:
+    """Data versions of what of the batch enters the dataset; None where it is incomplete or gated."""
+    try:
+        footers = [storage.read_footer(name, batch) for name in _PUBLISHED]
+    except ValueError:  # A StorageError, or a name that the UI let pass.
+        return None
+    if gates.of_provenance(footers[1].provenance) is not None:
+        return None
+    return tuple(footer.data_version for footer in footers)
+
+
+def latest(storage: Storage) -> str | None:
+    """The version published last; None: nothing was."""
     return storage.read_json(FOLDER, "latest.json")["version"] if storage.exists(FOLDER, "latest.json") else None
+
+
+def kept_versions(storage: Storage) -> list[str]:
+    """The versions whose files are kept, the one published last at the end."""
+    return storage.read_json(FOLDER, "history.json") if storage.exists(FOLDER, "history.json") else []
 
 
 def _store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
@@ -230,8 +284,7 @@ def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
 
 def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]:
     """Remove the files of the oldest versions, but for the newest `keep`; their manifests stay."""
-    history = storage.read_json(FOLDER, "history.json") if storage.exists(FOLDER, "history.json") else []
-    ordered = [*(known for known in history if known != version), version]
+    ordered = [*(known for known in kept_versions(storage) if known != version), version]
     surplus = ordered[:-keep] if keep else []
     for retired in surplus:
         if storage.exists(FOLDER, retired, "manifest.json"):
@@ -243,14 +296,25 @@ def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]
 
 
 def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:
-    """The files of a version by their path in it: each format for the published selection and its controls."""
+    """The files of a version by their path in it: the published selection and its controls in each format, the card."""
     names = [settings.published.name, *(CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES)]
-    files = {"scores.parquet": exports.scores_parquet(_concat([t.decisions.frame for t in batches], "decisions"))}
+    decisions = _concat([tables.decisions.frame for tables in batches], "decisions")
+    files, exported = {"scores.parquet": exports.scores_parquet(decisions)}, {}
     for selection in names:
         rows = _concat([_rows(selection, tables, settings) for tables in batches], "selected_subset")
         for export_format in settings.export.formats:
             file_name, write = exports.EXPORTERS[export_format]
             files[f"{selection}/{file_name}"] = write(rows)
+        exported[selection] = rows.height
+    files["README.md"] = card.dataset_card(
+        settings.published,
+        exported,
+        settings.export.formats,
+        [_entry(tables) for tables in batches],
+        _concat([tables.screened_data.frame for tables in batches], "screened_data"),
+        decisions,
+        {tables.batch: tables.screened_data.provenance["benchmarks"] for tables in batches},
+    )
     return files
 
 

@@ -142,6 +142,13 @@ def read_file(content: bytes, source_file: str, batch: str, settings: RecordSett
     return pl.DataFrame(rows, schema=dtypes(RawData), orient="row")
 
 
+def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
+    """A file that cannot be cut into rows, as one rejected row: for where nobody is there to mend it at once."""
+    rejection = (Status.REJECTED.value, RejectReason.UNREADABLE_FILE.value, str(error))
+    row = (batch, source_file, 1, 0, *[None] * 6, "", *rejection)
+    return pl.DataFrame([row], schema=dtypes(RawData), orient="row")
+
+
 def pair_id(system: str | None, query: str, answer: str) -> str:
     """Content hash of a pair: blake2b-128 of the three texts in UTF-8, each after its length in 8 bytes.
 

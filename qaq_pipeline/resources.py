@@ -135,6 +135,9 @@ class ModelRuntime:
     ) -> ScoredPairs:
         """The Logprobs of the pairs under the model of that role; the cache spares what was scored before.
 
+        Where the model's files changed meanwhile, `identity_after` stands in the provenance, by which the batch is
+        gated, and what was scored since then is not cached: it may be of either model.
+
         Raises:
             model_files.ModelNotFoundError: the model's files cannot be had.
             causal_lm.UnsupportedModelError: the model cannot be scored right.
@@ -145,9 +148,10 @@ class ModelRuntime:
         settings, prepared = self._settings, self._prepare(role)
         model, files, encoder, identity = prepared.model, prepared.files, prepared.encoder, prepared.identity
         loads = functools.partial(causal_lm.loaders, model, files, settings.scoring.max_tokens)
+        watch = model_files.FilesWatch(files)
         frame, report = score_pairs(
             pairs,
-            ScoringModel(role, encoder, identity, loads, files.num_weight_bytes()),
+            ScoringModel(role, encoder, identity, loads, files.num_weight_bytes(), watch.is_unchanged),
             storage,
             settings.scoring,
             settings.runtime,
@@ -155,8 +159,10 @@ class ModelRuntime:
             on_progress=self._on_progress,
             on_shard=on_shard,
         )
+        is_changed = report.num_scored_quantities > 0 and not watch.is_unchanged()
         provenance = {
             "identity": asdict(identity),
+            **({"identity_after": asdict(identity) | {"revision": watch.found}} if is_changed else {}),
             "identity_hash": identity.digest(),
             "frame": model.frame,
             "scoring": settings.scoring.model_dump(mode="json", exclude={"quantities", "token_logprobs"}),

@@ -25,6 +25,7 @@ class Status(StrEnum):
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
+    WITHDRAWN = "withdrawn"
     CONTAMINATED = "contaminated"
     DUPLICATE = "duplicate"
 
@@ -42,6 +43,7 @@ class RejectReason(StrEnum):
     WRONG_TYPE = "wrong_type"
     UNKNOWN_ROLE = "unknown_role"
     NO_ANSWERED_TURN = "no_answered_turn"
+    UNREADABLE_FILE = "unreadable_file"
 
 
 class DuplicateReason(StrEnum):
@@ -58,12 +60,21 @@ class ContaminationReason(StrEnum):
     BENCHMARK_SOLUTION = "benchmark_solution"
 
 
+class WithdrawalReason(StrEnum):
+    """Why a readable row may not be published."""
+
+    ROW_WITHDRAWN = "row_withdrawn"
+
+
 class GateReason(StrEnum):
     """Why no row of a batch is scored, or published."""
 
+    BATCH_WITHDRAWN = "batch_withdrawn"
     EMPTY_BATCH = "empty_batch"
+    UNREADABLE_FILE = "unreadable_file"
     TOO_MANY_REJECTED = "too_many_rejected"
     TOO_FEW_SCORABLE = "too_few_scorable"
+    MODEL_CHANGED = "model_changed"
 
 
 class Quantity(StrEnum):
@@ -93,6 +104,7 @@ class Decision(StrEnum):
     SELECTED = "selected"
     NOT_SELECTED = "not_selected"
     REJECTED = "rejected"
+    WITHDRAWN = "withdrawn"
     CONTAMINATED = "contaminated"
     DUPLICATE = "duplicate"
     UNSCORABLE = "unscorable"
@@ -194,7 +206,9 @@ class RawData(_RowKey):
     answer = dy.String(nullable=True, description="A, as delivered; null where the row has none.")
     source = dy.String(nullable=True, description="The row's own `source` field, where it has one.")
     language = dy.String(nullable=True, description="The row's own `language` field, where it has one.")
-    record = dy.String(description="The delivered record, verbatim; invalid bytes as \\xNN escapes.")
+    record = dy.String(
+        description="The delivered record, verbatim; invalid bytes as \\xNN escapes. Empty for an unreadable file."
+    )
     status = _closed(Status, description="Accepted or rejected.")
     reason = _closed(RejectReason, nullable=True, description="Why it was rejected; null where accepted.")
     detail = dy.String(nullable=True, description="What exactly was wrong, in words; null where accepted.")
@@ -235,9 +249,10 @@ class ScreenedData(_RowKey):
     """The same rows, with what was found before any GPU time is spent. Only accepted rows are scored."""
 
     pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="As in raw_data.")
-    status = _closed(Status, description="Accepted, rejected (as in raw_data), contaminated or duplicate.")
+    status = _closed(Status, description="Accepted, rejected (as in raw_data), withdrawn, contaminated or duplicate.")
     reason = _closed(
         RejectReason,
+        WithdrawalReason,
         ContaminationReason,
         DuplicateReason,
         nullable=True,
@@ -374,7 +389,7 @@ class DisagreementScores(dy.Schema):
     """Strata, ranks and the gap between the strong and the weak model: what depends on a pool, and on which."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    pool_id = dy.String(description="The pool in which ranks were taken: batch:<name>.")
+    pool_id = dy.String(description="The pool in which ranks were taken: batch:<name> or reference:<name>:<version>.")
     stratum_strong = dy.Int64(nullable=True, min=1, description="Stratum of the strong model's PPL(Q), from 1.")
     rank_strong = _nullable_rank("under the strong model")
     stratum_weak = dy.Int64(nullable=True, min=1, description="Stratum of the weak model's PPL(Q), from 1.")
@@ -392,6 +407,30 @@ class DisagreementScores(dy.Schema):
         return _null_iff_reason("gap", "null_reason")
 
 
+class RankReference(RmiScores):
+    """A frozen pool: the scores of its pairs under each model, and the strata and ranks that they have in it.
+
+    Everything that is compared with it follows from these rows: the edges of the strata, the distribution of RMI inside
+    them, and the cut of every selection.
+    """
+
+    model = dy.String(primary_key=True, description="Role of the model.")
+    stratum_log_ppl_q = dy.Float64(
+        nullable=True,
+        min=0.0,
+        metadata={"unit": NATS_PER_TOKEN},
+        description="log PPL(Q) by which the stratum was found: the model's own, or the strong model's; null: no rank.",
+    )
+    stratum = dy.Int64(nullable=True, min=1, description="Stratum of PPL(Q) in the reference, from 1; null: no rank.")
+    num_strata = dy.Int64(min=1, description="How many strata the model's pool has in the reference.")
+    rank = _nullable_rank("in the reference")
+
+    @dy.rule()
+    def ranked_in_a_stratum(cls) -> pl.Expr:
+        ranked = pl.col("rank").is_not_null()
+        return (pl.col("stratum").is_not_null() == ranked) & (pl.col("stratum_log_ppl_q").is_not_null() == ranked)
+
+
 VERDICT = dy.Struct(
     {
         "selection": dy.String(description="Name of the selection."),
@@ -399,7 +438,9 @@ VERDICT = dy.Struct(
         "reason": dy.String(description="Why, or why not."),
         "score": dy.Float64(nullable=True, description="The value that the selection orders by."),
         "position": dy.Int64(nullable=True, description="Place in that order, from 1; null where it has none."),
-        "cut": dy.Float64(nullable=True, description="Score of the last pair taken; null where nothing was."),
+        "cut": dy.Float64(
+            nullable=True, description="Score of the last pair taken, here or of the reference; null where none was."
+        ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }
 )
@@ -434,6 +475,7 @@ class Decisions(_RowKey):
     reason = _closed(
         SelectionReason,
         RejectReason,
+        WithdrawalReason,
         ContaminationReason,
         DuplicateReason,
         NullReason,
@@ -493,7 +535,10 @@ TABLES: dict[str, type[dy.Schema]] = {
     "decisions": Decisions,
     "selected_subset": SelectedSubset,
 }
-"""Stored tables by asset name, in the order in which they are made."""
+"""Stored tables of a batch by asset name, in the order in which they are made."""
+
+STORED_TABLES = TABLES | {"rank_reference": RankReference}
+"""All tables that are stored by the name of their asset; a rank_reference is of several batches."""
 
 
 class TableError(ValueError):

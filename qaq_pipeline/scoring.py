@@ -49,6 +49,8 @@ class ScoringModel:
     """How to load the model in each of several processes: as many as there are cores or devices, at most so many.
     Within the context the devices are held."""
     num_weight_bytes: int = 0
+    is_identity_true: Callable[[], bool] = lambda: True
+    """Whether its files still are those that its identity names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,13 @@ def score_pairs(
     """
     plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
     run = _Run(plan, model, runtime, on_start, on_progress, on_shard)
-    shards = ShardWriter(storage, model.identity, runtime.shard_seconds, keep_tokens=scoring.token_logprobs)
+    shards = ShardWriter(
+        storage,
+        model.identity,
+        runtime.shard_seconds,
+        keep_tokens=scoring.token_logprobs,
+        is_identity_true=model.is_identity_true,
+    )
     with shards:
         run.score(shards)
     if plan.num_cached:

@@ -3,20 +3,20 @@
 Belongs here: the order of the verdicts, and who may stand for a duplicate. Does not belong here: how duplicates
 (`duplicates`) and benchmark text (`contamination`) are found, reading records, or scores.
 
-A rejected row stays rejected; then a contaminated one is contaminated; then duplicates are looked for among the rest,
-so that the row that stands for others may itself be selected.
+A rejected row stays rejected; then a withdrawn one is withdrawn and a contaminated one contaminated; then duplicates
+are looked for among the rest, so that the row that stands for others may itself be selected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 
 from qaq_pipeline import duplicates, schema, shingles
 from qaq_pipeline.config import ScreeningSettings
 from qaq_pipeline.duplicates import Texts
-from qaq_pipeline.schema import Status, dtypes
+from qaq_pipeline.schema import Status, WithdrawalReason, dtypes
 
 _FOUND = {"reason": pl.String, "duplicate_of": pl.String, "similarity": pl.Float64, "evidence": pl.String}
 
@@ -28,6 +28,7 @@ def screen(
     older: Sequence[pl.DataFrame],
     texts: Texts,
     settings: ScreeningSettings,
+    withdrawn: Mapping[str, str],
 ) -> pl.DataFrame:
     """The ScreenedData of a batch, in key order; `batch_gate` is null.
 
@@ -38,10 +39,13 @@ def screen(
         older: Signatures of older batches' accepted rows, the oldest first.
         texts: the texts of rows of all these batches.
         settings: what is looked for, and what becomes of contaminated rows.
+        withdrawn: content hashes of rows that must not be published, each with the reason.
     """
-    held = _held(contamination)
+    gone = _withdrawn(signatures, withdrawn)
+    held = _held(contamination).join(gone, on=schema.ROW_KEY, how="anti")
     is_dropped = settings.contamination.action == "drop"
-    own = signatures.join(held, on=schema.ROW_KEY, how="anti") if is_dropped else signatures
+    own = signatures.join(gone, on=schema.ROW_KEY, how="anti")
+    own = own.join(held, on=schema.ROW_KEY, how="anti") if is_dropped else own
     twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold).join(
         held.select(*schema.ROW_KEY, flagged="evidence"), on=schema.ROW_KEY, how="left", validate="1:1"
     )
@@ -52,6 +56,7 @@ def screen(
     )
     rejected = raw.select(*schema.ROW_KEY, "pair_id", "status", "reason", evidence="detail")
     found = [
+        (gone, Status.WITHDRAWN),
         (twins, Status.DUPLICATE),
         (
             held.with_columns(duplicate_of=pl.lit(None, pl.String)),
@@ -81,7 +86,7 @@ def screen(
 def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
     """The ScreenedData of a batch for itself, without older batches and benchmarks."""
     nothing = pl.DataFrame(schema=dtypes(schema.Contamination))
-    return screen(raw, duplicates.signatures(raw), nothing, [], texts_of([raw]), settings)
+    return screen(raw, duplicates.signatures(raw), nothing, [], texts_of([raw]), settings, {})
 
 
 def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
@@ -95,6 +100,16 @@ def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
         return found
 
     return of_rows
+
+
+def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.DataFrame:
+    why = pl.col("content_hash").replace_strict(withdrawn, default=None, return_dtype=pl.String)
+    rows = signatures.select(*schema.ROW_KEY, evidence=why)
+    return rows.drop_nulls("evidence").with_columns(
+        reason=pl.lit(WithdrawalReason.ROW_WITHDRAWN.value),
+        duplicate_of=pl.lit(None, pl.String),
+        similarity=pl.lit(None, pl.Float64),
+    )
 
 
 def _held(contamination: pl.DataFrame) -> pl.DataFrame:

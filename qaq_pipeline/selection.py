@@ -3,6 +3,9 @@
 Belongs here: the strategies, their pools, orders and budgets, and the random controls of the published selection.
 Does not belong here: how scores and ranks are made, the rows that share a pair, and sentences for people.
 
+With a reference, what is taken of its pairs decides: a budget is of the reference, and the last pair taken there is the
+cut for every batch.
+
 A candidate is a distinct pair. Ties go by pair_id and frames are sorted by it first, so no verdict depends on the
 order of the input.
 """
@@ -74,6 +77,14 @@ class _Limit:
     answer_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """The last pair that was taken of a reference: what comes after it in the selection's order is not taken."""
+
+    score: float
+    pair_id: str
+
+
 def candidates(disagreement: pl.DataFrame, scores: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """One row a distinct pair, sorted by pair_id: gap, rank_sum, and `<column>:<role>` of every model's numbers.
 
@@ -109,30 +120,60 @@ def _ranks_by_role(ranks: pl.Series, roles: Sequence[str]) -> pl.DataFrame:
     )
 
 
-def select(candidates: pl.DataFrame, selection: Selection, roles: Sequence[str]) -> pl.DataFrame:
+def select(
+    candidates: pl.DataFrame, selection: Selection, roles: Sequence[str], reference: pl.DataFrame | None = None
+) -> pl.DataFrame:
     """The verdict of one selection on every candidate, sorted by pair_id; columns as VERDICT, after pair_id.
 
     Taken are the first k = floor(f * n + 1/2) of the n pairs in the pool, or a count, or the longest prefix whose
     answers fit the token budget, in the order of (score, pair_id). Pairs that a filter of the selection keeps out
     count in n, and have no position.
+
+    With `reference`, the candidates of a reference, taken are the pairs that do not come after the last one taken
+    of those, in the same order; of the reference itself that is the same. A random selection's score says nothing of
+    a pair, so it takes the share of its pool that its budget is of the reference's.
     """
     ordered = candidates.sort("pair_id")
     if isinstance(selection, RandomSelection):
-        return _select_random(ordered, selection, roles)
+        return _select_random(ordered, selection, roles, reference)
     rule = _rule(selection, roles)
-    pool_size = ordered.select(_flag(rule.in_pool).sum()).item()
-    limit = _Limit() if isinstance(selection, RmiBandSelection) else _limit(selection.budget, pool_size)
+    if isinstance(selection, RmiBandSelection):
+        limit = _Limit()
+    elif reference is not None:
+        limit = _last_taken(select(reference, selection, roles))
+    else:
+        limit = _limit(selection.budget, ordered.select(_flag(rule.in_pool).sum()).item())
     return _verdicts(ordered, selection.name, rule, limit)
 
 
-def select_all(candidates: pl.DataFrame, selections: Sequence[Selection], roles: Sequence[str]) -> pl.DataFrame:
-    """Verdicts of all selections in their order, then of the two controls of the first, the published one."""
+def _last_taken(verdicts: pl.DataFrame) -> _Cut | _Limit:
+    taken = verdicts.filter("is_selected").sort("position")
+    if taken.is_empty():
+        return _Limit(num_rows=0)
+    return _Cut(taken["score"][-1], taken["pair_id"][-1])
+
+
+def select_all(
+    candidates: pl.DataFrame,
+    selections: Sequence[Selection],
+    roles: Sequence[str],
+    reference: pl.DataFrame | None = None,
+) -> pl.DataFrame:
+    """Verdicts of all selections in their order, then of the two controls of the first, the published one.
+
+    Args:
+        candidates: of the batch.
+        selections: named selections.
+        roles: of the models.
+        reference: candidates of the reference whose cuts decide; None: budgets are of the batch.
+    """
     seeds = {selection.seed for selection in selections if isinstance(selection, RandomSelection)}
     ordered = candidates.sort("pair_id")
     for seed in sorted(seeds | {_CONTROL_SEED}):
         ordered = _with_draws(ordered, seed)
-    verdicts = [select(ordered, selection, roles) for selection in selections]
-    controls = [_control(ordered, selections[0], verdicts[0], strategy) for strategy in CONTROL_STRATEGIES]
+    verdicts = [select(ordered, selection, roles, reference) for selection in selections]
+    limit = _control_limit(ordered, selections[0], verdicts[0], is_cut_frozen=reference is not None)
+    controls = [_control(ordered, selections[0], verdicts[0], strategy, limit) for strategy in CONTROL_STRATEGIES]
     return pl.concat([*verdicts, *controls])
 
 
@@ -211,7 +252,7 @@ def _flag(condition: pl.Expr) -> pl.Expr:
     return condition.fill_null(False)
 
 
-def _verdicts(ordered: pl.DataFrame, name: str, rule: _Rule, limit: _Limit) -> pl.DataFrame:
+def _verdicts(ordered: pl.DataFrame, name: str, rule: _Rule, limit: _Limit | _Cut) -> pl.DataFrame:
     """Verdicts of a frame sorted by pair_id, in its order."""
     in_pool = _flag(rule.in_pool)
     barriers = ((~in_pool, SelectionReason.NOT_IN_POOL), *rule.barriers)
@@ -222,7 +263,12 @@ def _verdicts(ordered: pl.DataFrame, name: str, rule: _Rule, limit: _Limit) -> p
         pl.when(in_pool).then(rule.score).cast(pl.Float64).alias("score"),
         in_pool.sum().cast(pl.Int64).alias("pool_size"),
     ).with_columns(position=_position(rule.descending))
-    num_taken = _num_taken(judged, limit)
+    if isinstance(limit, _Cut):
+        num_taken = judged.select(_flag(_up_to(limit, rule.descending)).sum()).item()
+        cut = pl.lit(limit.score)
+    else:
+        num_taken = _num_taken(judged, limit)
+        cut = pl.col("score").filter(pl.col("position") == num_taken).first()
     is_selected = _flag(pl.col("position") <= num_taken)
     return judged.select(
         "pair_id",
@@ -236,7 +282,7 @@ def _verdicts(ordered: pl.DataFrame, name: str, rule: _Rule, limit: _Limit) -> p
         score="score",
         position="position",
         pool_size="pool_size",
-        cut=pl.col("score").filter(pl.col("position") == num_taken).first(),
+        cut=cut,
     ).select("pair_id", *VERDICT.inner)
 
 
@@ -244,6 +290,14 @@ def _position(descending: bool) -> pl.Expr:
     """Place, from 1, among the pairs without a barrier, by score and then in the order of the frame; else null."""
     ascending = -pl.col("score") if descending else pl.col("score")
     return pl.when(pl.col("barrier").is_null()).then(ascending).rank("ordinal").cast(pl.Int64)
+
+
+def _up_to(cut: _Cut, descending: bool) -> pl.Expr:
+    """Whether a placed pair does not come after the cut. Such pairs are the first ones in the order."""
+    score = pl.col("score")
+    before = score > cut.score if descending else score < cut.score
+    level = (score == cut.score) & (pl.col("pair_id") <= cut.pair_id)
+    return pl.col("position").is_not_null() & (before | level)
 
 
 def _num_taken(judged: pl.DataFrame, limit: _Limit) -> int:
@@ -255,26 +309,52 @@ def _num_taken(judged: pl.DataFrame, limit: _Limit) -> int:
     return int((in_order.cum_sum() <= limit.answer_tokens).sum())
 
 
-def _select_random(ordered: pl.DataFrame, selection: RandomSelection, roles: Sequence[str]) -> pl.DataFrame:
+def _select_random(
+    ordered: pl.DataFrame, selection: RandomSelection, roles: Sequence[str], reference: pl.DataFrame | None
+) -> pl.DataFrame:
     """Pool: pairs that every model could score, and for stratified_random with a stratum under the named model."""
     in_pool = _scored_by_all(roles)
     if selection.strategy == "stratified_random":
         in_pool &= pl.col(f"stratum:{selection.model}").is_not_null()
     membership = ordered.select(_flag(in_pool)).to_series()
-    limit = _limit(selection.budget, int(membership.sum()))
+    pool = ordered.filter(membership)
+    limit = _limit(selection.budget, pool.height)
+    if reference is not None and selection.budget.fraction is None:
+        limit = _same_share(limit, pool, reference.filter(_flag(in_pool)))
     return _draw(ordered, selection, membership, limit)
 
 
-def _control(ordered: pl.DataFrame, published: Selection, verdicts: pl.DataFrame, strategy: str) -> pl.DataFrame:
-    """A random selection from the published one's pool, of its number of rows, or within its token budget.
+def _same_share(limit: _Limit, pool: pl.DataFrame, reference_pool: pl.DataFrame) -> _Limit:
+    """A limit of rows or answer tokens of the reference's pool, as the same share of the batch's pool."""
+    if limit.answer_tokens is not None:
+        tokens, of = (int(frame[_TOKENS].sum()) for frame in (pool, reference_pool))
+        return _Limit(answer_tokens=limit.answer_tokens * tokens // of if of else 0)
+    assert limit.num_rows is not None
+    of = reference_pool.height
+    share = Fraction(min(limit.num_rows, of), of) if of else Fraction(0)
+    return _Limit(num_rows=math.floor(share * pool.height + Fraction(1, 2)))
 
-    Where filters leave the published selection fewer answer tokens than its budget, the control gets no more.
+
+def _control_limit(
+    ordered: pl.DataFrame, published: Selection, verdicts: pl.DataFrame, *, is_cut_frozen: bool
+) -> _Limit:
+    """What a control may take: as many rows as the published selection took, or its token budget.
+
+    Where filters leave the published selection fewer answer tokens than its budget, the control gets no more. A token
+    budget of a reference is no measure for the batch: the control then gets the tokens that were taken.
     """
     budget = None if isinstance(published, RmiBandSelection) else published.budget
-    limit = _Limit(num_rows=int(verdicts["is_selected"].sum()))
-    if budget is not None and budget.answer_tokens is not None:
-        offered = ordered[_TOKENS].filter(verdicts["position"].is_not_null()).sum()
-        limit = _Limit(answer_tokens=min(budget.answer_tokens, int(offered)))
+    if budget is None or budget.answer_tokens is None:
+        return _Limit(num_rows=int(verdicts["is_selected"].sum()))
+    counted = verdicts["is_selected"] if is_cut_frozen else verdicts["position"].is_not_null()
+    tokens = int(ordered[_TOKENS].filter(counted).sum())
+    return _Limit(answer_tokens=tokens if is_cut_frozen else min(budget.answer_tokens, tokens))
+
+
+def _control(
+    ordered: pl.DataFrame, published: Selection, verdicts: pl.DataFrame, strategy: str, limit: _Limit
+) -> pl.DataFrame:
+    """A random selection from the published one's pool, up to the limit."""
     model = getattr(published, "model", "strong")
     control = RandomSelection.model_validate(
         {"name": f"{CONTROL_PREFIX}{strategy}", "strategy": strategy, "model": model, "seed": _CONTROL_SEED}

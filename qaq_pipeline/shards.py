@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,9 +29,20 @@ class ShardWriter:
         identity: under which they are cached.
         seconds: how often a shard is closed.
         keep_tokens: whether log-probabilities of single tokens are kept.
+        is_identity_true: whether the identity still is the model's; asked before a shard is cached. Scores that may be
+            another model's are kept for this run's table, and not cached.
     """
 
-    def __init__(self, storage: Storage, identity: ScoreIdentity, seconds: float, *, keep_tokens: bool) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        identity: ScoreIdentity,
+        seconds: float,
+        *,
+        keep_tokens: bool,
+        is_identity_true: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._is_identity_true = is_identity_true
         self._storage = storage
         self._identity = identity
         self._seconds = seconds
@@ -74,7 +85,8 @@ class ShardWriter:
         if not self._open_rows:
             return
         shard = pl.DataFrame(self._open_rows, schema=schema.dtypes(schema.CachedScores), orient="row")
-        if not (scores := shard.filter(pl.col("null_reason").is_null())).is_empty():
+        scores = shard.filter(pl.col("null_reason").is_null())
+        if not scores.is_empty() and self._is_identity_true():
             self._storage.append_scores(self._identity, scores)
         self.closed.append(shard)
         self._open_rows = []

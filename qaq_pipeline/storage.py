@@ -5,6 +5,7 @@ Does not belong here: what the tables mean, or when they are made.
 
     <root>/deliveries/<batch>/<hash>/<file>       immutable copy of what was delivered; current.json points to it
     <root>/<table>/<batch>[/<model>]/table.parquet
+    <root>/rank_reference/<name>/table.parquet    written once
     <root>/batch_order.json                       the batches in the order in which they were first screened
     <root>/contamination/<batch>/<key>.parquet    what was found of one benchmark
     <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed; set_aside/ holds what is no shard
@@ -32,6 +33,8 @@ from typing import Any
 import dataframely as dy
 import fsspec
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
@@ -77,6 +80,14 @@ class StoredTable:
     def provenance_id(self) -> str:
         """Hash of the provenance (32 hex digits); it knows no run id and no time."""
         return hash_json(self.provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What made a stored table, and the hash of its content."""
+
+    provenance: dict[str, Any]
+    data_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +197,12 @@ class Storage:
     # --- tables ------------------------------------------------------------------------------------------------
 
     def write_table(self, table: StoredTable, name: str, *partition: str) -> None:
-        """Write a table of `schema.TABLES`, with its provenance in the footer.
+        """Write a table of `schema.STORED_TABLES`, with its provenance in the footer.
 
         Raises:
             schema.TableError: the frame does not fit; nothing is written.
         """
-        frame = schema.enforce(schema.TABLES[name], table.frame)
+        frame = schema.enforce(schema.STORED_TABLES[name], table.frame)
         footer = {"provenance": table.provenance, "data_version": table.data_version}
         self.write_bytes(_parquet_bytes(frame, footer), *_table_path(name, partition))
 
@@ -212,20 +223,35 @@ class Storage:
             raise StorageError(
                 f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"
             ) from error
-        if dict(table.frame.schema) != schema.dtypes(schema.TABLES[name]):
+        if dict(table.frame.schema) != schema.dtypes(schema.STORED_TABLES[name]):
             raise StorageError(f"{self.url(*parts)}: written by another version of {name}; materialise it anew")
         if _hash_body(data) != table.data_version:
             raise StorageError(f"{self.url(*parts)}: changed since it was written; materialise it anew")
         return table
 
+    def read_footer(self, name: str, *partition: str) -> Footer:
+        """Provenance and data version of a stored table, without its rows.
+
+        Raises:
+            StorageError: it is missing, or torn.
+        """
+        parts = _table_path(name, partition)
+        if not self.exists(*parts):
+            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
+        try:
+            with self._fs.open(self.path(*parts), "rb") as stream:
+                footer = json.loads((pq.read_metadata(stream).metadata or {})[_FOOTER_KEY.encode()])
+            return Footer(footer["provenance"], footer["data_version"])
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise StorageError(
+                f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"
+            ) from error
+
     def table_version(self, name: str, *partition: str) -> str | None:
         """Data version of a stored table, by its footer alone; None where there is none, or none that can be read."""
-        parts = _table_path(name, partition)
         try:
-            return json.loads(pl.read_parquet_metadata(io.BytesIO(self.read_bytes(*parts)))[_FOOTER_KEY])[
-                "data_version"
-            ]
-        except (*_UNREADABLE, KeyError, TypeError, ValueError):
+            return self.read_footer(name, *partition).data_version
+        except StorageError:
             return None
 
     def has_table(self, name: str, *partition: str) -> bool:
@@ -422,8 +448,8 @@ class Storage:
 
 
 def _table_path(name: str, partition: Sequence[str]) -> tuple[str, ...]:
-    if name not in schema.TABLES:
-        raise StorageError(f"{name!r} is no table; known: {', '.join(schema.TABLES)}")
+    if name not in schema.STORED_TABLES:
+        raise StorageError(f"{name!r} is no table; known: {', '.join(schema.STORED_TABLES)}")
     for part in partition:
         check_batch_name(part)
     return (name, *partition, _TABLE_FILE)

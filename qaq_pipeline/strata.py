@@ -48,24 +48,41 @@ def disagreement_scores(
 ) -> tuple[pl.DataFrame, list[str]]:
     """DisagreementScores of each role's RmiScores, sorted by pair_id, and warnings as sentences.
 
-    gap      = rank_strong - rank_weak
-    rank_sum = rank_strong + rank_weak
+    Raises:
+        ValueError: `strong` or `weak` is missing, or the roles' frames do not hold the same pairs.
+    """
+    in_pool = pools(scores, ranking)
+    ranked = {role: rank_pool(pool, ranking) for role, pool in in_pool.items()}
+    return disagreement(ranked, pool_id), few_strata_warnings(in_pool, ranking)
 
-    Both to 14 decimals: ranks are j / m, and without it 0.4 - 0.3 and 0.3 - 0.2 would be two gaps.
+
+def pools(scores: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> dict[str, pl.DataFrame]:
+    """What is ranked of each role's RmiScores, roles in order: pair_id (sorted), log_ppl_q, rmi, null_reason.
+
+    log_ppl_q is that which the strata are made of. Where the pair is not ranked, it and rmi are null.
 
     Raises:
         ValueError: `strong` or `weak` is missing, or the roles' frames do not hold the same pairs.
     """
     ordered = {role: scores[role].sort("pair_id") for role in sorted(scores)}
     _check_same_pairs(ordered)
-    ranked: dict[str, pl.DataFrame] = {}
-    warnings: list[str] = []
-    for role, frame in ordered.items():
-        ranked[role], warning = _rank_role(role, frame, ordered["strong"], ranking)
-        warnings += warning
-    long = [frame.rename(lambda column, role=role: f"{column}:{role}") for role, frame in ranked.items()]
-    wide = pl.concat([ordered["strong"].select("pair_id"), *long], how="horizontal")
-    return _disagreement(wide, sorted(ranked), pool_id), warnings
+    binned_by = {role: ordered["strong"] if ranking.strata_from == "strong" else ordered[role] for role in ordered}
+    return {role: _pool(frame, binned_by[role]) for role, frame in ordered.items()}
+
+
+def _pool(frame: pl.DataFrame, binned_by: pl.DataFrame) -> pl.DataFrame:
+    in_pool = frame["rmi"].is_not_null() & binned_by["rmi"].is_not_null()
+    pooled = frame.select("pair_id", "rmi", log_ppl_q=binned_by["log_ppl_q"], null_reason="null_reason_rmi")
+    return pooled.with_columns(pl.when(in_pool).then(name).alias(name) for name in ("log_ppl_q", "rmi"))
+
+
+def rank_pool(pool: pl.DataFrame, ranking: RankingSettings) -> pl.DataFrame:
+    """A pool of `pools` with stratum, num_strata and rank, taken in the pool itself."""
+    num_rows = pool["rmi"].count()
+    num_strata = count_strata(num_rows, ranking)
+    return pool.with_columns(
+        stratum=stratum(pl.col("log_ppl_q"), num_rows, num_strata), num_strata=pl.lit(num_strata, pl.Int64)
+    ).with_columns(rank=rank_in_stratum(pl.col("rmi"), "stratum"))
 
 
 def _check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
@@ -78,27 +95,14 @@ def _check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
         raise ValueError(f"the models' scores are not of the same pairs ({counts}); score the batch again under each")
 
 
-def _rank_role(
-    role: str, frame: pl.DataFrame, strong: pl.DataFrame, ranking: RankingSettings
-) -> tuple[pl.DataFrame, list[str]]:
-    """stratum, num_strata, rank and null_reason of one role's rows, in their order, and its warning, if any."""
-    binned_by = strong if ranking.strata_from == "strong" else frame
-    in_pool = frame["rmi"].is_not_null() & binned_by["rmi"].is_not_null()
-    num_rows = int(in_pool.sum())
+def few_strata_warnings(pools: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> list[str]:
+    """A sentence for every role whose pool gets fewer strata than the settings ask for."""
+    return [warning for role, pool in pools.items() for warning in _warn(role, pool, ranking)]
+
+
+def _warn(role: str, pool: pl.DataFrame, ranking: RankingSettings) -> list[str]:
+    num_rows, num_pairs = pool["rmi"].count(), pool.height
     num_strata = count_strata(num_rows, ranking)
-    pooled = pl.DataFrame({"in_pool": in_pool, "log_ppl_q": binned_by["log_ppl_q"], "rmi": frame["rmi"]}).select(
-        pl.when("in_pool").then("log_ppl_q").alias("log_ppl_q"), pl.when("in_pool").then("rmi").alias("rmi")
-    )
-    ranked = pooled.with_columns(stratum=stratum(pl.col("log_ppl_q"), num_rows, num_strata)).select(
-        "stratum",
-        pl.lit(num_strata, pl.Int64).alias("num_strata"),
-        rank_in_stratum(pl.col("rmi"), "stratum").alias("rank"),
-        frame["null_reason_rmi"].alias("null_reason"),
-    )
-    return ranked, _warn(role, num_rows, frame.height, num_strata, ranking)
-
-
-def _warn(role: str, num_rows: int, num_pairs: int, num_strata: int, ranking: RankingSettings) -> list[str]:
     if num_pairs == 0 or num_strata == ranking.num_strata:
         return []
     if num_rows == 0:
@@ -110,9 +114,19 @@ def _warn(role: str, num_rows: int, num_pairs: int, num_strata: int, ranking: Ra
     ]
 
 
-def _disagreement(wide: pl.DataFrame, roles: list[str], pool_id: str) -> pl.DataFrame:
+def disagreement(ranked: Mapping[str, pl.DataFrame], pool_id: str) -> pl.DataFrame:
+    """DisagreementScores of each role's ranks: pair_id, stratum, num_strata, rank and null_reason, rows as in all.
+
+    gap      = rank_strong - rank_weak
+    rank_sum = rank_strong + rank_weak
+
+    Both to 14 decimals: ranks are j / m, and without it 0.4 - 0.3 and 0.3 - 0.2 would be two gaps.
+    """
+    columns = ("stratum", "num_strata", "rank", "null_reason")
+    long = [ranked[role].select(pl.col(columns).name.suffix(f":{role}")) for role in sorted(ranked)]
+    wide = pl.concat([ranked["strong"].select("pair_id"), *long], how="horizontal")
     strong, weak = pl.col("rank:strong"), pl.col("rank:weak")
-    columns = {
+    numbers = {
         "pair_id": pl.col("pair_id"),
         "pool_id": pl.lit(pool_id),
         "stratum_strong": pl.col("stratum:strong"),
@@ -124,10 +138,10 @@ def _disagreement(wide: pl.DataFrame, roles: list[str], pool_id: str) -> pl.Data
         "rank_sum": (strong + weak).round(_GAP_DECIMALS),
         "null_reason": pl.coalesce("null_reason:strong", "null_reason:weak"),
         # Sixty times faster than concat_list of structs.
-        "ranks": pl.concat_arr([_rank_struct(role) for role in roles]).arr.to_list(),
+        "ranks": pl.concat_arr([_rank_struct(role) for role in sorted(ranked)]).arr.to_list(),
     }
     types = dtypes(DisagreementScores)
-    return wide.select(expression.cast(types[name]).alias(name) for name, expression in columns.items())
+    return wide.select(expression.cast(types[name]).alias(name) for name, expression in numbers.items())
 
 
 def _rank_struct(role: str) -> pl.Expr:

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline import ledger, selection
+from qaq_pipeline import duplicates, ledger, selection
 from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.schema import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
@@ -124,7 +124,8 @@ def store_batch(
     files = {source_file: hashlib.sha256(repr(queries).encode()).hexdigest()}
     raw_data = StoredTable(raw, {"files": files})
     screened = StoredTable(
-        screen_alone(raw, settings.screening), {"inputs": {}, "across_batches": False, "compared_with": {}}
+        screen_alone(raw, settings.screening),
+        {"inputs": {}, "across_batches": False, "compared_with": {}, "benchmarks": {}},
     )
     made_of = {
         "inputs": {"raw_data": raw_data.data_version, "screened_data": screened.data_version},
@@ -142,6 +143,7 @@ def store_batch(
         hash_json(made_of),
     )
     storage.write_table(raw_data, "raw_data", batch)
+    storage.write_table(StoredTable(duplicates.signatures(raw)), "signatures", batch)
     storage.write_table(screened, "screened_data", batch)
     storage.write_table(StoredTable(frame, made_of), "decisions", batch)
     store_selection(storage, settings, batch)

@@ -66,15 +66,28 @@ def test_too_few_pairs_that_a_model_scores_gate_a_batch(
     weak: list[dict[str, Any]], minimum: float | None, is_gated: bool
 ) -> None:
     scores = {"strong": rmi_rows({}, {}, {}, {}), "weak": rmi_rows(*weak)}
-    gate = gates.after_scoring(scores, GateSettings.model_validate({"min_scorable_share": minimum}))
+    gate = gates.after_scoring(scores, {}, GateSettings.model_validate({"min_scorable_share": minimum}))
     assert (gate is not None) == is_gated
     if gate:
         assert gate.reason is GateReason.TOO_FEW_SCORABLE
         assert gate.sentence.startswith("the weak model could score 1 of its 4 pairs, less than the share of 0.5")
 
 
+def test_a_model_whose_files_changed_while_it_scored_gates_a_batch() -> None:
+    scores = {role: rmi_rows({}, {}) for role in ("strong", "weak")}
+    before, after = {"model": "tiny", "revision": "files:1"}, {"model": "tiny", "revision": "files:2"}
+    provenance = {"strong": {"identity": before}, "weak": {"identity": before, "identity_after": after}}
+    assert gates.after_scoring(scores, provenance, GateSettings.model_validate({})) == Gate(
+        GateReason.MODEL_CHANGED,
+        "the files of the weak model tiny changed while it scored (files:1 before, files:2 after), so its scores may "
+        "be of either; run the batch again: what was scored after the change is not in the cache",
+    )
+    unchanged = {role: {"identity": before} for role in scores}
+    assert gates.after_scoring(scores, unchanged, GateSettings.model_validate({})) is None
+
+
 def test_a_batch_without_pairs_is_not_gated_for_its_scores() -> None:
-    assert gates.after_scoring({"strong": rmi_rows(), "weak": rmi_rows()}, GateSettings.model_validate({})) is None
+    assert gates.after_scoring({"strong": rmi_rows(), "weak": rmi_rows()}, {}, GateSettings.model_validate({})) is None
 
 
 def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() -> None:

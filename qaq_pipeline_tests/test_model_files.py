@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline import model_files
 from qaq_pipeline.config import ModelSettings
-from qaq_pipeline.model_files import ModelFiles, ModelNotFoundError, chat_template, locate
+from qaq_pipeline.model_files import FilesWatch, ModelFiles, ModelNotFoundError, chat_template, locate
 from qaq_pipeline_tests.conftest import TEMPLATES
 from qaq_pipeline_tests.naive import BOS, EOS, SPECIAL_TOKENS, VOCABULARY_SIZE, text
 
@@ -162,6 +162,47 @@ def test_the_tokenizer_hash_changes_with_the_tokenizer_alone(directory: Path, tm
     rewrite(directory / "tokenizer.json", b"{}")
     assert files.tokenizer_hash() != before
     assert len(before) == 16
+
+
+# --- files that change while they are used --------------------------------------------------------------------------
+
+
+def test_files_that_stay_are_not_hashed_again(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = FilesWatch(found(tmp_path, directory="tiny"))
+    hashed = hashes_taken(monkeypatch)
+    assert watch.is_unchanged()
+    assert watch.found is None
+    assert hashed == []
+
+
+def test_files_that_are_only_touched_are_unchanged(directory: Path, tmp_path: Path) -> None:
+    watch = FilesWatch(found(tmp_path, directory="tiny"))
+    os.utime(directory / "model.safetensors", (0, 0))
+    assert watch.is_unchanged()
+
+
+def test_a_changed_file_is_seen_and_remembered_even_where_it_is_changed_back(directory: Path, tmp_path: Path) -> None:
+    files = found(tmp_path, directory="tiny")
+    watch = FilesWatch(files)
+    weights = directory / "model.safetensors"
+    before = weights.read_bytes()
+    rewrite(weights, before + b"x")
+    assert not watch.is_unchanged()
+    assert watch.found == found(tmp_path, directory="tiny").revision != files.revision
+    rewrite(weights, before)
+    assert found(tmp_path, directory="tiny").revision == files.revision
+    assert not watch.is_unchanged()
+
+
+def test_files_that_are_being_replaced_are_changed(directory: Path, tmp_path: Path) -> None:
+    watch = FilesWatch(found(tmp_path, directory="tiny"))
+    shutil.rmtree(directory)
+    assert not watch.is_unchanged()
+    assert watch.found == "unreadable"
+
+
+def test_a_model_that_is_named_by_what_it_holds_is_not_looked_at(tmp_path: Path) -> None:
+    assert FilesWatch(ModelFiles("tiny/model", tmp_path / "gone", "f" * 40)).is_unchanged()
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,18 +16,20 @@ import polars as pl
 import pytest
 import yaml
 from dagster._utils.interrupts import capture_interrupts
+from polars.testing import assert_frame_equal
 from syrupy.assertion import SnapshotAssertion
 
-from qaq_pipeline import causal_lm, contamination, driver, publication, schema
+from qaq_pipeline import causal_lm, contamination, driver, publication, runs, schema
 from qaq_pipeline.assets import build_assets
 from qaq_pipeline.config import Settings, parse_settings
-from qaq_pipeline.definitions import STAGES, build_defs
+from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.driver import BatchSummary, RunError
+from qaq_pipeline.jobs import STAGES, build_job_defs
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import ScoredPairs, open_storage
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
-from qaq_pipeline.scoring import ScoringReport
-from qaq_pipeline.storage import StorageError
+from qaq_pipeline.scoring import Progress, ScoringReport
+from qaq_pipeline.storage import Storage, StorageError
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, pair_name
 
@@ -117,7 +120,7 @@ def _partitions(partitions_def: dg.PartitionsDefinition | None) -> Any:
 def test_the_definitions_load_and_have_every_job() -> None:
     defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     dg.Definitions.validate_loadable(defs)
-    assert [job.name for job in defs.jobs or []] == list(STAGES)
+    assert [job.name for job in defs.jobs or []] == [*STAGES, "recurate"]
     assert [asset for assets in STAGES.values() for asset in assets] == [*schema.TABLES, "curated_dataset"]
 
 
@@ -144,6 +147,11 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "token_logprobs": ({"scoring": {"token_logprobs": True}}, {"logprobs"}),
     "eligibility": ({"eligibility": {"min_query_tokens": 3}}, {"rmi_scores"}),
     "ranking": ({"ranking": {"num_strata": 3}}, {"disagreement_scores"}),
+    "reference": ({"ranking": {"reference": {"name": "r1", "batches": ["b1"]}}}, set()),
+    "pool": (
+        {"ranking": {"pool": "reference", "reference": {"name": "r1", "batches": ["b1"]}}},
+        {"disagreement_scores", "decisions"},
+    ),
     "budget": (
         {"selections": [{"name": "diff_high", "strategy": "diff_high", "budget": {"count": 3}}]},
         {"decisions", "curated_dataset"},
@@ -167,6 +175,7 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "contamination": ({"screening": {"contamination": {"action": "flag"}}}, {"screened_data"}),
     "rejected_share": ({"gates": {"max_rejected_share": 0.5}}, {"screened_data"}),
     "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"decisions"}),
+    "alerts": ({"alerts": {"channels": []}}, set()),
     "runtime": ({"runtime": {"batch_tokens": 64, "executor": "multiprocess", "shard_seconds": 1.0}}, set()),
     "storage": ({"storage": {"root": "memory://elsewhere"}}, set()),
     "model_cache": ({"model_cache": "elsewhere"}, set()),
@@ -212,6 +221,7 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
         "selected": 5,
         "not_selected": 13,
         "rejected": 1,
+        "withdrawn": 0,
         "contaminated": 0,
         "duplicate": 1,
         "unscorable": 0,
@@ -342,8 +352,10 @@ def test_a_single_row_is_its_own_stratum(
     )
     summary = curate(settings, instance, deliver(("Is 7 prime?", "Yes.")))
     assert summary.rows_by_decision["selected"] == 1
-    assert len(summary.warnings) == 2
-    assert "1 of 1 pairs can be ranked, so 1 stratum instead of 10" in summary.warnings[0]
+    strong, weak, check = summary.warnings
+    assert "1 of 1 pairs can be ranked, so 1 stratum instead of 10" in strong
+    assert weak.startswith("model 'weak': 1 of 1 pairs")
+    assert check.startswith("check models_differ of disagreement_scores of b1: The models' ranks of 1 pairs have no ")
 
 
 def test_fewer_rows_than_strata_are_fewer_strata_with_a_warning(
@@ -368,6 +380,7 @@ def test_equal_pairs_are_scored_once_and_reported_as_often_as_they_came(
         "selected": 0,
         "not_selected": 1,
         "rejected": 0,
+        "withdrawn": 0,
         "contaminated": 0,
         "duplicate": 5,
         "unscorable": 0,
@@ -509,7 +522,7 @@ class HandMadeRuntime:
 
 def run_stages(settings: Settings, instance: dg.DagsterInstance, batch: str, *jobs: str, **resources: object) -> None:
     """Run jobs for a batch (or batch|model) with some resources replaced; what a step raises is raised."""
-    defs = build_defs(settings, resource_overrides=resources)
+    defs = build_job_defs(settings, resource_overrides=resources)
     name, *models = batch.split("|")
     for job in jobs or STAGES:
         keys: dict[str, list[Any]] = {
@@ -636,7 +649,7 @@ def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
     number: signal.Signals,
 ) -> None:
     settings = settings_for()
-    run_job = driver._run_job
+    run_job = runs._run_job
 
     def run_and_be_told_to_end(*arguments: Any) -> str:
         with capture_interrupts():  # As Dagster's executor does around its steps.
@@ -646,7 +659,7 @@ def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
 
     driver.register(settings, instance, "b1", [delivered], None)
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "_run_job", run_and_be_told_to_end)
+        patch.setattr(runs, "_run_job", run_and_be_told_to_end)
         with pytest.raises(RunError, match="interrupted by a signal after ingest_batch of b1; run again to go on"):
             driver.run_batch(settings, instance, "b1")
     assert open_storage(settings).has_table("screened_data", "b1")
@@ -812,18 +825,22 @@ def test_rows_that_an_older_gated_batch_held_are_published_once_when_it_is_mende
     assert sorted(latest(settings)["excluded_batches"]) == []
 
 
-def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_left_out_until_it_is_screened_again(
+def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_screened_again_before_it_is_published(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
     settings = settings_for()
     curate(settings, instance, deliver(*NEW, *SAMPLES[:3]))
     second = deliver(*NEW, *SAMPLES[4:7], name="second.jsonl")
     assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 3
-    changed = curate(settings, instance, deliver(*SAMPLES[:3]))
-    why = "screened against another state of batch b1; materialise screened_data and what follows, or `qaq run` it"
-    assert latest(settings)["excluded_batches"] == {"b2": why}
-    assert changed.warnings[-1] == f"batch b2 is not in the published dataset: {why}"
-    assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 0
+    run_stages(settings, instance, "b1", "ingest_batch")
+    driver.register(settings, instance, "b1", [deliver(*SAMPLES[:3])], None)
+    for stage in ("ingest_batch", "score_batch", "select_from_batch"):
+        run_stages(settings, instance, "b1", stage)
+    why = "screened against another state of batch b1; `qaq recurate` screens it again"
+    assert driver.batches_left_out(settings, instance) == {"b2": why}
+    driver.run_batch(settings, instance, "b1")
+    assert latest(settings)["excluded_batches"] == {}
+    assert table(settings, "decisions", "b2")["duplicate_of"].null_count() == 6
     pairs = published_pairs(settings)
     assert len(pairs) == len(set(pairs)) == 9
 
@@ -888,6 +905,52 @@ def test_a_batch_that_no_model_can_score_is_gated_after_scoring(
         run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime(**nothing, **reasons))
     assert set(table(settings, "decisions")["decision"]) == {"batch_gated"}
     assert set(table(settings, "decisions")["reason"]) == {"too_few_scorable"}
+
+
+def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_score_of_another(
+    settings_for: SettingsFor,
+    instance: dg.DagsterInstance,
+    delivered: Path,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    weak = Path(shutil.copytree(tiny_model_dir(seed=1), tmp_path / "weak"))
+    settings = settings_for(weak={"directory": str(weak)}, runtime={"shard_seconds": 0.0, "batch_tokens": 400})
+    storage = open_storage(settings)
+    cached_before: list[int] = []
+
+    def replace_weights(progress: Progress) -> None:
+        if progress.model == "weak" and progress.done_sequences > progress.total_sequences / 2 and not cached_before:
+            cached_before.append(_num_cached(storage, "weak"))
+            shutil.copy(tiny_model_dir(seed=2) / "model.safetensors", weak)
+
+    driver.register(settings, instance, "b1", [delivered], None)
+    with pytest.raises(RunError, match=r"no batch can be published; b1: gated \(model_changed\): the files of the"):
+        driver.run_batch(settings, instance, "b1", driver.Events(on_progress=replace_weights))
+    assert set(table(settings, "decisions")["reason"]) == {"model_changed"}
+    provenance = {role: storage.read_table("rmi_scores", "b1", role).provenance for role in settings.models}
+    assert "identity_after" not in provenance["strong"]
+    before, after = provenance["weak"]["identity"], provenance["weak"]["identity_after"]
+    assert {name for name in before if before[name] != after[name]} == {"revision"}
+    assert 0 < cached_before[0] < 4 * 18
+    assert _num_cached(storage, "weak") == cached_before[0]
+
+    again = driver.run_batch(settings, instance, "b1")
+    assert {model.role: (model.scored, model.cached) for model in again.models} == {
+        "strong": (0, 4 * 18),
+        "weak": (4 * 18, 0),
+    }
+    assert again.rows_by_decision["selected"] == 5
+    shutil.copy(tiny_model_dir(seed=1) / "model.safetensors", weak)
+    assert driver.run_batch(settings, instance, "b1").models[1].cached == cached_before[0]
+    honest = settings_for(storage={"root": str(tmp_path / "elsewhere")})
+    driver.register(honest, instance, "b1", [delivered], None)
+    driver.run_batch(honest, instance, "b1")
+    assert_frame_equal(table(settings, "logprobs", "b1", "weak"), table(honest, "logprobs", "b1", "weak"))
+
+
+def _num_cached(storage: Storage, model: str) -> int:
+    return sum(one.num_scores for one in storage.cached_models() if one.identity["model"] == model)
 
 
 def _counted(instance: dg.DagsterInstance, batch: str, role: str) -> dict[str, Any]:

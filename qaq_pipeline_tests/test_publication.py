@@ -50,6 +50,7 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     assert sorted(version_files(storage, published.version)) == [
+        "README.md",
         "control_random/alpaca.json",
         "control_random/messages.jsonl",
         "control_stratified_random/alpaca.json",
@@ -140,7 +141,7 @@ def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
     settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
     store_batch(storage, settings)
     files = publish_registered(storage, settings, "b1").manifest["files"]
-    assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", "scores.parquet"}
+    assert {name.rpartition("/")[2] for name in files} == {"README.md", "alpaca.json", "scores.parquet"}
 
 
 def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Settings) -> None:

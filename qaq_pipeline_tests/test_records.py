@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_pipeline.config import RecordSettings
-from qaq_pipeline.records import ANSWER_FIELDS, QUERY_FIELDS, UnreadableFileError, pair_id, read_file
+from qaq_pipeline.records import ANSWER_FIELDS, QUERY_FIELDS, UnreadableFileError, pair_id, read_file, unreadable_file
 from qaq_pipeline.schema import RawData, RejectReason, Status, enforce
 
 ALPACA = {"instruction": "Sort.", "input": "", "output": "sorted(x)"}
@@ -331,7 +331,16 @@ def test_a_rejected_row_keeps_its_place_its_record_and_its_reason(
 
 
 def test_every_reject_reason_is_tested() -> None:
-    assert {reason for _, reason, _ in REJECTED.values()} == set(RejectReason)
+    of_rows = set(RejectReason) - {RejectReason.UNREADABLE_FILE}
+    assert {reason for _, reason, _ in REJECTED.values()} == of_rows
+
+
+def test_a_file_that_cannot_be_cut_into_rows_can_stand_as_one_rejected_row() -> None:
+    with pytest.raises(UnreadableFileError) as caught:
+        read(b"PAR1 torn")
+    row = only(enforce(RawData, unreadable_file(caught.value, "rows.parquet", "b1")))
+    assert (row["status"], row["reason"], row["record"]) == (Status.REJECTED, RejectReason.UNREADABLE_FILE, "")
+    assert row["detail"] == str(caught.value)
 
 
 def test_a_rejected_row_keeps_what_is_known() -> None:

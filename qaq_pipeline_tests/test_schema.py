@@ -8,7 +8,7 @@ import pytest
 
 from qaq_pipeline.schema import (
     ROW_KEY,
-    TABLES,
+    STORED_TABLES,
     CachedScores,
     Decision,
     DuplicateReason,
@@ -25,7 +25,7 @@ from qaq_pipeline.schema import (
     enforce,
 )
 
-ALL_TABLES = [*TABLES.values(), CachedScores]
+ALL_TABLES = [*STORED_TABLES.values(), CachedScores]
 PAIR_ID = "0123456789abcdef" * 2
 
 

@@ -226,6 +226,19 @@ def test_the_time_counts_from_the_last_shard_however_it_was_closed(open_writer: 
         assert writer.close_if_due()
 
 
+def test_what_is_finished_after_the_model_changed_is_kept_for_the_table_and_not_cached(
+    storage: Storage, cached: Callable[[], list[str]]
+) -> None:
+    truths = iter([True, False])
+    with ShardWriter(storage, IDENTITY, SECONDS, keep_tokens=False, is_identity_true=lambda: next(truths)) as writer:
+        writer.add(sequence(1, 1), [fp32(-0.5)])
+        writer.close()
+        writer.add(sequence(2, 1), [fp32(-0.25)])
+        writer.close()
+    assert [shard["sum_nll"].to_list() for shard in writer.closed] == [[0.5], [0.25]]
+    assert cached() == ["1 q"]
+
+
 def test_nothing_is_stored_where_nothing_was_added(
     open_writer: Open, clock: Clock, storage: Storage, num_files: Callable[[], int]
 ) -> None:

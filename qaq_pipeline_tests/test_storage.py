@@ -126,10 +126,10 @@ def test_the_footer_of_the_file_says_what_made_it(storage: Storage) -> None:
     assert footer == {"provenance": PROVENANCE, "data_version": table.data_version}
 
 
-@pytest.mark.parametrize("name", list(schema.TABLES))
+@pytest.mark.parametrize("name", list(schema.STORED_TABLES))
 def test_a_table_without_rows_is_stored_too(storage: Storage, name: str) -> None:
-    storage.write_table(StoredTable(empty(schema.TABLES[name])), name, "b1")
-    assert storage.read_table(name, "b1").frame.equals(empty(schema.TABLES[name]))
+    storage.write_table(StoredTable(empty(schema.STORED_TABLES[name])), name, "b1")
+    assert storage.read_table(name, "b1").frame.equals(empty(schema.STORED_TABLES[name]))
 
 
 def test_partitions_of_a_table_do_not_mix(storage: Storage) -> None:

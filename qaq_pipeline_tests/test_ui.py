@@ -6,17 +6,12 @@ the pictures that the tests take; without it they go to pytest's temporary folde
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +24,11 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from qaq_pipeline import config, driver, publication, schema
 from qaq_pipeline.config import Settings
-from qaq_pipeline.definitions import STAGES
+from qaq_pipeline.jobs import STAGES
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
+from qaq_pipeline_tests.server import LOOPBACK, PATIENCE_S, QAQ, REPOSITORY, assert_nothing_runs, running_ui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -43,11 +39,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it, e.g. Debian's package `chromium`"),
 ]
 
-REPOSITORY = Path(__file__).parents[1]
-QAQ = Path(sys.executable).with_name("qaq")
-LOOPBACK = "127.0.0.1"
-PATIENCE_S = 180.0
-"""For anything that starts a process; a page is given `PAGE_PATIENCE_MS`."""
 PAGE_PATIENCE_MS = 90_000
 VIEWPORT = (1500, 900)
 WIDE_VIEWPORT = (2900, 900)
@@ -122,69 +113,6 @@ def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:
         with driver.open_instance() as instance:
             driver.register(settings, instance, batch, [file], None)
     return settings
-
-
-@contextlib.contextmanager
-def running_ui(environment: dict[str, str], log: Path) -> Iterator[str]:
-    """`qaq ui` on a free port, until it answers; ended by Ctrl-C's signal, which its whole process group gets."""
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [str(QAQ), "ui", "--port", str(port)],
-            env=environment,
-            cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://{LOOPBACK}:{port}"
-    try:
-        wait_for_answer(url, process, log)
-        yield url
-    finally:
-        interrupt(process)
-
-
-def interrupt(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # It ended by itself.
-        os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/server_info", timeout=10):
-            return
-        time.sleep(0.5)
-    pytest.fail(f"qaq ui does not answer (exit {process.poll()}); its last words:\n{log.read_text()[-3000:]}")
-
-
-def assert_nothing_runs(home: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while (left := processes_of(home)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert left == {}
-
-
-def processes_of(home: Path) -> dict[int, str]:
-    """Command lines by id of the processes whose environment names the home, as far as /proc tells."""
-    marker = f"QAQ_HOME={home}\0".encode()
-    found = {}
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # It ended meanwhile, or is another user's.
-            if marker in environ.read_bytes():
-                found[int(environ.parent.name)] = environ.with_name("cmdline").read_text().replace("\0", " ")
-    return found
 
 
 # --- the browser ---------------------------------------------------------------------------------------------------

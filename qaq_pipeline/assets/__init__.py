@@ -1,4 +1,4 @@
-"""The nine assets, one module each, in the order in which they are made.
+"""The nine assets of every dataset and rank_reference, where one is configured: one module each.
 
 Each module has one function `build_<asset>(settings)`: an asset reads, calls one pure function, and reports. What
 an asset computes stands in the pure modules; how it is stored, in `storage` and `resources`.
@@ -10,6 +10,7 @@ from qaq_pipeline.assets.curated_dataset import build_curated_dataset
 from qaq_pipeline.assets.decisions import build_decisions
 from qaq_pipeline.assets.disagreement_scores import build_disagreement_scores
 from qaq_pipeline.assets.logprobs import build_logprobs
+from qaq_pipeline.assets.rank_reference import build_rank_reference
 from qaq_pipeline.assets.raw_data import build_raw_data
 from qaq_pipeline.assets.rmi_scores import build_rmi_scores
 from qaq_pipeline.assets.screened_data import build_screened_data
@@ -33,4 +34,5 @@ def build_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         build_selected_subset,
         build_curated_dataset,
     )
-    return [build(settings) for build in builders]
+    optional = [] if settings.ranking.reference is None else [build_rank_reference]
+    return [build(settings) for build in (*builders, *optional)]

@@ -1,17 +1,17 @@
 """The asset curated_dataset: all batches' selections, published as one version."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline import publication
+from qaq_pipeline import publication, withdrawals
 from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version
 from qaq_pipeline.config import Settings
 from qaq_pipeline.publication import Publication
 from qaq_pipeline.storage import Storage
 
-VERSION = "1"
+VERSION = "2"
 
 
 def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
@@ -23,17 +23,20 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
             "training, under the hash of their manifest. A version is never overwritten; latest.json points to the "
             "newest and lists the batches left out."
         ),
-        deps=["raw_data", "decisions", "selected_subset"],
+        deps=["raw_data", "screened_data", "decisions", "selected_subset"],
         owners=OWNERS,
         group_name="publication",
         kinds={"json", "parquet"},
         code_version=code_version(VERSION, settings.published, settings.export, settings.publication),
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=timedelta(hours=settings.automation.stale_after_hours)
+        ),
     )
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         with storage.lock(publication.FOLDER):
             batches, excluded = publication.read_batches(storage, registered, settings)
-            if not batches:
+            if not batches and not _is_all_withdrawn(storage, excluded):
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
             published = publication.publish(storage, settings, batches, excluded)
@@ -41,6 +44,12 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
         return _result(context, published, excluded)
 
     return curated_dataset
+
+
+def _is_all_withdrawn(storage: Storage, excluded: dict[str, str]) -> bool:
+    """Whether what was published before may be published no longer, and nothing else can be: then nothing is."""
+    is_published = publication.latest(storage) is not None
+    return is_published and bool(excluded) and set(excluded) <= set(withdrawals.read(storage).batches)
 
 
 def _sidecar(context: dg.AssetExecutionContext, excluded: dict[str, str]) -> dict[str, object]:

@@ -3,21 +3,26 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import gates, ledger, selection
+from qaq_pipeline import gates, ledger, reference, selection
+from qaq_pipeline.assets import rank_reference
+from qaq_pipeline.assets.disagreement_scores import pool_of
 from qaq_pipeline.assets.shared import (
     BATCHES,
     by_model,
     code_version,
     count_by,
     definition,
+    footer_before,
     gate_metadata,
+    is_new_verdict,
     provenance_of,
+    report_gate,
     require_inputs,
     stored_gate,
     table_result,
 )
 from qaq_pipeline.config import Settings, settings_hash
-from qaq_pipeline.storage import StoredTable, hash_json
+from qaq_pipeline.storage import Storage, StoredTable, hash_json
 
 VERSION = "1"
 
@@ -25,16 +30,20 @@ VERSION = "1"
 def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     """decisions[batch]: every input row under every named selection, with its reason."""
     roles = sorted(settings.models)
+    ranking = settings.ranking
+    cut_by = [ranking.reference] if ranking.pool == "reference" else []
 
     @dg.asset(
         **definition("decisions"),
         group_name="selection",
         kinds={"polars", "parquet"},
         partitions_def=BATCHES,
-        code_version=code_version(VERSION, settings.selections, settings.gates.min_scorable_share),
+        deps=[rank_reference.NAME] if cut_by else [],
+        code_version=code_version(VERSION, settings.selections, settings.gates.min_scorable_share, *cut_by),
     )
     def decisions(
         context: dg.AssetExecutionContext,
+        storage: dg.ResourceParam[Storage],
         raw_data: StoredTable,
         screened_data: StoredTable,
         rmi_scores: dict[str, StoredTable],
@@ -42,20 +51,27 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         _require_one_origin(raw_data, screened_data, rmi_scores, disagreement_scores)
         scores = {role: table.frame for role, table in rmi_scores.items()}
+        scored_by = {role: table.provenance for role, table in rmi_scores.items()}
+        frozen = rank_reference.read_reference(storage, settings) if cut_by else None
+        _require_pool(disagreement_scores, pool_of(context.partition_key, ranking, frozen))
         candidates = selection.candidates(disagreement_scores.frame, scores)
-        verdicts = selection.select_all(candidates, settings.selections, roles)
-        gate = gates.of_provenance(screened_data.provenance) or gates.after_scoring(scores, settings.gates)
-        if gate is not None:
-            context.log.warning("batch %s is gated: %s", context.partition_key, gate.sentence)
+        of_reference = None if frozen is None else reference.candidates(frozen.frame, roles)
+        verdicts = selection.select_all(candidates, settings.selections, roles, of_reference)
+        before_scoring = gates.of_provenance(screened_data.provenance)
+        gate = before_scoring or gates.after_scoring(scores, scored_by, settings.gates)
+        is_new = before_scoring is None and is_new_verdict(gate, footer_before(context, storage))
+        report_gate(context, settings.alerts, gate, is_new=is_new)
         inputs = {
             "raw_data": raw_data,
             "screened_data": screened_data,
             "disagreement_scores": disagreement_scores,
             **by_model("rmi_scores", rmi_scores),
+            **({} if frozen is None else {rank_reference.NAME: frozen}),
         }
         facts = {
             "settings_hash": settings_hash(settings.selections),
             "published_hash": settings_hash(settings.published),
+            "pool_id": disagreement_scores.provenance["pool_id"],
             **stored_gate(gate),
             "files": raw_data.provenance["files"],
             "models": {role: table.provenance["identity"] for role, table in rmi_scores.items()},
@@ -97,6 +113,18 @@ def _require_one_origin(
     for name, table in ranked.items():
         require_inputs(name, table, rows, table.provenance["scored_from"])
     require_inputs("disagreement_scores", disagreement_scores, ranked, disagreement_scores.provenance["inputs"])
+
+
+def _require_pool(disagreement_scores: StoredTable, wanted: str) -> None:
+    """The ranks are of the pool that the settings name, whose cuts decide."""
+    pool = disagreement_scores.provenance["pool_id"]
+    if pool != wanted:
+        batch = disagreement_scores.provenance["partition"][0]
+        raise dg.Failure(
+            f"disagreement_scores of batch {batch} are ranks in the pool {pool}, the settings ask for {wanted}; "
+            "materialise disagreement_scores of this batch first (or `qaq run` the batch again)",
+            allow_retries=False,
+        )
 
 
 def _pool_size(verdicts: pl.DataFrame, selection_name: str) -> int:

@@ -3,39 +3,89 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import strata
+from qaq_pipeline import reference, strata
+from qaq_pipeline.assets import rank_reference
+from qaq_pipeline.assets.rank_reference import Scores
 from qaq_pipeline.assets.shared import BATCHES, by_model, code_version, definition, table_result
-from qaq_pipeline.config import Settings
-from qaq_pipeline.storage import StoredTable
+from qaq_pipeline.config import RankingSettings, Settings
+from qaq_pipeline.storage import Storage, StorageError, StoredTable
 
 VERSION = "1"
 
 
 def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
-    """disagreement_scores[batch]: strata, ranks and the gap, in the pool of the batch."""
+    """disagreement_scores[batch]: strata, ranks and the gap, in the pool of the batch or against the reference."""
+    ranking = settings.ranking
+    is_against_reference = ranking.pool == "reference"
 
     @dg.asset(
         **definition("disagreement_scores"),
         group_name="selection",
         kinds={"polars", "parquet"},
         partitions_def=BATCHES,
-        code_version=code_version(VERSION, settings.ranking),
+        deps=[rank_reference.NAME] if is_against_reference else [],
+        # What drift alone is measured against does not change a rank.
+        code_version=code_version(
+            VERSION, ranking if is_against_reference else ranking.model_dump(exclude={"reference"})
+        ),
     )
     def disagreement_scores(
-        context: dg.AssetExecutionContext, rmi_scores: dict[str, StoredTable]
+        context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage], rmi_scores: dict[str, StoredTable]
     ) -> dg.MaterializeResult:
-        pool_id = f"batch:{context.partition_key}"
         require_same_scoring(rmi_scores)
-        frames = {role: table.frame for role, table in rmi_scores.items()}
-        frame, warnings = strata.disagreement_scores(frames, settings.ranking, pool_id)
+        frozen = rank_reference.read_reference(storage, settings) if is_against_reference else None
+        pool_id = pool_of(context.partition_key, ranking, frozen)
+        frame, warnings = _rank(rmi_scores, ranking, pool_id, frozen)
         warnings += frame_warnings(rmi_scores)
-        for warning in warnings:
+        drift, no_drift = _drift(storage, settings, rmi_scores)
+        for warning in [*warnings, *no_drift]:
             context.log.warning(warning)
-        inputs = by_model("rmi_scores", rmi_scores)
+        inputs = by_model("rmi_scores", rmi_scores) | ({} if frozen is None else {rank_reference.NAME: frozen})
         models = {role: table.provenance["identity"] for role, table in rmi_scores.items()}
-        return table_result(context, frame, inputs, _metadata(frame, warnings), pool_id=pool_id, models=models)
+        metadata = _metadata(frame, warnings) | drift
+        return table_result(context, frame, inputs, metadata, pool_id=pool_id, models=models)
 
     return disagreement_scores
+
+
+def pool_of(batch: str, ranking: RankingSettings, frozen: StoredTable | None) -> str:
+    """The pool_id of a batch's ranks."""
+    if frozen is None or ranking.reference is None:
+        return f"batch:{batch}"
+    return reference.pool_id(ranking.reference.name, frozen.data_version)
+
+
+def _rank(
+    tables: Scores, ranking: RankingSettings, pool_id: str, frozen: StoredTable | None
+) -> tuple[pl.DataFrame, list[str]]:
+    frames = {role: table.frame for role, table in tables.items()}
+    if frozen is None:
+        return strata.disagreement_scores(frames, ranking, pool_id)
+    differing = rank_reference.differently_scored(frozen, tables)
+    if differing:
+        raise dg.Failure(
+            f"disagreement_scores: the models {differing} of batch {tables['strong'].provenance['partition'][0]} are "
+            f"not those of the reference {frozen.provenance['partition'][0]}, or were asked differently; materialise "
+            "logprobs and rmi_scores of the batch, or make a new reference of batches that were scored as this one",
+            allow_retries=False,
+        )
+    return reference.disagreement_scores(frames, frozen.frame, ranking, pool_id), []
+
+
+def _drift(storage: Storage, settings: Settings, tables: Scores) -> tuple[dict[str, float], list[str]]:
+    """How far the batch lies from the reference, where one is stored; else why that is not measured."""
+    named = settings.ranking.reference
+    if named is None or not storage.has_table(rank_reference.NAME, named.name):
+        return {}, []
+    try:
+        frozen = storage.read_table(rank_reference.NAME, named.name)
+    except StorageError as error:
+        return {}, [f"no drift is measured: {error}"]
+    if differing := rank_reference.differently_scored(frozen, tables):
+        return {}, [f"no drift from the reference {named.name} is measured: the models {differing} are not its own"]
+    found = reference.drift({role: table.frame for role, table in tables.items()}, frozen.frame)
+    measured = {f"psi_{one.quantity}_{one.model}": one.psi for one in found}
+    return measured | {f"ks_{one.quantity}_{one.model}": one.ks for one in found}, []
 
 
 def require_same_scoring(tables: dict[str, StoredTable]) -> None:

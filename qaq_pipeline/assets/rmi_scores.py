@@ -28,8 +28,8 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
             min_query_tokens=eligibility.min_query_tokens,
             short_query_tokens=eligibility.short_query_tokens,
         )
-        carried = ("identity", "identity_hash", "frame", "scoring", "libraries", "device")
-        provenance = {key: logprobs.provenance[key] for key in carried}
+        carried = ("identity", "identity_after", "identity_hash", "frame", "scoring", "libraries", "device")
+        provenance = {key: logprobs.provenance[key] for key in carried if key in logprobs.provenance}
         provenance["scored_from"] = logprobs.provenance["inputs"]
         return table_result(context, frame, {"logprobs": logprobs}, _metadata(frame), **provenance)
 

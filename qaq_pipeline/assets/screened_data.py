@@ -1,23 +1,29 @@
 """The asset screened_data[batch]."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import benchmarks, contamination, duplicates, gates, publication, schema, screening
+from qaq_pipeline import benchmarks, contamination, duplicates, gates, publication, schema, screening, withdrawals
 from qaq_pipeline.assets.shared import (
     BATCHES,
+    RESCREENING_TAG,
     code_version,
     count_by,
     definition,
+    footer_before,
     gate_metadata,
+    is_new_verdict,
+    report_gate,
     require_inputs,
     stored_gate,
     table_result,
+    unless_same,
 )
 from qaq_pipeline.config import ContaminationSettings, Settings
+from qaq_pipeline.gates import Gate
 from qaq_pipeline.schema import Status
 from qaq_pipeline.storage import Storage, StoredTable, empty, hash_json
 
@@ -35,19 +41,21 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         code_version=code_version(
             VERSION, contamination.VERSION, settings.screening, settings.gates.max_rejected_share
         ),
+        output_required=False,
     )
     def screened_data(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
         raw_data: StoredTable,
         signatures: StoredTable,
-    ) -> dg.MaterializeResult:
-        batch = context.partition_key
+    ) -> Iterator[dg.MaterializeResult]:
+        batch, stored = context.partition_key, footer_before(context, storage)
         require_inputs("signatures", signatures, {"raw_data": raw_data}, signatures.provenance["inputs"])
         found, hashes = _contamination(storage, batch, raw_data, settings.screening.contamination)
         # One batch at a time: each is compared with all before it, and the next must find this one's rows.
         with storage.lock("batch_order", waits=True):
             before = storage.batches_before(batch)
+            withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
             older = _older(context, storage, before) if settings.screening.duplicates.across_batches else {}
             related = {name: duplicates.related(one.signatures, signatures.frame) for name, one in older.items()}
             raws = [storage.read_table("raw_data", name).frame for name, rows in related.items() if not rows.is_empty()]
@@ -58,10 +66,10 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
                 list(related.values()),
                 screening.texts_of([raw_data.frame, *raws]),
                 settings.screening,
+                withdrawn,
             )
-            gate = gates.before_scoring(frame, settings.gates)
+            gate = _gate(batch, frame, withdrawn, settings)
             if gate is not None:
-                context.log.warning("batch %s is gated: %s", batch, gate.sentence)
                 frame = frame.with_columns(batch_gate=pl.lit(gate.reason.value))
             result = table_result(
                 context,
@@ -77,15 +85,22 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
                 across_batches=settings.screening.duplicates.across_batches,
                 compared_with={name: one.version for name, one in older.items()},
                 benchmarks=hashes,
+                withdrawn=withdrawn,
                 **stored_gate(gate),
             )
             assert result.value is not None
             storage.write_table(result.value, "screened_data", batch)
             if gate is None:
                 storage.take_place(batch)
-        return result
+        report_gate(context, settings.alerts, gate, is_new=is_new_verdict(gate, stored))
+        yield from unless_same(context, result, stored, RESCREENING_TAG, "compared_with", "withdrawn")
 
     return screened_data
+
+
+def _gate(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], settings: Settings) -> Gate | None:
+    reason = withdrawn.get(withdrawals.key_of_batch(batch))
+    return gates.before_scoring(screened, settings.gates) if reason is None else gates.withdrawn(reason)
 
 
 @dataclass(frozen=True)

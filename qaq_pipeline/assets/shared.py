@@ -5,18 +5,24 @@ Does not belong here: anything of one asset alone.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 import dataframely as dy
 import polars as pl
 
-from qaq_pipeline import gates, schema
-from qaq_pipeline.config import Settings, settings_hash
+from qaq_pipeline import alerts, gates, schema
+from qaq_pipeline.config import AlertSettings, Settings, settings_hash
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.resources import partition_parts
-from qaq_pipeline.storage import StoredTable
+from qaq_pipeline.storage import Footer, Storage, StorageError, StoredTable
+
+LANDED_TAG = "qaq/delivery"
+"""Tag of the runs that the landing zone's sensor asks for; its value is the delivery's name there."""
+
+RESCREENING_TAG = "qaq/rescreening"
+"""Tag of runs that screen a batch anew because an older one is another now."""
 
 OWNERS = ["team:data-curation"]
 
@@ -38,7 +44,7 @@ def code_version(code: str, *settings: object) -> str:
 
 def definition(name: str) -> dict[str, Any]:
     """Description, owners and column schema of a table's asset, from the schema."""
-    table = schema.TABLES[name]
+    table = schema.STORED_TABLES[name]
     return {
         "name": name,
         "description": inspect.getdoc(table),
@@ -144,6 +150,66 @@ def stored_gate(gate: Gate | None) -> dict[str, Any]:
 def gate_metadata(gate: Gate | None) -> dict[str, str]:
     """The verdict for people, in a materialisation's metadata."""
     return {"gate": "passed" if gate is None else f"{gate.reason.value}: {gate.sentence}"}
+
+
+def footer_before(context: dg.AssetExecutionContext, storage: Storage) -> Footer | None:
+    """What made the partition as it is stored, before it is made anew; None where it is not, or is torn."""
+    try:
+        return storage.read_footer(context.asset_key.path[-1], context.partition_key)
+    except StorageError:
+        return None
+
+
+def unless_same(
+    context: dg.AssetExecutionContext, result: dg.MaterializeResult, before: Footer | None, tag: str, *ignored: str
+) -> Iterator[dg.MaterializeResult]:
+    """The materialisation; an observation instead where a run of that tag made what was there: then nothing follows.
+
+    Args:
+        context: of the asset, which is one that may have no output (`output_required=False`).
+        result: what was made.
+        before: of `footer_before`.
+        tag: runs with it ask whether something changed.
+        ignored: parts of the provenance that may differ.
+    """
+    made = result.value
+    assert isinstance(made, StoredTable)
+    is_same = before is not None and (made.data_version, _without(made.provenance, ignored)) == (
+        before.data_version,
+        _without(before.provenance, ignored),
+    )
+    if tag not in context.run.tags or not is_same:
+        yield result
+        return
+    context.log.info("%s of %s is as it was: nothing follows", context.asset_key.path[-1], context.partition_key)
+    context.log_event(
+        dg.AssetObservation(
+            context.asset_key,
+            partition=context.partition_key,
+            description="Made anew, with the same result.",
+            metadata=dict(result.metadata or {}),
+        )
+    )
+
+
+def _without(provenance: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in provenance.items() if key not in ignored}
+
+
+def is_new_verdict(gate: Gate | None, before: Footer | None) -> bool:
+    """Whether a batch is gated otherwise than the partition says that was stored before."""
+    return gate is not None and (before is None or gate != gates.of_provenance(before.provenance))
+
+
+def report_gate(context: dg.AssetExecutionContext, settings: AlertSettings, gate: Gate | None, *, is_new: bool) -> None:
+    """Log the verdict of a batch that goes no further, and alert of a new one."""
+    if gate is None:
+        return
+    context.log.warning("batch %s is gated: %s", context.partition_key, gate.sentence)
+    if is_new:
+        alert = alerts.gated(context.partition_key, gate, context.run.run_id)
+        for failure in alerts.send(alert, settings):
+            context.log.error(failure)
 
 
 def by_model(name: str, tables: Mapping[str, StoredTable]) -> dict[str, StoredTable]:

@@ -1,0 +1,193 @@
+"""What runs without a hand: the landing zone's sensor, the evaluation of conditions, screening anew, the nightly job.
+
+Belongs here: when something is run. Does not belong here: what is out of date (`recuration`), when a delivery is
+complete (`landing`), the assets' conditions (`conditions`), and what is done (`assets`, `renewal`).
+"""
+
+import dagster as dg
+
+from qaq_pipeline import alerts, landing, recuration, renewal
+from qaq_pipeline.alerts import Alert
+from qaq_pipeline.assets.shared import BATCHES, LANDED_TAG, RESCREENING_TAG
+from qaq_pipeline.config import Settings, SettingsError
+from qaq_pipeline.jobs import present
+from qaq_pipeline.landing import Landed, Seen
+from qaq_pipeline.resources import open_storage
+from qaq_pipeline.runs import Events
+
+NIGHTLY = "recurate"
+_MOST_BATCHES_A_TICK = 25
+
+
+def build_automation(settings: Settings) -> dg.Definitions:
+    """Sensors, schedule and the nightly job; they run from the start where `automation.started` says so."""
+    job = _build_nightly_job(settings)
+    return dg.Definitions(
+        jobs=[job],
+        sensors=[_build_landing_sensor(settings), _build_curation_sensor(settings), _build_screening_sensor(settings)],
+        schedules=[_build_nightly_schedule(settings, job)],
+    )
+
+
+def _status(settings: Settings) -> dg.DefaultSensorStatus:
+    return dg.DefaultSensorStatus.RUNNING if settings.automation.started else dg.DefaultSensorStatus.STOPPED
+
+
+def _stated(settings: Settings) -> str:
+    return " Runs from the start (automation.started)." if settings.automation.started else ""
+
+
+# --- the landing zone ------------------------------------------------------------------------------------------
+
+
+def _build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
+    zone = settings.landing
+
+    @dg.sensor(
+        name="landing_zone",
+        target=dg.AssetSelection.assets("raw_data"),
+        minimum_interval_seconds=zone.interval_seconds,
+        default_status=_status(settings),
+        description=(
+            f"Takes what lies complete in {settings.landing_url}: adds the batch and runs raw_data of it; the rest "
+            f"follows by conditions. A folder or file is complete with {zone.marker}"
+            f"{'' if zone.require_marker else ', or when it stays the same for two looks'}.{_stated(settings)}"
+        ),
+    )
+    def landing_zone(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        storage, seen = open_storage(settings), Seen.parse(context.cursor)
+        try:
+            found = landing.look(settings.landing_url, zone)
+        except landing.LandingError as error:
+            context.log.warning(str(error))
+            return dg.SensorResult(skip_reason=str(error), cursor=context.cursor)
+        ready, now_seen = landing.complete(found, seen, zone)
+        landing.record_refused(storage, found.refused)
+        _report_refused(context, settings, {e: why for e, why in found.refused.items() if seen.refused.get(e) != why})
+        for landed in ready:
+            landing.announce(storage, settings.landing_url, landed)
+            context.log.info("batch %s: %s, %d bytes", landed.batch, landed.entry, landed.num_bytes)
+        waiting = f"{len(now_seen.waiting)} not complete yet, {len(found.refused)} refused"
+        return dg.SensorResult(
+            run_requests=[_request(settings, landed) for landed in ready],
+            dynamic_partitions_requests=[BATCHES.build_add_request(sorted({landed.batch for landed in ready}))]
+            if ready
+            else [],
+            cursor=now_seen.dump(),
+            skip_reason=None if ready else f"nothing new in {settings.landing_url}: {waiting}",
+        )
+
+    return landing_zone
+
+
+def _request(settings: Settings, landed: Landed) -> dg.RunRequest:
+    return dg.RunRequest(
+        run_key=landed.run_key(settings.landing_url),
+        partition_key=landed.batch,
+        asset_selection=[dg.AssetKey("raw_data")],
+        tags={LANDED_TAG: landed.entry},
+    )
+
+
+def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, refused: dict[str, str]) -> None:
+    """In the tick's log, and as an alert; `qaq status` lists what lies refused."""
+    for entry, why in refused.items():
+        text = f"{settings.landing_url}/{entry} is refused: {why}"
+        context.log.warning(text)
+        for failure in alerts.send(Alert(f"Delivery {entry} is refused", text, "delivery_refused"), settings.alerts):
+            context.log.error(failure)
+
+
+# --- conditions ------------------------------------------------------------------------------------------------
+
+
+def _build_curation_sensor(settings: Settings) -> dg.SensorDefinition:
+    return dg.AutomationConditionSensorDefinition(
+        name="curation",
+        target=dg.AssetSelection.all(),
+        minimum_interval_seconds=settings.automation.interval_seconds,
+        default_status=_status(settings),
+        emit_backfills=False,  # A run for each batch: a backfill takes longer to start than most batches to run.
+        description=f"Runs each asset when its automation condition says so.{_stated(settings)}",
+    )
+
+
+def _build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
+    screened_data = dg.AssetKey("screened_data")
+
+    @dg.sensor(
+        name="screening_anew",
+        target=dg.AssetSelection.assets(screened_data),
+        minimum_interval_seconds=settings.automation.interval_seconds,
+        default_status=_status(settings),
+        description=(
+            "Screens a batch anew when an older one, in which its duplicates were looked for, is another now. Nothing "
+            f"follows where the same is found.{_stated(settings)}"
+        ),
+    )
+    def screening_anew(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        newest = context.instance.fetch_materializations(screened_data, limit=1).records
+        position = str(newest[0].storage_id) if newest else ""
+        if position == context.cursor:
+            return dg.SensorResult(skip_reason="no batch was screened since the last look")
+        storage = open_storage(settings)
+        registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
+        review = recuration.Review(storage, registered, present(settings, storage))
+        stale = {batch: state for batch in review.batches() if (state := review.screened_against(batch)) is not None}
+        requests = [
+            dg.RunRequest(
+                run_key=f"{batch}|{state}",
+                partition_key=batch,
+                asset_selection=[screened_data],
+                tags={RESCREENING_TAG: "true"},
+            )
+            for batch, state in list(stale.items())[:_MOST_BATCHES_A_TICK]
+        ]
+        return dg.SensorResult(
+            run_requests=requests,
+            cursor=position if len(requests) == len(stale) else context.cursor,
+            skip_reason=None if requests else "every batch was screened against those that stand",
+        )
+
+    return screening_anew
+
+
+# --- every night -----------------------------------------------------------------------------------------------
+
+
+def _build_nightly_job(settings: Settings) -> dg.JobDefinition:
+    @dg.op(name="bring_up_to_date", description="Makes anew what is out of date, and publishes if something changed.")
+    def bring_up_to_date(context: dg.OpExecutionContext) -> None:
+        done = renewal.recurate(settings, context.instance, Events(on_notice=context.log.warning))
+        context.log.info(done.sentence)
+
+    @dg.job(
+        name=NIGHTLY,
+        executor_def=dg.in_process_executor,
+        description="What `qaq recurate` does: every batch is brought up to date, the oldest first, then published.",
+    )
+    def recurate() -> None:
+        bring_up_to_date()
+
+    return recurate
+
+
+def _build_nightly_schedule(settings: Settings, job: dg.JobDefinition) -> dg.ScheduleDefinition:
+    automation = settings.automation
+    running, stopped = dg.DefaultScheduleStatus.RUNNING, dg.DefaultScheduleStatus.STOPPED
+    try:
+        return dg.ScheduleDefinition(
+            name="nightly_recuration",
+            job=job,
+            cron_schedule=automation.recuration_cron,
+            execution_timezone=automation.timezone,
+            default_status=running if automation.started else stopped,
+            description=(
+                "Tries again what failed, and makes anew what is out of date by its provenance: settings, models, "
+                f"benchmarks' list, withdrawals. Publishes only if something changed.{_stated(settings)}"
+            ),
+        )
+    except dg.DagsterInvalidDefinitionError as error:
+        raise SettingsError(
+            f"automation.recuration_cron: {automation.recuration_cron!r} is no cron, such as 0 3 * * * ({error})"
+        ) from error

@@ -1,0 +1,203 @@
+"""The card of a published version: what lies in it and how it was chosen, as a Hugging Face dataset card.
+
+Belongs here: the words, and the metadata before them. Does not belong here: what enters a version.
+
+A card is one of the files whose hashes make the version: it holds no time, no run, no path of a machine, and not the
+version itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import polars as pl
+import yaml
+
+from qaq_pipeline import schema
+from qaq_pipeline.config import Selection
+from qaq_pipeline.exports import EXPORTERS
+from qaq_pipeline.schema import Decision, Status
+
+_SIZES = {
+    10**3: "n<1K",
+    10**4: "1K<n<10K",
+    10**5: "10K<n<100K",
+    10**6: "100K<n<1M",
+    10**7: "1M<n<10M",
+    10**8: "10M<n<100M",
+    10**9: "100M<n<1B",
+}
+"""The hub's names for fewer rows than these."""
+
+_IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
+"""Of what makes a score what it is, the part that a reader compares."""
+
+_INTRODUCTION = """\
+Pairs of a query and an answer, for training code models: {selected:,} of {rows_in:,} delivered rows, chosen by how well
+the answer explains the query (QAQ, arXiv:2603.12165):
+
+    RMI = log PPL(Q) - log PPL(Q | A)
+
+RMI is ranked among pairs of like PPL(Q), under each model; the gap is the rank under the strong model less that under
+the weak one. `scores.parquet` has the scores, ranks and decision of every delivered row; `manifest.json` has the data
+versions and the settings' hashes, and the hash of it names this version.
+"""
+
+_CONTROLS = """\
+What to compare with: as many rows of the same pool, in the order of a keyed hash. `control_random` draws from the whole
+pool, `control_stratified_random` the same share from each stratum of PPL(Q).
+"""
+
+_LIMITS = """\
+- A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.
+- In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is 0.61
+  points and a standard error about 3.5. Whether this selection trains better than its random controls is an open
+  question until both were trained on.
+- A rank compares a row with those of its pool only: its batch, or the reference that it was ranked against.
+- Rows were checked for the benchmarks that are listed above, and for no other.
+- Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.
+"""
+
+_LICENCE = """\
+The licence is that of the rows: each inherits it from the data it was delivered in, and, where a model wrote it, the
+terms of that model. This pipeline does not know them, and grants none: find them out before you use or publish it.
+"""
+
+
+def dataset_card(
+    selection: Selection,
+    exported: Mapping[str, int],
+    formats: Sequence[str],
+    entries: Sequence[Mapping[str, Any]],
+    screened: pl.DataFrame,
+    decisions: pl.DataFrame,
+    benchmarks: Mapping[str, Mapping[str, str]],
+) -> bytes:
+    """The README.md of a version.
+
+    Args:
+        selection: the published one.
+        exported: rows in the files of each selection and control, the published one first.
+        formats: of these files, as in `export.formats`.
+        entries: of the batches, as they stand in the manifest.
+        screened: ScreenedData of all batches.
+        decisions: Decisions of the same rows.
+        benchmarks: for each batch, the sha256 of the benchmark files that its rows were checked for, by name.
+    """
+    rows_in = sum(entry["rows_in"] for entry in entries)
+    sections = {
+        "Selection": _recipe(selection),
+        "Controls": f"{_CONTROLS}\n{_table(('selection', 'rows'), exported.items())}",
+        "Batches": _batches(entries),
+        "Models": _models(entries),
+        "Decisions": _decisions(decisions),
+        "Decontamination": _decontamination(benchmarks, _num_flagged(screened, decisions)),
+        "What the numbers do not promise": _LIMITS,
+        "Licence": _LICENCE,
+    }
+    introduction = _INTRODUCTION.format(selected=exported[selection.name], rows_in=rows_in)
+    body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    front = yaml.safe_dump(_metadata(selection, exported, formats), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n# {_title(selection)}\n\n{introduction}\n{body}".encode()
+
+
+def _title(selection: Selection) -> str:
+    return f"Code instructions selected by QAQ: {selection.name}"
+
+
+def _metadata(selection: Selection, exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, Any]:
+    num_rows = exported[selection.name]
+    return {
+        "license": "unknown",
+        "pretty_name": _title(selection),
+        "language": ["code"],
+        "task_categories": ["text-generation"],
+        "tags": ["code", "instruction-tuning", "synthetic", "data-selection", "qaq", "arxiv:2603.12165"],
+        "size_categories": [next((name for limit, name in _SIZES.items() if num_rows < limit), "n>1B")],
+        "configs": _configs(exported, formats),
+    }
+
+
+def _configs(exported: Mapping[str, int], formats: Sequence[str]) -> list[dict[str, Any]]:
+    """One for each file of rows for training, the first the default; `datasets` can load no file without rows.
+
+    `scores.parquet` is none: `datasets` reads all configurations of a folder as files of one format.
+    """
+    configs = [
+        {"config_name": f"{name}-{kind}", "data_files": [{"split": "train", "path": f"{name}/{EXPORTERS[kind][0]}"}]}
+        for name, num_rows in exported.items()
+        for kind in formats
+        if num_rows
+    ]
+    return [config | ({"default": True} if config is configs[0] else {}) for config in configs]
+
+
+def _recipe(selection: Selection) -> str:
+    values = yaml.safe_dump(selection.model_dump(mode="json"), sort_keys=False)
+    return f"{inspect.getdoc(type(selection))}\n\n```yaml\n{values}```\n"
+
+
+def _batches(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [(entry["batch"], entry["rows_in"], entry["rows_selected"]) for entry in entries]
+    total = ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))
+    return _table(("batch", "rows in", "selected"), rows, total)
+
+
+def _models(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (entry["batch"], role, *(identity[field] for field in _IDENTITY))
+        for entry in entries
+        for role, identity in sorted(entry["models"].items())
+    ]
+    return _table(("batch", "role", *(field.replace("_", " ") for field in _IDENTITY)), rows)
+
+
+def _decisions(decisions: pl.DataFrame) -> str:
+    counts = decisions.group_by("decision", "reason").len().sort("len", "reason", descending=[True, False])
+    order = [decision.value for decision in Decision]
+    rows = sorted(counts.rows(), key=lambda row: order.index(row[0]))
+    return _table(("decision", "reason", "rows"), rows, ("all", "", decisions.height))
+
+
+def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:
+    """Selected rows that hold a benchmark's task, where such rows are flagged and not dropped."""
+    flagged = screened.filter(pl.col("status") == Status.ACCEPTED.value, pl.col("evidence").is_not_null())
+    selected = decisions.filter(pl.col("decision") == Decision.SELECTED.value)
+    return flagged.join(selected, on=schema.ROW_KEY, how="semi").height
+
+
+def _decontamination(benchmarks: Mapping[str, Mapping[str, str]], num_flagged: int) -> str:
+    files = sorted({file for of_batch in benchmarks.values() for file in of_batch.items()})
+    rows = [
+        (name, sha256, ", ".join(batch for batch, checked in sorted(benchmarks.items()) if checked.get(name) == sha256))
+        for name, sha256 in files
+    ]
+    unchecked = sorted(batch for batch, checked in benchmarks.items() if not checked)
+    listed = _table(("benchmark", "sha256 of its file", "batches"), rows) if rows else ""
+    flagged = f"Selected rows that hold a benchmark's task all the same, flagged in the ledger: {num_flagged:,}.\n"
+    warning = f"Checked for no benchmark: {', '.join(map(_cell, unchecked))}.\n"
+    return "\n".join([listed] * bool(rows) + [flagged] * bool(rows) + [warning] * bool(unchecked))
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+_CODE = re.compile(r"[A-Za-z0-9_.:/@+=-](?:[A-Za-z0-9_.:/@+=, -]*[A-Za-z0-9_.:/@+=-])?")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str | int]], total: Sequence[str | int] = ()) -> str:
+    lines = [list(head), ["---:" if title.startswith(("rows", "selected")) else "---" for title in head]]
+    lines += [list(map(_cell, row)) for row in [*rows, *([total] if total else [])]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: str | int) -> str:
+    """A value that reads as itself in a table, whatever it holds: no markup, no link, no HTML, no other cell."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if _CODE.fullmatch(value):
+        return f"`{value}`"
+    visible = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value)
+    return re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", visible)

@@ -1,0 +1,241 @@
+"""Asset checks: what a person should look at, beside each asset in the UI and in the summary of `qaq run`.
+
+Belongs here: which checks there are, what they read, and their definitions. Does not belong here: what is measured
+(measures), and what stops a batch: they report only. A blocking check would stop the assets of its own run and no
+other; the verdicts that gate a batch are stored with its tables (gates).
+
+The checks of an asset are one step after it, for its partition. One that cannot be made, because what it reads is torn
+or gone, does not pass, is an error and not a warning, and says why. A fault of the code fails the step, as in an asset.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import dagster as dg
+
+from qaq_pipeline import gates, measures, publication, reference
+from qaq_pipeline.assets import rank_reference
+from qaq_pipeline.assets.shared import BATCHES, batch_by_model
+from qaq_pipeline.config import Settings
+from qaq_pipeline.measures import Finding
+from qaq_pipeline.resources import partition_parts
+from qaq_pipeline.storage import Storage, StorageError
+
+Findings = dict[str, Finding]
+"""By the name of the check."""
+
+
+def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
+    """Fresh definitions of all checks, for the settings; where no RMI is wanted, there are none of it and its ranks."""
+    of_rmi = [_rmi_scores(settings), _disagreement_scores(settings)] if "rmi" in settings.scoring.quantities else []
+    return [
+        _raw_data(settings),
+        _screened_data(),
+        _logprobs(settings),
+        *of_rmi,
+        _decisions(),
+        _curated_dataset(),
+    ]
+
+
+def _raw_data(settings: Settings) -> dg.AssetChecksDefinition:
+    def find(storage: Storage, batch: str) -> Findings:
+        raw = storage.read_table("raw_data", batch).frame
+        return {"rows_can_be_read": measures.rejected_rows(raw, settings.gates.max_rejected_share)}
+
+    descriptions = {"rows_can_be_read": "The share of rejected rows is at most gates.max_rejected_share."}
+    return _of_table("raw_data", BATCHES, descriptions, find)
+
+
+def _screened_data() -> dg.AssetChecksDefinition:
+    def find(storage: Storage, batch: str) -> Findings:
+        screened = storage.read_table("screened_data", batch)
+        gate = gates.of_provenance(screened.provenance)
+        return {"passes_gate": measures.screened_rows(screened.frame, gate.sentence if gate else None)}
+
+    descriptions = {
+        "passes_gate": "The batch is fit to be scored. Beside it: the shares of duplicates and benchmark tasks."
+    }
+    return _of_table("screened_data", BATCHES, descriptions, find)
+
+
+def _logprobs(settings: Settings) -> dg.AssetChecksDefinition:
+    limits = settings.checks
+
+    def find(storage: Storage, batch: str, model: str) -> Findings:
+        logprobs = storage.read_table("logprobs", batch, model).frame
+        return {
+            "few_nulls": measures.null_quantities(logprobs, limits.max_null_share),
+            "few_truncated": measures.truncated_answers(logprobs, limits.max_truncated_share),
+        }
+
+    descriptions = {
+        "few_nulls": "The share of wanted quantities without a number is at most checks.max_null_share.",
+        "few_truncated": "The share of answers cut to the window is at most checks.max_truncated_share.",
+    }
+    return _of_table("logprobs", batch_by_model(settings), descriptions, find)
+
+
+def _rmi_scores(settings: Settings) -> dg.AssetChecksDefinition:
+    def find(storage: Storage, batch: str, model: str) -> Findings:
+        scores = storage.read_table("rmi_scores", batch, model).frame
+        return {"answers_explain_queries": measures.mean_rmi(scores, settings.checks.min_mean_rmi)}
+
+    descriptions = {
+        "answers_explain_queries": "Mean RMI is above checks.min_mean_rmi. At about 0 the answers say nothing of their "
+        "queries, or the model, its prompt or a token boundary is broken."
+    }
+    return _of_table("rmi_scores", batch_by_model(settings), descriptions, find)
+
+
+def _disagreement_scores(settings: Settings) -> dg.AssetChecksDefinition:
+    descriptions = {
+        "models_differ": "The models' ranks correlate (Spearman) below checks.max_rank_correlation: else the second "
+        "model says little new."
+    }
+    if settings.ranking.pool == "batch":  # A reference has strata of its own, whatever the batch's size.
+        descriptions["strata_are_filled"] = "There are ranking.num_strata of ranking.min_rows_per_stratum rows."
+
+    if settings.ranking.reference is not None:
+        descriptions["is_near_reference"] = (
+            "PPL(Q) and RMI of each model are spread as in ranking.reference: PSI is at most checks.max_psi, and the "
+            "Kolmogorov-Smirnov statistic at most checks.max_ks."
+        )
+
+    def find(storage: Storage, batch: str) -> Findings:
+        frame = storage.read_table("disagreement_scores", batch).frame
+        found = {"models_differ": measures.rank_correlation(frame, settings.checks.max_rank_correlation)}
+        if settings.ranking.pool == "batch":
+            found["strata_are_filled"] = measures.filled_strata(frame, settings.ranking)
+        if settings.ranking.reference is not None:
+            found["is_near_reference"] = _drift(storage, batch, settings.ranking.reference.name, settings)
+        return found
+
+    return _of_table("disagreement_scores", BATCHES, descriptions, find)
+
+
+def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Finding:
+    if not storage.has_table(rank_reference.NAME, name):
+        return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
+    frozen = storage.read_table(rank_reference.NAME, name)
+    scores = {role: storage.read_table("rmi_scores", batch, role) for role in sorted(settings.models)}
+    if differing := rank_reference.differently_scored(frozen, scores):
+        return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
+    numbers = {}
+    for one in reference.drift({role: table.frame for role, table in scores.items()}, frozen.frame):
+        numbers[f"psi_{one.quantity}_{one.model}"] = one.psi
+        numbers[f"ks_{one.quantity}_{one.model}"] = one.ks
+    return measures.drift(numbers, settings.checks)
+
+
+def _decisions() -> dg.AssetChecksDefinition:
+    def find(storage: Storage, batch: str) -> Findings:
+        raw, decisions = (storage.read_table(name, batch) for name in ("raw_data", "decisions"))
+        gate = gates.of_provenance(decisions.provenance)
+        manifest = None
+        if storage.exists(publication.FOLDER, "latest.json"):
+            version = storage.read_json(publication.FOLDER, "latest.json")["version"]
+            manifest = storage.read_json(publication.FOLDER, version, "manifest.json")
+        return {
+            "every_row_is_decided": measures.decided_rows(raw.frame, decisions.frame),
+            "passes_gates": measures.ungated(gate.sentence if gate else None),
+            "same_models_as_published": measures.same_models(decisions.provenance["models"], manifest),
+        }
+
+    descriptions = {
+        "every_row_is_decided": "Every row of raw_data has one decision. Beside it: the share that is selected.",
+        "passes_gates": "The batch is fit to be published.",
+        "same_models_as_published": "The models and their settings are those of the newest published version.",
+    }
+    return _of_table("decisions", BATCHES, descriptions, find)
+
+
+def _curated_dataset() -> dg.AssetChecksDefinition:
+    descriptions = {
+        "every_batch_is_in_it": "No registered batch is left out of the newest version.",
+        "files_are_as_published": "The files of the newest version have the sha256 of its manifest.",
+    }
+
+    @dg.multi_asset_check(name="curated_dataset_checks", specs=_specs("curated_dataset", None, descriptions))
+    def curated_dataset_checks(
+        context: dg.AssetCheckExecutionContext, storage: dg.ResourceParam[Storage]
+    ) -> Iterator[dg.AssetCheckResult]:
+        registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
+        yield from _results(descriptions, lambda: _of_dataset(storage, registered))
+
+    return curated_dataset_checks
+
+
+def _of_dataset(storage: Storage, registered: Sequence[str]) -> Findings:
+    latest = storage.read_json(publication.FOLDER, "latest.json")
+    folder = (publication.FOLDER, latest["version"])
+    manifest = storage.read_json(*folder, "manifest.json")
+    entered = {entry["batch"] for entry in manifest["batches"]}
+    since = "registered or completed since; publish again"
+    reasons = {
+        batch: None if batch in entered else latest["excluded_batches"].get(batch, since) for batch in registered
+    }
+    hashes: dict[str, str | None] = {}
+    num_bytes = 0
+    for name in manifest["files"]:
+        parts = (*folder, *name.split("/"))
+        data = storage.read_bytes(*parts) if storage.exists(*parts) else None
+        hashes[name] = None if data is None else hashlib.sha256(data).hexdigest()
+        num_bytes += len(data or b"")
+    return {
+        "every_batch_is_in_it": measures.left_out(reasons),
+        "files_are_as_published": measures.matching_files(manifest["files"], hashes, num_bytes),
+    }
+
+
+def _of_table(
+    asset: str,
+    partitions_def: dg.PartitionsDefinition,
+    descriptions: Mapping[str, str],
+    find: Callable[..., Findings],
+) -> dg.AssetChecksDefinition:
+    """The checks of a table: `find(storage, batch)` or `find(storage, batch, model)`, as it is partitioned."""
+
+    @dg.multi_asset_check(name=f"{asset}_checks", specs=_specs(asset, partitions_def, descriptions))
+    def checks(
+        context: dg.AssetCheckExecutionContext, storage: dg.ResourceParam[Storage]
+    ) -> Iterator[dg.AssetCheckResult]:
+        partition = partition_parts(context.op_execution_context.partition_key)
+        yield from _results(descriptions, lambda: find(storage, *partition))
+
+    return checks
+
+
+def _specs(
+    asset: str, partitions_def: dg.PartitionsDefinition | None, descriptions: Mapping[str, str]
+) -> list[dg.AssetCheckSpec]:
+    with warnings.catch_warnings():
+        # Partitioned checks are a preview API since 1.13: https://github.com/dagster-io/dagster/pull/32894
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return [
+            dg.AssetCheckSpec(name, asset=asset, description=description, partitions_def=partitions_def)
+            for name, description in descriptions.items()
+        ]
+
+
+def _results(names: Iterable[str], find: Callable[[], Findings]) -> Iterator[dg.AssetCheckResult]:
+    try:
+        findings = find()
+    except StorageError as error:
+        for name in names:
+            yield dg.AssetCheckResult(
+                passed=False,
+                check_name=name,
+                severity=dg.AssetCheckSeverity.ERROR,
+                description=f"The check cannot be made: {error}.",
+            )
+        return
+    for name, finding in findings.items():
+        yield dg.AssetCheckResult(
+            passed=finding.passed,
+            check_name=name,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=finding.sentence,
+            metadata=dict(finding.numbers),
+        )

@@ -1,0 +1,151 @@
+"""Brings batches up to date: re-curation of what is out of date, and what a withdrawal asks for; then publishes.
+
+Belongs here: running what `recuration` finds, until nothing is left. Does not belong here: what is out of date, and a
+new batch's way through the stages (`driver`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dagster as dg
+
+from qaq_pipeline import config, duplicates, ledger, publication, recuration, withdrawals
+from qaq_pipeline.config import Settings
+from qaq_pipeline.jobs import PUBLISHING, present
+from qaq_pipeline.resources import open_storage
+from qaq_pipeline.runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
+from qaq_pipeline.storage import PartitionBusyError, Storage
+
+_MOST_TRIES = 3
+"""Of one partition of a stage: more would mean that it never comes up to date."""
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What was brought up to date."""
+
+    num_batches: int
+    """Batches that were looked at."""
+    remade: list[str]
+    """Stages and partitions that were run, in order."""
+    failed: dict[str, str]
+    """Why, by batch."""
+    version: str | None = None
+    """The version of the dataset that was published; None: nothing changed."""
+
+    @property
+    def sentence(self) -> str:
+        """The same in words."""
+        made = f"{len(self.remade)} stages of {self.num_batches} batches were run again"
+        published = "nothing was published" if self.version is None else f"version {self.version} was published"
+        return f"{made}; {published}"
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """What a person withdraws, and why."""
+
+    batch: str
+    row: str | None
+    """`file:row`, `file:row.turn`, a row's number, or the first digits of a pair_id; None: the batch."""
+    reason: str
+    is_withdrawn: bool = True
+    """False: what was withdrawn is so no longer."""
+
+
+def recurate(settings: Settings, instance: dg.DagsterInstance, events: Events | None = None) -> Renewal:
+    """Make anew what is out of date, batch by batch, the oldest first, and publish if something changed.
+
+    Raises:
+        RunError: a batch could not be brought up to date; the others were, and published.
+    """
+    with running(settings, instance, events or Events()) as run:
+        done = renew(settings, instance, run, only_screening=False)
+        return _published(settings, instance, run, done)
+
+
+def withdraw(
+    settings: Settings, instance: dg.DagsterInstance, what: Withdrawal, events: Events | None = None
+) -> Renewal:
+    """Withdraw a batch, or what rows of it say wherever it is said, and publish without it; or take that back.
+
+    Raises:
+        RunError: there is no such batch or row, or what follows failed.
+        ValueError: the name of the batch cannot be used.
+    """
+    storage = open_storage(settings)
+    if not storage.has_table("signatures", config.check_batch_name(what.batch)):
+        raise RunError(f"batch {what.batch!r} was never screened; `qaq status` lists the batches")
+    rows = {} if what.row is None else _contents(storage, what.batch, what.row)
+    withdrawals.add(storage, what.batch, rows, what.reason, is_withdrawn=what.is_withdrawn)
+    with running(settings, instance, events or Events()) as run:
+        done = renew(settings, instance, run, only_screening=True)
+        return _published(settings, instance, run, done)
+
+
+def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
+    """The content hash of the row that is meant, with its place."""
+    signatures = storage.read_table("signatures", batch).frame
+    found = ledger.find_rows(signatures, row.removeprefix(f"{batch}/"))
+    if found.is_empty():
+        raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
+    if found["content_hash"].n_unique() > 1:
+        raise RunError(f"batch {batch!r} has {found.height} rows {row!r}, of different text; say which: file:row.turn")
+    return {found["content_hash"][0]: found.select(duplicates.row_reference()).item(0, 0)}
+
+
+def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only_screening: bool) -> Renewal:
+    """Run what is out of date until nothing is.
+
+    Args:
+        settings: the settings in force.
+        instance: the Dagster instance.
+        run: runs a job.
+        only_screening: only batches that were screened against other older batches, or withdrawals, than stand now.
+    """
+    storage = open_storage(settings)
+    remade: list[str] = []
+    failed: dict[str, str] = {}
+    meant: set[str] = set()
+    while True:
+        registered = instance.get_dynamic_partitions("batch")
+        review = recuration.Review(storage, registered, present(settings, storage))
+        batches = review.batches()
+        meant |= {batch for batch in batches if not only_screening or review.screened_otherwise(batch) is not None}
+        due = [one for batch in batches if batch in meant - set(failed) for one in review.outdated(batch)]
+        if not due:
+            return Renewal(len(batches), remade, failed)
+        for one in due:
+            reason = None if one.batch in failed else _run_again(storage, run, one, remade)
+            if reason is not None:
+                failed[one.batch] = reason
+
+
+def _run_again(storage: Storage, run: Runner, one: recuration.Outdated, remade: list[str]) -> str | None:
+    """Why it could not be run; None: it was."""
+    label = f"{one.job} {one.partition}"
+    if remade.count(label) >= _MOST_TRIES:
+        return f"{label} stays out of date ({one.reason}): report this fault"
+    try:
+        with storage.lock("batch", one.batch):
+            run(one.job, one.partition)
+    except InterruptedRunError:
+        raise
+    except (RunError, PartitionBusyError) as error:
+        return str(error)
+    remade.append(label)
+    return None
+
+
+def _published(settings: Settings, instance: dg.DagsterInstance, run: Runner, done: Renewal) -> Renewal:
+    registered: Sequence[str] = instance.get_dynamic_partitions("batch")
+    if not publication.is_current(open_storage(settings), registered, settings):
+        metadata = materialisation_metadata(instance, run(PUBLISHING, None), publication.FOLDER)
+        done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
+    if done.failed:
+        reasons = "\n".join(f"batch {batch}: {reason}" for batch, reason in done.failed.items())
+        raise RunError(f"{done.sentence}; not brought up to date:\n{reasons}")
+    return done

@@ -1,0 +1,85 @@
+"""The UI and its daemon as processes: `qaq ui`, started on a free port and ended, and what is left of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+QAQ = Path(sys.executable).with_name("qaq")
+LOOPBACK = "127.0.0.1"
+PATIENCE_S = 180.0
+"""For anything that starts a process."""
+
+
+@contextlib.contextmanager
+def running_ui(environment: dict[str, str], log: Path) -> Iterator[str]:
+    """`qaq ui` on a free port, until it answers; ended by Ctrl-C's signal, which its whole process group gets."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [str(QAQ), "ui", "--port", str(port)],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://{LOOPBACK}:{port}"
+    try:
+        wait_for_answer(url, process, log)
+        yield url
+    finally:
+        interrupt(process)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # It ended by itself.
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/server_info", timeout=10):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"qaq ui does not answer (exit {process.poll()}); its last words:\n{log.read_text()[-3000:]}")
+
+
+def assert_nothing_runs(home: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := processes_of(home)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert left == {}
+
+
+def processes_of(home: Path) -> dict[int, str]:
+    """Command lines by id of the processes whose environment names the home, as far as /proc tells."""
+    marker = f"QAQ_HOME={home}\0".encode()
+    found = {}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # It ended meanwhile, or is another user's.
+            if marker in environ.read_bytes():
+                found[int(environ.parent.name)] = environ.with_name("cmdline").read_text().replace("\0", " ")
+    return found

@@ -1,0 +1,281 @@
+"""card: metadata that the hub reads, numbers that add up with the ledger, and tables that no name can break."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from huggingface_hub import DatasetCard
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from qaq_pipeline import publication
+from qaq_pipeline.card import dataset_card
+from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.publication import publish, read_batches
+from qaq_pipeline.schema import Decisions, ScreenedData, dtypes
+from qaq_pipeline.storage import Storage
+from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, raw_rows, store_batch
+
+SETTINGS = "models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}\n"
+FORMATS = ("messages", "alpaca")
+SHA256 = hashlib.sha256(b"benchmark").hexdigest()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return parse_settings(SETTINGS)
+
+
+def published_folder(storage: Storage, settings: Settings, *registered: str) -> Path:
+    batches, excluded = read_batches(storage, registered, settings)
+    return Path(publish(storage, settings, batches, excluded).url)
+
+
+def entry(batch: str = "b1", rows_in: int = 0, rows_selected: int = 0, **identity: str) -> dict[str, Any]:
+    """Of a batch's part of the manifest what the card shows."""
+    model = dataclasses.asdict(IDENTITY) | identity
+    return {"batch": batch, "rows_in": rows_in, "rows_selected": rows_selected, "models": {"strong": model}}
+
+
+def card_of(**changes: Any) -> str:
+    """The card of a version without rows, with the given changes."""
+    parts: dict[str, Any] = {
+        "selection": parse_settings(SETTINGS).published,
+        "exported": {"diff_high": 0},
+        "formats": FORMATS,
+        "entries": [entry()],
+        "screened": pl.DataFrame(schema=dtypes(ScreenedData)),
+        "decisions": pl.DataFrame(schema=dtypes(Decisions)),
+        "benchmarks": {"b1": {}},
+    }
+    return dataset_card(**(parts | changes)).decode()
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def tables(card: str) -> dict[str, list[list[str]]]:
+    """The cells of each section's table as a reader sees them, by CommonMark with tables; the first row is the head."""
+    _, _, body = card.split("---\n", 2)
+    found: dict[str, list[list[str]]] = {}
+    title = ""
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    for before, token in itertools.pairwise(tokens):
+        assert token.type != "html_block"
+        if before.type == "heading_open":
+            title = token.content
+        elif token.type == "tr_open":
+            found.setdefault(title, []).append([])
+        elif before.type in ("th_open", "td_open"):
+            children = token.children or []
+            assert {child.type for child in children} <= {"text", "text_special", "code_inline"}, token.content
+            found[title][-1].append("".join(child.content for child in children))
+    return found
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_hub_reads_the_metadata_and_every_file_that_it_names_is_there(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    folder = published_folder(storage, settings, "b1")
+    card = DatasetCard.load(folder / "README.md")  # Raises of metadata that the hub would not take.
+    metadata = card.data.to_dict()
+    assert metadata["license"] == "unknown"
+    assert metadata["language"] == ["code"]
+    assert metadata["task_categories"] == ["text-generation"]
+    assert metadata["size_categories"] == ["n<1K"]
+    assert metadata["pretty_name"] == "Code instructions selected by QAQ: diff_high"
+    assert "qaq" in metadata["tags"]
+    configs = metadata["configs"]
+    assert [config["config_name"] for config in configs] == [
+        "diff_high-messages",
+        "diff_high-alpaca",
+        "control_random-messages",
+        "control_random-alpaca",
+        "control_stratified_random-messages",
+        "control_stratified_random-alpaca",
+    ]
+    assert [config.get("default") for config in configs] == [True, *[None] * 5]
+    for config in configs:
+        ((split, path),) = [(file["split"], file["path"]) for file in config["data_files"]]
+        assert split == "train"
+        assert (folder / path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "size"),
+    [(0, "n<1K"), (999, "n<1K"), (1_000, "1K<n<10K"), (99_999, "10K<n<100K"), (310_000, "100K<n<1M"), (10**9, "n>1B")],
+)
+def test_the_size_is_that_of_the_published_selection(num_rows: int, size: str) -> None:
+    card = card_of(exported={"diff_high": num_rows, "control_random": 5})
+    assert front_matter(card)["size_categories"] == [size]
+
+
+def test_a_file_without_rows_is_no_configuration(storage: Storage) -> None:
+    card = card_of(exported={"diff_high": 0, "control_random": 3}, formats=("alpaca",))
+    configs = front_matter(card)["configs"]
+    assert [(config["config_name"], config["default"]) for config in configs] == [("control_random-alpaca", True)]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_add_up_with_the_ledger_and_the_files(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings, "b1")
+    store_batch(storage, settings, "b2", queries=tuple("efghijkl"))
+    folder = published_folder(storage, settings, "b1", "b2")
+    shown = tables((folder / "README.md").read_text(encoding="utf-8"))
+    assert shown["Batches"][1:] == [["b1", "5", "1"], ["b2", "9", "2"], ["all", "14", "3"]]
+    ledger = pl.read_parquet(folder / "scores.parquet").group_by("decision", "reason").len()
+    *rows, total = shown["Decisions"][1:]
+    assert {(decision, reason, int(count)) for decision, reason, count in rows} == set(ledger.rows())
+    assert total == ["all", "", "14"]
+    assert sum(int(row[2]) for row in rows) == 14
+    for selection, count in shown["Controls"][1:]:
+        assert len(json.loads((folder / selection / "alpaca.json").read_bytes())) == int(count) == 3
+
+
+def test_the_models_are_those_of_the_manifest_batch_by_batch(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    folder = published_folder(storage, settings, "b1")
+    (of_batch,) = json.loads((folder / "manifest.json").read_bytes())["batches"]
+    head, *rows = tables((folder / "README.md").read_text(encoding="utf-8"))["Models"]
+    assert [row[:2] for row in rows] == [["b1", "strong"], ["b1", "weak"]]
+    for row in rows:
+        identity = of_batch["models"][row[1]]
+        fields = [title.replace(" ", "_") for title in head[2:]]
+        assert {"model", "revision", "dtype", "template_hash"} <= set(fields)
+        assert [cell.replace(",", "") for cell in row[2:]] == [str(identity[field]) for field in fields]
+
+
+def test_the_recipe_is_the_selection_of_the_settings() -> None:
+    settings = parse_settings(
+        SETTINGS + "selections: [{name: half, strategy: diff_high, budget: {fraction: 0.5}, rank_strong: [0.1, 0.9]}]"
+    )
+    card = card_of(selection=settings.published, exported={"half": 0})
+    recipe = card.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(recipe) == settings.published.model_dump(mode="json")
+    assert "Global top-k by gap" in card
+
+
+def test_the_benchmarks_are_listed_with_their_hashes_and_who_was_not_checked_is_said() -> None:
+    card = card_of(benchmarks={"b1": {"humaneval": SHA256, "mbpp": "0" * 64}, "b2": {"humaneval": SHA256}, "b3": {}})
+    assert tables(card)["Decontamination"][1:] == [
+        ["humaneval", SHA256, "b1, b2"],
+        ["mbpp", "0" * 64, "b1"],
+    ]
+    assert "Selected rows that hold a benchmark's task all the same, flagged in the ledger: 0.\n" in card
+    assert "Checked for no benchmark: `b3`.\n" in card
+    assert "Checked for no benchmark" not in card_of(benchmarks={"b1": {"humaneval": SHA256}})
+
+
+def test_selected_rows_that_were_flagged_and_not_dropped_are_counted() -> None:
+    rows = raw_rows({}, {}, {}).select(pl.col("batch", "source_file", "source_row", "turn_index"))
+    screened = rows.with_columns(status=pl.lit("accepted"), evidence=pl.Series(["humaneval 3", "humaneval 4", None]))
+    decisions = rows.with_columns(
+        decision=pl.Series(["selected", "not_selected", "selected"]), reason=pl.lit("within_budget")
+    )
+    card = card_of(screened=screened, decisions=decisions, benchmarks={"b1": {"humaneval": SHA256}})
+    assert "flagged in the ledger: 1.\n" in card
+
+
+# --- what is promised -------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_is_not_promised_and_whose_licence_it_is() -> None:
+    card = card_of()
+    assert "one HumanEval+ task is 0.61\n  points and a standard error about 3.5" in card
+    assert "each inherits it from the data it was delivered in" in card
+
+
+def test_the_same_content_has_the_same_card_which_holds_no_version_time_or_path(
+    storage: Storage, settings: Settings, tmp_path: Path
+) -> None:
+    elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
+    cards = []
+    for place, order in ((storage, ("b1", "b2")), (elsewhere, ("b2", "b1"))):
+        for batch in order:
+            store_batch(place, settings, batch)
+        folder = published_folder(place, settings, *order)
+        cards.append((folder / "README.md").read_text(encoding="utf-8"))
+        assert folder.name not in cards[-1]
+        assert str(tmp_path) not in cards[-1]
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        assert manifest["files"]["README.md"] == hashlib.sha256(cards[-1].encode()).hexdigest()
+    assert cards[0] == cards[1]
+    assert storage.read_json(publication.FOLDER, "latest.json") == elsewhere.read_json(
+        publication.FOLDER, "latest.json"
+    )
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    *HOSTILE_NAMES,
+    "a|b|c",
+    "a\\|b",
+    "`code` ``x``",
+    "<script>alert(1)</script>",
+    "<!-- x",
+    "![x](http://evil.example/x.png)",
+    "[x](javascript:alert(1))",
+    "https://evil.example",
+    "www.evil.example",
+    "*bold* _italic_ ~~gone~~",
+    "# title",
+    "&lt;b&gt; &#124;",
+    "--- | ---",
+    "---",
+    "$x$",
+    "größe 日本",
+    "`",
+    "\\",
+]
+
+
+def as_shown(text: str) -> str:
+    """What of a text a table can show: no ends, and what cannot be printed as a sign that something was there."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text).strip(" ")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_reads_as_itself_in_its_own_cell(name: str) -> None:
+    card = card_of(
+        entries=[entry(name, 7, 3, model=name, revision=name)],
+        decisions=_decided(name),
+        benchmarks={name: {name: SHA256}},
+    )
+    shown, said = tables(card), as_shown(name)
+    assert shown["Batches"][1:] == [[said, "7", "3"], ["all", "7", "3"]]
+    (model,) = shown["Models"][1:]
+    assert model[:4] == [said, "strong", said, said]
+    assert shown["Decisions"][1:] == [["selected", said, "1"], ["all", "", "1"]]
+    assert shown["Decontamination"][1:] == [[said, SHA256, said]]
+
+
+def _decided(reason: str) -> pl.DataFrame:
+    rows = raw_rows({}).select(pl.col("batch", "source_file", "source_row", "turn_index"))
+    return rows.with_columns(decision=pl.lit("selected"), reason=pl.lit(reason))
+
+
+@given(name=st.text(max_size=30))
+def test_any_name_keeps_the_table_whole(name: str) -> None:
+    shown = tables(card_of(entries=[entry(name, 1, 1)]))
+    assert shown["Batches"][1:] == [[as_shown(name), "1", "1"], ["all", "1", "1"]]
