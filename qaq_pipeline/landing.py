@@ -117,6 +117,8 @@ def look(url: str, settings: LandingSettings) -> Look:
     entries: dict[str, dict[str, Mapping[str, Any]]] = {}
     prefix = root.rstrip("/") + "/"
     for path, info in sorted(infos.items()):
+        if path.endswith("/"):  # What object stores' consoles write for a folder.
+            continue
         entry, _, inside = path.removeprefix(prefix).partition("/")
         entries.setdefault(entry, {})[inside] = info
     return _sort_out(entries, settings.marker)
@@ -182,6 +184,8 @@ def _fault(entry: str, files: Mapping[str, Mapping[str, Any]]) -> str | None:
         check_batch_name(_batch_of(entry, is_file="" in files))
     except ValueError as error:
         return f"{error}; rename it"
+    if "" in files and len(files) > 1:
+        return "it is a file and a folder, as object stores allow; rename one"
     if len(files) > _MAX_FILES:
         return f"it holds {len(files)} files, more than {_MAX_FILES}; deliver fewer, larger ones"
     for name, info in files.items():

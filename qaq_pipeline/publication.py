@@ -120,8 +120,8 @@ def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[s
         if batch not in registered:
             continue
         try:
-            signed, screened = (storage.read_table(name, batch) for name in ("signatures", "screened_data"))
-            decisions = storage.read_table("decisions", batch) if storage.has_table("decisions", batch) else None
+            signed, screened = (storage.read_footer(name, batch) for name in ("signatures", "screened_data"))
+            decisions = storage.read_footer("decisions", batch) if storage.has_table("decisions", batch) else None
         except StorageError:
             continue
         is_current = screened.provenance["inputs"] == {

@@ -6,6 +6,7 @@ the same keys and partitions, so that one can fail or give the same data again.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import dagster as dg
@@ -24,12 +25,18 @@ SELECT = ["decisions", "disagreement_scores", "selected_subset"]
 Requested = dict[str, set[str | None]]
 
 
+@cache
+def definitions() -> dg.Definitions:
+    """Of the pipeline; they keep nothing of what is evaluated."""
+    return build_defs(SETTINGS)
+
+
 class World:
     """An instance, the conditions' cursor, and what the stand-ins do."""
 
     def __init__(self, instance: dg.DagsterInstance) -> None:
         self.instance = instance
-        self.defs = build_defs(SETTINGS)
+        self.defs = definitions()
         self.cursor: Any = None
         self.failing: set[tuple[str, str | None]] = set()
         graph = self.defs.resolve_asset_graph()

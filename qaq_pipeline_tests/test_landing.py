@@ -119,6 +119,16 @@ def test_any_fsspec_url_serves(storage: Storage) -> None:
     assert storage.read_delivery(landing.receive(storage, "week")) == {"a.jsonl": ROW}
 
 
+def test_an_object_stores_sign_of_a_folder_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    sign, file = ({"name": name, "size": size, "type": "file"} for name, size in (("/zone/w/", 0), ("/zone/w/a", 9)))
+    monkeypatch.setattr(MemoryFileSystem, "exists", lambda *_: True)
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: {"/zone/w/": sign, "/zone/w/a": file})
+    [landed] = landing.look("memory://zone", ANY).deliveries
+    assert landed.files == {"a": (9, "")}
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
