@@ -202,7 +202,7 @@ def _of_table(
         context: dg.AssetCheckExecutionContext, storage: dg.ResourceParam[Storage]
     ) -> Iterator[dg.AssetCheckResult]:
         partition = partition_parts(context.op_execution_context.partition_key)
-        yield from _results(descriptions, lambda: find(storage, *partition))
+        yield from _results(descriptions, lambda: find(storage, *partition), *partition[1:])
 
     return checks
 
@@ -219,7 +219,8 @@ def _specs(
         ]
 
 
-def _results(names: Iterable[str], find: Callable[[], Findings]) -> Iterator[dg.AssetCheckResult]:
+def _results(names: Iterable[str], find: Callable[[], Findings], *model: str) -> Iterator[dg.AssetCheckResult]:
+    """Where the partition is of a model, its numbers are named after it: the UI plots each name as one line."""
     try:
         findings = find()
     except StorageError as error:
@@ -237,5 +238,5 @@ def _results(names: Iterable[str], find: Callable[[], Findings]) -> Iterator[dg.
             check_name=name,
             severity=dg.AssetCheckSeverity.WARN,
             description=finding.sentence,
-            metadata=dict(finding.numbers),
+            metadata={"_".join((number, *model)): value for number, value in finding.numbers.items()},
         )

@@ -335,15 +335,15 @@ def test_a_run_makes_every_check_once_for_its_partition_and_none_blocks(
     assert summary.warnings == []
 
     assert numbers(found["raw_data.rows_can_be_read|b1"])["rejected_share"] == 0.0
-    assert numbers(found["logprobs.few_nulls|b1|weak"])["wanted"] == 4 * 20
+    assert numbers(found["logprobs.few_nulls|b1|weak"])["wanted_weak"] == 4 * 20
     assert numbers(found["disagreement_scores.strata_are_filled|b1"]) == {
         "num_strata": 2,
         "fewest_rows_in_a_stratum": 10,
     }
     scores = open_storage(settings).read_table("rmi_scores", "b1", "weak").frame["rmi"]
     mean = numbers(found["rmi_scores.answers_explain_queries|b1|weak"])
-    assert mean["mean_rmi"] == scores.mean()
-    assert mean["scorable_pairs"] == 20
+    assert mean["mean_rmi_weak"] == scores.mean()
+    assert mean["scorable_pairs_weak"] == 20
     assert numbers(found["decisions.every_row_is_decided|b1"])["selected_share"] == 0.25
     event = instance.get_latest_materialization_event(dg.AssetKey("decisions"))
     target = found["decisions.passes_gates|b1"].target_materialization_data

@@ -108,6 +108,7 @@ def look_at(url: str) -> None:
             started = time.monotonic()
             page.goto(f"{url}/{path}")
             expect(page.get_by_text(text).first).to_be_visible(timeout=90_000)
+            expect(page.get_by_text("Loading...")).to_have_count(0, timeout=90_000)
             print(f"/{path}: shown after {time.monotonic() - started:.1f} s")
         folder = os.environ.get("QAQ_SCREENSHOTS")
         if folder:

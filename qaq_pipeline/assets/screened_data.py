@@ -51,43 +51,10 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         batch, stored = context.partition_key, footer_before(context, storage)
         require_inputs("signatures", signatures, {"raw_data": raw_data}, signatures.provenance["inputs"])
-        found, hashes = _contamination(storage, batch, raw_data, settings.screening.contamination)
+        found = _contamination(storage, batch, raw_data, settings.screening.contamination)
         # One batch at a time: each is compared with all before it, and the next must find this one's rows.
         with storage.lock("batch_order", waits=True):
-            before = storage.batches_before(batch)
-            withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
-            older = _older(context, storage, before) if settings.screening.duplicates.across_batches else {}
-            related = {name: duplicates.related(one.signatures, signatures.frame) for name, one in older.items()}
-            raws = [storage.read_table("raw_data", name).frame for name, rows in related.items() if not rows.is_empty()]
-            frame = screening.screen(
-                raw_data.frame,
-                signatures.frame,
-                found,
-                list(related.values()),
-                screening.texts_of([raw_data.frame, *raws]),
-                settings.screening,
-                withdrawn,
-            )
-            gate = _gate(batch, frame, withdrawn, settings)
-            if gate is not None:
-                frame = frame.with_columns(batch_gate=pl.lit(gate.reason.value))
-            result = table_result(
-                context,
-                frame,
-                {"raw_data": raw_data, "signatures": signatures},
-                {
-                    "rows_by_status": count_by(frame, "status"),
-                    "rows_by_reason": count_by(frame, "reason"),
-                    "compared_with_batches": list(older),
-                    "benchmarks": hashes,
-                    **gate_metadata(gate),
-                },
-                across_batches=settings.screening.duplicates.across_batches,
-                compared_with={name: one.version for name, one in older.items()},
-                benchmarks=hashes,
-                withdrawn=withdrawn,
-                **stored_gate(gate),
-            )
+            result, gate = _screen(context, storage, settings, raw_data, signatures, found)
             assert result.value is not None
             storage.write_table(result.value, "screened_data", batch)
             if gate is None:
@@ -96,6 +63,61 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         yield from unless_same(context, result, stored, RESCREENING_TAG, "compared_with", "withdrawn")
 
     return screened_data
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a batch holds of the benchmarks, and the hash of each benchmark's file."""
+
+    rows: pl.DataFrame
+    benchmarks: Mapping[str, str]
+
+
+def _screen(
+    context: dg.AssetExecutionContext,
+    storage: Storage,
+    settings: Settings,
+    raw_data: StoredTable,
+    signatures: StoredTable,
+    found: _Found,
+) -> tuple[dg.MaterializeResult, Gate | None]:
+    """What is made of the batch beside the older ones, and whether it goes any further."""
+    batch, duplicates_of = context.partition_key, settings.screening.duplicates
+    withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
+    older = _older(context, storage, storage.batches_before(batch)) if duplicates_of.across_batches else {}
+    related = {name: duplicates.related(one.signatures, signatures.frame) for name, one in older.items()}
+    raws = [storage.read_table("raw_data", name).frame for name, rows in related.items() if not rows.is_empty()]
+    frame = screening.screen(
+        raw_data.frame,
+        signatures.frame,
+        found.rows,
+        list(related.values()),
+        screening.texts_of([raw_data.frame, *raws]),
+        settings.screening,
+        withdrawn,
+    )
+    gate = _gate(batch, frame, withdrawn, settings)
+    if gate is not None:
+        frame = frame.with_columns(batch_gate=pl.lit(gate.reason.value))
+    metadata = {
+        "rows_by_status": count_by(frame, "status"),
+        "rows_by_reason": count_by(frame, "reason"),
+        "compared_with_batches": list(older),
+        "benchmarks": found.benchmarks,
+        **gate_metadata(gate),
+    }
+    result = table_result(
+        context,
+        frame,
+        {"raw_data": raw_data, "signatures": signatures},
+        metadata,
+        across_batches=duplicates_of.across_batches,
+        compared_with={name: one.version for name, one in older.items()},
+        benchmarks=found.benchmarks,
+        withdrawn=withdrawn,
+        **stored_gate(gate),
+    )
+    return result, gate
 
 
 def _gate(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], settings: Settings) -> Gate | None:
@@ -133,10 +155,8 @@ def _older(context: dg.AssetExecutionContext, storage: Storage, batches: list[st
     return older
 
 
-def _contamination(
-    storage: Storage, batch: str, raw_data: StoredTable, settings: ContaminationSettings
-) -> tuple[pl.DataFrame, Mapping[str, str]]:
-    """What the batch holds of the benchmarks, and the hash of each file; what was checked before is not again."""
+def _contamination(storage: Storage, batch: str, raw_data: StoredTable, settings: ContaminationSettings) -> _Found:
+    """What the batch holds of the benchmarks; what was checked before is not again."""
     accepted = raw_data.frame.filter(pl.col("status") == Status.ACCEPTED.value)
     found, hashes = [empty(schema.Contamination)], {}
     for source in settings.benchmarks:
@@ -153,4 +173,4 @@ def _contamination(
             storage.write_contamination(known, batch, key)
         found.append(known)
         hashes[source.name] = benchmark.sha256
-    return pl.concat(found), hashes
+    return _Found(pl.concat(found), hashes)
