@@ -3,7 +3,8 @@
 Belongs here: one function a channel, and the words of an alert that rests on no Dagster event. Does not belong here:
 when an alert is due, which whoever raises it knows.
 
-An alert never fails what it tells of: a channel that fails is logged and named to the caller, and the next is tried.
+An alert never fails what it tells of: a channel that fails, or takes too long, is logged and named to the caller, and
+the next is tried.
 Secrets are read from the environment when an alert is sent, and appear in no text.
 """
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import smtplib
 import ssl
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.message import EmailMessage
@@ -24,7 +27,13 @@ from qaq_pipeline.gates import Gate
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 8
+"""Of each answer of a server."""
+DEADLINE_SECONDS = 10
+"""Of a channel, all in all."""
+
+_SLACK_CODE = re.compile(r"[a-z_]{1,60}")
+"""What Slack says of a message that it does not take, such as invalid_token."""
 
 Channel = LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts
 
@@ -73,12 +82,24 @@ def send(alert: Alert, settings: AlertSettings) -> tuple[str, ...]:
 
 
 def _failure(channel: Channel, alert: Alert) -> str | None:
-    """Why the channel did not take the alert; None: it did."""
+    """Why the channel did not take the alert; None: it did.
+
+    The timeout of a socket is of each answer: a server that drips would never end, nor would a function that waits.
+    """
+    reasons: list[str | None] = []
+    # A daemon: it may be left behind, and then does not keep the process.
+    thread = threading.Thread(target=lambda: reasons.append(_fault(channel, alert)), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_SECONDS)
+    return reasons[0] if reasons else f"it gave no answer in {DEADLINE_SECONDS:g} s"
+
+
+def _fault(channel: Channel, alert: Alert) -> str | None:
     try:
         _send_over(channel, alert)
     except AlertError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the next channel is tried, and the run goes on.
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the next channel is tried, and the run goes on.
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -143,9 +164,9 @@ def _send_to_slack(channel: SlackAlerts, alert: Alert) -> None:
     except Exception as error:  # noqa: BLE001 - other errors may hold the URL, or a part of it: only their kind is said.
         raise AlertError(f"{type(error).__name__}; check the URL in {channel.webhook_env}") from None
     if response.status_code != 200:
-        raise AlertError(
-            f"Slack answered {response.status_code} ({response.body[:200]!r}); check the URL in {channel.webhook_env}"
-        )
+        # Another server than Slack's may answer with what it was asked, which is the URL.
+        said = f" ({response.body!r})" if _SLACK_CODE.fullmatch(response.body) else ""
+        raise AlertError(f"Slack answered {response.status_code}{said}; check the URL in {channel.webhook_env}")
 
 
 def _plain(text: str) -> str:

@@ -4,6 +4,8 @@ Belongs here: when something is run. Does not belong here: what is out of date (
 complete (`landing`), the assets' conditions (`conditions`), and what is done (`assets`, `renewal`).
 """
 
+import json
+
 import dagster as dg
 
 from qaq_pipeline import alerts, landing, recuration, renewal
@@ -17,6 +19,8 @@ from qaq_pipeline.runs import Events
 
 NIGHTLY = "recurate"
 _MOST_BATCHES_A_TICK = 25
+_MOST_TRIES = 3
+_MOST_LINES = 20
 
 
 def build_automation(settings: Settings) -> dg.Definitions:
@@ -64,25 +68,25 @@ def _build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
         ready, now_seen = landing.complete(found, seen, zone)
         landing.record_refused(storage, found.refused)
         _report_refused(context, settings, {e: why for e, why in found.refused.items() if seen.refused.get(e) != why})
-        for landed in ready:
-            landing.announce(storage, settings.landing_url, landed)
-            context.log.info("batch %s: %s, %d bytes", landed.batch, landed.entry, landed.num_bytes)
+        requests = [
+            _request(landed, run_key)
+            for landed in ready
+            if (run_key := landing.announce(storage, settings.landing_url, landed)) is not None
+        ]
         waiting = f"{len(now_seen.waiting)} not complete yet, {len(found.refused)} refused"
         return dg.SensorResult(
-            run_requests=[_request(settings, landed) for landed in ready],
-            dynamic_partitions_requests=[BATCHES.build_add_request(sorted({landed.batch for landed in ready}))]
-            if ready
-            else [],
+            run_requests=requests,
+            dynamic_partitions_requests=[BATCHES.build_add_request([one.batch for one in ready])] if ready else [],
             cursor=now_seen.dump(),
-            skip_reason=None if ready else f"nothing new in {settings.landing_url}: {waiting}",
+            skip_reason=None if requests else f"nothing new in {settings.landing_url}: {waiting}",
         )
 
     return landing_zone
 
 
-def _request(settings: Settings, landed: Landed) -> dg.RunRequest:
+def _request(landed: Landed, run_key: str) -> dg.RunRequest:
     return dg.RunRequest(
-        run_key=landed.run_key(settings.landing_url),
+        run_key=run_key,
         partition_key=landed.batch,
         asset_selection=[dg.AssetKey("raw_data")],
         tags={LANDED_TAG: landed.entry},
@@ -90,11 +94,16 @@ def _request(settings: Settings, landed: Landed) -> dg.RunRequest:
 
 
 def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, refused: dict[str, str]) -> None:
-    """In the tick's log, and as an alert; `qaq status` lists what lies refused."""
-    for entry, why in refused.items():
-        text = f"{settings.landing_url}/{entry} is refused: {why}"
-        context.log.warning(text)
-        for failure in alerts.send(Alert(f"Delivery {entry} is refused", text, "delivery_refused"), settings.alerts):
+    """In the tick's log, and as one alert; `qaq status` lists what lies refused."""
+    lines = [f"{settings.landing_url}/{entry} is refused: {why}" for entry, why in refused.items()]
+    for line in lines:
+        context.log.warning(line)
+    if lines:
+        more = f"\nand {len(lines) - _MOST_LINES} more: `qaq status`" if len(lines) > _MOST_LINES else ""
+        alert = Alert(
+            f"Refused in the landing zone: {len(lines)}", "\n".join(lines[:_MOST_LINES]) + more, "delivery_refused"
+        )
+        for failure in alerts.send(alert, settings.alerts):
             context.log.error(failure)
 
 
@@ -126,30 +135,41 @@ def _build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
         ),
     )
     def screening_anew(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        newest = context.instance.fetch_materializations(screened_data, limit=1).records
-        position = str(newest[0].storage_id) if newest else ""
+        newest = [_newest_event(context.instance, asset) for asset in (screened_data, dg.AssetKey("decisions"))]
+        position = json.dumps(newest)
         if position == context.cursor:
-            return dg.SensorResult(skip_reason="no batch was screened since the last look")
+            return dg.SensorResult(skip_reason="no batch was screened or decided since the last look", cursor=position)
         storage = open_storage(settings)
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         review = recuration.Review(storage, registered, present(settings, storage))
         stale = {batch: state for batch in review.batches() if (state := review.screened_against(batch)) is not None}
+        due = [batch for batch, state in stale.items() if _may_be_screened(context, batch, state)]
         requests = [
-            dg.RunRequest(
-                run_key=f"{batch}|{state}",
-                partition_key=batch,
-                asset_selection=[screened_data],
-                tags={RESCREENING_TAG: "true"},
-            )
-            for batch, state in list(stale.items())[:_MOST_BATCHES_A_TICK]
+            dg.RunRequest(partition_key=batch, asset_selection=[screened_data], tags={RESCREENING_TAG: stale[batch]})
+            for batch in due[:_MOST_BATCHES_A_TICK]
         ]
+        waiting = f"waiting for {', '.join(stale)}" if stale else "every batch was screened against those that stand"
         return dg.SensorResult(
             run_requests=requests,
-            cursor=position if len(requests) == len(stale) else context.cursor,
-            skip_reason=None if requests else "every batch was screened against those that stand",
+            cursor="" if stale else position,  # It looks again until none is left.
+            skip_reason=None if requests else waiting,
         )
 
     return screening_anew
+
+
+def _newest_event(instance: dg.DagsterInstance, asset: dg.AssetKey) -> int:
+    records = instance.fetch_materializations(asset, limit=1).records
+    return records[0].storage_id if records else 0
+
+
+def _may_be_screened(context: dg.SensorEvaluationContext, batch: str, state: str) -> bool:
+    """Whether no such run is under way, and not too many have failed; the night tries again in any case."""
+    tags = {RESCREENING_TAG: state, "dagster/partition": batch}
+    runs = context.instance.get_runs(dg.RunsFilter(tags=tags), limit=_MOST_TRIES)
+    if len(runs) == _MOST_TRIES and runs[0].is_finished:
+        context.log.warning("batch %s was screened anew %d times without success: see its runs", batch, _MOST_TRIES)
+    return len(runs) < _MOST_TRIES and all(run.is_finished for run in runs)
 
 
 # --- every night -----------------------------------------------------------------------------------------------

@@ -11,13 +11,23 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import polars as pl
 import yaml
 
 from qaq_pipeline import schema
-from qaq_pipeline.config import Selection
+from qaq_pipeline.config import (
+    DiffSelection,
+    IfdSelection,
+    LengthSelection,
+    PplSelection,
+    RandomSelection,
+    RmiBandSelection,
+    RmiTopSelection,
+    Selection,
+    SumSelection,
+)
 from qaq_pipeline.exports import EXPORTERS
 from qaq_pipeline.schema import Decision, Status
 
@@ -35,27 +45,50 @@ _SIZES = {
 _IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
 """Of what makes a score what it is, the part that a reader compares."""
 
+_OF_RMI = DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection
+
 _INTRODUCTION = """\
-Pairs of a query and an answer, for training code models: {selected:,} of {rows_in:,} delivered rows, chosen by how well
-the answer explains the query (QAQ, arXiv:2603.12165):
+Pairs of a query and an answer, for training code models: {selected:,} of {rows_in:,} delivered rows, {grounds}
+
+`scores.parquet` has the scores, ranks and decision of every delivered row; `manifest.json` has the data versions and
+the settings' hashes, and the hash of it names this version.
+"""
+
+_BY_RMI = """\
+chosen by how well the answer explains the query (QAQ, arXiv:2603.12165):
 
     RMI = log PPL(Q) - log PPL(Q | A)
 
-RMI is ranked among pairs of like PPL(Q), under each model; the gap is the rank under the strong model less that under
-the weak one. `scores.parquet` has the scores, ranks and decision of every delivered row; `manifest.json` has the data
-versions and the settings' hashes, and the hash of it names this version.
-"""
+RMI is ranked among pairs of like PPL(Q), under each model; """
+
+_BY_IFD = """\
+chosen by instruction-following difficulty under the {model} model, the highest: how little the query helps to predict
+the answer.
+
+    {measure} = {formula}"""
+
+_IFD_FORMULAS = {"ifd_ppl": "PPL(A | Q) / PPL(A)", "ifd_loss": "log PPL(A | Q) / log PPL(A)"}
+
+_PERPLEXITIES = {
+    "log_ppl_q": "log PPL(Q)",
+    "log_ppl_q_given_a": "log PPL(Q | A)",
+    "log_ppl_a": "log PPL(A)",
+    "log_ppl_a_given_q": "log PPL(A | Q)",
+}
 
 _CONTROLS = """\
-What to compare with: as many rows of the same pool, in the order of a keyed hash. `control_random` draws from the whole
-pool, `control_stratified_random` the same share from each stratum of PPL(Q).
+What to compare with: {size} of the same pool, in the order of a keyed hash. `control_random` draws from the whole pool,
+`control_stratified_random` the same share from each stratum of PPL(Q).
+"""
+
+_PAPER = """\
+- In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is 0.61
+  points and a standard error about 3.5.
 """
 
 _LIMITS = """\
 - A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.
-- In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is 0.61
-  points and a standard error about 3.5. Whether this selection trains better than its random controls is an open
-  question until both were trained on.
+- Whether this selection trains better than its random controls is an open question until both were trained on.
 - A rank compares a row with those of its pool only: its batch, or the reference that it was ranked against.
 - Rows were checked for the benchmarks that are listed above, and for no other.
 - Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.
@@ -90,22 +123,79 @@ def dataset_card(
     rows_in = sum(entry["rows_in"] for entry in entries)
     sections = {
         "Selection": _recipe(selection),
-        "Controls": f"{_CONTROLS}\n{_table(('selection', 'rows'), exported.items())}",
+        "Controls": f"{_controls(selection)}\n{_table(('selection', 'rows'), exported.items())}",
         "Batches": _batches(entries),
         "Models": _models(entries),
         "Decisions": _decisions(decisions),
         "Decontamination": _decontamination(benchmarks, _num_flagged(screened, decisions)),
-        "What the numbers do not promise": _LIMITS,
+        "What the numbers do not promise": (_PAPER if _is_the_papers(selection) else "") + _LIMITS,
         "Licence": _LICENCE,
     }
-    introduction = _INTRODUCTION.format(selected=exported[selection.name], rows_in=rows_in)
+    introduction = _INTRODUCTION.format(selected=exported[selection.name], rows_in=rows_in, grounds=_grounds(selection))
     body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     front = yaml.safe_dump(_metadata(selection, exported, formats), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {_title(selection)}\n\n{introduction}\n{body}".encode()
 
 
+def _grounds(selection: Selection) -> str:
+    """By what the rows were chosen."""
+    match selection:
+        case DiffSelection() | SumSelection() | RmiBandSelection() | RmiTopSelection():
+            return _BY_RMI + _taken_ranks(selection)
+        case IfdSelection():
+            formula = _IFD_FORMULAS[selection.measure]
+            return _BY_IFD.format(model=selection.model, measure=selection.measure, formula=formula)
+        case PplSelection():
+            measure = _PERPLEXITIES[selection.measure]
+            return f"chosen by the {_end(selection.order)}\n{measure} under the {selection.model} model."
+        case LengthSelection():
+            return f"chosen by the\nlength of the answer, the longest first, in tokens of the {selection.model} model."
+        case RandomSelection():
+            share = ", the same share of every stratum of PPL(Q)" if selection.strategy == "stratified_random" else ""
+            return f"chosen at random{share}:\nin the order of a keyed hash, whatever they hold."
+    assert_never(selection)
+
+
+def _taken_ranks(selection: DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection) -> str:
+    match selection:
+        case DiffSelection():
+            return (
+                "the gap is the rank under the strong model less\n"
+                f"that under the weak one: the {_end(selection.strategy)} are taken."
+            )
+        case SumSelection():
+            return f"the {_end(selection.strategy)} sums of the ranks under the\nstrong and the weak one are taken."
+        case RmiBandSelection():
+            low, high = selection.band
+            return f"taken are the ranks in ({low:g}, {high:g}]\nunder the {selection.model} one."
+        case RmiTopSelection():
+            return f"the highest ranks under the\n{selection.model} one are taken."
+    assert_never(selection)
+
+
+def _end(order: str) -> str:
+    return "highest" if order.endswith("high") else "lowest"
+
+
+def _is_the_papers(selection: Selection) -> bool:
+    """Whether it is what the paper trained on: the quarter of the highest gaps, of all pairs."""
+    return (
+        isinstance(selection, DiffSelection)
+        and selection.strategy == "diff_high"
+        and selection.budget.fraction == 0.25
+        and selection.min_gap is None
+        and selection.rank_strong is None
+    )
+
+
+def _controls(selection: Selection) -> str:
+    is_of_tokens = not isinstance(selection, RmiBandSelection) and selection.budget.answer_tokens is not None
+    return _CONTROLS.format(size="at most as many answer tokens" if is_of_tokens else "as many rows")
+
+
 def _title(selection: Selection) -> str:
-    return f"Code instructions selected by QAQ: {selection.name}"
+    by = "by QAQ" if isinstance(selection, _OF_RMI) else "by a baseline of QAQ"
+    return f"Code instructions selected {by}: {selection.name}"
 
 
 def _metadata(selection: Selection, exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, Any]:
@@ -141,18 +231,20 @@ def _recipe(selection: Selection) -> str:
 
 
 def _batches(entries: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(entry["batch"], entry["rows_in"], entry["rows_selected"]) for entry in entries]
-    total = ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))
-    return _table(("batch", "rows in", "selected"), rows, total)
+    rows = [(entry["batch"], entry["rows_in"], entry["rows_selected"], entry.get("pool", "")) for entry in entries]
+    total = ("all", sum(row[1] for row in rows), sum(row[2] for row in rows), "")
+    return _table(("batch", "rows in", "selected", "pool of its ranks"), rows, total)
 
 
 def _models(entries: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (entry["batch"], role, *(identity[field] for field in _IDENTITY))
-        for entry in entries
-        for role, identity in sorted(entry["models"].items())
-    ]
-    return _table(("batch", "role", *(field.replace("_", " ") for field in _IDENTITY)), rows)
+    """One row for each role and identity, with the batches that were scored so."""
+    batches: dict[tuple[str | int, ...], list[str]] = {}
+    for entry in entries:
+        for role, identity in entry["models"].items():
+            key = (role, *(identity[field] for field in _IDENTITY))
+            batches.setdefault(key, []).append(entry["batch"])
+    rows = [(*key, ", ".join(names)) for key, names in sorted(batches.items())]
+    return _table(("role", *(field.replace("_", " ") for field in _IDENTITY), "batches"), rows)
 
 
 def _decisions(decisions: pl.DataFrame) -> str:

@@ -11,6 +11,7 @@ or gone, does not pass, is an error and not a warning, and says why. A fault of 
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -22,8 +23,8 @@ from qaq_pipeline.measures import Finding
 from qaq_pipeline.resources import partition_parts
 from qaq_pipeline.storage import Storage, StorageError
 
-Findings = dict[str, Finding]
-"""By the name of the check."""
+Findings = dict[str, Finding | StorageError]
+"""By the name of the check; the error of what it alone reads, where that is torn or gone."""
 
 
 def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
@@ -105,7 +106,7 @@ def _disagreement_scores(settings: Settings) -> dg.AssetChecksDefinition:
 
     def find(storage: Storage, batch: str) -> Findings:
         frame = storage.read_table("disagreement_scores", batch).frame
-        found = {"models_differ": measures.rank_correlation(frame, settings.checks.max_rank_correlation)}
+        found: Findings = {"models_differ": measures.rank_correlation(frame, settings.checks.max_rank_correlation)}
         if settings.ranking.pool == "batch":
             found["strata_are_filled"] = measures.filled_strata(frame, settings.ranking)
         if settings.ranking.reference is not None:
@@ -122,25 +123,20 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
     scores = {role: storage.read_table("rmi_scores", batch, role) for role in sorted(settings.models)}
     if differing := rank_reference.differently_scored(frozen, scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
-    numbers = {}
-    for one in reference.drift({role: table.frame for role, table in scores.items()}, frozen.frame):
-        numbers[f"psi_{one.quantity}_{one.model}"] = one.psi
-        numbers[f"ks_{one.quantity}_{one.model}"] = one.ks
-    return measures.drift(numbers, settings.checks)
+    found = reference.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
+    return measures.drift(found.statistics, found.evidence, settings.checks)
 
 
 def _decisions() -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str) -> Findings:
-        raw, decisions = (storage.read_table(name, batch) for name in ("raw_data", "decisions"))
+        decisions = storage.read_table("decisions", batch)
         gate = gates.of_provenance(decisions.provenance)
-        manifest = None
-        if storage.exists(publication.FOLDER, "latest.json"):
-            version = storage.read_json(publication.FOLDER, "latest.json")["version"]
-            manifest = storage.read_json(publication.FOLDER, version, "manifest.json")
         return {
-            "every_row_is_decided": measures.decided_rows(raw.frame, decisions.frame),
+            "every_row_is_decided": measures.decided_rows(
+                storage.read_footer("raw_data", batch).num_rows, decisions.frame
+            ),
             "passes_gates": measures.ungated(gate.sentence if gate else None),
-            "same_models_as_published": measures.same_models(decisions.provenance["models"], manifest),
+            "same_models_as_published": _same_models(storage, decisions.provenance["models"]),
         }
 
     descriptions = {
@@ -149,6 +145,17 @@ def _decisions() -> dg.AssetChecksDefinition:
         "same_models_as_published": "The models and their settings are those of the newest published version.",
     }
     return _of_table("decisions", BATCHES, descriptions, find)
+
+
+def _same_models(storage: Storage, models: Mapping[str, Mapping[str, Any]]) -> Finding | StorageError:
+    try:
+        manifest = None
+        if storage.exists(publication.FOLDER, "latest.json"):
+            version = storage.read_json(publication.FOLDER, "latest.json")["version"]
+            manifest = storage.read_json(publication.FOLDER, version, "manifest.json")
+    except StorageError as error:
+        return error
+    return measures.same_models(models, manifest)
 
 
 def _curated_dataset() -> dg.AssetChecksDefinition:
@@ -224,19 +231,23 @@ def _results(names: Iterable[str], find: Callable[[], Findings], *model: str) ->
     try:
         findings = find()
     except StorageError as error:
-        for name in names:
-            yield dg.AssetCheckResult(
-                passed=False,
-                check_name=name,
-                severity=dg.AssetCheckSeverity.ERROR,
-                description=f"The check cannot be made: {error}.",
-            )
-        return
+        findings = dict.fromkeys(names, error)
     for name, finding in findings.items():
-        yield dg.AssetCheckResult(
-            passed=finding.passed,
+        yield _result(name, finding, model)
+
+
+def _result(name: str, finding: Finding | StorageError, model: Sequence[str]) -> dg.AssetCheckResult:
+    if isinstance(finding, StorageError):
+        return dg.AssetCheckResult(
+            passed=False,
             check_name=name,
-            severity=dg.AssetCheckSeverity.WARN,
-            description=finding.sentence,
-            metadata={"_".join((number, *model)): value for number, value in finding.numbers.items()},
+            severity=dg.AssetCheckSeverity.ERROR,
+            description=f"The check cannot be made: {finding}.",
         )
+    return dg.AssetCheckResult(
+        passed=finding.passed,
+        check_name=name,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=finding.sentence,
+        metadata={"_".join((number, *model)): value for number, value in finding.numbers.items()},
+    )

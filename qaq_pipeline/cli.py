@@ -92,7 +92,8 @@ def status(config_file: ConfigOption = None) -> None:
     with driver.open_instance() as instance:
         rows, left_out = driver.batch_status(settings, instance), driver.batches_left_out(settings, instance)
     for entry, reason in driver.refused_deliveries(settings).items():
-        console.print(f"{entry} is refused: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _warn(f"{entry} is refused: {reason}")
+    _warn_of_published(settings)
     if not rows:
         console.print("No batch yet: register one with `qaq run FILE --batch NAME`.")
         return
@@ -101,13 +102,14 @@ def status(config_file: ConfigOption = None) -> None:
         table.add_row(*map(escape, row.values()))
     console.print(table)
     for batch, reason in left_out.items():
-        console.print(f"{batch} is left out: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _warn(f"{batch} is left out: {reason}")
 
 
 @app.command()
 def recurate(config_file: ConfigOption = None) -> None:
     """Make anew what is out of date, in every batch, and publish if something changed: what the nightly job does."""
     from qaq_pipeline import driver, renewal
+    from qaq_pipeline.storage import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
@@ -115,7 +117,7 @@ def recurate(config_file: ConfigOption = None) -> None:
         try:
             with _progress_display() as events:
                 done = renewal.recurate(settings, instance, events)
-        except (driver.RunError, ValueError) as error:
+        except (driver.RunError, PartitionBusyError, ValueError) as error:
             _fail(str(error), code=_exit_code(error))
     console.print(f"{done.sentence}.", highlight=False)
 
@@ -127,30 +129,33 @@ def withdraw(
     restore: Annotated[bool, typer.Option("--restore", help="Take the withdrawal back.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Publish without a batch, or without what a row of it says, wherever it is said. Older versions stay."""
+    """Publish without a batch, or without the text of a row, wherever it stands. Older versions stay."""
     from qaq_pipeline import driver, renewal
+    from qaq_pipeline.storage import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
-    batch, _, row = what.partition("/")
+    batch, slash, row = what.partition("/")
+    if slash and not row:
+        _fail(f"{what!r} names no row after the '/'; the whole batch is {batch!r}", code=2)
     meant = renewal.Withdrawal(batch, row or None, reason, is_withdrawn=not restore)
     with driver.open_instance() as instance:
         try:
+            near = renewal.near_rows(settings, instance, batch, row) if row and not restore else []
             with _progress_display() as events:
                 done = renewal.withdraw(settings, instance, meant, events)
-        except (driver.RunError, ValueError) as error:
+        except (driver.RunError, PartitionBusyError, ValueError) as error:
+            _warn_of_published(settings)
             _fail(str(error), code=_exit_code(error))
     console.print(f"{done.sentence}.", highlight=False)
+    if near:
+        _warn(f"Near to that row, and no longer its duplicates: {', '.join(near)}. Withdraw them too, if need be.")
+    _warn_of_published(settings)
     older = driver.kept_versions(settings)[:-1]
     if older and not restore:
-        folder = driver.dataset_folder(settings)
-        console.print(
-            f"Versions published before may still hold it: {', '.join(older)}, in {folder}. Remove their folders there "
-            "if they must not be kept; the delivery itself lies in deliveries/.",
-            style="yellow",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        _warn(
+            f"Versions published before may still hold it: {', '.join(older)}, in {driver.dataset_folder(settings)}. "
+            "Remove their folders there if they must not be kept; the delivery itself lies in deliveries/."
         )
 
 
@@ -338,6 +343,24 @@ def _settings(config_file: Path | None) -> Settings:
     settings = config.load_settings()
     os.environ.setdefault("DAGSTER_HOME", str(config.dagster_home()))
     return settings
+
+
+def _warn(message: str) -> None:
+    console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _warn_of_published(settings: Settings) -> None:
+    """Loud where the newest version holds what was withdrawn."""
+    from qaq_pipeline import driver
+
+    if batches := driver.published_withdrawn(settings):
+        errors.print(
+            f"The newest version holds what was withdrawn of {', '.join(batches)}: `qaq recurate` until it is gone",
+            style="bold red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

@@ -28,7 +28,8 @@ _Condition = dg.AutomationCondition
 
 def automate(assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
     """The assets with their conditions. raw_data has none: the landing zone's sensor runs it."""
-    conditions = {name: of_batch(last) for name, last in _LAST_INPUT.items()} | {"curated_dataset": of_dataset()}
+    conditions = {name: of_batch(last) for name, last in _LAST_INPUT.items()}
+    conditions |= {"rank_reference": of_reference(), "curated_dataset": of_dataset()}
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
         name = spec.key.to_user_string()
@@ -51,6 +52,20 @@ def of_batch(last_input: str) -> dg.AutomationCondition:
         & ~_Condition.any_deps_match(has_failed)
         & ~_Condition.in_progress()
     ).with_label(f"after {last_input}")
+
+
+def of_reference() -> dg.AutomationCondition:
+    """The reference: made once, when the scores of all its batches are there. It is frozen, so nothing makes it anew.
+
+    Where it could not be made, it waits for a person, whom the failed run alerts.
+    """
+    is_not_ready = _Condition.missing() | _Condition.in_progress() | _Condition.will_be_requested()
+    return (
+        _Condition.missing()
+        & ~_Condition.any_deps_match(is_not_ready)
+        & ~_Condition.in_progress()
+        & ~_Condition.execution_failed()
+    ).with_label("once, after rmi_scores of all its batches")
 
 
 def of_dataset() -> dg.AutomationCondition:

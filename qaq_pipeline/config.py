@@ -324,9 +324,14 @@ class Budget(_Closed):
     """How much a selection takes: exactly one of the three."""
 
     fraction: float | None = Field(None, gt=0, le=1, description="Of the pool: k = floor(f * n + 1/2) pairs.")
-    count: int | None = Field(None, ge=1, description="Pairs, per batch.")
+    count: int | None = Field(
+        None, ge=1, description="Pairs, per batch; with `ranking.pool: reference` of the reference."
+    )
     answer_tokens: int | None = Field(
-        None, ge=1, description="Untruncated answer tokens of the strong model's tokenizer, per batch."
+        None,
+        ge=1,
+        description="Untruncated answer tokens of the strong model's tokenizer; per batch or of the "
+        "reference, as `count`.",
     )
 
     @model_validator(mode="after")
@@ -575,6 +580,8 @@ class Settings(_Closed):
                 raise ValueError(f"selections: {name!r}: names that begin with {CONTROL_PREFIX!r} are the controls'")
         for selection in self.selections:
             self._check_selection(selection)
+        if self.ranking.pool == "reference" and "rmi" not in self.scoring.quantities:
+            raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: ranks are of RMI")
         return self
 
     def _check_selection(self, selection: Selection) -> None:
@@ -591,6 +598,15 @@ class Settings(_Closed):
         )
         if query_side and "rmi" not in self.scoring.quantities:
             raise ValueError(f"selections: {selection.name!r} needs `rmi` in scoring.quantities")
+
+    def _check_places(self) -> None:
+        """The landing zone lies neither in the storage nor around it: the pipeline would take its own files in."""
+        zone, stored = (f"{url.rstrip('/')}/" for url in (self.landing_url, self.storage_root))
+        if zone.startswith(stored) or stored.startswith(zone):
+            raise SettingsError(
+                f"landing.url: {self.landing_url!r} and storage.root {self.storage_root!r} lie in one another; take "
+                "two folders"
+            )
 
     @property
     def published(self) -> Selection:
@@ -662,6 +678,7 @@ def parse_settings(text: str, name: str = "settings") -> Settings:
     except ValidationError as error:
         raise SettingsError(_describe(error, name)) from error
     settings._home = home_directory()
+    settings._check_places()
     return settings
 
 

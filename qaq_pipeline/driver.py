@@ -93,6 +93,7 @@ def prepare_home() -> Path:
     """DAGSTER_HOME, with the packaged instance settings in it if it has none of its own."""
     home = config.dagster_home()
     home.mkdir(parents=True, exist_ok=True)
+    (config.home_directory() / "landing").mkdir(parents=True, exist_ok=True)
     target = home / "dagster.yaml"
     if not target.exists():
         template = importlib.resources.files("qaq_pipeline") / "dagster.yaml"
@@ -124,7 +125,7 @@ def register(
     storage = open_storage(settings)
     previous = storage.current_delivery(batch) if storage.has_delivery(batch) else None
     delivery = storage.store_delivery(batch, contents, limit)
-    landing.forget(storage, batch)
+    landing.settle(storage, batch)
     instance.add_dynamic_partitions("batch", [batch])
     return Registration(delivery, previous)
 
@@ -179,10 +180,12 @@ def run_batch(
     """
     results: dict[str, Mapping[str, Any]] = {}
     unpassed: list[str] = []
-    with running(settings, instance, events or Events()) as run:
+    events = events or Events()
+    with running(settings, instance, events) as run:
         for job_name, assets in STAGES.items():
             if job_name == PUBLISHING:
-                renew(settings, instance, run, only_screening=True)  # What fails is left out, and listed.
+                for other, reason in renew(settings, instance, run, only_screening=True).failed.items():
+                    events.on_notice(f"batch {other} was not screened again: {reason}")
             for partition in _partitions(settings, job_name, batch):
                 run_id = run(job_name, partition)
                 unpassed += failed_checks(instance, run_id)
@@ -307,12 +310,17 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[dict[
 def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:
     """The registered batches that a publication would leave out now, and why."""
     registered = instance.get_dynamic_partitions("batch")
-    return publication.read_batches(open_storage(settings), registered, settings)[1]
+    return publication.sort_out(open_storage(settings), registered, settings)[1]
 
 
 def refused_deliveries(settings: Settings) -> dict[str, str]:
     """What lies in the landing zone and was refused at the last look, and why."""
     return landing.read_refused(open_storage(settings))
+
+
+def published_withdrawn(settings: Settings) -> list[str]:
+    """Batches of the newest version of which something was withdrawn since they entered it."""
+    return publication.published_withdrawn(open_storage(settings))
 
 
 def kept_versions(settings: Settings) -> list[str]:

@@ -11,10 +11,11 @@ format. Names that begin with `.` or `_` are no deliveries, and a name that ends
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import fsspec
@@ -26,8 +27,8 @@ from qaq_pipeline.storage import Delivery, Storage, StorageError, hash_json
 _FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload")
-_STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What stores call the sign that a file was written anew, the surest first."""
+_STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated")
+"""What stores call the signs that a file is another, or was written anew."""
 _MAX_FILES = 10_000
 _MAX_NAME = 200
 
@@ -57,12 +58,8 @@ class Landed:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of names, sizes and times (32 hex digits): another one is another delivery."""
-        return hash_json(self.files)
-
-    def run_key(self, url: str) -> str:
-        """What a run for this delivery is known by: path, size, and the hash of names, sizes and times."""
-        return f"{url.rstrip('/')}/{self.entry}|{self.num_bytes} bytes|{self.fingerprint}"
+        """Hash of names, sizes and times (16 hex digits: the cursor holds it); another one is another delivery."""
+        return hash_json(self.files)[:16]
 
 
 @dataclass(frozen=True)
@@ -103,16 +100,17 @@ def look(url: str, settings: LandingSettings) -> Look:
     Raises:
         LandingError: it cannot be listed.
     """
+    unreadable: dict[str, str] = {}
     try:
         fs, root = fsspec.core.url_to_fs(url)
-        if isinstance(fs, LocalFileSystem):
-            fs.makedirs(root, exist_ok=True)
         fs.invalidate_cache()
-        infos = fs.find(root, detail=True) if fs.exists(root) else {}
+        if isinstance(fs, LocalFileSystem):
+            unreadable = _unreadable(root)  # Raises where the zone itself is: fsspec would find it empty.
+        infos = fs.find(root, detail=True)
     except Exception as error:
         raise LandingError(
-            f"landing.url: {url!r} cannot be looked into ({type(error).__name__}: {error}); check the URL, the "
-            "credentials, and that the package of its protocol is installed"
+            f"landing.url: {url!r} cannot be looked into ({type(error).__name__}: {error}); check that it is there and "
+            "may be read, the credentials, and that the package of its protocol is installed"
         ) from error
     entries: dict[str, dict[str, Mapping[str, Any]]] = {}
     prefix = root.rstrip("/") + "/"
@@ -121,7 +119,22 @@ def look(url: str, settings: LandingSettings) -> Look:
             continue
         entry, _, inside = path.removeprefix(prefix).partition("/")
         entries.setdefault(entry, {})[inside] = info
-    return _sort_out(entries, settings.marker)
+    found = _sort_out({entry: files for entry, files in entries.items() if entry not in unreadable}, settings.marker)
+    return Look(found.deliveries, found.refused | {_storable(entry): why for entry, why in unreadable.items()})
+
+
+def _unreadable(root: str) -> dict[str, str]:
+    """Entries of a local zone of which something may not be read, and what: fsspec would leave it out in silence."""
+    next(Path(root).iterdir(), None)
+    faults: dict[str, str] = {}
+
+    def note(error: OSError) -> None:
+        entry = Path(error.filename).relative_to(root).parts[0]
+        faults[entry] = f"{error.filename!a} cannot be read ({error.strerror}); let this user read it"
+
+    for _ in os.walk(root, onerror=note):
+        pass
+    return faults
 
 
 def _sort_out(entries: dict[str, dict[str, Mapping[str, Any]]], marker: str) -> Look:
@@ -154,7 +167,7 @@ def _storable(entry: str) -> str:
 def _landed(entry: str, files: Mapping[str, Mapping[str, Any]], marker: str, *, is_marked: bool) -> Landed:
     if "" in files:  # The entry is a file itself.
         return Landed(entry, _batch_of(entry, is_file=True), {entry: _stamp(files[""])}, is_marked, is_unfinished=False)
-    shown = {name: info for name, info in files.items() if not _is_hidden(name)}
+    shown = {name: info for name, info in files.items() if name != marker and not _is_hidden(name)}
     return Landed(
         entry=entry,
         batch=_batch_of(entry, is_file=False),
@@ -184,8 +197,9 @@ def _fault(entry: str, files: Mapping[str, Mapping[str, Any]]) -> str | None:
         check_batch_name(_batch_of(entry, is_file="" in files))
     except ValueError as error:
         return f"{error}; rename it"
-    if "" in files and len(files) > 1:
-        return "it is a file and a folder, as object stores allow; rename one"
+    folders = {str(parent).removeprefix(".") for name in files if name for parent in PurePosixPath(name).parents}
+    if both := sorted(folders & set(files)):
+        return f"{(both[0] or entry)!a} is a file and a folder, as object stores allow; rename one"
     if len(files) > _MAX_FILES:
         return f"it holds {len(files)} files, more than {_MAX_FILES}; deliver fewer, larger ones"
     for name, info in files.items():
@@ -200,24 +214,27 @@ def _fault(entry: str, files: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def _stamp(info: Mapping[str, Any]) -> tuple[int, str]:
-    sign = next((info[name] for name in _STAMPS if info.get(name) is not None), "")
-    return int(info["size"] or 0), str(sign)
+    # All of them: an etag is of the content, and would be the old one again for a file that was put back.
+    signs = [str(info[name]) for name in _STAMPS if info.get(name) is not None]
+    return int(info["size"] or 0), " ".join(signs)
 
 
 def complete(found: Look, seen: Seen, settings: LandingSettings) -> tuple[list[Landed], Seen]:
     """The deliveries to take now, and what is seen from now on.
 
-    Complete is what its marker says to be, or (unless the marker is required) what is as it was at the last look. What
-    was taken is not taken again until it is another. Beyond the most that one look takes, deliveries wait for the next.
+    Complete is what its marker says to be, or (unless the marker is required) what is as it was at the last look. A
+    correction of what was taken must be as it was in any case: its marker may be of before. What was taken is not taken
+    again until it is another. Beyond the most that one look takes, deliveries wait for the next, corrections last.
     """
     ready, waiting, taken = [], {}, {}
-    for landed in found.deliveries:
+    for landed in sorted(found.deliveries, key=lambda one: (one.entry in seen.taken, one.entry)):
         entry, fingerprint = landed.entry, landed.fingerprint
         if seen.taken.get(entry) == fingerprint:
             taken[entry] = fingerprint
             continue
-        is_stable = not settings.require_marker and seen.waiting.get(entry) == fingerprint
-        is_complete = landed.is_marked or (is_stable and not landed.is_unfinished)
+        is_stable = seen.waiting.get(entry) == fingerprint
+        is_said = landed.is_marked and (is_stable or entry not in seen.taken)
+        is_complete = not landed.is_unfinished and (is_said or (is_stable and not settings.require_marker))
         if is_complete and len(ready) < settings.max_deliveries_per_tick:
             ready.append(landed)
             taken[entry] = fingerprint
@@ -231,12 +248,24 @@ def complete(found: Look, seen: Seen, settings: LandingSettings) -> tuple[list[L
 # --- the copy -------------------------------------------------------------------------------------------------------
 
 _ANNOUNCED = "landed.json"
+_SETTLED = "settled.json"
+"""The note of the delivery that was copied last, or was overtaken by one by hand; and how many there were."""
 
 
-def announce(storage: Storage, url: str, landed: Landed) -> None:
-    """Note in the storage where the batch's newest delivery lies; no byte of it is read."""
-    note = {"url": f"{url.rstrip('/')}/{landed.entry}", "is_file": landed.entry in landed.files, "files": landed.files}
+def announce(storage: Storage, url: str, landed: Landed) -> str | None:
+    """Note in the storage where the batch's newest delivery lies; no byte of it is read.
+
+    Returns:
+        What a run for it is known by: path, size, the hash of names, sizes and times, and how many deliveries of the
+        batch were settled before; None where this one is, so that a lost cursor brings no old delivery back.
+    """
+    path = f"{url.rstrip('/')}/{landed.entry}"
+    note = {"url": path, "is_file": landed.entry in landed.files, "files": landed.files}
+    settled = _settled(storage, landed.batch)
+    if settled["note"] == json.loads(json.dumps(note)):
+        return None
     storage.write_json(note, "deliveries", check_batch_name(landed.batch), _ANNOUNCED)
+    return f"{path}|{landed.num_bytes} bytes|{landed.fingerprint}|{settled['number']}"
 
 
 def is_announced(storage: Storage, batch: str) -> bool:
@@ -244,10 +273,18 @@ def is_announced(storage: Storage, batch: str) -> bool:
     return storage.exists("deliveries", check_batch_name(batch), _ANNOUNCED)
 
 
-def forget(storage: Storage, batch: str) -> None:
-    """Forget the note: the batch was delivered otherwise since."""
+def settle(storage: Storage, batch: str) -> None:
+    """The announced delivery was copied, or the batch was delivered otherwise since: it is asked for no more."""
     if is_announced(storage, batch):
+        note = storage.read_json("deliveries", batch, _ANNOUNCED)
+        number = _settled(storage, batch)["number"] + 1
+        storage.write_json({"note": note, "number": number}, "deliveries", batch, _SETTLED)
         storage.remove("deliveries", batch, _ANNOUNCED)
+
+
+def _settled(storage: Storage, batch: str) -> dict[str, Any]:
+    parts = ("deliveries", check_batch_name(batch), _SETTLED)
+    return storage.read_json(*parts) if storage.exists(*parts) else {"note": None, "number": 0}
 
 
 def receive(storage: Storage, batch: str) -> Delivery:
@@ -262,7 +299,7 @@ def receive(storage: Storage, batch: str) -> Delivery:
     note = storage.read_json("deliveries", batch, _ANNOUNCED)
     delivery = storage.store_delivery(batch, _read_files(note))
     if storage.read_json("deliveries", batch, _ANNOUNCED) == note:  # Else another delivery was announced meanwhile.
-        forget(storage, batch)
+        settle(storage, batch)
     return delivery
 
 
@@ -280,6 +317,8 @@ def _read_files(note: Mapping[str, Any]) -> dict[str, bytes]:
         raise LandingError(
             f"{note['url']}: {error} is gone from the landing zone; deliver it again, or `qaq run` it"
         ) from error
+    except OSError as error:
+        raise LandingError(f"{note['url']}: cannot be read ({error}); let this user read it, and run again") from error
     for name, (size, sign) in note["files"].items():
         if now[name] != (size, sign) or len(contents[name]) != size:
             raise LandingError(

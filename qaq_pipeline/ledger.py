@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline import reference, schema
-from qaq_pipeline.config import IfdSelection, PplSelection, RmiBandSelection, Selection
+from qaq_pipeline.config import IfdSelection, PplSelection, RandomSelection, RmiBandSelection, Selection
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.schema import Decision, NullReason, SelectionReason, Status
 
@@ -230,14 +230,20 @@ def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReas
         inside = "in" if reason is SelectionReason.IN_BAND else "outside"
         return f"{value} is {inside} the band ({published.band[0]:g}, {published.band[1]:g}]"
     if reason in (SelectionReason.WITHIN_BUDGET, SelectionReason.BELOW_CUT):
-        cut = row["verdict_cut"]
-        last = "nothing was taken" if cut is None else f"the last pair taken{_of_reference(row)} has {cut:.3f}"
-        return f"{place}; {last}"
+        return f"{place}; {_cut(row, published, reason)}"
     if reason is SelectionReason.GAP_BELOW_MINIMUM:
         return f"{value} is below the minimum gap or equal to it ({getattr(published, 'min_gap', None)})"
     if reason is SelectionReason.RANK_STRONG_OUT_OF_RANGE:
         return f"its rank under the strong model is not in the range {getattr(published, 'rank_strong', None)}"
     return f"{value} is above the maximum {getattr(published, 'maximum', None)}"
+
+
+def _cut(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
+    """What was taken last; a random selection draws from the batch, whatever the pool of the ranks."""
+    if row["verdict_cut"] is None:
+        return "nothing was taken" if reason is SelectionReason.BELOW_CUT else "all that could be taken were"
+    of_reference = "" if isinstance(published, RandomSelection) else _of_reference(row)
+    return f"the last pair taken{of_reference} has {row['verdict_cut']:.3f}"
 
 
 def _measure(published: Selection) -> str:

@@ -84,7 +84,7 @@ class FilesWatch:
     """Whether a model's files still are those that were located: asked while scores are made by them.
 
     Only a local directory can change under its name: a hub snapshot is named by its commit, a converted GGUF by its
-    hash. A change is remembered, even where the files are changed back.
+    hash. A change that was seen is remembered: the files may be changed back, the scores in between are of either.
     """
 
     def __init__(self, files: ModelFiles) -> None:

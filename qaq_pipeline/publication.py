@@ -21,10 +21,10 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline import card, exports, gates, ledger, schema, withdrawals
-from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
+from qaq_pipeline import card, exports, gates, ledger, reference, schema, withdrawals
+from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, RankingSettings, Settings, settings_hash
 from qaq_pipeline.schema import Change, Decision
-from qaq_pipeline.storage import Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline.storage import Footer, Storage, StorageError, StoredTable, empty, hash_json
 from qaq_pipeline.withdrawals import Withdrawals
 
 FOLDER = "curated_dataset"
@@ -59,21 +59,42 @@ class Publication:
     """Versions whose files were removed now."""
 
 
-def read_batches(
+@dataclass(frozen=True)
+class _Footers:
+    """What made the tables of a batch that enter the dataset."""
+
+    raw_data: Footer
+    screened_data: Footer
+    decisions: Footer
+    selected_subset: Footer
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Data versions by table, as a manifest's entry has them."""
+        return {name: getattr(self, name).data_version for name in _ENTERING}
+
+
+_ENTERING = ("raw_data", "screened_data", "decisions", "selected_subset")
+
+
+def sort_out(
     storage: Storage, registered: Sequence[str], settings: Settings
-) -> tuple[list[BatchTables], dict[str, str]]:
-    """The batches that are complete and consistent, and for every other registered one why it is left out."""
-    included, excluded = [], {}
+) -> tuple[dict[str, _Footers], dict[str, str]]:
+    """The batches that are complete and consistent, and for every other registered one why it is left out.
+
+    By the tables' footers alone: what a publication would do, without reading a row.
+    """
+    included, excluded = {}, {}
     order = storage.batches_in_order()
     standing = standing_batches(storage, order, set(registered))
     withdrawn = withdrawals.read(storage)
     for batch in sorted(registered):
         try:
-            tables = _read_batch(storage, batch)
+            footers = _read_footers(storage, batch)
             fault = (
-                _inconsistency(tables, settings)
-                or screened_otherwise(batch, tables.screened_data.provenance, order, standing)
-                or not_withdrawn(storage, batch, tables.screened_data.provenance, withdrawn)
+                _inconsistency(footers, settings, pool_of(storage, batch, settings.ranking))
+                or screened_otherwise(batch, footers.screened_data.provenance, order, standing)
+                or not_withdrawn(storage, batch, footers.screened_data.provenance, withdrawn)
             )
         except ValueError as error:  # A name that the UI let pass, or a StorageError.
             excluded[batch] = str(error)
@@ -81,33 +102,68 @@ def read_batches(
         if fault:
             excluded[batch] = fault
         else:
-            included.append(tables)
+            included[batch] = footers
     return included, excluded
 
 
-def _read_batch(storage: Storage, batch: str) -> BatchTables:
-    names = ("raw_data", "screened_data", "decisions", "selected_subset")
-    missing = [name for name in names if not storage.has_table(name, batch)]
+def _read_footers(storage: Storage, batch: str) -> _Footers:
+    missing = [name for name in _ENTERING if not storage.has_table(name, batch)]
     if missing:
         raise StorageError(f"not materialised: {', '.join(missing)}")
-    return BatchTables(batch, *(storage.read_table(name, batch) for name in names))
+    return _Footers(*(storage.read_footer(name, batch) for name in _ENTERING))
 
 
-def _inconsistency(tables: BatchTables, settings: Settings) -> str | None:
-    gate = gates.of_provenance(tables.decisions.provenance)
+def read_batches(
+    storage: Storage, registered: Sequence[str], settings: Settings
+) -> tuple[list[BatchTables], dict[str, str]]:
+    """The batches that enter the dataset, and for every other registered one why it is left out."""
+    included, excluded = sort_out(storage, registered, settings)
+    batches = []
+    for batch in included:
+        try:
+            batches.append(BatchTables(batch, *(storage.read_table(name, batch) for name in _ENTERING)))
+        except StorageError as error:  # Changed since it was written.
+            excluded[batch] = str(error)
+    return batches, excluded
+
+
+def pool_of(storage: Storage, batch: str, ranking: RankingSettings) -> str:
+    """The pool_id that the ranks of a batch should have: of itself, or of the reference in its stored version."""
+    if ranking.pool == "batch" or ranking.reference is None:
+        return f"batch:{batch}"
+    version = storage.table_version("rank_reference", ranking.reference.name)
+    return reference.pool_id(ranking.reference.name, version or "not made yet")
+
+
+def _inconsistency(tables: _Footers, settings: Settings, pool: str) -> str | None:
+    decided, selected = tables.decisions.provenance, tables.selected_subset.provenance
+    gate = gates.of_provenance(decided)
     if gate is not None:
         return f"gated ({gate.reason.value}): {gate.sentence}"
-    made_of = tables.selected_subset.provenance
-    if made_of["selection"] != settings.published.name:
-        return f"selected by {made_of['selection']}, not by {settings.published.name}; materialise decisions"
-    if tables.decisions.provenance["published_hash"] != settings_hash(settings.published):
-        return f"decided under other settings of {settings.published.name}; materialise decisions"
-    if made_of["inputs"]["decisions"] != tables.decisions.data_version:
+    if selected["inputs"]["decisions"] != tables.decisions.data_version:
         return "selected_subset is older than decisions; materialise it"
     for name, table in (("raw_data", tables.raw_data), ("screened_data", tables.screened_data)):
-        if tables.decisions.provenance["inputs"][name] != table.data_version:
+        if decided["inputs"][name] != table.data_version:
             return f"decisions are older than {name}; materialise the batch"
+    return _decided_otherwise(decided, selected["selection"], settings, pool)
+
+
+def _decided_otherwise(decided: Mapping[str, Any], selection: str, settings: Settings, pool: str) -> str | None:
+    """Whether a batch was selected from or ranked under other settings, or in another pool, than are in force now."""
+    if selection != settings.published.name:
+        return f"selected by {selection}, not by {settings.published.name}; `qaq recurate` selects again"
+    if decided["published_hash"] != settings_hash(settings.published):
+        return f"decided under other settings of {settings.published.name}; `qaq recurate` decides again"
+    if decided.get("pool_id") != pool:
+        return f"ranked in the pool {decided.get('pool_id')}, not in {pool}; `qaq recurate` ranks it again"
+    if decided.get("ranking_hash") != ranking_hash(settings.ranking):
+        return "ranked under other settings of ranking; `qaq recurate` ranks it again"
     return None
+
+
+def ranking_hash(ranking: RankingSettings) -> str:
+    """Hash of how strata and ranks are made, whatever the pool."""
+    return settings_hash(ranking.model_dump(exclude={"pool", "reference"}))
 
 
 def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[str]) -> dict[str, str]:
@@ -143,6 +199,8 @@ def screened_otherwise(
 
     Otherwise rows could be published twice, or nowhere: the row that stood for them is gone.
     """
+    if "compared_with" not in made_of:
+        return "screened by an older version; `qaq recurate` screens it again"
     if not made_of["across_batches"] or batch not in order:
         return None
     before = order[: order.index(batch)]
@@ -156,10 +214,14 @@ def screened_otherwise(
 
 def not_withdrawn(storage: Storage, batch: str, made_of: Mapping[str, Any], withdrawn: Withdrawals) -> str | None:
     """Whether something of a batch was withdrawn, or is so no longer, since it was screened."""
-    signatures = storage.read_table("signatures", batch).frame
-    if withdrawn.of_batch(batch, signatures) == made_of.get("withdrawn", {}):
+    if withdrawn.of_batch(batch, _signatures(storage, batch, withdrawn)) == made_of.get("withdrawn", {}):
         return None
     return "withdrawals changed since it was screened; `qaq recurate` screens it again"
+
+
+def _signatures(storage: Storage, batch: str, withdrawn: Withdrawals) -> pl.DataFrame:
+    """Of the batch, where a row of any batch was withdrawn; else there is nothing to look for."""
+    return storage.read_table("signatures", batch).frame if withdrawn.contents else empty(schema.Signatures)
 
 
 def publish(
@@ -189,38 +251,47 @@ def publish(
 
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:
-    """Whether the newest version is what would be published now, by the tables' footers and the settings alone."""
-    previous = latest(storage)
-    if previous is None:
-        return not any(_enters(storage, batch) for batch in registered)
-    if not storage.exists(FOLDER, previous, "manifest.json"):
-        return False
-    manifest = storage.read_json(FOLDER, previous, "manifest.json")
-    published = {entry["batch"]: entry["data_versions"] for entry in manifest["batches"]}
-    now = {batch: _enters(storage, batch) for batch in registered}
-    folders = {name.partition("/")[0] for name in manifest["files"] if "/" in name}
-    formats = {name.partition("/")[2] for name in manifest["files"] if "/" in name}
+    """Whether the newest version is what would be published now, by footers and settings alone."""
+    included, _ = sort_out(storage, registered, settings)
+    published = _manifest(storage)
+    if published is None:
+        return not included
+    folders, formats = _exported(published)
     return (
-        {batch: tuple(versions[name] for name in _PUBLISHED) for batch, versions in published.items()}
-        == {batch: versions for batch, versions in now.items() if versions is not None}
-        and manifest["selection"] == settings.published.model_dump(mode="json")
+        {entry["batch"]: {name: entry["data_versions"][name] for name in _ENTERING} for entry in published["batches"]}
+        == {batch: footers.versions for batch, footers in included.items()}
+        and published["selection"] == settings.published.model_dump(mode="json")
         and settings.published.name in folders
         and formats == {exports.EXPORTERS[name][0] for name in settings.export.formats}
     )
 
 
-_PUBLISHED = ("raw_data", "decisions", "selected_subset")
+def _manifest(storage: Storage) -> dict[str, Any] | None:
+    """Of the newest version; None where there is none, or its files are gone."""
+    version = latest(storage)
+    if version is None or not storage.exists(FOLDER, version, "manifest.json"):
+        return None
+    return storage.read_json(FOLDER, version, "manifest.json")
 
 
-def _enters(storage: Storage, batch: str) -> tuple[str, ...] | None:
-    """Data versions of what of the batch enters the dataset; None where it is incomplete or gated."""
-    try:
-        footers = [storage.read_footer(name, batch) for name in _PUBLISHED]
-    except ValueError:  # A StorageError, or a name that the UI let pass.
-        return None
-    if gates.of_provenance(footers[1].provenance) is not None:
-        return None
-    return tuple(footer.data_version for footer in footers)
+def _exported(manifest: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Folders and names of a version's exports."""
+    names = [name.partition("/") for name in manifest["files"] if "/" in name]
+    return {folder for folder, _, _ in names}, {name for _, _, name in names}
+
+
+def published_withdrawn(storage: Storage) -> list[str]:
+    """Batches of the newest version of which something was withdrawn since they entered it."""
+    published, withdrawn = _manifest(storage), withdrawals.read(storage)
+    found = []
+    for entry in [] if published is None else published["batches"]:
+        batch = entry["batch"]
+        concerned = withdrawn.of_batch(batch, _signatures(storage, batch, withdrawn))
+        screened = storage.read_footer("screened_data", batch)
+        entered = screened.data_version == entry["data_versions"]["screened_data"]
+        if concerned and not (entered and screened.provenance.get("withdrawn", {}) == concerned):
+            found.append(batch)
+    return found
 
 
 def latest(storage: Storage) -> str | None:
@@ -342,6 +413,7 @@ def _entry(tables: BatchTables) -> dict[str, Any]:
             **decisions.provenance["inputs"],
         },
         "models": decisions.provenance["models"],
+        "pool": decisions.provenance["pool_id"],
         "settings_hash": decisions.provenance["settings_hash"],
         "provenance_id": decisions.provenance_id,
     }

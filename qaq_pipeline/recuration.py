@@ -91,8 +91,6 @@ class Review:
         made_of = self._provenance("screened_data", batch)
         if made_of is None:
             return None
-        if "compared_with" not in made_of:
-            return "screened by an older version"
         return publication.screened_otherwise(batch, made_of, self._order, self._standing) or publication.not_withdrawn(
             self._storage, batch, made_of, self._withdrawn
         )

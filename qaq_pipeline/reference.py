@@ -22,15 +22,14 @@ _POOL = "reference"
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far a model's numbers of a batch lie from those of a reference; both measures are 0 where they are equal."""
+    """How far the models' numbers of a batch lie from those of a reference."""
 
-    model: str
-    quantity: str
-    """log_ppl_q or rmi."""
-    psi: float
-    """Population stability index, of the reference's deciles."""
-    ks: float
-    """Two-sample Kolmogorov-Smirnov statistic, in [0, 1]."""
+    statistics: Mapping[str, float]
+    """`psi_<quantity>_<model>`, the population stability index of the reference's deciles, and `ks_<quantity>_<model>`,
+    the two-sample Kolmogorov-Smirnov statistic in [0, 1], of log_ppl_q and rmi; 0 where the numbers are equal."""
+    evidence: float
+    """The least n m / (n + m) of a model, of n pairs of the batch and m of the reference: chance alone makes a PSI of
+    about 9 / evidence."""
 
 
 def pool_id(name: str, version: str) -> str:
@@ -163,9 +162,9 @@ def _ranks_against(rmi: pl.Series, stratum: pl.Series, frozen: pl.DataFrame) -> 
 # --- drift ----------------------------------------------------------------------------------------------------------
 
 
-def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> list[Drift]:
-    """Of every model, how far log_ppl_q and rmi of a batch lie from those of a reference. Pairs without an RMI are
-    left out; a batch without any has no drift.
+def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> Drift:
+    """How far log_ppl_q and rmi of a batch lie from those of a reference. Pairs without an RMI are left out, and so is
+    a model without any.
 
     Args:
         scores: RmiScores of the batch by role.
@@ -174,16 +173,17 @@ def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> list[D
     Raises:
         ValueError: the reference lacks a role.
     """
-    found = []
+    statistics: dict[str, float] = {}
+    evidence = []
     for role, frozen in _by_role(reference, list(scores)).items():
-        batch = scores[role].drop_nulls("rmi")
-        if batch.is_empty():
+        own, others = frozen.drop_nulls("rmi"), scores[role].drop_nulls("rmi")
+        evidence.append(own.height * others.height / (own.height + others.height))
+        if others.is_empty():
             continue
         for quantity in ("log_ppl_q", "rmi"):
-            of_reference = np.sort(frozen.drop_nulls("rmi")[quantity].to_numpy())
-            of_batch = np.sort(batch[quantity].to_numpy())
-            found.append(Drift(role, quantity, _psi(of_reference, of_batch), _ks(of_reference, of_batch)))
-    return found
+            r, b = (np.sort(frame[quantity].to_numpy()) for frame in (own, others))
+            statistics |= {f"psi_{quantity}_{role}": _psi(r, b), f"ks_{quantity}_{role}": _ks(r, b)}
+    return Drift(statistics, min(evidence))
 
 
 def _psi(of_reference: np.ndarray, of_batch: np.ndarray) -> float:

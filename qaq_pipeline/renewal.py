@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dagster as dg
+import polars as pl
 
 from qaq_pipeline import config, duplicates, ledger, publication, recuration, withdrawals
 from qaq_pipeline.config import Settings
 from qaq_pipeline.jobs import PUBLISHING, present
 from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
+from qaq_pipeline.schema import DuplicateReason
 from qaq_pipeline.storage import PartitionBusyError, Storage
 
 _MOST_TRIES = 3
@@ -77,9 +79,13 @@ def withdraw(
         ValueError: the name of the batch cannot be used.
     """
     storage = open_storage(settings)
-    if not storage.has_table("signatures", config.check_batch_name(what.batch)):
-        raise RunError(f"batch {what.batch!r} was never screened; `qaq status` lists the batches")
+    config.check_batch_name(what.batch)
+    if what.batch not in instance.get_dynamic_partitions("batch"):
+        raise RunError(f"there is no batch {what.batch!r}; `qaq status` lists the batches")
     rows = {} if what.row is None else _contents(storage, what.batch, what.row)
+    known = withdrawals.read(storage)
+    if not what.is_withdrawn and not (set(rows) & set(known.contents) if rows else what.batch in known.batches):
+        raise RunError(f"{what.batch}{'/' + what.row if what.row else ''} is not withdrawn: nothing to take back")
     withdrawals.add(storage, what.batch, rows, what.reason, is_withdrawn=what.is_withdrawn)
     with running(settings, instance, events or Events()) as run:
         done = renew(settings, instance, run, only_screening=True)
@@ -88,6 +94,8 @@ def withdraw(
 
 def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     """The content hash of the row that is meant, with its place."""
+    if not storage.has_table("signatures", batch):
+        raise RunError(f"batch {batch!r} was not screened yet, so its rows are not known; withdraw the batch, or wait")
     signatures = storage.read_table("signatures", batch).frame
     found = ledger.find_rows(signatures, row.removeprefix(f"{batch}/"))
     if found.is_empty():
@@ -95,6 +103,20 @@ def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     if found["content_hash"].n_unique() > 1:
         raise RunError(f"batch {batch!r} has {found.height} rows {row!r}, of different text; say which: file:row.turn")
     return {found["content_hash"][0]: found.select(duplicates.row_reference()).item(0, 0)}
+
+
+def near_rows(settings: Settings, instance: dg.DagsterInstance, batch: str, row: str) -> list[str]:
+    """Rows of other text that the row stands for as near duplicates: withdrawn, it stands for them no longer."""
+    storage = open_storage(settings)
+    place = next(iter(_contents(storage, batch, row).values()))
+    found = []
+    for name in instance.get_dynamic_partitions("batch"):
+        if storage.has_table("screened_data", name):
+            rows = storage.read_table("screened_data", name).frame.filter(
+                (pl.col("duplicate_of") == place) & (pl.col("reason") == DuplicateReason.NEAR_DUPLICATE.value)
+            )
+            found += rows.select(duplicates.row_reference()).to_series().to_list()
+    return found
 
 
 def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only_screening: bool) -> Renewal:

@@ -439,7 +439,8 @@ VERDICT = dy.Struct(
         "score": dy.Float64(nullable=True, description="The value that the selection orders by."),
         "position": dy.Int64(nullable=True, description="Place in that order, from 1; null where it has none."),
         "cut": dy.Float64(
-            nullable=True, description="Score of the last pair taken, here or of the reference; null where none was."
+            nullable=True,
+            description="Score of the last pair taken, here or of the reference; null where none was, or every one.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }

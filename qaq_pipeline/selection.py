@@ -93,7 +93,7 @@ def candidates(disagreement: pl.DataFrame, scores: Mapping[str, pl.DataFrame]) -
     """
     ordered = disagreement.sort("pair_id")
     roles = sorted(scores)
-    wide = [ordered.select("pair_id", "gap", "rank_sum", "stratum_strong"), _ranks_by_role(ordered["ranks"], roles)]
+    wide = [ordered.select("pair_id", "gap", "rank_sum"), _ranks_by_role(ordered["ranks"], roles)]
     for role in roles:
         frame = scores[role].select("pair_id", *_MODEL_COLUMNS).sort("pair_id")
         if not frame["pair_id"].equals(ordered["pair_id"]):
@@ -130,8 +130,9 @@ def select(
     count in n, and have no position.
 
     With `reference`, the candidates of a reference, taken are the pairs that do not come after the last one taken
-    of those, in the same order; of the reference itself that is the same. A random selection's score says nothing of
-    a pair, so it takes the share of its pool that its budget is of the reference's.
+    of those, in the same order, or all that can be where all of those were; of the reference itself that is the same.
+    A random selection's score says nothing of a pair, so it takes the share of its pool that its budget is of the
+    reference's.
     """
     ordered = candidates.sort("pair_id")
     if isinstance(selection, RandomSelection):
@@ -147,9 +148,12 @@ def select(
 
 
 def _last_taken(verdicts: pl.DataFrame) -> _Cut | _Limit:
+    """No limit where all was taken that could be: the budget cut nothing off, and refuses no worse pair of a batch."""
     taken = verdicts.filter("is_selected").sort("position")
     if taken.is_empty():
         return _Limit(num_rows=0)
+    if taken.height == verdicts["position"].count():
+        return _Limit()
     return _Cut(taken["score"][-1], taken["pair_id"][-1])
 
 
@@ -268,7 +272,8 @@ def _verdicts(ordered: pl.DataFrame, name: str, rule: _Rule, limit: _Limit | _Cu
         cut = pl.lit(limit.score)
     else:
         num_taken = _num_taken(judged, limit)
-        cut = pl.col("score").filter(pl.col("position") == num_taken).first()
+        last = pl.col("score").filter(pl.col("position") == num_taken).first()
+        cut = pl.when(pl.col("position").count() > num_taken).then(last)
     is_selected = _flag(pl.col("position") <= num_taken)
     return judged.select(
         "pair_id",

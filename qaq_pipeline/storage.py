@@ -84,10 +84,11 @@ class StoredTable:
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What made a stored table, and the hash of its content."""
+    """What made a stored table, the hash of its content, and its size."""
 
     provenance: dict[str, Any]
     data_version: str
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +192,12 @@ class Storage:
         self.write_bytes(json.dumps(value, indent=2, sort_keys=True).encode(), *parts)
 
     def read_json(self, *parts: str) -> Any:
-        """Raises `StorageError` where there is nothing."""
-        return json.loads(self.read_bytes(*parts))
+        """Raises `StorageError` where there is nothing, or something torn."""
+        data = self.read_bytes(*parts)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"{self.url(*parts)}: not JSON ({error}); restore the file, or remove it") from error
 
     # --- tables ------------------------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class Storage:
         return table
 
     def read_footer(self, name: str, *partition: str) -> Footer:
-        """Provenance and data version of a stored table, without its rows.
+        """Provenance, data version and number of rows of a stored table, without its rows.
 
         Raises:
             StorageError: it is missing, or torn.
@@ -240,8 +245,9 @@ class Storage:
             raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
         try:
             with self._fs.open(self.path(*parts), "rb") as stream:
-                footer = json.loads((pq.read_metadata(stream).metadata or {})[_FOOTER_KEY.encode()])
-            return Footer(footer["provenance"], footer["data_version"])
+                metadata = pq.read_metadata(stream)
+            footer = json.loads((metadata.metadata or {})[_FOOTER_KEY.encode()])
+            return Footer(footer["provenance"], footer["data_version"], metadata.num_rows)
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise StorageError(
                 f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"

@@ -6,8 +6,9 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -224,17 +225,20 @@ def test_a_wrong_password_is_not_in_the_error(certificate: Any, monkeypatch: pyt
 
 
 @contextmanager
-def webhook(status: int = 200, body: bytes = b"ok") -> Iterator[tuple[list[Any], str]]:
-    """A server that answers as Slack's incoming webhooks do; what it was sent, and its URL."""
+def webhook(status: int = 200, body: bytes | None = b"ok") -> Iterator[tuple[list[Any], str]]:
+    """A server that answers as Slack's incoming webhooks do, or without a body as one that echoes what it was asked;
+    what it was sent, and its URL.
+    """
     posted: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            answer = f"no {self.path} here".encode() if body is None else body
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(answer)
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             """Says nothing."""
@@ -280,6 +284,16 @@ def test_what_slack_answers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "alerts.channels.0 (slack) did not send 'Batch b1 is gated (empty_batch)': Slack answered 403 "
         "('invalid_token'); check the URL in SLACK_WEBHOOK_URL"
     )
+
+
+def test_an_answer_that_is_no_code_of_slacks_is_not_quoted_since_it_may_hold_the_url(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with webhook(404, None) as (_, url):
+        monkeypatch.setenv("SLACK_WEBHOOK_URL", url)
+        (failure,) = send(ALERT, alert_settings(SLACK))
+    assert failure.endswith("Slack answered 404; check the URL in SLACK_WEBHOOK_URL")
+    assert SECRET not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -345,13 +359,49 @@ def test_a_channel_that_fails_is_logged_and_the_others_are_tried(
 
 
 def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert alerts.TIMEOUT_SECONDS == 10
+    assert alerts.TIMEOUT_SECONDS < alerts.DEADLINE_SECONDS == 10
     monkeypatch.setattr(alerts, "TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         monkeypatch.setenv("SLACK_WEBHOOK_URL", f"http://127.0.0.1:{port}/")
         failures = send(ALERT, alert_settings(email_channel(port), SLACK))
     assert ["timed out" in failure for failure in failures] == [True, True]
+
+
+@contextmanager
+def dripping_server(words: bytes) -> Iterator[int]:
+    """A server that repeats its words at every connection, never late and never done; its port."""
+    ended = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection, suppress(OSError):
+            while not ended.wait(0.05):
+                connection.sendall(words)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        ended.set()
+        thread.join()
+
+
+def wait_for_ever(alert: Alert) -> None:
+    """A hook that does not come back."""
+    threading.Event().wait(60)
+
+
+def test_a_channel_that_never_ends_is_given_up_and_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "DEADLINE_SECONDS", 0.5)
+    waiting = {"kind": "python", "target": f"{__name__}:wait_for_ever"}
+    with dripping_server(b"220-wait\r\n") as smtp, dripping_server(b"HTTP/1.1 100 Continue\r\n\r\n") as http:
+        monkeypatch.setenv("SLACK_WEBHOOK_URL", f"http://127.0.0.1:{http}/")
+        started = time.monotonic()
+        failures = send(ALERT, alert_settings(email_channel(smtp), SLACK, waiting, HOOK))
+        assert time.monotonic() - started < 3
+    assert [failure.rpartition(": ")[2] for failure in failures] == ["it gave no answer in 0.5 s"] * 3
+    assert received == [ALERT]
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """automation: the landing zone's sensor, screening anew, the nightly job; on tiny models and a real instance."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,13 @@ import dagster as dg
 import pytest
 
 from qaq_pipeline import driver, landing, publication, renewal
-from qaq_pipeline.config import Settings, SettingsError
+from qaq_pipeline.config import RuntimeSettings, Settings, SettingsError
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.jobs import STAGES
 from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import RunError
-from qaq_pipeline_tests.conftest import SAMPLES, delivered_rows, write_jsonl
+from qaq_pipeline.storage import Storage
+from qaq_pipeline_tests.conftest import SAMPLES, LockHolder, delivered_rows, write_jsonl
 
 SettingsFor = Callable[..., Settings]
 
@@ -25,28 +27,33 @@ class Daemon:
     def __init__(self, settings: Settings, instance: dg.DagsterInstance) -> None:
         self.instance = instance
         self.cursors: dict[str, str | None] = {}
-        self.run_keys: set[str] = set()
+        self.run_keys: set[str | None] = set()
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
         self.settings = settings
         self.defs = build_defs(settings)
 
-    def tick(self, name: str) -> dg.SensorResult:
-        """One look of a sensor; partitions are added, and runs with a new key run."""
+    def look(self, name: str) -> dg.SensorResult:
+        """One look of a sensor, of which nothing comes: the daemon dies."""
         sensor = self.defs.resolve_sensor_def(name)
         context = dg.build_sensor_context(
             instance=self.instance, cursor=self.cursors.get(name), repository_def=self.defs.get_repository_def()
         )
         result = sensor(context)
         assert isinstance(result, dg.SensorResult)
-        self.cursors[name] = result.cursor
+        return result
+
+    def tick(self, name: str) -> dg.SensorResult:
+        """One look of a sensor; partitions are added, and runs with a new key run."""
+        result = self.look(name)
+        if result.cursor is not None:
+            self.cursors[name] = result.cursor
         for request in result.dynamic_partitions_requests or []:
             self.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
         for request in result.run_requests or []:
-            assert request.run_key is not None
-            if request.run_key not in self.run_keys:
-                self.run_keys.add(request.run_key)
+            if request.run_key is None or request.run_key not in self.run_keys:
+                self.run_keys |= {request.run_key} - {None}
                 [asset] = {"landing_zone": ["raw_data"], "screening_anew": ["screened_data"]}[name]
                 self.materialise(asset, partition=request.partition_key, tags=dict(request.tags))
         return result
@@ -153,11 +160,9 @@ def test_a_sensor_that_died_before_its_cursor_was_stored_loses_and_repeats_nothi
     daemon = Daemon(settings, instance)
     land(settings, "week-1.jsonl")
     daemon.tick("landing_zone")
-    before = dict(daemon.cursors)
-    daemon.tick("landing_zone")
-    daemon.cursors = before
+    [lost] = daemon.look("landing_zone").run_requests or []
     [request] = daemon.tick("landing_zone").run_requests or []
-    assert daemon.run_keys == {request.run_key}
+    assert daemon.run_keys == {request.run_key} == {lost.run_key}
     assert daemon.events("raw_data") == 1
 
 
@@ -175,8 +180,9 @@ def test_hostile_names_are_refused_visibly_once_and_never_fail_a_tick(
         daemon.tick("landing_zone")
         alerts_by_tick.append([r.message for r in caplog.records if r.name == "qaq_pipeline.alerts"])
     assert instance.get_dynamic_partitions("batch") == ["good"]
-    assert [len(alerts) for alerts in alerts_by_tick] == [5, 0, 0]
-    assert any("x|y.jsonl is refused: batch name 'x|y' cannot be used" in line for line in alerts_by_tick[0])
+    assert [len(alerts) for alerts in alerts_by_tick] == [1, 0, 0]
+    assert "x|y.jsonl is refused: batch name 'x|y' cannot be used" in alerts_by_tick[0][0]
+    assert "Refused in the landing zone: 5" in alerts_by_tick[0][0]
     assert set(driver.refused_deliveries(settings)) == {"x|y.jsonl", "[x].jsonl", "a b.jsonl", "w.json", "w.jsonl"}
 
 
@@ -276,6 +282,50 @@ def test_screening_anew_that_finds_the_same_lets_nothing_follow_and_the_batch_is
     assert driver.batches_left_out(daemon.settings, daemon.instance) == {}
 
 
+def test_a_screening_anew_that_failed_is_tried_again_and_not_for_ever(two_batches: Daemon) -> None:
+    daemon = two_batches
+    land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
+    daemon.tick("landing_zone"), daemon.tick("landing_zone")
+    daemon.curate("b1")
+    signatures = Path(open_storage(daemon.settings).path("signatures", "b2", "table.parquet"))
+    kept = signatures.read_bytes()
+    signatures.write_bytes(kept[:-40] + bytes(40))
+    review_of = [len(daemon.tick("screening_anew").run_requests or []) for _ in range(5)]
+    assert review_of == [1, 1, 1, 0, 0]
+
+
+def test_newer_batches_are_screened_anew_when_a_correction_is_taken_back(two_batches: Daemon) -> None:
+    daemon = two_batches
+    found = []
+    for rows in (some_rows(0, 1, 4, 5), some_rows(0, 1, 3, 4, 5), some_rows(0, 1, 4, 5)):
+        land(daemon.settings, "b1.jsonl", rows)
+        daemon.tick("landing_zone"), daemon.tick("landing_zone")
+        daemon.curate("b1")
+        daemon.tick("screening_anew")
+        found.append(statuses(daemon, "b2")[2])
+    assert found == ["accepted", "duplicate", "accepted"]
+
+
+def test_a_process_that_died_between_table_and_event_is_made_up_for(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for()
+    daemon = Daemon(settings, instance)
+    land(settings, "b1.jsonl")
+    write = Storage.write_table
+
+    def write_and_die(*arguments: Any) -> None:
+        write(*arguments)
+        raise RuntimeError("the process is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_table", write_and_die)
+        daemon.tick("landing_zone"), daemon.tick("landing_zone")
+    assert daemon.events("raw_data") == 0
+    assert daemon.materialise("raw_data", partition="b1", tags={"qaq/delivery": "b1.jsonl"})
+    assert daemon.events("raw_data") == 1
+
+
 # --- every night ---------------------------------------------------------------------------------------------------
 
 
@@ -341,27 +391,86 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(two
 # --- withdrawals ---------------------------------------------------------------------------------------------------
 
 
-def published_queries(daemon: Daemon) -> set[str]:
+def published_text(daemon: Daemon) -> str:
+    """All that the newest version exports."""
     storage = open_storage(daemon.settings)
-    frames = [storage.read_table("selected_subset", batch).frame for batch in ("b1", "b2")]
-    left_out = driver.batches_left_out(daemon.settings, daemon.instance)
-    return {query for frame in frames if frame.height and frame["batch"][0] not in left_out for query in frame["query"]}
+    folder = Path(storage.path(publication.FOLDER, publication.latest(storage) or ""))
+    return "".join(path.read_text() for path in folder.rglob("*.json*"))
 
 
-def test_a_withdrawn_row_goes_wherever_its_text_stands_and_a_near_one_is_no_longer_its_duplicate(
-    two_batches: Daemon,
-) -> None:
+def everything_selected(daemon: Daemon, settings_for: SettingsFor) -> None:
+    """The daemon's batches, decided and published so that every row that is scored is selected."""
+    all_rows = [{"name": "all", "strategy": "diff_high", "budget": {"fraction": 1.0}}]
+    daemon.use(settings_for(gates={"max_rejected_share": None}, selections=all_rows))
+    renewal.recurate(daemon.settings, daemon.instance)
+
+
+def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, settings_for: SettingsFor) -> None:
     daemon = two_batches
+    everything_selected(daemon, settings_for)
+    assert json.dumps(SAMPLES[3][0])[1:-1] in published_text(daemon)
     what = renewal.Withdrawal("b1", "b1.jsonl:3", "its licence forbids training")
     done = renewal.withdraw(daemon.settings, daemon.instance, what)
     assert done.failed == {}
+    assert json.dumps(SAMPLES[3][0])[1:-1] not in published_text(daemon)
     for batch in ("b1", "b2"):
         assert statuses(daemon, batch)[2] == "withdrawn"
         decision = open_storage(daemon.settings).read_table("decisions", batch).frame.row(2, named=True)
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
         assert decision["explanation"] == "Withdrawn: its licence forbids training."
     assert driver.batches_left_out(daemon.settings, daemon.instance) == {}
-    assert len(versions(daemon)) == 2
+    assert driver.published_withdrawn(daemon.settings) == []
+
+
+def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_screened_again(
+    two_batches: Daemon, settings_for: SettingsFor, lock_holder: LockHolder
+) -> None:
+    daemon = two_batches
+    everything_selected(daemon, settings_for)
+    holder = lock_holder(daemon.settings.home / "locks", "batch", "b1")
+    what = renewal.Withdrawal("b1", "b1.jsonl:1", "a leaked key")
+    impatient = daemon.settings.model_copy(update={"runtime": RuntimeSettings(lock_timeout_seconds=0.1)})
+    with pytest.raises(RunError, match=r"not brought up to date:\nbatch b1: batch/b1 is being written"):
+        renewal.withdraw(impatient, daemon.instance, what)
+    assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
+    assert (
+        "withdrawals changed since it was screened" in driver.batches_left_out(daemon.settings, daemon.instance)["b1"]
+    )
+    holder.kill()
+    holder.wait()
+    renewal.recurate(daemon.settings, daemon.instance)
+    assert driver.batches_left_out(daemon.settings, daemon.instance) == {}
+
+
+def test_a_withdrawn_batch_goes_though_no_other_can_be_published(
+    settings_for: SettingsFor, instance: dg.DagsterInstance
+) -> None:
+    settings = settings_for()
+    daemon = Daemon(settings, instance)
+    land(settings, "b1.jsonl", some_rows(0, 1, 3, 4))
+    land(settings, "gated.jsonl", [{"query": ""}] * 4)
+    daemon.tick("landing_zone"), daemon.tick("landing_zone")
+    daemon.curate("b1"), daemon.curate("gated")
+    assert daemon.materialise("curated_dataset", partition=None)
+    renewal.withdraw(settings, instance, renewal.Withdrawal("b1", None, "a claim"))
+    assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
+    assert night(daemon)
+
+
+def test_near_rows_of_a_withdrawn_one_are_named_before_they_come_back(
+    settings_for: SettingsFor, instance: dg.DagsterInstance
+) -> None:
+    settings = settings_for()
+    daemon = Daemon(settings, instance)
+    query = " ".join(f"word{number}" for number in range(40))
+    land(
+        settings, "b1.jsonl", [{"query": query, "response": "a = 1"}, {"query": f"{query} please", "response": "a = 1"}]
+    )
+    daemon.tick("landing_zone"), daemon.tick("landing_zone")
+    daemon.curate("b1")
+    assert renewal.near_rows(settings, instance, "b1", "b1.jsonl:1") == ["b1/b1.jsonl:2.0"]
+    renewal.withdraw(settings, instance, renewal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
+    assert statuses(daemon, "b1") == ["withdrawn", "accepted"]
 
 
 def test_a_withdrawn_row_is_withdrawn_from_what_lands_later_too(two_batches: Daemon) -> None:
@@ -407,7 +516,8 @@ def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        (renewal.Withdrawal("nope", None, "r"), "batch 'nope' was never screened"),
+        (renewal.Withdrawal("nope", None, "r"), "there is no batch 'nope'"),
+        (renewal.Withdrawal("b1", None, "r", is_withdrawn=False), "b1 is not withdrawn: nothing to take back"),
         (renewal.Withdrawal("b1", "b1.jsonl:99", "r"), "has no readable row 'b1.jsonl:99'"),
         (renewal.Withdrawal("../b1", None, "r"), "cannot be used"),
     ],

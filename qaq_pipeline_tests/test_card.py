@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from qaq_pipeline import publication
+from qaq_pipeline import publication, reference
 from qaq_pipeline.card import dataset_card
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.publication import publish, read_batches
@@ -142,7 +142,11 @@ def test_the_numbers_add_up_with_the_ledger_and_the_files(storage: Storage, sett
     store_batch(storage, settings, "b2", queries=tuple("efghijkl"))
     folder = published_folder(storage, settings, "b1", "b2")
     shown = tables((folder / "README.md").read_text(encoding="utf-8"))
-    assert shown["Batches"][1:] == [["b1", "5", "1"], ["b2", "9", "2"], ["all", "14", "3"]]
+    assert shown["Batches"][1:] == [
+        ["b1", "5", "1", "batch:b1"],
+        ["b2", "9", "2", "batch:b2"],
+        ["all", "14", "3", ""],
+    ]
     ledger = pl.read_parquet(folder / "scores.parquet").group_by("decision", "reason").len()
     *rows, total = shown["Decisions"][1:]
     assert {(decision, reason, int(count)) for decision, reason, count in rows} == set(ledger.rows())
@@ -152,17 +156,29 @@ def test_the_numbers_add_up_with_the_ledger_and_the_files(storage: Storage, sett
         assert len(json.loads((folder / selection / "alpaca.json").read_bytes())) == int(count) == 3
 
 
-def test_the_models_are_those_of_the_manifest_batch_by_batch(storage: Storage, settings: Settings) -> None:
-    store_batch(storage, settings)
-    folder = published_folder(storage, settings, "b1")
-    (of_batch,) = json.loads((folder / "manifest.json").read_bytes())["batches"]
+def test_the_models_are_those_of_the_manifest(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings, "b1")
+    store_batch(storage, settings, "b2", queries=tuple("efgh"))
+    folder = published_folder(storage, settings, "b1", "b2")
+    of_batch, _ = json.loads((folder / "manifest.json").read_bytes())["batches"]
     head, *rows = tables((folder / "README.md").read_text(encoding="utf-8"))["Models"]
-    assert [row[:2] for row in rows] == [["b1", "strong"], ["b1", "weak"]]
+    assert [(row[0], row[-1]) for row in rows] == [("strong", "b1, b2"), ("weak", "b1, b2")]
     for row in rows:
-        identity = of_batch["models"][row[1]]
-        fields = [title.replace(" ", "_") for title in head[2:]]
+        identity = of_batch["models"][row[0]]
+        fields = [title.replace(" ", "_") for title in head[1:-1]]
         assert {"model", "revision", "dtype", "template_hash"} <= set(fields)
-        assert [cell.replace(",", "") for cell in row[2:]] == [str(identity[field]) for field in fields]
+        assert [cell.replace(",", "") for cell in row[1:-1]] == [str(identity[field]) for field in fields]
+
+
+def test_a_model_that_is_another_in_some_batches_has_a_row_for_each() -> None:
+    card = card_of(entries=[entry("b1"), entry("b2", revision="files:1"), entry("b3")])
+    _, *rows = tables(card)["Models"]
+    assert [(row[2], row[-1]) for row in rows] == [("files:0", "b1, b3"), ("files:1", "b2")]
+
+
+def test_a_batch_shows_the_pool_of_its_ranks() -> None:
+    pool = reference.pool_id("r1", "0f")
+    assert tables(card_of(entries=[entry() | {"pool": pool}]))["Batches"][1] == ["b1", "0", "0", pool]
 
 
 def test_the_recipe_is_the_selection_of_the_settings() -> None:
@@ -199,10 +215,57 @@ def test_selected_rows_that_were_flagged_and_not_dropped_are_counted() -> None:
 # --- what is promised -------------------------------------------------------------------------------------------------
 
 
-def test_the_card_says_what_is_not_promised_and_whose_licence_it_is() -> None:
-    card = card_of()
-    assert "one HumanEval+ task is 0.61\n  points and a standard error about 3.5" in card
-    assert "each inherits it from the data it was delivered in" in card
+GROUNDS: list[tuple[dict[str, Any], str]] = [
+    ({"strategy": "diff_high"}, "the gap is the rank under the strong model less that under the weak one: the highest"),
+    ({"strategy": "diff_low"}, "less that under the weak one: the lowest are taken."),
+    ({"strategy": "sum_low"}, "the lowest sums of the ranks under the strong and the weak one are taken."),
+    ({"strategy": "rmi_band", "model": "weak"}, "taken are the ranks in (0.5, 0.75] under the weak one."),
+    ({"strategy": "rmi_top"}, "the highest ranks under the strong one are taken."),
+    ({"strategy": "ifd", "measure": "ifd_loss"}, "ifd_loss = log PPL(A | Q) / log PPL(A)"),
+    ({"strategy": "ppl", "order": "low", "model": "weak"}, "the lowest log PPL(A | Q) under the weak model."),
+    ({"strategy": "length"}, "chosen by the length of the answer, the longest first, in tokens of the strong model."),
+    ({"strategy": "random"}, "chosen at random: in the order of a keyed hash, whatever they hold."),
+    ({"strategy": "stratified_random"}, "chosen at random, the same share of every stratum of PPL(Q): in the order"),
+]
+
+
+def chosen_by(**values: Any) -> str:
+    """The card of a selection, its lines joined."""
+    settings = parse_settings(SETTINGS + yaml.safe_dump({"selections": [{"name": "mine"} | values]}))
+    return " ".join(card_of(selection=settings.published, exported={"mine": 0}).split())
+
+
+@pytest.mark.parametrize(("selection", "said"), GROUNDS)
+def test_the_card_says_by_what_the_rows_were_chosen(selection: dict[str, Any], said: str) -> None:
+    card = chosen_by(**selection)
+    assert said in card
+    is_of_rmi = selection["strategy"].startswith(("diff", "sum", "rmi"))
+    assert ("RMI = log PPL(Q) - log PPL(Q | A)" in card) == is_of_rmi
+    assert ("chosen by how well the answer explains the query" in card) == is_of_rmi
+    assert ("selected by QAQ: mine" in card) == is_of_rmi
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_the_papers"),
+    [
+        ({}, True),
+        ({"budget": {"fraction": 0.5}}, False),
+        ({"budget": {"count": 9}}, False),
+        ({"min_gap": 0.1}, False),
+        ({"strategy": "diff_low"}, False),
+        ({"strategy": "ifd"}, False),
+    ],
+)
+def test_the_papers_result_is_told_of_the_papers_selection_alone(changes: dict[str, Any], is_the_papers: bool) -> None:
+    assert ("In the paper a quarter of the data, so chosen" in chosen_by(**{"strategy": "diff_high"} | changes)) == (
+        is_the_papers
+    )
+
+
+def test_the_controls_are_as_large_as_the_budget_says() -> None:
+    assert "compare with: as many rows of the same pool" in chosen_by(strategy="diff_high")
+    of_tokens = chosen_by(strategy="diff_high", budget={"answer_tokens": 500})
+    assert "compare with: at most as many answer tokens of the same pool" in of_tokens
 
 
 def test_the_same_content_has_the_same_card_which_holds_no_version_time_or_path(
@@ -263,9 +326,9 @@ def test_a_name_reads_as_itself_in_its_own_cell(name: str) -> None:
         benchmarks={name: {name: SHA256}},
     )
     shown, said = tables(card), as_shown(name)
-    assert shown["Batches"][1:] == [[said, "7", "3"], ["all", "7", "3"]]
+    assert shown["Batches"][1:] == [[said, "7", "3", ""], ["all", "7", "3", ""]]
     (model,) = shown["Models"][1:]
-    assert model[:4] == [said, "strong", said, said]
+    assert [*model[:3], model[-1]] == ["strong", said, said, said]
     assert shown["Decisions"][1:] == [["selected", said, "1"], ["all", "", "1"]]
     assert shown["Decontamination"][1:] == [[said, SHA256, said]]
 
@@ -278,4 +341,4 @@ def _decided(reason: str) -> pl.DataFrame:
 @given(name=st.text(max_size=30))
 def test_any_name_keeps_the_table_whole(name: str) -> None:
     shown = tables(card_of(entries=[entry(name, 1, 1)]))
-    assert shown["Batches"][1:] == [[as_shown(name), "1", "1"], ["all", "1", "1"]]
+    assert shown["Batches"][1:] == [[as_shown(name), "1", "1", ""], ["all", "1", "1", ""]]

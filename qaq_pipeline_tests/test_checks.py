@@ -166,6 +166,18 @@ def test_strata_are_filled_where_each_has_the_wanted_rows(strata: list[int | Non
     assert found.numbers == {"num_strata": num_strata, "fewest_rows_in_a_stratum": fewest}
 
 
+def test_strata_are_not_filled_where_a_model_ranks_nothing() -> None:
+    frame = ranked([0.5] * 4, [0.5] * 4, [1, 1, 2, 2])
+    of_weak = pl.element().struct.field("model") == "weak"
+    unranked = pl.element().struct.with_fields(stratum=pl.lit(None, pl.Int64), rank=pl.lit(None, pl.Float64))
+    of_strong_alone = frame.with_columns(
+        ranks=pl.col("ranks").list.eval(pl.when(of_weak).then(unranked).otherwise(pl.element()))
+    )
+    found = measures.filled_strata(of_strong_alone, TWO_STRATA)
+    assert (found.passed, found.numbers) == (False, {"num_strata": 0})
+    assert found.sentence == "None of 4 pairs is ranked under the models ['weak']: they have no stratum."
+
+
 def test_without_a_ranked_pair_there_is_no_stratum() -> None:
     found = measures.filled_strata(ranked([None], [None], [None]), TWO_STRATA)
     assert found == Finding(False, "None of 1 pairs is ranked: there is no stratum.", {"num_strata": 0})
@@ -192,34 +204,34 @@ def test_an_undefined_correlation_does_not_pass_and_is_no_number(ranks: list[flo
 
 def test_drift_is_held_against_the_limit_of_each_statistic() -> None:
     near = {"psi_rmi_strong": 0.25, "ks_rmi_strong": 0.2}
-    assert measures.drift(near, LIMITS) == Finding(
+    assert measures.drift(near, 100, LIMITS) == Finding(
         True,
         "The batch is like the reference; PSI may be 0.25 (checks.max_psi), KS 0.2 (checks.max_ks).",
         near,
     )
-    far = measures.drift({"psi_rmi_strong": 0.3, "ks_rmi_strong": 0.2, "ks_log_ppl_q_weak": 0.5}, LIMITS)
+    far = measures.drift({"psi_rmi_strong": 0.3, "ks_rmi_strong": 0.2, "ks_log_ppl_q_weak": 0.5}, 100, LIMITS)
     assert not far.passed
     assert "unlike the reference: ks_log_ppl_q_weak is 0.5, psi_rmi_strong is 0.3;" in far.sentence
-    assert not measures.drift({}, LIMITS).passed
+    assert not measures.drift({}, 0, LIMITS).passed
+
+
+def test_drift_of_few_pairs_is_a_number_and_no_alarm() -> None:
+    far = {"psi_rmi_strong": 9.0, "ks_rmi_strong": 1.0}
+    found = measures.drift(far, 99, LIMITS)
+    assert (found.passed, found.numbers) == (True, far)
+    assert found.sentence.startswith("Too few pairs to judge: n m / (n + m) is 99, of n pairs of the batch ")
 
 
 def test_every_row_has_one_decision_and_faults_are_counted() -> None:
-    raw = raw_rows({}, {}, {}, {})
-    decided = raw.with_columns(decision=pl.Series(["selected", "not_selected", "not_selected", "rejected"]))
-    found = measures.decided_rows(raw, decided)
-    assert (found.passed, found.sentence) == (True, "4 rows, 4 decisions, 1 of them selected.")
+    decisions = pl.Series(["selected", "not_selected", "not_selected", "rejected"])
+    decided = raw_rows({}, {}, {}, {}).with_columns(decision=decisions)
+    found = measures.decided_rows(4, decided)
+    assert (found.passed, found.sentence) == (True, "4 rows; 4 decisions of 4 rows, 1 of them selected.")
     assert found.numbers["selected_share"] == 0.25
-    other = decided.head(1).with_columns(source_row=pl.lit(9, pl.Int64))
-    faulty = measures.decided_rows(raw, pl.concat([decided.head(3), decided.head(1), other]))
-    assert not faulty.passed
-    assert faulty.numbers == {
-        "rows": 4,
-        "rows_without_decision": 1,
-        "decisions_without_row": 1,
-        "repeated_decisions": 1,
-        "selected": 3,
-        "selected_share": 0.75,
-    }
+    assert not measures.decided_rows(5, decided).passed
+    repeated = measures.decided_rows(4, pl.concat([decided.head(3), decided.head(1)]))
+    assert not repeated.passed
+    assert repeated.numbers == {"rows": 4, "decided_rows": 3, "decisions": 4, "selected": 2, "selected_share": 0.5}
 
 
 def test_other_models_than_the_published_are_named_with_what_changed() -> None:
@@ -393,7 +405,6 @@ def test_a_torn_table_makes_its_checks_errors_that_say_so_and_the_run_goes_on(
     store_batch(storage, settings)
     instance.add_dynamic_partitions("batch", ["b1", "b2"])
     store_batch(storage, settings, "b2")
-    assert check_only(settings, instance, "raw_data", "b2")["raw_data.rows_can_be_read|b2"].passed
     storage.write_bytes(b"PAR1torn", "raw_data", "b1", "table.parquet")
     found = check_only(settings, instance, "decisions", "b1")
     for name in ("every_row_is_decided", "passes_gates", "same_models_as_published"):
@@ -402,7 +413,28 @@ def test_a_torn_table_makes_its_checks_errors_that_say_so_and_the_run_goes_on(
         assert one.description is not None
         assert one.description.startswith("The check cannot be made: ")
         assert "raw_data/b1/table.parquet" in one.description
-    assert found["raw_data.rows_can_be_read|b2"].passed
+    assert check_only(settings, instance, "raw_data", "b2")["raw_data.rows_can_be_read|b2"].passed
+
+
+@pytest.mark.parametrize("fault", ["gone", "torn"])
+def test_a_published_version_that_is_gone_or_torn_is_an_error_of_what_reads_it_alone(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, fault: str
+) -> None:
+    settings = settings_for()
+    storage = open_storage(settings)
+    store_batch(storage, settings)
+    instance.add_dynamic_partitions("batch", ["b1"])
+    version = publish(storage, settings, "b1")
+    if fault == "gone":
+        storage.remove_folder(publication.FOLDER, version)
+    else:
+        storage.write_bytes(b'{"batches": [', publication.FOLDER, version, "manifest.json")
+    found = check_only(settings, instance, "decisions", "b1")
+    assert found["decisions.every_row_is_decided|b1"].passed
+    assert found["decisions.passes_gates|b1"].passed
+    one = found["decisions.same_models_as_published|b1"]
+    assert (one.passed, one.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert f"{version}/manifest.json" in (one.description or "")
 
 
 def test_a_model_that_moved_since_the_publication_is_a_warning(
@@ -509,6 +541,6 @@ def test_drift_from_the_reference_is_measured_once_it_is_made(
     moved = scores.frame.with_columns(rmi=pl.col("rmi") + 100.0)
     other.write_table(StoredTable(moved, scores.provenance), "rmi_scores", "b1", "weak")
     drifted = check_only(settings, instance, "disagreement_scores", "b1")["disagreement_scores.is_near_reference|b1"]
-    assert not drifted.passed
+    assert (drifted.description or "").startswith("Too few pairs to judge: n m / (n + m) is 10,")
     assert numbers(drifted)["ks_rmi_weak"] == 1.0
     assert numbers(drifted)["ks_rmi_strong"] == 0.0

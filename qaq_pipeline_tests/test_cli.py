@@ -462,7 +462,8 @@ def test_a_hostile_batch_name_is_refused_and_nothing_is_written(empty_home: Home
         for command in commands:
             assert "cannot be used: give a letter or digit" in qaq(empty_home, *command).error()
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "settings.yaml", "home"}
-    assert {path.name for path in empty_home.folder.iterdir()} == {"dagster"}
+    assert {path.name for path in empty_home.folder.iterdir()} == {"dagster", "landing"}
+    assert list((empty_home.folder / "landing").iterdir()) == []
     assert "No batch yet" in qaq(empty_home, "status").out
 
 

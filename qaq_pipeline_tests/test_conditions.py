@@ -17,7 +17,10 @@ from qaq_pipeline import liveness
 from qaq_pipeline.config import parse_settings
 from qaq_pipeline.definitions import build_defs
 
-SETTINGS = parse_settings(yaml.safe_dump({"models": {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}}}))
+MODELS = {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}}
+SETTINGS = parse_settings(yaml.safe_dump({"models": MODELS}))
+RANKING = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1", "b2"]}}
+REFERRING = parse_settings(yaml.safe_dump({"models": MODELS, "ranking": RANKING}))
 INGEST = ["screened_data", "signatures"]
 SCORE = ["logprobs", "rmi_scores"]
 SELECT = ["decisions", "disagreement_scores", "selected_subset"]
@@ -34,9 +37,9 @@ def definitions() -> dg.Definitions:
 class World:
     """An instance, the conditions' cursor, and what the stand-ins do."""
 
-    def __init__(self, instance: dg.DagsterInstance) -> None:
+    def __init__(self, instance: dg.DagsterInstance, defs: dg.Definitions | None = None) -> None:
         self.instance = instance
-        self.defs = definitions()
+        self.defs = defs or definitions()
         self.cursor: Any = None
         self.failing: set[tuple[str, str | None]] = set()
         graph = self.defs.resolve_asset_graph()
@@ -251,6 +254,44 @@ def test_a_failed_check_in_another_run_stops_nothing_since_verdicts_are_stored_w
             )
         )
     assert world.settle() == whole_chain("b1")[1:]
+
+
+# --- a frozen reference ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def referring() -> Iterator[World]:
+    """A world whose ranks are taken against a reference of b1 and b2."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield World(instance, build_defs(REFERRING))
+
+
+def scored(*batches: str) -> Requested:
+    return each(SCORE, *(f"{batch}|{model}" for batch in batches for model in ("strong", "weak")))
+
+
+def test_a_reference_is_made_once_when_all_its_batches_are_scored_and_the_ranks_follow(referring: World) -> None:
+    referring.deliver("b1")
+    assert referring.settle() == [each(INGEST, "b1"), scored("b1")]
+    referring.deliver("b2")
+    assert referring.settle() == [
+        each(INGEST, "b2"),
+        scored("b2"),
+        {"rank_reference": {None}},
+        each(SELECT, "b1", "b2"),
+        {"curated_dataset": {None}},
+    ]
+    referring.deliver("b1", "b3")
+    assert referring.settle() == whole_chain("b1", "b3")
+
+
+def test_a_reference_that_could_not_be_made_is_not_tried_again_and_again(referring: World) -> None:
+    referring.failing = {("rank_reference", None)}
+    referring.deliver("b1", "b2")
+    assert referring.settle() == [each(INGEST, "b1", "b2"), scored("b1", "b2"), {"rank_reference": {None}}]
+    referring.failing = set()
+    assert referring.run(["rank_reference"], None)
+    assert referring.settle() == [each(SELECT, "b1", "b2"), {"curated_dataset": {None}}]
 
 
 # --- beside `qaq run` and screening anew ---------------------------------------------------------------------------

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from qaq_pipeline import landing
 from qaq_pipeline.config import LandingSettings
@@ -77,8 +81,8 @@ def test_a_file_is_a_batch_named_as_it_is_less_the_endings_of_its_format(zone: P
 
 
 def test_a_folder_is_one_delivery_with_all_files_below_it(zone: Path) -> None:
-    land(zone, "w.1/a.jsonl", "w.1/deep/er/b.jsonl", "w.1/.hidden", "w.1/_SUCCESS", "w.1/_tmp/c.jsonl")
-    [landed] = landing.look(str(zone), ANY).deliveries
+    land(zone, "w.1/a.jsonl", "w.1/deep/er/b.jsonl", "w.1/.hidden", "w.1/done", "w.1/_tmp/c.jsonl")
+    [landed] = landing.look(str(zone), LandingSettings(marker="done")).deliveries
     assert (landed.batch, sorted(landed.files)) == ("w.1", ["a.jsonl", "deep/er/b.jsonl"])
     assert landed.is_marked
     assert landed.num_bytes == 2 * len(ROW)
@@ -90,14 +94,34 @@ def test_hidden_and_unfinished_names_are_no_deliveries(zone: Path, name: str) ->
     assert landing.look(str(zone), ANY) == Look([], {})
 
 
-def test_a_zone_that_is_not_there_yet_is_made_and_empty(tmp_path: Path) -> None:
-    assert landing.look(str(tmp_path / "new"), ANY) == Look([], {})
-    assert (tmp_path / "new").is_dir()
+@pytest.mark.parametrize("url", ["{}/gone", "nonsense://zone"])
+def test_a_zone_that_cannot_be_looked_into_is_named_with_the_remedy_and_is_not_empty(tmp_path: Path, url: str) -> None:
+    with pytest.raises(LandingError, match=r"landing.url: '.*' cannot be looked into .*; check that it is there"):
+        landing.look(url.format(tmp_path), ANY)
 
 
-def test_a_zone_that_cannot_be_looked_into_is_named_with_the_remedy() -> None:
-    with pytest.raises(LandingError, match=r"landing.url: 'nonsense://zone' cannot be looked into .*; check the URL"):
-        landing.look("nonsense://zone", ANY)
+_LOOK_AS_NOBODY = """
+import os, sys
+from qaq_pipeline import landing
+from qaq_pipeline.config import LandingSettings
+os.geteuid() or os.setuid(65534)  # Root may read everything.
+found = landing.look(sys.argv[1], LandingSettings())
+print([one.entry for one in found.deliveries], sorted(found.refused))
+"""
+
+
+def test_what_may_not_be_read_refuses_its_delivery_and_not_the_others() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        zone = Path(folder)
+        zone.chmod(0o755)
+        land(zone, "good.jsonl", "closed/a.jsonl", "half/a.jsonl", "half/part-1/b.jsonl")
+        for closed in (zone / "closed", zone / "half" / "part-1"):
+            closed.chmod(0)
+        command = [sys.executable, "-c", _LOOK_AS_NOBODY, folder]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+        for closed in (zone / "closed", zone / "half" / "part-1"):
+            closed.chmod(0o755)
+    assert run.stdout == "['good.jsonl'] ['closed', 'half']\n"
 
 
 def test_a_look_reads_no_data(zone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +133,6 @@ def test_a_look_reads_no_data(zone: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_any_fsspec_url_serves(storage: Storage) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/zone/week/a.jsonl", ROW)
     found = landing.look("memory://zone", ANY)
@@ -120,10 +142,7 @@ def test_any_fsspec_url_serves(storage: Storage) -> None:
 
 
 def test_an_object_stores_sign_of_a_folder_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
     sign, file = ({"name": name, "size": size, "type": "file"} for name, size in (("/zone/w/", 0), ("/zone/w/a", 9)))
-    monkeypatch.setattr(MemoryFileSystem, "exists", lambda *_: True)
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: {"/zone/w/": sign, "/zone/w/a": file})
     [landed] = landing.look("memory://zone", ANY).deliveries
     assert landed.files == {"a": (9, "")}
@@ -196,6 +215,15 @@ def test_what_is_refused_is_recorded_once_and_forgotten_when_it_is_gone(zone: Pa
     assert landing.read_refused(storage) == {}
 
 
+@pytest.mark.parametrize("names", [("w", "w/a.jsonl"), ("w/a", "w/a/b.jsonl")])
+def test_what_is_a_file_and_a_folder_is_refused(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> None:
+    infos = {f"/zone/{name}": {"name": f"/zone/{name}", "size": 9, "type": "file"} for name in names}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: infos)  # As an object store lists them.
+    found = landing.look("memory://zone", ANY)
+    assert found.deliveries == []
+    assert "as object stores allow; rename one" in found.refused["w"]
+
+
 # --- when it is complete -------------------------------------------------------------------------------------------
 
 
@@ -229,6 +257,28 @@ def test_a_marker_says_at_once_that_a_delivery_is_complete(zone: Path, settings:
     land(zone, "week/a.jsonl", "b.jsonl")
     land(zone, "week/_SUCCESS", "b.jsonl._SUCCESS", content=b"")
     assert looks(zone, settings, times=1)[0] == ["b.jsonl", "week"]
+
+
+def test_the_marker_of_before_does_not_make_a_correction_complete(zone: Path) -> None:
+    land(zone, "week/a.jsonl", "week/b.jsonl")
+    land(zone, "week/_SUCCESS", content=b"")
+    _, seen = looks(zone, ANY, times=1)
+    (zone / "week" / "a.jsonl").unlink()
+    taken, seen = looks(zone, ANY, times=1, seen=seen)
+    assert taken == []
+    land(zone, "week/a.jsonl.part")
+    assert looks(zone, ANY, times=3, seen=seen)[0] == []
+    (zone / "week" / "a.jsonl.part").rename(zone / "week" / "a.jsonl")
+    assert looks(zone, ANY, times=2, seen=seen)[0] == ["week"]
+
+
+def test_new_deliveries_are_taken_before_corrections(zone: Path) -> None:
+    one = LandingSettings(max_deliveries_per_tick=1)
+    land(zone, "a.jsonl")
+    _, seen = looks(zone, one)
+    land(zone, "a.jsonl", content=ROW * 2)
+    land(zone, "z.jsonl")
+    assert looks(zone, one, seen=seen)[0] == ["z.jsonl"]
 
 
 def test_where_the_marker_is_required_nothing_else_will_do(zone: Path) -> None:
@@ -276,29 +326,20 @@ def test_a_cursor_that_cannot_be_read_counts_as_nothing_seen(cursor: str | None)
     assert Seen.parse(cursor) == Seen()
 
 
-def test_a_run_key_holds_path_size_and_time(zone: Path) -> None:
-    land(zone, "a.jsonl")
-    [before] = landing.look(str(zone), ANY).deliveries
-    os.utime(zone / "a.jsonl", (1, 1))
-    [after] = landing.look(str(zone), ANY).deliveries
-    assert before.run_key("s3://zone/") != after.run_key("s3://zone/")
-    assert before.run_key("s3://zone/").startswith(f"s3://zone/a.jsonl|{len(ROW)} bytes|")
-
-
 # --- the copy ------------------------------------------------------------------------------------------------------
 
 
-def announced(zone: Path, storage: Storage, **settings: Any) -> Landed:
-    [landed] = landing.look(str(zone), LandingSettings(**settings)).deliveries
-    landing.announce(storage, str(zone), landed)
-    return landed
+def announce(zone: Path, storage: Storage) -> str | None:
+    """Announce what lies in the zone; the key of a run for it."""
+    [landed] = landing.look(str(zone), ANY).deliveries
+    return landing.announce(storage, str(zone), landed)
 
 
 def test_an_announced_delivery_is_copied_when_it_is_received_and_kept(zone: Path, storage: Storage) -> None:
     packed = gzip.compress(ROW)
     land(zone, "week/a.jsonl")
     land(zone, "week/deep/b.jsonl.gz", content=packed)
-    announced(zone, storage)
+    announce(zone, storage)
     assert not storage.has_delivery("week")
     delivery = landing.receive(storage, "week")
     (zone / "week" / "a.jsonl").unlink()
@@ -309,7 +350,7 @@ def test_an_announced_delivery_is_copied_when_it_is_received_and_kept(zone: Path
 
 def test_a_delivery_that_changed_since_it_was_complete_is_not_copied(zone: Path, storage: Storage) -> None:
     land(zone, "week.jsonl")
-    announced(zone, storage)
+    announce(zone, storage)
     land(zone, "week.jsonl", content=ROW * 2)
     with pytest.raises(LandingError, match=r"week.jsonl was changed after the delivery was taken as complete"):
         landing.receive(storage, "week")
@@ -318,7 +359,7 @@ def test_a_delivery_that_changed_since_it_was_complete_is_not_copied(zone: Path,
 
 def test_a_delivery_that_is_gone_is_named(zone: Path, storage: Storage) -> None:
     land(zone, "week.jsonl")
-    announced(zone, storage)
+    announce(zone, storage)
     (zone / "week.jsonl").unlink()
     with pytest.raises(LandingError, match=r"week.jsonl.* is gone from the landing zone; deliver it again"):
         landing.receive(storage, "week")
@@ -326,10 +367,25 @@ def test_a_delivery_that_is_gone_is_named(zone: Path, storage: Storage) -> None:
 
 def test_a_delivery_by_hand_takes_the_place_of_an_announced_one(zone: Path, storage: Storage) -> None:
     land(zone, "week.jsonl")
-    announced(zone, storage)
+    announce(zone, storage)
     by_hand = storage.store_delivery("week", {"other.jsonl": ROW})
-    landing.forget(storage, "week")
+    landing.settle(storage, "week")
     assert landing.receive(storage, "week") == by_hand
+    assert announce(zone, storage) is None, "a lost cursor brings no old delivery back"
+    assert landing.receive(storage, "week") == by_hand
+
+
+def test_a_run_key_holds_path_size_times_and_how_many_there_were(zone: Path, storage: Storage) -> None:
+    keys = []
+    for content in (ROW, ROW * 2, ROW):  # Put back as it was, its time too.
+        land(zone, "week.jsonl", content=content)
+        os.utime(zone / "week.jsonl", (1, 1))
+        keys.append(announce(zone, storage) or "")
+        assert announce(zone, storage) == keys[-1]
+        landing.receive(storage, "week")
+    assert len(set(keys)) == 3
+    assert keys[0].startswith(f"{zone}/week.jsonl|{len(ROW)} bytes|")
+    assert storage.read_delivery(storage.current_delivery("week")) == {"week.jsonl": ROW}
 
 
 def test_a_batch_that_was_never_delivered_cannot_be_received(storage: Storage) -> None:

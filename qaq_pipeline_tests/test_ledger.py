@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import TypeAdapter
 
-from qaq_pipeline import ledger, schema, selection
+from qaq_pipeline import ledger, reference, schema, selection
 from qaq_pipeline.config import ScreeningSettings, Selection
 from qaq_pipeline.schema import Decisions, NullReason, SelectedSubset, SelectionReason, TableError, dtypes, enforce
 from qaq_pipeline.screening import screen_alone
@@ -58,14 +58,19 @@ def decide(
     raw: pl.DataFrame = RAW,
     strong: pl.DataFrame = STRONG,
     weak: pl.DataFrame = WEAK,
+    is_against_reference: bool = False,
     **published: Any,
 ) -> pl.DataFrame:
-    """Decisions under one selection, as the asset makes them."""
+    """Decisions under one selection, as the asset makes them; with a reference, r1 of these very pairs."""
     given = {"name": "mine", "strategy": strategy} | ({} if strategy == "rmi_band" else HALF) | published
     selected_by: Selection = TypeAdapter(Selection).validate_python(given)
     scores = {"strong": strong, "weak": weak}
-    disagreement, _ = disagreement_scores(scores, ONE_STRATUM, "batch:b1")
-    verdicts = selection.select_all(selection.candidates(disagreement, scores), [selected_by], sorted(scores))
+    pool = reference.pool_id("r1", "0") if is_against_reference else "batch:b1"
+    disagreement, _ = disagreement_scores(scores, ONE_STRATUM, pool)
+    candidates = selection.candidates(disagreement, scores)
+    verdicts = selection.select_all(
+        candidates, [selected_by], sorted(scores), candidates if is_against_reference else None
+    )
     frame = ledger.decide(
         raw, screen_alone(raw, ScreeningSettings()), scores, disagreement, verdicts, selected_by, PROVENANCE_ID
     )
@@ -220,6 +225,20 @@ def test_the_sentence_names_what_the_selection_orders_by(strategy: str, measure:
 )
 def test_a_random_selection_says_that_it_drew(strategy: str, measure: str) -> None:
     assert f" by mine: {measure} " in said(1, decide(strategy))[2]
+
+
+@pytest.mark.parametrize("strategy", ["random", "stratified_random"])
+def test_a_random_selection_draws_from_the_batch_whatever_the_ranks_are_taken_against(strategy: str) -> None:
+    _, _, sentence = said(1, decide(strategy, is_against_reference=True))
+    assert "among pairs of like query perplexity of the reference r1: " in sentence
+    assert "; the last pair taken has 0." in sentence
+    assert "; the last pair taken of the reference r1 has " in said(1, decide(is_against_reference=True))[2]
+
+
+@pytest.mark.parametrize("is_against_reference", [False, True])
+def test_where_all_that_could_be_taken_was_the_sentence_says_so(is_against_reference: bool) -> None:
+    _, _, sentence = said(1, decide(budget={"fraction": 1.0}, is_against_reference=is_against_reference))
+    assert sentence.endswith("gap -0.750 is number 4 of 4 in the pool; all that could be taken were.")
 
 
 def test_every_reason_of_a_selection_has_a_sentence() -> None:

@@ -211,10 +211,23 @@ def _no_change(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
 
 
+def _rank_otherwise(of: str, value: str) -> Callable[[Storage, Settings], None]:
+    def change(storage: Storage, settings: Settings) -> None:
+        table = storage.read_table("decisions", "b1")
+        storage.write_table(StoredTable(table.frame, table.provenance | {of: value}), "decisions", "b1")
+
+    return change
+
+
 LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
     "missing": (_lose_table, "not materialised: decisions"),
-    "other_selection": (_select_otherwise, "selected by other, not by diff_high; materialise decisions"),
-    "other_budget": (_change_the_budget, "decided under other settings of diff_high; materialise decisions"),
+    "other_selection": (_select_otherwise, "selected by other, not by diff_high; `qaq recurate` selects again"),
+    "other_budget": (_change_the_budget, "decided under other settings of diff_high; `qaq recurate` decides again"),
+    "other_pool": (
+        _rank_otherwise("pool_id", "reference:r1:0"),
+        "in the pool reference:r1:0, not in batch:b1; `qaq rec",
+    ),
+    "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq recurate`"),
     "torn": (_tear, r"decisions/b1/table.parquet: cannot be read as a table"),
     "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
     "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),

@@ -29,6 +29,7 @@ from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import RunError
 from qaq_pipeline.schema import DisagreementScores, NullReason, RankReference, RmiScores, dtypes, enforce
 from qaq_pipeline.storage import StorageError
+from qaq_pipeline_tests import test_checks
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.frames import pair_name, rmi_rows
 from qaq_pipeline_tests.test_pipeline import HandMadeRuntime, code_versions, curate, latest, run_stages, table
@@ -220,7 +221,7 @@ def test_what_a_model_could_not_score_is_in_no_stratum_and_has_its_reason() -> N
 def test_a_batch_without_pairs_has_no_ranks_and_no_drift() -> None:
     frozen = freeze(alike((1.0, 0.1), (2.0, 0.2)))
     assert against(alike(), frozen).is_empty()
-    assert reference.drift(alike(), frozen) == []
+    assert reference.drift(alike(), frozen) == reference.Drift({}, 0.0)
 
 
 def test_with_the_strata_of_the_strong_model_so_are_those_of_the_reference() -> None:
@@ -253,6 +254,23 @@ def test_equal_scores_are_taken_up_to_the_pair_id_of_the_cut() -> None:
     candidates = selection.candidates(against(batch, frozen, ranking(1)), batch)
     verdicts = selection.select(candidates, top, ROLES, reference.candidates(frozen, ROLES))
     assert verdicts["is_selected"].to_list() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [budget(fraction=1.0), budget(count=99), budget(answer_tokens=999), {"rank_strong": (0.5, 1)} | budget(count=7)],
+)
+def test_a_budget_that_cut_nothing_off_refuses_no_pair_of_a_worse_batch(values: dict[str, Any]) -> None:
+    frozen = freeze(alike(*[(1.0, 0.1 * number) for number in range(8)]), how=ranking(1))
+    all_of_it = choose(strategy="diff_high", **values)
+    batch = scores([(1.0, 0.45), (1.0, -5.0)], [(1.0, 9.0)] * 2, first=21)
+    candidates = selection.candidates(against(batch, frozen, ranking(1)), batch)
+    own = reference.candidates(frozen, ROLES)
+    assert candidates["gap"].max() < own["gap"].min()  # type: ignore[operator]
+    verdicts = selection.select(candidates, all_of_it, ROLES, own)
+    expected = [True, all_of_it.rank_strong is None]  # type: ignore[union-attr]
+    assert verdicts["is_selected"].to_list() == expected
+    assert verdicts["cut"].to_list() == [None, None]
 
 
 def test_a_changed_budget_needs_no_new_reference() -> None:
@@ -346,40 +364,41 @@ def test_a_pool_id_tells_the_name_of_its_reference(pool_id: str, name: str | Non
 def test_a_batch_has_no_drift_from_itself_and_a_shifted_one_has() -> None:
     values = np.random.default_rng(1).normal(2.0, 0.3, size=(400, 2)).tolist()
     frozen = freeze(alike(*values))
-    assert {(one.psi, one.ks) for one in reference.drift(alike(*values), frozen)} == {(0.0, 0.0)}
+    names = {f"{m}_{q}_{role}" for m in ("psi", "ks") for q in ("log_ppl_q", "rmi") for role in ROLES}
+    assert reference.drift(alike(*values), frozen) == reference.Drift(dict.fromkeys(names, 0.0), 200.0)
     shifted = alike(*[(log_ppl_q, rmi - 1.0) for log_ppl_q, rmi in values])
-    found = {(one.model, one.quantity): one for one in reference.drift(shifted, frozen)}
-    assert found["strong", "log_ppl_q"].psi == 0.0
-    assert found["strong", "rmi"].psi > 2.0
-    assert found["weak", "rmi"].ks > 0.8
+    found = reference.drift(shifted, frozen).statistics
+    assert found["psi_log_ppl_q_strong"] == 0.0
+    assert found["psi_rmi_strong"] > 2.0
+    assert found["ks_rmi_weak"] > 0.8
 
 
 def test_psi_is_that_of_its_formula() -> None:
     frozen = freeze(alike(*[(1.0, 0.1 * number) for number in range(20)]))
     # Two rows of the reference in each of ten bins; of the batch all five in the last.
-    (_, of_rmi, *_) = reference.drift(alike(*[(1.0, 1.85)] * 5, first=50), frozen)
+    found = reference.drift(alike(*[(1.0, 1.85)] * 5, first=50), frozen)
     share, empty, full = 2.5 / 25, 0.5 / 10, 5.5 / 10
     expected = 9 * (empty - share) * math.log(empty / share) + (full - share) * math.log(full / share)
-    assert of_rmi.quantity == "rmi"
-    assert of_rmi.psi == pytest.approx(expected, rel=1e-12)
+    assert found.statistics["psi_rmi_strong"] == pytest.approx(expected, rel=1e-12)
+    assert found.evidence == 5 * 20 / 25
 
 
 @given(own=st.lists(SCORED, min_size=1, max_size=30), rows=st.lists(SCORED, min_size=1, max_size=30))
 @effort(max_examples=100, deadline=None)
 def test_ks_is_the_largest_distance_of_the_two_distributions(own: list[Any], rows: list[Any]) -> None:
-    for one in reference.drift(alike(*rows), freeze(alike(*own))):
-        column = ("log_ppl_q", "rmi").index(one.quantity)
+    found = reference.drift(alike(*rows), freeze(alike(*own))).statistics
+    for column, quantity in enumerate(("log_ppl_q", "rmi")):
         r, b = ([row[column] for row in sample] for sample in (own, rows))
         distances = [abs(sum(v <= x for v in r) / len(r) - sum(v <= x for v in b) / len(b)) for x in [*r, *b]]
-        assert one.ks == pytest.approx(max(distances), abs=1e-12)
-        assert math.isfinite(one.psi)
-        assert one.psi >= 0
+        assert found[f"ks_{quantity}_weak"] == pytest.approx(max(distances), abs=1e-12)
+        assert 0 <= found[f"psi_{quantity}_weak"] < math.inf
 
 
 def test_pairs_without_an_rmi_have_no_part_in_drift() -> None:
     frozen = freeze(alike((1.0, 0.1), (2.0, 0.2)))
     found = reference.drift(scores([(1.0, 0.1), (2.0, 0.2), (9.0, None)], [(9.0, None)] * 3), frozen)
-    assert [(one.model, one.psi) for one in found] == [("strong", 0.0), ("strong", 0.0)]
+    names = {"psi_log_ppl_q_strong", "ks_log_ppl_q_strong", "psi_rmi_strong", "ks_rmi_strong"}
+    assert found == reference.Drift(dict.fromkeys(names, 0.0), 0.0)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -405,6 +424,13 @@ def test_a_reference_that_cannot_be_is_refused_with_its_field(
         settings_for(ranking=values)
     for part in named:
         assert part in str(caught.value)
+
+
+def test_a_reference_of_ranks_needs_rmi(settings_for: SettingsFor) -> None:
+    of_ifd = {"scoring": {"quantities": ["ifd"]}, "selections": [{"name": "ifd", "strategy": "ifd"}]}
+    with pytest.raises(SettingsError, match=r"pool: reference needs `rmi` in scoring\.quantities"):
+        referring(settings_for, **of_ifd)
+    assert settings_for(**of_ifd).ranking.pool == "batch"
 
 
 CHANGED_REFERENCE: dict[str, tuple[dict[str, Any], set[str]]] = {
@@ -494,6 +520,12 @@ def metadata(instance: dg.DagsterInstance, asset: str) -> dict[str, Any]:
     assert event is not None
     assert event.asset_materialization is not None
     return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+
+def near_reference(instance: dg.DagsterInstance, batch: str) -> dict[str, Any] | None:
+    """The numbers of the newest check of drift, none where nothing can be compared; None: it could not be made."""
+    event = test_checks.evaluations(instance)[f"disagreement_scores.is_near_reference|{batch}"]
+    return None if event.severity is dg.AssetCheckSeverity.ERROR else test_checks.numbers(event)
 
 
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,7 +634,7 @@ def test_a_damaged_reference_is_written_anew_as_it_was_or_refused(
     # Drift from it cannot be measured, which changes no rank.
     summary = curate(settings_for(ranking={"reference": OF_B1}), instance, deliver(FIRST))
     assert summary.rows_by_decision["selected"] == 3
-    assert not [name for name in metadata(instance, "disagreement_scores") if name.startswith("psi")]
+    assert near_reference(instance, "b1") is None
 
 
 def test_ranks_are_not_taken_against_a_reference_of_other_settings(
@@ -647,7 +679,7 @@ def test_a_batch_that_other_models_scored_is_not_ranked_against_it(
     # Where only drift is measured, it is not.
     drifting = settings_for(ranking={"reference": OF_B1}, **other)
     curate(drifting, instance, deliver(SECOND, "second.jsonl"), batch="b2")
-    assert not [name for name in metadata(instance, "disagreement_scores") if name.startswith("psi")]
+    assert near_reference(instance, "b2") == {}
 
 
 def test_batches_that_were_scored_differently_make_no_reference(
@@ -658,6 +690,20 @@ def test_batches_that_were_scored_differently_make_no_reference(
     curate(settings_for(**other), instance, deliver(SECOND, "second.jsonl"), batch="b2")
     with pytest.raises(dg.Failure, match=r"b1 and b2 were scored by different models, .*\['strong'\]; materialise"):
         materialise_reference(referring(settings_for, batches=["b1", "b2"]), instance)
+
+
+def test_batches_that_were_scored_under_different_eligibility_make_no_reference(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    curate(settings_for(), instance, deliver(FIRST))
+    curate(settings_for(eligibility={"min_query_tokens": 3}), instance, deliver(SECOND, "second.jsonl"), batch="b2")
+    settings = referring(settings_for, batches=["b1", "b2"])
+    said = r"different `eligibility` \(b1\|strong: .*'min_query_tokens': 1.*b2\|weak: .*3.*\); materialise rmi_scores"
+    with pytest.raises(dg.Failure, match=said):
+        materialise_reference(settings, instance)
+    run_stages(settings, instance, "b2", "score_batch")
+    materialise_reference(settings, instance)
+    assert open_storage(settings).has_table(NAME, "r1")
 
 
 def test_a_batch_that_is_missing_or_gated_or_out_of_date_makes_no_reference(
@@ -707,16 +753,17 @@ def test_with_the_batch_as_pool_the_reference_only_measures_drift(
     before = table(settings_for(), "decisions")
     settings = settings_for(ranking={"reference": OF_B1})
     curate(settings, instance, deliver(FIRST))
-    assert "psi_rmi_strong" not in metadata(instance, "disagreement_scores")
+    assert near_reference(instance, "b1") == {}
     materialise_reference(settings, instance)
     curate(settings, instance, deliver(FIRST))
-    measured = {
-        name: value for name, value in metadata(instance, "disagreement_scores").items() if name[:2] in ("ps", "ks")
+    assert near_reference(instance, "b1") == {
+        f"{m}_{q}_{r}": 0.0 for m in ("psi", "ks") for q in ("log_ppl_q", "rmi") for r in ROLES
     }
-    assert measured == {f"{m}_{q}_{r}": 0.0 for m in ("psi", "ks") for q in ("log_ppl_q", "rmi") for r in ROLES}
     assert table(settings, "decisions").equals(before)
     curate(settings, instance, deliver(SECOND, "second.jsonl"), batch="b2")
-    assert metadata(instance, "disagreement_scores")["ks_rmi_weak"] > 0
+    of_second = near_reference(instance, "b2")
+    assert of_second is not None
+    assert of_second["ks_rmi_weak"] > 0
 
 
 def test_a_new_batch_leaves_the_reference_fresh(

@@ -115,7 +115,14 @@ def test_rmi_band_takes_what_lies_in_the_half_open_band():
     assert set(verdicts.filter("is_selected")["reason"]) == {"in_band"}
     assert reasons(verdicts)["a"] == reasons(verdicts)["e"] == "outside_band"
     assert reasons(verdicts)["d"] == "not_in_pool"
-    assert verdicts["cut"].unique().to_list() == [0.51]
+    assert verdicts["cut"].unique().to_list() == [None]
+
+
+@pytest.mark.parametrize("budget", [{"fraction": 1.0}, {"count": 3}, {"count": 9}, {"answer_tokens": 999}])
+def test_where_all_that_could_be_taken_was_there_is_no_cut(budget: dict[str, Any]):
+    verdicts = select(pairs(gap=[0.1, 0.4, None, 0.3]), parse(strategy="diff_high", budget=budget), ROLES)
+    assert taken(verdicts) == ["b", "d", "a"]
+    assert verdicts["cut"].to_list() == [None] * 4
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline import publication, withdrawals
+from qaq_pipeline import publication
 from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version
 from qaq_pipeline.config import Settings
 from qaq_pipeline.publication import Publication
@@ -34,9 +34,10 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     )
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
-        with storage.lock(publication.FOLDER):
+        with storage.lock(publication.FOLDER, waits=True):
             batches, excluded = publication.read_batches(storage, registered, settings)
-            if not batches and not _is_all_withdrawn(storage, excluded):
+            # What was withdrawn must go, and be it that nothing is left.
+            if not batches and not publication.published_withdrawn(storage):
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
             published = publication.publish(storage, settings, batches, excluded)
@@ -44,12 +45,6 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
         return _result(context, published, excluded)
 
     return curated_dataset
-
-
-def _is_all_withdrawn(storage: Storage, excluded: dict[str, str]) -> bool:
-    """Whether what was published before may be published no longer, and nothing else can be: then nothing is."""
-    is_published = publication.latest(storage) is not None
-    return is_published and bool(excluded) and set(excluded) <= set(withdrawals.read(storage).batches)
 
 
 def _sidecar(context: dg.AssetExecutionContext, excluded: dict[str, str]) -> dict[str, object]:

@@ -72,6 +72,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             "settings_hash": settings_hash(settings.selections),
             "published_hash": settings_hash(settings.published),
             "pool_id": disagreement_scores.provenance["pool_id"],
+            "ranking_hash": disagreement_scores.provenance["ranking_hash"],
             **stored_gate(gate),
             "files": raw_data.provenance["files"],
             "models": {role: table.provenance["identity"] for role, table in rmi_scores.items()},

@@ -3,12 +3,12 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import reference, strata
+from qaq_pipeline import publication, reference, strata
 from qaq_pipeline.assets import rank_reference
 from qaq_pipeline.assets.rank_reference import Scores
 from qaq_pipeline.assets.shared import BATCHES, by_model, code_version, definition, table_result
 from qaq_pipeline.config import RankingSettings, Settings
-from qaq_pipeline.storage import Storage, StorageError, StoredTable
+from qaq_pipeline.storage import Storage, StoredTable
 
 VERSION = "1"
 
@@ -37,13 +37,19 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         pool_id = pool_of(context.partition_key, ranking, frozen)
         frame, warnings = _rank(rmi_scores, ranking, pool_id, frozen)
         warnings += frame_warnings(rmi_scores)
-        drift, no_drift = _drift(storage, settings, rmi_scores)
-        for warning in [*warnings, *no_drift]:
+        for warning in warnings:
             context.log.warning(warning)
         inputs = by_model("rmi_scores", rmi_scores) | ({} if frozen is None else {rank_reference.NAME: frozen})
         models = {role: table.provenance["identity"] for role, table in rmi_scores.items()}
-        metadata = _metadata(frame, warnings) | drift
-        return table_result(context, frame, inputs, metadata, pool_id=pool_id, models=models)
+        return table_result(
+            context,
+            frame,
+            inputs,
+            _metadata(frame, warnings),
+            pool_id=pool_id,
+            ranking_hash=publication.ranking_hash(ranking),
+            models=models,
+        )
 
     return disagreement_scores
 
@@ -70,22 +76,6 @@ def _rank(
             allow_retries=False,
         )
     return reference.disagreement_scores(frames, frozen.frame, ranking, pool_id), []
-
-
-def _drift(storage: Storage, settings: Settings, tables: Scores) -> tuple[dict[str, float], list[str]]:
-    """How far the batch lies from the reference, where one is stored; else why that is not measured."""
-    named = settings.ranking.reference
-    if named is None or not storage.has_table(rank_reference.NAME, named.name):
-        return {}, []
-    try:
-        frozen = storage.read_table(rank_reference.NAME, named.name)
-    except StorageError as error:
-        return {}, [f"no drift is measured: {error}"]
-    if differing := rank_reference.differently_scored(frozen, tables):
-        return {}, [f"no drift from the reference {named.name} is measured: the models {differing} are not its own"]
-    found = reference.drift({role: table.frame for role, table in tables.items()}, frozen.frame)
-    measured = {f"psi_{one.quantity}_{one.model}": one.psi for one in found}
-    return measured | {f"ks_{one.quantity}_{one.model}": one.ks for one in found}, []
 
 
 def require_same_scoring(tables: dict[str, StoredTable]) -> None:

@@ -37,6 +37,7 @@ def build_rank_reference(settings: Settings) -> dg.AssetsDefinition:
     def rank_reference(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         batches = {batch: _read_batch(storage, batch, settings) for batch in wanted.batches}
         _require_one_scoring(batches)
+        _require_one_eligibility(batches)
         try:
             frame, warnings = reference.freeze(
                 [{role: table.frame for role, table in scores.items()} for scores in batches.values()],
@@ -138,6 +139,23 @@ def _require_one_scoring(batches: Mapping[str, Scores]) -> None:
                 f"{differing}; materialise logprobs and rmi_scores of both, or leave one out",
                 allow_retries=False,
             )
+
+
+def _require_one_eligibility(batches: Mapping[str, Scores]) -> None:
+    """A pair that one batch leaves unscored for its short Q would else be in the pool or not, by the batches' order."""
+    found = {
+        f"{batch}|{role}": table.provenance.get("eligibility")
+        for batch, scores in batches.items()
+        for role, table in scores.items()
+    }
+    expected = next(iter(found.values()))
+    if any(eligibility != expected for eligibility in found.values()):
+        said = ", ".join(f"{partition}: {eligibility}" for partition, eligibility in found.items())
+        raise dg.Failure(
+            f"{NAME}: the rmi_scores were made under different `eligibility` ({said}); materialise rmi_scores of these "
+            "batches, or leave some out",
+            allow_retries=False,
+        )
 
 
 def _provenance(settings: Settings, batches: Mapping[str, Scores], version: str | None) -> dict[str, Any]:

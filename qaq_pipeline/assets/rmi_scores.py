@@ -30,7 +30,7 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
         )
         carried = ("identity", "identity_after", "identity_hash", "frame", "scoring", "libraries", "device")
         provenance = {key: logprobs.provenance[key] for key in carried if key in logprobs.provenance}
-        provenance["scored_from"] = logprobs.provenance["inputs"]
+        provenance |= {"scored_from": logprobs.provenance["inputs"], "eligibility": eligibility.model_dump(mode="json")}
         return table_result(context, frame, {"logprobs": logprobs}, _metadata(frame), **provenance)
 
     return rmi_scores

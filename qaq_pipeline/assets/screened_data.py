@@ -59,8 +59,8 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
             storage.write_table(result.value, "screened_data", batch)
             if gate is None:
                 storage.take_place(batch)
-        report_gate(context, settings.alerts, gate, is_new=is_new_verdict(gate, stored))
         yield from unless_same(context, result, stored, RESCREENING_TAG, "compared_with", "withdrawn")
+        report_gate(context, settings.alerts, gate, is_new=is_new_verdict(gate, stored))
 
     return screened_data
 
@@ -84,8 +84,9 @@ def _screen(
     """What is made of the batch beside the older ones, and whether it goes any further."""
     batch, duplicates_of = context.partition_key, settings.screening.duplicates
     withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
-    older = _older(context, storage, storage.batches_before(batch)) if duplicates_of.across_batches else {}
-    related = {name: duplicates.related(one.signatures, signatures.frame) for name, one in older.items()}
+    before = storage.batches_before(batch) if duplicates_of.across_batches else []
+    older = _older(context, storage, before, signatures.frame)
+    related = {name: one.related for name, one in older.items()}
     raws = [storage.read_table("raw_data", name).frame for name, rows in related.items() if not rows.is_empty()]
     frame = screening.screen(
         raw_data.frame,
@@ -127,15 +128,18 @@ def _gate(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], sett
 
 @dataclass(frozen=True)
 class _OlderBatch:
-    """Of an older batch, the rows that may stand for others."""
+    """Of an older batch, the rows that may stand for rows of this one."""
 
-    signatures: pl.DataFrame
+    related: pl.DataFrame
+    """Signatures of those that have one in common."""
     version: str
     """Of its screened_data."""
 
 
-def _older(context: dg.AssetExecutionContext, storage: Storage, batches: list[str]) -> dict[str, _OlderBatch]:
-    """The older batches whose rows may stand for others; one that is left out is named in the log."""
+def _older(
+    context: dg.AssetExecutionContext, storage: Storage, batches: list[str], own: pl.DataFrame
+) -> dict[str, _OlderBatch]:
+    """The older batches whose rows may stand for rows of these signatures; one that is left out is named in the log."""
     older = {}
     registered = set(context.instance.get_dynamic_partitions(str(BATCHES.name)))
     for batch in publication.standing_batches(storage, batches, registered):
@@ -148,7 +152,7 @@ def _older(context: dg.AssetExecutionContext, storage: Storage, batches: list[st
             )
         accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
         standing = signed.frame.join(accepted, on=schema.ROW_KEY, how="semi", maintain_order="left")
-        older[batch] = _OlderBatch(standing, screened.data_version)
+        older[batch] = _OlderBatch(duplicates.related(standing, own), screened.data_version)
     for batch in batches:
         if batch not in older:
             context.log.warning("not compared with batch %s: it is gated, incomplete, being made anew, or gone", batch)

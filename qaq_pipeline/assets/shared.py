@@ -165,6 +165,8 @@ def unless_same(
 ) -> Iterator[dg.MaterializeResult]:
     """The materialisation; an observation instead where a run of that tag made what was there: then nothing follows.
 
+    What was there counts only where its materialisation was recorded: a process may die between the two.
+
     Args:
         context: of the asset, which is one that may have no output (`output_required=False`).
         result: what was made.
@@ -178,7 +180,7 @@ def unless_same(
         before.data_version,
         _without(before.provenance, ignored),
     )
-    if tag not in context.run.tags or not is_same:
+    if tag not in context.run.tags or not is_same or _recorded_version(context) != made.data_version:
         yield result
         return
     context.log.info("%s of %s is as it was: nothing follows", context.asset_key.path[-1], context.partition_key)
@@ -190,6 +192,14 @@ def unless_same(
             metadata=dict(result.metadata or {}),
         )
     )
+
+
+def _recorded_version(context: dg.AssetExecutionContext) -> str | None:
+    """Data version of the partition's newest materialisation."""
+    wanted = dg.AssetRecordsFilter(context.asset_key, asset_partitions=[context.partition_key])
+    records = context.instance.fetch_materializations(wanted, limit=1).records
+    event = records[0].asset_materialization if records else None
+    return None if event is None else (event.tags or {}).get("dagster/data_version")
 
 
 def _without(provenance: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
