@@ -149,10 +149,8 @@ def _decisions() -> dg.AssetChecksDefinition:
 
 def _same_models(storage: Storage, models: Mapping[str, Mapping[str, Any]]) -> Finding | StorageError:
     try:
-        manifest = None
-        if storage.exists(publication.FOLDER, "latest.json"):
-            version = storage.read_json(publication.FOLDER, "latest.json")["version"]
-            manifest = storage.read_json(publication.FOLDER, version, "manifest.json")
+        version = publication.latest(storage)
+        manifest = None if version is None else storage.read_json(publication.FOLDER, version, "manifest.json")
     except StorageError as error:
         return error
     return measures.same_models(models, manifest)

@@ -16,7 +16,7 @@ import re
 import zoneinfo
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -312,6 +312,10 @@ class RankingSettings(_Closed):
     reference: ReferenceSettings | None = Field(
         None, description="What `pool: reference` ranks against; with `pool: batch`, what drift is measured against."
     )
+
+    def without_pool(self) -> dict[str, Any]:
+        """How strata and ranks are made, whatever the pool; as JSON."""
+        return self.model_dump(mode="json", exclude={"pool", "reference"})
 
     @model_validator(mode="after")
     def _has_pool(self) -> Self:

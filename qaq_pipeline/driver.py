@@ -23,6 +23,7 @@ from qaq_pipeline import config, landing, publication, records, schema, screenin
 from qaq_pipeline.assets.logprobs import accepted_pairs
 from qaq_pipeline.config import Settings
 from qaq_pipeline.jobs import PUBLISHING, STAGES
+from qaq_pipeline.recuration import BY_MODEL
 from qaq_pipeline.renewal import renew
 from qaq_pipeline.resources import ModelRuntime, ScoringCost, open_storage
 from qaq_pipeline.runs import Events, RunError, failed_checks, materialisation_metadata, running
@@ -294,8 +295,7 @@ def _labels(partition: tuple[str, ...]) -> list[pl.Expr]:
 
 
 def _table_partitions(settings: Settings, name: str, batch: str) -> list[tuple[str, ...]]:
-    by_model = name in ("logprobs", "rmi_scores")
-    return [(batch, role) for role in sorted(settings.models)] if by_model else [(batch,)]
+    return [(batch, role) for role in sorted(settings.models)] if name in BY_MODEL else [(batch,)]
 
 
 def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ def rejected_rows(raw: pl.DataFrame, max_share: float | None) -> Finding:
     if raw.is_empty():
         return Finding(False, "The delivery has no row.", counts)
     share = counts["rejected"] / raw.height
-    by_reason = _count_by(raw["reason"])
+    by_reason = count_by(raw["reason"])
     limit = "any share is allowed" if max_share is None else f"{max_share:g} may be (gates.max_rejected_share)"
     return Finding(
         max_share is None or share <= max_share,
@@ -69,7 +69,7 @@ def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
     counts = {"wanted": len(wanted), "null": len(null)}
     if wanted.is_empty():
         return Finding(True, "No pair was to be scored.", counts)
-    share, by_reason = len(null) / len(wanted), _count_by(null)
+    share, by_reason = len(null) / len(wanted), count_by(null)
     return Finding(
         share <= max_share,
         f"{len(null)} of {len(wanted)} wanted quantities are null, a share of {share:.4g}; {max_share:g} may be "
@@ -269,7 +269,7 @@ def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None],
     )
 
 
-def _count_by(values: pl.Series) -> dict[str, int]:
+def count_by(values: pl.Series) -> dict[str, int]:
     """How often each value comes, most frequent first; nulls are left out."""
     counts = values.drop_nulls().value_counts(name="n").sort("n", values.name, descending=[True, False])
     return dict(counts.iter_rows())

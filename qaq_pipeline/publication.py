@@ -22,7 +22,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline import card, exports, gates, ledger, reference, schema, withdrawals
-from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, RankingSettings, Settings, settings_hash
+from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
 from qaq_pipeline.schema import Change, Decision
 from qaq_pipeline.storage import Footer, Storage, StorageError, StoredTable, empty, hash_json
 from qaq_pipeline.withdrawals import Withdrawals
@@ -88,11 +88,13 @@ def sort_out(
     order = storage.batches_in_order()
     standing = standing_batches(storage, order, set(registered))
     withdrawn = withdrawals.read(storage)
+    named = settings.ranking.reference
+    reference_version = None if named is None else storage.table_version("rank_reference", named.name)
     for batch in sorted(registered):
         try:
             footers = _read_footers(storage, batch)
             fault = (
-                _inconsistency(footers, settings, pool_of(storage, batch, settings.ranking))
+                _inconsistency(footers, settings, reference.pool_of(batch, settings.ranking, reference_version))
                 or screened_otherwise(batch, footers.screened_data.provenance, order, standing)
                 or not_withdrawn(storage, batch, footers.screened_data.provenance, withdrawn)
             )
@@ -127,14 +129,6 @@ def read_batches(
     return batches, excluded
 
 
-def pool_of(storage: Storage, batch: str, ranking: RankingSettings) -> str:
-    """The pool_id that the ranks of a batch should have: of itself, or of the reference in its stored version."""
-    if ranking.pool == "batch" or ranking.reference is None:
-        return f"batch:{batch}"
-    version = storage.table_version("rank_reference", ranking.reference.name)
-    return reference.pool_id(ranking.reference.name, version or "not made yet")
-
-
 def _inconsistency(tables: _Footers, settings: Settings, pool: str) -> str | None:
     decided, selected = tables.decisions.provenance, tables.selected_subset.provenance
     gate = gates.of_provenance(decided)
@@ -156,14 +150,9 @@ def _decided_otherwise(decided: Mapping[str, Any], selection: str, settings: Set
         return f"decided under other settings of {settings.published.name}; `qaq recurate` decides again"
     if decided.get("pool_id") != pool:
         return f"ranked in the pool {decided.get('pool_id')}, not in {pool}; `qaq recurate` ranks it again"
-    if decided.get("ranking_hash") != ranking_hash(settings.ranking):
+    if decided.get("ranking_hash") != settings_hash(settings.ranking.without_pool()):
         return "ranked under other settings of ranking; `qaq recurate` ranks it again"
     return None
-
-
-def ranking_hash(ranking: RankingSettings) -> str:
-    """Hash of how strata and ranks are made, whatever the pool."""
-    return settings_hash(ranking.model_dump(exclude={"pool", "reference"}))
 
 
 def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[str]) -> dict[str, str]:

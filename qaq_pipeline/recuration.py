@@ -24,7 +24,8 @@ STAGES: dict[str, list[str]] = {
 }
 """The tables of a batch by the job that makes them, in the order in which the jobs run."""
 
-_BY_MODEL = STAGES["score_batch"]
+BY_MODEL = STAGES["score_batch"]
+"""Tables with a partition for each batch and model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Review:
     def outdated(self, batch: str) -> list[Outdated]:
         """The partitions of the first stage of a batch that are out of date; what follows is seen when these ran."""
         for job, tables in STAGES.items():
-            models = sorted(self._present.roles) if tables == _BY_MODEL else [None]
+            models = sorted(self._present.roles) if tables == BY_MODEL else [None]
             reasons = {model: self._reason(batch, model, tables) for model in models}
             found = [Outdated(job, batch, model, reason) for model, reason in reasons.items() if reason is not None]
             if found:
@@ -144,7 +145,7 @@ class Review:
         if table not in schema.TABLES:
             return self._present.shared_inputs.get(name)
         of_batch = [partition[0], *([model] if model else [])]
-        return self._storage.table_version(table, *(partition if table in _BY_MODEL and not model else of_batch))
+        return self._storage.table_version(table, *(partition if table in BY_MODEL and not model else of_batch))
 
     def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
         try:

@@ -37,6 +37,19 @@ def pool_id(name: str, version: str) -> str:
     return f"{_POOL}:{name}:{version}"
 
 
+def pool_of(batch: str, ranking: RankingSettings, version: str | None) -> str:
+    """The pool_id that the ranks of a batch should have: of itself, or of the reference.
+
+    Args:
+        batch: name of the batch.
+        ranking: which pool, and which reference.
+        version: data version of the stored reference; None: there is none.
+    """
+    if ranking.pool == "batch" or ranking.reference is None:
+        return f"batch:{batch}"
+    return pool_id(ranking.reference.name, version or "not made yet")
+
+
 def name_in(pool: str) -> str | None:
     """The name of the reference that a pool_id names; None: it names a batch."""
     kind, name, *_ = pool.split(":")

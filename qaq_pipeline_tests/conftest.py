@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import dagster as dg
 import pytest
 import yaml
 
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.prompts import Pair
+from qaq_pipeline.storage import Storage
 from qaq_pipeline_tests.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
 
 # Read when the libraries are imported, which test modules do: no test asks a hub.
@@ -164,6 +166,19 @@ def settings_for(
         return parse_settings(yaml.safe_dump(values | sections), "test.yaml")
 
     return build
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    """A Dagster instance in memory, which forgets."""
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """An empty storage on disk."""
+    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
 
 
 SAMPLES = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline import duplicates, ledger, publication, selection
+from qaq_pipeline import duplicates, ledger, selection
 from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.schema import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
@@ -133,7 +133,7 @@ def store_batch(
         "settings_hash": settings_hash(settings.selections),
         "published_hash": settings_hash(settings.published),
         "pool_id": f"batch:{batch}",
-        "ranking_hash": publication.ranking_hash(settings.ranking),
+        "ranking_hash": settings_hash(settings.ranking.without_pool()),
     }
     frame = ledger.decide(
         raw,

@@ -1,9 +1,10 @@
-"""The UI and its daemon as processes: `qaq ui`, started on a free port and ended, and what is left of it."""
+"""The UI and its daemon as processes: `qaq ui`, its settings, started on a free port and ended; and the browser."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,14 +13,43 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 QAQ = Path(sys.executable).with_name("qaq")
 LOOPBACK = "127.0.0.1"
 PATIENCE_S = 180.0
 """For anything that starts a process."""
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+NEEDS_CHROMIUM = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on PATH; install it, e.g. Debian's package `chromium`"
+)
+
+
+def write_profile(path: Path, models: dict[str, Path], **sections: Any) -> Path:
+    """Settings of tiny models by role, for processes that read `QAQ_CONFIG`; sections by keyword."""
+    values: dict[str, Any] = {
+        "models": {
+            role: {"directory": str(folder), "device": "cpu", "dtype": "float32"} for role, folder in models.items()
+        },
+        "scoring": {"max_tokens": 512},
+        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
+    }
+    path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
+    return path
 
 
 @contextlib.contextmanager

@@ -454,12 +454,6 @@ def test_the_settings_hold_names_of_variables_and_never_what_they_hold(monkeypat
 # --- failed runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.ephemeral() as ephemeral:
-        yield ephemeral
-
-
 def failing_asset(instance: dg.DagsterInstance, error: Exception) -> dg.ExecuteInProcessResult:
     """A run of an asset that fails so, of batch b1 and the weak model."""
     partitions = dg.MultiPartitionsDefinition(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,6 @@ class Daemon:
 
     def events(self, asset: str) -> int:
         return len(self.instance.fetch_materializations(dg.AssetKey(asset), limit=100).records)
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    """An instance in memory."""
-    with dg.DagsterInstance.ephemeral() as fresh:
-        yield fresh
 
 
 def zone_of(settings: Settings) -> Path:

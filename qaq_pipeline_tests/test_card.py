@@ -31,11 +31,6 @@ SHA256 = hashlib.sha256(b"benchmark").hexdigest()
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
-
-
-@pytest.fixture
 def settings() -> Settings:
     return parse_settings(SETTINGS)
 

@@ -34,12 +34,6 @@ def zone(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    """An empty storage."""
-    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
-
-
 def land(zone: Path, *names: str, content: bytes = ROW) -> None:
     for name in names:
         path = zone / name

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,6 @@ HUB_SETTINGS = {"models": {"strong": {"hub": "tiny/strong"}, "weak": {"hub": "ti
 """Settings that name no file: enough to build definitions, not to score."""
 
 PARTITIONS_OF_TABLE = {name: 2 if name in ("logprobs", "rmi_scores") else 1 for name in schema.TABLES}
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    """A Dagster instance in memory, which forgets."""
-    with dg.DagsterInstance.ephemeral() as ephemeral:
-        yield ephemeral
 
 
 @pytest.fixture

@@ -27,11 +27,6 @@ models:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
-
-
-@pytest.fixture
 def settings() -> Settings:
     return parse_settings(SETTINGS)
 

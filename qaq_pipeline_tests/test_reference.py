@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -483,13 +483,6 @@ def test_the_graph_has_the_reference_before_the_ranks_and_of_its_own_batches_alo
 
 FIRST, SECOND = SAMPLES[:12], SAMPLES[12:]
 SELECTED = ["pair_id", "decision", "reason", "gap", "scores", "verdicts"]
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    """A Dagster instance in memory, which forgets."""
-    with dg.DagsterInstance.ephemeral() as ephemeral:
-        yield ephemeral
 
 
 @pytest.fixture

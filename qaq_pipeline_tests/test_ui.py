@@ -9,17 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-import yaml
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from qaq_pipeline import config, driver, publication, schema
@@ -28,15 +25,24 @@ from qaq_pipeline.jobs import STAGES
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
-from qaq_pipeline_tests.server import LOOPBACK, PATIENCE_S, QAQ, REPOSITORY, assert_nothing_runs, running_ui
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from qaq_pipeline_tests.server import (
+    CHROMIUM,
+    CHROMIUM_OPTIONS,
+    LOOPBACK,
+    NEEDS_CHROMIUM,
+    PATIENCE_S,
+    QAQ,
+    REPOSITORY,
+    assert_nothing_runs,
+    running_ui,
+    write_profile,
+)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it, e.g. Debian's package `chromium`"),
+    NEEDS_CHROMIUM,
 ]
 
 PAGE_PATIENCE_MS = 90_000
@@ -46,15 +52,6 @@ WIDE_VIEWPORT = (2900, 900)
 
 GROUPS = ["ingest", "scoring", "selection", "publication"]
 ASSETS = [asset for assets in STAGES.values() for asset in assets]
-CHROMIUM_OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,6 @@ def site(
     assert_nothing_runs(home)
     with pytest.raises(ConnectionRefusedError), socket.create_connection((LOOPBACK, urlsplit(url).port or 0)):
         pass
-
-
-def write_profile(path: Path, models: dict[str, Path]) -> Path:
-    values: dict[str, Any] = {
-        "models": {
-            role: {"directory": str(folder), "device": "cpu", "dtype": "float32"} for role, folder in models.items()
-        },
-        "scoring": {"max_tokens": 512},
-        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
-    }
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
 
 
 def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:

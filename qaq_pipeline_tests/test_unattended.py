@@ -14,13 +14,12 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import yaml
 
 from qaq_pipeline import config, driver, publication
 from qaq_pipeline.config import Settings
 from qaq_pipeline.resources import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
-from qaq_pipeline_tests.server import assert_nothing_runs, processes_of, running_ui
+from qaq_pipeline_tests.server import assert_nothing_runs, processes_of, running_ui, write_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -46,18 +45,10 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(("strong", "weak"))}
     home, profile = tmp_path / "home", tmp_path / "settings.yaml"
-    values: dict[str, Any] = {
-        "models": {
-            role: {"directory": str(tiny_model_dir(seed=seed)), "device": "cpu", "dtype": "float32"}
-            for seed, role in enumerate(("strong", "weak"))
-        },
-        "scoring": {"max_tokens": 512},
-        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
-        "landing": {"interval_seconds": 5},
-        "automation": {"started": True, "interval_seconds": 5},
-    }
-    profile.write_text(yaml.safe_dump(values), encoding="utf-8")
+    often = {"interval_seconds": 5}
+    write_profile(profile, models, landing=often, automation=often | {"started": True})
     variables = {"QAQ_HOME": str(home), "QAQ_CONFIG": str(profile), "DAGSTER_HOME": str(home / "dagster")}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from playwright.sync_api import expect, sync_playwright
 
 from qaq_pipeline import config, driver, publication
 from qaq_pipeline.resources import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
-from qaq_pipeline_tests.server import assert_nothing_runs, running_ui
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from qaq_pipeline_tests.server import (
+    CHROMIUM,
+    CHROMIUM_OPTIONS,
+    NEEDS_CHROMIUM,
+    assert_nothing_runs,
+    running_ui,
+    write_profile,
+)
 
 WEEKS = int(os.environ.get("QAQ_TEST_WEEKS", "52"))
 ROWS = 300
@@ -30,7 +32,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it, e.g. Debian's package `chromium`"),
+    NEEDS_CHROMIUM,
 ]
 
 
@@ -48,16 +50,10 @@ def _row(week: int, number: int) -> dict[str, str]:
 def test_a_year_of_weekly_batches_is_no_slower_at_its_end_and_the_ui_answers(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(("strong", "weak"))}
     home, profile = tmp_path / "home", tmp_path / "settings.yaml"
-    values: dict[str, Any] = {
-        "models": {
-            role: {"directory": str(tiny_model_dir(seed=seed)), "device": "cpu", "dtype": "float32"}
-            for seed, role in enumerate(("strong", "weak"))
-        },
-        "scoring": {"max_tokens": 512, "quantities": ["rmi"]},
-        "publication": {"keep_versions": 4},
-    }
-    profile.write_text(yaml.safe_dump(values), encoding="utf-8")
+    scoring = {"max_tokens": 512, "quantities": ["rmi"]}
+    write_profile(profile, models, scoring=scoring, ranking={}, publication={"keep_versions": 4})
     variables = {"QAQ_HOME": str(home), "QAQ_CONFIG": str(profile), "DAGSTER_HOME": str(home / "dagster")}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -102,7 +98,7 @@ def look_at(url: str) -> None:
         "locations/qaq_pipeline/asset-groups/ingest/lineage": "screened_data",
     }
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
         page = browser.new_page(viewport={"width": 1500, "height": 900})
         for path, text in pages.items():
             started = time.monotonic()

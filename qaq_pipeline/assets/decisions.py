@@ -5,12 +5,10 @@ import polars as pl
 
 from qaq_pipeline import gates, ledger, reference, selection
 from qaq_pipeline.assets import rank_reference
-from qaq_pipeline.assets.disagreement_scores import pool_of
 from qaq_pipeline.assets.shared import (
     BATCHES,
     by_model,
     code_version,
-    count_by,
     definition,
     footer_before,
     gate_metadata,
@@ -22,6 +20,7 @@ from qaq_pipeline.assets.shared import (
     table_result,
 )
 from qaq_pipeline.config import Settings, settings_hash
+from qaq_pipeline.measures import count_by
 from qaq_pipeline.storage import Storage, StoredTable, hash_json
 
 VERSION = "1"
@@ -53,7 +52,8 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         scores = {role: table.frame for role, table in rmi_scores.items()}
         scored_by = {role: table.provenance for role, table in rmi_scores.items()}
         frozen = rank_reference.read_reference(storage, settings) if cut_by else None
-        _require_pool(disagreement_scores, pool_of(context.partition_key, ranking, frozen))
+        pool = reference.pool_of(context.partition_key, ranking, None if frozen is None else frozen.data_version)
+        _require_pool(disagreement_scores, pool)
         candidates = selection.candidates(disagreement_scores.frame, scores)
         of_reference = None if frozen is None else reference.candidates(frozen.frame, roles)
         verdicts = selection.select_all(candidates, settings.selections, roles, of_reference)
@@ -91,9 +91,9 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         metadata = {
             "published_selection": settings.published.name,
             "pool_size": _pool_size(verdicts, settings.published.name),
-            "rows_by_decision": count_by(frame, "decision"),
-            "rows_by_reason": count_by(frame, "reason"),
-            "selected_by_selection": {} if gate else count_by(verdicts.filter("is_selected"), "selection"),
+            "rows_by_decision": count_by(frame["decision"]),
+            "rows_by_reason": count_by(frame["reason"]),
+            "selected_by_selection": {} if gate else count_by(verdicts.filter("is_selected")["selection"]),
             **gate_metadata(gate),
         }
         return table_result(context, frame, inputs, metadata, **facts)

@@ -3,11 +3,11 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import publication, reference, strata
+from qaq_pipeline import reference, strata
 from qaq_pipeline.assets import rank_reference
 from qaq_pipeline.assets.rank_reference import Scores
 from qaq_pipeline.assets.shared import BATCHES, by_model, code_version, definition, table_result
-from qaq_pipeline.config import RankingSettings, Settings
+from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.storage import Storage, StoredTable
 
 VERSION = "1"
@@ -34,7 +34,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         require_same_scoring(rmi_scores)
         frozen = rank_reference.read_reference(storage, settings) if is_against_reference else None
-        pool_id = pool_of(context.partition_key, ranking, frozen)
+        pool_id = reference.pool_of(context.partition_key, ranking, None if frozen is None else frozen.data_version)
         frame, warnings = _rank(rmi_scores, ranking, pool_id, frozen)
         warnings += frame_warnings(rmi_scores)
         for warning in warnings:
@@ -47,18 +47,11 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
             inputs,
             _metadata(frame, warnings),
             pool_id=pool_id,
-            ranking_hash=publication.ranking_hash(ranking),
+            ranking_hash=settings_hash(ranking.without_pool()),
             models=models,
         )
 
     return disagreement_scores
-
-
-def pool_of(batch: str, ranking: RankingSettings, frozen: StoredTable | None) -> str:
-    """The pool_id of a batch's ranks."""
-    if frozen is None or ranking.reference is None:
-        return f"batch:{batch}"
-    return reference.pool_id(ranking.reference.name, frozen.data_version)
 
 
 def _rank(

@@ -10,12 +10,12 @@ from qaq_pipeline import gates
 from qaq_pipeline.assets.shared import (
     batch_by_model,
     code_version,
-    count_by,
     definition,
     gate_metadata,
     table_result,
 )
 from qaq_pipeline.config import Settings
+from qaq_pipeline.measures import count_by
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import ModelRuntime, ScoredPairs, partition_parts
 from qaq_pipeline.schema import Quantity, Status
@@ -128,5 +128,5 @@ def _metadata(scored: ScoredPairs) -> dict[str, object]:
         "batches_halved": report.num_splits,
         "seconds": round(report.seconds, 2),
         **speed,
-        "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame, f"null_reason_{q}"))},
+        "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame[f"null_reason_{q}"]))},
     }

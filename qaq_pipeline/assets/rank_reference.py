@@ -67,7 +67,7 @@ def frozen_with(settings: Settings) -> dict[str, Any]:
     """The settings that a reference is frozen with, as its provenance has them."""
     return {
         "batches": list(_wanted(settings).batches),
-        "ranking": settings.ranking.model_dump(mode="json", exclude={"pool", "reference"}),
+        "ranking": settings.ranking.without_pool(),
     }
 
 

@@ -10,13 +10,13 @@ from qaq_pipeline.assets.shared import (
     BATCHES,
     LANDED_TAG,
     code_version,
-    count_by,
     definition,
     footer_before,
     table_result,
     unless_same,
 )
 from qaq_pipeline.config import Settings
+from qaq_pipeline.measures import count_by
 from qaq_pipeline.storage import Delivery, Storage, empty
 
 VERSION = "1"
@@ -45,7 +45,7 @@ def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
         metadata = {
             "accepted": int((frame["status"] == "accepted").sum()),
             "rejected": int((frame["status"] == "rejected").sum()),
-            "rejected_by_reason": count_by(frame, "reason"),
+            "rejected_by_reason": count_by(frame["reason"]),
             "files": dict(delivery.files),
         }
         result = table_result(context, frame, {}, metadata, delivery=delivery.content_hash, files=dict(delivery.files))

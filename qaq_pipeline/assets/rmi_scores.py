@@ -4,8 +4,9 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline import scores
-from qaq_pipeline.assets.shared import batch_by_model, code_version, count_by, definition, table_result
+from qaq_pipeline.assets.shared import batch_by_model, code_version, definition, table_result
 from qaq_pipeline.config import Settings
+from qaq_pipeline.measures import count_by
 from qaq_pipeline.storage import StoredTable
 
 VERSION = "1"
@@ -41,7 +42,7 @@ def _metadata(frame: pl.DataFrame) -> dict[str, object]:
     return {
         "scorable": frame.height - frame["rmi"].null_count(),
         "short_queries": int(frame["is_short_query"].sum()),
-        "null_reasons_rmi": count_by(frame, "null_reason_rmi"),
-        "null_reasons_ifd": count_by(frame, "null_reason_ifd"),
+        "null_reasons_rmi": count_by(frame["null_reason_rmi"]),
+        "null_reasons_ifd": count_by(frame["null_reason_ifd"]),
         **{name: value for name, value in medians.items() if value is not None},
     }

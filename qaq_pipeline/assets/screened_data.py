@@ -11,7 +11,6 @@ from qaq_pipeline.assets.shared import (
     BATCHES,
     RESCREENING_TAG,
     code_version,
-    count_by,
     definition,
     footer_before,
     gate_metadata,
@@ -24,6 +23,7 @@ from qaq_pipeline.assets.shared import (
 )
 from qaq_pipeline.config import ContaminationSettings, Settings
 from qaq_pipeline.gates import Gate
+from qaq_pipeline.measures import count_by
 from qaq_pipeline.schema import Status
 from qaq_pipeline.storage import Storage, StoredTable, empty, hash_json
 
@@ -101,8 +101,8 @@ def _screen(
     if gate is not None:
         frame = frame.with_columns(batch_gate=pl.lit(gate.reason.value))
     metadata = {
-        "rows_by_status": count_by(frame, "status"),
-        "rows_by_reason": count_by(frame, "reason"),
+        "rows_by_status": count_by(frame["status"]),
+        "rows_by_reason": count_by(frame["reason"]),
         "compared_with_batches": list(older),
         "benchmarks": found.benchmarks,
         **gate_metadata(gate),

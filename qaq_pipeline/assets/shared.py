@@ -225,9 +225,3 @@ def report_gate(context: dg.AssetExecutionContext, settings: AlertSettings, gate
 def by_model(name: str, tables: Mapping[str, StoredTable]) -> dict[str, StoredTable]:
     """Tables of several models under names of their own, as provenance lists them."""
     return {f"{name}|{model}": table for model, table in tables.items()}
-
-
-def count_by(frame: pl.DataFrame, column: str) -> dict[str, int]:
-    """How often each value of a column stands in a frame, most frequent first; nulls are left out."""
-    counts = frame[column].drop_nulls().value_counts(sort=True, name="n").sort("n", column, descending=[True, False])
-    return dict(counts.iter_rows())
