@@ -85,12 +85,16 @@ def run(
 
 @app.command()
 def status(config_file: ConfigOption = None) -> None:
-    """Show every batch, which of its tables are stored, and why one is left out of the published dataset."""
-    from qaq_pipeline import driver
+    """Show every batch, its tables, why one is left out of the published dataset, and whether the daemon runs."""
+    from datetime import UTC, datetime
+
+    from qaq_pipeline import automation, driver
 
     settings = _settings(config_file)
     with driver.open_instance() as instance:
         rows, left_out = driver.batch_status(settings, instance), driver.batches_left_out(settings, instance)
+        for sentence in automation.unattended(instance, datetime.now(UTC)):
+            console.print(sentence, markup=False, highlight=False)
     for entry, reason in driver.refused_deliveries(settings).items():
         _warn(f"{entry} is refused: {reason}")
     _warn_of_published(settings)

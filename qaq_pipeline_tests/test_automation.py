@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._daemon.types import DaemonHeartbeat
 
-from qaq_pipeline import driver, landing, publication, renewal
+from qaq_pipeline import automation, driver, landing, publication, renewal
 from qaq_pipeline.config import RuntimeSettings, Settings, SettingsError
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.jobs import STAGES
@@ -540,3 +543,27 @@ def test_sensors_and_schedule_start_where_the_settings_say_so_and_state_it(
 def test_a_cron_that_is_none_is_named_with_its_field(settings_for: SettingsFor) -> None:
     with pytest.raises(SettingsError, match=r"automation.recuration_cron: 'every night' is no cron"):
         build_defs(settings_for(automation={"recuration_cron": "every night"}))
+
+
+# --- what a person is told -----------------------------------------------------------------------------------------
+
+
+def test_a_person_is_told_whether_the_daemon_runs_and_how_the_last_night_ended(instance: dg.DagsterInstance) -> None:
+    now = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
+    daemon, night = automation.unattended(instance, now)
+    assert "No daemon ever ran here" in daemon
+    assert night == "No nightly re-curation has run yet."
+
+    instance.add_daemon_heartbeat(DaemonHeartbeat(now.timestamp() - 40, "SENSOR", "id", []))
+    assert automation.unattended(instance, now)[0] == "The daemon runs."
+    later = automation.unattended(instance, now + timedelta(hours=3))[0]
+    assert (
+        later == "The daemon was last seen on 2026-11-25 11:59 UTC: nothing is curated by itself. `qaq ui` starts it."
+    )
+
+
+def test_a_person_is_told_of_the_newest_night(settings_for: SettingsFor, instance: dg.DagsterInstance) -> None:
+    job = build_defs(settings_for()).resolve_job_def(automation.NIGHTLY)
+    assert job.execute_in_process(instance=instance).success
+    told = automation.unattended(instance, datetime.now(UTC))[1]
+    assert re.fullmatch(r"Last nightly re-curation: SUCCESS, \d{4}-\d\d-\d\d \d\d:\d\d UTC\.", told)
