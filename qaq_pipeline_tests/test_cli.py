@@ -21,7 +21,7 @@ import yaml
 from qaq_pipeline import cli, driver, schema
 from qaq_pipeline.config import parse_settings
 from qaq_pipeline.driver import BatchSummary, ModelSummary
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, pair_name, store_batch
 
