@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -90,12 +91,9 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     return [asked[0], asked[len(asked) // 2]]
 
 
-def _provenance(batch: str) -> dict[str, object]:
-    return {"table": "decisions", "partition": [batch], "inputs": {}, "files": {"a.jsonl": "0"}, "models": {}} | {
-        "pool_id": "batch:b",
-        "settings_hash": "0",
-        "code_version": "0",
-    }
+def _provenance(batch: str) -> dict[str, Any]:
+    hashes = dict.fromkeys(("settings_hash", "code_version"), "0")
+    return {"partition": [batch], "inputs": {}, "files": {"a.jsonl": "0"}, "models": {}, "pool_id": "b", **hashes}
 
 
 def _batches(num_rows: int) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -121,9 +119,9 @@ def _decisions(num_rows: int, random: np.random.Generator) -> pl.DataFrame:
     verdict = {name: pl.lit(None, dtype.dtype) for name, dtype in schema.VERDICT.inner.items()}
     verdict |= {"is_selected": pl.col("rank") > 0.75, "score": pl.col("rank"), "position": pl.col("source_row")}
     frame = pl.DataFrame({"rank": rank, "source_row": range(1, num_rows + 1)})
-    models = [pl.struct(**score | {"model": pl.lit(role)}) for role in ("strong", "weak")]
+    models = [_struct(score | {"model": pl.lit(role)}) for role in ("strong", "weak")]
     names = ("diff_high", "control_random", "control_stratified_random")
-    verdicts = [pl.struct(**verdict | {"selection": pl.lit(name)}) for name in names]
+    verdicts = [_struct(verdict | {"selection": pl.lit(name)}) for name in names]
     types = schema.dtypes(schema.Decisions)
     values = {name: pl.lit(None, dtype) for name, dtype in types.items()} | {
         "source_file": pl.lit("a.jsonl"),
@@ -138,6 +136,10 @@ def _decisions(num_rows: int, random: np.random.Generator) -> pl.DataFrame:
         "provenance_id": pl.lit(hash_json(_provenance("b"))),
     }
     return frame.select(value.cast(types[name]).alias(name) for name, value in values.items())
+
+
+def _struct(values: dict[str, pl.Expr]) -> pl.Expr:
+    return pl.struct([value.alias(name) for name, value in values.items()])
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def explain(
     except (StorageError, ValueError) as error:
         _fail(f"{error}. Known batches: `qaq status`")
     if as_json:
-        console.print_json(json.dumps([one.as_json() for one in gathered], default=str))
+        print(json.dumps([one.as_json() for one in gathered], ensure_ascii=False))
         return
     for unindexed in answer.unindexed:
         _warn(f"{unindexed}: no index of the table as it is, so all of it was read; `qaq recurate` makes it anew")
