@@ -308,7 +308,7 @@ def _budget(row: Mapping[str, Any], published: Selection) -> str:
     of = "of the pool" if isinstance(published, RandomSelection) else f"of the pool{_of_reference(row)}"
     end = "lowest" if _is_ascending(published) else "highest"
     if budget.fraction is not None:
-        return f"the {end} {Decimal(str(budget.fraction)) * 100:f}% {of}".replace(".0%", "%")
+        return f"the {end} {(Decimal(str(budget.fraction)) * 100).normalize():f}% {of}"
     if budget.count is not None:
         return f"the {end} {budget.count:,} {of}"
     return f"the {end} {of} whose answers have {budget.answer_tokens:,} tokens in all"

@@ -328,6 +328,20 @@ def test_strata_are_counted_in_words(number: int, words: str) -> None:
     assert ledger._ordinal(number) == words
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"fraction": 0.25}, "the highest 25% of the pool by"),
+        ({"fraction": 0.5}, "the highest 50% of the pool by"),
+        ({"fraction": 0.125}, "the highest 12.5% of the pool by"),
+        ({"fraction": 1.0}, "the highest 100% of the pool by"),
+        ({"count": 1000}, "the highest 1,000 of the pool by"),
+    ],
+)
+def test_a_budget_is_told_as_it_is_set(budget: dict[str, Any], words: str) -> None:
+    assert words in said(1, decide(budget=budget))[2]
+
+
 def test_numbers_are_told_apart_where_they_differ_and_show_no_minus_zero() -> None:
     assert ledger._apart(0.30001, 0.30004) == ("0.30001", "0.30004")
     assert ledger._apart(0.3, 0.3) == ("0.300", "0.300")
