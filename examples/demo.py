@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qaq_pipeline import config, model_files
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 
 HERE = Path(__file__).parent
 console = Console()

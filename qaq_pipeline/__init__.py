@@ -22,6 +22,7 @@ The map, each module importing only from those above it:
     measures          what the asset checks measure of stored tables
     selection         the strategies and their exact budgets
     reference         a frozen pool of several batches: ranks and cuts against it, drift from it
+    lookup            rows of a Parquet file by their key; what a person means by a row
     ledger            every input row: decision, reason, sentence
     exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet
     card              what lies in a version and how it was chosen: its README
@@ -36,6 +37,7 @@ The map, each module importing only from those above it:
     withdrawals       what must not be published any more, and why
     landing           deliveries in the landing zone: complete or not, refused or copied
     publication       batches -> a version of the dataset, its manifest
+    audit             a row's fate now and in every version, and what made it: reading only
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
@@ -50,6 +52,7 @@ The map, each module importing only from those above it:
     automation        sensors, the nightly job and its schedule
     alerting          the sensor that sends an alert for every failed run
     definitions       jobs and automation put together: the code location
+    dossier           all about a row, as `qaq explain` shows it
     doctor            what stands in the way of a run on this machine
     cli               the commands a person types
 """

@@ -15,8 +15,8 @@ from qaq_pipeline.assets.shared import BATCHES, LANDED_TAG, RESCREENING_TAG
 from qaq_pipeline.config import Settings, SettingsError
 from qaq_pipeline.jobs import present
 from qaq_pipeline.landing import Landed, Seen
-from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import Events
+from qaq_pipeline.storage import open_storage
 
 NIGHTLY = "recurate"
 _HEARTBEAT_PATIENCE_S = 120.0

@@ -28,8 +28,10 @@ from qaq_pipeline.config import Settings, SettingsError
 if TYPE_CHECKING:
     import polars as pl
 
-    from qaq_pipeline import driver
+    from qaq_pipeline import audit, driver
+    from qaq_pipeline.publication import Published
     from qaq_pipeline.scoring import Progress as ScoringProgress
+    from qaq_pipeline.storage import Storage
 
 _SHORTEST_KEY = 6
 
@@ -165,42 +167,51 @@ def withdraw(
 
 @app.command()
 def explain(
-    batch: Annotated[str, typer.Argument(help="Name of the batch.")],
+    what: Annotated[
+        str | None, typer.Argument(metavar="[BATCH]", help="The batch; or alone: a pair_id, or BATCH/FILE:ROW.")
+    ] = None,
     row: Annotated[
-        str, typer.Argument(help="Row number, file:row, file:row.turn, or a pair_id (or its first digits).")
-    ],
+        str | None,
+        typer.Argument(help="Row number, file:row, file:row.turn, or a pair_id (or its first digits)."),
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Look for rows that hold this text.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", help="With --text: only in this batch.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="A published version, by number or hash. Default: the ledger.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known, for machines.")] = False,
+    provenance: Annotated[bool, typer.Option("--provenance", help="With the text of the templates.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Say what happened to a row, in sentences, with its numbers."""
-    from qaq_pipeline import ledger
-    from qaq_pipeline.resources import open_storage
-    from qaq_pipeline.storage import StorageError
+    """Say what happened to a row, in sentences, with its numbers, in every version, and what made it so."""
+    if (what is None) == (text is None) or (what is not None and row is None and not _names_a_row(what)):
+        raise typer.BadParameter("give BATCH ROW, a pair_id, BATCH/FILE:ROW, or --text")
+    from qaq_pipeline import audit, dossier, publication
+    from qaq_pipeline.storage import StorageError, open_storage
 
     storage = open_storage(_settings(config_file))
     try:
-        decisions = storage.read_table("decisions", config.check_batch_name(batch))
-        raw = storage.read_table("raw_data", batch).frame
+        published = None if version is None else publication.find_version(storage, version)
+        if text is not None:
+            found = _rows_with_text(storage, text, batch)
+            if len(found) > 1:
+                dossier.matches(console, found)
+                return
+            what, row = dossier.key_of(found[0])
+        assert what is not None
+        answer, found_in = _find(storage, what, row, published)
+        gathered = [dossier.gather(storage, one, found_in, with_versions=published is None) for one in answer.rows]
     except (StorageError, ValueError) as error:
         _fail(f"{error}. Known batches: `qaq status`")
-    found = ledger.find_rows(decisions.frame, row.removeprefix(f"{batch}/"))
-    if found.is_empty():
-        _fail(
-            f"batch {batch!r} has no row {row!r}; it has {raw.height} rows, the first of file {raw['source_file'][0]!r}"
-            if raw.height
-            else f"batch {batch!r} has no rows"
-        )
-    for decision in found.join(raw.select(*schema.ROW_KEY, "query", "answer"), on=schema.ROW_KEY).iter_rows(named=True):
-        _print_row(decision)
-    models = decisions.provenance["models"]
-    for role, identity in sorted(models.items()):
-        console.print(
-            f"{role}: {identity['model']} ({identity['revision']}), {identity['dtype']}, "
-            f"template {identity['template_hash']}",
-            style="dim",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    if as_json:
+        print(json.dumps([one.as_json() for one in gathered], ensure_ascii=False))
+        return
+    for unindexed in answer.unindexed:
+        _warn(f"{unindexed}: no index of the table as it is, so all of it was read; `qaq recurate` makes it anew")
+    if len(gathered) == audit.MOST_ROWS:
+        _warn(f"There may be more: the first {audit.MOST_ROWS} rows follow.")
+    for one in gathered:
+        dossier.show(console, one, with_template=provenance)
 
 
 @app.command()
@@ -266,8 +277,7 @@ def cache(
     config_file: ConfigOption = None,
 ) -> None:
     """Show what the score cache holds, by model, and how often it was used."""
-    from qaq_pipeline.resources import open_storage
-    from qaq_pipeline.storage import PartitionBusyError
+    from qaq_pipeline.storage import PartitionBusyError, open_storage
 
     storage = open_storage(_settings(config_file))
     if prune is not None:
@@ -483,6 +493,59 @@ def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence
     console.print(shown)
 
 
+def _names_a_row(what: str) -> bool:
+    """Whether that alone names a row: BATCH/FILE:ROW, or a pair_id."""
+    from qaq_pipeline import lookup
+
+    return "/" in what or lookup.is_pair(what)
+
+
+def _find(
+    storage: Storage, what: str, row: str | None, version: Published | None
+) -> tuple[audit.Answer, Published | None]:
+    """The rows that are meant, in the version; by default in the ledger, else in the newest version that has them."""
+    from qaq_pipeline import audit
+
+    batch, slash, place = (what, "/", row) if row is not None else what.partition("/")
+    if slash:
+        config.check_batch_name(batch)
+
+    def find(version: Published | None) -> audit.Answer:
+        if not slash:
+            return audit.find_pair(storage, what, version)
+        return audit.find_row(storage, batch, place, version)
+
+    found = (find(version), version) if version is not None else audit.find_anywhere(storage, find)
+    if not found[0].rows:
+        where = "" if version is None else f" in version {version.number}"
+        _fail(_no_such_row(storage, batch, place) if slash and version is None else f"no row {row or what!r}{where}")
+    return found
+
+
+def _no_such_row(storage: Storage, batch: str, row: str) -> str:
+    footer = storage.read_footer("raw_data", batch)
+    if not footer.num_rows:
+        return f"batch {batch!r} has no rows"
+    first = next(iter(storage.scan_table("raw_data", batch, columns=["source_file"])))["source_file"][0]
+    return f"batch {batch!r} has no row {row!r}; it has {footer.num_rows} rows, the first of file {first!r}"
+
+
+def _rows_with_text(storage: Storage, text: str, batch: str | None) -> list[dict[str, Any]]:
+    """The rows that hold the text, with progress while they are looked for."""
+    from qaq_pipeline import audit
+
+    batches = storage.batches_with("raw_data") if batch is None else [config.check_batch_name(batch)]
+    found: list[dict[str, Any]] = []
+    with Progress(console=errors, transient=True) as bars:
+        task = bars.add_task("reading raw_data", total=len(batches))
+        for name, rows in audit.find_text(storage, text, batches):
+            found += rows
+            bars.update(task, advance=1, description=f"read {name}: {len(found):,} found")
+    if not found:
+        _fail(f"no row of {batch or 'any batch'}, as delivered now, holds {text!r}")
+    return found
+
+
 def _is_key(digest: str, start: str) -> bool:
     return len(start) >= _SHORTEST_KEY and digest.startswith(start)
 
@@ -491,36 +554,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _print_row(row: dict[str, Any]) -> None:
-    reference = f"{row['batch']}/{row['source_file']}:{row['source_row']}.{row['turn_index']}"
-    fate = f"{reference}: {row['decision']} ({row['reason']})"
-    console.print(fate, style="bold", markup=False, highlight=False, soft_wrap=True)
-    console.print(row["explanation"], highlight=False, markup=False)
-    for label in ("query", "answer"):
-        text = " ".join((row[label] or "").split())
-        console.print(f"  {label}: {text[:160]}{'…' if len(text) > 160 else ''}", style="dim", markup=False)
-    if row["scores"]:
-        _print_structs("model", row["scores"])
-    if row["verdicts"]:
-        _print_structs("selection", row["verdicts"])
-    console.print(f"pair_id {row['pair_id']}, provenance {row['provenance_id']}", style="dim", highlight=False)
-
-
-def _print_structs(name: str, structs: list[dict[str, Any]]) -> None:
-    """One column a struct, one row a field: readable in 80 characters."""
-    shown = Table("", *(struct[name] for struct in structs))
-    for field in structs[0]:
-        if field != name:
-            shown.add_row(field, *(_cell(struct[field]) for struct in structs))
-    console.print(shown)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _write_frame(frame: pl.DataFrame, to: Path) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from qaq_pipeline import config, model_files
 from qaq_pipeline.config import Settings, SettingsError
 from qaq_pipeline.prompts import PairEncoder
-from qaq_pipeline.resources import LIBRARIES, open_storage
+from qaq_pipeline.resources import LIBRARIES
+from qaq_pipeline.storage import open_storage
 
 
 @dataclass(frozen=True, slots=True)

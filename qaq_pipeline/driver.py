@@ -25,9 +25,9 @@ from qaq_pipeline.config import Settings
 from qaq_pipeline.jobs import PUBLISHING, STAGES
 from qaq_pipeline.recuration import BY_MODEL
 from qaq_pipeline.renewal import renew
-from qaq_pipeline.resources import ModelRuntime, ScoringCost, open_storage
+from qaq_pipeline.resources import ModelRuntime, ScoringCost
 from qaq_pipeline.runs import Events, RunError, failed_checks, materialisation_metadata, running
-from qaq_pipeline.storage import Delivery, Storage, StorageError
+from qaq_pipeline.storage import Delivery, Storage, StorageError, open_storage
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 
 import polars as pl
 
+from qaq_pipeline import lookup
+
 
 def messages_jsonl(rows: pl.DataFrame) -> bytes:
     """OpenAI messages, one conversation a line: the row's own system text, if any, then Q and A."""
@@ -35,21 +37,21 @@ def scores_parquet(decisions: pl.DataFrame) -> bytes:
 def parquet(rows: pl.DataFrame) -> bytes:
     """The rows as they are."""
     buffer = io.BytesIO()
-    rows.write_parquet(buffer, compression="zstd")
+    rows.write_parquet(buffer, compression="zstd", row_group_size=lookup.rows_per_group(rows.height))
     return buffer.getvalue()
 
 
 def flat_scores(decisions: pl.DataFrame) -> pl.DataFrame:
     """Decisions with a column for each score and model (`rmi_strong`) and each selection (`is_selected:diff_high`)."""
     rows = decisions.with_row_index("row")
-    keep = rows.drop("scores", "verdicts", "explanation")
+    keep = rows.drop("scores", "verdicts")
     scores = _spread(rows, "scores", "model", lambda field, role: f"{field}_{role}")
     verdicts = _spread(
         rows,
         "verdicts",
         "selection",
         lambda field, name: f"{field}:{name}",
-        fields=("is_selected", "score", "position"),
+        fields=("is_selected", "reason", "score", "position"),
     )
     return keep.join(scores, on="row", how="left").join(verdicts, on="row", how="left").sort("row").drop("row")
 

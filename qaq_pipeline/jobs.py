@@ -12,9 +12,9 @@ from qaq_pipeline.assets import build_assets
 from qaq_pipeline.checks import build_checks
 from qaq_pipeline.config import Settings
 from qaq_pipeline.recuration import Present
-from qaq_pipeline.resources import ModelRuntime, TableIOManager, open_storage
+from qaq_pipeline.resources import ModelRuntime, TableIOManager
 from qaq_pipeline.scoring import Progress
-from qaq_pipeline.storage import Storage
+from qaq_pipeline.storage import Storage, open_storage
 
 SELECTING = "select_from_batch"
 PUBLISHING = "publish_dataset"

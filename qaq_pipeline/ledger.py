@@ -7,29 +7,15 @@ Does not belong here: the selection itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline import reference, schema
-from qaq_pipeline.config import IfdSelection, PplSelection, RandomSelection, RmiBandSelection, Selection
+from qaq_pipeline.config import Budget, IfdSelection, PplSelection, RandomSelection, RmiBandSelection, Selection
 from qaq_pipeline.gates import Gate
-from qaq_pipeline.schema import Decision, NullReason, SelectionReason, Status
-
-_SHORTEST_KEY = 6
-"""Digits of a pair_id."""
-
-_ORDERED_BY = {
-    "diff_high": "gap",
-    "diff_low": "gap",
-    "sum_high": "rank sum",
-    "sum_low": "rank sum",
-    "rmi_band": "rank",
-    "rmi_top": "rank",
-    "length": "answer length in tokens",
-    "random": "random draw",
-    "stratified_random": "place in the stratified draw",
-}
+from qaq_pipeline.schema import Decision, DuplicateReason, NullReason, SelectionReason, Status
 
 
 def decide(
@@ -78,7 +64,8 @@ def decide(
     )
     if gate is not None:
         return _gated(decided, gate)
-    sentences = [explain(row, published) for row in decided.iter_rows(named=True)]
+    told = decided.drop("verdicts", "provenance_id", *schema.ROW_KEY)
+    sentences = [explain(row, published) for row in told.iter_rows(named=True)]
     explained = decided.with_columns(explanation=pl.Series(sentences, dtype=pl.String))
     return explained.select(list(schema.dtypes(schema.Decisions)))
 
@@ -89,7 +76,7 @@ def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
     return decided.with_columns(
         decision=pl.lit(Decision.BATCH_GATED.value),
         reason=pl.lit(gate.reason.value),
-        explanation=pl.lit(f"The batch was not published: {gate.sentence}.") + own,
+        explanation=pl.lit(f"No row of the batch is published: {gate.sentence}.") + own,
         verdicts=pl.col("verdicts").list.head(0),
     ).select(list(schema.dtypes(schema.Decisions)))
 
@@ -157,57 +144,117 @@ def _published_verdict(verdicts: pl.DataFrame, published: Selection) -> pl.DataF
     return of_published.select("pair_id", *(pl.col(name).alias(f"verdict_{name}") for name in columns))
 
 
-def find_rows(rows: pl.DataFrame, row: str) -> pl.DataFrame:
-    """The rows that a person means: by number, file:row, file:row.turn, or the first digits of a pair_id."""
-    if row.isdecimal():
-        found = rows.filter(pl.col("source_row") == int(row))
-        if not found.is_empty():
-            return found
-    file, _, position = row.rpartition(":")
-    number, _, turn = position.partition(".")
-    if file and number.isdecimal():
-        of_row = (pl.col("source_file") == file) & (pl.col("source_row") == int(number))
-        return rows.filter(of_row & ((pl.col("turn_index") == int(turn)) if turn.isdecimal() else True))
-    is_key = len(row) >= _SHORTEST_KEY
-    return rows.filter(pl.col("pair_id").str.starts_with(row)) if is_key else rows.clear()
-
-
 # --- words ------------------------------------------------------------------------------------------------------
+
+_GAP = "the rank under the strong model less that under the weak one"
+
+_MEASURES = {
+    "diff_high": f"the gap, {_GAP}",
+    "diff_low": f"the gap, {_GAP}",
+    "sum_high": "the sum of the two models' ranks",
+    "sum_low": "the sum of the two models' ranks",
+    "rmi_top": "the rank under the {model} model",
+    "length": "the answer's length in tokens of the {model} model",
+    "random": "a random draw in [0, 1)",
+    "stratified_random": "the place in a random draw inside every stratum of query perplexity",
+    "ifd_ppl": "IFD, the {model} model's perplexity of the answer after the query over that of the answer alone",
+    "ifd_loss": "IFD, the {model} model's log perplexity of the answer after the query over that of the answer alone",
+    "log_ppl_q": "the {model} model's log perplexity of the query in nats per token",
+    "log_ppl_q_given_a": "the {model} model's log perplexity of the query after the answer in nats per token",
+    "log_ppl_a": "the {model} model's log perplexity of the answer in nats per token",
+    "log_ppl_a_given_q": "the {model} model's log perplexity of the answer after the query in nats per token",
+}
+"""What a selection orders by, by its measure or else its strategy."""
+
+_WHY_NULL = {
+    NullReason.NOT_WANTED: "the settings (scoring.quantities) do not ask for the score",
+    NullReason.QUERY_TOO_LONG: "the query alone does not fit into the window (scoring.max_tokens), and none is cut",
+    NullReason.PAIR_TOO_LONG: "query and answer do not fit into the window (scoring.max_tokens), and scoring.too_long "
+    "leaves such pairs unscored",
+    NullReason.NO_TOKENS_TO_SCORE: "there is no token to score",
+    NullReason.NON_FINITE: "the model gave no finite number",
+    NullReason.OUT_OF_MEMORY: "it did not fit into memory, even alone",
+    NullReason.TOO_FEW_QUERY_TOKENS: "its query has fewer tokens than eligibility.min_query_tokens",
+}
 
 
 def explain(row: Mapping[str, Any], published: Selection) -> str:
-    """The decision of a row as sentences. `row` has the columns of Decisions and the published verdict's."""
+    """The decision of a row as sentences for a reader who knows no code.
+
+    Args:
+        row: the columns of Decisions, the `detail` of RawData, the pool_id, and the published verdict's columns as
+            `verdict_<column>`.
+        published: the selection that decides.
+    """
     decision = Decision(row["decision"])
     if decision is Decision.REJECTED:
-        return f"Rejected when it was read: {row['detail']}"
+        return f"Rejected when it was read, and never scored: {_sentence(row['detail'])}"
     if decision is Decision.WITHDRAWN:
-        return f"Withdrawn: {row['evidence']}."
+        return f"Withdrawn, so it is not published any more: {_sentence(row['evidence'])}"
     if decision is Decision.CONTAMINATED:
-        return f"Contaminated: it holds {row['evidence']}."
+        return f"Contaminated, and not scored: it holds {_sentence(row['evidence'])}"
     if decision is Decision.DUPLICATE:
-        return f"Duplicate of {row['duplicate_of']}, which stands for this pair: {row['evidence']}."
-    flag = f" Flagged: it holds {row['evidence']}." if row["evidence"] else ""
+        return _duplicate(row)
+    flag = f" Flagged, and kept all the same: it holds {_sentence(row['evidence'])}" if row["evidence"] else ""
     if decision is Decision.UNSCORABLE:
-        return f"Not scorable: {_why_unscorable(row)}. It is in no stratum and cannot be selected.{flag}"
-    return f"{_ranks(row)} {_verdict(row, published)}{flag}"
+        return f"Not scorable: {_why_unscorable(row)}. So it has no rank, and cannot be selected.{flag}"
+    return " ".join([_ranks(row), *_cautions(row), _verdict(row, published)]) + flag
+
+
+def explain_in_version(row: Mapping[str, Any] | None, *, has_batch: bool, was_in: int | None, told: str | None) -> str:
+    """What a published version says of a row, as one line.
+
+    Args:
+        row: decision, reason and, since versions have it, explanation; None: the version has no such row.
+        has_batch: whether the row's batch is in the version.
+        was_in: the number of the version before, where that one had the row in its selection.
+        told: an explanation that the reader has just read, and need not read again.
+    """
+    dropped = "" if was_in is None else f"dropped, had been in version {was_in}: "
+    if row is None:
+        return dropped + ("no such row had been delivered" if has_batch else "its batch was not in it")
+    is_in = row["decision"] == Decision.SELECTED.value
+    fate = "in it: " if is_in else dropped or "not in it: "
+    why = row.get("explanation") or f"{row['decision']} ({row['reason']}); older versions hold no sentence"
+    return fate + ("as above" if why == told else why)
+
+
+def _sentence(text: str) -> str:
+    """With one full stop at its end."""
+    return text.rstrip(" .") + "."
+
+
+def _duplicate(row: Mapping[str, Any]) -> str:
+    is_exact = row["reason"] == DuplicateReason.EXACT_DUPLICATE.value
+    alike = "Equal to" if is_exact else f"Near (similarity {row['similarity']:.3f}, where 1 is equal) to"
+    return f"Duplicate. {alike} {row['duplicate_of']}, which stands for it: {_sentence(row['evidence'])}"
 
 
 def _why_unscorable(row: Mapping[str, Any]) -> str:
-    reasons = [f"{s['model']} model: {s['null_reason']}" for s in row["scores"] if s["null_reason"]]
-    return "; ".join(reasons)
+    reasons = {score["model"]: score["null_reason"] for score in row["scores"] if score["null_reason"]}
+    return "; ".join(f"under the {model} model, {_WHY_NULL[NullReason(why)]}" for model, why in reasons.items())
 
 
 def _ranks(row: Mapping[str, Any]) -> str:
-    said = [
-        f"{score['model']} {score['rank']:.3f} in stratum {score['stratum']} of {score['num_strata']}"
-        for score in row["scores"]
-        if score["rank"] is not None
-    ]
-    if not said:
-        return "No model ranks it."
-    cut_tail = [score["model"] for score in row["scores"] if score["is_truncated"]]
-    note = f" The tail of its answer was cut for: {', '.join(cut_tail)}." if cut_tail else ""
-    return f"Rank of RMI among pairs of like query perplexity{_of_reference(row)}: {', '.join(said)}.{note}"
+    ranks = [_rank(score) for score in row["scores"] if score["rank"] is not None]
+    if not ranks:
+        return "No model ranks it by RMI."
+    unranked = [f"the {score['model']} model does not rank it" for score in row["scores"] if score["rank"] is None]
+    return (
+        "Ranked by RMI, how much the answer helps to predict the query, from 0 to 1 among pairs of like query "
+        f"perplexity{_of_reference(row)}: {', '.join([*ranks, *unranked])}."
+    )
+
+
+def _rank(score: Mapping[str, Any]) -> str:
+    stratum, num_strata = score["stratum"], score["num_strata"]
+    where = "the only stratum" if num_strata == 1 else f"the {_ordinal(stratum)} of {num_strata} strata"
+    return f"the {score['model']} model ranks it {score['rank']:.3f} in {where}"
+
+
+def _ordinal(number: int) -> str:
+    is_teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _of_reference(row: Mapping[str, Any]) -> str:
@@ -216,37 +263,94 @@ def _of_reference(row: Mapping[str, Any]) -> str:
     return "" if name is None else f" of the reference {name}"
 
 
+def _cautions(row: Mapping[str, Any]) -> list[str]:
+    cut = [
+        f"The {score['model']} model read only the first {score['num_a_tokens']} of the answer's "
+        f"{score['num_a_tokens_untruncated']} tokens."
+        for score in row["scores"]
+        if score["is_truncated"]
+    ]
+    short = [
+        f"The query has only {score['num_q_tokens']} tokens for the {score['model']} model: its scores are noisy."
+        for score in row["scores"]
+        if score["is_short_query"]
+    ]
+    return cut + short
+
+
 def _verdict(row: Mapping[str, Any], published: Selection) -> str:
     reason = SelectionReason(row["verdict_reason"])
     fate = "Selected" if reason in schema.SELECTED_REASONS else "Not selected"
-    return f"{fate} by {published.name}: {_grounds(row, published, reason)}."
+    return f"{fate} by {published.name}, which takes {_grounds(row, published, reason)}."
 
 
 def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
-    measure = _measure(published)
-    value = "" if row["verdict_score"] is None else f"{measure} {row['verdict_score']:.3f}"
-    place = f"{value} is number {row['verdict_position']} of {row['verdict_pool_size']} in the pool"
+    """What the selection takes, and where this pair stands."""
     if isinstance(published, RmiBandSelection):
-        inside = "in" if reason is SelectionReason.IN_BAND else "outside"
-        return f"{value} is {inside} the band ({published.band[0]:g}, {published.band[1]:g}]"
-    if reason in (SelectionReason.WITHIN_BUDGET, SelectionReason.BELOW_CUT):
-        return f"{place}; {_cut(row, published, reason)}"
+        low, high = published.band
+        rank = f"it ranks this one {row['verdict_score']:.3f}"
+        return f"what the {published.model} model ranks above {low:g} and up to {high:g}: {rank}"
     if reason is SelectionReason.GAP_BELOW_MINIMUM:
-        return f"{value} is below the minimum gap or equal to it ({getattr(published, 'min_gap', None)})"
+        least = getattr(published, "min_gap", None)
+        return f"only pairs whose gap, {_GAP}, is above {least:g}: this one's is {_number(row['gap'])}"
     if reason is SelectionReason.RANK_STRONG_OUT_OF_RANGE:
-        return f"its rank under the strong model is not in the range {getattr(published, 'rank_strong', None)}"
-    return f"{value} is above the maximum {getattr(published, 'maximum', None)}"
+        low, high = getattr(published, "rank_strong", None) or (0, 1)
+        rank = next(score["rank"] for score in row["scores"] if score["model"] == "strong")
+        return f"only pairs that the strong model ranks above {low:g} and up to {high:g}: it ranks this one {rank:.3f}"
+    if reason is SelectionReason.IFD_ABOVE_MAXIMUM:
+        most = getattr(published, "maximum", None)
+        return f"no pair above {most:g} by {_measure(published)}: this one has {_number(row['verdict_score'])}"
+    return f"{_budget(row, published)} by {_measure(published)}: {_place(row, published, reason)}"
 
 
-def _cut(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
-    """What was taken last; a random selection draws from the batch, whatever the pool of the ranks."""
-    if row["verdict_cut"] is None:
-        return "nothing was taken" if reason is SelectionReason.BELOW_CUT else "all that could be taken were"
+def _budget(row: Mapping[str, Any], published: Selection) -> str:
+    budget: Budget = getattr(published, "budget")  # noqa: B009
+    of = "of the pool" if isinstance(published, RandomSelection) else f"of the pool{_of_reference(row)}"
+    end = "lowest" if _is_ascending(published) else "highest"
+    if budget.fraction is not None:
+        return f"the {end} {(Decimal(str(budget.fraction)) * 100).normalize():f}% {of}"
+    if budget.count is not None:
+        return f"the {end} {budget.count:,} {of}"
+    return f"the {end} {of} whose answers have {budget.answer_tokens:,} tokens in all"
+
+
+def _is_ascending(published: Selection) -> bool:
+    if isinstance(published, PplSelection):
+        return published.order == "low"
+    return isinstance(published, RandomSelection) or published.strategy in ("diff_low", "sum_low")
+
+
+def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
+    """The pair's value, its place, and the value of the last pair taken, told apart where they differ."""
+    value, cut = row["verdict_score"], row["verdict_cut"]
+    own, last = (f"{value:.0f}", f"{cut:.0f}") if _counts(published) and cut is not None else _apart(value, cut)
+    place = f"this one, with {own}, is number {row['verdict_position']} of {row['verdict_pool_size']}; "
+    if cut is None:
+        return place + ("nothing was taken" if reason is SelectionReason.BELOW_CUT else "all that could be taken were")
     of_reference = "" if isinstance(published, RandomSelection) else _of_reference(row)
-    return f"the last pair taken{of_reference} has {row['verdict_cut']:.3f}"
+    is_tie = reason is SelectionReason.BELOW_CUT and value == cut
+    tie = " too, and a smaller pair_id, which goes first among equals" if is_tie else ""
+    return f"{place}the last pair taken{of_reference} has {last}{tie}"
+
+
+def _counts(published: Selection) -> bool:
+    return published.strategy == "length"
+
+
+def _apart(value: float, cut: float | None) -> tuple[str, str]:
+    """Both numbers, with as many decimals as it takes to tell them apart, from 3."""
+    if cut is None:
+        return _number(value), ""
+    decimals = next((n for n in range(3, 16) if value == cut or f"{value:.{n}f}" != f"{cut:.{n}f}"), 15)
+    decimals = 3 if value == cut else decimals
+    return _number(value, decimals), _number(cut, decimals)
+
+
+def _number(value: float, decimals: int = 3) -> str:
+    """No minus before a zero."""
+    return f"{value:.{decimals}f}" if round(value, decimals) else f"{0:.{decimals}f}"
 
 
 def _measure(published: Selection) -> str:
-    if isinstance(published, IfdSelection | PplSelection):
-        return f"{published.measure} of the {published.model} model"
-    return _ORDERED_BY[published.strategy]
+    of = published.measure if isinstance(published, IfdSelection | PplSelection) else published.strategy
+    return _MEASURES[of].format(model=getattr(published, "model", "strong"))

@@ -54,7 +54,7 @@ class Plan:
         self._encoder = encoder
         self._wanted = frozenset(wanted)
         self.cached = cached
-        """`CachedScores` of the pairs, wanted or not."""
+        """`CachedScores` of the pairs, wanted or not; with `scored_with`, where the cache told."""
         self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
         self._window_pairs = window_pairs
         known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}

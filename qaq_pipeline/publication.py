@@ -4,6 +4,8 @@ Belongs here: what a version consists of. Does not belong here: the formats of t
 
     curated_dataset/<manifest hash>/manifest.json, README.md, scores.parquet, <selection>/<format's file>
     curated_dataset/differences/<newer>_from_<older>.parquet   the rows that entered and left, and why
+    curated_dataset/publications.json          every publication: the version's number, its hash, when, by which run
+    curated_dataset/pair_index/<version>.parquet  from pair_ids to the rows of its scores.parquet
     curated_dataset/history.json               the versions whose files are kept, the one published last at the end
     curated_dataset/retired/<version>.json     manifests of versions whose files were not kept
     curated_dataset/latest.json                points to the newest version, and lists the batches left out
@@ -16,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
@@ -29,6 +32,8 @@ from qaq_pipeline.withdrawals import Withdrawals
 
 FOLDER = "curated_dataset"
 MANIFEST_FORMAT = 1
+_LOG = (FOLDER, "publications.json")
+_SHORTEST_HASH = 4
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,17 @@ class Publication:
     """What is in and out since then, as Difference; None where there is no version before, or its files are gone."""
     retired: tuple[str, ...] = ()
     """Versions whose files were removed now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version by its number, as people call it; it keeps the number when it is published again."""
+
+    number: int
+    version: str
+    published_at: str | None
+    """None: before publications were logged."""
+    run_id: str | None
 
 
 @dataclass(frozen=True)
@@ -214,9 +230,13 @@ def _signatures(storage: Storage, batch: str, withdrawn: Withdrawals) -> pl.Data
 
 
 def publish(
-    storage: Storage, settings: Settings, batches: Sequence[BatchTables], excluded: dict[str, str]
+    storage: Storage,
+    settings: Settings,
+    batches: Sequence[BatchTables],
+    excluded: dict[str, str],
+    run_id: str | None = None,
 ) -> Publication:
-    """Write a version and point to it; a version that exists is left as it is."""
+    """Write a version and point to it; a version that exists is left as it is. Call it under the folder's lock."""
     files = dataset_files(settings, batches)
     manifest = {
         "format": MANIFEST_FORMAT,
@@ -230,6 +250,8 @@ def publish(
         for name, data in files.items():
             storage.write_bytes(data, FOLDER, version, *name.split("/"))
         storage.write_json(manifest, FOLDER, version, "manifest.json")
+    _index(storage, version, manifest, _decisions(batches))
+    _log(storage, version, run_id)
     previous = latest(storage)
     difference = None
     if previous is not None and storage.exists(FOLDER, previous, "manifest.json"):
@@ -293,6 +315,58 @@ def kept_versions(storage: Storage) -> list[str]:
     return storage.read_json(FOLDER, "history.json") if storage.exists(FOLDER, "history.json") else []
 
 
+def publications(storage: Storage) -> list[Published]:
+    """Every version that was ever published, once, in the order of the numbers."""
+    return sorted({entry.version: entry for entry in reversed(_logged(storage))}.values(), key=lambda one: one.number)
+
+
+def find_version(storage: Storage, name: str) -> Published:
+    """The version that a person means: by its number, or the first digits of its hash.
+
+    Raises:
+        StorageError: there is none, or more than one.
+    """
+    known = publications(storage)
+    by_number = [one for one in known if name == str(one.number)]
+    found = by_number or [one for one in known if len(name) >= _SHORTEST_HASH and one.version.startswith(name)]
+    if len(found) != 1:
+        numbers = ", ".join(f"{one.number} ({one.version[:8]})" for one in known) or "none yet"
+        raise StorageError(f"no one version {name!r} was published; published were: {numbers}")
+    return found[0]
+
+
+def pair_index(version: str) -> tuple[str, ...]:
+    """Where the index of a version's scores.parquet lies: outside, for the version's files are its content."""
+    return FOLDER, "pair_index", f"{version}.parquet"
+
+
+def _logged(storage: Storage) -> list[Published]:
+    """The log, oldest first; of a storage of before there was one, what its history knows."""
+    if storage.exists(*_LOG):
+        return [Published(**entry) for entry in storage.read_json(*_LOG)]
+    return [Published(number, version, None, None) for number, version in enumerate(kept_versions(storage), start=1)]
+
+
+def _log(storage: Storage, version: str, run_id: str | None) -> None:
+    """Add a publication, unless it is the same version as the last one."""
+    logged = _logged(storage)
+    if logged and logged[-1].version == version and storage.exists(*_LOG):
+        return
+    numbers = {entry.version: entry.number for entry in logged}
+    number = numbers.get(version, max(numbers.values(), default=0) + 1)
+    entry = Published(number, version, datetime.now(UTC).isoformat(timespec="seconds"), run_id)
+    storage.write_json([asdict(one) for one in [*logged, entry]], *_LOG)
+
+
+def _index(storage: Storage, version: str, manifest: Mapping[str, Any], decisions: pl.DataFrame) -> None:
+    if not storage.exists(*pair_index(version)):
+        storage.write_pair_index(decisions, manifest["files"]["scores.parquet"], *pair_index(version))
+
+
+def _decisions(batches: Sequence[BatchTables]) -> pl.DataFrame:
+    return _concat([tables.decisions.frame for tables in batches], "decisions")
+
+
 def _store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
     before, after = (_read_scores(storage, version) for version in (older, newer))
     found = difference(before, after)
@@ -351,6 +425,8 @@ def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]
             manifest = storage.read_json(FOLDER, retired, "manifest.json")
             storage.write_json(manifest, FOLDER, "retired", f"{retired}.json")
             storage.remove_folder(FOLDER, retired)
+            if storage.exists(*pair_index(retired)):
+                storage.remove(*pair_index(retired))
     storage.write_json(ordered[len(surplus) :], FOLDER, "history.json")
     return tuple(surplus)
 
@@ -358,7 +434,7 @@ def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]
 def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:
     """The files of a version by their path in it: the published selection and its controls in each format, the card."""
     names = [settings.published.name, *(CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES)]
-    decisions = _concat([tables.decisions.frame for tables in batches], "decisions")
+    decisions = _decisions(batches)
     files, exported = {"scores.parquet": exports.scores_parquet(decisions)}, {}
     for selection in names:
         rows = _concat([_rows(selection, tables, settings) for tables in batches], "selected_subset")

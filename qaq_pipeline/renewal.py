@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, duplicates, ledger, publication, recuration, withdrawals
+from qaq_pipeline import config, duplicates, lookup, publication, recuration, withdrawals
 from qaq_pipeline.config import Settings
 from qaq_pipeline.jobs import PUBLISHING, present
-from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
 from qaq_pipeline.schema import DuplicateReason
-from qaq_pipeline.storage import PartitionBusyError, Storage
+from qaq_pipeline.storage import PartitionBusyError, Storage, open_storage
 
 _MOST_TRIES = 3
 """Of one partition of a stage: more would mean that it never comes up to date."""
@@ -97,7 +96,7 @@ def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     if not storage.has_table("signatures", batch):
         raise RunError(f"batch {batch!r} was not screened yet, so its rows are not known; withdraw the batch, or wait")
     signatures = storage.read_table("signatures", batch).frame
-    found = ledger.find_rows(signatures, row.removeprefix(f"{batch}/"))
+    found = lookup.find_rows(signatures, row.removeprefix(f"{batch}/"))
     if found.is_empty():
         raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
     if found["content_hash"].n_unique() > 1:

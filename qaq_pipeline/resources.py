@@ -14,7 +14,7 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline import model_files
-from qaq_pipeline.config import ModelSettings, Settings, SettingsError, check_batch_name
+from qaq_pipeline.config import ModelSettings, Settings, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
 from qaq_pipeline.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring import (
@@ -27,19 +27,8 @@ from qaq_pipeline.scoring import (
 )
 from qaq_pipeline.storage import Storage, StoredTable
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "polars", "dagster")
-
-
-def open_storage(settings: Settings) -> Storage:
-    """The storage that the settings name.
-
-    Raises:
-        SettingsError: its URL is of an unknown kind, or of one whose fsspec package is not installed.
-    """
-    try:
-        return Storage(settings.storage_root, settings.home / "locks", settings.runtime.lock_timeout_seconds)
-    except (ValueError, ImportError) as error:
-        raise SettingsError(f"storage.root: {settings.storage_root!r} cannot be used ({error})") from error
+SCORING_LIBRARIES = ("torch", "transformers", "tokenizers")
+LIBRARIES = (*SCORING_LIBRARIES, "polars", "dagster")
 
 
 def partition_parts(partition_key: str) -> tuple[str, ...]:
@@ -149,9 +138,13 @@ class ModelRuntime:
         model, files, encoder, identity = prepared.model, prepared.files, prepared.encoder, prepared.identity
         loads = functools.partial(causal_lm.loaders, model, files, settings.scoring.max_tokens)
         watch = model_files.FilesWatch(files)
+        scored_with = {
+            "libraries": {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES},
+            "device": causal_lm.resolve_device(model.device).type,
+        }
         frame, report = score_pairs(
             pairs,
-            ScoringModel(role, encoder, identity, loads, files.num_weight_bytes(), watch.is_unchanged),
+            ScoringModel(role, encoder, identity, loads, files.num_weight_bytes(), scored_with, watch.is_unchanged),
             storage,
             settings.scoring,
             settings.runtime,
@@ -167,8 +160,7 @@ class ModelRuntime:
             "frame": model.frame,
             "scoring": settings.scoring.model_dump(mode="json", exclude={"quantities", "token_logprobs"}),
             "template": json.loads(encoder.template_text()),
-            "device": causal_lm.resolve_device(model.device).type,
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "scored_with": list(report.scored_with),
         }
         return ScoredPairs(frame, report, provenance)
 

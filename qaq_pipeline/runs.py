@@ -20,8 +20,8 @@ from qaq_pipeline import config, liveness
 from qaq_pipeline.config import Settings
 from qaq_pipeline.failures import cause
 from qaq_pipeline.jobs import REFERENCE_JOB, SELECTING, build_job_defs
-from qaq_pipeline.resources import open_storage
 from qaq_pipeline.scoring import Progress
+from qaq_pipeline.storage import open_storage
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """The console shows this driver's own words; Dagster keeps all of its own in the event log."""

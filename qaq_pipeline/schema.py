@@ -457,7 +457,8 @@ MODEL_SCORE = dy.Struct(
         "ifd_ppl": dy.Float64(nullable=True, description="IFD as a ratio of perplexities."),
         "ifd_loss": dy.Float64(nullable=True, description="IFD as a ratio of losses."),
         "num_q_tokens": dy.Int64(description="Scored tokens of Q."),
-        "num_a_tokens": dy.Int64(description="Scored tokens of A."),
+        "num_a_tokens": dy.Int64(description="Scored tokens of A, after truncation."),
+        "num_a_tokens_untruncated": dy.Int64(description="All tokens of A."),
         "is_truncated": dy.Bool(description="Whether the tail of A was cut."),
         "is_short_query": dy.Bool(description="Whether Q is so short that its scores are noisy."),
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1."),
@@ -485,11 +486,13 @@ class Decisions(_RowKey):
     )
     explanation = dy.String(min_length=1, description="The same as a sentence, with the numbers.")
     duplicate_of = dy.String(nullable=True, description="As in screened_data.")
+    similarity = dy.Float64(nullable=True, description="As in screened_data.")
+    evidence = dy.String(nullable=True, description="As in screened_data.")
     gap = dy.Float64(nullable=True, description="rank_strong - rank_weak; null where a model could not score it.")
     rank_sum = dy.Float64(nullable=True, description="rank_strong + rank_weak.")
     scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty where the pair was not scored.")
     verdicts = dy.List(VERDICT, description="Verdict of every named selection and control; empty likewise.")
-    provenance_id = dy.String(regex=_PAIR_ID, description="Hash of what made this row's decision; see the footer.")
+    provenance_id = dy.String(regex=_PAIR_ID, description="Hash of what made this decision: a file in provenance/.")
 
 
 class SelectedSubset(_RowKey):

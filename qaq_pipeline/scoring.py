@@ -7,11 +7,13 @@ Does not belong here: prompts, sequences (planner), batches, models (workers, ru
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 
@@ -23,7 +25,7 @@ from qaq_pipeline.planner import Plan, wanted_quantities
 from qaq_pipeline.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.schema import NullReason, Quantity
 from qaq_pipeline.shards import ShardWriter
-from qaq_pipeline.storage import Storage
+from qaq_pipeline.storage import UNKNOWN_SCORER, Storage
 from qaq_pipeline.workers import Load, ScorerFacts, Workers, open_workers
 
 WORTH_ANOTHER_PROCESS = 5e12
@@ -49,6 +51,8 @@ class ScoringModel:
     """How to load the model in each of several processes: as many as there are cores or devices, at most so many.
     Within the context the devices are held."""
     num_weight_bytes: int = 0
+    scored_with: Mapping[str, Any] | None = None
+    """The libraries and the device that score; None: not known."""
     is_identity_true: Callable[[], bool] = lambda: True
     """Whether its files still are those that its identity names."""
 
@@ -119,6 +123,8 @@ class ScoringReport:
     peak_share: float | None = None
     """Floating-point operations of a second, as a share of what a large matrix product reached when the model was
     loaded; None where nothing was scored or the peak is not known."""
+    scored_with: Sequence[Mapping[str, Any]] = ()
+    """The libraries and devices that scored what the table holds, now or before, each once."""
     estimate: Estimate | None = None
     """Made before the first batch; None where nothing was scored."""
 
@@ -166,14 +172,25 @@ def score_pairs(
         model.identity,
         runtime.shard_seconds,
         keep_tokens=scoring.token_logprobs,
+        scored_with=model.scored_with,
         is_identity_true=model.is_identity_true,
     )
     with shards:
         run.score(shards)
     if plan.num_cached:
         storage.count_hits(model.identity, plan.num_cached)
-    scores = pl.concat([plan.cached, *shards.closed])
-    return logprobs_table(plan.encoded, scores, token_logprobs=scoring.token_logprobs), run.report(len(pairs))
+    now = pl.lit(json.dumps(model.scored_with or UNKNOWN_SCORER, sort_keys=True)).alias("scored_with")
+    scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
+    report = replace(run.report(len(pairs)), scored_with=_scorers(scores, scoring))
+    table = logprobs_table(plan.encoded, scores.drop("scored_with"), token_logprobs=scoring.token_logprobs)
+    return table, report
+
+
+def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, Any]]:
+    """What scored the wanted scores, each once, in a fixed order."""
+    wanted = [quantity.value for quantity in wanted_quantities(scoring)]
+    used = scores.filter(pl.col("quantity").is_in(wanted), pl.col("null_reason").is_null())
+    return [json.loads(scorer) for scorer in sorted(used["scored_with"].unique())]
 
 
 def plan_scoring(
@@ -181,7 +198,7 @@ def plan_scoring(
 ) -> Plan:
     """What has to be scored of the pairs: the wanted quantities, less what the cache has under the identity."""
     pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
-    return Plan(pairs, encoder, wanted_quantities(scoring), storage.read_scores(identity, pair_ids))
+    return Plan(pairs, encoder, wanted_quantities(scoring), storage.read_scores_by_scorer(identity, pair_ids))
 
 
 def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:

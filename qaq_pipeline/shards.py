@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ class ShardWriter:
         identity: under which they are cached.
         seconds: how often a shard is closed.
         keep_tokens: whether log-probabilities of single tokens are kept.
+        scored_with: the libraries and the device that score; None: not known.
         is_identity_true: whether the identity still is the model's; asked before a shard is cached. Scores that may be
             another model's are kept for this run's table, and not cached.
     """
@@ -40,8 +41,10 @@ class ShardWriter:
         seconds: float,
         *,
         keep_tokens: bool,
+        scored_with: Mapping[str, Any] | None = None,
         is_identity_true: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._scored_with = scored_with
         self._is_identity_true = is_identity_true
         self._storage = storage
         self._identity = identity
@@ -87,7 +90,7 @@ class ShardWriter:
         shard = pl.DataFrame(self._open_rows, schema=schema.dtypes(schema.CachedScores), orient="row")
         scores = shard.filter(pl.col("null_reason").is_null())
         if not scores.is_empty() and self._is_identity_true():
-            self._storage.append_scores(self._identity, scores)
+            self._storage.append_scores(self._identity, scores, self._scored_with)
         self.closed.append(shard)
         self._open_rows = []
 

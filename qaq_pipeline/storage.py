@@ -5,10 +5,12 @@ Does not belong here: what the tables mean, or when they are made.
 
     <root>/deliveries/<batch>/<hash>/<file>       immutable copy of what was delivered; current.json points to it
     <root>/<table>/<batch>[/<model>]/table.parquet
+    <root>/decisions/<batch>/pair_index.parquet   from pair_ids to keys, for one version of the table
+    <root>/provenance/<id>.json                   what made decisions, written once; runs/<id>/<run id>.json: when
     <root>/rank_reference/<name>/table.parquet    written once
     <root>/batch_order.json                       the batches in the order in which they were first screened
     <root>/contamination/<batch>/<key>.parquet    what was found of one benchmark
-    <root>/score_cache/<identity>/<shard>.parquet  written once each, never changed; set_aside/ holds what is no shard
+    <root>/score_cache/<identity>/<sha256>.parquet  written once each, never changed; set_aside/ holds what is no shard
     <root>/curated_dataset/<manifest hash>/…       written once each; latest.json points to the newest
 
 Every write is atomic: on local disk a temporary name in the same folder, then `os.replace`; on an object store one
@@ -26,6 +28,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,9 +41,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from qaq_pipeline import schema
-from qaq_pipeline.config import check_batch_name
+from qaq_pipeline import lookup, schema
+from qaq_pipeline.config import Settings, SettingsError, check_batch_name
 from qaq_pipeline.identity import ScoreIdentity
+from qaq_pipeline.lookup import Where
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,11 @@ _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 _NO_SHARD = (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError)
 """What reading a shard raises where the file is none, or was changed."""
 _TABLE_FILE = "table.parquet"
+_INDEX_FILE = "pair_index.parquet"
+_INDEXED = ("decisions",)
 _ORDER = ("batch_order.json",)
+UNKNOWN_SCORER = {"libraries": "unknown", "device": "unknown"}
+"""Of scores that were cached before it was recorded what scored them."""
 
 
 class StorageError(ValueError):
@@ -92,6 +100,26 @@ class Footer:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundRows:
+    """Rows that were looked for, and how."""
+
+    frame: pl.DataFrame
+    is_indexed: bool
+    """Whether an index led to them; else every row group was looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What made some rows, by the id that stands beside them, and which runs made them so."""
+
+    provenance_id: str
+    made_of: dict[str, Any] | None
+    """None: no record of it is kept."""
+    runs: list[dict[str, str]] = field(default_factory=list)
+    """run_id and time of each, the first first."""
+
+
+@dataclass(frozen=True, slots=True)
 class CachedModel:
     """What the score cache holds under one identity."""
 
@@ -124,6 +152,18 @@ class Delivery:
 def hash_json(value: Any) -> str:
     """Hash of a JSON value (32 hex digits)."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def open_storage(settings: Settings) -> Storage:
+    """The storage that the settings name.
+
+    Raises:
+        SettingsError: its URL is of an unknown kind, or of one whose fsspec package is not installed.
+    """
+    try:
+        return Storage(settings.storage_root, settings.home / "locks", settings.runtime.lock_timeout_seconds)
+    except (ValueError, ImportError) as error:
+        raise SettingsError(f"storage.root: {settings.storage_root!r} cannot be used ({error})") from error
 
 
 class Storage:
@@ -210,6 +250,8 @@ class Storage:
         frame = schema.enforce(schema.STORED_TABLES[name], table.frame)
         footer = {"provenance": table.provenance, "data_version": table.data_version}
         self.write_bytes(_parquet_bytes(frame, footer), *_table_path(name, partition))
+        if name in _INDEXED:
+            self.write_pair_index(frame, table.data_version, name, *partition, _INDEX_FILE)
 
     def read_table(self, name: str, *partition: str) -> StoredTable:
         """Read a table and its provenance.
@@ -267,6 +309,111 @@ class Storage:
     def table_url(self, name: str, *partition: str) -> str:
         """Where the partition of the table lies."""
         return self.url(*_table_path(name, partition))
+
+    def batches_with(self, name: str) -> list[str]:
+        """The batches that have a table, by name."""
+        folder = self.path(name)
+        if not self._fs.exists(folder):
+            return []
+        batches = sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(folder, detail=False))
+        return [batch for batch in batches if self.exists(name, batch, _TABLE_FILE)]
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def find_in_table(
+        self, where: Where, name: str, *partition: str, columns: Sequence[str] | None = None
+    ) -> pl.DataFrame:
+        """Rows of a stored table, without reading the others: quick where it is sorted by what is asked for.
+
+        Raises:
+            StorageError: the table is missing, or torn.
+        """
+        parts = _table_path(name, partition)
+        if not self.exists(*parts):
+            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
+        return self.find_in_file(where, *parts, columns=columns)
+
+    def find_in_file(self, where: Where, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """Rows of any Parquet file under the root, as `find_in_table`."""
+        try:
+            with self._fs.open(self.path(*parts), "rb") as stream:
+                return lookup.read_rows(stream, where, columns)
+        except (pa.ArrowException, KeyError) as error:
+            raise StorageError(f"{self.url(*parts)}: cannot be read ({error}); make it anew") from error
+
+    def scan_table(self, name: str, *partition: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """Columns of a stored table, some thousand rows at a time."""
+        with self._fs.open(self.path(*_table_path(name, partition)), "rb") as stream:
+            yield from lookup.scan(stream, columns)
+
+    def find_pair_in_table(self, start: str, name: str, *partition: str, most: int | None = None) -> FoundRows:
+        """Rows of a table by the first digits of their pair_id: by its index, where that is of the table as it is.
+
+        Args:
+            start: the digits.
+            name: of the table.
+            partition: of the table.
+            most: how many rows at most; None: all.
+
+        Raises:
+            StorageError: the table is missing, or torn.
+        """
+        version = self.read_footer(name, *partition).data_version
+        parts = _table_path(name, partition)
+        return self.find_pair_in_file(start, parts, (*parts[:-1], _INDEX_FILE), version, most)
+
+    def find_pair_in_file(
+        self,
+        start: str,
+        parts: Sequence[str],
+        index: Sequence[str],
+        version: str,
+        most: int | None = None,
+    ) -> FoundRows:
+        """The same of any Parquet file, of that version, and its index."""
+        where = lookup.of_pair(start)
+        if self._index_version(*index) != version:
+            return FoundRows(self.find_in_file(where, *parts)[:most], is_indexed=False)
+        keys = self.find_in_file(where, *index).select(schema.ROW_KEY)
+        found = [self.find_in_file(lookup.of_key(key), *parts) for key in keys[:most].rows()]
+        return FoundRows(pl.concat(found) if found else pl.DataFrame(), is_indexed=True)
+
+    def write_pair_index(self, rows: pl.DataFrame, version: str, *parts: str) -> None:
+        """Write the index of a table of that version, or of another file of ledger rows."""
+        self.write_bytes(_parquet_bytes(lookup.pair_index(rows), {"data_version": version}), *parts)
+
+    def _index_version(self, *parts: str) -> str | None:
+        """The version of the table that an index is of; None: there is no index, or none that can be read."""
+        try:
+            with self._fs.open(self.path(*parts), "rb") as stream:
+                return json.loads((pq.read_metadata(stream).metadata or {})[_FOOTER_KEY.encode()])["data_version"]
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            return None
+
+    # --- provenance ----------------------------------------------------------------------------------------------
+
+    def write_provenance(self, made_of: Mapping[str, Any], run_id: str) -> str:
+        """Keep what makes rows under its hash, once, and beside it that this run made them so; the hash.
+
+        So the id that stands beside a row resolves when the row was long made anew.
+        """
+        provenance_id = hash_json(made_of)
+        if not self.exists("provenance", f"{provenance_id}.json"):
+            self.write_json(made_of, "provenance", f"{provenance_id}.json")
+        run = {"run_id": run_id, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.write_json(run, "provenance", "runs", provenance_id, f"{run_id}.json")
+        return provenance_id
+
+    def read_provenance(self, provenance_id: str) -> Provenance:
+        """What made the rows that bear the id, as far as it is recorded."""
+        record, runs = ("provenance", f"{provenance_id}.json"), ("provenance", "runs", provenance_id)
+        paths = self._fs.ls(self.path(*runs), detail=False) if self.exists(*runs) else []
+        made_by = [self.read_json(*runs, path.rsplit("/", 1)[-1]) for path in paths if path.endswith(".json")]
+        return Provenance(
+            provenance_id,
+            self.read_json(*record) if self.exists(*record) else None,
+            sorted(made_by, key=lambda run: run["time"]),
+        )
 
     # --- deliveries --------------------------------------------------------------------------------------------
 
@@ -347,21 +494,37 @@ class Storage:
         Of a score that two writers cached, the lower sum counts, whatever the shards are named. A file that is no
         shard, torn or changed is set aside with a warning and never read: its pairs are scored again.
         """
+        return self.read_scores_by_scorer(identity, pair_ids).drop("scored_with")
+
+    def read_scores_by_scorer(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
+        """The same with a column `scored_with`: the libraries and the device that scored it, as JSON."""
         key = [*schema.CachedScores.primary_key(), "num_tokens"]
         wanted = pl.col("pair_id").is_in(pair_ids.implode())
         shards = [shard.filter(wanted) for shard in map(self._shard_or_aside, self._shards(identity.digest()))]
-        scores = pl.concat([empty(schema.CachedScores), *shards])
-        return scores.sort(*key, "sum_nll", nulls_last=True).unique(key, keep="first", maintain_order=True)
+        scores = pl.concat([_labelled(empty(schema.CachedScores), UNKNOWN_SCORER), *shards])
+        order = [*key, "sum_nll", "scored_with"]
+        return scores.sort(order, nulls_last=True).unique(key, keep="first", maintain_order=True)
 
-    def append_scores(self, identity: ScoreIdentity, scores: pl.DataFrame) -> None:
-        """Add a shard of scores to the cache. Shards are never changed, so writers cannot disturb each other."""
+    def append_scores(
+        self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add a shard of scores to the cache, under the hash of its bytes: an equal one is the same file.
+
+        Shards are never changed, so writers cannot disturb each other.
+
+        Args:
+            identity: whose scores they are.
+            scores: as `CachedScores`.
+            scored_with: the libraries and the device that scored them; None: not known.
+        """
         folder = ("score_cache", identity.digest())
         if not self.exists(*folder, "identity.json"):
             fields = {name: getattr(identity, name) for name in identity.__dataclass_fields__}
             self.write_json(fields, *folder, "identity.json")
         frame = schema.enforce(schema.CachedScores, scores)
-        data = _parquet_bytes(frame, {"data_version": StoredTable(frame).data_version})
-        self.write_bytes(data, *folder, f"{uuid.uuid4().hex}.parquet")
+        footer = {"data_version": StoredTable(frame).data_version, "scored_with": scored_with or UNKNOWN_SCORER}
+        data = _parquet_bytes(frame, footer)
+        self.write_bytes(data, *folder, f"{hashlib.sha256(data).hexdigest()}.parquet")
 
     def count_hits(self, identity: ScoreIdentity, number: int) -> None:
         """Add to the count of scores that runs have taken from the cache."""
@@ -416,7 +579,7 @@ class Storage:
         try:
             data = self._fs.cat_file(path)
         except FileNotFoundError:
-            return empty(schema.CachedScores)
+            return _labelled(empty(schema.CachedScores), UNKNOWN_SCORER)
         try:
             return _read_shard(data)
         except _NO_SHARD as error:
@@ -425,7 +588,7 @@ class Storage:
         self._fs.makedirs(f"{folder}/set_aside", exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # Another reader was faster.
             self._fs.mv(path, f"{folder}/set_aside/{name}")
-        return empty(schema.CachedScores)
+        return _labelled(empty(schema.CachedScores), UNKNOWN_SCORER)
 
     # --- locks -------------------------------------------------------------------------------------------------
 
@@ -464,7 +627,8 @@ def _table_path(name: str, partition: Sequence[str]) -> tuple[str, ...]:
 def _parquet_bytes(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     metadata = {_FOOTER_KEY: json.dumps(footer, sort_keys=True)} if footer else None
-    frame.rechunk().write_parquet(buffer, compression="zstd", metadata=metadata)
+    rows = lookup.rows_per_group(frame.height)
+    frame.rechunk().write_parquet(buffer, compression="zstd", row_group_size=rows, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -473,14 +637,18 @@ def _read_parquet(data: bytes) -> pl.DataFrame:
 
 
 def _read_shard(data: bytes) -> pl.DataFrame:
-    """A shard of scores, as it was written. Raises what Polars does, or ValueError, where it is none."""
-    expected = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])["data_version"]
-    if _hash_body(data) != expected:
+    """A shard of scores, as it was written, labelled. Raises what Polars does, or ValueError, where it is none."""
+    footer = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
+    if _hash_body(data) != footer["data_version"]:
         raise ValueError("it was changed since it was written")
     frame = _read_parquet(data)  # Its rows were checked when it was written, and there may be thousands of shards.
     if dict(frame.schema) != schema.dtypes(schema.CachedScores):
         raise ValueError("it was written by another version")
-    return frame
+    return _labelled(frame, footer.get("scored_with", UNKNOWN_SCORER))
+
+
+def _labelled(scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> pl.DataFrame:
+    return scores.with_columns(scored_with=pl.lit(json.dumps(scored_with, sort_keys=True)))
 
 
 def _num_rows(data: bytes) -> int:

@@ -128,6 +128,8 @@ def store_batch(
         {"inputs": {}, "across_batches": False, "compared_with": {}, "benchmarks": {}},
     )
     made_of = {
+        "code_version": "0",
+        "files": files,
         "inputs": {"raw_data": raw_data.data_version, "screened_data": screened.data_version},
         "models": {role: dataclasses.asdict(IDENTITY) for role in scores},
         "settings_hash": settings_hash(settings.selections),

@@ -16,9 +16,8 @@ from qaq_pipeline import automation, driver, landing, publication, renewal
 from qaq_pipeline.config import RuntimeSettings, Settings, SettingsError
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.jobs import STAGES
-from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import RunError
-from qaq_pipeline.storage import Storage
+from qaq_pipeline.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, LockHolder, delivered_rows, write_jsonl
 
 SettingsFor = Callable[..., Settings]

@@ -16,10 +16,9 @@ from qaq_pipeline.checks import build_checks
 from qaq_pipeline.config import CheckSettings, RankingSettings, ScreeningSettings, Settings
 from qaq_pipeline.jobs import REFERENCE_JOB, build_job_defs
 from qaq_pipeline.measures import Finding
-from qaq_pipeline.resources import open_storage
 from qaq_pipeline.schema import DisagreementScores, Logprobs, dtypes
 from qaq_pipeline.screening import screen_alone
-from qaq_pipeline.storage import Storage, StoredTable
+from qaq_pipeline.storage import Storage, StoredTable, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.frames import IDENTITY, pair_name, raw_rows, rejected, rmi_rows, store_batch
 

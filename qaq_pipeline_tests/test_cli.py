@@ -21,7 +21,7 @@ import yaml
 from qaq_pipeline import cli, driver, schema
 from qaq_pipeline.config import parse_settings
 from qaq_pipeline.driver import BatchSummary, ModelSummary
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, pair_name, store_batch
 
@@ -365,19 +365,25 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
     row = selected_row(home)
     shown = qaq(home, "explain", "b1", row)
     assert shown.code == 0
-    assert shown.out.startswith(f"b1/rows.jsonl:{row}.0: selected (within_budget) Rank of RMI among pairs of like ")
+    assert shown.out.startswith(f"b1/rows.jsonl:{row}.0: selected (within_budget) Ranked by RMI, ")
     assert re.search(
-        r"Selected by diff_high: gap 0\.\d{3} is number \d of 18 in the pool; the last pair taken", shown.out
+        r"Selected by diff_high, which takes the highest 25% of the pool by the gap, .*: this one, with 0\.\d{3}, is "
+        r"number \d of 18; the last pair taken has 0",
+        shown.out,
     )
     for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "pool_size", "provenance"):
         assert word in shown.out
     assert "strong: chatml-0 (files:" in shown.out
+    assert re.search(r"version 1 \(\w{8}, \d{4}-\d\d-\d\d\): in it: as above", shown.out)
+    assert re.search(r"scored with tokenizers \S+, torch \S+, transformers \S+, on cpu", shown.out)
+    assert re.search(r"input: rows\.jsonl, row \d+, sha256 [0-9a-f]{64}", shown.out)
+    assert "decided by run " in shown.out
 
 
 def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "explain", "b1", REJECTED_ROW)
     assert shown.out.startswith(
-        f"b1/rows.jsonl:{REJECTED_ROW}.0: rejected (empty_query) Rejected when it was read: shape query_answer: `query`"
+        f"b1/rows.jsonl:{REJECTED_ROW}.0: rejected (empty_query) Rejected when it was read, and never scored: shape "
     )
     assert "pair_id None" in shown.out
 
@@ -385,8 +391,8 @@ def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
 def test_explain_says_of_what_a_row_is_a_duplicate(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "explain", "b1", REPEATED_ROW)
     assert shown.out.startswith(
-        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate of b1/rows.jsonl:1.0, which stands "
-        "for this pair: equal system text, query and answer."
+        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate. Equal to b1/rows.jsonl:1.0, "
+        "which stands for it: equal system text, query and answer. That row is "
     )
     assert "query: Reverse a string in Python." in shown.out
 
@@ -397,6 +403,40 @@ def test_a_row_can_be_named_in_several_ways(home: Home, qaq: Qaq) -> None:
     first = qaq(home, "explain", "b1", 3)
     for name in ("rows.jsonl:3", "rows.jsonl:3.0", "b1/rows.jsonl:3.0", pair_id, pair_id[:8]):
         assert qaq(home, "explain", "b1", name) == first
+
+
+def test_a_row_is_named_by_its_pair_or_its_place_alone_and_by_a_version(home: Home, qaq: Qaq) -> None:
+    decisions = open_storage_of(home).read_table("decisions", "b1").frame
+    pair_id = decisions.filter(source_row=3)["pair_id"][0]
+    first = qaq(home, "explain", "b1", 3)
+    for name in (pair_id, pair_id[:8], "b1/rows.jsonl:3", "b1/rows.jsonl:3.0"):
+        assert qaq(home, "explain", name) == first
+    of_version = qaq(home, "explain", "b1", 3, "--version", "1")
+    assert of_version.out.startswith("b1/rows.jsonl:3.0: ")
+    assert " in version 1 (" in of_version.out
+    assert decisions.filter(source_row=3)["explanation"][0] in of_version.out
+    error = qaq(home, "explain", "b1", 3, "--version=7").error()
+    assert "no one version '7' was published; published were: 1 (" in error
+    assert "no row '99' in version 1" in qaq(home, "explain", "b1", 99, "--version", "1").error()
+    assert "no row 'abcdef123'" in qaq(home, "explain", "abcdef123").error()
+
+
+def test_a_row_is_found_by_its_text(home: Home, qaq: Qaq) -> None:
+    shown = qaq(home, "explain", "--text", "Sum the squares", "--batch", "b1")
+    assert shown.out == qaq(home, "explain", "b1", 2).out
+    several = qaq(home, "explain", "--text", "def").out
+    assert "b1/rows.jsonl:1.0: Reverse a string in Python." in several
+    assert re.search(r"\d rows hold that text; explain one: `qaq explain b1/rows\.jsonl:1\.0`", several)
+    assert "no row of any batch, as delivered now, holds 'nowhere'" in qaq(home, "explain", "--text", "nowhere").err
+
+
+def test_explain_gives_all_of_it_as_json_and_the_templates_if_asked(home: Home, qaq: Qaq) -> None:
+    (dossier,) = json.loads(qaq(home, "explain", "b1", REPEATED_ROW, "--json").out)
+    assert dossier["row"]["duplicate_of"] == "b1/rows.jsonl:1.0"
+    assert dossier["representative"]["source_row"] == 1
+    assert dossier["fates"][0]["published"]["number"] == 1
+    assert set(dossier["provenance"]["made_of"]["scored_by"]) == {"strong", "weak"}
+    assert "TASK: Given an answer" in qaq(home, "explain", "b1", 1, "--provenance").out
 
 
 def test_markup_in_names_and_texts_is_shown_as_it_is(empty_home: Home, qaq: Qaq) -> None:

@@ -25,6 +25,7 @@ SCORE = {
     "ifd_loss": 0.5,
     "num_q_tokens": 7,
     "num_a_tokens": 11,
+    "num_a_tokens_untruncated": 11,
     "is_truncated": False,
     "is_short_query": False,
     "stratum": 1,
@@ -169,10 +170,13 @@ DUPLICATE = {
 
 def test_flat_scores_have_a_column_for_each_score_and_model_and_each_selection() -> None:
     flat = flat_scores(decisions({}, REJECTED, DUPLICATE))
-    kept = ["pair_id", "decision", "reason", "duplicate_of", "gap", "rank_sum", "provenance_id"]
+    kept = ["pair_id", "decision", "reason", "explanation", "duplicate_of", "similarity", "evidence"]
+    kept += ["gap", "rank_sum", "provenance_id"]
     by_model = [f"{field}_{role}" for role in ("strong", "weak") for field in SCORE]
     by_selection = [
-        f"{field}:{name}" for name in ("diff_high", "control_random") for field in ("is_selected", "score", "position")
+        f"{field}:{name}"
+        for name in ("diff_high", "control_random")
+        for field in ("is_selected", "reason", "score", "position")
     ]
     assert flat.columns == [*schema.ROW_KEY, *kept, *by_model, *by_selection]
     assert not any(dtype.is_nested() for dtype in flat.dtypes)

@@ -21,7 +21,7 @@ import pytest
 from qaq_pipeline import driver, schema
 from qaq_pipeline.config import Settings
 from qaq_pipeline.driver import BatchSummary
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -39,7 +39,7 @@ STRONG = rmi_rows(
     {"rmi": 0.1, "ifd_ppl": 0.9},
     {"rmi": 0.2, "ifd_ppl": 1.25},
     {"rmi": 0.3, "ifd_ppl": 0.7},
-    {"rmi": 0.4, "ifd_ppl": 0.6, "is_truncated": True},
+    {"rmi": 0.4, "ifd_ppl": 0.6, "is_truncated": True, "num_a_tokens": 9},
     UNSCORED | UNSCORED_ANSWER,
 )
 WEAK = rmi_rows(
@@ -47,9 +47,11 @@ WEAK = rmi_rows(
 )
 
 RANKS = (
-    "Rank of RMI among pairs of like query perplexity: strong {strong} in stratum 1 of 1, "
-    "weak {weak} in stratum 1 of 1. "
+    "Ranked by RMI, how much the answer helps to predict the query, from 0 to 1 among pairs of like query perplexity: "
+    "the strong model ranks it {strong} in the only stratum, the weak model ranks it {weak} in the only stratum. "
 )
+CUT = "The strong model read only the first 9 of the answer's 11 tokens. "
+GAP = "the gap, the rank under the strong model less that under the weak one"
 
 
 def decide(
@@ -103,8 +105,8 @@ GOLDEN = [
         {},
         "selected",
         "within_budget",
-        RANKS.format(strong="1.000", weak="0.250") + "The tail of its answer was cut for: strong. "
-        "Selected by mine: gap 0.750 is number 1 of 4 in the pool; the last pair taken has 0.250.",
+        RANKS.format(strong="1.000", weak="0.250") + CUT + f"Selected by mine, which takes the highest 50% of the pool "
+        f"by {GAP}: this one, with 0.750, is number 1 of 4; the last pair taken has 0.250.",
         id="selected",
     ),
     pytest.param(
@@ -112,8 +114,8 @@ GOLDEN = [
         {},
         "not_selected",
         "below_cut",
-        RANKS.format(strong="0.250", weak="1.000")
-        + "Not selected by mine: gap -0.750 is number 4 of 4 in the pool; the last pair taken has 0.250.",
+        RANKS.format(strong="0.250", weak="1.000") + f"Not selected by mine, which takes the highest 50% of the pool "
+        f"by {GAP}: this one, with -0.750, is number 4 of 4; the last pair taken has 0.250.",
         id="below_cut",
     ),
     pytest.param(
@@ -121,8 +123,8 @@ GOLDEN = [
         {"budget": {"answer_tokens": 1}},
         "not_selected",
         "below_cut",
-        RANKS.format(strong="0.250", weak="1.000")
-        + "Not selected by mine: gap -0.750 is number 4 of 4 in the pool; nothing was taken.",
+        RANKS.format(strong="0.250", weak="1.000") + "Not selected by mine, which takes the highest of the pool whose "
+        f"answers have 1 tokens in all by {GAP}: this one, with -0.750, is number 4 of 4; nothing was taken.",
         id="below_cut_of_nothing",
     ),
     pytest.param(
@@ -130,7 +132,8 @@ GOLDEN = [
         {"strategy": "rmi_band"},
         "selected",
         "in_band",
-        RANKS.format(strong="0.750", weak="0.500") + "Selected by mine: rank 0.750 is in the band (0.5, 0.75].",
+        RANKS.format(strong="0.750", weak="0.500") + "Selected by mine, which takes what the strong model ranks above "
+        "0.5 and up to 0.75: it ranks this one 0.750.",
         id="in_band",
     ),
     pytest.param(
@@ -138,8 +141,8 @@ GOLDEN = [
         {"strategy": "rmi_band"},
         "not_selected",
         "outside_band",
-        RANKS.format(strong="0.500", weak="0.750")
-        + "Not selected by mine: rank 0.500 is outside the band (0.5, 0.75].",
+        RANKS.format(strong="0.500", weak="0.750") + "Not selected by mine, which takes what the strong model ranks "
+        "above 0.5 and up to 0.75: it ranks this one 0.500.",
         id="outside_band",
     ),
     pytest.param(
@@ -147,17 +150,26 @@ GOLDEN = [
         {"min_gap": 0.25},
         "not_selected",
         "gap_below_minimum",
-        RANKS.format(strong="0.750", weak="0.500")
-        + "Not selected by mine: gap 0.250 is below the minimum gap or equal to it (0.25).",
+        RANKS.format(strong="0.750", weak="0.500") + "Not selected by mine, which takes only pairs whose gap, the rank "
+        "under the strong model less that under the weak one, is above 0.25: this one's is 0.250.",
         id="gap_below_minimum",
+    ),
+    pytest.param(
+        3,
+        {"strategy": "sum_high", "min_gap": 0.25},
+        "not_selected",
+        "gap_below_minimum",
+        RANKS.format(strong="0.750", weak="0.500") + "Not selected by mine, which takes only pairs whose gap, the rank "
+        "under the strong model less that under the weak one, is above 0.25: this one's is 0.250.",
+        id="gap_below_minimum_of_a_sum",
     ),
     pytest.param(
         4,
         {"rank_strong": [0.2, 0.9]},
         "not_selected",
         "rank_strong_out_of_range",
-        RANKS.format(strong="1.000", weak="0.250") + "The tail of its answer was cut for: strong. "
-        "Not selected by mine: its rank under the strong model is not in the range (0.2, 0.9).",
+        RANKS.format(strong="1.000", weak="0.250") + CUT + "Not selected by mine, which takes only pairs that the "
+        "strong model ranks above 0.2 and up to 0.9: it ranks this one 1.000.",
         id="rank_strong_out_of_range",
     ),
     pytest.param(
@@ -165,8 +177,8 @@ GOLDEN = [
         {"strategy": "ifd"},
         "not_selected",
         "ifd_above_maximum",
-        RANKS.format(strong="0.500", weak="0.750")
-        + "Not selected by mine: ifd_ppl of the strong model 1.250 is above the maximum 1.0.",
+        RANKS.format(strong="0.500", weak="0.750") + "Not selected by mine, which takes no pair above 1 by IFD, the "
+        "strong model's perplexity of the answer after the query over that of the answer alone: this one has 1.250.",
         id="ifd_above_maximum",
     ),
     pytest.param(
@@ -174,18 +186,45 @@ GOLDEN = [
         {"strategy": "ppl", "measure": "log_ppl_q"},
         "selected",
         "within_budget",
-        RANKS.format(strong="0.250", weak="1.000")
-        + "Selected by mine: log_ppl_q of the strong model 2.000 is number 1 of 4 in the pool; "
-        "the last pair taken has 2.000.",
+        RANKS.format(strong="0.250", weak="1.000") + "Selected by mine, which takes the highest 50% of the pool by the "
+        "strong model's log perplexity of the query in nats per token: this one, with 2.000, is number 1 of 4; the "
+        "last pair taken has 2.000.",
         id="ppl",
     ),
-    pytest.param(5, {}, "rejected", "empty_query", "Rejected when it was read: `query` is blank", id="rejected"),
+    pytest.param(
+        3,
+        {"strategy": "ppl", "measure": "log_ppl_q", "order": "low"},
+        "not_selected",
+        "below_cut",
+        RANKS.format(strong="0.750", weak="0.500") + "Not selected by mine, which takes the lowest 50% of the pool by "
+        "the strong model's log perplexity of the query in nats per token: this one, with 2.000, is number 3 of 4; the "
+        "last pair taken has 2.000 too, and a smaller pair_id, which goes first among equals.",
+        id="a_tie",
+    ),
+    pytest.param(
+        2,
+        {"strategy": "length"},
+        "selected",
+        "within_budget",
+        RANKS.format(strong="0.500", weak="0.750") + "Selected by mine, which takes the highest 50% of the pool by the "
+        "answer's length in tokens of the strong model: this one, with 11, is number 2 of 4; the last pair taken has "
+        "11.",
+        id="length",
+    ),
+    pytest.param(
+        5,
+        {},
+        "rejected",
+        "empty_query",
+        "Rejected when it was read, and never scored: `query` is blank.",
+        id="rejected",
+    ),
     pytest.param(
         6,
         {},
         "duplicate",
         "exact_duplicate",
-        "Duplicate of b1/a.jsonl:4.0, which stands for this pair: equal system text, query and answer.",
+        "Duplicate. Equal to b1/a.jsonl:4.0, which stands for it: equal system text, query and answer.",
         id="duplicate",
     ),
     pytest.param(
@@ -193,8 +232,8 @@ GOLDEN = [
         {},
         "unscorable",
         "query_too_long",
-        "Not scorable: strong model: query_too_long; weak model: no_tokens_to_score. "
-        "It is in no stratum and cannot be selected.",
+        "Not scorable: under the strong model, the query alone does not fit into the window (scoring.max_tokens), and "
+        "none is cut; under the weak model, there is no token to score. So it has no rank, and cannot be selected.",
         id="unscorable",
     ),
 ]
@@ -208,23 +247,16 @@ def test_a_row_is_explained(row: int, published: dict[str, Any], decision: str, 
 @pytest.mark.parametrize(
     ("strategy", "measure"),
     [
-        ("diff_low", "gap -0.750"),
-        ("sum_high", "rank sum 1.250"),
-        ("sum_low", "rank sum 1.250"),
-        ("rmi_top", "rank 0.250"),
-        ("length", "answer length in tokens 11.000"),
-        ("ifd", "ifd_ppl of the strong model 0.900"),
+        ("diff_low", f"lowest 50% of the pool by {GAP}: this one, with -0.750, is "),
+        ("sum_high", "highest 50% of the pool by the sum of the two models' ranks: this one, with 1.250, is "),
+        ("sum_low", "lowest 50% of the pool by the sum of the two models' ranks: this one, with 1.250, is "),
+        ("rmi_top", "highest 50% of the pool by the rank under the strong model: this one, with 0.250, is "),
+        ("random", "lowest 50% of the pool by a random draw in [0, 1): this one, with 0."),
+        ("stratified_random", "by the place in a random draw inside every stratum of query perplexity: this one, "),
     ],
 )
 def test_the_sentence_names_what_the_selection_orders_by(strategy: str, measure: str) -> None:
-    assert f" by mine: {measure} is number " in said(1, decide(strategy))[2]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "measure"), [("random", "random draw"), ("stratified_random", "place in the stratified draw")]
-)
-def test_a_random_selection_says_that_it_drew(strategy: str, measure: str) -> None:
-    assert f" by mine: {measure} " in said(1, decide(strategy))[2]
+    assert measure in said(1, decide(strategy))[2]
 
 
 @pytest.mark.parametrize("strategy", ["random", "stratified_random"])
@@ -238,12 +270,110 @@ def test_a_random_selection_draws_from_the_batch_whatever_the_ranks_are_taken_ag
 @pytest.mark.parametrize("is_against_reference", [False, True])
 def test_where_all_that_could_be_taken_was_the_sentence_says_so(is_against_reference: bool) -> None:
     _, _, sentence = said(1, decide(budget={"fraction": 1.0}, is_against_reference=is_against_reference))
-    assert sentence.endswith("gap -0.750 is number 4 of 4 in the pool; all that could be taken were.")
+    assert sentence.endswith("this one, with -0.750, is number 4 of 4; all that could be taken were.")
 
 
 def test_every_reason_of_a_selection_has_a_sentence() -> None:
     explained = {case.values[3] for case in GOLDEN} & {reason.value for reason in SelectionReason}
     assert explained == {reason.value for reason in SelectionReason} - {SelectionReason.NOT_IN_POOL.value}
+
+
+EVERY_REASON = [
+    reason
+    for vocabulary in (
+        schema.RejectReason,
+        schema.WithdrawalReason,
+        schema.ContaminationReason,
+        schema.DuplicateReason,
+        NullReason,
+        SelectionReason,
+    )
+    for reason in vocabulary
+    if reason not in (SelectionReason.NOT_IN_POOL, NullReason.NOT_WANTED)
+]
+DECISION_OF = {
+    schema.RejectReason: "rejected",
+    schema.WithdrawalReason: "withdrawn",
+    schema.ContaminationReason: "contaminated",
+    schema.DuplicateReason: "duplicate",
+    NullReason: "unscorable",
+}
+
+
+@pytest.mark.parametrize("reason", EVERY_REASON)
+def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
+    """Words for every value of every closed vocabulary, whatever is added to one."""
+    score = {"model": "strong", "rank": 0.75, "stratum": 2, "num_strata": 3, "null_reason": None}
+    score |= {"is_truncated": False, "is_short_query": False}
+    if isinstance(reason, NullReason):
+        score |= {"rank": None, "stratum": None, "null_reason": reason.value}
+    row = {"decision": DECISION_OF.get(type(reason), "not_selected"), "reason": reason.value, "scores": [score]}
+    row |= {"detail": "it is so", "evidence": "this", "duplicate_of": "b1/a:1.0", "similarity": 0.9, "gap": 0.1}
+    row |= {"pool_id": "batch:b1", "verdict_reason": reason.value, "verdict_score": 0.1, "verdict_position": 1}
+    row |= {"verdict_cut": 0.2, "verdict_pool_size": 3}
+    strategies = {"in_band": "rmi_band", "outside_band": "rmi_band", "ifd_above_maximum": "ifd"}
+    given = {"name": "mine", "strategy": strategies.get(reason.value, "diff_high")}
+    given |= {"min_gap": 0.2} if reason is SelectionReason.GAP_BELOW_MINIMUM else {}
+    sentence = ledger.explain(row, TypeAdapter(Selection).validate_python(given))
+    assert reason.value not in sentence
+    assert "None" not in sentence
+    assert sentence.endswith(".")
+    assert ".." not in sentence
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (101, "101st")]
+)
+def test_strata_are_counted_in_words(number: int, words: str) -> None:
+    assert ledger._ordinal(number) == words
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"fraction": 0.25}, "the highest 25% of the pool by"),
+        ({"fraction": 0.5}, "the highest 50% of the pool by"),
+        ({"fraction": 0.125}, "the highest 12.5% of the pool by"),
+        ({"fraction": 1.0}, "the highest 100% of the pool by"),
+        ({"count": 1000}, "the highest 1,000 of the pool by"),
+    ],
+)
+def test_a_budget_is_told_as_it_is_set(budget: dict[str, Any], words: str) -> None:
+    assert words in said(1, decide(budget=budget))[2]
+
+
+def test_numbers_are_told_apart_where_they_differ_and_show_no_minus_zero() -> None:
+    assert ledger._apart(0.30001, 0.30004) == ("0.30001", "0.30004")
+    assert ledger._apart(0.3, 0.3) == ("0.300", "0.300")
+    assert ledger._apart(-0.0, 0.25) == ("0.000", "0.250")
+
+
+def test_a_short_query_is_told() -> None:
+    strong = STRONG.with_columns(is_short_query=pl.lit(True), num_q_tokens=pl.lit(3, pl.Int64))
+    _, _, sentence = said(1, decide(strong=strong))
+    assert "The query has only 3 tokens for the strong model: its scores are noisy." in sentence
+
+
+def test_a_model_that_does_not_rank_a_selected_pair_is_told() -> None:
+    weak = rmi_rows({}, {}, {}, UNSCORED, UNSCORED)
+    _, _, sentence = said(4, decide("rmi_top", weak=weak))
+    assert "the strong model ranks it 1.000 in the only stratum, the weak model does not rank it." in sentence
+
+
+def test_what_a_version_says_of_a_row_is_one_line() -> None:
+    told = ledger.explain_in_version
+    selected = {"decision": "selected", "reason": "within_budget", "explanation": "Selected."}
+    dropped = {"decision": "not_selected", "reason": "below_cut", "explanation": "Not selected."}
+    assert told(selected, has_batch=True, was_in=None, told=None) == "in it: Selected."
+    assert told(selected, has_batch=True, was_in=1, told="Selected.") == "in it: as above"
+    assert told(dropped, has_batch=True, was_in=2, told=None) == "dropped, had been in version 2: Not selected."
+    assert told(dropped, has_batch=True, was_in=None, told=None) == "not in it: Not selected."
+    assert told(None, has_batch=False, was_in=2, told=None) == "dropped, had been in version 2: its batch was not in it"
+    assert told(None, has_batch=True, was_in=None, told=None) == "no such row had been delivered"
+    old = {"decision": "duplicate", "reason": "exact_duplicate"}
+    assert told(old, has_batch=True, was_in=None, told=None) == (
+        "not in it: duplicate (exact_duplicate); older versions hold no sentence"
+    )
 
 
 def test_a_duplicate_shows_its_pairs_scores_but_has_no_verdict() -> None:
@@ -283,7 +413,7 @@ def test_a_pair_that_one_model_cannot_score_is_unscorable_with_that_models_reaso
     weak = rmi_rows({}, {}, UNSCORED | {"null_reason_rmi": "non_finite"}, {}, UNSCORED)
     frame = decide(weak=weak)
     assert said(3, frame)[:2] == ("unscorable", "non_finite")
-    assert said(3, frame)[2].startswith("Not scorable: weak model: non_finite. ")
+    assert said(3, frame)[2].startswith("Not scorable: under the weak model, the model gave no finite number. ")
 
 
 def test_a_score_that_was_not_wanted_is_no_reason() -> None:
@@ -294,9 +424,11 @@ def test_a_score_that_was_not_wanted_is_no_reason() -> None:
     assert said(7, frame) == (
         "unscorable",
         "non_finite",
-        "Not scorable: strong model: non_finite. It is in no stratum and cannot be selected.",
+        "Not scorable: under the strong model, the model gave no finite number. So it has no rank, and cannot be "
+        "selected.",
     )
-    assert said(1, frame)[2].startswith("No model ranks it. Selected by mine: ifd_ppl of the strong model ")
+    ranked = "No model ranks it by RMI. Selected by mine, which takes the highest 50% of the pool by IFD, "
+    assert said(1, frame)[2].startswith(ranked)
 
 
 def test_the_vocabulary_of_reasons_is_closed() -> None:

@@ -26,10 +26,10 @@ from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.driver import BatchSummary, RunError
 from qaq_pipeline.jobs import STAGES, build_job_defs
 from qaq_pipeline.prompts import Pair
-from qaq_pipeline.resources import ScoredPairs, open_storage
+from qaq_pipeline.resources import ScoredPairs
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
 from qaq_pipeline.scoring import Progress, ScoringReport
-from qaq_pipeline.storage import Storage, StorageError
+from qaq_pipeline.storage import Storage, StorageError, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, pair_name
 
@@ -501,7 +501,7 @@ class HandMadeRuntime:
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
         report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
-        provenance |= {"frame": "chat", "scoring": self._scoring, "libraries": {}, "device": "cpu"}
+        provenance |= {"frame": "chat", "scoring": self._scoring, "scored_with": []}
         return ScoredPairs(frame, report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:

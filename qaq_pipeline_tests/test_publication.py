@@ -16,7 +16,7 @@ import pytest
 from qaq_pipeline import publication
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.publication import BatchTables, Publication, publish, read_batches
-from qaq_pipeline.storage import Storage, StoredTable, hash_json
+from qaq_pipeline.storage import Storage, StorageError, StoredTable, hash_json
 from qaq_pipeline_tests.frames import store_batch, store_selection
 
 SETTINGS = """
@@ -387,3 +387,43 @@ def test_without_a_limit_every_version_keeps_its_files(storage: Storage, setting
         assert publish_registered(storage, settings, "b1").retired == ()
     history = storage.read_json(publication.FOLDER, "history.json")
     assert [storage.exists(publication.FOLDER, version, "manifest.json") for version in history] == [True] * 3
+
+
+# --- numbers for people ---------------------------------------------------------------------------------------------
+
+
+def numbers(storage: Storage) -> list[tuple[int, str]]:
+    return [(one.number, one.version) for one in publication.publications(storage)]
+
+
+def test_a_version_keeps_the_number_of_its_first_publication(storage: Storage, settings: Settings) -> None:
+    versions = []
+    for last in ("x", "y", "y", "x"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        versions.append(publish_registered(storage, settings, "b1").version)
+    assert numbers(storage) == [(1, versions[0]), (2, versions[1])]
+    logged = storage.read_json(publication.FOLDER, "publications.json")
+    assert [entry["number"] for entry in logged] == [1, 2, 1]
+    assert logged[0]["published_at"].startswith("20")
+
+
+def test_a_storage_of_before_the_log_gets_its_numbers_from_its_history(storage: Storage, settings: Settings) -> None:
+    versions = []
+    for last in ("x", "y"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        versions.append(publish_registered(storage, settings, "b1").version)
+    storage.remove(publication.FOLDER, "publications.json")
+    assert numbers(storage) == [(1, versions[0]), (2, versions[1])]
+    store_batch(storage, settings, queries=("a", "b", "c", "z"))
+    versions.append(publish_registered(storage, settings, "b1").version)
+    assert numbers(storage) == list(enumerate(versions, start=1))
+    assert publication.publications(storage)[0].published_at is None
+
+
+@pytest.mark.parametrize("name", ["9", "abcd", "", "0"])
+def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage, settings: Settings, name: str) -> None:
+    store_batch(storage, settings)
+    version = publish_registered(storage, settings, "b1").version
+    known = rf"no one version '{name}' was published; published were: 1 \({version[:8]}\)"
+    with pytest.raises(StorageError, match=known):
+        publication.find_version(storage, name)

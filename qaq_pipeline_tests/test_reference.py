@@ -25,10 +25,9 @@ from qaq_pipeline.assets.rank_reference import NAME
 from qaq_pipeline.config import RankingSettings, Selection, Settings, SettingsError
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.jobs import REFERENCE_JOB, SELECTING, build_job_defs
-from qaq_pipeline.resources import open_storage
 from qaq_pipeline.runs import RunError
 from qaq_pipeline.schema import DisagreementScores, NullReason, RankReference, RmiScores, dtypes, enforce
-from qaq_pipeline.storage import StorageError
+from qaq_pipeline.storage import StorageError, open_storage
 from qaq_pipeline_tests import test_checks
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.frames import pair_name, rmi_rows

@@ -5,9 +5,10 @@ No tolerances: every sum here is exact in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -30,11 +31,13 @@ class FlakyStorage(Storage):
 
     has_failed = False
 
-    def append_scores(self, identity: ScoreIdentity, scores: pl.DataFrame) -> None:
+    def append_scores(
+        self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any] | None = None
+    ) -> None:
         if not self.has_failed:
             self.has_failed = True
             raise OSError("no space left on device")
-        super().append_scores(identity, scores)
+        super().append_scores(identity, scores, scored_with)
 
 
 class Clock:

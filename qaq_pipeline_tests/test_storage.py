@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -20,7 +21,17 @@ from hypothesis import strategies as st
 
 from qaq_pipeline import schema
 from qaq_pipeline.schema import Quantity, TableError
-from qaq_pipeline.storage import Delivery, PartitionBusyError, Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline.storage import (
+    UNKNOWN_SCORER,
+    Delivery,
+    PartitionBusyError,
+    Storage,
+    StorageError,
+    StoredTable,
+    _parquet_bytes,
+    empty,
+    hash_json,
+)
 from qaq_pipeline_tests.conftest import LockHolder
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, cached, pair_name, raw_rows, rejected
 
@@ -438,6 +449,37 @@ def test_a_shard_that_is_still_being_written_is_not_read(storage: Storage) -> No
     (shard,) = shards(storage)
     shard.with_name(".0123.tmp").write_bytes(b"half")
     assert storage.read_scores(IDENTITY, pair_ids(1)).height == 1
+
+
+SCORERS = [{"libraries": {"torch": version}, "device": "cpu"} for version in ("2.13", "2.14")]
+
+
+def scorers(storage: Storage, *numbers: int) -> list[Any]:
+    found = storage.read_scores_by_scorer(IDENTITY, pair_ids(*numbers))
+    return [json.loads(scorer) for scorer in found["scored_with"]]
+
+
+def test_every_score_says_which_libraries_and_device_made_it(any_storage: Storage) -> None:
+    for number, scorer in enumerate(SCORERS, start=1):
+        any_storage.append_scores(IDENTITY, cached(number), scorer)
+    any_storage.append_scores(IDENTITY, cached(3))
+    assert scorers(any_storage, 1, 2, 3) == [*SCORERS, UNKNOWN_SCORER]
+
+
+def test_of_a_shard_of_before_it_was_recorded_the_scorer_is_unknown(storage: Storage) -> None:
+    old = _parquet_bytes(cached(1), {"data_version": StoredTable(cached(1)).data_version})
+    storage.write_bytes(old, "score_cache", IDENTITY.digest(), "0123456789abcdef.parquet")
+    assert scorers(storage, 1) == [UNKNOWN_SCORER]
+
+
+def test_a_shard_is_named_by_the_hash_of_its_bytes_and_an_equal_one_is_the_same_file(storage: Storage) -> None:
+    for _ in range(2):
+        storage.append_scores(IDENTITY, cached(1), SCORERS[0])
+    (shard,) = shards(storage)
+    assert shard.name == f"{hashlib.sha256(shard.read_bytes()).hexdigest()}.parquet"
+    storage.append_scores(IDENTITY, cached(1), SCORERS[1])
+    assert len(shards(storage)) == 2
+    assert scorers(storage, 1) == [SCORERS[0]]
 
 
 def test_scores_that_do_not_fit_are_not_appended(storage: Storage) -> None:

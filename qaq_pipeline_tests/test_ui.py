@@ -23,7 +23,7 @@ from qaq_pipeline import config, driver, publication, schema
 from qaq_pipeline.config import Settings
 from qaq_pipeline.jobs import STAGES
 from qaq_pipeline.prompts import Pair
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.server import (
     CHROMIUM,

@@ -17,7 +17,7 @@ import pytest
 
 from qaq_pipeline import config, driver, publication
 from qaq_pipeline.config import Settings
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.server import assert_nothing_runs, processes_of, running_ui, write_profile
 

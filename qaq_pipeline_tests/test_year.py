@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from qaq_pipeline import config, driver, publication
-from qaq_pipeline.resources import open_storage
+from qaq_pipeline.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.server import (
     CHROMIUM,

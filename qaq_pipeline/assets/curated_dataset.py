@@ -11,7 +11,7 @@ from qaq_pipeline.config import Settings
 from qaq_pipeline.publication import Publication
 from qaq_pipeline.storage import Storage
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
@@ -40,7 +40,7 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
             if not batches and not publication.published_withdrawn(storage):
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
-            published = publication.publish(storage, settings, batches, excluded)
+            published = publication.publish(storage, settings, batches, excluded, context.run.run_id)
             storage.write_json(_sidecar(context, excluded), publication.FOLDER, "runs", f"{context.run.run_id}.json")
         return _result(context, published, excluded)
 

@@ -1,5 +1,8 @@
 """The asset decisions[batch]: the ledger."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
@@ -21,9 +24,9 @@ from qaq_pipeline.assets.shared import (
 )
 from qaq_pipeline.config import Settings, settings_hash
 from qaq_pipeline.measures import count_by
-from qaq_pipeline.storage import Storage, StoredTable, hash_json
+from qaq_pipeline.storage import UNKNOWN_SCORER, Storage, StoredTable
 
-VERSION = "1"
+VERSION = "2"
 
 
 def build_decisions(settings: Settings) -> dg.AssetsDefinition:
@@ -76,6 +79,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             **stored_gate(gate),
             "files": raw_data.provenance["files"],
             "models": {role: table.provenance["identity"] for role, table in rmi_scores.items()},
+            "scored_by": {role: _scored_by(table.provenance) for role, table in rmi_scores.items()},
         }
         frame = ledger.decide(
             raw_data.frame,
@@ -84,7 +88,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             disagreement_scores.frame,
             verdicts,
             settings.published,
-            hash_json(provenance_of(context, inputs, **facts)),
+            storage.write_provenance(provenance_of(context, inputs, **facts), context.run.run_id),
             gate,
         )
         _require_every_row(raw_data, frame.height)
@@ -99,6 +103,15 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         return table_result(context, frame, inputs, metadata, **facts)
 
     return decisions
+
+
+def _scored_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model was asked, and with what it answered; of scores of before it was recorded, that it is not known."""
+    return {
+        "frame": made_of["frame"],
+        "template": made_of.get("template", "unknown"),
+        "scored_with": made_of.get("scored_with", [UNKNOWN_SCORER]),
+    }
 
 
 def _require_one_origin(

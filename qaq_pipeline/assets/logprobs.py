@@ -22,7 +22,7 @@ from qaq_pipeline.schema import Quantity, Status
 from qaq_pipeline.scoring import Estimate, Progress
 from qaq_pipeline.storage import Storage, StoredTable
 
-VERSION = "1"
+VERSION = "2"
 GPU_POOL = "gpu"
 
 

@@ -9,7 +9,7 @@ from qaq_pipeline.config import Settings
 from qaq_pipeline.measures import count_by
 from qaq_pipeline.storage import StoredTable
 
-VERSION = "1"
+VERSION = "2"
 
 
 def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
@@ -29,7 +29,7 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
             min_query_tokens=eligibility.min_query_tokens,
             short_query_tokens=eligibility.short_query_tokens,
         )
-        carried = ("identity", "identity_after", "identity_hash", "frame", "scoring", "libraries", "device")
+        carried = ("identity", "identity_after", "identity_hash", "frame", "template", "scoring", "scored_with")
         provenance = {key: logprobs.provenance[key] for key in carried if key in logprobs.provenance}
         provenance |= {"scored_from": logprobs.provenance["inputs"], "eligibility": eligibility.model_dump(mode="json")}
         return table_result(context, frame, {"logprobs": logprobs}, _metadata(frame), **provenance)

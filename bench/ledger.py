@@ -1,0 +1,146 @@
+"""Finding a row among many: `python -m bench.ledger [ROWS]` prints time and memory of `qaq explain`. No models.
+
+Builds a ledger of 10 million synthetic rows in a temporary folder (batches of 310,000 and one that is large), and one
+published version of all of them; then asks for rows by place and by pair_id: the whole command, cold, and the call.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from qaq_pipeline import audit, config, exports, lookup, publication, schema
+from qaq_pipeline.storage import Storage, _parquet_bytes, hash_json, open_storage
+
+BATCH_ROWS, LARGE_ROWS = 310_000, 1_010_000
+VERSION, SHA256 = "0" * 32, "1" * 64
+_EXPLAIN = "from qaq_pipeline.cli import main; main()"
+
+
+def main(num_rows: int) -> None:
+    """Build, ask, print."""
+    with tempfile.TemporaryDirectory(prefix="qaq-ledger-") as folder:
+        os.environ["QAQ_HOME"] = folder
+        storage = open_storage(config.load_settings())
+        started = time.perf_counter()
+        rows = build(storage, num_rows)
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet")) / 1e9
+        print(f"{num_rows:,} rows, {size:.1f} GB, built in {time.perf_counter() - started:.0f} s")  # noqa: T201
+        for batch, row, pair_id in rows:
+            for label, arguments in ((f"row {row} of {batch}", [batch, str(row)]), ("pair_id", [pair_id])):
+                print(f"{label}: {_command(arguments)}")  # noqa: T201
+            print(f"call, by row: {_timed(lambda b=batch, r=row: audit.find_row(storage, b, str(r)))}")  # noqa: T201
+            print(f"call, by pair_id: {_timed(lambda p=pair_id: audit.find_pair(storage, p))}")  # noqa: T201
+
+
+def _command(arguments: list[str]) -> str:
+    """Wall and process seconds, and peak memory, of the command in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _EXPLAIN, "explain", *arguments], capture_output=True, check=True)
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = done.stdout.decode().count("provenance ")
+    return f"{wall:.2f} s wall, {seconds:.2f} s process, peak so far {after.ru_maxrss / 2**10:.0f} MiB, {found} found"
+
+
+def _timed(call: Callable[[], audit.Answer]) -> str:
+    started, process = time.perf_counter(), time.process_time()
+    found = len(call().rows)
+    wall, seconds = time.perf_counter() - started, time.process_time() - process
+    return f"{wall:.3f} s wall, {seconds:.3f} s process, {found} found"
+
+
+def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
+    """Store the ledger and the version; some rows to ask for: batch, row, pair_id."""
+    asked, keys, entries = [], [], []
+    scores = Path(storage.path(publication.FOLDER, VERSION, "scores.parquet"))
+    scores.parent.mkdir(parents=True)
+    writer = None
+    for batch, decisions in _batches(num_rows):
+        made_of = _provenance(batch)
+        version = hash_json(batch)
+        data = _parquet_bytes(decisions, {"provenance": made_of, "data_version": version})
+        storage.write_bytes(data, "decisions", batch, "table.parquet")
+        storage.write_pair_index(decisions, version, "decisions", batch, "pair_index.parquet")
+        flat = exports.flat_scores(decisions).to_arrow()
+        writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
+        writer.write_table(flat, row_group_size=lookup.rows_per_group(num_rows))
+        keys.append(decisions.select("pair_id", *schema.ROW_KEY))
+        entries.append({"batch": batch})
+        place = decisions.height * 2 // 3
+        asked.append((batch, place + 1, decisions["pair_id"][place]))
+    assert writer is not None
+    writer.close()
+    storage.write_provenance(_provenance("b"), "run")
+    manifest = {"batches": entries, "files": {"scores.parquet": SHA256}}
+    storage.write_json(manifest, publication.FOLDER, VERSION, "manifest.json")
+    storage.write_json([VERSION], publication.FOLDER, "history.json")
+    storage.write_pair_index(pl.concat(keys), SHA256, *publication.pair_index(VERSION))
+    return [asked[0], asked[len(asked) // 2]]
+
+
+def _provenance(batch: str) -> dict[str, Any]:
+    hashes = dict.fromkeys(("settings_hash", "code_version"), "0")
+    return {"partition": [batch], "inputs": {}, "files": {"a.jsonl": "0"}, "models": {}, "pool_id": "b", **hashes}
+
+
+def _batches(num_rows: int) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The large batch first, then those of the usual size; all numbers of a batch but its keys are the first one's."""
+    random = np.random.default_rng(0)
+    large = min(LARGE_ROWS, num_rows)
+    sizes = [large, *[BATCH_ROWS] * ((num_rows - large) // BATCH_ROWS)]
+    sizes += [rest] if (rest := num_rows - sum(sizes)) else []
+    template = _decisions(large, random)
+    for number, size in enumerate(sizes):
+        batch = f"week-{number:03}"
+        digits = np.frombuffer(random.bytes(16 * size).hex().encode(), dtype="S32").astype(str)
+        frame = template[:size].with_columns(batch=pl.lit(batch), pair_id=pl.Series(digits, dtype=pl.String))
+        yield batch, frame.select(list(schema.dtypes(schema.Decisions)))
+
+
+def _decisions(num_rows: int, random: np.random.Generator) -> pl.DataFrame:
+    """As much like real ones as their reading depends on: two models, three selections, a sentence of real length."""
+    rank = pl.Series(random.random(num_rows))
+    score = {name: pl.lit(None, dtype.dtype) for name, dtype in schema.MODEL_SCORE.inner.items()}
+    score |= {"rmi": pl.col("rank") * 2, "rank": pl.col("rank"), "log_ppl_q": pl.col("rank") + 1}
+    score |= {"num_strata": pl.lit(10), "stratum": (pl.col("rank") * 10).cast(pl.Int64) + 1}
+    verdict = {name: pl.lit(None, dtype.dtype) for name, dtype in schema.VERDICT.inner.items()}
+    verdict |= {"is_selected": pl.col("rank") > 0.75, "score": pl.col("rank"), "position": pl.col("source_row")}
+    frame = pl.DataFrame({"rank": rank, "source_row": range(1, num_rows + 1)})
+    models = [_struct(score | {"model": pl.lit(role)}) for role in ("strong", "weak")]
+    names = ("diff_high", "control_random", "control_stratified_random")
+    verdicts = [_struct(verdict | {"selection": pl.lit(name)}) for name in names]
+    types = schema.dtypes(schema.Decisions)
+    values = {name: pl.lit(None, dtype) for name, dtype in types.items()} | {
+        "source_file": pl.lit("a.jsonl"),
+        "source_row": pl.col("source_row"),
+        "turn_index": pl.lit(0),
+        "decision": pl.lit("not_selected"),
+        "reason": pl.lit("below_cut"),
+        "explanation": pl.format("Ranked {} of 1, and so on. {}", "rank", pl.lit("A sentence of real length. " * 12)),
+        "gap": pl.col("rank"),
+        "scores": pl.concat_list(models),
+        "verdicts": pl.concat_list(verdicts),
+        "provenance_id": pl.lit(hash_json(_provenance("b"))),
+    }
+    return frame.select(value.cast(types[name]).alias(name) for name, value in values.items())
+
+
+def _struct(values: dict[str, pl.Expr]) -> pl.Expr:
+    return pl.struct([value.alias(name) for name, value in values.items()])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000_000)

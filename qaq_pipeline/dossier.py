@@ -1,0 +1,201 @@
+"""All that is known of a row, as `qaq explain` shows it: its fate and why, its numbers, its versions, its origin.
+
+Belongs here: what a dossier consists of, and its words and tables in a terminal. Does not belong here: how rows are
+found (`audit`), and the sentences of the decision (`ledger`). No Dagster: it takes
+longer to import than this to answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qaq_pipeline import audit, ledger, schema
+from qaq_pipeline.audit import Fate
+from qaq_pipeline.publication import Published
+from qaq_pipeline.storage import Provenance, Storage, StorageError
+
+_SHOWN_CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """What is known of one row."""
+
+    row: dict[str, Any]
+    """As in decisions."""
+    found_in: Published | None
+    """The version that says so; None: the ledger as it stands."""
+    text: dict[str, str | None]
+    """Query, answer, record; empty where the delivery that stands now has no such row."""
+    representative: dict[str, Any] | None
+    """Of a duplicate, the row that stands for it."""
+    fates: list[Fate]
+    provenance: Provenance
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: all of it."""
+        return asdict(self)
+
+
+def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *, with_versions: bool) -> Dossier:
+    """All about a row that was found.
+
+    Args:
+        storage: where everything lies.
+        row: as in decisions.
+        found_in: the version that it was found in; None: the ledger.
+        with_versions: whether every version is asked for its fate.
+    """
+    return Dossier(
+        row,
+        found_in,
+        audit.text_of(storage, row),
+        _representative(storage, row, found_in),
+        audit.fates(storage, row) if with_versions else [],
+        audit.provenance(storage, row["provenance_id"], row["batch"]),
+    )
+
+
+def _representative(storage: Storage, row: dict[str, Any], found_in: Published | None) -> dict[str, Any] | None:
+    if row["duplicate_of"] is None:
+        return None
+    batch, _, place = row["duplicate_of"].partition("/")
+    try:
+        rows = audit.find_row(storage, batch, place, found_in).rows
+    except StorageError:
+        return None
+    return rows[0] if rows else None
+
+
+# --- in a terminal ---------------------------------------------------------------------------------------------------
+
+
+def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
+    """Print a dossier: the fate first."""
+    row = dossier.row
+    now = "" if dossier.found_in is None else f" in {_version(dossier.found_in)}"
+    _line(console, f"{reference(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
+    _line(console, row.get("explanation") or "This version holds no sentence; its numbers follow.")
+    if row["duplicate_of"] is not None:
+        other = dossier.representative
+        said = "not in the ledger any more" if other is None else f"{other['decision']}. {other['explanation']}"
+        _line(console, f"That row is {said}" if other is not None else f"That row is {said}.")
+    for fate in dossier.fates:
+        _line(console, _fate(dossier, fate))
+    for label, text in _texts(dossier):
+        _line(console, f"  {label}: {text}", style="dim")
+    if row["scores"]:
+        _print_structs(console, "model", row["scores"])
+    if row["verdicts"]:
+        _print_structs(console, "selection", row["verdicts"])
+    _line(console, f"pair_id {row['pair_id']}, provenance {row['provenance_id']}", style="dim")
+    for line in _origin(dossier, with_template=with_template):
+        _line(console, f"  {line}", style="dim")
+
+
+def reference(row: Mapping[str, Any]) -> str:
+    """A row as batch/file:row.turn."""
+    return f"{row['batch']}/{row['source_file']}:{row['source_row']}.{row['turn_index']}"
+
+
+def shorten(text: str | None) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join((text or "").split())
+    return f"{line[:_SHOWN_CHARACTERS]}{'…' if len(line) > _SHOWN_CHARACTERS else ''}"
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _version(published: Published) -> str:
+    day = "" if published.published_at is None else f", {published.published_at[:10]}"
+    return f"version {published.number} ({published.version[:8]}{day})"
+
+
+def _fate(dossier: Dossier, fate: Fate) -> str:
+    if not fate.is_kept:
+        return f"{_version(fate.published)}: its files were not kept, so nothing is known of the row there"
+    if fate.row is not None and fate.row["pair_id"] != dossier.row["pair_id"]:
+        other = f"another text then stood at this place (pair_id {fate.row['pair_id']})"
+        return f"{_version(fate.published)}: {other}: {fate.row['decision']}"
+    before = dossier.fates[dossier.fates.index(fate) - 1] if dossier.fates[0] is not fate else None
+    was_in = before.published.number if before is not None and before.is_published else None
+    said = ledger.explain_in_version(
+        fate.row, has_batch=fate.has_batch, was_in=was_in, told=dossier.row.get("explanation")
+    )
+    return f"{_version(fate.published)}: {said}"
+
+
+def _texts(dossier: Dossier) -> list[tuple[str, str]]:
+    if not dossier.text:
+        return [("text", "not in the batch as it stands delivered now")]
+    if dossier.text["query"] is None and dossier.text["answer"] is None:
+        return [("record", shorten(dossier.text["record"]))]
+    return [(label, shorten(dossier.text[label])) for label in ("query", "answer")]
+
+
+def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
+    """What made the row's decision, line by line."""
+    made_of, row = dossier.provenance.made_of, dossier.row
+    if made_of is None:
+        yield "what made it is not recorded: it was decided before records were kept"
+        return
+    yield f"input: {row['source_file']}, row {row['source_row']}, sha256 {made_of['files'].get(row['source_file'])}"
+    scored_by = made_of.get("scored_by", {})
+    for role, identity in sorted(made_of["models"].items()):
+        asked = scored_by.get(role, {})
+        yield (
+            f"{role}: {identity['model']} ({identity['revision']}), {identity['dtype']}, "
+            f"{asked.get('frame', 'unknown')} frame, prior {identity['prior']}, template {identity['template_hash']}"
+        )
+        for scorer in asked.get("scored_with", []):
+            yield f"  scored with {_libraries(scorer['libraries'])}, on {scorer['device']}"
+        if with_template:
+            yield f"  template: {asked.get('template', 'unknown')}"
+    yield f"pool {made_of['pool_id']}, settings {made_of['settings_hash']}, code {made_of['code_version']}"
+    for run in dossier.provenance.runs:
+        yield f"decided by run {run['run_id']} at {run['time']}"
+
+
+def _libraries(libraries: Mapping[str, str] | str) -> str:
+    if isinstance(libraries, str):
+        return f"{libraries} libraries"
+    return ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
+
+
+def _print_structs(console: Console, name: str, structs: Sequence[Mapping[str, Any]]) -> None:
+    """One column a struct, one row a field: readable in 80 characters."""
+    shown = Table("", *(struct[name] for struct in structs))
+    for field in structs[0]:
+        if field != name:
+            shown.add_row(field, *(_cell(struct[field]) for struct in structs))
+    console.print(shown)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def matches(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows that hold a text, one a line, and how to ask for one."""
+    for row in rows[: audit.MOST_ROWS]:
+        _line(console, f"{reference(row)}: {shorten(row['query'] or '')}")
+    more = len(rows) - audit.MOST_ROWS
+    if more > 0:
+        _line(console, f"… and {more:,} more")
+    _line(console, f"{len(rows):,} rows hold that text; explain one: `qaq explain {reference(rows[0])}`")
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Batch, and the place in it, as `audit.find_row` takes them."""
+    assert set(schema.ROW_KEY) <= set(row)
+    batch, _, place = reference(row).partition("/")
+    return batch, place

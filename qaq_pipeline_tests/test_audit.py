@@ -1,0 +1,189 @@
+"""audit: a row is found by place, pair and text, in the ledger and in every version, and its provenance id resolves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from qaq_pipeline import audit, publication
+from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.publication import publish, read_batches
+from qaq_pipeline.storage import Storage, StorageError, StoredTable, hash_json
+from qaq_pipeline_tests.frames import pair_name, store_batch
+
+SETTINGS = """
+models:
+  strong: {hub: tiny/strong}
+  weak: {hub: tiny/weak}
+"""
+KEEP_ONE = "publication: {keep_versions: 1}"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return parse_settings(SETTINGS)
+
+
+def publish_all(storage: Storage, settings: Settings, *registered: str) -> str:
+    batches, excluded = read_batches(storage, registered, settings)
+    return publish(storage, settings, batches, excluded, run_id="run").version
+
+
+def rows_of(answer: audit.Answer) -> list[tuple[str, int]]:
+    return [(row["batch"], row["source_row"]) for row in answer.rows]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_found_by_its_place_and_by_its_pair(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    for name in ("3", "a.jsonl:3", "a.jsonl:3.0", "b1/a.jsonl:3.0", pair_name(3)):
+        assert rows_of(audit.find_row(storage, "b1", name)) == [("b1", 3)]
+    assert audit.find_row(storage, "b1", "99") == audit.Answer([])
+
+
+def test_a_pair_is_found_in_any_batch_by_its_first_digits(storage: Storage, settings: Settings) -> None:
+    for batch in ("b1", "b2"):
+        store_batch(storage, settings, batch)
+    found = audit.find_pair(storage, pair_name(3))
+    assert rows_of(found) == [("b1", 3), ("b2", 3)]
+    assert found.unindexed == ()
+    assert len(audit.find_pair(storage, pair_name(3)[:31]).rows) == 2 * 4
+
+
+def test_what_is_found_is_what_the_whole_table_has(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    whole = storage.read_table("decisions", "b1").frame.filter(source_row=3).row(0, named=True)
+    assert audit.find_row(storage, "b1", "3").rows == [whole]
+    assert audit.find_pair(storage, pair_name(3)).rows == [whole]
+
+
+def test_an_index_of_another_table_than_the_stored_one_is_not_used_and_named(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    stale = storage.read_bytes("decisions", "b1", "pair_index.parquet")
+    store_batch(storage, settings, queries=("a", "b", "c", "changed"))
+    storage.write_bytes(stale, "decisions", "b1", "pair_index.parquet")
+    found = audit.find_pair(storage, pair_name(3))
+    assert (rows_of(found), found.unindexed) == ([("b1", 3)], ("decisions of b1",))
+    storage.write_bytes(b"torn", "decisions", "b1", "pair_index.parquet")
+    assert audit.find_pair(storage, pair_name(3)).unindexed == ("decisions of b1",)
+    storage.remove("decisions", "b1", "pair_index.parquet")
+    assert audit.find_pair(storage, pair_name(3)).unindexed == ("decisions of b1",)
+
+
+def test_a_batch_without_decisions_is_named(storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"decisions/b9/table\.parquet: not stored yet"):
+        audit.find_row(storage, "b9", "1")
+
+
+def test_a_text_is_found_in_query_answer_and_record_whatever_its_white_space(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings, queries=("one  two\nthree", "b", "c", "d"))
+    found = dict(audit.find_text(storage, "two three"))
+    assert [row["source_row"] for row in found["b1"]] == [1]
+    assert dict(audit.find_text(storage, "nowhere"))["b1"] == []
+    assert audit.text_of(storage, audit.find_row(storage, "b1", "1").rows[0])["query"] == "one  two\nthree"
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thrice(storage: Storage) -> Storage:
+    """Version 1 without the batch, version 2 with row 3 of it selected, version 3 with row 3 not selected."""
+    half = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    whole = parse_settings(SETTINGS)
+    store_batch(storage, whole, "b0")
+    publish_all(storage, whole, "b0")
+    for settings in (half, whole):
+        for batch in ("b0", "b1"):
+            store_batch(storage, settings, batch)
+        publish_all(storage, settings, "b0", "b1")
+    return storage
+
+
+def test_every_version_says_what_became_of_a_row(thrice: Storage) -> None:
+    row = audit.find_row(thrice, "b1", "3").rows[0]
+    fates = audit.fates(thrice, row)
+    assert [fate.published.number for fate in fates] == [1, 2, 3]
+    assert [(fate.has_batch, fate.is_published) for fate in fates] == [(False, False), (True, True), (True, False)]
+    assert fates[2].row is not None
+    assert fates[2].row["explanation"] == row["explanation"]
+    assert row["explanation"].startswith("Ranked by RMI")
+
+
+def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(thrice: Storage) -> None:
+    second = publication.find_version(thrice, "2")
+    assert publication.find_version(thrice, second.version[:8]) == second
+    (row,) = audit.find_row(thrice, "b1", "3", second).rows
+    assert row["decision"] == "selected"
+    assert [score["model"] for score in row["scores"]] == ["strong", "weak"]
+    now = audit.find_row(thrice, "b1", "3").rows[0]
+    assert [score["rmi"] for score in row["scores"]] == [score["rmi"] for score in now["scores"]]
+    assert row["verdicts"][0]["is_selected"]
+    by_pair = audit.find_pair(thrice, pair_name(3), second)
+    assert (rows_of(by_pair), by_pair.unindexed) == ([("b0", 3), ("b1", 3)], ())
+
+
+def test_what_left_the_ledger_is_found_in_the_newest_version_that_had_it(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    version = publish_all(storage, settings, "b1")
+    storage.remove("decisions", "b1", "table.parquet")
+    answer, found_in = audit.find_anywhere(storage, lambda version: audit.find_row(storage, "b1", "3", version))
+    assert rows_of(answer) == [("b1", 3)]
+    assert found_in is not None
+    assert found_in.version == version
+
+
+def test_of_a_version_whose_files_are_gone_nothing_is_claimed(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + KEEP_ONE)
+    for last in ("x", "y"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        publish_all(storage, settings, "b1")
+    first, second = audit.fates(storage, audit.find_row(storage, "b1", "3").rows[0])
+    assert (first.is_kept, first.row, second.is_kept) == (False, None, True)
+    with pytest.raises(StorageError, match=r"version 1 \(.*its files were not kept"):
+        audit.find_row(storage, "b1", "3", first.published)
+    assert not storage.exists(*publication.pair_index(first.published.version))
+
+
+def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    version = publish_all(storage, settings, "b1")
+    scores = Path(storage.url(publication.FOLDER, version, "scores.parquet"))
+    old = pl.read_parquet(scores).drop("explanation", "similarity", "evidence", "reason:diff_high")
+    old.write_parquet(scores)
+    storage.remove(*publication.pair_index(version))
+    (fate,) = audit.fates(storage, audit.find_row(storage, "b1", "4").rows[0])
+    assert fate.is_published
+    found = audit.find_pair(storage, pair_name(4), fate.published)
+    assert found.unindexed == ("version 1",)
+    assert found.rows[0]["verdicts"][0]["is_selected"]
+
+
+# --- provenance ------------------------------------------------------------------------------------------------------
+
+
+def test_an_id_resolves_after_the_batch_was_decided_anew(storage: Storage) -> None:
+    old, new = {"files": {"a": "0"}, "models": {}}, {"files": {"a": "1"}, "models": {}}
+    first = storage.write_provenance(old, "run-1")
+    storage.write_provenance(new, "run-2")
+    storage.write_provenance(old, "run-3")
+    found = audit.provenance(storage, first, "b1")
+    assert found.made_of == old
+    assert sorted(run["run_id"] for run in found.runs) == ["run-1", "run-3"]
+    assert first == hash_json(old)
+
+
+def test_an_id_of_before_there_were_records_resolves_by_the_tables_footer(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    decisions = storage.read_table("decisions", "b1")
+    assert audit.provenance(storage, decisions.provenance_id, "b1").made_of == decisions.provenance
+    storage.write_table(StoredTable(decisions.frame, {"other": 1}), "decisions", "b1")
+    assert audit.provenance(storage, decisions.provenance_id, "b1").made_of is None
