@@ -23,7 +23,7 @@ The map, each module importing only from those above it:
     selection         the strategies and their exact budgets
     reference         a frozen pool of several batches: ranks and cuts against it, drift from it
     ledger            every input row: decision, reason, sentence
-    exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet
+    exports           selected rows -> the files that trainers load; scores Parquet
     card              what lies in a version and how it was chosen: its README
     model_files       where a model comes from: hub, directory, GGUF converted once
     workers           the processes that score batches, one for each core or GPU; leases of GPUs
@@ -36,6 +36,7 @@ The map, each module importing only from those above it:
     withdrawals       what must not be published any more, and why
     landing           deliveries in the landing zone: complete or not, refused or copied
     publication       batches -> a version of the dataset, its manifest
+    hub               a version where others load it: the Hugging Face hub, a folder, a URL; what `qaq publish` does
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
