@@ -262,16 +262,16 @@ _LLAMA_FACTORY_MESSAGES = {
 
 FORMATS = {
     "messages": Format("messages.jsonl", messages_jsonl, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
+    "prompt_completion": Format(
+        "prompt_completion.jsonl",
+        prompt_completion_jsonl,
+        pa.schema([pa.field("prompt", _CHAT), pa.field("completion", _CHAT)]),
+    ),
     "alpaca": Format(
         "alpaca.json",
         alpaca_json,
         pa.schema(_strings("instruction", "input", "output", "system")),
         {"columns": {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}},
-    ),
-    "prompt_completion": Format(
-        "prompt_completion.jsonl",
-        prompt_completion_jsonl,
-        pa.schema([pa.field("prompt", _CHAT), pa.field("completion", _CHAT)]),
     ),
     "sharegpt": Format(
         "sharegpt.jsonl",

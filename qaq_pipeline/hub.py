@@ -99,6 +99,8 @@ def publish(
     if is_dry_run:
         return Copy(version, to, sizes, is_new=True)
     target = _Folder(to) if hub is None else _Repository(*hub, is_private=is_private, token=token)
+    if f"{target.url}/".startswith(f"{storage.url().rstrip('/')}/"):
+        raise PublishError(f"{to}: lies in the storage, where versions are never changed; take another folder")
     there = target.manifest()
     if there is not None and hash_json(there) == version:
         return Copy(version, target.url, sizes, is_new=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from typing import Any, get_args
 
 import polars as pl
@@ -14,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_pipeline import schema
-from qaq_pipeline.config import ExportSettings
+from qaq_pipeline.config import ExportSettings, SettingsError
 from qaq_pipeline.exports import (
     FORMATS,
+    check_installed,
     columns,
     export,
     flat_scores,
@@ -212,6 +214,14 @@ def test_every_format_of_the_settings_has_a_file_of_its_own() -> None:
     allowed = get_args(get_args(ExportSettings.model_fields["formats"].annotation)[0])
     assert set(FORMATS) == set(allowed)
     assert len({one.path for one in FORMATS.values()}) == len(FORMATS)
+
+
+def test_a_format_whose_package_is_missing_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed(["messages", "parquet"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    check_installed(["messages", "parquet"])
+    with pytest.raises(SettingsError, match=r"hf needs the package datasets; install qaq-pipeline\[datasets\]"):
+        check_installed(["messages", "hf"])
 
 
 # --- meta -----------------------------------------------------------------------------------------------------------

@@ -261,6 +261,14 @@ def test_a_manifest_in_a_folder_cannot_remove_files_elsewhere(storage: Storage, 
     assert outside.read_text() == "stays"
 
 
+def test_no_version_is_written_into_the_storage(storage: Storage) -> None:
+    old, _ = store_version(storage), store_version(storage, OTHER_FILES)
+    for folder in ((publication.FOLDER, old), ("elsewhere",), ()):
+        with pytest.raises(PublishError, match="lies in the storage, where versions are never changed"):
+            publish(storage, "latest", storage.url(*folder))
+    assert files_of(storage, old).keys() == {*FILES, "manifest.json"}
+
+
 def test_an_object_store_is_source_and_target_alike(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
     storage = Storage(f"{root}/storage", tmp_path / "locks")
