@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import polars as pl
 import pytest
 
 from qaq_pipeline import publication
-from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.assets.curated_dataset import build_curated_dataset
+from qaq_pipeline.config import Settings, SettingsError, parse_settings
 from qaq_pipeline.publication import BatchTables, Publication, publish, read_batches
 from qaq_pipeline.storage import Storage, StoredTable, hash_json
 from qaq_pipeline_tests.frames import store_batch, store_selection
@@ -197,6 +199,14 @@ def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings
     older = {key: value for key, value in published.manifest.items() if key != "export"} | {"format": 1}
     storage.write_json(older, publication.FOLDER, published.version, "manifest.json")
     assert not publication.is_current(storage, ["b1"], settings)
+
+
+def test_a_format_whose_package_is_missing_is_refused_when_the_asset_is_defined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SettingsError, match=r"install qaq-pipeline\[datasets\], or leave hf out"):
+        build_curated_dataset(parse_settings(SETTINGS + "export: {formats: [hf]}"))
 
 
 def test_meta_leads_back_to_the_delivered_row(storage: Storage) -> None:
