@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export QAQ_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow bench check format clean
+.PHONY: help install demo ui test test-slow test-consumers bench check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -35,6 +35,12 @@ test: install ## Run the tests: no network, no GPU, nothing slow
 test-slow: install ## Run the slow tests: real models (fetched first), a killed run, the UI in a browser
 	$(BIN)/python examples/fetch_models.py
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# LLaMA-Factory pins older libraries than this project, so it has an environment of its own.
+test-consumers: install ## Load the exports with datasets, TRL and LLaMA-Factory (installs the last, 1 GB)
+	test -x $(VENV)-llama-factory/bin/python || $(PYTHON) -m venv $(VENV)-llama-factory
+	$(VENV)-llama-factory/bin/python -m pip install -q llamafactory==0.9.5
+	QAQ_LLAMA_FACTORY=$(abspath $(VENV))-llama-factory/bin/python $(BIN)/python -m pytest qaq_pipeline_tests/test_consumers.py
 
 bench: install ## Measure the scoring engine against its goals and real opponents (40 min; installs lm-eval)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'

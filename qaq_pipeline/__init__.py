@@ -24,7 +24,7 @@ The map, each module importing only from those above it:
     reference         a frozen pool of several batches: ranks and cuts against it, drift from it
     lookup            rows of a Parquet file by their key; what a person means by a row
     ledger            every input row: decision, reason, sentence
-    exports           selected rows -> messages JSONL, Alpaca JSON, scores Parquet
+    exports           selected rows -> the files that trainers load; scores Parquet
     card              what lies in a version and how it was chosen: its README
     model_files       where a model comes from: hub, directory, GGUF converted once
     workers           the processes that score batches, one for each core or GPU; leases of GPUs
@@ -38,6 +38,7 @@ The map, each module importing only from those above it:
     landing           deliveries in the landing zone: complete or not, refused or copied
     publication       batches -> a version of the dataset, its manifest
     audit             a row's fate now and in every version, and what made it: reading only
+    hub               a version where others load it: the Hugging Face hub, a folder, a URL; what `qaq publish` does
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words

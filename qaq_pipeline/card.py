@@ -14,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
 import polars as pl
+import pyarrow as pa
 import yaml
 
-from qaq_pipeline import schema
+from qaq_pipeline import exports, schema
 from qaq_pipeline.config import (
     DiffSelection,
+    ExportSettings,
     IfdSelection,
     LengthSelection,
     PplSelection,
@@ -28,7 +30,7 @@ from qaq_pipeline.config import (
     Selection,
     SumSelection,
 )
-from qaq_pipeline.exports import EXPORTERS
+from qaq_pipeline.exports import FORMATS
 from qaq_pipeline.schema import Decision, Status
 
 _SIZES = {
@@ -81,6 +83,24 @@ What to compare with: {size} of the same pool, in the order of a keyed hash. `co
 `control_stratified_random` the same share from each stratum of PPL(Q).
 """
 
+_STRATA = """\
+Distinct pairs by their stratum of PPL(Q), under each model, and how many of them this selection keeps. In a batch's own
+pool the strata are the batch's own, so that the ranges of several batches overlap.
+"""
+
+_FILES = """\
+In the folder of each selection, the same columns in every record. `FOLDER` is this folder, or its name on the hub.
+"""
+
+_LOADING = {
+    "json": '`datasets`, and what reads through it: `load_dataset(FOLDER, "{config}", split="train")`.',
+    "prompt_completion": "TRL: the loss of `prompt_completion` is on the completion alone, of `messages` on all text.",
+    "parquet": '`load_dataset(FOLDER, data_files="{selection}/messages.parquet", split="train")`.',
+    "hf": '`load_from_disk("FOLDER/{selection}/hf")`, of a local folder; Axolotl: `path: FOLDER/{selection}/hf`.',
+    "llama_factory": "LLaMA-Factory: `dataset_dir: FOLDER`, `dataset: {entry}`; `dataset_info.json` lists the others.",
+}
+"""A line on each way of loading."""
+
 _PAPER = """\
 - In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is 0.61
   points and a standard error about 3.5.
@@ -103,7 +123,7 @@ terms of that model. This pipeline does not know them, and grants none: find the
 def dataset_card(
     selection: Selection,
     exported: Mapping[str, int],
-    formats: Sequence[str],
+    export: ExportSettings,
     entries: Sequence[Mapping[str, Any]],
     screened: pl.DataFrame,
     decisions: pl.DataFrame,
@@ -114,7 +134,7 @@ def dataset_card(
     Args:
         selection: the published one.
         exported: rows in the files of each selection and control, the published one first.
-        formats: of these files, as in `export.formats`.
+        export: what these files are.
         entries: of the batches, as they stand in the manifest.
         screened: ScreenedData of all batches.
         decisions: Decisions of the same rows.
@@ -124,8 +144,10 @@ def dataset_card(
     sections = {
         "Selection": _recipe(selection),
         "Controls": f"{_controls(selection)}\n{_table(('selection', 'rows'), exported.items())}",
+        "Files": _files(selection.name, exported, export),
         "Batches": _batches(entries),
         "Models": _models(entries),
+        "Strata": f"{_STRATA}\n{_strata(decisions)}",
         "Decisions": _decisions(decisions),
         "Decontamination": _decontamination(benchmarks, _num_flagged(screened, decisions)),
         "What the numbers do not promise": (_PAPER if _is_the_papers(selection) else "") + _LIMITS,
@@ -133,7 +155,7 @@ def dataset_card(
     }
     introduction = _INTRODUCTION.format(selected=exported[selection.name], rows_in=rows_in, grounds=_grounds(selection))
     body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    front = yaml.safe_dump(_metadata(selection, exported, formats), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {_title(selection)}\n\n{introduction}\n{body}".encode()
 
 
@@ -198,8 +220,9 @@ def _title(selection: Selection) -> str:
     return f"Code instructions selected {by}: {selection.name}"
 
 
-def _metadata(selection: Selection, exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, Any]:
+def _metadata(selection: Selection, exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any]:
     num_rows = exported[selection.name]
+    configs = _configs(exported, export)
     return {
         "license": "unknown",
         "pretty_name": _title(selection),
@@ -207,22 +230,83 @@ def _metadata(selection: Selection, exported: Mapping[str, int], formats: Sequen
         "task_categories": ["text-generation"],
         "tags": ["code", "instruction-tuning", "synthetic", "data-selection", "qaq", "arxiv:2603.12165"],
         "size_categories": [next((name for limit, name in _SIZES.items() if num_rows < limit), "n>1B")],
-        "configs": _configs(exported, formats),
+        "configs": [
+            {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+            | ({"default": True} if name == next(iter(configs)) else {})
+            for name, (_, path) in configs.items()
+        ],
+        # Else `datasets` guesses types from the first rows of a file, and takes texts that look like dates for such.
+        "dataset_info": [
+            {"config_name": name, "features": _features(exports.columns(kind, has_meta=export.meta))}
+            for name, (kind, _) in configs.items()
+        ],
     }
 
 
-def _configs(exported: Mapping[str, int], formats: Sequence[str]) -> list[dict[str, Any]]:
-    """One for each file of rows for training, the first the default; `datasets` can load no file without rows.
+def _configs(exported: Mapping[str, int], export: ExportSettings) -> dict[str, tuple[str, str]]:
+    """Format and path of each file that the hub's readers are told of, by the name of its configuration.
 
-    `scores.parquet` is none: `datasets` reads all configurations of a folder as files of one format.
+    The first one is the default. `datasets` reads all configurations of a folder by one loader, so they are the JSON
+    files, or, where there are none, the Parquet files; and it can load no file without rows. So `scores.parquet`, which
+    is nothing to train on either, is none of them.
     """
-    configs = [
-        {"config_name": f"{name}-{kind}", "data_files": [{"split": "train", "path": f"{name}/{EXPORTERS[kind][0]}"}]}
+    kinds = _loaded_by_json(export) or [kind for kind in export.formats if kind == "parquet"]
+    return {
+        f"{name}-{kind}": (kind, f"{name}/{FORMATS[kind].path}")
         for name, num_rows in exported.items()
-        for kind in formats
+        for kind in kinds
         if num_rows
+    }
+
+
+def _loaded_by_json(export: ExportSettings) -> list[str]:
+    return [kind for kind in export.formats if FORMATS[kind].is_json]
+
+
+def _features(columns: Iterable[pa.Field]) -> list[dict[str, Any]]:
+    """Arrow's columns as the hub's metadata has them."""
+    return [{"name": column.name, **_feature(column.type)} for column in columns]
+
+
+def _feature(arrow: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_list(arrow):
+        return {"list": _features(arrow.value_type)}
+    return {"dtype": str(arrow)}
+
+
+def _files(name: str, exported: Mapping[str, int], export: ExportSettings) -> str:
+    """What lies in the folder of a selection, and how it is loaded."""
+    rows = [
+        (kind, FORMATS[kind].path, ", ".join(exports.columns(kind, has_meta=export.meta).names))
+        for kind in export.formats
     ]
-    return [config | ({"default": True} if config is configs[0] else {}) for config in configs]
+    configs, entries = _configs(exported, export), exports.llama_factory_entries(exported, export.formats)
+    ways = {"json": bool(_loaded_by_json(export) and configs), "llama_factory": bool(entries)}
+    values = {"selection": name, "config": next(iter(configs), ""), "entry": next(iter(entries), "")}
+    lines = [f"- {line.format(**values)}\n" for way, line in _LOADING.items() if ways.get(way, way in export.formats)]
+    return f"{_FILES}\n{_table(('format', 'file', 'columns'), rows)}\n{''.join(lines)}"
+
+
+def _strata(decisions: pl.DataFrame) -> str:
+    """One row for each model and stratum, apart where a pool was so small that it has fewer strata."""
+    scored = decisions.filter(pl.col("decision").is_in([Decision.SELECTED.value, Decision.NOT_SELECTED.value]))
+    ranked = (
+        scored.select("decision", "scores")
+        .explode("scores", empty_as_null=False)
+        .unnest("scores")
+        .drop_nulls("stratum")
+    )
+    strata = ranked.group_by("model", "num_strata", "stratum").agg(
+        pl.len().alias("pairs"),
+        (pl.col("decision") == Decision.SELECTED.value).sum().alias("selected"),
+        pl.col("log_ppl_q").min().alias("lowest"),
+        pl.col("log_ppl_q").max().alias("highest"),
+    )
+    rows = [
+        (model, f"{stratum} of {of}", pairs, selected, f"{selected / pairs:.0%}", f"{lowest:.3f} to {highest:.3f}")
+        for model, of, stratum, pairs, selected, lowest, highest in strata.sort("model", "num_strata", "stratum").rows()
+    ]
+    return _table(("model", "stratum", "pairs", "selected", "share kept", "log PPL(Q), nats/token"), rows)
 
 
 def _recipe(selection: Selection) -> str:
@@ -276,11 +360,11 @@ def _decontamination(benchmarks: Mapping[str, Mapping[str, str]], num_flagged: i
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
-_CODE = re.compile(r"[A-Za-z0-9_.:/@+=-](?:[A-Za-z0-9_.:/@+=, -]*[A-Za-z0-9_.:/@+=-])?")
+_CODE = re.compile(r"[A-Za-z0-9_.:/@+=%-](?:[A-Za-z0-9_.:/@+=%, -]*[A-Za-z0-9_.:/@+=%-])?")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str | int]], total: Sequence[str | int] = ()) -> str:
-    lines = [list(head), ["---:" if title.startswith(("rows", "selected")) else "---" for title in head]]
+    lines = [list(head), ["---:" if title.startswith(("rows", "selected", "pairs")) else "---" for title in head]]
     lines += [list(map(_cell, row)) for row in [*rows, *([total] if total else [])]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

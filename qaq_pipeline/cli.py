@@ -166,6 +166,34 @@ def withdraw(
 
 
 @app.command()
+def publish(
+    version: Annotated[str, typer.Argument(help="A published version, or `latest`.")],
+    to: Annotated[str, typer.Option("--to", help="hf://datasets/ORG/NAME[@REVISION], a folder, or any fsspec URL.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, where it is made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Copy a version to the Hugging Face hub, in one commit, or to a folder. The same version twice is copied once."""
+    from qaq_pipeline import hub
+    from qaq_pipeline.storage import StorageError, open_storage
+
+    storage = open_storage(_settings(config_file))
+    _quiet_logs()
+    try:
+        copy = hub.publish(storage, version, to, is_private=private, is_dry_run=dry_run)
+    except (hub.PublishError, StorageError) as error:
+        _fail(str(error))
+    if dry_run:
+        for name, size in copy.sizes.items():
+            console.print(f"{size:>12,} {name}", markup=False, highlight=False, soft_wrap=True)
+    done = "would be published to" if dry_run else "published to" if copy.is_new else "is already at"
+    files = f"{len(copy.sizes):,} files, {sum(copy.sizes.values()):,} bytes"
+    console.print(f"{copy.version} {done} {copy.url}: {files}", markup=False, highlight=False, soft_wrap=True)
+    for name in copy.removed:
+        console.print(f"removed, of an earlier version: {name}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def explain(
     what: Annotated[
         str | None, typer.Argument(metavar="[BATCH]", help="The batch; or alone: a pair_id, or BATCH/FILE:ROW.")

@@ -464,8 +464,19 @@ def _check_range(field: str, value: tuple[float, float] | None) -> None:
 class ExportSettings(_Closed):
     """What is written for training beside the tables."""
 
-    formats: tuple[Literal["messages", "alpaca"], ...] = Field(
-        ("messages", "alpaca"), min_length=1, description="messages: JSONL. alpaca: JSON."
+    formats: tuple[Literal["messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf"], ...] = Field(
+        ("messages", "prompt_completion", "alpaca"),
+        min_length=1,
+        description="messages, prompt_completion, sharegpt: JSONL. alpaca: JSON. parquet: messages as Parquet. hf: "
+        "messages as a folder of `save_to_disk`, with the extra `datasets`.",
+    )
+    selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=SELECTION_NAME)], ...] = Field(
+        "published",
+        description="published: the published selection and its controls. all, or names: these other ones as well.",
+    )
+    meta: bool = Field(
+        False,
+        description="Whether records have `meta`: where the row comes from, and the delivered record, as JSON text.",
     )
 
 
@@ -584,6 +595,9 @@ class Settings(_Closed):
                 raise ValueError(f"selections: {name!r}: names that begin with {CONTROL_PREFIX!r} are the controls'")
         for selection in self.selections:
             self._check_selection(selection)
+        for name in () if isinstance(self.export.selections, str) else self.export.selections:
+            if name not in names:
+                raise ValueError(f"export.selections: {name!r} is no selection; known: {names}")
         if self.ranking.pool == "reference" and "rmi" not in self.scoring.quantities:
             raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: ranks are of RMI")
         return self
@@ -616,6 +630,20 @@ class Settings(_Closed):
     def published(self) -> Selection:
         """The selection that selected_subset and curated_dataset publish."""
         return self.selections[0]
+
+    @property
+    def exported(self) -> list[str]:
+        """Names of the selections that are exported: the published one, its controls, then any other."""
+        published, *others = (selection.name for selection in self.selections)
+        controls = [CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES]
+        match self.export.selections:
+            case "published":
+                others = []
+            case "all":
+                pass
+            case names:
+                others = [name for name in others if name in names]
+        return [published, *controls, *others]
 
     @property
     def home(self) -> Path:

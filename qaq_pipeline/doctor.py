@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qaq_pipeline import config, model_files
+from qaq_pipeline import config, exports, model_files
 from qaq_pipeline.config import Settings, SettingsError
 from qaq_pipeline.prompts import PairEncoder
 from qaq_pipeline.resources import LIBRARIES
@@ -35,6 +35,7 @@ def examine(settings: Settings) -> list[Finding]:
         _versions(),
         *_models(settings),
         _storage(settings),
+        _exports(settings),
         _dagster_home(),
     ]
 
@@ -70,6 +71,15 @@ def _storage(settings: Settings) -> Finding:
     except (OSError, SettingsError) as error:
         return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
     return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")
+
+
+def _exports(settings: Settings) -> Finding:
+    formats = settings.export.formats
+    try:
+        exports.check_installed(formats)
+    except SettingsError as error:
+        return Finding("exports", is_ok=False, text=str(error))
+    return Finding("exports", is_ok=True, text=", ".join(formats))
 
 
 def _dagster_home() -> Finding:

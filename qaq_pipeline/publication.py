@@ -2,7 +2,8 @@
 
 Belongs here: what a version consists of. Does not belong here: the formats of the files, or when it is published.
 
-    curated_dataset/<manifest hash>/manifest.json, README.md, scores.parquet, <selection>/<format's file>
+    curated_dataset/<manifest hash>/manifest.json, README.md, dataset_info.json, scores.parquet,
+                                    <selection>/<format's file or folder>
     curated_dataset/differences/<newer>_from_<older>.parquet   the rows that entered and left, and why
     curated_dataset/publications.json          every publication: the version's number, its hash, when, by which run
     curated_dataset/pair_index/<version>.parquet  from pair_ids to the rows of its scores.parquet
@@ -25,13 +26,13 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline import card, exports, gates, ledger, reference, schema, withdrawals
-from qaq_pipeline.config import CONTROL_PREFIX, CONTROL_STRATEGIES, Settings, settings_hash
+from qaq_pipeline.config import Settings, settings_hash
 from qaq_pipeline.schema import Change, Decision
 from qaq_pipeline.storage import Footer, Storage, StorageError, StoredTable, empty, hash_json
 from qaq_pipeline.withdrawals import Withdrawals
 
 FOLDER = "curated_dataset"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 _LOG = (FOLDER, "publications.json")
 _SHORTEST_HASH = 4
 
@@ -164,6 +165,8 @@ def _decided_otherwise(decided: Mapping[str, Any], selection: str, settings: Set
         return f"selected by {selection}, not by {settings.published.name}; `qaq recurate` selects again"
     if decided["published_hash"] != settings_hash(settings.published):
         return f"decided under other settings of {settings.published.name}; `qaq recurate` decides again"
+    if settings.export.selections != "published" and decided["settings_hash"] != settings_hash(settings.selections):
+        return "decided under other settings of the exported selections; `qaq recurate` decides again"
     if decided.get("pool_id") != pool:
         return f"ranked in the pool {decided.get('pool_id')}, not in {pool}; `qaq recurate` ranks it again"
     if decided.get("ranking_hash") != settings_hash(settings.ranking.without_pool()):
@@ -241,6 +244,7 @@ def publish(
     manifest = {
         "format": MANIFEST_FORMAT,
         "selection": settings.published.model_dump(mode="json"),
+        "export": settings.export.model_dump(mode="json"),
         "batches": [_entry(tables) for tables in batches],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
@@ -267,33 +271,26 @@ def is_current(storage: Storage, registered: Sequence[str], settings: Settings) 
     published = _manifest(storage)
     if published is None:
         return not included
-    folders, formats = _exported(published)
     return (
         {entry["batch"]: {name: entry["data_versions"][name] for name in _ENTERING} for entry in published["batches"]}
         == {batch: footers.versions for batch, footers in included.items()}
+        and published["format"] == MANIFEST_FORMAT
         and published["selection"] == settings.published.model_dump(mode="json")
-        and settings.published.name in folders
-        and formats == {exports.EXPORTERS[name][0] for name in settings.export.formats}
+        and published["export"] == settings.export.model_dump(mode="json")
     )
 
 
-def _manifest(storage: Storage) -> dict[str, Any] | None:
-    """Of the newest version; None where there is none, or its files are gone."""
-    version = latest(storage)
-    if version is None or not storage.exists(FOLDER, version, "manifest.json"):
+def _manifest(storage: Storage, version: str | None = None) -> dict[str, Any] | None:
+    """Of a version, by default the newest; None where there is none, or its files are gone."""
+    found = version or latest(storage)
+    if found is None or not storage.exists(FOLDER, found, "manifest.json"):
         return None
-    return storage.read_json(FOLDER, version, "manifest.json")
+    return storage.read_json(FOLDER, found, "manifest.json")
 
 
-def _exported(manifest: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Folders and names of a version's exports."""
-    names = [name.partition("/") for name in manifest["files"] if "/" in name]
-    return {folder for folder, _, _ in names}, {name for _, _, name in names}
-
-
-def published_withdrawn(storage: Storage) -> list[str]:
-    """Batches of the newest version of which something was withdrawn since they entered it."""
-    published, withdrawn = _manifest(storage), withdrawals.read(storage)
+def published_withdrawn(storage: Storage, version: str | None = None) -> list[str]:
+    """Batches of a version, by default the newest, of which something was withdrawn since they entered it."""
+    published, withdrawn = _manifest(storage, version), withdrawals.read(storage)
     found = []
     for entry in [] if published is None else published["batches"]:
         batch = entry["batch"]
@@ -432,20 +429,20 @@ def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]
 
 
 def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:
-    """The files of a version by their path in it: the published selection and its controls in each format, the card."""
-    names = [settings.published.name, *(CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES)]
+    """The files of a version by their path in it: the exported selections in each format, scores, what readers need."""
     decisions = _decisions(batches)
     files, exported = {"scores.parquet": exports.scores_parquet(decisions)}, {}
-    for selection in names:
-        rows = _concat([_rows(selection, tables, settings) for tables in batches], "selected_subset")
+    for selection in settings.exported:
+        rows = _rows(selection, batches, settings)
         for export_format in settings.export.formats:
-            file_name, write = exports.EXPORTERS[export_format]
-            files[f"{selection}/{file_name}"] = write(rows)
+            written = exports.export(export_format, rows)
+            files |= {f"{selection}/{name}": data for name, data in written.items()}
         exported[selection] = rows.height
+    files["dataset_info.json"] = exports.llama_factory_info(exported, settings.export.formats)
     files["README.md"] = card.dataset_card(
         settings.published,
         exported,
-        settings.export.formats,
+        settings.export,
         [_entry(tables) for tables in batches],
         _concat([tables.screened_data.frame for tables in batches], "screened_data"),
         decisions,
@@ -454,7 +451,15 @@ def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[st
     return files
 
 
-def _rows(selection: str, tables: BatchTables, settings: Settings) -> pl.DataFrame:
+def _rows(selection: str, batches: Sequence[BatchTables], settings: Settings) -> pl.DataFrame:
+    """The rows of all batches under a selection, batch by batch, best first."""
+    rows = _concat([_rows_of_batch(selection, tables, settings) for tables in batches], "selected_subset")
+    if not settings.export.meta:
+        return rows
+    return exports.with_meta(rows, _concat([tables.raw_data.frame for tables in batches], "raw_data"))
+
+
+def _rows_of_batch(selection: str, tables: BatchTables, settings: Settings) -> pl.DataFrame:
     if selection == settings.published.name:
         return tables.selected_subset.frame
     return ledger.selected_rows(selection, tables.raw_data.frame, tables.decisions.frame)

@@ -110,11 +110,14 @@ def store_batch(
     storage: Storage,
     settings: Settings,
     batch: str = "b1",
-    queries: tuple[str, ...] = ("a", "b", "c", "d"),
+    queries: tuple[str | dict[str, Any], ...] = ("a", "b", "c", "d"),
     source_file: str = "a.jsonl",
 ) -> None:
-    """The tables of a batch that is published, as the assets leave them: one row a query, and a rejected one."""
-    changes = [*({"query": query} for query in queries), rejected()]
+    """The tables of a batch that is published, as the assets leave them: one row a query, and a rejected one.
+
+    A query may be all the changes of its row.
+    """
+    changes = [*({"query": query} if isinstance(query, str) else query for query in queries), rejected()]
     raw = raw_rows(*(row | {"source_file": source_file} for row in changes), batch=batch)
     rmi = {"strong": [0.1 * n for n in range(len(queries))], "weak": [-0.1 * n for n in range(len(queries))]}
     scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}

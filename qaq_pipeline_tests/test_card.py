@@ -19,14 +19,14 @@ from markdown_it import MarkdownIt
 
 from qaq_pipeline import publication, reference
 from qaq_pipeline.card import dataset_card
-from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.config import ExportSettings, Settings, parse_settings
 from qaq_pipeline.publication import publish, read_batches
 from qaq_pipeline.schema import Decisions, ScreenedData, dtypes
 from qaq_pipeline.storage import Storage
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, IDENTITY, raw_rows, store_batch
 
 SETTINGS = "models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}\n"
-FORMATS = ("messages", "alpaca")
+NO_SCORES = pl.lit([], dtype=dtypes(Decisions)["scores"]).alias("scores")
 SHA256 = hashlib.sha256(b"benchmark").hexdigest()
 
 
@@ -51,7 +51,7 @@ def card_of(**changes: Any) -> str:
     parts: dict[str, Any] = {
         "selection": parse_settings(SETTINGS).published,
         "exported": {"diff_high": 0},
-        "formats": FORMATS,
+        "export": ExportSettings.model_validate({}),
         "entries": [entry()],
         "screened": pl.DataFrame(schema=dtypes(ScreenedData)),
         "decisions": pl.DataFrame(schema=dtypes(Decisions)),
@@ -101,13 +101,16 @@ def test_the_hub_reads_the_metadata_and_every_file_that_it_names_is_there(storag
     configs = metadata["configs"]
     assert [config["config_name"] for config in configs] == [
         "diff_high-messages",
+        "diff_high-prompt_completion",
         "diff_high-alpaca",
         "control_random-messages",
+        "control_random-prompt_completion",
         "control_random-alpaca",
         "control_stratified_random-messages",
+        "control_stratified_random-prompt_completion",
         "control_stratified_random-alpaca",
     ]
-    assert [config.get("default") for config in configs] == [True, *[None] * 5]
+    assert [config.get("default") for config in configs] == [True, *[None] * 8]
     for config in configs:
         ((split, path),) = [(file["split"], file["path"]) for file in config["data_files"]]
         assert split == "train"
@@ -124,9 +127,64 @@ def test_the_size_is_that_of_the_published_selection(num_rows: int, size: str) -
 
 
 def test_a_file_without_rows_is_no_configuration(storage: Storage) -> None:
-    card = card_of(exported={"diff_high": 0, "control_random": 3}, formats=("alpaca",))
+    card = card_of(exported={"diff_high": 0, "control_random": 3}, export=exporting("alpaca"))
     configs = front_matter(card)["configs"]
     assert [(config["config_name"], config["default"]) for config in configs] == [("control_random-alpaca", True)]
+
+
+def exporting(*formats: str, **others: Any) -> ExportSettings:
+    return ExportSettings.model_validate({"formats": formats, **others})
+
+
+def test_the_types_of_the_columns_are_told_so_that_no_reader_guesses_them() -> None:
+    card = card_of(exported={"diff_high": 1}, export=exporting("alpaca", "sharegpt", meta=True))
+    alpaca, sharegpt = front_matter(card)["dataset_info"]
+    texts = ("instruction", "input", "output", "system", "meta")
+    assert alpaca == {
+        "config_name": "diff_high-alpaca",
+        "features": [{"name": name, "dtype": "string"} for name in texts],
+    }
+    turn = [{"name": "from", "dtype": "string"}, {"name": "value", "dtype": "string"}]
+    assert sharegpt["features"] == [{"name": "conversations", "list": turn}, {"name": "meta", "dtype": "string"}]
+
+
+@pytest.mark.parametrize(
+    ("formats", "configs"),
+    [
+        (("parquet", "hf", "sharegpt"), ["mine-sharegpt"]),
+        (("hf", "parquet"), ["mine-parquet"]),
+        (("hf",), []),
+    ],
+)
+def test_configurations_are_files_of_one_loader(formats: tuple[str, ...], configs: list[str]) -> None:
+    metadata = front_matter(card_of(**MINE, export=exporting(*formats)))
+    assert [config["config_name"] for config in metadata["configs"]] == configs
+    assert [info["config_name"] for info in metadata["dataset_info"]] == configs
+
+
+MINE: dict[str, Any] = {
+    "selection": parse_settings(SETTINGS + "selections: [{name: mine, strategy: random}]").published,
+    "exported": {"mine": 2},
+}
+
+
+def test_every_format_is_listed_with_its_file_and_columns_and_how_it_is_loaded() -> None:
+    names = ("messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf")
+    card = card_of(**MINE, export=exporting(*names))
+    head, *rows = tables(card)["Files"]
+    assert head == ["format", "file", "columns"]
+    assert [row[0] for row in rows] == list(names)
+    assert rows[2][1:] == ["alpaca.json", "instruction, input, output, system"]
+    for said in (
+        'load_dataset(FOLDER, "mine-messages", split="train")',
+        'load_dataset(FOLDER, data_files="mine/messages.parquet", split="train")',
+        'load_from_disk("FOLDER/mine/hf")',
+        "`dataset: mine_messages`",
+    ):
+        assert said in card
+    without_rows = card_of(**MINE | {"exported": {"mine": 0}}, export=exporting("messages"))
+    assert "load_dataset" not in without_rows
+    assert "LLaMA-Factory" not in without_rows
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -149,6 +207,40 @@ def test_the_numbers_add_up_with_the_ledger_and_the_files(storage: Storage, sett
     assert sum(int(row[2]) for row in rows) == 14
     for selection, count in shown["Controls"][1:]:
         assert len(json.loads((folder / selection / "alpaca.json").read_bytes())) == int(count) == 3
+
+
+def test_the_strata_hold_every_ranked_pair_once_a_model(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings, "b1")
+    store_batch(storage, settings, "b2", queries=tuple("efghijkl"))
+    folder = published_folder(storage, settings, "b1", "b2")
+    rows = tables((folder / "README.md").read_text(encoding="utf-8"))["Strata"][1:]
+    # Both batches have one stratum, every log PPL(Q) is 2.0, and a quarter is taken: 3 of 4 + 8.
+    assert rows == [[role, "1 of 1", "12", "3", "25%", "2.000 to 2.000"] for role in ("strong", "weak")]
+
+
+def test_strata_of_pools_of_another_size_are_rows_of_their_own() -> None:
+    scores = [(1, 2, 0.5), (1, 2, 1.25), (2, 2, 3.0), (1, 1, 0.75), (None, 2, None)]
+    decided = pl.DataFrame(
+        [
+            {
+                "decision": "selected" if number == 1 else "not_selected",
+                "reason": "below_cut",
+                "scores": [{"model": "strong", "stratum": stratum, "num_strata": of, "log_ppl_q": log_ppl_q}],
+            }
+            for number, (stratum, of, log_ppl_q) in enumerate(scores)
+        ]
+        # The same pair once more, and a row that was rejected.
+        + [
+            {"decision": "duplicate", "reason": "exact_duplicate", "scores": [{"model": "strong", "stratum": 1}]},
+            {"decision": "rejected", "reason": "empty_query", "scores": []},
+        ],
+        schema=dtypes(Decisions),
+    )
+    assert tables(card_of(decisions=decided))["Strata"][1:] == [
+        ["strong", "1 of 1", "1", "0", "0%", "0.750 to 0.750"],
+        ["strong", "1 of 2", "2", "1", "50%", "0.500 to 1.250"],
+        ["strong", "2 of 2", "1", "0", "0%", "3.000 to 3.000"],
+    ]
 
 
 def test_the_models_are_those_of_the_manifest(storage: Storage, settings: Settings) -> None:
@@ -201,7 +293,7 @@ def test_selected_rows_that_were_flagged_and_not_dropped_are_counted() -> None:
     rows = raw_rows({}, {}, {}).select(pl.col("batch", "source_file", "source_row", "turn_index"))
     screened = rows.with_columns(status=pl.lit("accepted"), evidence=pl.Series(["humaneval 3", "humaneval 4", None]))
     decisions = rows.with_columns(
-        decision=pl.Series(["selected", "not_selected", "selected"]), reason=pl.lit("within_budget")
+        NO_SCORES, decision=pl.Series(["selected", "not_selected", "selected"]), reason=pl.lit("within_budget")
     )
     card = card_of(screened=screened, decisions=decisions, benchmarks={"b1": {"humaneval": SHA256}})
     assert "flagged in the ledger: 1.\n" in card
@@ -330,7 +422,7 @@ def test_a_name_reads_as_itself_in_its_own_cell(name: str) -> None:
 
 def _decided(reason: str) -> pl.DataFrame:
     rows = raw_rows({}).select(pl.col("batch", "source_file", "source_row", "turn_index"))
-    return rows.with_columns(decision=pl.lit("selected"), reason=pl.lit(reason))
+    return rows.with_columns(NO_SCORES, decision=pl.lit("selected"), reason=pl.lit(reason))
 
 
 @given(name=st.text(max_size=30))

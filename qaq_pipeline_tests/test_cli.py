@@ -329,7 +329,7 @@ def test_doctor_finds_a_home_that_works(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "doctor")
     assert shown.code == 0
     assert "│ no │" not in shown.out
-    for check in ("versions", "model strong", "model weak", "storage", "Dagster home"):
+    for check in ("versions", "model strong", "model weak", "storage", "exports", "Dagster home"):
         assert f"│ ok │ {check} │" in shown.out
     assert not list((home.folder / "storage").glob(".doctor*"))
 

@@ -73,7 +73,9 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"scoring": {"quantities": []}}, ["scoring.quantities", "at least 1"]),
         ({"records": {"shape": "csv"}}, ["records.shape", "'alpaca'", "got 'csv'"]),
         ({"ranking": {"num_strata": 0}}, ["ranking.num_strata", "greater than or equal to 1", "got 0"]),
-        ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'messages' or 'alpaca'", "got 'xml'"]),
+        ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'parquet' or 'hf'", "got 'xml'"]),
+        ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is no selection", "['diff_high']"]),
+        ({"export": {"selections": "some"}}, ["export.selections", "'published' or 'all'", "got 'some'"]),
         ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
         ({"scorring": {}}, ["scorring", "not permitted"]),
@@ -104,6 +106,18 @@ def test_every_fault_is_named_at_once() -> None:
     text = refusal(executor="k8s", scoring={"max_tokens": 3, "batch_tokens": 3})
     assert "3 setting(s)" in text
     assert all(field in text for field in ("executor", "scoring.max_tokens", "scoring.batch_tokens"))
+
+
+@pytest.mark.parametrize(
+    ("selections", "others"),
+    [("published", []), ("all", ["b", "c"]), (["c"], ["c"]), (["c", "b", "a"], ["b", "c"]), ([], [])],
+)
+def test_the_published_selection_and_its_controls_are_always_exported(
+    selections: str | list[str], others: list[str]
+) -> None:
+    named = [{"name": name, "strategy": "rmi_top"} for name in "abc"]
+    found = settings(selections=named, export={"selections": selections}).exported
+    assert found == ["a", "control_random", "control_stratified_random", *others]
 
 
 @pytest.mark.parametrize(

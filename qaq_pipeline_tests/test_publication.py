@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import polars as pl
 import pytest
 
 from qaq_pipeline import publication
-from qaq_pipeline.config import Settings, parse_settings
+from qaq_pipeline.assets.curated_dataset import build_curated_dataset
+from qaq_pipeline.config import Settings, SettingsError, parse_settings
 from qaq_pipeline.publication import BatchTables, Publication, publish, read_batches
 from qaq_pipeline.storage import Storage, StorageError, StoredTable, hash_json
 from qaq_pipeline_tests.frames import store_batch, store_selection
@@ -48,10 +50,14 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
         "README.md",
         "control_random/alpaca.json",
         "control_random/messages.jsonl",
+        "control_random/prompt_completion.jsonl",
         "control_stratified_random/alpaca.json",
         "control_stratified_random/messages.jsonl",
+        "control_stratified_random/prompt_completion.jsonl",
+        "dataset_info.json",
         "diff_high/alpaca.json",
         "diff_high/messages.jsonl",
+        "diff_high/prompt_completion.jsonl",
         "manifest.json",
         "scores.parquet",
     ]
@@ -136,7 +142,85 @@ def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
     settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
     store_batch(storage, settings)
     files = publish_registered(storage, settings, "b1").manifest["files"]
-    assert {name.rpartition("/")[2] for name in files} == {"README.md", "alpaca.json", "scores.parquet"}
+    always = {"README.md", "dataset_info.json", "scores.parquet"}
+    assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", *always}
+
+
+THREE = """
+selections:
+  - {name: diff_high, strategy: diff_high}
+  - {name: rmi_top, strategy: rmi_top}
+  - {name: longest, strategy: length}
+"""
+
+
+@pytest.mark.parametrize(
+    ("selections", "others"),
+    [("published", []), ("all", ["longest", "rmi_top"]), ("[longest]", ["longest"]), ("[]", [])],
+)
+def test_other_selections_are_exported_where_they_are_asked_for(
+    storage: Storage, selections: str, others: list[str]
+) -> None:
+    settings = parse_settings(f"{SETTINGS}{THREE}export: {{formats: [messages], selections: {selections}}}")
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    folders = {name.partition("/")[0] for name in published.manifest["files"] if "/" in name}
+    assert folders == {"diff_high", "control_random", "control_stratified_random", *others}
+    lines = storage.read_bytes(publication.FOLDER, published.version, "diff_high", "messages.jsonl")
+    top = storage.read_bytes(publication.FOLDER, published.version, others[-1], "messages.jsonl") if others else lines
+    assert len(top.splitlines()) == len(lines.splitlines()) == 1
+
+
+def test_a_batch_whose_other_selections_were_decided_otherwise_is_left_out_where_they_are_exported(
+    storage: Storage,
+) -> None:
+    store_batch(storage, parse_settings(SETTINGS))
+    alone = parse_settings(SETTINGS + THREE)
+    assert read_batches(storage, ["b1"], alone)[1] == {}
+    every = parse_settings(f"{SETTINGS}{THREE}export: {{selections: all}}")
+    _, excluded = read_batches(storage, ["b1"], every)
+    assert "other settings of the exported selections; `qaq recurate`" in excluded["b1"]
+
+
+@pytest.mark.parametrize("export", ["meta: true", "formats: [alpaca]", "formats: [alpaca, messages]"])
+def test_another_export_is_no_longer_current(storage: Storage, settings: Settings, export: str) -> None:
+    store_batch(storage, settings)
+    publish_registered(storage, settings, "b1")
+    assert publication.is_current(storage, ["b1"], settings)
+    changed = parse_settings(f"{SETTINGS}export: {{{export}}}")
+    assert not publication.is_current(storage, ["b1"], changed)
+    publish_registered(storage, changed, "b1")
+    assert publication.is_current(storage, ["b1"], changed)
+
+
+def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    older = {key: value for key, value in published.manifest.items() if key != "export"} | {"format": 1}
+    storage.write_json(older, publication.FOLDER, published.version, "manifest.json")
+    assert not publication.is_current(storage, ["b1"], settings)
+
+
+def test_a_format_whose_package_is_missing_is_refused_when_the_asset_is_defined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SettingsError, match=r"install qaq-pipeline\[datasets\], or leave hf out"):
+        build_curated_dataset(parse_settings(SETTINGS + "export: {formats: [hf]}"))
+
+
+def test_meta_leads_back_to_the_delivered_row(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "export: {formats: [messages], meta: true}")
+    store_batch(storage, settings)
+    version = publish_registered(storage, settings, "b1").version
+    raw = storage.read_table("raw_data", "b1").frame.rows_by_key(["source_row"], named=True, unique=True)
+    for selection in ("diff_high", "control_random"):
+        (line,) = storage.read_bytes(publication.FOLDER, version, selection, "messages.jsonl").splitlines()
+        record = json.loads(line)
+        meta = json.loads(record["meta"])
+        row = raw[meta["source_row"]]
+        assert [turn["content"] for turn in record["messages"]] == [row["query"], row["answer"]]
+        assert (meta["batch"], meta["pair_id"], meta["record"]) == ("b1", row["pair_id"], row["record"])
 
 
 def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Settings) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline import publication
+from qaq_pipeline import exports, publication
 from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version
 from qaq_pipeline.config import Settings
 from qaq_pipeline.publication import Publication
@@ -16,6 +16,7 @@ VERSION = "3"
 
 def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     """curated_dataset: unpartitioned; publishing the same content twice is a no-op."""
+    exports.check_installed(settings.export.formats)
 
     @dg.asset(
         description=(
