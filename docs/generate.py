@@ -39,6 +39,8 @@ OTHER_FILES: dict[str, tuple[type[dy.Schema], str]] = {
 
 Row = Sequence[str]
 
+_NBSP = "\N{NO-BREAK SPACE}"
+
 
 def main() -> None:
     """Write the generated part of every page anew."""
@@ -97,7 +99,7 @@ def _column_type(column: dy.Column) -> str:
     else:
         dtype = str(column.dtype)
     limits = [
-        f"{sign} {limit:g}"
+        f"{sign}{_NBSP}{limit:g}"
         for sign, bound in {"≥": "min", ">": "min_exclusive", "≤": "max", "<": "max_exclusive"}.items()
         if isinstance(limit := getattr(column, bound, None), int | float)
     ]
@@ -217,14 +219,14 @@ def _limits(field: Json) -> str:
     if "minimum" in field and "maximum" in field:
         return f", {field['minimum']:,} to {field['maximum']:,}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return "".join(f", {sign} {field[bound]:,}" for bound, sign in signs.items() if bound in field)
+    return "".join(f", {sign}{_NBSP}{field[bound]:,}" for bound, sign in signs.items() if bound in field)
 
 
 def _default(field: Json) -> str:
     if "default" not in field:
         return "-" if "const" in field else "required"
     is_section = "$ref" in field and not field["$ref"].endswith("/Budget")
-    return "its own" if is_section else f"`{_yaml(field['default'])}`"
+    return "see there" if is_section else f"`{_yaml(field['default'])}`"
 
 
 def _yaml(value: Any) -> str:
