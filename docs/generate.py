@@ -260,7 +260,8 @@ def console_commands() -> dict[str, Any]:
 
 def _command(name: str, command: Any) -> str:
     parameters = [one for one in command.params if not one.hidden]
-    usage = " ".join(["qaq", name, *(_usage(one) for one in parameters if one.required), "[OPTIONS]"])
+    shown = [one for one in parameters if one.required or one.param_type_name == "argument"]
+    usage = " ".join(["qaq", name, *map(_usage, shown), "[OPTIONS]"])
     rows = [(f"`{_spelled(one)}`", _default_of(one), _text(one.help or "")) for one in parameters]
     table = _markdown(("argument or option", "default", "meaning"), rows)
     return f"## qaq {name}\n\n{_text(inspect.cleandoc(command.help or ''))}\n\n```text\n{usage}\n```\n\n{table}"
@@ -268,13 +269,15 @@ def _command(name: str, command: Any) -> str:
 
 def _spelled(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return parameter.name.upper() + ("…" if parameter.nargs == -1 else "")
+        name = (parameter.metavar or parameter.name.upper()).strip("[]")
+        return name + ("…" if parameter.nargs == -1 else "")
     return ", ".join((*parameter.opts, *parameter.secondary_opts))
 
 
 def _usage(parameter: Any) -> str:
-    is_argument = parameter.param_type_name == "argument"
-    return _spelled(parameter) if is_argument else f"{parameter.opts[-1]} {parameter.name.upper()}"
+    if parameter.param_type_name == "argument":
+        return _spelled(parameter) if parameter.required else f"[{_spelled(parameter)}]"
+    return f"{parameter.opts[-1]} {parameter.name.upper()}"
 
 
 def _default_of(parameter: Any) -> str:

@@ -28,11 +28,11 @@ PAGES = sorted([REPOSITORY / "README.md", *DOCS.rglob("*.md")])
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 
 ANNOUNCED = {
-    "calibration": {"BATCH"},
+    "calibration": set(),
     "explain": {"--text", "--version"},
     "lineage": {"--verify"},
-    "publish": {"--to"},
-    "report": set(),
+    "publish": {"--dry-run", "--to"},
+    "report": {"--version"},
 }
 """Commands, and options of commands, that the pages tell of and that are not merged yet. To be emptied then."""
 
@@ -79,6 +79,12 @@ def test_every_word_of_a_vocabulary_has_its_meaning_on_the_page() -> None:
         for word in vocabulary:
             assert word == word.value
             assert re.search(rf"^\| `{word.value}` \| \S.*\. \|$", page, re.MULTILINE), word
+
+
+def test_every_declared_table_is_on_the_page() -> None:
+    declared = {one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, dy.Schema)}
+    public = {one for one in declared if one.__module__ == schema.__name__ and not one.__name__.startswith("_")}
+    assert public == {*schema.STORED_TABLES.values(), *(table for table, _ in generate.OTHER_FILES.values())}
 
 
 def test_a_page_without_its_markers_is_an_error() -> None:
