@@ -11,6 +11,8 @@ nitpicky = True
 
 myst_heading_anchors = 4  # Links such as settings.md#ranking, as on a code host.
 
+linkcheck_ignore = [r"http://127\.0\.0\.1"]
+
 html_theme = "furo"
 html_title = "qaq_pipeline"
 html_static_path = ["_static"]
