@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field
 
 from docs import generate
-from qaq_pipeline import automation, checks, schema
+from qaq_pipeline import automation, checks, schema, storage
 from qaq_pipeline.config import Settings, load_settings, parse_settings
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 
@@ -95,16 +95,16 @@ def test_a_page_without_its_markers_is_an_error() -> None:
 # --- names in pages -----------------------------------------------------------------------------------------------
 
 
+_FENCED = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+
+
 def _code(page: Path) -> Iterator[str]:
     """Every inline code span, and every line of a fenced or indented block, without its comment."""
-    is_fenced = False
-    for line in page.read_text(encoding="utf-8").splitlines():
-        if line.lstrip().startswith("```"):
-            is_fenced = not is_fenced
-        elif is_fenced or line.startswith("    "):
-            yield line.partition(" # ")[0].strip()
-        else:
-            yield from re.findall(r"`([^`]+)`", line)
+    text = page.read_text(encoding="utf-8")
+    prose = _FENCED.sub("", text)
+    for block in (*_FENCED.findall(text), "\n".join(re.findall(r"^ {4}(.*)$", prose, re.MULTILINE))):
+        yield from (line.partition(" # ")[0].strip() for line in block.splitlines())
+    yield from (" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose))
 
 
 def _qaq_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
@@ -185,6 +185,13 @@ def test_every_check_gate_and_sensor_is_in_the_operating_guide() -> None:
     built = automation.build_automation(settings)
     names |= {one.name for one in (*(built.sensors or ()), *(built.schedules or ()))} - {"curation"}
     assert [name for name in sorted(names) if f"`{name}`" not in guide] == []
+
+
+def test_every_place_in_the_storage_is_in_the_operating_guide() -> None:
+    guide = (DOCS / "operating.md").read_text(encoding="utf-8")
+    places = re.findall(r"<root>/([^/\s]+)", storage.__doc__ or "")
+    assert len(places) > 5
+    assert [place for place in places if f"<storage>/{place}" not in guide] == []
 
 
 def test_every_decision_is_in_their_index() -> None:
