@@ -304,7 +304,10 @@ class CachedScores(dy.Schema):
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     quantity = dy.String(
-        primary_key=True, check=lambda column: column.is_in([q.value for q in Quantity]), description="Which NLL."
+        primary_key=True,
+        check=lambda column: column.is_in([q.value for q in Quantity]),
+        metadata={"vocabularies": (Quantity,)},
+        description="Which NLL.",
     )
     sum_nll = dy.Float64(nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL; null: see reason.")
     num_tokens = _count("Scored tokens: the divisor of the mean.")
@@ -449,7 +452,7 @@ VERDICT = dy.Struct(
     {
         "selection": dy.String(description="Name of the selection."),
         "is_selected": dy.Bool(description="Whether it takes this pair."),
-        "reason": dy.String(description="Why, or why not."),
+        "reason": dy.String(metadata={"vocabularies": (SelectionReason,)}, description="Why, or why not."),
         "score": dy.Float64(nullable=True, description="The value that the selection orders by."),
         "position": dy.Int64(nullable=True, description="Place in that order, from 1; null where it has none."),
         "cut": dy.Float64(
@@ -477,7 +480,11 @@ MODEL_SCORE = dy.Struct(
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1."),
         "num_strata": dy.Int64(description="Strata of the model's pool."),
         "rank": dy.Float64(nullable=True, description="Rank of RMI inside the stratum, in (0, 1]."),
-        "null_reason": dy.String(nullable=True, description="Why a wanted score is null; else null."),
+        "null_reason": dy.String(
+            nullable=True,
+            metadata={"vocabularies": (NullReason,)},
+            description="Why a wanted score is null; else null.",
+        ),
     }
 )
 
