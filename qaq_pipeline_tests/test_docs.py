@@ -236,7 +236,7 @@ def _blocks(page: Path, language: str, mark: str = "") -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_the_cookbook_runs(
     settings_for: Callable[..., Settings], settings_file: Callable[..., Path], tmp_path: Path
 ) -> None:
