@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export QAQ_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-consumers bench check format clean
+.PHONY: help install demo ui test test-slow test-consumers bench docs docs-links check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -46,6 +46,14 @@ bench: install ## Measure the scoring engine against its goals and real opponent
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m bench
 
+docs: install ## Write the generated pages anew and build the site into docs/_build/html, warnings as errors
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-links: install ## Ask every address outside of the site whether it is there (needs the network)
+	$(BIN)/python -m sphinx -q -b linkcheck -d docs/_build/doctrees docs docs/_build/links
+
 check: install ## Lint, format, types, import contracts, definitions
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -63,5 +71,5 @@ format: install ## Format the code and fix what can be fixed
 	$(BIN)/ruff format
 
 clean: ## Remove caches and build outputs; var/ and the virtual environment stay
-	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
-	find qaq_pipeline qaq_pipeline_tests examples -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find qaq_pipeline qaq_pipeline_tests examples docs -name __pycache__ -type d -exec rm -rf {} +

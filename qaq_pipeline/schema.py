@@ -11,6 +11,7 @@ stands for a failure.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 import dataframely as dy
 import polars as pl
@@ -20,118 +21,131 @@ NATS_PER_TOKEN = "nats/token"
 TOKENS = "tokens"
 
 
-class Status(StrEnum):
+class Vocabulary(StrEnum):
+    """The words that a text column may hold, each with what it says of a row: `WORD = "word", "meaning"`."""
+
+    meaning: str
+
+    def __new__(cls, word: str, meaning: str) -> Self:
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.meaning = meaning
+        return member
+
+
+class Status(Vocabulary):
     """What screening says of an input row."""
 
-    ACCEPTED = "accepted"
-    REJECTED = "rejected"
-    WITHDRAWN = "withdrawn"
-    CONTAMINATED = "contaminated"
-    DUPLICATE = "duplicate"
+    ACCEPTED = "accepted", "It is scored, perhaps with a flag."
+    REJECTED = "rejected", "It could not be read as a pair."
+    WITHDRAWN = "withdrawn", "Its text was withdrawn."
+    CONTAMINATED = "contaminated", "It holds a benchmark's task."
+    DUPLICATE = "duplicate", "An older row stands for it."
 
 
-class RejectReason(StrEnum):
+class RejectReason(Vocabulary):
     """Why a delivered row could not be read as a (query, answer) pair."""
 
-    BAD_JSON = "bad_json"
-    INVALID_UTF8 = "invalid_utf8"
-    NOT_AN_OBJECT = "not_an_object"
-    MISSING_QUERY = "missing_query"
-    MISSING_ANSWER = "missing_answer"
-    EMPTY_QUERY = "empty_query"
-    EMPTY_ANSWER = "empty_answer"
-    WRONG_TYPE = "wrong_type"
-    UNKNOWN_ROLE = "unknown_role"
-    NO_ANSWERED_TURN = "no_answered_turn"
-    UNREADABLE_FILE = "unreadable_file"
+    BAD_JSON = "bad_json", "The line, or the element of the array, is no JSON."
+    INVALID_UTF8 = "invalid_utf8", "Its bytes are no UTF-8, or a text of it cannot be written in it."
+    NOT_AN_OBJECT = "not_an_object", "It is JSON, but no object with fields."
+    MISSING_QUERY = "missing_query", "It has no field for the query, or null in it."
+    MISSING_ANSWER = "missing_answer", "It has no field for the answer, or null in it."
+    EMPTY_QUERY = "empty_query", "The query has no visible character."
+    EMPTY_ANSWER = "empty_answer", "The answer has no visible character."
+    WRONG_TYPE = "wrong_type", "A field that must be text or a list of turns is something else."
+    UNKNOWN_ROLE = "unknown_role", "A turn is by nobody known: neither user, assistant nor system."
+    NO_ANSWERED_TURN = "no_answered_turn", "No user turn is followed by an assistant turn."
+    UNREADABLE_FILE = "unreadable_file", "The whole file cannot be cut into rows: this row stands for it."
 
 
-class DuplicateReason(StrEnum):
+class DuplicateReason(Vocabulary):
     """Why a readable row is not scored although nothing is wrong with its text."""
 
-    EXACT_DUPLICATE = "exact_duplicate"
-    NEAR_DUPLICATE = "near_duplicate"
+    EXACT_DUPLICATE = "exact_duplicate", "Equal to that row but for white space and Unicode form."
+    NEAR_DUPLICATE = "near_duplicate", "As similar to that row as `screening.duplicates.near_threshold`, or more."
 
 
-class ContaminationReason(StrEnum):
+class ContaminationReason(Vocabulary):
     """What of a benchmark's task a row holds."""
 
-    BENCHMARK_PROMPT = "benchmark_prompt"
-    BENCHMARK_SOLUTION = "benchmark_solution"
+    BENCHMARK_PROMPT = "benchmark_prompt", "Of the task's statement."
+    BENCHMARK_SOLUTION = "benchmark_solution", "Of the task's solution."
 
 
-class WithdrawalReason(StrEnum):
+class WithdrawalReason(Vocabulary):
     """Why a readable row may not be published."""
 
-    ROW_WITHDRAWN = "row_withdrawn"
+    ROW_WITHDRAWN = "row_withdrawn", "`qaq withdraw` named a row with this text."
 
 
-class GateReason(StrEnum):
+class GateReason(Vocabulary):
     """Why no row of a batch is scored, or published."""
 
-    BATCH_WITHDRAWN = "batch_withdrawn"
-    EMPTY_BATCH = "empty_batch"
-    UNREADABLE_FILE = "unreadable_file"
-    TOO_MANY_REJECTED = "too_many_rejected"
-    TOO_FEW_SCORABLE = "too_few_scorable"
-    MODEL_CHANGED = "model_changed"
+    BATCH_WITHDRAWN = "batch_withdrawn", "`qaq withdraw` named the batch."
+    EMPTY_BATCH = "empty_batch", "It has no row."
+    UNREADABLE_FILE = "unreadable_file", "A file of it cannot be cut into rows."
+    TOO_MANY_REJECTED = "too_many_rejected", "More of its rows are rejected than `gates.max_rejected_share` allows."
+    TOO_FEW_SCORABLE = "too_few_scorable", "A model could score less than `gates.min_scorable_share` of its pairs."
+    MODEL_CHANGED = "model_changed", "The files of a model changed while it scored."
 
 
-class Quantity(StrEnum):
+class Quantity(Vocabulary):
     """The four negative log-likelihoods that a model can give of a pair (method: log PPL(X | C))."""
 
-    Q = "q"
-    Q_GIVEN_A = "q_given_a"
-    A = "a"
-    A_GIVEN_Q = "a_given_q"
+    Q = "q", "Of the query in the prior's context."
+    Q_GIVEN_A = "q_given_a", "Of the query after the reverse prompt with the answer."
+    A = "a", "Of the answer after an empty query."
+    A_GIVEN_Q = "a_given_q", "Of the answer after the query."
 
 
-class NullReason(StrEnum):
+class NullReason(Vocabulary):
     """Why a quantity of a pair is null."""
 
-    NOT_WANTED = "not_wanted"
-    QUERY_TOO_LONG = "query_too_long"
-    PAIR_TOO_LONG = "pair_too_long"
-    NO_TOKENS_TO_SCORE = "no_tokens_to_score"
-    NON_FINITE = "non_finite"
-    OUT_OF_MEMORY = "out_of_memory"
-    TOO_FEW_QUERY_TOKENS = "too_few_query_tokens"
+    NOT_WANTED = "not_wanted", "`scoring.quantities` does not ask for it."
+    QUERY_TOO_LONG = "query_too_long", "The query, never cut, fills `scoring.max_tokens` by itself."
+    PAIR_TOO_LONG = "pair_too_long", "The pair is over `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
+    NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
+    NON_FINITE = "non_finite", "The model, or the formula, gave no finite number."
+    OUT_OF_MEMORY = "out_of_memory", "It did not fit into memory, even in a batch of its own."
+    TOO_FEW_QUERY_TOKENS = "too_few_query_tokens", "The query has fewer tokens than `eligibility.min_query_tokens`."
 
 
-class Decision(StrEnum):
+class Decision(Vocabulary):
     """The fate of an input row under the published selection."""
 
-    SELECTED = "selected"
-    NOT_SELECTED = "not_selected"
-    REJECTED = "rejected"
-    WITHDRAWN = "withdrawn"
-    CONTAMINATED = "contaminated"
-    DUPLICATE = "duplicate"
-    UNSCORABLE = "unscorable"
-    BATCH_GATED = "batch_gated"
+    SELECTED = "selected", "It is in the published dataset."
+    NOT_SELECTED = "not_selected", "It was ranked, and not taken."
+    REJECTED = "rejected", "It could not be read as a pair."
+    WITHDRAWN = "withdrawn", "Its text was withdrawn."
+    CONTAMINATED = "contaminated", "It holds a benchmark's task, and `screening.contamination.action` is drop."
+    DUPLICATE = "duplicate", "An older row stands for it."
+    UNSCORABLE = "unscorable", "A model that the selection uses has no score of it."
+    BATCH_GATED = "batch_gated", "Its whole batch goes no further."
 
 
-class SelectionReason(StrEnum):
+class SelectionReason(Vocabulary):
     """Why a pair in the pool of a selection is, or is not, selected by it."""
 
-    WITHIN_BUDGET = "within_budget"
-    IN_BAND = "in_band"
-    BELOW_CUT = "below_cut"
-    OUTSIDE_BAND = "outside_band"
-    GAP_BELOW_MINIMUM = "gap_below_minimum"
-    RANK_STRONG_OUT_OF_RANGE = "rank_strong_out_of_range"
-    IFD_ABOVE_MAXIMUM = "ifd_above_maximum"
-    NOT_IN_POOL = "not_in_pool"
+    WITHIN_BUDGET = "within_budget", "Selected: its place in the order is within the budget."
+    IN_BAND = "in_band", "Selected: its rank is in the band."
+    BELOW_CUT = "below_cut", "Not selected: others come before it, and the budget ends with them."
+    OUTSIDE_BAND = "outside_band", "Not selected: its rank is outside the band."
+    GAP_BELOW_MINIMUM = "gap_below_minimum", "Not selected: its gap is `min_gap` or less."
+    RANK_STRONG_OUT_OF_RANGE = "rank_strong_out_of_range", "Not selected: its rank is outside `rank_strong`."
+    IFD_ABOVE_MAXIMUM = "ifd_above_maximum", "Not selected: its IFD is above `maximum`."
+    NOT_IN_POOL = "not_in_pool", "Not selected: a model that the selection uses has no score of it."
 
 
 SELECTED_REASONS = (SelectionReason.WITHIN_BUDGET, SelectionReason.IN_BAND)
 
 
-def _closed(*vocabularies: type[StrEnum], nullable: bool = False, description: str) -> dy.String:
+def _closed(*vocabularies: type[Vocabulary], nullable: bool = False, description: str) -> dy.String:
     values = [member.value for vocabulary in vocabularies for member in vocabulary]
     return dy.String(
         nullable=nullable,
         check=lambda column: column.is_in(values),
+        metadata={"vocabularies": vocabularies},
         description=f"{description} One of: {', '.join(values)}.",
     )
 
@@ -290,7 +304,10 @@ class CachedScores(dy.Schema):
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     quantity = dy.String(
-        primary_key=True, check=lambda column: column.is_in([q.value for q in Quantity]), description="Which NLL."
+        primary_key=True,
+        check=lambda column: column.is_in([q.value for q in Quantity]),
+        metadata={"vocabularies": (Quantity,)},
+        description="Which NLL.",
     )
     sum_nll = dy.Float64(nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL; null: see reason.")
     num_tokens = _count("Scored tokens: the divisor of the mean.")
@@ -435,7 +452,7 @@ VERDICT = dy.Struct(
     {
         "selection": dy.String(description="Name of the selection."),
         "is_selected": dy.Bool(description="Whether it takes this pair."),
-        "reason": dy.String(description="Why, or why not."),
+        "reason": dy.String(metadata={"vocabularies": (SelectionReason,)}, description="Why, or why not."),
         "score": dy.Float64(nullable=True, description="The value that the selection orders by."),
         "position": dy.Int64(nullable=True, description="Place in that order, from 1; null where it has none."),
         "cut": dy.Float64(
@@ -464,7 +481,11 @@ MODEL_SCORE = dy.Struct(
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1."),
         "num_strata": dy.Int64(description="Strata of the model's pool."),
         "rank": dy.Float64(nullable=True, description="Rank of RMI inside the stratum, in (0, 1]."),
-        "null_reason": dy.String(nullable=True, description="Why a wanted score is null; else null."),
+        "null_reason": dy.String(
+            nullable=True,
+            metadata={"vocabularies": (NullReason,)},
+            description="Why a wanted score is null; else null.",
+        ),
     }
 )
 
@@ -507,14 +528,14 @@ class SelectedSubset(_RowKey):
     language = dy.String(nullable=True, description="As in raw_data.")
 
 
-class Change(StrEnum):
+class Change(Vocabulary):
     """Why a row is in one version of the dataset and not in the one before, or the other way round."""
 
-    BATCH_ENTERED = "batch_entered"
-    BATCH_LEFT = "batch_left"
-    ROW_DELIVERED = "row_delivered"
-    ROW_GONE = "row_gone"
-    DECIDED_OTHERWISE = "decided_otherwise"
+    BATCH_ENTERED = "batch_entered", "Its batch is in the newer version only."
+    BATCH_LEFT = "batch_left", "Its batch is in the older version only."
+    ROW_DELIVERED = "row_delivered", "Its batch is in both, and the row was not in the older delivery."
+    ROW_GONE = "row_gone", "Its batch is in both, and the row is not in the newer delivery."
+    DECIDED_OTHERWISE = "decided_otherwise", "It is in both deliveries, and was decided otherwise."
 
 
 class Difference(_RowKey):
