@@ -167,7 +167,7 @@ def withdraw(
 
 @app.command()
 def publish(
-    version: Annotated[str, typer.Argument(help="A published version, or `latest`.")],
+    version: Annotated[str, typer.Argument(help="A published version: number, first digits of its hash, or `latest`.")],
     to: Annotated[str, typer.Option("--to", help="hf://datasets/ORG/NAME[@REVISION], a folder, or any fsspec URL.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private, where it is made.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,

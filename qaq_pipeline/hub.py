@@ -82,7 +82,7 @@ def publish(
 
     Args:
         storage: where the version lies.
-        version: its name, or `latest`.
+        version: its number, the first digits of its hash, or `latest`.
         to: `hf://datasets/ORG/NAME`, perhaps with `@REVISION`; else a folder, or any fsspec URL.
         is_private: whether a repository that is made is private; one that exists must be.
         is_dry_run: whether only to say what would be written.
@@ -113,7 +113,7 @@ def _existing_version(storage: Storage, version: str) -> str:
     latest = publication.latest(storage)
     if latest is None:
         raise PublishError("nothing was published yet; `qaq run FILE --batch NAME` makes a version")
-    found = latest if version == "latest" else version
+    found = publication.find_version(storage, version).version
     kept = publication.kept_versions(storage)
     if found not in kept or not storage.exists(publication.FOLDER, found, _MANIFEST):
         raise PublishError(f"{version!r} is no version whose files are kept; these are: {', '.join(kept)}")

@@ -318,14 +318,15 @@ def publications(storage: Storage) -> list[Published]:
 
 
 def find_version(storage: Storage, name: str) -> Published:
-    """The version that a person means: by its number, or the first digits of its hash.
+    """The version that a person means: by its number, the first digits of its hash, or `latest`.
 
     Raises:
         StorageError: there is none, or more than one.
     """
     known = publications(storage)
-    by_number = [one for one in known if name == str(one.number)]
-    found = by_number or [one for one in known if len(name) >= _SHORTEST_HASH and one.version.startswith(name)]
+    digits = (latest(storage) or name) if name == "latest" else name
+    by_number = [one for one in known if digits == str(one.number)]
+    found = by_number or [one for one in known if len(digits) >= _SHORTEST_HASH and one.version.startswith(digits)]
     if len(found) != 1:
         numbers = ", ".join(f"{one.number} ({one.version[:8]})" for one in known) or "none yet"
         raise StorageError(f"no one version {name!r} was published; published were: {numbers}")

@@ -223,8 +223,11 @@ def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage) -
         publish(storage, "latest", TO)
     version = store_version(storage)
     for unknown in ("0" * 32, "../evil", ""):
-        with pytest.raises(PublishError, match=f"no version whose files are kept; these are: {version}"):
+        with pytest.raises(StorageError, match=rf"published were: 1 \({version[:8]}\)"):
             publish(storage, unknown, TO)
+    storage.remove_folder(publication.FOLDER, version)
+    with pytest.raises(PublishError, match=f"no version whose files are kept; these are: {version}"):
+        publish(storage, "1", TO)
 
 
 def test_a_file_that_was_changed_does_not_leave(storage: Storage, tmp_path: Path) -> None:
