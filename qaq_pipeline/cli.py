@@ -196,11 +196,11 @@ def publish(
 @app.command()
 def explain(
     what: Annotated[
-        str | None, typer.Argument(metavar="[BATCH]", help="The batch; or alone: a pair_id, or BATCH/FILE:ROW.")
+        str | None, typer.Argument(metavar="BATCH", help="The batch; or alone: a pair_id, or BATCH/FILE:ROW.")
     ] = None,
     row: Annotated[
         str | None,
-        typer.Argument(help="Row number, file:row, file:row.turn, or a pair_id (or its first digits)."),
+        typer.Argument(metavar="ROW", help="Row number, file:row, file:row.turn, or a pair_id (or its first digits)."),
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="Look for rows that hold this text.")] = None,
     batch: Annotated[str | None, typer.Option("--batch", help="With --text: only in this batch.")] = None,
@@ -545,7 +545,7 @@ def _find(
 
     found = (find(version), version) if version is not None else audit.find_anywhere(storage, find)
     if not found[0].rows:
-        where = "" if version is None else f" in version {version.number}"
+        where = " in the ledger of any batch, nor in a version" if version is None else f" in version {version.number}"
         _fail(_no_such_row(storage, batch, place) if slash and version is None else f"no row {row or what!r}{where}")
     return found
 

@@ -82,9 +82,7 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
     _line(console, f"{reference(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
     _line(console, row.get("explanation") or "This version holds no sentence; its numbers follow.")
     if row["duplicate_of"] is not None:
-        other = dossier.representative
-        said = "not in the ledger any more" if other is None else f"{other['decision']}. {other['explanation']}"
-        _line(console, f"That row is {said}" if other is not None else f"That row is {said}.")
+        _line(console, _said_of(dossier.representative))
     for fate in dossier.fates:
         _line(console, _fate(dossier, fate))
     for label, text in _texts(dossier):
@@ -111,6 +109,12 @@ def shorten(text: str | None) -> str:
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _said_of(representative: Mapping[str, Any] | None) -> str:
+    if representative is None:
+        return "That row is not in the ledger any more."
+    return f"That row is {representative['decision'].replace('_', ' ')}. {representative.get('explanation') or ''}"
 
 
 def _version(published: Published) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
+from posixpath import commonprefix
 from typing import Any
 
 import polars as pl
@@ -216,7 +217,15 @@ def explain_in_version(row: Mapping[str, Any] | None, *, has_batch: bool, was_in
     is_in = row["decision"] == Decision.SELECTED.value
     fate = "in it: " if is_in else dropped or "not in it: "
     why = row.get("explanation") or f"{row['decision']} ({row['reason']}); older versions hold no sentence"
-    return fate + ("as above" if why == told else why)
+    return fate + _news(why, told or "")
+
+
+def _news(why: str, told: str) -> str:
+    """What a sentence says that was not just told: the sentences with which both begin are not told twice."""
+    if why == told:
+        return "as above"
+    start = commonprefix([why, told]).rfind(". ") + 1
+    return f"as above, but:{why[start:]}" if start else why
 
 
 def _sentence(text: str) -> str:
@@ -231,8 +240,16 @@ def _duplicate(row: Mapping[str, Any]) -> str:
 
 
 def _why_unscorable(row: Mapping[str, Any]) -> str:
-    reasons = {score["model"]: score["null_reason"] for score in row["scores"] if score["null_reason"]}
-    return "; ".join(f"under the {model} model, {_WHY_NULL[NullReason(why)]}" for model, why in reasons.items())
+    models = _models_by({score["model"]: score["null_reason"] for score in row["scores"] if score["null_reason"]})
+    return "; ".join(f"under {of}, {_WHY_NULL[NullReason(why)]}" for why, of in models.items())
+
+
+def _models_by(said: Mapping[str, Any]) -> dict[Any, str]:
+    """By what is said of them: the strong model, or the strong model and the weak model."""
+    return {
+        what: " and ".join(f"the {model} model" for model in said if said[model] == what)
+        for what in dict.fromkeys(said.values())
+    }
 
 
 def _ranks(row: Mapping[str, Any]) -> str:
@@ -264,18 +281,19 @@ def _of_reference(row: Mapping[str, Any]) -> str:
 
 
 def _cautions(row: Mapping[str, Any]) -> list[str]:
-    cut = [
-        f"The {score['model']} model read only the first {score['num_a_tokens']} of the answer's "
-        f"{score['num_a_tokens_untruncated']} tokens."
+    cut = {
+        score["model"]: (score["num_a_tokens"], score["num_a_tokens_untruncated"])
         for score in row["scores"]
         if score["is_truncated"]
+    }
+    short = {score["model"]: score["num_q_tokens"] for score in row["scores"] if score["is_short_query"]}
+    return [
+        f"The answer has {whole} tokens, of which only the first {kept} were read by {models}."
+        for (kept, whole), models in _models_by(cut).items()
+    ] + [
+        f"The query has only {tokens} tokens for {models}, which makes scores noisy."
+        for tokens, models in _models_by(short).items()
     ]
-    short = [
-        f"The query has only {score['num_q_tokens']} tokens for the {score['model']} model: its scores are noisy."
-        for score in row["scores"]
-        if score["is_short_query"]
-    ]
-    return cut + short
 
 
 def _verdict(row: Mapping[str, Any], published: Selection) -> str:

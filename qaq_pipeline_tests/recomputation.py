@@ -18,8 +18,8 @@ from qaq_pipeline.storage import Storage
 _TEXT = re.compile(r"from 0 to 1 among|where 1 is equal|highest [\d.]+% of")
 _RANK = re.compile(r"the (\w+) model ranks it ([\d.]+) in the (?:only stratum|(\d+)\w\w of (\d+) strata)")
 _PLACE = re.compile(r"with (-?[\d.]+), is number (\d+) of (\d+); the last pair taken has (-?[\d.]+\d)")
-_CUT = re.compile(r"The (\w+) model read only the first (\d+) of the answer's (\d+) tokens")
-_SHORT = re.compile(r"has only (\d+) tokens for the (\w+) model")
+_CUT = re.compile(r"The answer has (\d+) tokens, of which only the first (\d+) were read by ([\w ]+)\.")
+_SHORT = re.compile(r"The query has only (\d+) tokens for ([\w ]+),")
 
 
 def check_batch(storage: Storage, settings: Settings, batch: str) -> int:
@@ -93,13 +93,17 @@ def _check_ranked(
         expected = ranks[role][pair]
         assert _close(rank, expected[0]), (row, expected)
         assert (int(stratum or 1), int(count or 1)) == expected[1:], (row, expected)
-    cut = {role: (int(kept), int(whole)) for role, kept, whole in _CUT.findall(said)}
+    cut = {role: (int(kept), int(whole)) for whole, kept, models in _CUT.findall(said) for role in _roles(models)}
     counts = ("num_a_tokens", "num_a_tokens_untruncated")
     of_pair = {role: of_role[pair] for role, of_role in sums.items()}
     assert cut == {role: tuple(one[n] for n in counts) for role, one in of_pair.items() if one["is_truncated"]}, row
     least = settings.eligibility.short_query_tokens
     short = {role: one["num_q_tokens"] for role, one in of_pair.items() if one["num_q_tokens"] < least}
-    assert {role: int(tokens) for tokens, role in _SHORT.findall(said)} == short, row
+    assert {role: int(tokens) for tokens, models in _SHORT.findall(said) for role in _roles(models)} == short, row
+
+
+def _roles(models: str) -> list[str]:
+    return re.findall(r"the (\w+) model", models)
 
 
 def _check_no_other_number(said: str) -> None:

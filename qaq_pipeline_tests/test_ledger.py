@@ -50,7 +50,7 @@ RANKS = (
     "Ranked by RMI, how much the answer helps to predict the query, from 0 to 1 among pairs of like query perplexity: "
     "the strong model ranks it {strong} in the only stratum, the weak model ranks it {weak} in the only stratum. "
 )
-CUT = "The strong model read only the first 9 of the answer's 11 tokens. "
+CUT = "The answer has 11 tokens, of which only the first 9 were read by the strong model. "
 GAP = "the gap, the rank under the strong model less that under the weak one"
 
 
@@ -351,7 +351,7 @@ def test_numbers_are_told_apart_where_they_differ_and_show_no_minus_zero() -> No
 def test_a_short_query_is_told() -> None:
     strong = STRONG.with_columns(is_short_query=pl.lit(True), num_q_tokens=pl.lit(3, pl.Int64))
     _, _, sentence = said(1, decide(strong=strong))
-    assert "The query has only 3 tokens for the strong model: its scores are noisy." in sentence
+    assert "The query has only 3 tokens for the strong model, which makes scores noisy." in sentence
 
 
 def test_a_model_that_does_not_rank_a_selected_pair_is_told() -> None:
@@ -370,6 +370,10 @@ def test_what_a_version_says_of_a_row_is_one_line() -> None:
     assert told(dropped, has_batch=True, was_in=None, told=None) == "not in it: Not selected."
     assert told(None, has_batch=False, was_in=2, told=None) == "dropped, had been in version 2: its batch was not in it"
     assert told(None, has_batch=True, was_in=None, told=None) == "no such row had been delivered"
+    both = [f"Ranked 0.5. {verdict} by mine." for verdict in ("Selected", "Not selected")]
+    assert told(dropped | {"explanation": both[1]}, has_batch=True, was_in=2, told=both[0]) == (
+        "dropped, had been in version 2: as above, but: Not selected by mine."
+    )
     old = {"decision": "duplicate", "reason": "exact_duplicate"}
     assert told(old, has_batch=True, was_in=None, told=None) == (
         "not in it: duplicate (exact_duplicate); older versions hold no sentence"
