@@ -3,6 +3,7 @@
 The map, each module importing only from those above it:
 
     schema            every stored table: columns, dtypes, units, keys, what null means
+    column_lineage    of every column, those that it is derived from
     config            the settings file, as closed pydantic models; profiles/ holds two
     identity          what makes a score what it is: the key of the cache
     records           delivered files -> one row per record: accepted, or rejected with a reason
@@ -39,6 +40,7 @@ The map, each module importing only from those above it:
     publication       batches -> a version of the dataset, its manifest
     audit             a row's fate now and in every version, and what made it: reading only
     hub               a version where others load it: the Hugging Face hub, a folder, a URL; what `qaq publish` does
+    lineage           from a version back to what was delivered, and whether all of it is what it was
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
@@ -52,8 +54,10 @@ The map, each module importing only from those above it:
     driver            a new batch's way through the jobs; what `qaq run` does
     automation        sensors, the nightly job and its schedule
     alerting          the sensor that sends an alert for every failed run
+    open_lineage      the sensor that sends OpenLineage events
     definitions       jobs and automation put together: the code location
     dossier           all about a row, as `qaq explain` shows it
     doctor            what stands in the way of a run on this machine
+    lineage_tree      lineage as trees for the terminal
     cli               the commands a person types
 """

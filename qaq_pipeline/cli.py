@@ -27,6 +27,7 @@ from qaq_pipeline.config import Settings, SettingsError
 
 if TYPE_CHECKING:
     import polars as pl
+    from rich.tree import Tree
 
     from qaq_pipeline import audit, driver
     from qaq_pipeline.publication import Published
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from qaq_pipeline.storage import Storage
 
 _SHORTEST_KEY = 6
+_LONGEST_LINE = 10_000
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -240,6 +242,52 @@ def explain(
         _warn(f"There may be more: the first {audit.MOST_ROWS} rows follow.")
     for one in gathered:
         dossier.show(console, one, with_template=provenance)
+
+
+@app.command()
+def lineage(
+    version: Annotated[
+        str, typer.Argument(help="A published version: number, first digits of its hash, or `latest`.")
+    ] = "latest",
+    file: Annotated[str | None, typer.Option("--file", help="Only this file of it, as diff_high/alpaca.json.")] = None,
+    row: Annotated[str | None, typer.Option("--row", help="The way of one row: BATCH/FILE:ROW[.TURN].")] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="What a column comes from: TABLE or TABLE.COLUMN; of any version.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its hash; 1 if one differs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Walk from a published version back to what was delivered, with the hash of every file."""
+    from qaq_pipeline import lineage as walks
+    from qaq_pipeline import lineage_tree, publication
+    from qaq_pipeline.storage import StorageError, open_storage
+
+    if columns is not None:
+        _print_columns_lineage(columns, as_json=as_json)
+        return
+    storage = open_storage(_settings(config_file))
+    try:
+        found = walks.walk(storage, publication.find_version(storage, version).version)
+        found = found if file is None else walks.only(found, file)
+        paths = [] if row is None else walks.trace(storage, found, row)
+        findings = list(walks.verify(storage, found)) if verify else []
+    except (walks.LineageError, StorageError) as error:
+        _fail(str(error))
+    if as_json:
+        shown = {"paths": paths} if row is not None else {"lineage": found}
+        print(_json_of(shown | ({"findings": findings} if verify else {})))
+    else:
+        for tree in map(lineage_tree.of_row, paths) if row is not None else [lineage_tree.of_version(found)]:
+            _print_tree(tree)
+        for finding in findings:
+            errors.print(finding.sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+        if verify and not findings:
+            console.print(f"Verified: every file of {found.version} is what it was.", highlight=False)
+    if findings:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -511,6 +559,32 @@ def _print_models(summary: driver.BatchSummary) -> None:
         medians = (model.medians.get(name) for model in summary.models)
         rows[f"median {name}"] = ["-" if median is None else f"{median:.3f}" for median in medians]
     _print_columns("Scoring", [model.role for model in summary.models], rows)
+
+
+def _print_columns_lineage(named: str, *, as_json: bool) -> None:
+    from qaq_pipeline import column_lineage, lineage_tree
+
+    table, _, column = named.partition(".")
+    try:
+        rows = column_lineage.ancestry(table, column) if column else column_lineage.of_table(table)
+    except ValueError as error:
+        _fail(str(error), code=2)
+    if as_json:
+        print(_json_of(rows))
+    else:
+        _print_tree(lineage_tree.of_columns(rows) if column else lineage_tree.of_table(table, rows))
+
+
+def _print_tree(tree: Tree) -> None:
+    """Lines as long as they are, for hashes and paths are copied: the terminal wraps them."""
+    Console(width=_LONGEST_LINE).print(tree, soft_wrap=True)
+
+
+def _json_of(value: object) -> str:
+    """JSON of dataclasses, and of containers of them."""
+    from pydantic_core import to_json
+
+    return to_json(value, indent=2).decode()
 
 
 def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:

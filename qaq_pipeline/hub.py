@@ -110,15 +110,12 @@ def publish(
 
 
 def _existing_version(storage: Storage, version: str) -> str:
-    latest = publication.latest(storage)
-    if latest is None:
-        raise PublishError("nothing was published yet; `qaq run FILE --batch NAME` makes a version")
     found = publication.find_version(storage, version).version
     kept = publication.kept_versions(storage)
     if found not in kept or not storage.exists(publication.FOLDER, found, _MANIFEST):
         raise PublishError(f"{version!r} is no version whose files are kept; these are: {', '.join(kept)}")
     if batches := publication.published_withdrawn(storage, found):
-        newer = "`qaq recurate` makes one" if found == latest else "`latest` is newer"
+        newer = "`qaq recurate` makes one" if found == publication.latest(storage) else "`latest` is newer"
         raise PublishError(
             f"version {found} holds what was withdrawn since of {', '.join(batches)}; publish one without it: {newer}"
         )

@@ -324,11 +324,14 @@ def find_version(storage: Storage, name: str) -> Published:
         StorageError: there is none, or more than one.
     """
     known = publications(storage)
-    digits = (latest(storage) or name) if name == "latest" else name
+    if not known:
+        raise StorageError("nothing was published yet; `qaq run FILE --batch NAME` makes a version")
+    digits = latest(storage) if name == "latest" else name
+    assert digits is not None
     by_number = [one for one in known if digits == str(one.number)]
     found = by_number or [one for one in known if len(digits) >= _SHORTEST_HASH and one.version.startswith(digits)]
     if len(found) != 1:
-        numbers = ", ".join(f"{one.number} ({one.version[:8]})" for one in known) or "none yet"
+        numbers = ", ".join(f"{one.number} ({one.version[:8]})" for one in known)
         raise StorageError(f"no one version {name!r} was published; published were: {numbers}")
     return found[0]
 

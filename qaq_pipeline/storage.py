@@ -49,11 +49,16 @@ from qaq_pipeline.lookup import Where
 logger = logging.getLogger(__name__)
 
 _FOOTER_KEY = "qaq_pipeline"
+_FILE_HASH = "file_hash"
+_NO_HASH = "0" * 32
+"""Stands in a file for its own hash while that is taken."""
 _FOOTER_TAIL_BYTES = 8
 _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 """What Polars raises of bytes that are no Parquet file, or a damaged one."""
 _NO_SHARD = (*_UNREADABLE, schema.TableError, KeyError, TypeError, ValueError)
 """What reading a shard raises where the file is none, or was changed."""
+_NO_FOOTER = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
+"""What reading a footer raises where there is none, or it was changed: pyarrow has OSError for some of it."""
 _TABLE_FILE = "table.parquet"
 _INDEX_FILE = "pair_index.parquet"
 _INDEXED = ("decisions",)
@@ -166,6 +171,11 @@ def open_storage(settings: Settings) -> Storage:
         raise SettingsError(f"storage.root: {settings.storage_root!r} cannot be used ({error})") from error
 
 
+def json_bytes(value: Any) -> bytes:
+    """A JSON value as it is stored: the one way in which its bytes can be written."""
+    return json.dumps(value, indent=2, sort_keys=True).encode()
+
+
 class Storage:
     """Everything the pipeline keeps, under one root.
 
@@ -227,9 +237,16 @@ class Storage:
         """Whether something is stored there."""
         return self._fs.exists(self.path(*parts))
 
+    def names(self, *parts: str) -> list[str]:
+        """What lies in a folder, sorted; nothing where there is none."""
+        folder = self.path(*parts)
+        if not self._fs.exists(folder):
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(folder, detail=False))
+
     def write_json(self, value: Any, *parts: str) -> None:
         """Write a JSON value atomically."""
-        self.write_bytes(json.dumps(value, indent=2, sort_keys=True).encode(), *parts)
+        self.write_bytes(json_bytes(value), *parts)
 
     def read_json(self, *parts: str) -> Any:
         """Raises `StorageError` where there is nothing, or something torn."""
@@ -287,10 +304,9 @@ class Storage:
             raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
         try:
             with self._fs.open(self.path(*parts), "rb") as stream:
-                metadata = pq.read_metadata(stream)
-            footer = json.loads((metadata.metadata or {})[_FOOTER_KEY.encode()])
-            return Footer(footer["provenance"], footer["data_version"], metadata.num_rows)
-        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+                footer, num_rows = _footer(stream)
+            return Footer(footer["provenance"], footer["data_version"], num_rows)
+        except _NO_FOOTER as error:
             raise StorageError(
                 f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"
             ) from error
@@ -625,11 +641,53 @@ def _table_path(name: str, partition: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parquet_bytes(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
+    """The frame as a Parquet file. A footer that is not empty holds the hash of the whole file beside what is given."""
     buffer = io.BytesIO()
-    metadata = {_FOOTER_KEY: json.dumps(footer, sort_keys=True)} if footer else None
+    metadata = {_FOOTER_KEY: json.dumps({**footer, _FILE_HASH: _NO_HASH}, sort_keys=True)} if footer else None
     rows = lookup.rows_per_group(frame.height)
     frame.rechunk().write_parquet(buffer, compression="zstd", row_group_size=rows, metadata=metadata)
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    if metadata is None:
+        return data
+    mark = f'"{_FILE_HASH}": "'.encode()
+    before, _, after = data.rpartition(mark + _NO_HASH.encode())
+    return b"".join([before, mark, _hash(data).encode(), after])
+
+
+def file_fault(data: bytes) -> str | None:
+    """Whether a stored table, or a shard of scores, was changed since it was written, be it by one byte; in words.
+
+    Of a file that was written before files held their own hash, the columns alone can be compared.
+    """
+    try:
+        footer = _footer(io.BytesIO(data))[0]
+        version, file_hash = footer["data_version"], footer.get(_FILE_HASH)
+    except _NO_FOOTER as error:
+        return f"it cannot be read ({error})"
+    is_known = footer.keys() <= {"provenance", "data_version", "scored_with", _FILE_HASH}
+    is_whole = file_hash is None or _hash_but_for(data, file_hash) == file_hash
+    return None if is_known and is_whole and _hash_body(data) == version else "it was changed since it was written"
+
+
+def _footer(stream: Any) -> tuple[dict[str, Any], int]:
+    """What the pipeline wrote into the footer of a Parquet file, and the number of rows. Raises `_NO_FOOTER`."""
+    metadata = pq.read_metadata(stream)
+    return json.loads((metadata.metadata or {})[_FOOTER_KEY.encode()]), metadata.num_rows
+
+
+def _hash_but_for(data: bytes, file_hash: str) -> str | None:
+    """Hash of a file in which its own hash is zeros; None where it does not hold it."""
+    start = data.rfind(file_hash.encode())
+    view = memoryview(data)
+    return None if start < 0 else _hash(view[:start], _NO_HASH.encode(), view[start + len(file_hash) :])
+
+
+def _hash(*parts: bytes | memoryview) -> str:
+    """Hash of bytes (32 hex digits), in parts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
 
 
 def _read_parquet(data: bytes) -> pl.DataFrame:
@@ -663,8 +721,7 @@ def _hash_body(parquet: bytes) -> str:
     """Hash of a Parquet file less its footer, which names its writer: of the columns' bytes (32 hex digits)."""
     # A Parquet file ends: …columns | footer | length of the footer, 4 bytes little-endian | PAR1
     footer_bytes = int.from_bytes(parquet[-_FOOTER_TAIL_BYTES:-4], "little")
-    body = parquet[: -(footer_bytes + _FOOTER_TAIL_BYTES)]
-    return hashlib.blake2b(body, digest_size=16).hexdigest()
+    return _hash(parquet[: -(footer_bytes + _FOOTER_TAIL_BYTES)])
 
 
 def empty(table: type[dy.Schema]) -> pl.DataFrame:

@@ -219,7 +219,7 @@ def test_a_version_that_holds_what_was_withdrawn_stays(storage: Storage, tmp_pat
 
 
 def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage) -> None:
-    with pytest.raises(PublishError, match="nothing was published yet; `qaq run"):
+    with pytest.raises(StorageError, match="nothing was published yet; `qaq run"):
         publish(storage, "latest", TO)
     version = store_version(storage)
     for unknown in ("0" * 32, "../evil", ""):

@@ -30,6 +30,7 @@ from qaq_pipeline.storage import (
     StoredTable,
     _parquet_bytes,
     empty,
+    file_fault,
     hash_json,
 )
 from qaq_pipeline_tests.conftest import LockHolder
@@ -134,6 +135,7 @@ def test_the_footer_of_the_file_says_what_made_it(storage: Storage) -> None:
     table = StoredTable(ROWS, PROVENANCE)
     storage.write_table(table, "raw_data", "b1")
     footer = json.loads(pl.read_parquet_metadata(table_file(storage))["qaq_pipeline"])
+    assert footer.pop("file_hash")
     assert footer == {"provenance": PROVENANCE, "data_version": table.data_version}
 
 
@@ -529,3 +531,25 @@ def test_a_lock_is_freed_when_its_work_fails(impatient: Storage) -> None:
         raise KeyError
     with impatient.lock("raw_data", "b1"):
         pass
+
+
+def test_a_stored_file_knows_of_every_single_byte_that_changed(storage: Storage) -> None:
+    storage.write_table(StoredTable(raw_rows({}, {}), {"note": "Größe"}), "raw_data", "b1")
+    data = storage.read_bytes("raw_data", "b1", "table.parquet")
+    assert file_fault(data) is None
+    for offset in range(len(data)):
+        changed = bytearray(data)
+        changed[offset] ^= 1 << offset % 8
+        assert file_fault(bytes(changed)) is not None, offset
+    assert file_fault(data[:-1]) is not None
+    assert file_fault(b"") is not None
+
+
+def test_of_a_file_without_its_own_hash_the_columns_are_compared(storage: Storage) -> None:
+    frame = raw_rows({}, {})
+    buffer = io.BytesIO()
+    footer = {"provenance": {}, "data_version": StoredTable(frame).data_version}
+    frame.write_parquet(buffer, compression="zstd", metadata={"qaq_pipeline": json.dumps(footer)})
+    data = buffer.getvalue()
+    assert file_fault(data) is None
+    assert file_fault(data[:9] + b"?" + data[10:]) == "it was changed since it was written"

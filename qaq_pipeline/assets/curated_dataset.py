@@ -76,9 +76,22 @@ def _result(
             "batches": [entry["batch"] for entry in entries],
             "excluded_batches": excluded,
             **_difference_metadata(published),
+            "made_from": _made_from(published),
+            "lineage": f"qaq lineage {published.version} --verify",
             "manifest": dg.JsonMetadataValue(published.manifest),
         },
     )
+
+
+def _made_from(published: Publication) -> dg.TableMetadataValue:
+    """Of each batch, the data versions of what entered: those that its assets' materialisations show."""
+    records = [
+        dg.TableRecord({"batch": entry["batch"], "table": table, "data_version": version})
+        for entry in published.manifest["batches"]
+        for table, version in sorted(entry["data_versions"].items())
+    ]
+    columns = [dg.TableColumn(name) for name in ("batch", "table", "data_version")]
+    return dg.MetadataValue.table(records, schema=dg.TableSchema(columns))
 
 
 def _difference_metadata(published: Publication) -> dict[str, Any]:

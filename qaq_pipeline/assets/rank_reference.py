@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline import gates, reference, schema
-from qaq_pipeline.assets.shared import code_version, definition, require_inputs
+from qaq_pipeline.assets.shared import code_version, definition, lineage_of_columns, require_inputs
 from qaq_pipeline.config import ReferenceSettings, Settings
 from qaq_pipeline.storage import Storage, StorageError, StoredTable
 
@@ -220,6 +220,7 @@ def _result(
             "num_strata": dict(table.frame.select("model", "num_strata").unique().sort("model").iter_rows()),
             "path": dg.MetadataValue.path(storage.table_url(NAME, wanted.name)),
             "warnings": warnings,
+            "dagster/column_lineage": lineage_of_columns(NAME, table.provenance["inputs"]),
             "provenance": dg.JsonMetadataValue(table.provenance),
         },
     )

@@ -1,6 +1,7 @@
 """What every asset of a table shares: its partitions, its definition's metadata, and its result.
 
-Belongs here: partitions definitions, the column schema for the UI, and the step from a frame to a materialisation.
+Belongs here: partitions definitions, columns and their lineage for the UI, and the step from a frame to a
+materialisation.
 Does not belong here: anything of one asset alone.
 """
 
@@ -12,7 +13,7 @@ import dagster as dg
 import dataframely as dy
 import polars as pl
 
-from qaq_pipeline import alerts, gates, schema
+from qaq_pipeline import alerts, column_lineage, gates, schema
 from qaq_pipeline.config import AlertSettings, Settings, settings_hash
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.resources import partition_parts
@@ -99,8 +100,20 @@ def table_result(
         metadata={
             "dagster/row_count": checked.height,
             **metadata,
+            "dagster/column_lineage": lineage_of_columns(name, inputs),
             "provenance": dg.JsonMetadataValue(table.provenance),
         },
+    )
+
+
+def lineage_of_columns(table: str, inputs: Collection[str]) -> dg.TableColumnLineage:
+    """Of what each of a table's columns was made, of its inputs; by their names in the provenance (`table|model`)."""
+    made_of = {name.partition("|")[0] for name in inputs}
+    return dg.TableColumnLineage(
+        deps_by_column={
+            column: [dg.TableColumnDep(asset_key=dg.AssetKey(name), column_name=source) for name, source in sources]
+            for column, sources in column_lineage.sources_in(table, made_of).items()
+        }
     )
 
 
