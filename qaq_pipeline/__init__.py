@@ -22,8 +22,11 @@ The map, each module importing only from those above it:
     strata            strata of PPL(Q), the rank of RMI inside them, the gap between the models
     measures          what the asset checks measure of stored tables
     selection         the strategies and their exact budgets
+    defects           a good pair made bad: other answer, echo, refusal, one-token bug, …
+    planting          which rows of a batch are made bad, and how
     reference         a frozen pool of several batches: ranks and cuts against it, drift from it
     lookup            rows of a Parquet file by their key; what a person means by a row
+    calibration       do the scores tell good from bad? AUROCs, kept shares, cuts, with their intervals
     ledger            every input row: decision, reason, sentence
     exports           selected rows -> the files that trainers load; scores Parquet
     card              what lies in a version and how it was chosen: its README
@@ -44,7 +47,7 @@ The map, each module importing only from those above it:
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
-    assets/           the nine assets and rank_reference, one module each
+    assets/           the nine assets, rank_reference and the three of a calibration, one module each
     liveness          which runs of the driver died with their process
     checks            the asset checks: what a person should look at; they warn, and stop nothing
     conditions        when an asset is made without a hand

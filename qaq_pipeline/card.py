@@ -207,6 +207,7 @@ def _is_the_papers(selection: Selection) -> bool:
         and selection.budget.fraction == 0.25
         and selection.min_gap is None
         and selection.rank_strong is None
+        and selection.rmi_strong is None
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline import gates, measures, publication, reference
+from qaq_pipeline import gates, measures, planting, publication, reference
 from qaq_pipeline.assets import rank_reference
 from qaq_pipeline.assets.shared import BATCHES, batch_by_model
 from qaq_pipeline.config import Settings
@@ -35,6 +35,7 @@ def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
         _screened_data(),
         _logprobs(settings),
         *of_rmi,
+        *([_calibration(settings)] if settings.is_calibrated else []),
         _decisions(),
         _curated_dataset(),
     ]
@@ -125,6 +126,22 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
     found = reference.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
     return measures.drift(found.statistics, found.evidence, settings.checks)
+
+
+def _calibration(settings: Settings) -> dg.AssetChecksDefinition:
+    def find(storage: Storage, batch: str) -> Findings:
+        calibration = storage.read_table("calibration", batch)
+        gate = gates.of_provenance(calibration.provenance)
+        if gate is not None:
+            return {"models_can_tell": Finding(True, f"The batch is gated, and not calibrated: {gate.sentence}.")}
+        limit = settings.calibration.min_auc
+        return {"models_can_tell": measures.discrimination(calibration.frame, limit, planting.ENOUGH)}
+
+    descriptions = {
+        "models_can_tell": "Each model's RMI tells pairs from the same queries with another answer, with an AUROC of "
+        "at least calibration.min_auc. Beside it: its AUROC for every defect."
+    }
+    return _of_table("calibration", BATCHES, descriptions, find)
 
 
 def _decisions() -> dg.AssetChecksDefinition:

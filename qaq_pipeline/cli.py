@@ -292,7 +292,7 @@ def lineage(
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(schema.TABLES)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(schema.TABLES | schema.CALIBRATION_TABLES)}.")],
     to: Annotated[Path, typer.Option("--to", help="File to write: .parquet, .csv or .jsonl.")],
     batch: Annotated[str | None, typer.Option("--batch", help="Only this batch. Default: all.")] = None,
     config_file: ConfigOption = None,
@@ -302,8 +302,8 @@ def table(
     from qaq_pipeline.storage import StorageError
 
     settings = _settings(config_file)
-    if name not in schema.TABLES:
-        _fail(f"{name!r} is no table; known: {', '.join(schema.TABLES)}", code=2)
+    if name not in schema.TABLES | schema.CALIBRATION_TABLES:
+        _fail(f"{name!r} is no table; known: {', '.join(schema.TABLES | schema.CALIBRATION_TABLES)}", code=2)
     try:
         with driver.open_instance() as instance:
             frame = driver.collect_table(settings, instance, name, batch)
@@ -311,6 +311,34 @@ def table(
     except (StorageError, ValueError, OSError) as error:
         _fail(str(error), code=_exit_code(error))
     console.print(f"{frame.height:,} rows of {name} written to {to}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibration(
+    batch: Annotated[str, typer.Argument(help="Name of the batch.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Show whether the scores tell good from bad on a batch, and the cuts of RMI that follow, to be pasted."""
+    from qaq_pipeline import calibration as judging
+    from qaq_pipeline import gates
+    from qaq_pipeline.storage import StorageError, open_storage
+
+    settings = _settings(config_file)
+    try:
+        stored = open_storage(settings).read_table("calibration", config.check_batch_name(batch))
+    except (StorageError, ValueError) as error:
+        _fail(f"{error}. Calibration follows the publication of a batch, where `calibration.enabled` is true")
+    if (gate := gates.of_provenance(stored.provenance)) is not None:
+        _fail(f"batch {batch} is gated, and not calibrated: {gate.sentence}")
+    for title, rows in judging.pages(stored.frame):
+        shown = Table(*rows[0], title=title)
+        for row in rows:
+            shown.add_row(*map(escape, row.values()))
+        console.print(shown)
+    offered = judging.offered_yaml(stored.frame, settings.published)
+    console.print("No cut is offered." if offered is None else "Offered, as one of `selections`:", highlight=False)
+    if offered is not None:
+        console.print(offered, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

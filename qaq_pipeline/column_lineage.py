@@ -178,6 +178,36 @@ def _selected_subset() -> dict[str, tuple[Column, ...]]:
     return key | {"position": taken} | _same("raw_data", *copied)
 
 
+def _planted_rows() -> dict[str, tuple[Column, ...]]:
+    """Made of the texts of pairs that both models rank, of every stratum by turns."""
+    made = _merged(
+        _of("raw_data", *schema.ROW_KEY, "pair_id", "language"),
+        _CONTENT,
+        _of("screened_data", "status", "batch_gate"),
+        _of("rmi_scores", "rmi"),
+        _of("disagreement_scores", "pair_id", "gap", "stratum_strong"),
+    )
+    return dict.fromkeys(schema.PlantedRows.columns(), made)
+
+
+def _planted_scores() -> dict[str, tuple[Column, ...]]:
+    texts = _of("planted_rows", "system", "query", "answer")
+    return dict.fromkeys(schema.PlantedScores.columns(), texts) | {"pair_id": _of("planted_rows", "pair_id")}
+
+
+def _calibration() -> dict[str, tuple[Column, ...]]:
+    """Which numbers there are is a matter of the settings; each is of all that the two sides rest on."""
+    judged = _merged(
+        _of("planted_rows", "pair_id", "defect", "original_pair_id"),
+        _of("planted_scores", *schema.PlantedScores.columns()),
+        _of("rmi_scores", *schema.RmiScores.columns()),
+        _of("disagreement_scores", "pair_id", "gap", "rank_sum", "ranks"),
+        _of("rank_reference", *schema.RankReference.columns()),
+    )
+    keys = schema.Calibration.primary_key()
+    return {column: () if column in keys else judged for column in schema.Calibration.columns()}
+
+
 DERIVED: dict[str, dict[str, tuple[Column, ...]]] = {
     "raw_data": dict.fromkeys(schema.RawData.columns(), ()),
     "signatures": _signatures(),
@@ -188,6 +218,9 @@ DERIVED: dict[str, dict[str, tuple[Column, ...]]] = {
     "disagreement_scores": _disagreement_scores(),
     "decisions": _decisions(),
     "selected_subset": _selected_subset(),
+    "planted_rows": _planted_rows(),
+    "planted_scores": _planted_scores(),
+    "calibration": _calibration(),
 }
 """Sources by table and column, tables in the order in which they are made."""
 

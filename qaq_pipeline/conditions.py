@@ -20,6 +20,9 @@ _LAST_INPUT = {
     "disagreement_scores": "rmi_scores",
     "decisions": "disagreement_scores",
     "selected_subset": "decisions",
+    "planted_rows": "disagreement_scores",
+    "planted_scores": "planted_rows",
+    "calibration": "planted_scores",
 }
 """Of each asset of a batch, the input that is made last: when it is there, so are the others."""
 

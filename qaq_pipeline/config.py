@@ -22,6 +22,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
+from qaq_pipeline.schema import Defect
+
 BATCH_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
 ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 SELECTION_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
@@ -174,7 +176,7 @@ class AutomationSettings(_Closed):
     openlineage: bool = Field(
         False,
         description="Whether OpenLineage events are sent to OPENLINEAGE_URL; needs the extra `openlineage`, and an "
-        "event log in one database (docs/decisions/010).",
+        "event log in one database (docs/decisions/012).",
     )
 
     @model_validator(mode="after")
@@ -365,9 +367,18 @@ class _Disagreement(_Closed):
         None, description="Take only pairs with lo < rank_strong <= hi: keeps out what both models rank low."
     )
 
+    rmi_strong: tuple[float | None, float | None] | None = Field(
+        None,
+        description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no end. A "
+        "calibration offers both: below are mismatches, above are echoes.",
+    )
+
     @model_validator(mode="after")
     def _range(self) -> Self:
         _check_range("rank_strong", self.rank_strong)
+        low, high = self.rmi_strong or (None, None)
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"rmi_strong must be [lo, hi] with lo < hi; got {[low, high]}")
         return self
 
 
@@ -465,6 +476,42 @@ Selection = Annotated[
 def _check_range(field: str, value: tuple[float, float] | None) -> None:
     if value is not None and not 0 <= value[0] < value[1] <= 1:
         raise ValueError(f"{field} must be [lo, hi] with 0 <= lo < hi <= 1; got {list(value)}")
+
+
+class CalibrationSettings(_Closed):
+    """Whether the scores tell good from bad on a batch: some of its rows are made bad on purpose, and scored too."""
+
+    enabled: bool = Field(True, description="Whether batches are calibrated, after they were published.")
+    defects: tuple[Defect, ...] = Field(
+        tuple(Defect),
+        min_length=1,
+        description="What is done to rows, the most telling first: of a small batch, only the first get rows.",
+    )
+    rows_per_defect: int = Field(100, ge=1, le=1000, description="Planted rows of each defect, at most.")
+    max_share: float | None = Field(
+        0.1, gt=0, le=1, description="Planted rows as a share of the batch's scorable pairs, at most; null: any."
+    )
+    seed: int = Field(0, ge=0, description="Key of the draw of rows, and of what is done to them.")
+    false_discovery_rate: float = Field(
+        0.05, gt=0, lt=1, description="Share of mismatches among what the low cut of RMI keeps that is aimed at."
+    )
+    echo_quantile: float = Field(
+        0.05, ge=0, lt=1, description="Share of the echoes that may lie below the high cut of RMI."
+    )
+    min_auc: float = Field(
+        0.8,
+        ge=0.5,
+        le=1,
+        description="A model's RMI must tell rows from those with another answer with an AUROC of this at least.",
+    )
+    bootstrap_samples: int = Field(2000, ge=100, le=100_000, description="Resamples behind an interval.")
+
+    @model_validator(mode="after")
+    def _defects(self) -> Self:
+        for defect in self.defects:
+            if self.defects.count(defect) > 1:
+                raise ValueError(f"defects: {defect.value!r} is named twice")
+        return self
 
 
 class ExportSettings(_Closed):
@@ -581,6 +628,7 @@ class Settings(_Closed):
         min_length=1,
         description="Named selections; the first is published, and random controls of its size come with it.",
     )
+    calibration: CalibrationSettings = Field(CalibrationSettings(), description="Do the scores tell good from bad?")
     export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
     publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
     alerts: AlertSettings = Field(AlertSettings(), description="Who is told when something goes wrong.")
@@ -631,6 +679,11 @@ class Settings(_Closed):
                 f"landing.url: {self.landing_url!r} and storage.root {self.storage_root!r} lie in one another; take "
                 "two folders"
             )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether batches are calibrated: it is wanted, and there is an RMI to judge."""
+        return self.calibration.enabled and "rmi" in self.scoring.quantities
 
     @property
     def published(self) -> Selection:

@@ -22,11 +22,19 @@ import polars as pl
 from qaq_pipeline import config, landing, publication, records, schema, screening
 from qaq_pipeline.assets.logprobs import accepted_pairs
 from qaq_pipeline.config import Settings
-from qaq_pipeline.jobs import PUBLISHING, STAGES
+from qaq_pipeline.jobs import CALIBRATION_STAGES, PUBLISHING, STAGES
 from qaq_pipeline.recuration import BY_MODEL
 from qaq_pipeline.renewal import renew
 from qaq_pipeline.resources import ModelRuntime, ScoringCost
-from qaq_pipeline.runs import Events, RunError, failed_checks, materialisation_metadata, running
+from qaq_pipeline.runs import (
+    Events,
+    InterruptedRunError,
+    RunError,
+    Runner,
+    failed_checks,
+    materialisation_metadata,
+    running,
+)
 from qaq_pipeline.storage import Delivery, Storage, StorageError, open_storage
 
 
@@ -192,13 +200,29 @@ def run_batch(
                 unpassed += failed_checks(instance, run_id)
                 for asset in assets:
                     results[f"{asset}|{partition or ''}"] = materialisation_metadata(instance, run_id, asset)
+        if settings.is_calibrated:
+            unpassed += _calibrate(settings, instance, run, batch)
     return summarise(settings, batch, results, unpassed)
+
+
+def _calibrate(settings: Settings, instance: dg.DagsterInstance, run: Runner, batch: str) -> list[str]:
+    """Run the calibration of a published batch: the checks that did not pass, or why there is none."""
+    unpassed: list[str] = []
+    try:
+        for job_name in CALIBRATION_STAGES:
+            for partition in _partitions(settings, job_name, batch):
+                unpassed += failed_checks(instance, run(job_name, partition))
+    except InterruptedRunError:
+        raise
+    except RunError as error:
+        unpassed.append(f"batch {batch} was published, and not calibrated: {error}")
+    return unpassed
 
 
 def _partitions(settings: Settings, job_name: str, batch: str) -> list[str | None]:
     if job_name == PUBLISHING:
         return [None]
-    if job_name == "score_batch":
+    if job_name in ("score_batch", "score_planted"):
         return [f"{batch}|{role}" for role in sorted(settings.models)]
     return [batch]
 
@@ -302,9 +326,13 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[dict[
     """For every registered batch, how many rows each of its tables has."""
     storage = open_storage(settings)
     return [
-        {"batch": batch} | {name: _table_status(settings, storage, name, batch) for name in schema.TABLES}
+        {"batch": batch} | {name: _table_status(settings, storage, name, batch) for name in _shown_tables(settings)}
         for batch in sorted(instance.get_dynamic_partitions("batch"))
     ]
+
+
+def _shown_tables(settings: Settings) -> list[str]:
+    return [*schema.TABLES, *(["calibration"] if settings.is_calibrated else [])]
 
 
 def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:

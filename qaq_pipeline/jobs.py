@@ -21,6 +21,9 @@ PUBLISHING = "publish_dataset"
 STAGES: dict[str, list[str]] = {**recuration.STAGES, PUBLISHING: ["curated_dataset"]}
 """Jobs in the order in which they run. A job cannot mix partitions definitions, hence four."""
 
+CALIBRATION_STAGES = recuration.CALIBRATION_STAGES
+"""Jobs that run after these, where batches are calibrated: their failure stops no publication."""
+
 REFERENCE_JOB = "build_reference"
 """Makes rank_reference, where one is configured."""
 
@@ -39,6 +42,7 @@ def build_job_defs(
         resource_overrides: resources to use instead, by name.
     """
     jobs = STAGES if settings.ranking.reference is None else STAGES | {REFERENCE_JOB: ["rank_reference"]}
+    jobs = jobs | CALIBRATION_STAGES if settings.is_calibrated else jobs
     storage = open_storage(settings)
     resources: dict[str, object] = {
         "storage": storage,

@@ -315,6 +315,14 @@ def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReas
         low, high = getattr(published, "rank_strong", None) or (0, 1)
         rank = next(score["rank"] for score in row["scores"] if score["model"] == "strong")
         return f"only pairs that the strong model ranks above {low:g} and up to {high:g}: it ranks this one {rank:.3f}"
+    if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE:
+        low, high = getattr(published, "rmi_strong", None) or (None, None)
+        rmi = next(score["rmi"] for score in row["scores"] if score["model"] == "strong")
+        ends = [*([] if low is None else [f"above {low:g}"]), *([] if high is None else [f"up to {high:g}"])]
+        return (
+            f"only pairs whose RMI under the strong model is {' and '.join(ends)} nats/token: this one's is "
+            f"{_number(rmi)}"
+        )
     if reason is SelectionReason.IFD_ABOVE_MAXIMUM:
         most = getattr(published, "maximum", None)
         return f"no pair above {most:g} by {_measure(published)}: this one has {_number(row['verdict_score'])}"

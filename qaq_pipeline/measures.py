@@ -16,11 +16,14 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config import CheckSettings, RankingSettings
-from qaq_pipeline.schema import ROW_KEY, Decision, NullReason, Quantity, Status
+from qaq_pipeline.schema import ROW_KEY, Decision, Defect, NullReason, Quantity, Statistic, Status
 
 _LEAST_EVIDENCE = 100
 """Pairs, n m / (n + m). Of batches drawn from the reference itself, 50 % are over the default limits of drift with 50
 pairs against 5,000, 2 % with 100, and 1.5 % with 200 against 200."""
+
+
+_AUROC = ("defect", "model", "value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,38 @@ def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) 
         not over,
         (f"The batch is unlike the reference: {said}" if over else "The batch is like the reference")
         + f"; PSI may be {limits.max_psi:g} (checks.max_psi), KS {limits.max_ks:g} (checks.max_ks).",
+        numbers,
+    )
+
+
+def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Finding:
+    """Whether every model's RMI tells the batch's pairs from those with another answer, by its AUROC in Calibration.
+
+    Args:
+        calibration: of the batch.
+        min_auc: AUROC that is expected at least.
+        enough: planted rows below which nothing is judged.
+    """
+    of_rmi = calibration.filter(pl.col("statistic") == Statistic.AUROC.value, pl.col("measure") == "rmi")
+    known = of_rmi.drop_nulls("value")
+    numbers = {f"auroc_{defect}_{model}": auc for defect, model, auc in known.select(_AUROC).iter_rows()}
+    mismatches = known.filter(pl.col("defect") == Defect.OTHER_ANSWER.value, pl.col("num_planted") >= enough)
+    if mismatches.is_empty():
+        return Finding(
+            True,
+            f"Too few rows were planted to judge: of {Defect.OTHER_ANSWER} at least {enough} are needed, scored.",
+            numbers,
+        )
+    said = ", ".join(
+        f"{model} {auc:.3f} [{lower:.3f}, {upper:.3f}]"
+        for model, auc, lower, upper in mismatches.select("model", "value", "lower", "upper").iter_rows()
+    )
+    blind = sorted(mismatches.filter(pl.col("value") < min_auc)["model"])
+    verdict = f"RMI cannot tell good from bad on this batch with the models {blind}: do not trust what it selects. "
+    return Finding(
+        not blind,
+        (verdict if blind else "") + f"AUROC of pairs against the same queries with another answer: {said}; expected "
+        f"is {min_auc:g} (calibration.min_auc).",
         numbers,
     )
 

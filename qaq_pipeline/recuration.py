@@ -24,7 +24,14 @@ STAGES: dict[str, list[str]] = {
 }
 """The tables of a batch by the job that makes them, in the order in which the jobs run."""
 
-BY_MODEL = STAGES["score_batch"]
+CALIBRATION_STAGES: dict[str, list[str]] = {
+    "plant_defects": ["planted_rows"],
+    "score_planted": ["planted_scores"],
+    "calibrate_batch": ["calibration"],
+}
+"""The same of what is only measured of a batch: nothing that is published is made of these."""
+
+BY_MODEL = [*STAGES["score_batch"], *CALIBRATION_STAGES["score_planted"]]
 """Tables with a partition for each batch and model."""
 
 
@@ -78,9 +85,14 @@ class Review:
         return [batch for batch in ordered if self._is_delivered(batch)]
 
     def outdated(self, batch: str) -> list[Outdated]:
-        """The partitions of the first stage of a batch that are out of date; what follows is seen when these ran."""
-        for job, tables in STAGES.items():
-            models = sorted(self._present.roles) if tables == BY_MODEL else [None]
+        """The partitions of the first stage of a batch that are out of date; what follows is seen when these ran.
+
+        Stages whose tables are not made under the present settings are left out.
+        """
+        for job, tables in (STAGES | CALIBRATION_STAGES).items():
+            if not self._present.code_versions.keys() >= set(tables):
+                continue
+            models = sorted(self._present.roles) if tables[0] in BY_MODEL else [None]
             reasons = {model: self._reason(batch, model, tables) for model in models}
             found = [Outdated(job, batch, model, reason) for model, reason in reasons.items() if reason is not None]
             if found:
@@ -142,7 +154,7 @@ class Review:
     def _input_version(self, name: str, partition: Sequence[str]) -> str | None:
         """Of an input of that partition: `table`, `table|model`, or the name of one that is of no one batch."""
         table, _, model = name.partition("|")
-        if table not in schema.TABLES:
+        if table not in schema.TABLES | schema.CALIBRATION_TABLES:
             return self._present.shared_inputs.get(name)
         of_batch = [partition[0], *([model] if model else [])]
         return self._storage.table_version(table, *(partition if table in BY_MODEL and not model else of_batch))

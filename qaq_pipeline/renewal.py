@@ -15,7 +15,7 @@ import polars as pl
 
 from qaq_pipeline import config, duplicates, lookup, publication, recuration, withdrawals
 from qaq_pipeline.config import Settings
-from qaq_pipeline.jobs import PUBLISHING, present
+from qaq_pipeline.jobs import CALIBRATION_STAGES, PUBLISHING, present
 from qaq_pipeline.runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
 from qaq_pipeline.schema import DuplicateReason
 from qaq_pipeline.storage import PartitionBusyError, Storage, open_storage
@@ -137,6 +137,8 @@ def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only
         batches = review.batches()
         meant |= {batch for batch in batches if not only_screening or review.screened_otherwise(batch) is not None}
         due = [one for batch in batches if batch in meant - set(failed) for one in review.outdated(batch)]
+        if only_screening:  # A publication waits for it; the night calibrates.
+            due = [one for one in due if one.job not in CALIBRATION_STAGES]
         if not due:
             return Renewal(len(batches), remade, failed)
         for one in due:

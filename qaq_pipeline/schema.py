@@ -133,8 +133,45 @@ class SelectionReason(Vocabulary):
     OUTSIDE_BAND = "outside_band", "Not selected: its rank is outside the band."
     GAP_BELOW_MINIMUM = "gap_below_minimum", "Not selected: its gap is `min_gap` or less."
     RANK_STRONG_OUT_OF_RANGE = "rank_strong_out_of_range", "Not selected: its rank is outside `rank_strong`."
+    RMI_STRONG_OUT_OF_RANGE = "rmi_strong_out_of_range", "Not selected: its RMI is outside `rmi_strong`."
     IFD_ABOVE_MAXIMUM = "ifd_above_maximum", "Not selected: its IFD is above `maximum`."
     NOT_IN_POOL = "not_in_pool", "Not selected: a model that the selection uses has no score of it."
+
+
+class Defect(Vocabulary):
+    """What is done to a batch's own pair to see whether the scores notice; the most telling first."""
+
+    OTHER_ANSWER = "other_answer", "The answer of another row of its stratum stands in place of its own."
+    ECHO = "echo", "The answer repeats the query."
+    REFUSAL = "refusal", "The answer declines."
+    INVENTED_TERMS = "invented_terms", "Words of the query are replaced by words that do not exist."
+    CUT_ANSWER = "cut_answer", "The answer ends after a part of it."
+    FILLER = "filler", "The answer says nothing."
+    WRONG_LANGUAGE = "wrong_language", "The answer is in another programming language than asked."
+    ONE_TOKEN_BUG = (
+        "one_token_bug",
+        "One operator, name or number of the code is another: no likelihood can be expected to tell.",
+    )
+
+
+class Statistic(Vocabulary):
+    """What a row of a calibration says."""
+
+    AUROC = "auroc", "P(a row as delivered scores above a planted one), ties counted half."
+    PAIRED_SHARE = "paired_share", "Of the planted rows, those that score below their own twin."
+    KEPT_SHARE = "kept_share", "Of the rows, those that a selection takes."
+    LOW_CUT = "low_cut", "The least RMI that is told from a mismatch at the false-discovery rate."
+    HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
+
+
+class UnknownReason(Vocabulary):
+    """Why a calibration does not know a number."""
+
+    NOT_PLANTED = "not_planted", "No row has this defect: none could be made, or the batch is too small."
+    NOT_WANTED = "not_wanted", "`scoring.quantities` does not ask for it."
+    NOT_SCORED = "not_scored", "No row of either side has the number."
+    NONE_TOLD_FROM_NULL = "none_told_from_null", "No row stands out from the null: there is no cut."
+    ALL_TOLD_FROM_NULL = "all_told_from_null", "Every row stands out from the null: there is nothing to cut."
 
 
 SELECTED_REASONS = (SelectionReason.WITHIN_BUDGET, SelectionReason.IN_BAND)
@@ -516,6 +553,63 @@ class Decisions(_RowKey):
     provenance_id = dy.String(regex=_PAIR_ID, description="Hash of what made this decision: a file in provenance/.")
 
 
+class PlantedRows(dy.Schema):
+    """Pairs of the batch made bad on purpose, to see whether the scores tell. They enter no decision and no dataset."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of the defective pair.")
+    defect = _closed(Defect, description="What was done to it.")
+    original_pair_id = dy.String(regex=_PAIR_ID, description="The pair of the batch that it was made from: its twin.")
+    system = dy.String(nullable=True, description="The row's own system text.")
+    query = dy.String(min_length=1, description="Q; another than the twin's for invented_terms only.")
+    answer = dy.String(min_length=1, description="A; the twin's for invented_terms only.")
+
+
+class PlantedScores(RmiScores):
+    """Rank-free scores of each planted pair under one model, as rmi_scores has them of the batch's pairs."""
+
+
+CLEAN = "clean"
+"""Stands for a defect where rows as they were delivered are meant."""
+
+BOTH_MODELS = "strong-weak"
+"""Stands for a model where a number is of both; no role can be called so."""
+
+
+class Calibration(dy.Schema):
+    """Whether the scores tell good from bad on this batch, with these models: one number a row, with its interval."""
+
+    statistic = dy.String(
+        primary_key=True,
+        check=lambda column: column.is_in(list(Statistic)),
+        description=f"What is said. One of: {', '.join(Statistic)}.",
+    )
+    defect = dy.String(
+        primary_key=True,
+        check=lambda column: column.is_in([CLEAN, *Defect]),
+        description=f"Of which planted rows; `{CLEAN}`: of the rows as delivered. The null of a low cut is "
+        f"{Defect.OTHER_ANSWER}, that of a high cut {Defect.ECHO}. One of: {CLEAN}, {', '.join(Defect)}.",
+    )
+    model = dy.String(primary_key=True, description=f"Role of the model; `{BOTH_MODELS}`: the two of the gap.")
+    measure = dy.String(primary_key=True, description="The score that is judged; of kept_share: the named selection.")
+    value = dy.Float64(
+        nullable=True,
+        description="auroc: P(clean > planted), ties half; 0.5: not told apart. paired_share: of the planted rows, "
+        "those below their own twin. kept_share: in [0, 1]. Cuts: nats/token. Null: see the reason.",
+    )
+    lower = dy.Float64(nullable=True, description="Lower end of its 95 % interval; null where there is none.")
+    upper = dy.Float64(nullable=True, description="Upper end of its 95 % interval; null where there is none.")
+    num_clean = dy.Int64(min=0, description="Rows as delivered that it rests on.")
+    num_planted = dy.Int64(min=0, description="Planted rows that it rests on.")
+    num_kept = dy.Int64(
+        nullable=True, min=0, description="kept_share: of these rows, how many. Cuts: clean rows that the cut leaves."
+    )
+    null_reason = _closed(UnknownReason, nullable=True, description="Why the value is null; null where it is not.")
+
+    @dy.rule()
+    def null_iff_reason(cls) -> pl.Expr:
+        return _null_iff_reason("value", "null_reason")
+
+
 class SelectedSubset(_RowKey):
     """The rows of the published selection, best first: text and origin, without scores."""
 
@@ -562,7 +656,14 @@ TABLES: dict[str, type[dy.Schema]] = {
 }
 """Stored tables of a batch by asset name, in the order in which they are made."""
 
-STORED_TABLES = TABLES | {"rank_reference": RankReference}
+CALIBRATION_TABLES: dict[str, type[dy.Schema]] = {
+    "planted_rows": PlantedRows,
+    "planted_scores": PlantedScores,
+    "calibration": Calibration,
+}
+"""Stored tables of a batch that is calibrated, likewise. No other table is made of them."""
+
+STORED_TABLES = TABLES | CALIBRATION_TABLES | {"rank_reference": RankReference}
 """All tables that are stored by the name of their asset; a rank_reference is of several batches."""
 
 

@@ -211,6 +211,9 @@ def _disagreement_rule(selection: DiffSelection | SumSelection) -> _Rule:
     if selection.rank_strong is not None:
         outside = ~_within(pl.col("rank:strong"), selection.rank_strong)
         barriers.append((outside, SelectionReason.RANK_STRONG_OUT_OF_RANGE))
+    if selection.rmi_strong is not None:
+        outside = ~_within(pl.col("rmi:strong"), selection.rmi_strong)
+        barriers.append((outside, SelectionReason.RMI_STRONG_OUT_OF_RANGE))
     descending = selection.strategy.endswith("_high")
     return _Rule(pl.col("gap").is_not_null(), score, descending, tuple(barriers))
 
@@ -222,10 +225,13 @@ def _ifd_rule(selection: IfdSelection) -> _Rule:
     return _Rule(ifd.is_not_null(), ifd, barriers=((ifd > selection.maximum, SelectionReason.IFD_ABOVE_MAXIMUM),))
 
 
-def _within(value: pl.Expr, half_open: tuple[float, float]) -> pl.Expr:
-    """Whether lo < value <= hi. Safe on ranks: j / m and a decimal bound of the same value round to the same float."""
+def _within(value: pl.Expr, half_open: tuple[float | None, float | None]) -> pl.Expr:
+    """Whether lo < value <= hi; None: no such end.
+
+    Safe on ranks: j / m and a decimal bound of the same value round to the same float.
+    """
     low, high = half_open
-    return (value > low) & (value <= high)
+    return (pl.lit(True) if low is None else value > low) & (pl.lit(True) if high is None else value <= high)
 
 
 def _has_too_few_query_tokens(role: str) -> pl.Expr:

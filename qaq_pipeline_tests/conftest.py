@@ -162,6 +162,8 @@ def settings_for(
             "models": models,
             "scoring": {"max_tokens": 512} | sections.pop("scoring", {}),
             "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | sections.pop("ranking", {}),
+            # Four more runs a batch: what needs a calibration asks for it.
+            "calibration": {"enabled": False} | sections.pop("calibration", {}),
         }
         return parse_settings(yaml.safe_dump(values | sections), "test.yaml")
 

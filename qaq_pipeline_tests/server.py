@@ -47,6 +47,7 @@ def write_profile(path: Path, models: dict[str, Path], **sections: Any) -> Path:
         },
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
+        "calibration": {"enabled": False},
     }
     path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
     return path

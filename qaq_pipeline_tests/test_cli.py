@@ -21,7 +21,7 @@ import yaml
 from qaq_pipeline import cli, driver, schema
 from qaq_pipeline.config import parse_settings
 from qaq_pipeline.driver import BatchSummary, ModelSummary
-from qaq_pipeline.storage import open_storage
+from qaq_pipeline.storage import StoredTable, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, pair_name, store_batch
 
@@ -72,6 +72,7 @@ def write_settings(path: Path, models: dict[str, Path], **sections: Any) -> Path
         },
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
+        "calibration": {"enabled": False},
     }
     path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
     return path
@@ -266,6 +267,37 @@ def test_the_cache_is_shown_by_model_and_pruned_by_name(empty_home: Home, qaq: Q
     assert f"removed 72 scores of {strong.identity['model']}" in removed.out
     assert weak.digest[:8] in qaq(empty_home, "cache").out
     assert strong.digest[:8] not in qaq(empty_home, "cache").out
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) -> None:
+    row = {"statistic": "low_cut", "defect": "other_answer", "model": "strong", "measure": "rmi", "value": 0.25}
+    rows = [
+        row | {"num_clean": 18, "num_planted": 20, "num_kept": 12},
+        row
+        | {"statistic": "auroc", "lower": 0.875, "upper": 0.99, "value": 0.9375, "num_clean": 20, "num_planted": 20},
+        row
+        | {"statistic": "paired_share", "value": None, "num_clean": 0, "num_planted": 0, "null_reason": "not_scored"},
+        row | {"statistic": "kept_share", "value": 0.1, "measure": "diff_high", "num_clean": 0, "num_planted": 20},
+    ]
+    frame = pl.DataFrame(rows, schema=schema.dtypes(schema.Calibration))
+    storage = open_storage_of(home)
+    storage.write_table(StoredTable(frame), "calibration", "b1")
+    shown = qaq(home, "calibration", "b1")
+    assert shown.code == 0
+    assert "│ strong │ rmi │ 0.938 [0.88, 0.99] │" in shown.out
+    assert "│ low_cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
+    offered = yaml.safe_load(shown.out[shown.out.index("- name: ") :])
+    assert offered[0]["rmi_strong"] == [0.25, None]
+    storage.remove("calibration", "b1", "table.parquet")
+
+
+def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq) -> None:
+    said = qaq(home, "calibration", "b1").error()
+    assert "not stored yet; materialise calibration first" in said
+    assert "Calibration follows the publication of a batch" in said
 
 
 # --- status, table, doctor ------------------------------------------------------------------------------------------

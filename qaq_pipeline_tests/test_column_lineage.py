@@ -65,6 +65,7 @@ def test_only_what_is_of_the_delivery_the_settings_or_a_partition_has_no_source(
         ("rank_reference", "model"),
         ("disagreement_scores", "pool_id"),
         ("decisions", "provenance_id"),
+        *(("calibration", column) for column in schema.Calibration.primary_key()),
     }
 
 

@@ -18,9 +18,10 @@ from qaq_pipeline.config import parse_settings
 from qaq_pipeline.definitions import build_defs
 
 MODELS = {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}}
-SETTINGS = parse_settings(yaml.safe_dump({"models": MODELS}))
+UNCALIBRATED = {"models": MODELS, "calibration": {"enabled": False}}
+SETTINGS = parse_settings(yaml.safe_dump(UNCALIBRATED))
 RANKING = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1", "b2"]}}
-REFERRING = parse_settings(yaml.safe_dump({"models": MODELS, "ranking": RANKING}))
+REFERRING = parse_settings(yaml.safe_dump(UNCALIBRATED | {"ranking": RANKING}))
 INGEST = ["screened_data", "signatures"]
 SCORE = ["logprobs", "rmi_scores"]
 SELECT = ["decisions", "disagreement_scores", "selected_subset"]
@@ -141,6 +142,18 @@ def test_a_batch_runs_through_in_four_steps_and_is_published_once(world: World) 
     world.deliver("b1")
     assert world.settle() == whole_chain("b1")
     assert world.settle() == []
+
+
+def test_a_batch_is_calibrated_beside_its_selection_and_holds_up_no_publication() -> None:
+    settings = parse_settings(yaml.safe_dump({"models": MODELS}))
+    with dg.DagsterInstance.ephemeral() as instance:
+        world = World(instance, build_defs(settings))
+        assert world.tick() == {}
+        world.deliver("b1")
+        asked = world.settle()
+        assert asked[2] == each([*SELECT, "planted_rows"], "b1")
+        assert asked[3] == {"curated_dataset": {None}} | each(["planted_scores"], "b1|strong", "b1|weak")
+        assert asked[4:] == [each(["calibration"], "b1")]
 
 
 def test_batches_that_were_there_before_the_first_tick_are_curated() -> None:

@@ -131,6 +131,10 @@ def test_the_published_selection_and_its_controls_are_always_exported(
         ({"strategy": "rmi_band", "band": [0.5, 1.1]}, ["band must be [lo, hi]"]),
         ({"strategy": "rmi_band", "budget": {"count": 3}}, ["budget", "not permitted"]),
         ({"strategy": "diff_low", "rank_strong": [0.9, 0.1]}, ["rank_strong must be [lo, hi]"]),
+        (
+            {"strategy": "sum_high", "rmi_strong": [0.9, 0.9]},
+            ["rmi_strong must be [lo, hi] with lo < hi", "[0.9, 0.9]"],
+        ),
         ({"strategy": "random", "budget": {"count": 3, "fraction": 0.5}}, ["budget", "['fraction', 'count']"]),
         ({"strategy": "random", "budget": {}}, ["budget", "exactly one of fraction, count, answer_tokens", "none"]),
         (
@@ -146,6 +150,18 @@ def test_a_selection_that_cannot_be_is_refused(selection: dict[str, Any], named:
     assert "selections" in text
     for part in named:
         assert part in text
+
+
+def test_a_defect_is_named_once_and_known() -> None:
+    assert "'echo' is named twice" in refusal(calibration={"defects": ["echo", "refusal", "echo"]})
+    assert "other_answer" in refusal(calibration={"defects": ["typo"]})
+    assert "calibration.min_auc" in refusal(calibration={"min_auc": 0.4})
+
+
+def test_without_an_rmi_there_is_nothing_to_calibrate() -> None:
+    ifd = {"scoring": {"quantities": ["ifd"]}, "selections": [{"name": "mine", "strategy": "ifd"}]}
+    assert not parse_settings(yaml.safe_dump({"models": MODELS} | ifd)).is_calibrated
+    assert parse_settings(yaml.safe_dump({"models": MODELS})).is_calibrated
 
 
 def test_two_selections_have_two_names() -> None:

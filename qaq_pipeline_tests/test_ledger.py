@@ -173,6 +173,16 @@ GOLDEN = [
         id="rank_strong_out_of_range",
     ),
     pytest.param(
+        3,
+        {"rmi_strong": [None, 0.25]},
+        "not_selected",
+        "rmi_strong_out_of_range",
+        RANKS.format(strong="0.750", weak="0.500")
+        + "Not selected by mine, which takes only pairs whose RMI under the strong model is up to 0.25 nats/token: "
+        "this one's is 0.300.",
+        id="rmi_strong_out_of_range",
+    ),
+    pytest.param(
         2,
         {"strategy": "ifd"},
         "not_selected",
@@ -303,7 +313,7 @@ DECISION_OF = {
 @pytest.mark.parametrize("reason", EVERY_REASON)
 def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
     """Words for every value of every closed vocabulary, whatever is added to one."""
-    score = {"model": "strong", "rank": 0.75, "stratum": 2, "num_strata": 3, "null_reason": None}
+    score = {"model": "strong", "rmi": 0.3, "rank": 0.75, "stratum": 2, "num_strata": 3, "null_reason": None}
     score |= {"is_truncated": False, "is_short_query": False}
     if isinstance(reason, NullReason):
         score |= {"rank": None, "stratum": None, "null_reason": reason.value}
@@ -314,6 +324,7 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
     strategies = {"in_band": "rmi_band", "outside_band": "rmi_band", "ifd_above_maximum": "ifd"}
     given = {"name": "mine", "strategy": strategies.get(reason.value, "diff_high")}
     given |= {"min_gap": 0.2} if reason is SelectionReason.GAP_BELOW_MINIMUM else {}
+    given |= {"rmi_strong": [None, 0.2]} if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE else {}
     sentence = ledger.explain(row, TypeAdapter(Selection).validate_python(given))
     assert reason.value not in sentence
     assert "None" not in sentence

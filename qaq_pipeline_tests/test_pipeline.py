@@ -19,12 +19,12 @@ from dagster._utils.interrupts import capture_interrupts
 from polars.testing import assert_frame_equal
 from syrupy.assertion import SnapshotAssertion
 
-from qaq_pipeline import causal_lm, contamination, driver, publication, runs, schema
+from qaq_pipeline import causal_lm, contamination, driver, publication, renewal, runs, schema
 from qaq_pipeline.assets import build_assets
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.driver import BatchSummary, RunError
-from qaq_pipeline.jobs import STAGES, build_job_defs
+from qaq_pipeline.jobs import CALIBRATION_STAGES, STAGES, build_job_defs
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import ScoredPairs
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
@@ -113,21 +113,22 @@ def _partitions(partitions_def: dg.PartitionsDefinition | None) -> Any:
 def test_the_definitions_load_and_have_every_job() -> None:
     defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     dg.Definitions.validate_loadable(defs)
-    assert [job.name for job in defs.jobs or []] == [*STAGES, "recurate"]
+    assert [job.name for job in defs.jobs or []] == [*STAGES, *CALIBRATION_STAGES, "recurate"]
     assert [asset for assets in STAGES.values() for asset in assets] == [*schema.TABLES, "curated_dataset"]
+    assert [asset for assets in CALIBRATION_STAGES.values() for asset in assets] == [*schema.CALIBRATION_TABLES]
 
 
 def test_only_the_scoring_waits_for_the_gpu_and_the_ui_shows_every_column() -> None:
     assets = build_assets(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     pools = {asset.key.to_user_string(): asset.op.pool for asset in assets}
-    assert {name for name, pool in pools.items() if pool == "gpu"} == {"logprobs"}
+    assert {name for name, pool in pools.items() if pool == "gpu"} == {"logprobs", "planted_scores"}
     for asset in assets:
         (spec,) = asset.specs
         name = spec.key.to_user_string()
         assert spec.description
-        if name in schema.TABLES:
+        if name in schema.STORED_TABLES:
             shown = spec.metadata["dagster/column_schema"]
-            assert [column.name for column in shown.columns] == list(dtypes(schema.TABLES[name]))
+            assert [column.name for column in shown.columns] == list(dtypes(schema.STORED_TABLES[name]))
 
 
 CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
@@ -304,6 +305,130 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
     scores = table(settings, "rmi_scores", "b1", "strong")
     assert scores["null_reason_ifd"].unique().to_list() == ["not_wanted"]
     assert scores["null_reason_rmi"].null_count() == 18
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+CALIBRATED = {
+    "calibration": {"enabled": True, "max_share": None, "rows_per_defect": 4, "bootstrap_samples": 100},
+    "selections": [{"name": "diff_high", "strategy": "diff_high"}, {"name": "band", "strategy": "rmi_band"}],
+}
+
+
+def test_a_batch_is_calibrated_after_it_was_published_and_the_dataset_is_as_without(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(selections=CALIBRATED["selections"])
+    curate(settings, instance, delivered)
+    before = stored_tables(settings)
+
+    settings = settings_for(**CALIBRATED)
+    summary = curate(settings, instance, delivered)
+
+    assert stored_tables(settings) == before
+    assert not summary.is_new_version
+    planted = table(settings, "planted_rows")
+    assert dict(planted["defect"].value_counts().sort("defect").iter_rows()) == {
+        "cut_answer": 4,
+        "echo": 4,
+        "filler": 4,
+        "invented_terms": 4,
+        "one_token_bug": 4,
+        "other_answer": 4,
+        "refusal": 4,
+        "wrong_language": 4,
+    }
+    assert table(settings, "planted_scores", "b1", "weak")["pair_id"].equals(planted["pair_id"])
+    found = table(settings, "calibration")
+    known = found.filter(statistic="auroc", measure="rmi").drop_nulls("value")
+    assert set(known["num_planted"]) == {4}
+    assert known.height == 2 * 8
+    assert set(found.filter(statistic="kept_share")["measure"]) == {"diff_high", "band"}
+
+
+def test_no_planted_row_is_in_a_decision_a_selection_or_a_file_of_the_dataset(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(**CALIBRATED)
+    curate(settings, instance, delivered)
+    planted = set(table(settings, "planted_rows")["pair_id"])
+    of_batch = set(table(settings, "raw_data")["pair_id"])
+    assert len(planted) == 32
+    assert planted.isdisjoint(of_batch)
+    assert set(table(settings, "planted_rows")["original_pair_id"]) <= of_batch
+    for name in ("logprobs", "rmi_scores"):
+        assert planted.isdisjoint(table(settings, name, "b1", "strong")["pair_id"])
+    for name in ("screened_data", "disagreement_scores", "decisions", "selected_subset"):
+        assert planted.isdisjoint(table(settings, name)["pair_id"])
+    refusals = table(settings, "planted_rows").filter(defect="refusal")["answer"].to_list()
+    version = Path(settings.storage_root) / published_folder(settings)
+    for path in version.rglob("*"):
+        if path.suffix in (".json", ".jsonl"):
+            text = path.read_text()
+            assert not any(refusal in text for refusal in refusals), path
+    assert planted.isdisjoint(pl.read_parquet(version / "scores.parquet")["pair_id"])
+
+
+def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, lock_holder: LockHolder
+) -> None:
+    settings = settings_for(runtime={"lock_timeout_seconds": 0.1}, **CALIBRATED)
+    holder = lock_holder(settings.home / "locks", "planted_scores", "b1", "strong")
+    summary = curate(settings, instance, delivered)
+    assert summary.is_new_version
+    (said,) = [warning for warning in summary.warnings if "not calibrated" in warning]
+    assert said.startswith("batch b1 was published, and not calibrated: ")
+    assert "planted_scores/b1/strong is being written by another process" in said
+    holder.kill()
+    holder.wait()
+    done = renewal.recurate(settings, instance)
+    assert done.remade == ["score_planted b1|strong", "score_planted b1|weak", "calibrate_batch b1"]
+    assert done.version is None
+
+
+def test_a_gated_batch_is_not_calibrated_and_says_so(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
+) -> None:
+    settings = settings_for(**CALIBRATED)
+    curate(settings, instance, delivered)
+    curate(settings, instance, delivered, batch="b2")
+    bad = deliver(*[("", "a")] * 3, ("q", "a"), name="bad.jsonl")
+    with pytest.raises(RunError, match="b2 was left out"):
+        curate(settings, instance, bad, batch="b2")
+    for name in ("planted_rows", "calibration"):
+        stored = open_storage(settings).read_table(name, "b2")
+        assert stored.frame.is_empty()
+        assert stored.provenance["gate"]["reason"] == "too_many_rejected"
+
+
+def test_ranks_against_a_reference_calibrate_against_it(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings = settings_for(**CALIBRATED)
+    curate(settings, instance, delivered)
+    alone = table(settings, "calibration")
+    ranking = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1"]}}
+    settings = settings_for(ranking=ranking, **CALIBRATED)
+    curate(settings, instance, delivered)
+    stored = open_storage(settings).read_table("calibration", "b1")
+    assert "rank_reference" in stored.provenance["inputs"]
+    assert_frame_equal(stored.frame, alone)
+
+
+@pytest.mark.parametrize(
+    ("changed", "stale"),
+    [
+        ({"seed": 1}, {"planted_rows", "calibration"}),
+        ({"rows_per_defect": 5}, {"planted_rows"}),
+        ({"false_discovery_rate": 0.1}, {"calibration"}),
+    ],
+)
+def test_a_changed_setting_of_calibration_makes_nothing_else_stale(
+    settings_for: SettingsFor, changed: dict[str, Any], stale: set[str]
+) -> None:
+    before = code_versions(settings_for(calibration={"enabled": True}))
+    after = code_versions(settings_for(calibration={"enabled": True} | changed))
+    assert {name for name in before if before[name] != after[name]} == stale
 
 
 # --- odd batches ----------------------------------------------------------------------------------------------------

@@ -322,6 +322,18 @@ def test_a_range_of_rank_strong_keeps_out_what_both_models_rank_low():
     assert reasons(verdicts)["a"] == reasons(verdicts)["d"] == "rank_strong_out_of_range"
 
 
+@pytest.mark.parametrize(
+    ("ends", "kept"),
+    [((0.2, 2.0), ["b", "c"]), ((0.2, None), ["b", "c", "d"]), ((None, 2.0), ["a", "b", "c"]), ((None, None), "abcd")],
+)
+def test_a_range_of_rmi_strong_keeps_out_mismatches_and_echoes(ends: tuple[float | None, float | None], kept: str):
+    frame = pairs(gap=[0.4, 0.3, 0.2, 0.1], rmi_strong=[0.2, 0.3, 2.0, 2.1])
+    every = parse(strategy="diff_high", budget={"fraction": 1.0}, rmi_strong=ends)
+    verdicts = select(frame, every, ROLES)
+    assert taken(verdicts) == list(kept)
+    assert {reasons(verdicts)[name] for name in set("abcd") - set(kept)} <= {"rmi_strong_out_of_range"}
+
+
 BANDS = [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
 
 

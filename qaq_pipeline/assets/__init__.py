@@ -1,4 +1,6 @@
-"""The nine assets of every dataset and rank_reference, where one is configured: one module each.
+"""The nine assets of every dataset; rank_reference and the three of a calibration, where they are configured.
+
+One module each.
 
 Each module has one function `build_<asset>(settings)`: an asset reads, calls one pure function, and reports. What
 an asset computes stands in the pure modules; how it is stored, in `storage` and `resources`.
@@ -6,10 +8,13 @@ an asset computes stands in the pure modules; how it is stored, in `storage` and
 
 import dagster as dg
 
+from qaq_pipeline.assets.calibration import build_calibration
 from qaq_pipeline.assets.curated_dataset import build_curated_dataset
 from qaq_pipeline.assets.decisions import build_decisions
 from qaq_pipeline.assets.disagreement_scores import build_disagreement_scores
 from qaq_pipeline.assets.logprobs import build_logprobs
+from qaq_pipeline.assets.planted_rows import build_planted_rows
+from qaq_pipeline.assets.planted_scores import build_planted_scores
 from qaq_pipeline.assets.rank_reference import build_rank_reference
 from qaq_pipeline.assets.raw_data import build_raw_data
 from qaq_pipeline.assets.rmi_scores import build_rmi_scores
@@ -35,4 +40,6 @@ def build_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         build_curated_dataset,
     )
     optional = [] if settings.ranking.reference is None else [build_rank_reference]
+    if settings.is_calibrated:
+        optional += [build_planted_rows, build_planted_scores, build_calibration]
     return [build(settings) for build in (*builders, *optional)]

@@ -51,7 +51,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         rmi_scores: dict[str, StoredTable],
         disagreement_scores: StoredTable,
     ) -> dg.MaterializeResult:
-        _require_one_origin(raw_data, screened_data, rmi_scores, disagreement_scores)
+        require_one_origin(raw_data, screened_data, rmi_scores, disagreement_scores)
         scores = {role: table.frame for role, table in rmi_scores.items()}
         scored_by = {role: table.provenance for role, table in rmi_scores.items()}
         frozen = rank_reference.read_reference(storage, settings) if cut_by else None
@@ -114,7 +114,7 @@ def _scored_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_one_origin(
+def require_one_origin(
     raw_data: StoredTable,
     screened_data: StoredTable,
     rmi_scores: dict[str, StoredTable],

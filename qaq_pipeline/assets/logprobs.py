@@ -51,9 +51,9 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
             context.log.warning("batch %s is not scored: %s", batch, gate.sentence)
         pairs = [] if gate is not None else accepted_pairs(raw_data.frame, screened_data.frame)
         with storage.lock("logprobs", batch, role):
-            scored = model_runtime.score(role, pairs, storage, _logger(context), _start_logger(context))
+            scored = model_runtime.score(role, pairs, storage, logger(context), start_logger(context))
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
-        metadata = {**_metadata(scored), **gate_metadata(gate)}
+        metadata = {**scoring_metadata(scored), **gate_metadata(gate)}
         return table_result(context, scored.frame, inputs, metadata, **scored.provenance)
 
     return logprobs
@@ -68,7 +68,9 @@ def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
     return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
-def _logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
+def logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
+    """Says in the run's log how far a scoring is."""
+
     def log(progress: Progress) -> None:
         context.log.info(
             "%s: %d of %d sequences, %d tokens/s, %.0f s left",
@@ -82,7 +84,9 @@ def _logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
     return log
 
 
-def _start_logger(context: dg.AssetExecutionContext) -> Callable[[Estimate], None]:
+def start_logger(context: dg.AssetExecutionContext) -> Callable[[Estimate], None]:
+    """Says in the run's log what a scoring will take."""
+
     def log(estimate: Estimate) -> None:
         context.log.info(
             "to score: %d sequences, %d tokens, %.3g FLOP; at a typical share of the matmul peak %.0f s",
@@ -95,7 +99,8 @@ def _start_logger(context: dg.AssetExecutionContext) -> Callable[[Estimate], Non
     return log
 
 
-def _metadata(scored: ScoredPairs) -> dict[str, object]:
+def scoring_metadata(scored: ScoredPairs) -> dict[str, object]:
+    """What a scoring did, for people."""
     report, frame = scored.report, scored.frame
     identity = scored.provenance["identity"]
     speed: dict[str, object] = {}

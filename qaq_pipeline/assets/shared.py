@@ -90,7 +90,7 @@ def table_result(
     """
     name = context.asset_key.path[-1]
     try:
-        checked = schema.enforce(schema.TABLES[name], frame)
+        checked = schema.enforce(schema.STORED_TABLES[name], frame)
     except schema.TableError as error:
         raise dg.Failure(f"{name}: {error}; nothing was written", allow_retries=False) from error
     table = StoredTable(checked, provenance_of(context, inputs, **provenance))

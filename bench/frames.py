@@ -1,0 +1,267 @@
+"""Which frame and which prior tell good from bad best? The demo's two models, on real pairs, by calibration.
+
+    python -m bench.frames DATA [--rows 400] [--per-defect 45] [--json FILE]
+
+DATA is a file as `qaq run` takes it. The models and the score cache lie in QAQ_HOME; what the cache has is not scored
+again, so that a run that was ended goes on. Three frames of each model, three priors, four pairs of frames.
+
+Prints, for each pair of frames and each prior: the AUROC of every defect by the stratified rank of each model; what
+`diff_high` and `rmi_band` keep where a quarter of the pool is planted; and, of the default, the whole calibration.
+Not here: what a defect is, and how it is judged (`qaq_pipeline.defects`, `qaq_pipeline.calibration`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from qaq_pipeline import calibration, planting, records, scores, selection, strata
+from qaq_pipeline.config import RecordSettings, Settings, load_settings, parse_settings
+from qaq_pipeline.prompts import Pair
+from qaq_pipeline.resources import ModelRuntime
+from qaq_pipeline.schema import CLEAN, Quantity, Statistic
+from qaq_pipeline.storage import open_storage
+
+PRIORS = ("null_answer", "user", "bare")
+ROLES = ("strong", "weak")
+POOLED_SHARE = 0.25
+"""Of a pool, what is planted."""
+NUM_POOLS = 40
+"""Pools of all clean rows and some of the planted ones, over which kept shares are averaged."""
+
+TURN_MARKERS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+    "{{ message['content'] | trim }}{{ '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+"""The turn markers of Gemma's instruct models, which the base model's vocabulary has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """A frame for each model, with or without the INVALID clause."""
+
+    name: str
+    strong: str
+    weak: str
+    has_clause: bool = True
+
+
+FRAMES = (
+    Frames("chat | plain", "chat", "plain"),
+    Frames("chat | plain, no INVALID", "chat", "plain", has_clause=False),
+    Frames("plain | plain", "plain", "plain"),
+    Frames("chat | turn markers", "chat", "markers"),
+)
+"""The first is the demo's."""
+
+
+def main() -> int:
+    """Score what the cache lacks, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.frames", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--per-defect", type=int, default=45)
+    parser.add_argument("--json", type=Path, default=Path("var/frames.json"))
+    arguments = parser.parse_args()
+    pairs = read_pairs(arguments.data, arguments.rows)
+    default = variant(FRAMES[0], "null_answer", arguments.per_defect)
+    planted = plant(pairs, default)
+    found = []
+    for prior in PRIORS:
+        for frames in FRAMES:
+            settings = variant(frames, prior, arguments.per_defect)
+            found.append(measure(settings, pairs, planted) | {"frames": frames.name, "prior": prior})
+            write(found, arguments.json)
+    show_comparison(found)
+    whole = variant(FRAMES[0], "null_answer", arguments.per_defect, quantities=("rmi", "ifd"))
+    of_default = measure(whole, pairs, planted)
+    show_calibration(of_default["calibration"])
+    found.append(of_default | {"frames": "default, with IFD", "prior": "null_answer"})
+    Console(width=140).print(calibration.offered_yaml(pl.DataFrame(of_default["calibration"]), whole.published))
+    write(found, arguments.json)
+    return 0
+
+
+def write(found: list[dict[str, Any]], path: Path) -> None:
+    """What is known so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def read_pairs(data: Path, rows: int) -> pl.DataFrame:
+    """The first distinct accepted pairs of the file, as RawData."""
+    raw = records.read_file(data.read_bytes(), data.name, "b", RecordSettings())
+    return raw.filter(pl.col("status") == "accepted").unique("pair_id", keep="first", maintain_order=True).head(rows)
+
+
+def variant(frames: Frames, prior: str, per_defect: int, quantities: Sequence[str] = ("rmi",)) -> Settings:
+    """The demo's settings with these frames and this prior."""
+    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True)
+    for role in ROLES:
+        values["models"][role] |= frame_of(getattr(frames, role))
+    values["scoring"] = {"quantities": list(quantities), "prior": prior, "invalid_clause": frames.has_clause}
+    values["calibration"] = {"rows_per_defect": per_defect, "max_share": None}
+    return parse_settings(yaml.safe_dump(values), "bench")
+
+
+def frame_of(name: str) -> dict[str, Any]:
+    """The settings of a frame; that of turn markers is a template, which is written beside the models."""
+    if name != "markers":
+        return {"frame": name}
+    template = load_settings("demo").model_cache_dir / "turn_markers.jinja"
+    template.write_text(TURN_MARKERS, encoding="utf-8")
+    return {"frame": "chat", "chat_template_from": str(template)}
+
+
+def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
+    """PlantedRows, in the strata of the strong model of the default."""
+    of_strong = score(settings, "strong", pairs)
+    ranked = strata.rank_pool(
+        strata.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)["strong"], settings.ranking
+    )
+    columns = ("pair_id", "system", "query", "answer", "language", "stratum")
+    scorable = pairs.join(ranked.drop_nulls("stratum"), on="pair_id", validate="1:1").select(columns)
+    return planting.plant(scorable, settings.calibration)
+
+
+def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """RmiScores of the rows under a model."""
+    storage, runtime = open_storage(settings), ModelRuntime(settings)
+    pairs = [Pair(*row) for row in rows.sort("pair_id").select("pair_id", "system", "query", "answer").iter_rows()]
+    logprobs = runtime.score(role, pairs, storage, on_shard=lambda _: None).frame
+    limits = settings.eligibility
+    return scores.rmi_scores(
+        logprobs, min_query_tokens=limits.min_query_tokens, short_query_tokens=limits.short_query_tokens
+    )
+
+
+def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> dict[str, Any]:
+    """The calibration under these settings, as rows, and what selections keep of a pool with planted rows in it."""
+    clean, bad = {}, {}
+    columns = ["pair_id", "system", "query", "answer"]
+    rows = pl.concat([pairs.select(columns), planted.select(columns)])
+    for role in ROLES:
+        reuse(settings, role, rows["pair_id"])
+        scored = score(settings, role, rows)  # At once: loading a model takes as long as scoring some hundred pairs.
+        clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
+    ranked, _ = strata.disagreement_scores(clean, settings.ranking, "batch:b")
+    judged = calibration.judge(planted, bad, clean, ranked, settings)
+    return {
+        "calibration": calibration.calibrate(judged, settings).to_dicts(),
+        "pooled": pooled(clean, bad, planted, settings),
+    }
+
+
+def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
+    """Q | A is the same sequence under every prior: what was scored under the first is no other under this one."""
+    scoring = settings.scoring.model_copy(update={"prior": PRIORS[0]})
+    source = _identity(settings.model_copy(update={"scoring": scoring}), role)
+    storage, identity = open_storage(settings), _identity(settings, role)
+    known = storage.read_scores(source, pair_ids).filter(pl.col("quantity") == Quantity.Q_GIVEN_A.value)
+    has = storage.read_scores(identity, pair_ids)
+    new = known.join(has, on=["pair_id", "quantity", "num_tokens"], how="anti")
+    if not new.is_empty():
+        storage.append_scores(identity, new)
+
+
+def _identity(settings: Settings, role: str) -> Any:
+    return ModelRuntime(settings)._prepare(role).identity
+
+
+def pooled(
+    clean: dict[str, pl.DataFrame], bad: dict[str, pl.DataFrame], planted: pl.DataFrame, settings: Settings
+) -> list[dict[str, Any]]:
+    """What each selection keeps of clean rows and of each defect in pools of which `POOLED_SHARE` is planted.
+
+    Every pool has all clean rows, and planted ones drawn anew: the mean over the pools, and its Wilson interval as of
+    one draw of each distinct row.
+    """
+    random = np.random.default_rng(0)
+    number = round(clean["strong"].height * POOLED_SHARE / (1 - POOLED_SHARE))
+    label = planted.select("pair_id", "defect")
+    kept = []
+    for _ in range(NUM_POOLS):
+        drawn = label.filter(pl.Series(np.isin(np.arange(label.height), random.permutation(label.height)[:number])))
+        pool = {role: pl.concat([clean[role], bad[role].join(drawn, on="pair_id", how="semi")]) for role in ROLES}
+        ranked, _ = strata.disagreement_scores(pool, settings.ranking, "pool")
+        candidates = selection.candidates(ranked, pool)
+        verdicts = [selection.select(candidates, one, ROLES) for one in settings.selections]
+        kept.append(pl.concat(verdicts).join(drawn, on="pair_id", how="left").fill_null(CLEAN))
+    shares = (
+        pl.concat(kept)
+        .group_by("selection", "defect")
+        .agg(share=pl.col("is_selected").mean(), rows=pl.col("pair_id").n_unique())
+    )
+    return [
+        row | dict(zip(("lower", "upper"), wilson(row["share"], row["rows"]), strict=True))
+        for row in shares.sort("selection", "defect").iter_rows(named=True)
+    ]
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The ends of (p + z² / 2n ± z sqrt(p (1 - p) / n + z² / 4n²)) / (1 + z² / n)."""
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def show_comparison(found: list[dict[str, Any]]) -> None:
+    """AUROCs by frame, prior and model, and what is kept of pools with planted rows."""
+    defects = [row["defect"] for row in found[0]["calibration"] if row["measure"] == "rmi" and row["model"] == "strong"]
+    defects = list(dict.fromkeys(defects))
+    aurocs = Table("frames", "prior", "model", *defects, title="AUROC of the stratified rank of RMI, 95 % interval")
+    gaps = Table("frames", "prior", *defects, title="AUROC of the gap")
+    shares = Table("frames", "prior", "selection", CLEAN, *defects, title=f"Kept, {POOLED_SHARE:.0%} planted")
+    for one in found:
+        rows = {
+            (row["model"], row["measure"], row["defect"]): row
+            for row in one["calibration"]
+            if row["statistic"] == Statistic.AUROC.value
+        }
+        for role in ROLES:
+            aurocs.add_row(one["frames"], one["prior"], role, *(_said(rows[role, "rank", d]) for d in defects))
+        gaps.add_row(one["frames"], one["prior"], *(_said(rows[calibration.BOTH_MODELS, "gap", d]) for d in defects))
+        kept = {(row["selection"], row["defect"]): row["share"] for row in one["pooled"]}
+        for name in dict.fromkeys(row["selection"] for row in one["pooled"]):
+            said = (f"{kept[name, defect]:.3f}" if (name, defect) in kept else "-" for defect in (CLEAN, *defects))
+            shares.add_row(one["frames"], one["prior"], name, *said)
+    for table in (aurocs, gaps, shares):
+        Console(width=220).print(table)
+
+
+def show_calibration(rows: list[dict[str, Any]]) -> None:
+    """Every number of one calibration."""
+    table = Table("statistic", "defect", "model", "measure", "value", "clean", "planted", "kept", title="The default")
+    for row in rows:
+        counts = (str(row[name]) if row[name] is not None else "" for name in ("num_clean", "num_planted", "num_kept"))
+        table.add_row(row["statistic"], row["defect"], row["model"], row["measure"], _said(row), *counts)
+    Console(width=160).print(table)
+
+
+def _said(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return str(row["null_reason"])
+    ends = "" if row["lower"] is None else f" [{row['lower']:.2f}, {row['upper']:.2f}]"
+    return f"{row['value']:.3f}{ends}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
