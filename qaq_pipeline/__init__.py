@@ -5,6 +5,8 @@ The map, each module importing only from those above it:
     schema            every stored table: columns, dtypes, units, keys, what null means
     config            the settings file, as closed pydantic models; profiles/ holds two
     identity          what makes a score what it is: the key of the cache
+    summaries         rows -> the counts, shares, bins and examples that a person reads
+    plots             these as charts: SVG for a page, PNG for the UI (altair, vl-convert)
     records           delivered files -> one row per record: accepted, or rejected with a reason
     gates             whether a batch is fit to be scored and published
     alerts            what is said when something goes wrong, and the channels that carry it
@@ -36,10 +38,12 @@ The map, each module importing only from those above it:
     withdrawals       what must not be published any more, and why
     landing           deliveries in the landing zone: complete or not, refused or copied
     publication       batches -> a version of the dataset, its manifest
+    report            what stands on the audit page of a batch, and of a version; pages/ holds the templates
+    audit             the audit pages in the storage, and whether they are of what stands now
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
-    assets/           the nine assets and rank_reference, one module each
+    assets/           the nine assets, rank_reference and two audit pages, one module each
     liveness          which runs of the driver died with their process
     checks            the asset checks: what a person should look at; they warn, and stop nothing
     conditions        when an asset is made without a hand

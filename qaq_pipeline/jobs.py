@@ -18,8 +18,17 @@ from qaq_pipeline.storage import Storage
 
 SELECTING = "select_from_batch"
 PUBLISHING = "publish_dataset"
-STAGES: dict[str, list[str]] = {**recuration.STAGES, PUBLISHING: ["curated_dataset"]}
-"""Jobs in the order in which they run. A job cannot mix partitions definitions, hence four."""
+REPORTING, REPORTING_VERSION = "report_batch", "report_version"
+PAGES = {REPORTING: ["batch_report"], REPORTING_VERSION: ["dataset_report"]}
+"""Jobs of the audit pages. Nothing is made of a page, so that one that fails stops nothing."""
+
+STAGES: dict[str, list[str]] = {
+    **recuration.STAGES,
+    REPORTING: PAGES[REPORTING],
+    PUBLISHING: ["curated_dataset"],
+    REPORTING_VERSION: PAGES[REPORTING_VERSION],
+}
+"""Jobs in the order in which they run. A job cannot mix partitions definitions, hence several."""
 
 REFERENCE_JOB = "build_reference"
 """Makes rank_reference, where one is configured."""
@@ -38,7 +47,8 @@ def build_job_defs(
         on_progress: called after every scored batch, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
-    jobs = STAGES if settings.ranking.reference is None else STAGES | {REFERENCE_JOB: ["rank_reference"]}
+    jobs = {name: assets for name, assets in STAGES.items() if settings.reports.pages or name not in PAGES}
+    jobs |= {} if settings.ranking.reference is None else {REFERENCE_JOB: ["rank_reference"]}
     storage = open_storage(settings)
     resources: dict[str, object] = {
         "storage": storage,

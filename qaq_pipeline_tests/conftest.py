@@ -44,6 +44,9 @@ _IGNORES_SYSTEM = (
     "{% for message in messages %}{% if message['role'] != 'system' %}" + _TURN + "{% endif %}{% endfor %}"
 ) + _GENERATION
 
+NO_REPORTS = {"pages": False, "pictures": False}
+"""Drawing takes seconds of every run: only tests of it ask for it."""
+
 TEMPLATES = {
     "chatml": _CHATML,
     "emits_bos": "{{ bos_token }}" + _CHATML,
@@ -162,6 +165,7 @@ def settings_for(
             "models": models,
             "scoring": {"max_tokens": 512} | sections.pop("scoring", {}),
             "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | sections.pop("ranking", {}),
+            "reports": NO_REPORTS,
         }
         return parse_settings(yaml.safe_dump(values | sections), "test.yaml")
 

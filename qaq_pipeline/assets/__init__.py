@@ -1,4 +1,4 @@
-"""The nine assets of every dataset and rank_reference, where one is configured: one module each.
+"""The nine assets of every dataset, their audit pages, and rank_reference, where one is configured: one module each.
 
 Each module has one function `build_<asset>(settings)`: an asset reads, calls one pure function, and reports. What
 an asset computes stands in the pure modules; how it is stored, in `storage` and `resources`.
@@ -6,7 +6,9 @@ an asset computes stands in the pure modules; how it is stored, in `storage` and
 
 import dagster as dg
 
+from qaq_pipeline.assets.batch_report import build_batch_report
 from qaq_pipeline.assets.curated_dataset import build_curated_dataset
+from qaq_pipeline.assets.dataset_report import build_dataset_report
 from qaq_pipeline.assets.decisions import build_decisions
 from qaq_pipeline.assets.disagreement_scores import build_disagreement_scores
 from qaq_pipeline.assets.logprobs import build_logprobs
@@ -35,4 +37,5 @@ def build_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         build_curated_dataset,
     )
     optional = [] if settings.ranking.reference is None else [build_rank_reference]
-    return [build(settings) for build in (*builders, *optional)]
+    pages = [build_batch_report, build_dataset_report] if settings.reports.pages else []
+    return [build(settings) for build in (*builders, *pages, *optional)]
