@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from html.parser import HTMLParser
@@ -10,22 +11,23 @@ from typing import Any
 
 import polars as pl
 import pytest
-import yaml
 
 from qaq_pipeline import exports, gates, reference, report
-from qaq_pipeline.config import parse_settings
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.publication import BatchTables
 from qaq_pipeline.report import Made, Scoring
 from qaq_pipeline.schema import GateReason
 from qaq_pipeline.storage import StoredTable
 from qaq_pipeline_tests import synthetic
+from qaq_pipeline_tests.frames import rejected
 from qaq_pipeline_tests.server import CHROMIUM, CHROMIUM_OPTIONS, NEEDS_CHROMIUM
 from qaq_pipeline_tests.test_summaries import SETTINGS
 
 MADE = Made("2026-11-25T12:00:00+00:00", "a-run", "1-x")
 HOSTILE = {
-    3: {
+    1: {"query": "my password is hunter2", "answer": "thanks"},
+    97: rejected(detail="<i>blank</i>")  # One of three rejected rows: among the examples for certain.
+    | {
         "query": "<script>alert('q')</script> **md** [x](javascript:alert(1)) \u202edlrow\x00",
         "answer": "</pre><img src=http://evil.example/x onerror=alert(1)>{{ 7 * 7 }}" + "x" * 9_000,
     },
@@ -72,14 +74,32 @@ def page_of(
     made = synthetic.batch(SETTINGS, num_rows, changes=changes)
     provenance = {"identity": {"model": "tiny", "revision": "r1"}, "frame": "chat", "identity_hash": "i"}
     scorings = [Scoring(role, provenance, frame, options.get("cost")) for role, frame in made.scores.items()]
-    tables = options.get("gated", lambda tables: tables)(made.tables)
+    tables = options.get("changed", lambda tables: tables)(made.tables)
     frozen = ("r1", reference.freeze([made.scores], SETTINGS.ranking)[0]) if options.get("frozen") else None
     return report.batch_page(tables, scorings, SETTINGS.published, frozen, MADE), tables
 
 
+def withdraw(tables: BatchTables) -> BatchTables:
+    """Row 1 was withdrawn."""
+    first = pl.col("source_row") == 1
+    frame = tables.decisions.frame.with_columns(
+        decision=pl.when(first).then(pl.lit("withdrawn")).otherwise("decision"),
+        reason=pl.when(first).then(pl.lit("row_withdrawn")).otherwise("reason"),
+    )
+    decisions = StoredTable(frame, tables.decisions.provenance)
+    return BatchTables(tables.batch, tables.raw_data, tables.screened_data, decisions, tables.selected_subset)
+
+
+# Drawing a page takes two seconds, hence two pages for most of what is asked of one.
 @pytest.fixture(scope="module")
 def hostile() -> bytes:
-    return page_of(changes=HOSTILE)[0]
+    return page_of(changes=HOSTILE, changed=withdraw)[0]
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[bytes, BatchTables]:
+    cost = {"seconds": 7200.0, "processes": 2, "tokens": 1_234_567, "quantities_scored": 10}
+    return page_of(cost=cost, frozen=True)
 
 
 def test_a_page_asks_nobody_and_runs_nothing_whatever_rows_hold(hostile: bytes) -> None:
@@ -104,8 +124,8 @@ def test_a_long_text_is_clipped_and_stands_in_full_behind(hostile: bytes) -> Non
     assert len(hostile) < 2_000_000
 
 
-def test_numbers_of_a_page_add_up_to_the_tables() -> None:
-    page, tables = page_of()
+def test_numbers_of_a_page_add_up_to_the_tables(plain: tuple[bytes, BatchTables]) -> None:
+    page, tables = plain
     seen = Seen(page)
     outcome = seen.tables["Rows by decision and reason"]
     counts = tables.decisions.frame.group_by("decision", "reason").len()
@@ -120,11 +140,12 @@ def test_numbers_of_a_page_add_up_to_the_tables() -> None:
     assert tables.decisions.provenance_id in page.decode()
 
 
-def test_what_the_event_log_does_not_say_is_unknown_and_what_it_says_is_shown() -> None:
-    unknown = Seen(page_of()[0]).tables["Throughput and cost of scoring"]
+def test_what_the_event_log_does_not_say_is_unknown_and_what_it_says_is_shown(
+    hostile: bytes, plain: tuple[bytes, BatchTables]
+) -> None:
+    unknown = Seen(hostile).tables["Throughput and cost of scoring"]
     assert {cell for row in unknown[1:] for cell in row[1:]} == {"unknown"}
-    cost = {"seconds": 7200.0, "processes": 2, "tokens": 1_234_567, "quantities_scored": 10}
-    known = {row[0]: row[1] for row in Seen(page_of(cost=cost)[0]).tables["Throughput and cost of scoring"]}
+    known = {row[0]: row[1] for row in Seen(plain[0]).tables["Throughput and cost of scoring"]}
     assert (known["tokens"], known["device hours"], known["tokens/s"]) == ("1,234,567", "4.0000", "unknown")
 
 
@@ -139,34 +160,24 @@ def gate(tables: BatchTables) -> BatchTables:
 
 
 def test_a_gated_batch_gets_a_page_that_says_so() -> None:
-    text = page_of(gated=gate)[0].decode()
+    text = page_of(changed=gate)[0].decode()
     assert "Not published (too_many_rejected):" in text
     assert "3 of its 4 rows cannot be read &lt;b&gt;" in text
     assert "<strong>0</strong> rows selected" in text
 
 
-def withdraw(tables: BatchTables) -> BatchTables:
-    frame = tables.decisions.frame.with_columns(
-        decision=pl.when(pl.col("source_row") == 1).then(pl.lit("withdrawn")).otherwise("decision"),
-        reason=pl.when(pl.col("source_row") == 1).then(pl.lit("row_withdrawn")).otherwise("reason"),
-    )
-    decisions = StoredTable(frame, tables.decisions.provenance)
-    return BatchTables(tables.batch, tables.raw_data, tables.screened_data, decisions, tables.selected_subset)
+def test_the_text_of_a_withdrawn_row_is_not_shown(hostile: bytes) -> None:
+    assert b"Its text is not shown: it was withdrawn." in hostile
+    assert b"hunter2" not in hostile
 
 
-def test_the_text_of_a_withdrawn_row_is_not_shown() -> None:
-    secret = {1: {"query": "my password is hunter2", "answer": "thanks"}}
-    assert b"hunter2" not in page_of(changes=secret, gated=withdraw)[0]
+def test_a_batch_without_a_row_has_a_page() -> None:
+    assert b"<strong>0</strong> rows delivered" in page_of(0)[0]
 
 
-@pytest.mark.parametrize("num_rows", [0, 1])
-def test_the_smallest_batches_have_a_page(num_rows: int) -> None:
-    assert f"<strong>{num_rows}</strong> rows delivered" in page_of(num_rows)[0].decode()
-
-
-def test_drift_is_of_the_reference_or_unknown() -> None:
-    assert "the drift is unknown" in page_of()[0].decode()
-    table = Seen(page_of(frozen=True)[0]).tables["Drift from the reference r1: 0 is none"]
+def test_drift_is_of_the_reference_or_unknown(hostile: bytes, plain: tuple[bytes, BatchTables]) -> None:
+    assert b"the drift is unknown" in hostile
+    table = Seen(plain[0]).tables["Drift from the reference r1: 0 is none"]
     assert {row[0] for row in table[1:]} >= {"psi rmi strong", "ks log ppl q weak"}
     assert {float(row[1]) for row in table[1:]} == {0.0}
 
@@ -208,7 +219,7 @@ def test_a_page_can_be_walked_by_its_headings_and_every_name_is_given_once(hosti
     assert dict(seen.tags)["html"] == {"lang": "en"}
     levels = [int(tag[1]) for tag, _ in seen.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     names = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
     assert len(names) == len(set(names))
     for tag, attributes in seen.tags:
@@ -242,7 +253,7 @@ def test_text_has_contrast_aa_in_both_schemes(hostile: bytes) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_page_of_300_000_rows_is_under_5_mb_and_made_in_seconds() -> None:
-    made = synthetic.batch(parse_settings(yaml.safe_dump(SETTINGS.model_dump(mode="json"))), 300_000)
+    made = synthetic.batch(SETTINGS, 300_000)
     scorings = [Scoring(role, {}, frame) for role, frame in made.scores.items()]
     start = time.process_time()
     page = report.batch_page(made.tables, scorings, SETTINGS.published, None, MADE)
