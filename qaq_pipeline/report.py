@@ -341,7 +341,18 @@ def _made_of(tables: BatchTables) -> Table:
 
 def _recipe(published: Selection) -> Table:
     values = published.model_dump(mode="json", exclude_none=True)
-    return Table(inspect.getdoc(type(published)) or "", ("setting", "value"), [(k, str(v)) for k, v in values.items()])
+    return Table(
+        inspect.getdoc(type(published)) or "",
+        ("setting", "value"),
+        [(name, _setting(value)) for name, value in values.items()],
+    )
+
+
+def _setting(value: Any) -> str:
+    """A setting's value in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return f"({value[0]:g}, {value[1]:g}]" if isinstance(value, list) else str(value)
 
 
 def _selections(flat: pl.DataFrame, published: Selection) -> Table:
