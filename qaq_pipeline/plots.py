@@ -112,8 +112,9 @@ def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
 
     name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
     caption = (
-        "The stronger the colour, the more pairs. Vertical lines are the edges of the strata of PPL(Q); below the lower "
-        "line lie the 5 % of each stratum of the lowest RMI (mismatches), above the upper one the 5 % of the highest (echoes)."
+        "The stronger the colour, the more pairs. Vertical lines are the edges of the strata of PPL(Q). Below the "
+        "lower line lie the 5 % of each stratum of the lowest RMI (mismatches), above the upper one those of the highest "
+        "(echoes)."
     )
     if cells.is_empty():
         return Plot(name, title, caption, None, strata)
@@ -142,7 +143,7 @@ def ranks(cells: pl.DataFrame, is_selected: bool = False) -> Plot:
     what = "share that is selected" if is_selected else "pairs"
     caption = (
         f"The stronger the colour, the {'larger the share of the cell' if is_selected else 'more pairs'}. On the line "
-        "both models rank alike; right of it and below, the strong model finds the pair more coherent than the weak one."
+        "both models rank alike; right of it and below, the strong model finds the pair more coherent than the weak."
     )
     table = _crosstab(cells)
     if cells.is_empty():
