@@ -39,6 +39,8 @@ VARIABLES = {
 
 _LONGEST_NAME, _LETTER = 170, 7.3
 """Pixels of an axis' labels, and of one letter of 12 px in the widest usual font."""
+_LONG_COUNT = 10_000
+"""Rows that an axis writes as 10k."""
 _DASHES = ([1, 0], [6, 3], [2, 2])
 
 
@@ -75,8 +77,8 @@ def flow(steps: pl.DataFrame) -> Plot:
     stay = base.mark_bar(color=_ONE, opacity=0.85).encode(y=y, x=alt.X("rows:Q", title="rows"))
     longest = int(bars["rows"][0])
     text = base.mark_text(align="left", dx=4, color=_INK).encode(y=y, x="before:Q", text="label:N")
-    limits = alt.Scale(domain=[0, longest * 1.45], nice=False)
-    ticks = alt.Axis(values=_ticks(longest), format=",d", title="rows")
+    limits = alt.Scale(domain=[0, longest * 2], nice=False)
+    ticks = _rows_axis(longest)
     chart = alt.layer(left.encode(x=alt.X("rows:Q", scale=limits, axis=ticks)), stay, text)
     return Plot("flow", "From delivered to selected", caption, _sized(chart, 30 * steps.height + 50), steps)
 
@@ -97,8 +99,8 @@ def by_reason(counts: pl.DataFrame) -> Plot:
     longest = int(said["rows"].max())  # type: ignore[arg-type]
     x = alt.X(
         "rows:Q",
-        scale=alt.Scale(domain=[0, longest * 1.6], nice=False),
-        axis=alt.Axis(values=_ticks(longest), format=",d", title="rows"),
+        scale=alt.Scale(domain=[0, longest * 2.2], nice=False),
+        axis=_rows_axis(longest),
     )
     colour = alt.condition("datum.is_selected", alt.value(_ONE), alt.value(_THREE))
     bars = alt.Chart(said).mark_bar(opacity=0.85).encode(y=y, x=x, color=colour)
@@ -113,8 +115,8 @@ def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
     name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
     caption = (
         "The stronger the colour, the more pairs. Vertical lines are the edges of the strata of PPL(Q). Below the "
-        "lower line lie the 5 % of each stratum of the lowest RMI (mismatches), above the upper one those of the highest "
-        "(echoes)."
+        "lower line lie the 5 % of each stratum of the lowest RMI (mismatches), above the upper one those of the "
+        "highest (echoes)."
     )
     if cells.is_empty():
         return Plot(name, title, caption, None, strata)
@@ -302,6 +304,14 @@ def _names(column: str, names: Sequence[str]) -> Any:
     room = min(_LONGEST_NAME, round(_LETTER * max(map(len, names)))) + 8
     axis = alt.Axis(labelLimit=_LONGEST_NAME, grid=False, minExtent=room, maxExtent=room)
     return alt.Y(f"{column}:N", sort=list(names), title=None, axis=axis)
+
+
+def _rows_axis(longest: int) -> Any:
+    """An axis of rows whose labels fit beside one another."""
+    import altair as alt
+
+    form = "~s" if longest >= _LONG_COUNT else ",d"
+    return alt.Axis(values=_ticks(longest), format=form, title="rows", labelOverlap=True)
 
 
 def _ticks(longest: int) -> list[int]:
