@@ -6,6 +6,8 @@ The map, each module importing only from those above it:
     column_lineage    of every column, those that it is derived from
     config            the settings file, as closed pydantic models; profiles/ holds two
     identity          what makes a score what it is: the key of the cache
+    summaries         rows -> the counts, shares, bins and examples that a person reads
+    plots             these as charts: SVG for a page, PNG for the UI (altair, vl-convert)
     records           delivered files -> one row per record: accepted, or rejected with a reason
     gates             whether a batch is fit to be scored and published
     alerts            what is said when something goes wrong, and the channels that carry it
@@ -41,13 +43,15 @@ The map, each module importing only from those above it:
     withdrawals       what must not be published any more, and why
     landing           deliveries in the landing zone: complete or not, refused or copied
     publication       batches -> a version of the dataset, its manifest
+    report            what stands on the audit page of a batch, and of a version; pages/ holds the templates
+    page_files        the audit pages in the storage, and whether they are of what stands now
     audit             a row's fate now and in every version, and what made it: reading only
     hub               a version where others load it: the Hugging Face hub, a folder, a URL; what `qaq publish` does
     lineage           from a version back to what was delivered, and whether all of it is what it was
     recuration        what is out of date, by the provenance of what is stored
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
-    assets/           the nine assets, rank_reference and the three of a calibration, one module each
+    assets/           the nine assets, rank_reference, two audit pages and the three of a calibration, one module each
     liveness          which runs of the driver died with their process
     checks            the asset checks: what a person should look at; they warn, and stop nothing
     conditions        when an asset is made without a hand

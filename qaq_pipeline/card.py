@@ -101,18 +101,19 @@ _LOADING = {
 }
 """A line on each way of loading."""
 
-_PAPER = """\
-- In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is 0.61
-  points and a standard error about 3.5.
-"""
+_PAPER = (
+    "In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is "
+    "0.61\n  points and a standard error about 3.5."
+)
 
-_LIMITS = """\
-- A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.
-- Whether this selection trains better than its random controls is an open question until both were trained on.
-- A rank compares a row with those of its pool only: its batch, or the reference that it was ranked against.
-- Rows were checked for the benchmarks that are listed above, and for no other.
-- Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.
-"""
+_LIMITS = (
+    "A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.",
+    "Whether this selection trains better than its random controls is an open question until both were trained on.",
+    "A rank compares a row with those of its pool only: its batch, or the reference that it was ranked against.",
+    "Rows were checked for the benchmarks that are listed above, and for no other.",
+    "Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.",
+)
+"""What the numbers do not promise."""
 
 _LICENCE = """\
 The licence is that of the rows: each inherits it from the data it was delivered in, and, where a model wrote it, the
@@ -150,7 +151,7 @@ def dataset_card(
         "Strata": f"{_STRATA}\n{_strata(decisions)}",
         "Decisions": _decisions(decisions),
         "Decontamination": _decontamination(benchmarks, _num_flagged(screened, decisions)),
-        "What the numbers do not promise": (_PAPER if _is_the_papers(selection) else "") + _LIMITS,
+        "What the numbers do not promise": "".join(f"- {limit}\n" for limit in limits(selection)),
         "Licence": _LICENCE,
     }
     introduction = _INTRODUCTION.format(selected=exported[selection.name], rows_in=rows_in, grounds=_grounds(selection))
@@ -209,6 +210,11 @@ def _is_the_papers(selection: Selection) -> bool:
         and selection.rank_strong is None
         and selection.rmi_strong is None
     )
+
+
+def limits(selection: Selection) -> tuple[str, ...]:
+    """What the numbers of a selection do not promise, in sentences."""
+    return ((_PAPER,) if _is_the_papers(selection) else ()) + _LIMITS
 
 
 def _controls(selection: Selection) -> str:

@@ -291,6 +291,33 @@ def lineage(
 
 
 @app.command()
+def report(
+    batch: Annotated[str | None, typer.Argument(help="Name of the batch.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="A published version, or `latest`, instead of a batch.")
+    ] = None,
+    opens: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Print where the audit page of a batch or a version lies, and make it anew where it is missing or out of date."""
+    from qaq_pipeline import driver
+    from qaq_pipeline.storage import PartitionBusyError
+
+    if (batch is None) == (version is None):
+        _fail("name a batch, or a version by --version: one of them", code=2)
+    settings = _settings(config_file)
+    _quiet_logs()
+    with driver.open_instance() as instance:
+        try:
+            url = driver.find_page(settings, instance, batch, version, driver.Events())
+        except (driver.RunError, PartitionBusyError, ValueError) as error:
+            _fail(str(error), code=_exit_code(error))
+    print(url)
+    if opens:
+        typer.launch(url)
+
+
+@app.command()
 def table(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(schema.TABLES | schema.CALIBRATION_TABLES)}.")],
     to: Annotated[Path, typer.Option("--to", help="File to write: .parquet, .csv or .jsonl.")],
@@ -569,7 +596,7 @@ def _print_summary(summary: driver.BatchSummary) -> None:
         found = "every score was in the cache" if summary.cached else "no pair was left to score"
         console.print(f"Nothing was scored: {found}.")
     unchanged = "" if summary.is_new_version else " (unchanged)"
-    for name, url in {f"Dataset{unchanged}": summary.dataset_url, **summary.tables}.items():
+    for name, url in {f"Dataset{unchanged}": summary.dataset_url, **summary.tables, **summary.pages}.items():
         console.print(f"{name}: {url}", markup=False, highlight=False, soft_wrap=True)
 
 

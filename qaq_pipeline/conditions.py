@@ -33,6 +33,7 @@ def automate(assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]
     """The assets with their conditions. raw_data has none: the landing zone's sensor runs it."""
     conditions = {name: of_batch(last) for name, last in _LAST_INPUT.items()}
     conditions |= {"rank_reference": of_reference(), "curated_dataset": of_dataset()}
+    conditions |= {"batch_report": of_page("selected_subset"), "dataset_report": of_page("curated_dataset")}
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
         name = spec.key.to_user_string()
@@ -78,6 +79,16 @@ def of_dataset() -> dg.AutomationCondition:
         & ~_Condition.any_deps_in_progress()
         & ~_Condition.in_progress()
     ).with_label("after selected_subset, once nothing is under way")
+
+
+def of_page(last_input: str) -> dg.AutomationCondition:
+    """A page: made when what it shows was made, in a run of its own, so that one that fails fails nothing else."""
+    return (
+        (_follows(last_input) | _was_missing())
+        & ~_Condition.any_deps_missing()
+        & ~_Condition.any_deps_in_progress()
+        & ~_Condition.in_progress()
+    ).with_label(f"after {last_input}, alone")
 
 
 def _assets(name: str) -> dg.AssetSelection:

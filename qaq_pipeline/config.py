@@ -598,6 +598,16 @@ class PythonAlerts(_Closed):
     )
 
 
+class ReportSettings(_Closed):
+    """The audit pages, and the plots in the UI."""
+
+    pages: bool = Field(True, description="Whether every batch and every published version gets a page.")
+    pictures: bool = Field(True, description="Whether assets show plots in the UI, of under 100 KB each.")
+    examples: int = Field(
+        10, ge=0, le=25, description="Rows of each reason and of each tail that a page shows, at most."
+    )
+
+
 class AlertSettings(_Closed):
     """Who is told of failed runs, gated batches and refused deliveries."""
 
@@ -631,6 +641,7 @@ class Settings(_Closed):
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="Do the scores tell good from bad?")
     export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
     publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
+    reports: ReportSettings = Field(ReportSettings(), description="Audit pages and plots.")
     alerts: AlertSettings = Field(AlertSettings(), description="Who is told when something goes wrong.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="How the work is run.")
 

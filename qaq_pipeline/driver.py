@@ -13,18 +13,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, landing, publication, records, schema, screening
+from qaq_pipeline import config, landing, page_files, publication, records, schema, screening
 from qaq_pipeline.assets.logprobs import accepted_pairs
 from qaq_pipeline.config import Settings
-from qaq_pipeline.jobs import CALIBRATION_STAGES, PUBLISHING, STAGES
+from qaq_pipeline.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING_VERSION, STAGES
 from qaq_pipeline.recuration import BY_MODEL
-from qaq_pipeline.renewal import renew
+from qaq_pipeline.renewal import make_page, make_pages, renew
+from qaq_pipeline.report import Made
 from qaq_pipeline.resources import ModelRuntime, ScoringCost
 from qaq_pipeline.runs import (
     Events,
@@ -73,6 +75,8 @@ class BatchSummary:
     dataset_url: str
     is_new_version: bool
     tables: dict[str, str]
+    pages: dict[str, str]
+    """Audit pages that were made, by what they are of."""
 
     @property
     def scored(self) -> int:
@@ -192,9 +196,15 @@ def run_batch(
     events = events or Events()
     with running(settings, instance, events) as run:
         for job_name, assets in STAGES.items():
+            if job_name in PAGES:
+                partition = None if job_name == REPORTING_VERSION else batch
+                unpassed += filter(None, [make_page(settings, run, job_name, partition)])
+                continue
             if job_name == PUBLISHING:
-                for other, reason in renew(settings, instance, run, only_screening=True).failed.items():
+                renewed = renew(settings, instance, run, only_screening=True)
+                for other, reason in renewed.failed.items():
                     events.on_notice(f"batch {other} was not screened again: {reason}")
+                unpassed += make_pages(settings, run, renewed.batches)
             for partition in _partitions(settings, job_name, batch):
                 run_id = run(job_name, partition)
                 unpassed += failed_checks(instance, run_id)
@@ -257,7 +267,46 @@ def summarise(
         dataset_url=storage.url(publication.FOLDER, published["version"]),
         is_new_version=published["is_new_version"],
         tables={name: storage.table_url(name, batch) for name in ("decisions", "selected_subset")},
+        pages={
+            name: storage.url(*parts)
+            for name, parts in {
+                "Report of the batch": page_files.batch_page(batch),
+                "Report of the version": page_files.version_page(published["version"]),
+            }.items()
+            if storage.exists(*parts)
+        },
     )
+
+
+def find_page(
+    settings: Settings, instance: dg.DagsterInstance, batch: str | None, version: str | None, events: Events
+) -> str:
+    """Where the audit page of a batch or of a version lies; it is made where it is missing or out of date.
+
+    Raises:
+        RunError: there is no such batch or version, or its page cannot be made.
+        ValueError: the name of the batch cannot be used.
+    """
+    storage = open_storage(settings)
+    if batch is not None:
+        if config.check_batch_name(batch) not in instance.get_dynamic_partitions("batch"):
+            raise RunError(f"there is no batch {batch!r}; `qaq status` lists the batches")
+        place = page_files.batch_page(batch)
+        with running(settings, instance, events) as run:
+            faults = make_pages(settings, run, [batch])
+        missing = f"batch {batch!r} has no page yet: it is not selected from; `qaq run` it to the end"
+    else:
+        version = publication.latest(storage) if version == "latest" else version
+        if version is None:
+            raise RunError("nothing is published yet; `qaq run FILE --batch NAME` publishes a batch")
+        place, faults, missing = page_files.version_page(version), [], f"version {version!r} has no page"
+        if not storage.exists(*place):
+            made = Made(datetime.now(UTC).isoformat(timespec="seconds"), "qaq report", "")
+            page_files.write_version_page(storage, settings, version, made)
+    if faults or not storage.exists(*place):
+        off = "" if settings.reports.pages else " (reports.pages is false)"
+        raise RunError("; ".join(faults) or f"{missing}{off}")
+    return storage.url(*place)
 
 
 def _exclusions(batch: str, published: Mapping[str, Any]) -> list[str]:

@@ -18,8 +18,17 @@ from qaq_pipeline.storage import Storage, open_storage
 
 SELECTING = "select_from_batch"
 PUBLISHING = "publish_dataset"
-STAGES: dict[str, list[str]] = {**recuration.STAGES, PUBLISHING: ["curated_dataset"]}
-"""Jobs in the order in which they run. A job cannot mix partitions definitions, hence four."""
+REPORTING, REPORTING_VERSION = "report_batch", "report_version"
+PAGES = {REPORTING: ["batch_report"], REPORTING_VERSION: ["dataset_report"]}
+"""Jobs of the audit pages. Nothing is made of a page, so that one that fails stops nothing."""
+
+STAGES: dict[str, list[str]] = {
+    **recuration.STAGES,
+    REPORTING: PAGES[REPORTING],
+    PUBLISHING: ["curated_dataset"],
+    REPORTING_VERSION: PAGES[REPORTING_VERSION],
+}
+"""Jobs in the order in which they run. A job cannot mix partitions definitions, hence several."""
 
 CALIBRATION_STAGES = recuration.CALIBRATION_STAGES
 """Jobs that run after these, where batches are calibrated: their failure stops no publication."""
@@ -41,8 +50,9 @@ def build_job_defs(
         on_progress: called after every scored batch, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
-    jobs = STAGES if settings.ranking.reference is None else STAGES | {REFERENCE_JOB: ["rank_reference"]}
-    jobs = jobs | CALIBRATION_STAGES if settings.is_calibrated else jobs
+    jobs = {name: assets for name, assets in STAGES.items() if settings.reports.pages or name not in PAGES}
+    jobs |= {} if settings.ranking.reference is None else {REFERENCE_JOB: ["rank_reference"]}
+    jobs |= CALIBRATION_STAGES if settings.is_calibrated else {}
     storage = open_storage(settings)
     resources: dict[str, object] = {
         "storage": storage,

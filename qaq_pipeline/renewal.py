@@ -7,15 +7,15 @@ new batch's way through the stages (`driver`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, duplicates, lookup, publication, recuration, withdrawals
+from qaq_pipeline import config, duplicates, lookup, page_files, publication, recuration, withdrawals
 from qaq_pipeline.config import Settings
-from qaq_pipeline.jobs import CALIBRATION_STAGES, PUBLISHING, present
+from qaq_pipeline.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING, REPORTING_VERSION, present
 from qaq_pipeline.runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
 from qaq_pipeline.schema import DuplicateReason
 from qaq_pipeline.storage import PartitionBusyError, Storage, open_storage
@@ -36,6 +36,11 @@ class Renewal:
     """Why, by batch."""
     version: str | None = None
     """The version of the dataset that was published; None: nothing changed."""
+
+    @property
+    def batches(self) -> list[str]:
+        """The batches of which a stage was run."""
+        return list(dict.fromkeys(label.split(" ")[1].partition("|")[0] for label in self.remade))
 
     @property
     def sentence(self) -> str:
@@ -63,9 +68,12 @@ def recurate(settings: Settings, instance: dg.DagsterInstance, events: Events | 
     Raises:
         RunError: a batch could not be brought up to date; the others were, and published.
     """
-    with running(settings, instance, events or Events()) as run:
+    events = events or Events()
+    with running(settings, instance, events) as run:
         done = renew(settings, instance, run, only_screening=False)
-        return _published(settings, instance, run, done)
+        for fault in make_pages(settings, run, instance.get_dynamic_partitions("batch")):
+            events.on_notice(fault)
+        return _published(settings, instance, run, done, events)
 
 
 def withdraw(
@@ -86,9 +94,12 @@ def withdraw(
     if not what.is_withdrawn and not (set(rows) & set(known.contents) if rows else what.batch in known.batches):
         raise RunError(f"{what.batch}{'/' + what.row if what.row else ''} is not withdrawn: nothing to take back")
     withdrawals.add(storage, what.batch, rows, what.reason, is_withdrawn=what.is_withdrawn)
-    with running(settings, instance, events or Events()) as run:
+    events = events or Events()
+    with running(settings, instance, events) as run:
         done = renew(settings, instance, run, only_screening=True)
-        return _published(settings, instance, run, done)
+        for fault in make_pages(settings, run, done.batches):
+            events.on_notice(fault)
+        return _published(settings, instance, run, done, events)
 
 
 def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
@@ -163,11 +174,38 @@ def _run_again(storage: Storage, run: Runner, one: recuration.Outdated, remade: 
     return None
 
 
-def _published(settings: Settings, instance: dg.DagsterInstance, run: Runner, done: Renewal) -> Renewal:
+def make_pages(settings: Settings, run: Runner, batches: Iterable[str]) -> list[str]:
+    """Make the pages of these batches that are missing or out of date; a sentence for each that could not be made."""
+    storage = open_storage(settings)
+    version = present(settings, storage).code_versions.get(PAGES[REPORTING][0])
+    due = [batch for batch in batches if settings.reports.pages and page_files.is_outdated(storage, batch, version)]
+    return [fault for batch in due if (fault := make_page(settings, run, REPORTING, batch))]
+
+
+def make_page(settings: Settings, run: Runner, job_name: str, partition: str | None) -> str | None:
+    """Run a job of `PAGES`. Nothing waits for a page, so its failure is a sentence; None: made, or not wanted.
+
+    Raises:
+        InterruptedRunError: a signal ended the driver.
+    """
+    if not settings.reports.pages:
+        return None
+    try:
+        run(job_name, partition)
+    except InterruptedRunError:
+        raise
+    except RunError as error:
+        return f"the audit page was not made: {error}"
+    return None
+
+
+def _published(settings: Settings, instance: dg.DagsterInstance, run: Runner, done: Renewal, events: Events) -> Renewal:
     registered: Sequence[str] = instance.get_dynamic_partitions("batch")
     if not publication.is_current(open_storage(settings), registered, settings):
         metadata = materialisation_metadata(instance, run(PUBLISHING, None), publication.FOLDER)
         done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
+        if fault := make_page(settings, run, REPORTING_VERSION, None):
+            events.on_notice(fault)
     if done.failed:
         reasons = "\n".join(f"batch {batch}: {reason}" for batch, reason in done.failed.items())
         raise RunError(f"{done.sentence}; not brought up to date:\n{reasons}")

@@ -44,6 +44,9 @@ _IGNORES_SYSTEM = (
     "{% for message in messages %}{% if message['role'] != 'system' %}" + _TURN + "{% endif %}{% endfor %}"
 ) + _GENERATION
 
+NO_REPORTS = {"pages": False, "pictures": False}
+"""Drawing takes seconds of every run: only tests of it ask for it."""
+
 TEMPLATES = {
     "chatml": _CHATML,
     "emits_bos": "{{ bos_token }}" + _CHATML,
@@ -162,8 +165,9 @@ def settings_for(
             "models": models,
             "scoring": {"max_tokens": 512} | sections.pop("scoring", {}),
             "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | sections.pop("ranking", {}),
-            # Four more runs a batch: what needs a calibration asks for it.
+            # Four more runs a batch, and pages: what needs them asks for them.
             "calibration": {"enabled": False} | sections.pop("calibration", {}),
+            "reports": NO_REPORTS,
         }
         return parse_settings(yaml.safe_dump(values | sections), "test.yaml")
 

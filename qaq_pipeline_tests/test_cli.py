@@ -216,7 +216,19 @@ def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixt
     ):
         cli._print_summary(
             BatchSummary(
-                "b1", 0, {"selected": 0}, {}, "diff_high", 0, {}, models, ["mind: [b]this[/b]"], "/a/[b]/c", True, {}
+                "b1",
+                0,
+                {"selected": 0},
+                {},
+                "diff_high",
+                0,
+                {},
+                models,
+                ["mind: [b]this[/b]"],
+                "/a/[b]/c",
+                True,
+                {},
+                {},
             )
         )
         shown = " ".join(capsys.readouterr().out.split())

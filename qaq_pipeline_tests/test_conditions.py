@@ -16,12 +16,14 @@ import yaml
 from qaq_pipeline import liveness
 from qaq_pipeline.config import parse_settings
 from qaq_pipeline.definitions import build_defs
+from qaq_pipeline_tests.conftest import NO_REPORTS
 
 MODELS = {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}}
-UNCALIBRATED = {"models": MODELS, "calibration": {"enabled": False}}
-SETTINGS = parse_settings(yaml.safe_dump(UNCALIBRATED))
+PLAIN = {"models": MODELS, "calibration": {"enabled": False}, "reports": NO_REPORTS}
+SETTINGS = parse_settings(yaml.safe_dump(PLAIN))
+REPORTING = parse_settings(yaml.safe_dump({"models": MODELS, "calibration": {"enabled": False}}))
 RANKING = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1", "b2"]}}
-REFERRING = parse_settings(yaml.safe_dump(UNCALIBRATED | {"ranking": RANKING}))
+REFERRING = parse_settings(yaml.safe_dump(PLAIN | {"ranking": RANKING}))
 INGEST = ["screened_data", "signatures"]
 SCORE = ["logprobs", "rmi_scores"]
 SELECT = ["decisions", "disagreement_scores", "selected_subset"]
@@ -305,6 +307,46 @@ def test_a_reference_that_could_not_be_made_is_not_tried_again_and_again(referri
     referring.failing = set()
     assert referring.run(["rank_reference"], None)
     assert referring.settle() == [each(SELECT, "b1", "b2"), {"curated_dataset": {None}}]
+
+
+# --- audit pages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reporting() -> Iterator[World]:
+    """A world with audit pages; the conditions were evaluated once."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        fresh = World(instance, build_defs(REPORTING))
+        assert fresh.tick() == {}
+        yield fresh
+
+
+def test_pages_follow_what_they_show(reporting: World) -> None:
+    *chain, publish = whole_chain("b1", "b2")
+    reporting.deliver("b1", "b2")
+    assert reporting.settle() == [*chain, publish | each(["batch_report"], "b1", "b2"), {"dataset_report": {None}}]
+    assert reporting.settle() == []
+
+
+def test_a_page_that_fails_stops_no_publication_and_is_not_tried_again_and_again(reporting: World) -> None:
+    reporting.failing = {("batch_report", "b1"), ("dataset_report", None)}
+    reporting.deliver("b1")
+    asked = reporting.settle()
+    assert [step for step in asked if "curated_dataset" in step] == [asked[3]]
+    assert reporting.settle() == []
+    # A failed page holds up no other delivery.
+    reporting.deliver("b2")
+    assert {"curated_dataset"} <= {name for step in reporting.settle() for name in step}
+
+
+def test_pages_of_what_the_driver_makes_are_left_to_the_driver(reporting: World) -> None:
+    tag = {liveness.TAG.replace("/", "__"): "some driver"}
+    reporting.deliver("b1", **tag)
+    reporting.run(INGEST, "b1", **tag)
+    for model in ("strong", "weak"):
+        reporting.run(SCORE, dg.MultiPartitionKey({"batch": "b1", "model": model}), **tag)
+    reporting.run(SELECT, "b1", **tag)
+    assert reporting.tick() == {}
 
 
 # --- beside `qaq run` and screening anew ---------------------------------------------------------------------------

@@ -114,7 +114,10 @@ def test_the_definitions_load_and_have_every_job() -> None:
     defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     dg.Definitions.validate_loadable(defs)
     assert [job.name for job in defs.jobs or []] == [*STAGES, *CALIBRATION_STAGES, "recurate"]
-    assert [asset for assets in STAGES.values() for asset in assets] == [*schema.TABLES, "curated_dataset"]
+    pages = {"batch_report", "dataset_report"}
+    made = [asset for assets in STAGES.values() for asset in assets]
+    assert [asset for asset in made if asset not in pages] == [*schema.TABLES, "curated_dataset"]
+    assert pages < set(made)
     assert [asset for assets in CALIBRATION_STAGES.values() for asset in assets] == [*schema.CALIBRATION_TABLES]
 
 
@@ -170,6 +173,7 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "rejected_share": ({"gates": {"max_rejected_share": 0.5}}, {"screened_data"}),
     "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"decisions"}),
     "alerts": ({"alerts": {"channels": []}}, set()),
+    "pictures": ({"reports": {"pages": False, "pictures": True}}, set()),
     "runtime": ({"runtime": {"batch_tokens": 64, "executor": "multiprocess", "shard_seconds": 1.0}}, set()),
     "storage": ({"storage": {"root": "memory://elsewhere"}}, set()),
     "model_cache": ({"model_cache": "elsewhere"}, set()),
@@ -185,6 +189,63 @@ def test_a_changed_setting_makes_exactly_its_readers_stale(settings_for: Setting
 
 def code_versions(settings: Settings) -> dict[str, str | None]:
     return {asset.key.to_user_string(): asset.code_versions_by_key[asset.key] for asset in build_assets(settings)}
+
+
+def test_the_page_of_a_batch_is_stale_where_it_would_show_something_else(settings_for: SettingsFor) -> None:
+    before = code_versions(settings_for(reports={"pages": True}))["batch_report"]
+    assert code_versions(settings_for(reports={"pages": True, "examples": 3}))["batch_report"] != before
+    assert code_versions(settings_for(reports={"pages": True, "pictures": False}))["batch_report"] == before
+
+
+# --- audit pages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)  # Drawing takes long on a machine that is busy.
+def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
+    settings_for: SettingsFor,
+    delivered: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
+    settings = settings_for(reports={"pages": True, "pictures": True})
+    summary = curate(settings, instance, delivered)
+    assert len(summary.pages) == 2, summary.warnings
+    of_batch, of_version = (Path(path) for path in summary.pages.values())
+    assert "20</strong> rows delivered" in of_batch.read_text(encoding="utf-8")
+    assert latest(settings)["version"] in of_version.read_text(encoding="utf-8")
+    assert f"../../reports/b1/{of_batch.name}" in of_version.read_text(encoding="utf-8")
+    tokens = summary.models[0].tokens
+    assert f">{tokens:,}</td>" in of_batch.read_text(encoding="utf-8")  # What scoring took, from the event log.
+    shown = {
+        "decisions": "by_reason",
+        "disagreement_scores": "ranks",
+        "batch_report": "overlap",
+        "dataset_report": "flow",
+    }
+    for asset, plot in shown.items():
+        event = instance.get_latest_materialization_event(dg.AssetKey(asset))
+        assert event is not None
+        assert event.asset_materialization is not None
+        picture = event.asset_materialization.metadata[plot].value
+        assert "data:image/png;base64," in str(picture)
+        assert len(str(picture)) < 100_000
+
+    for file in of_batch.parent.iterdir():
+        file.unlink()
+    of_batch.mkdir()  # Nothing can be written there.
+    again = curate(settings, instance, delivered)
+    assert any("the audit page was not made" in warning for warning in again.warnings)
+    with pytest.raises(driver.RunError, match="audit page"):
+        driver.find_page(settings, instance, "b1", None, driver.Events())
+    of_batch.rmdir()
+    assert driver.find_page(settings, instance, "b1", None, driver.Events()) == str(of_batch)
+    assert driver.find_page(settings, instance, None, "latest", driver.Events()) == str(of_version)
+    with pytest.raises(driver.RunError, match="there is no batch"):
+        driver.find_page(settings, instance, "b9", None, driver.Events())
+    with pytest.raises(StorageError, match="is not kept"):
+        driver.find_page(settings, instance, None, "v9", driver.Events())
 
 
 # --- one batch ------------------------------------------------------------------------------------------------------

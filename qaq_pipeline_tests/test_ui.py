@@ -48,9 +48,9 @@ pytestmark = [
 PAGE_PATIENCE_MS = 90_000
 VIEWPORT = (1500, 900)
 WIDE_VIEWPORT = (2900, 900)
-"""In a narrower one the nine nodes shrink to their names, and a long name is cut."""
+"""In a narrower one the nodes shrink to their names, and a long name is cut."""
 
-GROUPS = ["ingest", "scoring", "selection", "publication"]
+GROUPS = ["ingest", "scoring", "selection", "publication", "audit"]
 ASSETS = [asset for assets in STAGES.values() for asset in assets]
 
 

@@ -1,4 +1,4 @@
-"""The nine assets of every dataset; rank_reference and the three of a calibration, where they are configured.
+"""The nine assets of every dataset; rank_reference, the audit pages and a calibration's three, where they are wanted.
 
 One module each.
 
@@ -8,8 +8,10 @@ an asset computes stands in the pure modules; how it is stored, in `storage` and
 
 import dagster as dg
 
+from qaq_pipeline.assets.batch_report import build_batch_report
 from qaq_pipeline.assets.calibration import build_calibration
 from qaq_pipeline.assets.curated_dataset import build_curated_dataset
+from qaq_pipeline.assets.dataset_report import build_dataset_report
 from qaq_pipeline.assets.decisions import build_decisions
 from qaq_pipeline.assets.disagreement_scores import build_disagreement_scores
 from qaq_pipeline.assets.logprobs import build_logprobs
@@ -40,6 +42,8 @@ def build_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         build_curated_dataset,
     )
     optional = [] if settings.ranking.reference is None else [build_rank_reference]
+    if settings.reports.pages:
+        optional += [build_batch_report, build_dataset_report]
     if settings.is_calibrated:
         optional += [build_planted_rows, build_planted_scores, build_calibration]
     return [build(settings) for build in (*builders, *optional)]

@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import gates, ledger, reference, selection
+from qaq_pipeline import gates, ledger, plots, reference, selection, summaries
 from qaq_pipeline.assets import rank_reference
 from qaq_pipeline.assets.shared import (
     BATCHES,
@@ -16,6 +16,7 @@ from qaq_pipeline.assets.shared import (
     footer_before,
     gate_metadata,
     is_new_verdict,
+    pictures,
     provenance_of,
     report_gate,
     require_inputs,
@@ -99,6 +100,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             "rows_by_reason": count_by(frame["reason"]),
             "selected_by_selection": {} if gate else count_by(verdicts.filter("is_selected")["selection"]),
             **gate_metadata(gate),
+            **pictures(context, settings, lambda: [plots.by_reason(summaries.by_reason(frame))]),
         }
         return table_result(context, frame, inputs, metadata, **facts)
 

@@ -3,10 +3,10 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import reference, strata
+from qaq_pipeline import plots, reference, strata, summaries
 from qaq_pipeline.assets import rank_reference
 from qaq_pipeline.assets.rank_reference import Scores
-from qaq_pipeline.assets.shared import BATCHES, by_model, code_version, definition, table_result
+from qaq_pipeline.assets.shared import BATCHES, by_model, code_version, definition, pictures, table_result
 from qaq_pipeline.config import RankingSettings, Settings, settings_hash
 from qaq_pipeline.storage import Storage, StoredTable
 
@@ -45,7 +45,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
             context,
             frame,
             inputs,
-            _metadata(frame, warnings),
+            _metadata(frame, warnings) | pictures(context, settings, lambda: [plots.ranks(summaries.rank_grid(frame))]),
             pool_id=pool_id,
             ranking_hash=settings_hash(ranking.without_pool()),
             models=models,

@@ -3,10 +3,11 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import scores
-from qaq_pipeline.assets.shared import batch_by_model, code_version, definition, table_result
+from qaq_pipeline import plots, scores, summaries
+from qaq_pipeline.assets.shared import batch_by_model, code_version, definition, pictures, table_result
 from qaq_pipeline.config import Settings
 from qaq_pipeline.measures import count_by
+from qaq_pipeline.resources import partition_parts
 from qaq_pipeline.storage import StoredTable
 
 VERSION = "2"
@@ -32,9 +33,17 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
         carried = ("identity", "identity_after", "identity_hash", "frame", "template", "scoring", "scored_with")
         provenance = {key: logprobs.provenance[key] for key in carried if key in logprobs.provenance}
         provenance |= {"scored_from": logprobs.provenance["inputs"], "eligibility": eligibility.model_dump(mode="json")}
-        return table_result(context, frame, {"logprobs": logprobs}, _metadata(frame), **provenance)
+        _, role = partition_parts(context.partition_key)
+        metadata = _metadata(frame) | pictures(context, settings, lambda: [_density(frame, role)])
+        return table_result(context, frame, {"logprobs": logprobs}, metadata, **provenance)
 
     return rmi_scores
+
+
+def _density(frame: pl.DataFrame, role: str) -> plots.Plot:
+    """Without strata: they are of a pool, which is known later."""
+    named = frame.select(pl.col(name).alias(f"{name}_{role}") for name in ("log_ppl_q", "rmi"))
+    return plots.density(summaries.density(named, role), pl.DataFrame(), role)
 
 
 def _metadata(frame: pl.DataFrame) -> dict[str, object]:

@@ -5,15 +5,16 @@ materialisation.
 Does not belong here: anything of one asset alone.
 """
 
+import base64
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 import dataframely as dy
 import polars as pl
 
-from qaq_pipeline import alerts, column_lineage, gates, schema
+from qaq_pipeline import alerts, column_lineage, gates, plots, schema
 from qaq_pipeline.config import AlertSettings, Settings, settings_hash
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.resources import partition_parts
@@ -233,6 +234,27 @@ def report_gate(context: dg.AssetExecutionContext, settings: AlertSettings, gate
         alert = alerts.gated(context.partition_key, gate, context.run.run_id)
         for failure in alerts.send(alert, settings):
             context.log.error(failure)
+
+
+def pictures(
+    context: dg.AssetExecutionContext, settings: Settings, draw: Callable[[], Sequence[plots.Plot]]
+) -> dict[str, dg.MetadataValue]:
+    """Plots for the UI, by name; none where the settings want none.
+
+    A plot that cannot be drawn takes nothing with it: the log says why.
+    """
+    if not settings.reports.pictures:
+        return {}
+    shown: dict[str, dg.MetadataValue] = {}
+    try:
+        for plot in draw():
+            data = base64.b64encode(plots.png(plot)).decode()
+            if data:
+                text = f"**{plot.title}**\n\n![{plot.title}](data:image/png;base64,{data})\n\n{plot.caption}"
+                shown[plot.name] = dg.MetadataValue.md(text)
+    except ValueError as error:  # What vl-convert raises.
+        context.log.warning("%s: not every plot could be drawn: %s", context.asset_key.path[-1], error)
+    return shown
 
 
 def by_model(name: str, tables: Mapping[str, StoredTable]) -> dict[str, StoredTable]:

@@ -1,0 +1,395 @@
+"""What is drawn of a batch or a version: one function a plot, from the small frames of `summaries` to a chart.
+
+Belongs here: marks, axes with their units, colours, and the step from a chart to SVG or PNG. Does not belong here: what
+is counted, and where a plot stands.
+
+A plot is one SVG for light and dark pages: its colours are names (`var(--plot-…)`) that a page's stylesheet fills, and
+how many pairs a cell holds is the opacity of one colour. Lines differ in dash as well as in colour. None is wider than
+a phone. altair and vl-convert are imported where they draw; neither asks the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+if TYPE_CHECKING:
+    import altair as alt
+
+WIDTH = 400
+"""Pixels, axes and all: at 360 px of screen, text of 12 px shrinks to 10."""
+_MOST_PNG_BYTES = 75_000
+"""As base64 in a page of the UI: 100 KB."""
+_SCALES = (1.5, 1.0, 0.75)
+
+_INK, _MUTED, _GRID, _ONE, _TWO, _THREE = "#1b1f24", "#57606b", "#d3d9e0", "#0b5cab", "#b04a00", "#6b6b6c"
+VARIABLES = {
+    _INK: "ink",
+    _MUTED: "muted",
+    _GRID: "grid",
+    _ONE: "one",
+    _TWO: "two",
+    _THREE: "three",
+}
+"""Colours of a chart, and the names under which a page gives them a value for its scheme: `--plot-<name>`."""
+
+_LONGEST_NAME, _LETTER = 170, 7.3
+"""Pixels of an axis' labels, and of one letter of 12 px in the widest usual font."""
+_LONG_COUNT = 10_000
+"""Rows that an axis writes as 10k."""
+_DASHES = ([1, 0], [6, 3], [2, 2])
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart, and what a person reads who does not see it."""
+
+    name: str
+    title: str
+    caption: str
+    """What is drawn, and how to read it."""
+    chart: alt.TopLevelMixin | None
+    """None: there is nothing to draw."""
+    table: pl.DataFrame
+    """The numbers."""
+
+
+# --- one function a plot ------------------------------------------------------------------------------------------
+
+
+def flow(steps: pl.DataFrame) -> Plot:
+    """Rows from delivered to selected: what stays at each step, and what left (`summaries.flow`)."""
+    import altair as alt
+
+    caption = "Rows that stay after each step, from all that were delivered; the pale part left at that step."
+    if steps.is_empty() or not steps["rows"][0]:
+        return Plot("flow", "From delivered to selected", caption, None, steps)
+    order = steps["step"].to_list()
+    said = pl.when(pl.col("left") > 0).then(pl.format("{}  (-{})", _count("rows"), _count("left")))
+    bars = steps.with_columns(before=pl.col("rows") + pl.col("left"), label=said.otherwise(_count("rows")))
+    y = _names("step", order)
+    base = alt.Chart(bars)
+    left = base.mark_bar(color=_TWO, opacity=0.3).encode(y=y, x=alt.X("rows:Q", title="rows"), x2="before:Q")
+    stay = base.mark_bar(color=_ONE, opacity=0.85).encode(y=y, x=alt.X("rows:Q", title="rows"))
+    longest = int(bars["rows"][0])
+    text = base.mark_text(align="left", dx=4, color=_INK).encode(y=y, x="before:Q", text="label:N")
+    limits = alt.Scale(domain=[0, longest * 2], nice=False)
+    ticks = _rows_axis(longest)
+    chart = alt.layer(left.encode(x=alt.X("rows:Q", scale=limits, axis=ticks)), stay, text)
+    return Plot("flow", "From delivered to selected", caption, _sized(chart, 30 * steps.height + 50), steps)
+
+
+def by_reason(counts: pl.DataFrame) -> Plot:
+    """Rows by decision and reason (`summaries.by_reason`)."""
+    import altair as alt
+
+    title, caption = "Rows by decision and reason", "Every delivered row has one decision, and one reason for it."
+    if counts.is_empty():
+        return Plot("by_reason", title, caption, None, counts)
+    said = counts.with_columns(
+        name=pl.format("{}: {}", *(pl.col(c).str.replace_all("_", " ") for c in ("decision", "reason"))),
+        label=pl.format("{}  ({} %)", _count("rows"), (100 * pl.col("rows") / pl.col("rows").sum()).round(1)),
+        is_selected=pl.col("decision") == "selected",
+    )
+    y = _names("name", said["name"].to_list())
+    longest = int(said["rows"].max())  # type: ignore[arg-type]
+    x = alt.X(
+        "rows:Q",
+        scale=alt.Scale(domain=[0, longest * 2.2], nice=False),
+        axis=_rows_axis(longest),
+    )
+    colour = alt.condition("datum.is_selected", alt.value(_ONE), alt.value(_THREE))
+    bars = alt.Chart(said).mark_bar(opacity=0.85).encode(y=y, x=x, color=colour)
+    text = alt.Chart(said).mark_text(align="left", dx=4, color=_INK).encode(y=y, x="rows:Q", text="label:N")
+    return Plot("by_reason", title, caption, _sized(alt.layer(bars, text), 26 * said.height + 50), counts)
+
+
+def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
+    """Pairs by PPL(Q) and RMI of a model, its strata and both tails (`summaries.density`, `summaries.strata`)."""
+    import altair as alt
+
+    name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
+    caption = (
+        "The stronger the colour, the more pairs. Vertical lines are the edges of the strata of PPL(Q). Below the "
+        "lower line lie the 5 % of each stratum of the lowest RMI (mismatches), above the upper one those of the "
+        "highest (echoes)."
+    )
+    if cells.is_empty():
+        return Plot(name, title, caption, None, strata)
+    x, y = _axis("x", cells, "log PPL(Q), nats per token"), _axis("y", cells, "RMI, nats per token")
+    rects = _heat(cells, x, y, "rows", "pairs")
+    if strata.is_empty():
+        return Plot(name, title, caption, _sized(alt.layer(rects), 320), strata)
+    (left, right), (bottom, top) = _ends(cells, "x"), _ends(cells, "y")
+    seen = strata.with_columns(
+        pl.col("low", "high").clip(left, right), pl.col("low_tail", "high_tail").clip(bottom, top)
+    )
+    edges = alt.Chart(seen.slice(1)).mark_rule(color=_MUTED, strokeDash=[1, 3]).encode(x="low:Q")
+    tails = [
+        alt.Chart(seen).mark_rule(color=_TWO, strokeWidth=2).encode(x="low:Q", x2="high:Q", y=alt.Y(f"{tail}:Q"))
+        for tail in ("low_tail", "high_tail")
+    ]
+    return Plot(name, title, caption, _sized(alt.layer(rects, edges, *tails), 320), strata)
+
+
+def ranks(cells: pl.DataFrame, is_selected: bool = False) -> Plot:
+    """Pairs by rank under both models, or the share of each cell that is selected (`summaries.rank_grid`)."""
+    import altair as alt
+
+    name = "ranks_selected" if is_selected else "ranks"
+    title = "Selected by rank under both models" if is_selected else "Rank under the strong and the weak model"
+    what = "share that is selected" if is_selected else "pairs"
+    caption = (
+        f"The stronger the colour, the {'larger the share of the cell' if is_selected else 'more pairs'}. On the line "
+        "both models rank alike; right of it and below, the strong model finds the pair more coherent than the weak."
+    )
+    table = _crosstab(cells)
+    if cells.is_empty():
+        return Plot(name, title, caption, None, table)
+    unit = alt.Scale(domain=[0, 1], nice=False)
+    x = alt.X("x:Q", scale=unit, title="rank of RMI, strong model (share of its stratum)")
+    y = alt.Y("y:Q", scale=unit, title="rank of RMI, weak model (share)")
+    rects = _heat(cells, x, y, "share" if is_selected else "rows", what, is_share=is_selected)
+    ends = pl.DataFrame({"x": [0.0], "y": [0.0], "x2": [1.0], "y2": [1.0]})
+    line = alt.Chart(ends).mark_rule(color=_TWO, strokeDash=[6, 3]).encode(x="x:Q", y="y:Q", x2="x2:Q", y2="y2:Q")
+    return Plot(name, title, caption, _sized(alt.layer(rects, line), 400), table)
+
+
+def _crosstab(cells: pl.DataFrame) -> pl.DataFrame:
+    """Fifths of the ranks: rows, selected."""
+    fifth = [((pl.col(axis) + pl.col(f"{axis}2")) / 2 * 5).floor().cast(pl.Int64) + 1 for axis in ("x", "y")]
+    counts = cells.group_by(fifth_strong=fifth[0], fifth_weak=fifth[1]).agg(pl.col("rows", "selected").sum())
+    return counts.sort("fifth_strong", "fifth_weak")
+
+
+def lengths(name: str, shares: pl.DataFrame, numbers: pl.DataFrame, what: str) -> Plot:
+    """How long texts are, by group, on a logarithmic axis (`summaries.lengths`)."""
+    title = f"Length of the {what}"
+    caption = f"Share of each group's pairs by the number of {what} tokens; the bins are of equal width on the axis."
+    return Plot(name, title, caption, _steps(shares, f"{what} tokens (logarithmic)", is_log=True), numbers)
+
+
+def drift(quantity: str, role: str, shares: pl.DataFrame) -> Plot:
+    """A number in the batch and in the reference (`summaries.compared`)."""
+    title = f"{quantity}, {role} model: batch and reference"
+    table = shares.pivot("group", index=["low", "high"], values="share") if not shares.is_empty() else shares
+    name = re.sub(r"\W+", "_", f"drift_{quantity}_{role}".lower())
+    return Plot(name, title, "Share of the pairs by bin.", _steps(shares, f"{quantity}, nats per token"), table)
+
+
+def _steps(shares: pl.DataFrame, title: str, *, is_log: bool = False) -> alt.TopLevelMixin | None:
+    """Shares by group as lines that step at the bins' edges."""
+    import altair as alt
+
+    if shares.is_empty():
+        return None
+    groups = shares["group"].unique(maintain_order=True).to_list()
+    # The last step needs its right end: a point more.
+    ends = shares.group_by("group", maintain_order=True).last().with_columns(low="high")
+    points = pl.concat([shares, ends])
+    scale = alt.Scale(type="log", base=2, nice=False) if is_log else alt.Scale(zero=False, nice=False)
+    colours = [_ONE, _THREE, _TWO][: len(groups)] if len(groups) > 2 else [_ONE, _TWO][: len(groups)]
+    legend = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300, columns=3)
+    chart = (
+        alt.Chart(points)
+        .mark_line(interpolate="step-after", strokeWidth=2)
+        .encode(
+            x=alt.X(
+                "low:Q", scale=scale, title=title, axis=alt.Axis(grid=False, format=",", tickCount=7, labelOverlap=True)
+            ),
+            y=alt.Y("share:Q", title="share of the group's pairs", axis=alt.Axis(format="~%", tickCount=5)),
+            color=alt.Color("group:N", sort=groups, scale=alt.Scale(domain=groups, range=colours), legend=legend),
+            strokeDash=alt.StrokeDash(
+                "group:N", sort=groups, scale=alt.Scale(domain=groups, range=_DASHES[: len(groups)])
+            ),
+        )
+    )
+    return _sized(chart, 260)
+
+
+def overlap(shares: pl.DataFrame) -> Plot:
+    """What two selections share, as a share of the first one's pairs (`summaries.overlap`)."""
+    import altair as alt
+
+    title = "What the selections share"
+    caption = "Of the pairs that the selection of the row takes, the share that the one of the column takes as well."
+    if shares.is_empty():
+        return Plot("overlap", title, caption, None, shares)
+    names = shares["first"].unique(maintain_order=True).to_list()
+    said = shares.with_columns(
+        label=pl.when(pl.col("of_first").is_not_null())
+        .then(pl.format("{} %", (100 * pl.col("of_first")).round(0).cast(pl.Int64)))
+        .otherwise(pl.lit("none")),
+        of_first=pl.col("of_first").fill_null(0.0),
+    )
+    below = alt.Axis(labelAngle=-40, labelLimit=_LONGEST_NAME, orient="bottom", grid=False, minExtent=90)
+    x = alt.X("second:N", sort=names, title=None, axis=below)
+    y = _names("first", names)
+    opacity = alt.Opacity("of_first:Q", scale=alt.Scale(domain=[0, 1], range=[0.02, 0.4]), legend=None)
+    rects = alt.Chart(said).mark_rect(color=_ONE).encode(x=x, y=y, opacity=opacity)
+    text = alt.Chart(said).mark_text(color=_INK).encode(x=x, y=y, text="label:N")
+    return Plot("overlap", title, caption, _sized(alt.layer(rects, text), 32 * len(names) + 100), shares)
+
+
+def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
+    """The share of rows that is selected, by stratum, language, source or batch (`summaries.kept_by`, `strata`)."""
+    import altair as alt
+
+    title, caption = f"Share selected by {of}", f"Of the rows of each {of}, the share that is selected."
+    if shares.is_empty():
+        return Plot(name, title, caption, None, shares)
+    said = shares.with_columns(
+        pl.col(by).cast(pl.String),
+        label=pl.format("{} of {}", _count("selected"), _count("rows")),
+    )
+    highest = float(said["share"].max() or 0)  # type: ignore[arg-type]
+    y = _names(by, said[by].to_list())
+    x = alt.X(
+        "share:Q",
+        scale=alt.Scale(domain=[0, max(highest, 0.01) * 1.7], nice=False),
+        axis=alt.Axis(format="~%", title="share selected", tickCount=5),
+    )
+    bars = alt.Chart(said).mark_bar(color=_ONE, opacity=0.85).encode(y=y, x=x)
+    text = alt.Chart(said).mark_text(align="left", dx=4, color=_INK).encode(y=y, x="share:Q", text="label:N")
+    return Plot(name, title, caption, _sized(alt.layer(bars, text), 24 * said.height + 50), shares)
+
+
+# --- parts of charts ------------------------------------------------------------------------------------------------
+
+
+def _heat(cells: pl.DataFrame, x: Any, y: Any, value: str, title: str, *, is_share: bool = False) -> alt.Chart:
+    """Cells of one colour, the more opaque the more of `value`."""
+    import altair as alt
+
+    top = 1.0 if is_share else float(cells[value].max())  # type: ignore[arg-type]
+    values = [0, 0.5, 1] if is_share else sorted({1, max(1, round(top / 2)), round(top)})
+    legend = alt.Legend(
+        orient="top",
+        title=f"{title}:",
+        titleOrient="left",
+        direction="horizontal",
+        symbolType="square",
+        format="~%" if is_share else ",d",
+        values=values,
+        titleLimit=200,
+    )
+    scale = alt.Scale(type="linear" if is_share else "sqrt", domain=[0, top], range=[0, 1], nice=False)
+    return (
+        alt.Chart(cells)
+        .mark_rect(color=_ONE, aria=False)
+        .encode(x=x, x2="x2:Q", y=y, y2="y2:Q", opacity=alt.Opacity(f"{value}:Q", scale=scale, legend=legend))
+    )
+
+
+def _ends(cells: pl.DataFrame, channel: str) -> tuple[float, float]:
+    """Where the cells begin and end."""
+    return float(cells[channel].min()), float(cells[f"{channel}2"].max())  # type: ignore[arg-type]
+
+
+def _axis(channel: str, cells: pl.DataFrame, title: str) -> Any:
+    import altair as alt
+
+    limits = alt.Scale(domain=list(_ends(cells, channel)), nice=False)
+    return (alt.X if channel == "x" else alt.Y)(f"{channel}:Q", scale=limits, title=title, axis=alt.Axis(grid=False))
+
+
+def _names(column: str, names: Sequence[str]) -> Any:
+    """An axis of names, the first on top. The room for them is set: a browser's letters are wider than vl-convert's."""
+    import altair as alt
+
+    room = min(_LONGEST_NAME, round(_LETTER * max(map(len, names)))) + 8
+    axis = alt.Axis(labelLimit=_LONGEST_NAME, grid=False, minExtent=room, maxExtent=room)
+    return alt.Y(f"{column}:N", sort=list(names), title=None, axis=axis)
+
+
+def _rows_axis(longest: int) -> Any:
+    """An axis of rows whose labels fit beside one another."""
+    import altair as alt
+
+    form = "~s" if longest >= _LONG_COUNT else ",d"
+    return alt.Axis(values=_ticks(longest), format=form, title="rows", labelOverlap=True)
+
+
+def _ticks(longest: int) -> list[int]:
+    """At most three round numbers of rows, from 0."""
+    step = 10 ** (len(str(max(longest, 1))) - 1)
+    while longest // step > 3:
+        step *= 2 if longest // step < 6 else 5
+    return [*range(0, longest + 1, step)]
+
+
+def _count(column: str) -> pl.Expr:
+    """A count with commas: 1,234,567."""
+    return pl.col(column).map_elements(lambda value: f"{value:,}", return_dtype=pl.String)
+
+
+def _sized(chart: Any, height: int) -> alt.TopLevelMixin:
+    import altair as alt
+
+    return (
+        chart.properties(width=WIDTH, height=height, autosize=alt.AutoSizeParams(type="fit", contains="padding"))
+        .configure(aria=False, font="system-ui, sans-serif", background="transparent", padding=4)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=_MUTED,
+            titleColor=_INK,
+            domainColor=_MUTED,
+            tickColor=_MUTED,
+            gridColor=_GRID,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+        )
+        .configure_legend(
+            labelColor=_MUTED, titleColor=_INK, labelFontSize=12, titleFontSize=12, titleFontWeight="normal"
+        )
+        .configure_text(fontSize=12)
+    )
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def svg(plot: Plot) -> str:
+    """The chart as SVG for a page, without script or style; its colours are `var(--plot-…)`. Empty: nothing to draw.
+
+    It is labelled by the elements `<name>-title` and `<name>-caption`, which the page has beside it.
+    """
+    import vl_convert
+
+    if plot.chart is None:
+        return ""
+    picture = vl_convert.vegalite_to_svg(plot.chart.to_json(validate=False), allowed_base_urls=[])
+    for colour, name in VARIABLES.items():
+        picture = picture.replace(colour, f"var(--plot-{name})")
+    head, body = picture.split(">", 1)
+    (size,) = re.findall(r'viewBox="[^"]*"', head)
+    # Marks that vega numbers (clips, gradients) are numbered anew in every picture of the page.
+    body = re.sub(r'(id="|url\(#)(\w)', rf"\g<1>{plot.name}-\g<2>", body)
+    label = f'role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {label}>{body}'
+
+
+def png(plot: Plot) -> bytes:
+    """The chart as PNG on white, under 75 KB, for the UI. Empty: nothing to draw.
+
+    Raises:
+        ValueError: it is larger at every scale: too many marks.
+    """
+    import vl_convert
+
+    if plot.chart is None:
+        return b""
+    spec = plot.chart.to_dict(validate=False)
+    spec["config"]["background"] = "white"
+    sizes = []
+    for scale in _SCALES:
+        picture = vl_convert.vegalite_to_png(spec, scale=scale, allowed_base_urls=[])
+        if len(picture) <= _MOST_PNG_BYTES:
+            return picture
+        sizes.append(len(picture))
+    raise ValueError(f"{plot.name}: {sizes} bytes at the scales {_SCALES}, more than {_MOST_PNG_BYTES:,}")
