@@ -29,8 +29,8 @@ demo: install ## Run the whole pipeline on the example batches, with two small r
 ui: install ## Open the pipeline in the Dagster UI on 127.0.0.1 (PORT=3000)
 	$(BIN)/qaq ui --port $(PORT)
 
-test: install ## Run the tests: no network, no GPU, nothing slow
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: install ## Run the tests in two processes: no network, no GPU, nothing slow
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal
 
 test-slow: install ## Run the slow tests: real models (fetched first), a killed run, the UI in a browser
 	$(BIN)/python examples/fetch_models.py

@@ -228,7 +228,7 @@ class CausalLM:
             shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(most, int(self._free_bytes() / self._bytes_per_token))),
             **_work(self._model),
-            peak_flops_per_second=matmul_flops_per_second(self.dtype, self.device),
+            peak_flops_per_second=peak_flops_per_second(self.dtype, self.device),
         )
 
 
@@ -243,7 +243,7 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
         shares_prefixes=device.type == "cpu",
         batch_tokens=0,
         **_work(model),
-        peak_flops_per_second=matmul_flops_per_second(dtype, device),
+        peak_flops_per_second=peak_flops_per_second(dtype, device),
     )
 
 
@@ -281,6 +281,16 @@ def _control_group(name: str) -> float | None:
         return None
     value, *period = file.read_text(encoding="ascii").split()
     return None if value == "max" else float(value) / (float(period[0]) if period else 1.0)
+
+
+def peak_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """`matmul_flops_per_second`, measured once in a process: a driver loads models batch by batch."""
+    return _measured_once(dtype, device, torch.get_num_threads())
+
+
+@functools.cache
+def _measured_once(dtype: torch.dtype, device: torch.device, _num_threads: int) -> float:
+    return matmul_flops_per_second(dtype, device)
 
 
 @torch.inference_mode()

@@ -63,6 +63,7 @@ def running(settings: Settings, instance: dg.DagsterInstance, events: Events) ->
     ranked against a reference is preceded by the making of it, where it is not stored yet.
     """
     lock_directory = config.dagster_home() / "driver_locks"
+    jobs = build_job_defs(settings, on_progress=events.on_progress)
     liveness.end_dead_runs(instance, lock_directory)
     for run_id in liveness.holders_of_pools(instance):
         events.on_notice(
@@ -74,7 +75,7 @@ def running(settings: Settings, instance: dg.DagsterInstance, events: Events) ->
             if job_name == SELECTING and _is_reference_missing(settings):
                 run(REFERENCE_JOB, None)
             events.on_stage(job_name, partition or "")
-            run_id = _run_job(settings, instance, job_name, partition, events, tags)
+            run_id = _run_job(settings, instance, jobs, job_name, partition, tags)
             if has_signal_come():
                 raise InterruptedRunError(
                     f"interrupted by a signal after {job_name} of {partition or 'all'}; run again to go on"
@@ -133,16 +134,15 @@ def _is_reference_missing(settings: Settings) -> bool:
 def _run_job(
     settings: Settings,
     instance: dg.DagsterInstance,
+    jobs: dg.Definitions,
     job_name: str,
     partition: str | None,
-    events: Events,
     tags: dict[str, str],
 ) -> str:
     if settings.runtime.executor == "multiprocess":
         result = _run_in_processes(settings, instance, job_name, tags | _partition_tags(partition))
     else:
-        job = build_job_defs(settings, on_progress=events.on_progress).resolve_job_def(job_name)
-        result = job.execute_in_process(
+        result = jobs.resolve_job_def(job_name).execute_in_process(
             instance=instance,
             partition_key=_partition_key(partition),
             run_config=_QUIET,

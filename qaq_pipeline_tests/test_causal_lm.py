@@ -30,6 +30,7 @@ from qaq_pipeline.causal_lm import (
     load_tokenizer,
     loaders,
     matmul_flops_per_second,
+    peak_flops_per_second,
     resolve_device,
     resolve_dtype,
 )
@@ -59,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A speed that is not measured: for each model that takes longer than all else, in float16 ten seconds."""
-    monkeypatch.setattr(causal_lm, "matmul_flops_per_second", lambda _dtype, _device: 1e9)
+    monkeypatch.setattr(causal_lm, "peak_flops_per_second", lambda _dtype, _device: 1e9)
 
 
 def files(folder: Path) -> ModelFiles:
@@ -271,6 +272,18 @@ def test_a_batch_of_the_size_it_names_fits_into_the_memory_it_was_told_of() -> N
 
 def test_the_speed_of_a_matrix_product_is_measured() -> None:
     assert 1e8 < matmul_flops_per_second(torch.float32, CPU) < 1e14
+
+
+def test_it_is_measured_once_in_a_process_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(causal_lm, "_measured_once", functools.cache(causal_lm._measured_once.__wrapped__))
+    monkeypatch.setattr(causal_lm, "matmul_flops_per_second", lambda dtype, _device: measured.append(dtype) or 1e9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        assert peak_flops_per_second(dtype, CPU) == 1e9
+    assert measured == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    peak_flops_per_second(torch.float32, CPU)
+    assert len(measured) == 3
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
