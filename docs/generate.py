@@ -137,7 +137,7 @@ class _Section(NamedTuple):
 
 def settings(model: type[BaseModel] = config.Settings) -> str:
     """Every section and field of the settings file, from the JSON schema of the model; then the packaged profiles."""
-    whole = model.model_json_schema()
+    whole = _with_words_inside(model.model_json_schema())
     sections: dict[str, _Section] = {}
     for name, field in whole["properties"].items():
         _collect(sections, whole["$defs"], field, name, depth=2)
@@ -147,6 +147,19 @@ def settings(model: type[BaseModel] = config.Settings) -> str:
     ]
     profiles = map(_profile, config.packaged_profiles())
     return "\n\n".join(["## The whole file", _fields(whole, sections), *parts, "## Packaged profiles", *profiles])
+
+
+def _with_words_inside(whole: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema with every reference to a vocabulary replaced by its words: they are values, and no section."""
+    words = {name: {"enum": one["enum"], "type": "string"} for name, one in whole["$defs"].items() if "enum" in one}
+
+    def inside(node: Any) -> Any:
+        if isinstance(node, dict):
+            named = str(node.get("$ref", "")).rpartition("/")[2]
+            return words.get(named) or {key: inside(value) for key, value in node.items()}
+        return [inside(one) for one in node] if isinstance(node, list) else node
+
+    return inside(whole)
 
 
 def _collect(sections: dict[str, _Section], models: Mapping[str, Json], field: Json, place: str, *, depth: int) -> None:

@@ -84,7 +84,7 @@ def of_dataset() -> dg.AutomationCondition:
 def of_page(last_input: str) -> dg.AutomationCondition:
     """A page: made when what it shows was made, in a run of its own, so that one that fails fails nothing else."""
     return (
-        (_follows(last_input) | _was_missing())
+        (_follows(last_input) | _was_missing(last_input))
         & ~_Condition.any_deps_missing()
         & ~_Condition.any_deps_in_progress()
         & ~_Condition.in_progress()

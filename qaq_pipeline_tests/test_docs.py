@@ -27,15 +27,6 @@ DOCS = REPOSITORY / "docs"
 PAGES = sorted([REPOSITORY / "README.md", *DOCS.rglob("*.md")])
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 
-ANNOUNCED = {
-    "calibration": set(),
-    "explain": {"--text", "--version"},
-    "lineage": {"--verify"},
-    "publish": {"--dry-run", "--to"},
-    "report": {"--version"},
-}
-"""Commands, and options of commands, that the pages tell of and that are not merged yet. To be emptied then."""
-
 
 # --- generated pages ----------------------------------------------------------------------------------------------
 
@@ -120,19 +111,8 @@ def test_commands_and_options_in_pages_exist(page: Path) -> None:
     commands = generate.console_commands()
     for name, options in _qaq_commands(page):
         known = {option for one in getattr(commands.get(name), "params", ()) for option in one.opts}
-        known |= ANNOUNCED.get(name, set())
-        assert name in commands or name in ANNOUNCED, f"{page.name}: no command `qaq {name}`"
+        assert name in commands, f"{page.name}: no command `qaq {name}`"
         assert set(options) <= known, f"{page.name}: `qaq {name}` has no {sorted(set(options) - known)}"
-
-
-def test_what_is_announced_is_not_merged_yet() -> None:
-    commands = generate.console_commands()
-    for name, options in ANNOUNCED.items():
-        known = {option for one in getattr(commands.get(name), "params", ()) for option in one.opts}
-        merged = options & known if options and name in commands else {name} & set(commands)
-        assert not merged, (
-            f"`qaq {name}` has {sorted(merged)} now: take it out of ANNOUNCED, and see what the pages say"
-        )
 
 
 def test_pages_name_commands() -> None:
