@@ -29,6 +29,8 @@ from qaq_pipeline_tests.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
 # Read when the libraries are imported, which test modules do: no test asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Set in the processes of pytest-xdist, and read by the console when it is made: a test says how wide it wants it.
+os.environ.pop("COLUMNS", None)
 
 _TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 _GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -412,7 +412,7 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
         assert statuses(daemon, batch)[2] == "withdrawn"
         decision = open_storage(daemon.settings).read_table("decisions", batch).frame.row(2, named=True)
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
-        assert decision["explanation"] == "Withdrawn: its licence forbids training."
+        assert decision["explanation"] == "Withdrawn, so it is not published any more: its licence forbids training."
     assert driver.batches_left_out(daemon.settings, daemon.instance) == {}
     assert driver.published_withdrawn(daemon.settings) == []
 

@@ -36,6 +36,8 @@ class Shown:
     code: int
     out: str
     err: str
+    lines: str
+    """`out` as it was printed."""
 
     def error(self, code: int = 1, lines: int = 1) -> str:
         """The error message; fails where there is none, or more than that."""
@@ -142,7 +144,7 @@ def qaq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         except SystemExit as end:
             code = end.code
         shown = capsys.readouterr()
-        return Shown(code, " ".join(shown.out.split()), shown.err)
+        return Shown(code, " ".join(shown.out.split()), shown.err, shown.out)
 
     yield run
     logging.getLogger("dagster").setLevel(dagster_level)
@@ -301,7 +303,7 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     assert shown.code == 0
     assert "│ strong │ rmi │ 0.938 [0.88, 0.99] │" in shown.out
     assert "│ low_cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
-    offered = yaml.safe_load(shown.out[shown.out.index("- name: ") :])
+    offered = yaml.safe_load(shown.lines[shown.lines.index("- name: ") :])
     assert offered[0]["rmi_strong"] == [0.25, None]
     storage.remove("calibration", "b1", "table.parquet")
 

@@ -152,7 +152,7 @@ def test_a_batch_runs_through_in_four_steps_and_is_published_once(world: World) 
 
 
 def test_a_batch_is_calibrated_beside_its_selection_and_holds_up_no_publication() -> None:
-    settings = parse_settings(yaml.safe_dump({"models": MODELS}))
+    settings = parse_settings(yaml.safe_dump({"models": MODELS, "reports": NO_REPORTS}))
     with dg.DagsterInstance.ephemeral() as instance:
         world = World(instance, build_defs(settings))
         assert world.tick() == {}

@@ -104,10 +104,10 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
     assert frame["decision"].to_list() == ["batch_gated"] * 4
     assert frame["reason"].to_list() == ["too_many_rejected"] * 4
     assert frame["explanation"].to_list() == [
-        "The batch was not published: so it is.",
-        "The batch was not published: so it is. Of the row itself: `query` is blank.",
-        "The batch was not published: so it is. Of the row itself: equal system text, query and answer.",
-        "The batch was not published: so it is.",
+        "No row of the batch is published: so it is.",
+        "No row of the batch is published: so it is. Of the row itself: `query` is blank.",
+        "No row of the batch is published: so it is. Of the row itself: equal system text, query and answer.",
+        "No row of the batch is published: so it is.",
     ]
     assert frame["verdicts"].list.len().to_list() == [0] * 4
     assert ledger.selected_rows("mine", raw, frame).is_empty()

@@ -24,7 +24,7 @@ from qaq_pipeline.assets import build_assets
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.driver import BatchSummary, RunError
-from qaq_pipeline.jobs import CALIBRATION_STAGES, STAGES, build_job_defs
+from qaq_pipeline.jobs import CALIBRATION_STAGES, PAGES, STAGES, build_job_defs
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.resources import ScoredPairs
 from qaq_pipeline.schema import Logprobs, NullReason, Quantity, dtypes
@@ -298,7 +298,7 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
     assert latest(settings) == published
     assert registered == ["b1"]
     assert materialised == {"b1|strong", "b1|weak"}
-    assert runs == dict.fromkeys(STAGES, "SUCCESS")
+    assert runs == dict.fromkeys((job for job in STAGES if job not in PAGES), "SUCCESS")
 
 
 def test_every_table_of_a_batch_is_stored_and_says_what_made_it(
@@ -703,7 +703,7 @@ def run_stages(settings: Settings, instance: dg.DagsterInstance, batch: str, *jo
     """Run jobs for a batch (or batch|model) with some resources replaced; what a step raises is raised."""
     defs = build_job_defs(settings, resource_overrides=resources)
     name, *models = batch.split("|")
-    for job in jobs or STAGES:
+    for job in jobs or [name for name in STAGES if name not in PAGES]:
         keys: dict[str, list[Any]] = {
             "publish_dataset": [None],
             "score_batch": [dg.MultiPartitionKey({"batch": name, "model": m}) for m in models or settings.models],
@@ -733,7 +733,7 @@ def test_a_pair_that_the_model_fails_on_is_unscorable_and_never_selected(
     failed = decisions.filter(decision="unscorable")
     assert failed["reason"].unique().to_list() == ["non_finite"]
     assert failed["gap"].null_count() == 4
-    assert "strong model: non_finite; weak model: non_finite" in failed["explanation"][0]
+    assert "under the strong model and the weak model, the model gave no finite number" in failed["explanation"][0]
     assert set(table(settings, "selected_subset")["pair_id"]).isdisjoint(failed["pair_id"])
 
 
@@ -915,8 +915,8 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     assert dropped.reasons_by_decision["contaminated"] == {"benchmark_prompt": 2}
     decisions = table(settings_for(), "decisions")
     assert decisions["explanation"][5] == (
-        "Contaminated: it holds 100% of the prompt of task T/1 of mine, among it: return the longest word of a "
-        "sentence of two that are equally long the one that comes first."
+        "Contaminated, and not scored: it holds 100% of the prompt of task T/1 of mine, among it: return the longest "
+        "word of a sentence of two that are equally long the one that comes first."
     )
     assert decisions["scores"].list.len().to_list() == [2] * 5 + [0, 0]
     flagged = settings_for(screening={"contamination": checked | {"action": "flag"}})
@@ -927,7 +927,9 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     assert (screened["reason"][5], screened["similarity"][5]) == ("benchmark_prompt", 1.0)
     decisions = table(flagged, "decisions")
     assert set(decisions["reason"][:6]) <= {"within_budget", "below_cut"}
-    assert "Flagged: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][5]
+    assert (
+        "Flagged, and kept all the same: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][5]
+    )
     assert "flagged: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][6]
     assert not any("lagged" in sentence for sentence in decisions["explanation"][:5])
     benchmark.unlink()
