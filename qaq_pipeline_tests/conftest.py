@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
+import hypothesis
 import pytest
 import yaml
 
@@ -31,6 +32,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Set in the processes of pytest-xdist, and read by the console when it is made: a test says how wide it wants it.
 os.environ.pop("COLUMNS", None)
+
+# Other processes may take the machine: how long an example takes says nothing of what is tested.
+hypothesis.settings.register_profile(
+    "without_a_clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("without_a_clock")
 
 _TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 _GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -145,7 +145,7 @@ def test_of_two_older_batches_the_first_one_counts() -> None:
 _TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
 
 
-@effort(max_examples=40, deadline=None)
+@effort(max_examples=40)
 @given(texts=st.lists(st.tuples(_TEXTS, st.integers(0, 3)), min_size=1, max_size=12), seed=st.integers(0, 99))
 def test_what_is_found_is_what_comparing_all_with_all_would_find(texts: list[tuple[str, int]], seed: int) -> None:
     rows = [_edited(text, edits, seed + place) for place, (text, edits) in enumerate(texts)]

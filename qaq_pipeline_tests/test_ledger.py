@@ -515,7 +515,7 @@ def _scores(rmis: list[float | None]) -> pl.DataFrame:
     return rmi_rows(*(UNSCORED if rmi is None else {"rmi": rmi} for rmi in rmis))
 
 
-@effort(max_examples=40, deadline=None)
+@effort(max_examples=40)
 @given(
     rows=st.lists(_ROW, max_size=8),
     strong=st.lists(_RMI, min_size=5, max_size=5),

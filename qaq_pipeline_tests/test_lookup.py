@@ -25,7 +25,7 @@ def stored(rows: pl.DataFrame, group: int) -> io.BytesIO:
     return buffer
 
 
-@effort(max_examples=25, deadline=None)
+@effort(max_examples=25)
 @given(start=st.integers(0, 35), stop=st.integers(0, 35), group=st.integers(1, 40))
 def test_what_is_found_equals_a_filter_of_all_rows(start: int, stop: int, group: int) -> None:
     where: lookup.Where = [("source_row", ">=", start), ("source_row", "<", stop), ("batch", "==", "b1")]

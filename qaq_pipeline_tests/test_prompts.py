@@ -267,7 +267,7 @@ TEXTS = st.text(max_size=60) | st.sampled_from(["<|im_end|>", "<s>", "\n", "é" 
 
 
 @given(query=TEXTS, answer=TEXTS, prior=st.sampled_from(PRIORS), frame=st.sampled_from(FRAMES), data=st.data())
-@effort(max_examples=200, deadline=None)
+@effort(max_examples=200)
 def test_fault_2_a_quantity_is_scored_whole_or_null_with_a_reason_whatever_the_texts(
     query: str, answer: str, prior: str, frame: str, data: st.DataObject
 ) -> None:

@@ -127,7 +127,7 @@ def freeze_or_skip(batch: Scores, how: RankingSettings) -> pl.DataFrame:
 
 
 @given(batch=batches(), how=RANKINGS)
-@effort(max_examples=60, deadline=None)
+@effort(max_examples=60)
 def test_its_own_batch_has_its_in_batch_ranks_and_verdicts_to_the_last_bit(batch: Scores, how: RankingSettings) -> None:
     frozen = freeze_or_skip(batch, how)
     in_batch, _ = strata.disagreement_scores(batch, how, POOL)
@@ -140,7 +140,7 @@ def test_its_own_batch_has_its_in_batch_ranks_and_verdicts_to_the_last_bit(batch
 
 
 @given(batch=batches())
-@effort(max_examples=30, deadline=None)
+@effort(max_examples=30)
 def test_a_reference_that_took_nothing_takes_nothing(batch: Scores) -> None:
     frozen = freeze_or_skip(batch, ranking())
     nothing = choose(strategy="rmi_top", **budget(answer_tokens=1))
@@ -181,7 +181,7 @@ SCORED = st.tuples(st.one_of(FEW_VALUES, st.floats(0, 6)), st.one_of(FEW_VALUES,
     first=st.integers(1, 40),
     num_strata=st.integers(1, 5),
 )
-@effort(max_examples=60, deadline=None)
+@effort(max_examples=60)
 def test_other_pairs_have_the_ranks_of_the_naive_formula(
     own: list[tuple[float, float]], rows: list[tuple[float, float]], first: int, num_strata: int
 ) -> None:
@@ -325,7 +325,7 @@ def test_a_pair_of_two_batches_counts_once_as_in_the_first() -> None:
 
 
 @given(first=batches(), second=batches(first=15), how=RANKINGS)
-@effort(max_examples=30, deadline=None)
+@effort(max_examples=30)
 def test_two_batches_are_ranked_as_their_union(first: Scores, second: Scores, how: RankingSettings) -> None:
     known = first["strong"].select("pair_id")
     union = {role: pl.concat([first[role], second[role].join(known, on="pair_id", how="anti")]) for role in ROLES}
@@ -383,7 +383,7 @@ def test_psi_is_that_of_its_formula() -> None:
 
 
 @given(own=st.lists(SCORED, min_size=1, max_size=30), rows=st.lists(SCORED, min_size=1, max_size=30))
-@effort(max_examples=100, deadline=None)
+@effort(max_examples=100)
 def test_ks_is_the_largest_distance_of_the_two_distributions(own: list[Any], rows: list[Any]) -> None:
     found = reference.drift(alike(*rows), freeze(alike(*own))).statistics
     for column, quantity in enumerate(("log_ppl_q", "rmi")):

@@ -125,7 +125,7 @@ def with_reasons(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "failure"} | reasons
 
 
-@effort(max_examples=40, deadline=None)
+@effort(max_examples=40)
 @given(st.lists(ROW, max_size=8))
 def test_scores_equal_the_naive_formulas(drawn: list[dict[str, Any]]):
     rows = [with_reasons(row) for row in drawn]
@@ -227,7 +227,7 @@ def test_no_rows_give_an_empty_table():
 
 
 @pytest.mark.parametrize("strata_from", ["own", "strong"])
-@effort(max_examples=40, deadline=None)
+@effort(max_examples=40)
 @given(models=two_models(), num_strata=st.integers(1, 12), min_rows=st.integers(1, 8))
 def test_strata_ranks_and_gap_equal_the_naive_formulas(
     strata_from: str, models: tuple[list[Any], list[Any]], num_strata: int, min_rows: int
@@ -358,7 +358,7 @@ def test_an_empty_batch_gives_an_empty_table_without_warnings():
     assert warnings == []
 
 
-@effort(max_examples=40, deadline=None)
+@effort(max_examples=40)
 @given(models=two_models(), seed=st.integers(0, 99))
 def test_ranks_do_not_depend_on_the_order_of_rows(models: tuple[list[Any], list[Any]], seed: int):
     scores = dict(zip(("strong", "weak"), map(model_scores, models), strict=True))

@@ -212,7 +212,6 @@ def test_the_draws_of_seed_0_are_these():
     assert taken(verdicts) == GOLDEN_ORDER
 
 
-@effort(deadline=None)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), share=st.floats(0, 1))
 def test_quotas_are_the_largest_remainders(sizes: list[int], share: float):
     n = sum(sizes)
@@ -231,7 +230,7 @@ def test_equal_remainders_go_to_the_lower_stratum():
     assert quotas({}, 0) == {}
 
 
-@effort(max_examples=30, deadline=None)
+@effort(max_examples=30)
 @given(strata=st.lists(st.integers(1, 5), min_size=1, max_size=60), fraction=st.floats(0.01, 1))
 def test_every_stratum_is_taken_in_proportion_to_one_row(strata: list[int], fraction: float):
     frame = pairs(stratum_strong=strata)
@@ -430,7 +429,7 @@ def test_ranks_and_scores_must_be_of_the_same_models(ranked_roles: list[str]):
         candidates(ranked.with_columns(ranks), scores)
 
 
-@effort(max_examples=15, deadline=None)
+@effort(max_examples=15)
 @given(size=POOL_SIZES, seed=st.integers(0, 999))
 def test_verdicts_do_not_depend_on_the_order_of_rows(size: int, seed: int):
     scores = scores_of(size, seed)
@@ -438,7 +437,7 @@ def test_verdicts_do_not_depend_on_the_order_of_rows(size: int, seed: int):
     assert_frame_equal(select_all(candidates_of(scores, shuffle=seed), EVERY_SELECTION, ROLES), expected)
 
 
-@effort(max_examples=15, deadline=None)
+@effort(max_examples=15)
 @given(size=POOL_SIZES, seed=st.integers(0, 999))
 def test_every_verdict_is_consistent(size: int, seed: int):
     frame = candidates_of(scores_of(size, seed))

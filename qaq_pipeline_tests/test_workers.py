@@ -40,7 +40,7 @@ from qaq_pipeline.workers import (
 BATCH_TOKENS = 40
 MEMORY_TOKENS = 100
 """What the scorer's memory holds."""
-PATIENCE = 15.0
+PATIENCE = 60.0
 """Seconds after which a process that should have ended counts as an orphan."""
 
 NAP, SLEEP, DIE, EXIT, WHO = range(-5, 0)
