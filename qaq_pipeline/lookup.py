@@ -110,7 +110,7 @@ def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = No
     with pq.ParquetFile(stream) as file:
         wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
         asked = list({name: None for name, _, _ in where})
-        found = [_frame(file.schema_arrow.empty_table().select(wanted))]
+        found = [_frame(file.read_row_groups([], wanted))]
         for group in _groups_left(file.metadata, where):
             is_wanted = _frame(file.read_row_group(group, asked)).select(
                 pl.all_horizontal(pl.lit(True), *_expressions(where)).fill_null(False)
