@@ -29,6 +29,7 @@ The map, each module importing only from those above it:
     reference         a frozen pool of several batches: ranks and cuts against it, drift from it
     lookup            rows of a Parquet file by their key; what a person means by a row
     calibration       do the scores tell good from bad? AUROCs, kept shares, cuts, with their intervals
+    calibration_page  what a person reads of it: tables, Markdown, the page with plots
     ledger            every input row: decision, reason, sentence
     exports           selected rows -> the files that trainers load; scores Parquet
     card              what lies in a version and how it was chosen: its README

@@ -162,9 +162,10 @@ def _twins(judged: Judged, defect: Defect) -> pl.DataFrame:
 def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Estimate:
     """P(a clean value > a planted one), ties half, over all pairs of the two; NaN: not scored, left out.
 
-    The interval is the percentile bootstrap over rows, a row and its twin being drawn together. Where all clean values
-    lie above all planted ones, or below, resamples cannot differ; its inner end is then (alpha / 2)**(1 / n), the
-    exact binomial bound of a share of n where every one succeeds.
+    The interval is the bias-corrected percentile bootstrap (Efron 1981) over rows, a row and its twin being drawn
+    together: a row drawn twice is compared with its twin four times, which moves the resamples towards the paired
+    share. Where all clean values lie above all planted ones, or below, resamples cannot differ; its inner end is then
+    (alpha / 2)**(1 / n), the exact binomial bound of a share of n where every one succeeds.
 
     Args:
         clean: values of the rows as delivered.
@@ -183,13 +184,25 @@ def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Es
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).astype(np.float64)
     num_pairs = (weights @ has_clean) * (weights @ has_planted)
     drawn = ((weights @ wins) * weights).sum(axis=1)[num_pairs > 0] / num_pairs[num_pairs > 0]
-    lower, upper = (float(end) for end in np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    lower, upper = _bias_corrected(drawn, value)
     bound = ((1 - CONFIDENCE) / 2) ** (1 / min(num_clean, num_planted))
     if value == 1:
         lower = bound
     elif value == 0:
         upper = 1 - bound
     return Estimate(value, lower, upper, num_clean, num_planted)
+
+
+def _bias_corrected(drawn: np.ndarray, value: float) -> tuple[float, float]:
+    """The ends of the interval: percentiles of the resamples, moved by twice the place of the value among them."""
+    from scipy import stats
+
+    is_equal = np.isclose(drawn, value, rtol=0, atol=1e-12)
+    below = float(((drawn < value) & ~is_equal).mean() + is_equal.mean() / 2)
+    place = stats.norm.ppf(np.clip(below, 0.5 / drawn.size, 1 - 0.5 / drawn.size))
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    lower, upper = np.quantile(drawn, stats.norm.cdf([2 * place - half, 2 * place + half]))
+    return float(lower), float(upper)
 
 
 def paired_share(clean: np.ndarray, planted: np.ndarray) -> Estimate:
@@ -317,52 +330,3 @@ def offered_yaml(calibration: pl.DataFrame, published: Selection) -> str | None:
     base = published if can_have else DiffSelection(name="diff_high_within_cuts", strategy="diff_high")
     values = base.model_dump(mode="json", exclude_none=True) | {"rmi_strong": [low, high]}
     return yaml.safe_dump([values], sort_keys=False, default_flow_style=None)
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
-def pages(calibration: pl.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
-    """The numbers as tables: AUROCs, a row for each model and measure; kept shares, one for each selection; cuts."""
-    ends = f"{CONFIDENCE:.0%} interval"
-    cuts = calibration.filter(pl.col("statistic").is_in([Statistic.LOW_CUT.value, Statistic.HIGH_CUT.value]))
-    return [
-        (f"P(clean > planted), {ends}", _by_defect(calibration, Statistic.AUROC)),
-        (f"Share below its twin, {ends}", _by_defect(calibration, Statistic.PAIRED_SHARE)),
-        (f"Kept share, {ends}", _by_defect(calibration, Statistic.KEPT_SHARE)),
-        (
-            "Cuts of RMI, nats/token",
-            [
-                {"cut": row["statistic"], "model": row["model"], "RMI": _said(row)}
-                | {
-                    "leaves of the clean rows": ""
-                    if row["num_kept"] is None
-                    else f"{row['num_kept']} of {row['num_clean']}"
-                }
-                for row in cuts.iter_rows(named=True)
-            ],
-        ),
-    ]
-
-
-def _by_defect(calibration: pl.DataFrame, statistic: Statistic) -> list[dict[str, str]]:
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in calibration.filter(pl.col("statistic") == statistic.value).iter_rows(named=True):
-        label = {"model": row["model"], "": row["measure"]}
-        found.setdefault((row["model"], row["measure"]), label)[row["defect"]] = _said(row)
-    return list(found.values())
-
-
-def _said(row: Mapping[str, Any]) -> str:
-    if row["value"] is None:
-        return row["null_reason"]
-    return f"{row['value']:.3f}" + ("" if row["lower"] is None else f" [{row['lower']:.2f}, {row['upper']:.2f}]")
-
-
-def as_markdown(calibration: pl.DataFrame) -> str:
-    """The pages in Markdown, for the UI."""
-    tables = []
-    for title, rows in pages(calibration):
-        lines = [f"**{title}**", "", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])] if rows else [title]
-        tables.append("\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)]))
-    return "\n\n".join(tables) + "\n"

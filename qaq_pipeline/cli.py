@@ -347,25 +347,33 @@ def calibration(
 ) -> None:
     """Show whether the scores tell good from bad on a batch, and the cuts of RMI that follow, to be pasted."""
     from qaq_pipeline import calibration as judging
-    from qaq_pipeline import gates
+    from qaq_pipeline import calibration_page, gates, measures, page_files, planting
     from qaq_pipeline.storage import StorageError, open_storage
 
     settings = _settings(config_file)
+    storage = open_storage(settings)
     try:
-        stored = open_storage(settings).read_table("calibration", config.check_batch_name(batch))
+        stored = storage.read_table("calibration", config.check_batch_name(batch))
     except (StorageError, ValueError) as error:
         _fail(f"{error}. Calibration follows the publication of a batch, where `calibration.enabled` is true")
     if (gate := gates.of_provenance(stored.provenance)) is not None:
         _fail(f"batch {batch} is gated, and not calibrated: {gate.sentence}")
-    for title, rows in judging.pages(stored.frame):
-        shown = Table(*rows[0], title=title)
-        for row in rows:
-            shown.add_row(*map(escape, row.values()))
+    finding = measures.discrimination(stored.frame, settings.calibration.min_auc, planting.ENOUGH)
+    console.print(finding.sentence, style=None if finding.passed else "yellow", markup=False, highlight=False)
+    for table in calibration_page.tables(stored.frame):
+        shown = Table(*table.head, title=table.caption)
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
         console.print(shown)
+    for sentence in calibration_page.missing(stored.frame):
+        console.print(sentence, markup=False, highlight=False)
     offered = judging.offered_yaml(stored.frame, settings.published)
     console.print("No cut is offered." if offered is None else "Offered, as one of `selections`:", highlight=False)
     if offered is not None:
         console.print(offered, markup=False, highlight=False, soft_wrap=True)
+    page = page_files.calibration_page(batch)
+    if storage.exists(*page):
+        console.print(f"With plots and examples: {storage.url(*page)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,6 +4,7 @@ Belongs here: reading the tables that a page shows, storing it. Does not belong 
 asks for it (assets, `renewal`), and Dagster.
 
     reports/<batch>/report.html                  and made_of.json: versions of what it was made of
+    reports/<batch>/calibration.html             written with the table
     curated_dataset/reports/<version>.html       outside the version's own folder, which its manifest describes
 """
 
@@ -32,6 +33,11 @@ Frozen = tuple[str, pl.DataFrame]
 def batch_page(batch: str) -> tuple[str, ...]:
     """Where the page of a batch lies."""
     return (FOLDER, batch, "report.html")
+
+
+def calibration_page(batch: str) -> tuple[str, ...]:
+    """Where the page of a batch's calibration lies."""
+    return (FOLDER, batch, "calibration.html")
 
 
 def version_page(version: str) -> tuple[str, ...]:

@@ -174,15 +174,17 @@ def lengths(name: str, shares: pl.DataFrame, numbers: pl.DataFrame, what: str) -
 
 
 def drift(quantity: str, role: str, shares: pl.DataFrame) -> Plot:
-    """A number in the batch and in the reference (`summaries.compared`)."""
+    """A number in the batch and in the reference (`summaries.spread`)."""
     title = f"{quantity}, {role} model: batch and reference"
     table = shares.pivot("group", index=["low", "high"], values="share") if not shares.is_empty() else shares
     name = re.sub(r"\W+", "_", f"drift_{quantity}_{role}".lower())
     return Plot(name, title, "Share of the pairs by bin.", _steps(shares, f"{quantity}, nats per token"), table)
 
 
-def _steps(shares: pl.DataFrame, title: str, *, is_log: bool = False) -> alt.TopLevelMixin | None:
-    """Shares by group as lines that step at the bins' edges."""
+def _steps(
+    shares: pl.DataFrame, title: str, *, is_log: bool = False, marks: Sequence[float] = ()
+) -> alt.TopLevelMixin | None:
+    """Shares by group as lines that step at the bins' edges; vertical lines at the marks."""
     import altair as alt
 
     if shares.is_empty():
@@ -208,31 +210,27 @@ def _steps(shares: pl.DataFrame, title: str, *, is_log: bool = False) -> alt.Top
             ),
         )
     )
-    return _sized(chart, 260)
+    if not marks:
+        return _sized(chart, 260)
+    rules = alt.Chart(pl.DataFrame({"mark": list(marks)})).mark_rule(color=_INK, strokeWidth=1.5).encode(x="mark:Q")
+    return _sized(alt.layer(chart, rules), 260)
 
 
 def overlap(shares: pl.DataFrame) -> Plot:
     """What two selections share, as a share of the first one's pairs (`summaries.overlap`)."""
-    import altair as alt
-
     title = "What the selections share"
     caption = "Of the pairs that the selection of the row takes, the share that the one of the column takes as well."
     if shares.is_empty():
         return Plot("overlap", title, caption, None, shares)
-    names = shares["first"].unique(maintain_order=True).to_list()
+    is_known = pl.col("of_first").is_not_null()
     said = shares.with_columns(
-        label=pl.when(pl.col("of_first").is_not_null())
+        label=pl.when(is_known)
         .then(pl.format("{} %", (100 * pl.col("of_first")).round(0).cast(pl.Int64)))
         .otherwise(pl.lit("none")),
-        of_first=pl.col("of_first").fill_null(0.0),
+        strength=pl.col("of_first").fill_null(0.0),
+        is_below=pl.lit(False),
     )
-    below = alt.Axis(labelAngle=-40, labelLimit=_LONGEST_NAME, orient="bottom", grid=False, minExtent=90)
-    x = alt.X("second:N", sort=names, title=None, axis=below)
-    y = _names("first", names)
-    opacity = alt.Opacity("of_first:Q", scale=alt.Scale(domain=[0, 1], range=[0.02, 0.4]), legend=None)
-    rects = alt.Chart(said).mark_rect(color=_ONE).encode(x=x, y=y, opacity=opacity)
-    text = alt.Chart(said).mark_text(color=_INK).encode(x=x, y=y, text="label:N")
-    return Plot("overlap", title, caption, _sized(alt.layer(rects, text), 32 * len(names) + 100), shares)
+    return Plot("overlap", title, caption, _labelled_grid(said, "first", "second"), shares)
 
 
 def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
@@ -256,6 +254,110 @@ def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
     bars = alt.Chart(said).mark_bar(color=_ONE, opacity=0.85).encode(y=y, x=x)
     text = alt.Chart(said).mark_text(align="left", dx=4, color=_INK).encode(y=y, x="share:Q", text="label:N")
     return Plot(name, title, caption, _sized(alt.layer(bars, text), 24 * said.height + 50), shares)
+
+
+# --- of a calibration -----------------------------------------------------------------------------------------------
+
+
+def told_apart(intervals: pl.DataFrame) -> Plot:
+    """How well each defect is told from its twins: group, defect, value, lower, upper (`calibration_page`)."""
+    import altair as alt
+
+    title = "What RMI tells apart"
+    caption = (
+        "P(a row as delivered scores above a planted one), with its 95 % interval: 1 is always told, 0.5 (the line) is "
+        "chance, below it the defect scores as the better one. The length of the answer costs nothing to know: a score "
+        "that does not beat it is not worth its GPU."
+    )
+    if intervals.is_empty():
+        return Plot("told_apart", title, caption, None, intervals)
+    groups, defects = (intervals[name].unique(maintain_order=True).to_list() for name in ("group", "defect"))
+    y = _names("defect", defects)
+    base = alt.Chart(intervals).encode(
+        y=y,
+        yOffset=alt.YOffset("group:N", sort=groups),
+        color=alt.Color(
+            "group:N",
+            sort=groups,
+            scale=alt.Scale(domain=groups, range=[_ONE, _TWO, _THREE][: len(groups)]),
+            legend=alt.Legend(orient="top", title=None, columns=3),
+        ),
+    )
+    limits = alt.Scale(domain=[0, 1], nice=False)
+    axis = alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format="~g", grid=True)
+    x = alt.X("value:Q", scale=limits, axis=axis, title="P(clean > planted)")
+    shapes = alt.Scale(domain=groups, range=["circle", "square", "triangle-up"][: len(groups)])
+    points = base.mark_point(filled=True, opacity=1, size=55).encode(
+        x=x, shape=alt.Shape("group:N", sort=groups, scale=shapes)
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("lower:Q", scale=limits), x2="upper:Q")
+    chance = alt.Chart(pl.DataFrame({"chance": [0.5]})).mark_rule(color=_MUTED, strokeDash=[6, 3]).encode(x="chance:Q")
+    height = (14 * len(groups) + 8) * len(defects) + 80
+    return Plot("told_apart", title, caption, _sized(alt.layer(chance, bars, points), height), intervals)
+
+
+def auroc_grid(name: str, of: str, cells: pl.DataFrame) -> Plot:
+    """AUROC of every score against every defect: score, defect, value (`calibration_page`)."""
+    title = f"P(clean > planted) of every score, {of}"
+    caption = (
+        "The stronger the colour, the farther from chance (0.5); the colours differ above and below it. A number below "
+        "0.5 says that the defect scores above its twin: by perplexity that can be as telling."
+    )
+    said = cells.with_columns(
+        label=pl.col("value").round(2).map_elements(lambda value: f"{value:.2f}", return_dtype=pl.String),
+        strength=(pl.col("value") - 0.5).abs() * 2,
+        is_below=pl.col("value") < 0.5,
+    )
+    return Plot(name, title, caption, _labelled_grid(said, "score", "defect"), cells)
+
+
+def kept_grid(shares: pl.DataFrame) -> Plot:
+    """What the selections take of each defect: selection, defect, value (`calibration_page`)."""
+    title = "What the selections take"
+    caption = (
+        "Of the rows of the column, the share that the selection of the row takes. `clean` is the whole batch: a "
+        "selection that helps takes less of a defect than of that."
+    )
+    said = shares.with_columns(
+        label=pl.format("{}%", (100 * pl.col("value")).round(0).cast(pl.Int64)),
+        strength=pl.col("value"),
+        is_below=pl.lit(False),
+    )
+    return Plot("kept_defects", title, caption, _labelled_grid(said, "selection", "defect"), shares)
+
+
+def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
+    """RMI of the rows as delivered and of the planted ones, with the cuts that follow (`summaries.spread`)."""
+    title = f"Where RMI could be cut, {role} model"
+    caption = "Share of each group's pairs by RMI. Vertical lines: the cuts that are offered, where there are any."
+    table = shares.pivot("group", index=["low", "high"], values="share") if not shares.is_empty() else shares
+    return Plot(f"cuts_{role}", title, caption, _steps(shares, "RMI, nats per token", marks=marks), table)
+
+
+def _labelled_grid(cells: pl.DataFrame, row: str, column: str) -> alt.TopLevelMixin | None:
+    """Cells with their `label`, coloured by `strength` in [0, 1] and `is_below`."""
+    import altair as alt
+
+    if cells.is_empty():
+        return None
+    rows, columns = (cells[name].unique(maintain_order=True).to_list() for name in (row, column))
+    below = alt.Axis(labelAngle=-40, labelLimit=_LONGEST_NAME, orient="bottom", grid=False, minExtent=80)
+    x = alt.X(f"{column}:N", sort=columns, title=None, axis=below)
+    y = _names(row, rows)
+    rects = (
+        alt.Chart(cells)
+        .mark_rect()
+        .encode(
+            x=x,
+            y=y,
+            opacity=alt.Opacity(
+                "strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.02, 0.4], nice=False), legend=None
+            ),
+            color=alt.condition("datum.is_below", alt.value(_TWO), alt.value(_ONE)),
+        )
+    )
+    text = alt.Chart(cells).mark_text(color=_INK).encode(x=x, y=y, text="label:N")
+    return _sized(alt.layer(rects, text), 28 * len(rows) + 90)
 
 
 # --- parts of charts ------------------------------------------------------------------------------------------------

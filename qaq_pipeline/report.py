@@ -157,7 +157,7 @@ def batch_page(
         "examples": _examples(flat, pairs, tables, examples),
         "limits": card.limits(published),
     }
-    return _render("batch.html", page)
+    return render("batch.html", page)
 
 
 def version_page(
@@ -220,7 +220,7 @@ def version_page(
         ),
         "limits": card.limits(published),
     }
-    return _render("version.html", page)
+    return render("version.html", page)
 
 
 def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
@@ -457,7 +457,13 @@ def _drift_plots(pairs: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None) -
         return []
     quantities = {"log PPL(Q)": "log_ppl_q", "RMI": "rmi"}
     return [
-        plots.drift(said, role, summaries.compared(pairs[f"{quantity}_{role}"], _of_role(frozen[1], role)[quantity]))
+        plots.drift(
+            said,
+            role,
+            summaries.spread(
+                {"batch": pairs[f"{quantity}_{role}"], "reference": _of_role(frozen[1], role)[quantity]},
+            ),
+        )
         for role in summaries.roles(pairs)
         for said, quantity in quantities.items()
     ]
@@ -513,7 +519,8 @@ def _example(row: Mapping[str, Any], roles: Iterable[str]) -> Example:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def _render(template: str, page: Mapping[str, Any]) -> bytes:
+def render(template: str, page: Mapping[str, Any]) -> bytes:
+    """A page: the template of `pages/`, filled with text, numbers, `Table`s, `Plot`s and `Examples`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qaq_pipeline", "pages"),
         autoescape=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -291,14 +291,19 @@ def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
     }
 
 
-def compared(batch: pl.Series, reference: pl.Series, bins: int = 30) -> pl.DataFrame:
-    """group, low, high, share: how a number is spread in a batch and in a reference, over the same bins."""
-    values = {"batch": batch.drop_nulls(), "reference": reference.drop_nulls()}
-    edges = _edges(pl.concat([v.cast(pl.Float64) for v in values.values()]), bins)
+def spread(groups: Mapping[str, pl.Series], bins: int = 30) -> pl.DataFrame:
+    """group, low, high, share: how a number is spread in some groups of pairs, over the same bins.
+
+    Args:
+        groups: the number of every pair, by the group's name; nulls count nowhere, and a group without a number is out.
+        bins: of equal width, from the lowest to the highest, but for a thousandth of each group at either end.
+    """
+    values = {group: of.drop_nulls().cast(pl.Float64) for group, of in groups.items() if of.drop_nulls().len()}
+    ends = [_edges(of, 1) for of in values.values()]
+    edges = _edges(pl.Series([end for pair in ends for end in pair], dtype=pl.Float64), bins)
     rows = [
         (group, float(low), float(high), int(count) / len(of))
         for group, of in values.items()
-        if len(of) and len(edges)
         for low, high, count in zip(edges[:-1], edges[1:], np.histogram(of.to_numpy(), edges)[0], strict=True)
     ]
     columns = {"group": pl.String, "low": pl.Float64, "high": pl.Float64, "share": pl.Float64}

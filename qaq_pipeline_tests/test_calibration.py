@@ -59,7 +59,7 @@ def test_the_auroc_is_the_share_of_pairs_in_order_with_ties_half() -> None:
     assert found.value == pytest.approx(u / 29**2)
 
 
-def test_the_interval_is_the_percentile_bootstrap_over_rows_with_their_twins() -> None:
+def test_the_interval_is_the_bias_corrected_bootstrap_over_rows_with_their_twins() -> None:
     random = np.random.default_rng(1)
     clean = random.normal(0.5, 1, 25)
     planted = clean - random.normal(0.3, 0.2, 25)
@@ -69,7 +69,13 @@ def test_the_interval_is_the_percentile_bootstrap_over_rows_with_their_twins() -
         rows = np.repeat(np.arange(25), counts)
         naive.append(np.mean([clean[i] > planted[j] for i in rows for j in rows]))
     found = auroc(clean, planted, SAMPLES, seed=7)
-    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
+    ordered = sorted(naive)
+    assert found.value is not None
+    place = stats.norm.ppf(
+        (np.searchsorted(ordered, found.value - 1e-9) + np.searchsorted(ordered, found.value + 1e-9)) / 2 / SAMPLES
+    )
+    ends = stats.norm.cdf([2 * place - 1.959964, 2 * place + 1.959964])
+    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(naive, ends)), abs=1e-6)
     assert found.lower is not None
     assert found.value is not None
     assert found.upper is not None
@@ -178,11 +184,20 @@ def planted_of(defects: dict[Defect, int], first: int) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema.dtypes(schema.PlantedRows))
 
 
-@pytest.fixture(scope="module")
-def judged() -> calibration.Judged:
-    """40 clean pairs; 20 mismatches below them, 20 echoes above."""
+@pytest.fixture(scope="module", name="judged")
+def _judged() -> calibration.Judged:
+    return judged_batch()
+
+
+def planted_rows() -> pl.DataFrame:
+    """20 mismatches and 20 echoes."""
+    return planted_of({Defect.OTHER_ANSWER: 20, Defect.ECHO: 20}, first=101)
+
+
+def judged_batch() -> calibration.Judged:
+    """40 clean pairs; the mismatches below them, the echoes above."""
     clean = scored(40, 1.0, seed=0)
-    rows = planted_of({Defect.OTHER_ANSWER: 20, Defect.ECHO: 20}, first=101)
+    rows = planted_rows()
     low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
     planted = {role: pl.concat([low[role], high[role]]) for role in low}
     ranks, _ = strata.disagreement_scores(clean, settings().ranking, "batch:b1")
@@ -276,25 +291,6 @@ def test_without_a_planted_row_every_number_is_null_with_its_reason() -> None:
     without_ifd = calibrate(None, settings(scoring={"quantities": ["rmi"]}))
     not_wanted = without_ifd.filter(pl.col("null_reason") == "not_wanted")
     assert set(not_wanted["measure"]) == {"ifd_ppl", "log_ppl_a_given_q"}
-
-
-def test_the_pages_show_every_number_with_its_interval_or_the_reason(judged: calibration.Judged) -> None:
-    frame = calibrate(judged, settings())
-    pages = dict(calibration.pages(frame))
-    assert list(pages) == [
-        "P(clean > planted), 95% interval",
-        "Share below its twin, 95% interval",
-        "Kept share, 95% interval",
-        "Cuts of RMI, nats/token",
-    ]
-    first = pages["P(clean > planted), 95% interval"][0]
-    row = number_of(frame, Statistic.AUROC, Defect.OTHER_ANSWER, "strong", "rmi")
-    assert first["other_answer"] == f"{row['value']:.3f} [{row['lower']:.2f}, {row['upper']:.2f}]"
-    assert (first["model"], first[""], first["refusal"]) == ("strong", "rmi", "not_planted")
-    assert pages["Kept share, 95% interval"][0]["clean"].startswith("0.250 [")
-    text = calibration.as_markdown(frame)
-    assert all(f"**{title}**" in text for title in pages)
-    assert calibration.as_markdown(frame.clear()).count("\n|") == 0
 
 
 def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(judged: calibration.Judged) -> None:

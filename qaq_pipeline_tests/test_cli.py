@@ -301,8 +301,8 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     storage.write_table(StoredTable(frame), "calibration", "b1")
     shown = qaq(home, "calibration", "b1")
     assert shown.code == 0
-    assert "│ strong │ rmi │ 0.938 [0.88, 0.99] │" in shown.out
-    assert "│ low_cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
+    assert "│ RMI │ other_answer │ 0.938 [0.88, 0.99] │" in shown.out
+    assert "│ low cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
     offered = yaml.safe_load(shown.lines[shown.lines.index("- name: ") :])
     assert offered[0]["rmi_strong"] == [0.25, None]
     storage.remove("calibration", "b1", "table.parquet")

@@ -371,6 +371,7 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 CALIBRATED = {
+    "reports": {"pages": True, "pictures": False},
     "calibration": {"enabled": True, "max_share": None, "rows_per_defect": 4, "bootstrap_samples": 100},
     "selections": [{"name": "diff_high", "strategy": "diff_high"}, {"name": "band", "strategy": "rmi_band"}],
 }
@@ -405,6 +406,8 @@ def test_a_batch_is_calibrated_after_it_was_published_and_the_dataset_is_as_with
     assert set(known["num_planted"]) == {4}
     assert known.height == 2 * 8
     assert set(found.filter(statistic="kept_share")["measure"]) == {"diff_high", "band"}
+    page = Path(settings.storage_root) / "reports/b1/calibration.html"
+    assert "Calibration of batch b1" in page.read_text()
 
 
 def test_no_planted_row_is_in_a_decision_a_selection_or_a_file_of_the_dataset(

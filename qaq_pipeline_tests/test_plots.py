@@ -32,7 +32,7 @@ def drawn(flat: pl.DataFrame) -> list[Plot]:
         plots.lengths(
             "a_tokens", *summaries.lengths(summaries.groups_of_lengths(pairs, "num_a_tokens_strong")), "answer"
         ),
-        plots.drift("RMI", "strong", summaries.compared(pairs["rmi_strong"], pairs["rmi_weak"])),
+        plots.drift("RMI", "strong", summaries.spread({"batch": pairs["rmi_strong"], "reference": pairs["rmi_weak"]})),
         plots.overlap(summaries.overlap(flat)),
         plots.kept("kept_stratum", summaries.strata(pairs, "strong"), "stratum", "stratum"),
         plots.kept("kept_language", summaries.kept_by(flat, "language"), "language"),

@@ -6,14 +6,16 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline import calibration as pure
-from qaq_pipeline import gates, measures, planting, reference
+from qaq_pipeline import calibration_page, gates, measures, page_files, planting, reference
 from qaq_pipeline.assets import rank_reference
+from qaq_pipeline.assets.batch_report import made_by
 from qaq_pipeline.assets.shared import (
     BATCHES,
     by_model,
     code_version,
     definition,
     gate_metadata,
+    pictures,
     require_inputs,
     stored_gate,
     table_result,
@@ -22,7 +24,7 @@ from qaq_pipeline.config import Settings
 from qaq_pipeline.schema import Calibration
 from qaq_pipeline.storage import Storage, StoredTable, empty
 
-VERSION = "1"
+VERSION = "2"
 
 
 def build_calibration(settings: Settings) -> dg.AssetsDefinition:
@@ -75,6 +77,14 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         if not gate and not finding.passed:
             context.log.warning(finding.sentence)
         metadata = {**_metadata(frame, settings), "finding": finding.sentence, **finding.numbers, **gate_metadata(gate)}
+        metadata |= pictures(context, settings, lambda: calibration_page.drawn(frame, judged)[:1])
+        if settings.reports.pages:
+            batch, made = context.partition_key, made_by(context)
+            place = page_files.calibration_page(batch)
+            storage.write_bytes(
+                calibration_page.page(batch, frame, judged, planted_rows.frame, settings, finding, gate, made), *place
+            )
+            metadata["page"] = dg.MetadataValue.path(storage.url(*place))
         return table_result(context, frame, inputs, metadata, **stored_gate(gate))
 
     return calibration
@@ -121,5 +131,5 @@ def _metadata(frame: pl.DataFrame, settings: Settings) -> dict[str, Any]:
     offered = pure.offered_yaml(frame, settings.published)
     return {
         "offered_selection": dg.MetadataValue.md("no cut" if offered is None else f"```yaml\n{offered}```"),
-        "table": dg.MetadataValue.md(pure.as_markdown(frame)),
+        "table": dg.MetadataValue.md(calibration_page.as_markdown(frame)),
     }
