@@ -24,7 +24,8 @@ WIDTH = 400
 """Pixels, axes and all: at 360 px of screen, text of 12 px shrinks to 10."""
 _MOST_PNG_BYTES = 75_000
 """As base64 in a page of the UI: 100 KB."""
-_SCALES = (1.5, 1.0, 0.75)
+_SCALES = (1.0, 0.75)
+"""Not above 1: an event log keeps every picture of every batch, twice."""
 
 _INK, _MUTED, _GRID, _ONE, _TWO, _THREE = "#1b1f24", "#57606b", "#d3d9e0", "#0b5cab", "#b04a00", "#6b6b6c"
 VARIABLES = {

@@ -29,7 +29,11 @@ NUM_TABLES = len(schema.TABLES) + 2
 @pytest.fixture(scope="module")
 def published(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Two batches, run and published by tiny models; a test that changes a file puts it back."""
-    home = tmp_path_factory.mktemp("home")
+    yield from run_through(tiny_model_dir, tmp_path_factory.mktemp("home"))
+
+
+def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any) -> Iterator[Settings]:
+    """The settings of a home in which two batches were run and published."""
     models = {
         role: {"directory": str(tiny_model_dir(seed=seed)), "device": "cpu", "dtype": "float32"}
         for seed, role in enumerate(("strong", "weak"))
@@ -37,7 +41,7 @@ def published(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     values = {
         "models": models,
         "scoring": {"max_tokens": 512},
-        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
+        "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | ranking,
         "screening": {"duplicates": {"across_batches": False}},
     }
     with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
@@ -223,6 +227,21 @@ def restored(*paths: Path) -> Iterator[None]:
     finally:
         for path, data in before.items():
             path.write_bytes(data)
+
+
+def test_a_frozen_reference_is_on_the_way_and_a_changed_byte_of_it_is_named(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference = {"name": "r1", "batches": ["b1"]}
+    for settings in run_through(tiny_model_dir, tmp_path, pool="reference", reference=reference):
+        storage = open_storage(settings)
+        tables = [table for batch in walk_newest(storage).batches for table in batch.tables]
+        (path,) = {Path(table.path) for table in tables if table.name == "rank_reference"}
+        assert found(storage) == []
+        for offset in offsets(path):
+            with flipped(path, offset):
+                assert set(found(storage)) == {str(path)}, offset
+        assert found(storage) == []
 
 
 def test_a_table_that_was_made_anew_since_is_no_fault_and_is_said_to_be_another(storage: Storage) -> None:
