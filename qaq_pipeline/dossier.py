@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from qaq_pipeline import audit, ledger, schema
 from qaq_pipeline.audit import Fate
@@ -88,10 +88,11 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
     for label, text in _texts(dossier):
         _line(console, f"  {label}: {text}", style="dim")
     if row["scores"]:
-        _print_structs(console, "model", row["scores"])
+        _print_scores(console, row["scores"])
     if row["verdicts"]:
-        _print_structs(console, "selection", row["verdicts"])
-    _line(console, f"pair_id {row['pair_id']}, provenance {row['provenance_id']}", style="dim")
+        _print_verdicts(console, row["verdicts"])
+    pair = "no pair" if row["pair_id"] is None else f"pair_id {row['pair_id']}"
+    _line(console, f"{pair}, provenance {row['provenance_id']}", style="dim")
     for line in _origin(dossier, with_template=with_template):
         _line(console, f"  {line}", style="dim")
 
@@ -152,7 +153,8 @@ def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
         return
     yield f"input: {row['source_file']}, row {row['source_row']}, sha256 {made_of['files'].get(row['source_file'])}"
     scored_by = made_of.get("scored_by", {})
-    for role, identity in sorted(made_of["models"].items()):
+    is_scored = bool(row["scores"]) or with_template
+    for role, identity in sorted(made_of["models"].items()) if is_scored else ():
         asked = scored_by.get(role, {})
         yield (
             f"{role}: {identity['model']} ({identity['revision']}), {identity['dtype']}, "
@@ -173,18 +175,32 @@ def _libraries(libraries: Mapping[str, str] | str) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
 
 
-def _print_structs(console: Console, name: str, structs: Sequence[Mapping[str, Any]]) -> None:
-    """One column a struct, one row a field: readable in 80 characters."""
-    shown = Table("", *(struct[name] for struct in structs))
-    for field in structs[0]:
-        if field != name:
-            shown.add_row(field, *(_cell(struct[field]) for struct in structs))
+def _print_scores(console: Console, scores: Sequence[Mapping[str, Any]]) -> None:
+    """One column a model, one row a number."""
+    shown = Table("", *(of_model["model"] for of_model in scores))
+    for field in scores[0]:
+        if field != "model":
+            shown.add_row(field, *(_cell(of_model[field]) for of_model in scores))
+    console.print(shown)
+
+
+def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """One row a selection: a name is folded, never cut."""
+    shown = Table(
+        *(Column(head, overflow="fold") for head in ("selection", "selected", "reason", "score", "place", "cut"))
+    )
+    for verdict in verdicts:
+        place = f"{_cell(verdict['position'])} of {verdict['pool_size']}"
+        numbers = [_cell(verdict["score"]), place, _cell(verdict["cut"])]
+        shown.add_row(verdict["selection"], _cell(verdict["is_selected"]), verdict["reason"], *numbers)
     console.print(shown)
 
 
 def _cell(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -417,7 +417,7 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
         r"number \d of 18; the last pair taken has 0",
         shown.out,
     )
-    for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "pool_size", "provenance"):
+    for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "of 18", "provenance"):
         assert word in shown.out
     assert "strong: chatml-0 (files:" in shown.out
     assert re.search(r"version 1 \(\w{8}, \d{4}-\d\d-\d\d\): in it: as above", shown.out)
@@ -431,7 +431,7 @@ def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
     assert shown.out.startswith(
         f"b1/rows.jsonl:{REJECTED_ROW}.0: rejected (empty_query) Rejected when it was read, and never scored: shape "
     )
-    assert "pair_id None" in shown.out
+    assert "no pair, provenance" in shown.out
 
 
 def test_explain_says_of_what_a_row_is_a_duplicate(home: Home, qaq: Qaq) -> None:
