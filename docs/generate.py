@@ -122,6 +122,9 @@ def _vocabulary_section(vocabulary: type[schema.Vocabulary]) -> str:
 
 Json = Mapping[str, Any]
 
+_NULL = {"type": "null"}
+_NAMES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
+
 
 class _Section(NamedTuple):
     """A settings model, where its fields stand in the file, and how deep."""
@@ -202,9 +205,18 @@ def _fields(model: Json, sections: Mapping[str, _Section]) -> str:
     for name, field in model["properties"].items():
         inside = [sections[inner] for _, inner in _models_in(field)]
         meaning = field.get("description") or (inside[0].model["description"] if inside else "Says which one it is.")
-        value = ", ".join(f"[{_label(one)}](#{_slug(one.heading)})" for one in inside) or _value(field)
+        value = _links(field, sections) if inside else _value(field)
         rows.append((f"`{name}`", value, _default(field), _text(meaning)))
     return _markdown(("field", "value", "default", "meaning"), rows)
+
+
+def _links(field: Json, sections: Mapping[str, _Section]) -> str:
+    """The sections that a field holds, and how it holds them."""
+    inside = list(_models_in(field))
+    links = ", ".join(f"[{_label(sections[name])}](#{_slug(sections[name].heading)})" for _, name in inside)
+    several = f"list of {'any of ' if len(inside) > 1 else ''}"
+    held = {"[]": several, ".<role>": "for each role, "}.get(inside[0][0], "")
+    return f"{held}{links}{', or `null`' if _NULL in field.get('anyOf', ()) else ''}"
 
 
 def _label(section: _Section) -> str:
@@ -215,24 +227,40 @@ def _label(section: _Section) -> str:
 def _value(field: Json) -> str:
     """What may stand there, in words."""
     if "const" in field or "enum" in field:
-        return ", ".join(f"`{word}`" for word in field.get("enum", [field.get("const")]))
+        return _words(field, " or ")
     if "anyOf" in field:
-        return "; or ".join(_value(option) for option in field["anyOf"])
-    if "prefixItems" in field:
-        return f"list of {len(field['prefixItems'])}: {_value(field['prefixItems'][0])}"
-    if "items" in field:
-        return f"list: {_value(field['items'])}" + (", not empty" if field.get("minItems") else "")
+        return ", or ".join(_value(option) for option in field["anyOf"])
+    if field["type"] == "array":
+        return _list(field)
     if "pattern" in field:
         return f"text as `{field['pattern']}`"
-    names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
-    return names.get(field["type"], "`null`") + _limits(field)
+    return _NAMES.get(field["type"], "`null`") + _limits(field)
+
+
+def _words(field: Json, last: str) -> str:
+    *words, end = (f"`{word}`" for word in field.get("enum", [field.get("const")]))
+    return f"{', '.join(words)}{last}{end}" if words else end
+
+
+def _list(field: Json) -> str:
+    """`list of 2 numbers`, `non-empty list of text as …`, `list of any of …`."""
+    length = len(field.get("prefixItems", ()))
+    item = field["prefixItems"][0] if length else field["items"]
+    many = f"{'non-empty ' if field.get('minItems') and not length else ''}list of {f'{length} ' if length else ''}"
+    if "enum" in item:
+        return f"{many}any of {_words(item, ', ')}"
+    if "anyOf" in item:
+        return f"{many}(each a {' or '.join(_value(option) for option in item['anyOf'])})"
+    plural = "s" if length else ""
+    return f"{many}{_NAMES[item['type']]}{plural}" if _value(item) == _NAMES[item["type"]] else many + _value(item)
 
 
 def _limits(field: Json) -> str:
     if "minimum" in field and "maximum" in field:
-        return f", {field['minimum']:,} to {field['maximum']:,}"
+        return f" from {field['minimum']:,} to {field['maximum']:,}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return "".join(f", {sign}{_NBSP}{field[bound]:,}" for bound, sign in signs.items() if bound in field)
+    limits = (f"{sign}{_NBSP}{field[bound]:,}" for bound, sign in signs.items() if bound in field)
+    return f" {said}" if (said := " and ".join(limits)) else ""
 
 
 def _default(field: Json) -> str:

@@ -10,16 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import dataframely as dy
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import Field, create_model
 
 from docs import generate
 from qaq_pipeline import automation, checks, schema, storage
-from qaq_pipeline.config import Settings, load_settings, parse_settings
+from qaq_pipeline.config import ReferenceSettings, Settings, load_settings, parse_settings
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,9 +50,29 @@ def test_a_new_setting_changes_the_page_of_settings() -> None:
     class Wider(Settings):
         colour: int = Field(3, ge=1, le=9, description="Of nothing.")
 
-    row = "| `colour` | whole number, 1 to 9 | `3` | Of nothing. |"
+    row = "| `colour` | whole number from 1 to 9 | `3` | Of nothing. |"
     assert row in generate.settings(Wider)
     assert row not in generate.settings()
+
+
+VALUES: list[tuple[Any, str]] = [
+    (float | None, "number, or `null`"),
+    (tuple[float, float], "list of 2 numbers"),
+    (tuple[float | None, float | None] | None, "list of 2 (each a number or `null`), or `null`"),
+    (Annotated[float, Field(gt=0, le=1)] | None, "number >\N{NO-BREAK SPACE}0 and ≤\N{NO-BREAK SPACE}1, or `null`"),
+    (Literal["a", "b", "c"], "`a`, `b` or `c`"),
+    (Literal["a", "b"] | tuple[str, ...], "`a` or `b`, or list of text"),
+    (Annotated[tuple[Literal["a", "b"], ...], Field(min_length=1)], "non-empty list of any of `a`, `b`"),
+    (tuple[Annotated[str, Field(pattern="^[a-z]$")], ...], "list of text as `^[a-z]$`"),
+    (ReferenceSettings | None, "[`ranking.reference`](#rankingreference), or `null`"),
+    (tuple[ReferenceSettings, ...], "list of [`ranking.reference`](#rankingreference)"),
+]
+
+
+@pytest.mark.parametrize(("annotation", "said"), VALUES, ids=[said for _, said in VALUES])
+def test_what_may_stand_in_a_field_is_said_in_words(annotation: Any, said: str) -> None:
+    model = create_model("Wider", __base__=Settings, field=(annotation, Field(description="Of nothing.")))
+    assert f"| `field` | {said} | required | Of nothing. |" in generate.settings(model)
 
 
 def test_every_field_of_the_settings_is_on_the_page() -> None:
