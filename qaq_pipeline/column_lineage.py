@@ -1,4 +1,5 @@
-"""Of every column of every stored table, the columns that it is derived from: back to raw_data, and so to the delivery.
+"""Of every column of every stored table and exported file, the columns that it is derived from: back to raw_data, and
+so to the delivery.
 
 Belongs here: what the code of the assets makes of what, declared once, and the walk through it. Does not belong here:
 the columns themselves (`schema`), and which files a version was made from (`lineage`).
@@ -10,7 +11,7 @@ comes from rank_reference, and of the scores a verdict reads those of its strate
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from qaq_pipeline import schema
@@ -28,6 +29,10 @@ class Derivation:
     column: str
     sources: tuple[Column, ...]
     """None: it is of the delivery (raw_data), of the settings, or of the partition."""
+
+
+UNDERIVED = "of no column: of the delivery, the settings or the partition"
+"""What is said of a column without sources."""
 
 
 def _of(table: str, *columns: str) -> tuple[Column, ...]:
@@ -223,6 +228,50 @@ DERIVED: dict[str, dict[str, tuple[Column, ...]]] = {
     "calibration": _calibration(),
 }
 """Sources by table and column, tables in the order in which they are made."""
+
+
+EXPORTED: dict[str, tuple[str, ...]] = {
+    "messages": ("system", "query", "answer"),
+    "prompt": ("system", "query"),
+    "completion": ("answer",),
+    "conversations": ("system", "query", "answer"),
+    "instruction": ("query",),
+    "input": (),
+    "output": ("answer",),
+    "system": ("system",),
+    "meta": (*schema.ROW_KEY, "pair_id", "source", "language"),
+}
+"""Of every field of an exported record, in any format, columns of the row that it is of; `input` is always empty."""
+
+
+def of_records(file: str, fields: Iterable[str], table: str) -> list[Derivation]:
+    """The fields of a file's records, whose rows are of `table`: selected_subset, or raw_data of another selection."""
+    record = _of("raw_data", "record")
+    return [
+        Derivation(file, field, _merged(_of(table, *EXPORTED[field]), record if field == "meta" else ()))
+        for field in fields
+    ]
+
+
+def of_scores(file: str, columns: Iterable[str]) -> list[Derivation]:
+    """The columns of a scores Parquet: those of the decisions, one a score and model, `field:selection` a verdict."""
+    decided = schema.Decisions.columns()
+    return [
+        Derivation(
+            file,
+            column,
+            _of("decisions", column if column in decided else "verdicts" if ":" in column else "scores"),
+        )
+        for column in columns
+    ]
+
+
+def by_table(sources: Iterable[Column]) -> dict[str, list[str]]:
+    """The columns of each table among the sources, in their order."""
+    found: dict[str, list[str]] = {}
+    for table, column in sources:
+        found.setdefault(table, []).append(column)
+    return found
 
 
 def derivations() -> list[Derivation]:

@@ -121,6 +121,12 @@ def columns(name: str, *, has_meta: bool) -> pa.Schema:
     return pa.schema([*FORMATS[name].columns, *meta])
 
 
+def format_of(path: str) -> str | None:
+    """The format that wrote a file, by its path in the folder of a selection; None: no format did."""
+    written = (name for name, one in FORMATS.items() if path == one.path or path.startswith(f"{one.path}/"))
+    return next(written, None)
+
+
 def check_installed(formats: Sequence[str]) -> None:
     """Raises `SettingsError` where a format is asked for whose package is not installed."""
     if "hf" in formats and find_spec("datasets") is None:

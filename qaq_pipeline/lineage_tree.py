@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from rich.text import Text
 from rich.tree import Tree
 
-from qaq_pipeline.column_lineage import Column, Derivation
+from qaq_pipeline.column_lineage import UNDERIVED, Column, Derivation, by_table
 from qaq_pipeline.lineage import Batch, DeliveredFiles, File, Lineage, RowPath, State, Table
 
 _MOST_WORDS = 100
@@ -76,9 +76,9 @@ def of_table(table: str, rows: Iterable[Derivation]) -> Tree:
     """The columns of a table, each with what it is directly derived from."""
     tree = Tree(_line(table))
     for row in rows:
-        branch = tree.add(_line(row.column, _said(row.sources)))
-        for name in dict.fromkeys(name for name, _ in row.sources):
-            branch.add(_line(f"{name}: {', '.join(source for of, source in row.sources if of == name)}"))
+        branch = tree.add(_line(row.column, "" if row.sources else UNDERIVED))
+        for name, columns in by_table(row.sources).items():
+            branch.add(_line(f"{name}: {', '.join(columns)}"))
     return tree
 
 
@@ -93,10 +93,6 @@ def _add_sources(tree: Tree, column: Column, sources: Mapping[Column, tuple[Colu
 
 def _column(column: Column, note: str = "") -> Text:
     return _line(".".join(column), note or ("of the delivery" if column[0] == "raw_data" else ""))
-
-
-def _said(sources: tuple[Column, ...]) -> str:
-    return "" if sources else "of no column: of the delivery, the settings or the partition"
 
 
 def _table(table: Table) -> Text:

@@ -67,7 +67,8 @@ def write_batch_page(
 ) -> str:
     """Make and store the page of a batch; the hash of what it is made of."""
     frozen = read_reference(storage, settings)
-    page = report.batch_page(tables, scorings, settings.published, frozen, made, settings.reports.examples)
+    calibration = calibration_page(tables.batch)[-1] if settings.is_calibrated and settings.reports.pages else None
+    page = report.batch_page(tables, scorings, settings.published, frozen, made, settings.reports.examples, calibration)
     stands = made_of(storage, tables.batch, made.code_version)
     storage.write_bytes(page, *batch_page(tables.batch))
     storage.write_json(stands, FOLDER, tables.batch, "made_of.json")

@@ -19,7 +19,8 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from qaq_pipeline import card, duplicates, exports, gates, plots, reference, schema, summaries
+from qaq_pipeline import card, column_lineage, duplicates, exports, gates, plots, reference, schema, summaries
+from qaq_pipeline.column_lineage import Column, Derivation
 from qaq_pipeline.config import Selection
 from qaq_pipeline.plots import Plot
 from qaq_pipeline.publication import BatchTables
@@ -111,6 +112,26 @@ class Examples:
     rows: Sequence[Example]
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Columns of one file that are made of the same."""
+
+    columns: Sequence[str]
+    sources: Mapping[str, Sequence[str]]
+    """Columns by table; empty: of no column."""
+
+
+@dataclass(frozen=True)
+class ColumnLineage:
+    """What the columns of a stored table, or of files of one form, are made of."""
+
+    title: str
+    num_columns: int
+    rows: Sequence[Sources]
+    underived: str
+    """What is said of a column that is made of none."""
+
+
 def batch_page(
     tables: BatchTables,
     scorings: Sequence[Scoring],
@@ -118,6 +139,7 @@ def batch_page(
     frozen: tuple[str, pl.DataFrame] | None,
     made: Made,
     examples: int = MOST_EXAMPLES,
+    calibration: str | None = None,
 ) -> bytes:
     """The page of a batch.
 
@@ -128,6 +150,7 @@ def batch_page(
         frozen: name and RankReference that drift is measured against; None: there is none.
         made: by whom and when.
         examples: at most so many of each kind.
+        calibration: where the page of its calibration lies, as a link from this page; None: it is not calibrated.
     """
     raw, decided = tables.raw_data, tables.decisions
     flat = with_origin(exports.flat_scores(decided.frame), raw.frame)
@@ -152,10 +175,12 @@ def batch_page(
         "selections": _selections(flat, published),
         "selection_plots": _selection_plots(flat, pairs),
         "score_plots": score_plots(pairs),
+        "calibration": calibration,
         "drift": _drift(scorings, frozen),
         "drift_plots": _drift_plots(pairs, frozen),
         "examples": _examples(flat, pairs, tables, examples),
         "limits": card.limits(published),
+        "columns": _stored_columns(),
     }
     return render("batch.html", page)
 
@@ -219,6 +244,7 @@ def version_page(
             [(name, sha256, sizes.get(name)) for name, sha256 in sorted(manifest["files"].items())],
         ),
         "limits": card.limits(published),
+        "columns": _exported_columns(manifest, flat, published.name),
     }
     return render("version.html", page)
 
@@ -435,6 +461,45 @@ def _drift_by_batch(flat: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None)
     head = ("batch", *(statistic.replace("_", " ") for statistic in names))
     said = [(batch, *(one.get(statistic) for statistic in names)) for batch, one in found.items()]
     return Table(f"Drift from the reference {name}, by batch: 0 is none", head, said)
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def _stored_columns() -> list[ColumnLineage]:
+    """Of every stored table, in the order in which they are made."""
+    return [
+        _lineage(table, column_lineage.of_table(table), column_lineage.UNDERIVED) for table in column_lineage.DERIVED
+    ]
+
+
+def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published: str) -> list[ColumnLineage]:
+    """Of every file or folder of a version that holds rows; those of one format and of like rows are one."""
+    has_meta = manifest.get("export", {}).get("meta", False)  # Manifests of format 1 do not say: there was none.
+    files: dict[tuple[str, str], dict[str, None]] = {}
+    for name in sorted(manifest["files"]):
+        selection, _, path = name.partition("/")
+        if (written := exports.format_of(path)) is not None:
+            rows = "selected_subset" if selection == published else "raw_data"
+            files.setdefault((rows, written), {})[f"{selection}/{exports.FORMATS[written].path}"] = None
+    records = [
+        _lineage(
+            title := ", ".join(names),
+            column_lineage.of_records(title, exports.columns(written, has_meta=has_meta).names, rows),
+            "of no column: always empty",
+        )
+        for (rows, written), names in sorted(files.items(), key=lambda one: one[0][0], reverse=True)
+    ]
+    scores = "scores.parquet"
+    return [*records, _lineage(scores, column_lineage.of_scores(scores, flat.columns), column_lineage.UNDERIVED)]
+
+
+def _lineage(title: str, rows: Sequence[Derivation], underived: str) -> ColumnLineage:
+    alike: dict[tuple[Column, ...], list[str]] = {}
+    for row in rows:
+        alike.setdefault(row.sources, []).append(row.column)
+    made_of = [Sources(columns, column_lineage.by_table(sources)) for sources, columns in alike.items()]
+    return ColumnLineage(title, len(rows), made_of, underived)
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------

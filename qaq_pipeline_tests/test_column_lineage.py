@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,9 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline import driver, duplicates, ledger, reference, schema, scores, selection
+from qaq_pipeline import driver, duplicates, exports, ledger, reference, schema, scores, selection
 from qaq_pipeline.assets import build_assets
-from qaq_pipeline.column_lineage import DERIVED, Column, ancestry, derivations, sources_in
+from qaq_pipeline.column_lineage import DERIVED, Column, ancestry, derivations, of_records, of_scores, sources_in
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.schema import Quantity, dtypes
 from qaq_pipeline.screening import screen, texts_of
@@ -257,6 +258,54 @@ def _with_other_row(frame: pl.DataFrame, row: int, column: str) -> pl.DataFrame:
     order = [row, *(other for other in range(frame.height) if other != row)]
     other = frame[order].with_columns(_other(column, frame.schema[column]))
     return other[[order.index(place) for place in range(frame.height)]]
+
+
+JSON_FORMATS = ("messages", "prompt_completion", "sharegpt", "alpaca")
+
+
+@pytest.mark.parametrize("column", [*dtypes(schema.SelectedSubset), "record"])
+def test_a_field_of_a_record_changes_with_exactly_the_columns_that_it_is_derived_from(
+    column: str, tables: Tables
+) -> None:
+    rows, raw = tables["selected_subset"], tables["raw_data"]
+    before, after = exports.with_meta(rows, raw), exports.with_meta(_another(rows, column), _another(raw, column))
+    for name in JSON_FORMATS:
+        fields = exports.columns(name, has_meta=True).names
+        derived = {row.column: row.sources for row in of_records("file", fields, "selected_subset")}
+        old, new = _records(name, before), _records(name, after)
+        source = ("raw_data" if column == "record" else "selected_subset", column)
+        assert {field for field in fields if old[field] != new[field]} == {
+            field for field, sources in derived.items() if source in sources
+        }
+
+
+def _another(frame: pl.DataFrame, column: str) -> pl.DataFrame:
+    """Another value in every row, where the frame has the column; keys stay unique."""
+    if column not in frame.columns:
+        return frame
+    value = pl.col(column)
+    is_text = frame.schema[column] == pl.String()
+    return frame.with_columns(pl.concat_str(value.fill_null(""), pl.lit("another")) if is_text else value + 100)
+
+
+def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
+    """The values of each field."""
+    data = next(iter(exports.export(name, rows).values())).decode()
+    records = json.loads(data) if name == "alpaca" else [json.loads(line) for line in data.splitlines()]
+    return {field: [record[field] for record in records] for field in records[0]}
+
+
+def test_scores_of_a_version_change_with_the_column_of_the_decisions_that_is_declared(tables: Tables) -> None:
+    flat = exports.flat_scores(tables["decisions"])
+    derived = {row.column: row.sources for row in of_scores("scores.parquet", flat.columns)}
+    assert {source for sources in derived.values() for source in sources} == {
+        ("decisions", column) for column in schema.Decisions.columns()
+    }
+    for column in ("scores", "verdicts"):
+        without = exports.flat_scores(tables["decisions"].with_columns(pl.col(column).list.head(0)))
+        assert {name for name, sources in derived.items() if sources == (("decisions", column),)} == {
+            name for name in flat.columns if name not in without.columns
+        }
 
 
 @pytest.mark.parametrize("quantity", Quantity)

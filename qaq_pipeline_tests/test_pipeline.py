@@ -195,6 +195,8 @@ def test_the_page_of_a_batch_is_stale_where_it_would_show_something_else(setting
     before = code_versions(settings_for(reports={"pages": True}))["batch_report"]
     assert code_versions(settings_for(reports={"pages": True, "examples": 3}))["batch_report"] != before
     assert code_versions(settings_for(reports={"pages": True, "pictures": False}))["batch_report"] == before
+    calibrated = settings_for(reports={"pages": True}, calibration={"enabled": True})
+    assert code_versions(calibrated)["batch_report"] != before
 
 
 # --- audit pages ----------------------------------------------------------------------------------------------------

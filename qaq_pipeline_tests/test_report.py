@@ -12,7 +12,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from qaq_pipeline import exports, gates, reference, report
+from qaq_pipeline import exports, gates, publication, reference, report, schema
+from qaq_pipeline.column_lineage import DERIVED, Column
+from qaq_pipeline.config import ExportSettings
 from qaq_pipeline.gates import Gate
 from qaq_pipeline.publication import BatchTables
 from qaq_pipeline.report import Made, Scoring
@@ -24,6 +26,9 @@ from qaq_pipeline_tests.server import CHROMIUM, CHROMIUM_OPTIONS, NEEDS_CHROMIUM
 from qaq_pipeline_tests.test_summaries import SETTINGS
 
 MADE = Made("2026-11-25T12:00:00+00:00", "a-run", "1-x")
+EVERY_FORMAT = ("alpaca", "messages", "parquet", "prompt_completion", "sharegpt")
+"""Of `export.formats`, but for `hf`, which needs the extra `datasets`."""
+CONTROLS = ["control_random", "control_stratified_random"]
 HOSTILE = {
     1: {"query": "my password is hunter2", "answer": "thanks"},
     97: rejected(detail="<i>blank</i>")  # One of three rejected rows: among the examples for certain.
@@ -76,7 +81,8 @@ def page_of(
     scorings = [Scoring(role, provenance, frame, options.get("cost")) for role, frame in made.scores.items()]
     tables = options.get("changed", lambda tables: tables)(made.tables)
     frozen = ("r1", reference.freeze([made.scores], SETTINGS.ranking)[0]) if options.get("frozen") else None
-    return report.batch_page(tables, scorings, SETTINGS.published, frozen, MADE), tables
+    linked = {"calibration": options.get("calibration")}
+    return report.batch_page(tables, scorings, SETTINGS.published, frozen, MADE, **linked), tables
 
 
 def withdraw(tables: BatchTables) -> BatchTables:
@@ -99,7 +105,7 @@ def hostile() -> bytes:
 @pytest.fixture(scope="module")
 def plain() -> tuple[bytes, BatchTables]:
     cost = {"seconds": 7200.0, "processes": 2, "tokens": 1_234_567, "quantities_scored": 10}
-    return page_of(cost=cost, frozen=True)
+    return page_of(cost=cost, frozen=True, calibration="calibration.html")
 
 
 def test_a_page_asks_nobody_and_runs_nothing_whatever_rows_hold(hostile: bytes) -> None:
@@ -182,7 +188,43 @@ def test_drift_is_of_the_reference_or_unknown(hostile: bytes, plain: tuple[bytes
     assert {float(row[1]) for row in table[1:]} == {0.0}
 
 
-def version_of(num_rows: int = 300) -> tuple[bytes, pl.DataFrame]:
+def test_a_page_leads_to_the_calibration_where_there_is_one(hostile: bytes, plain: tuple[bytes, BatchTables]) -> None:
+    assert ("a", {"href": "calibration.html"}) in Seen(plain[0]).tags
+    assert b"tell good from bad" not in hostile
+
+
+def lineage_of(page: bytes) -> dict[str, dict[str, set[Column]]]:
+    """By table or files, of each column those that it is made of."""
+    found: dict[str, dict[str, set[Column]]] = {}
+    for title, body in re.findall(
+        r'<h3>([^<]*)</h3> <span class="muted">[^<]*</span></summary>\n<dl class="made-of">(.*?)</dl>',
+        page.decode(),
+        re.DOTALL,
+    ):
+        assert title not in found
+        found[title] = {}
+        for columns, lines in re.findall(r"<dt>(.*?)</dt>(.*?)</div>", body, re.DOTALL):
+            sources = {
+                (table, column)
+                for table, named in re.findall(r"<dd>(\w+): (.*?)</dd>", lines)
+                for column in re.findall("<code>(.*?)</code>", named)
+            }
+            assert sources or '<dd class="muted">of no column' in lines
+            found[title] |= dict.fromkeys(re.findall("<code>(.*?)</code>", columns), sources)
+    return found
+
+
+def test_a_batch_page_says_of_each_column_of_every_stored_table_what_it_is_made_of(hostile: bytes) -> None:
+    found = lineage_of(hostile)
+    assert found == {
+        table: {column: set(DERIVED[table][column]) for column in stored.columns()}
+        for table, stored in schema.STORED_TABLES.items()
+    }
+    assert list(found) == list(DERIVED)
+    assert f'<h3>raw_data</h3> <span class="muted">{len(schema.RawData.columns())} columns</span>' in hostile.decode()
+
+
+def version_of(num_rows: int = 300, *, has_meta: bool = False) -> tuple[bytes, pl.DataFrame]:
     tables = synthetic.batch(SETTINGS, num_rows).tables
     flat = exports.flat_scores(tables.decisions.frame)
     entry = {
@@ -193,7 +235,13 @@ def version_of(num_rows: int = 300) -> tuple[bytes, pl.DataFrame]:
         "provenance_id": "p" * 32,
         "models": tables.decisions.provenance["models"],
     }
-    manifest = {"batches": [entry], "files": {"scores.parquet": "s" * 64}}
+    settings = SETTINGS.model_copy(update={"export": ExportSettings(formats=EVERY_FORMAT, meta=has_meta)})
+    files = publication.dataset_files(settings, [tables])
+    manifest = {
+        "batches": [entry],
+        "export": settings.export.model_dump(mode="json"),
+        "files": dict.fromkeys(files, "s" * 64),
+    }
     neighbours = {
         "previous": "v0",
         "difference": None,
@@ -208,10 +256,29 @@ def version_of(num_rows: int = 300) -> tuple[bytes, pl.DataFrame]:
 def test_a_version_page_lists_batches_files_and_those_left_out() -> None:
     page, flat = version_of()
     seen = Seen(page)
-    assert seen.tables["Exported files"][1] == ["scores.parquet", "s" * 64, "10"]
+    assert ["scores.parquet", "s" * 64, "10"] in seen.tables["Exported files"]
     assert seen.tables["Batches left out, and why"][1] == ["b<2>", "not materialised: raw_data"]
     assert ("a", {"href": "../../reports/b1/report.html"}) in seen.tags
     assert int(seen.tables["Rows by decision and reason"][-1][2]) == flat.height
+
+
+def test_a_version_page_says_of_each_column_of_every_exported_file_what_it_is_made_of() -> None:
+    page, flat = version_of(has_meta=True)
+    found = lineage_of(page)
+    scores = found.pop("scores.parquet")
+    assert list(scores) == flat.columns
+    assert scores["gap"] == {("decisions", "gap")}
+    assert scores["rmi_strong"] == {("decisions", "scores")}
+    assert scores["is_selected:diff_high"] == {("decisions", "verdicts")}
+    text, place = ("system", "query", "answer"), (*schema.ROW_KEY, "pair_id", "source", "language")
+    for selections, table in ((["diff_high"], "selected_subset"), (CONTROLS, "raw_data")):
+        meta = {(table, column) for column in place} | {("raw_data", "record")}
+        for name in EVERY_FORMAT:
+            fields = found.pop(", ".join(f"{selection}/{exports.FORMATS[name].path}" for selection in selections))
+            assert list(fields) == exports.columns(name, has_meta=True).names
+            assert fields.pop("meta") == meta
+            assert set().union(*fields.values()) == {(table, column) for column in text}
+    assert not found
 
 
 def test_a_page_can_be_walked_by_its_headings_and_every_name_is_given_once(hostile: bytes) -> None:

@@ -13,7 +13,7 @@ from qaq_pipeline.publication import BatchTables
 from qaq_pipeline.report import Made, Scoring
 from qaq_pipeline.storage import Storage, StoredTable
 
-VERSION = "1"
+VERSION = "2"
 _MOST_MATERIALISATIONS = 20
 
 
@@ -23,13 +23,20 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
     @dg.asset(
         description=(
             "The audit page of a batch, one file that needs no network: what became of every row, what made the "
-            "scores, the selection and its controls, plots, and examples of both tails and of each reason."
+            "scores, the selection and its controls, plots, examples of both tails and of each reason, and what each "
+            "column is made of."
         ),
         owners=OWNERS,
         group_name="audit",
         kinds={"html"},
         partitions_def=BATCHES,
-        code_version=code_version(VERSION, settings.published, settings.ranking.reference, settings.reports.examples),
+        code_version=code_version(
+            VERSION,
+            settings.published,
+            settings.ranking.reference,
+            settings.reports.examples,
+            settings.is_calibrated,
+        ),
     )
     def batch_report(
         context: dg.AssetExecutionContext,

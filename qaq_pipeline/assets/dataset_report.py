@@ -8,7 +8,7 @@ from qaq_pipeline.assets.shared import OWNERS, code_version, pictures
 from qaq_pipeline.config import Settings
 from qaq_pipeline.storage import Storage
 
-VERSION = "1"
+VERSION = "2"
 
 
 def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
@@ -17,7 +17,8 @@ def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
     @dg.asset(
         description=(
             "The audit page of the newest published version, one file that needs no network: its batches and those "
-            "left out, what entered and left, the selection and its controls, plots, and its files with their sha256."
+            "left out, what entered and left, the selection and its controls, plots, its files with their sha256, and "
+            "what each column of them is made of."
         ),
         deps=["curated_dataset"],
         owners=OWNERS,
