@@ -67,7 +67,7 @@ def find_row(storage: Storage, batch: str, row: str, version: Published | None =
     Raises:
         StorageError: the batch has no decisions, or the version's files are gone.
     """
-    for where in lookup.meant(row.removeprefix(f"{batch}/")):
+    for where in lookup.meant_in(batch, row):
         is_pair = where[0][0] == "pair_id"
         answer = (
             find_pair(storage, where[0][2], version, [batch])
@@ -92,9 +92,9 @@ def find_pair(
     if version is not None:
         where = _scores_of(storage, version)
         sha256 = _manifest(storage, version.version)["files"]["scores.parquet"]
-        found = storage.find_pair_in_file(start, where, publication.pair_index(version.version), sha256, MOST_ROWS)
-        rows = [row for row in _nested(found.frame) if batches is None or row["batch"] in batches]
-        return Answer(rows, () if found.is_indexed else (f"version {version.number}",))
+        index = publication.pair_index(version.version)
+        found = storage.find_pair_in_file(start, where, index, sha256, MOST_ROWS, batches)
+        return Answer(_nested(found.frame), () if found.is_indexed else (f"version {version.number}",))
     rows, unindexed = [], []
     for batch in storage.batches_with("decisions") if batches is None else batches:
         found = storage.find_pair_in_table(start, "decisions", batch, most=MOST_ROWS)
@@ -175,8 +175,13 @@ def find_text(
     """Batch after batch, the rows whose query, answer or record holds a text, every run of white space being one space.
 
     Every row of raw_data is read. The rows have their key, pair_id, query and answer.
+
+    Raises:
+        ValueError: the text is only white space, which every row holds.
     """
     wanted = " ".join(text.split())
+    if not wanted:
+        raise ValueError("the text to look for is empty or only white space; give some of its words")
     columns = [*schema.ROW_KEY, "pair_id", "query", "answer", "record"]
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))

@@ -160,12 +160,13 @@ def _twins(judged: Judged, defect: Defect) -> pl.DataFrame:
 
 
 def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Estimate:
-    """P(a clean value > a planted one), ties half, over all pairs of the two; NaN: not scored, left out.
+    """P(a clean value > a planted one of another row), ties half; NaN: not scored, left out.
 
-    The interval is the bias-corrected percentile bootstrap (Efron 1981) over rows, a row and its twin being drawn
-    together: a row drawn twice is compared with its twin four times, which moves the resamples towards the paired
-    share. Where all clean values lie above all planted ones, or below, resamples cannot differ; its inner end is then
-    (alpha / 2)**(1 / n), the exact binomial bound of a share of n where every one succeeds.
+    A row is never compared with its own twin: that is the paired share, and each resample would hold more of it than
+    the rows do, since a row drawn twice meets its twin four times. The interval is the percentile bootstrap over rows,
+    a row and its twin drawn together. Where all clean values lie above all planted ones, or below, resamples cannot
+    differ; its inner end is then (alpha / 2)**(1 / n), the exact binomial bound of a share of n where every one
+    succeeds.
 
     Args:
         clean: values of the rows as delivered.
@@ -175,34 +176,23 @@ def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Es
     """
     has_clean, has_planted = ~np.isnan(clean), ~np.isnan(planted)
     num_clean, num_planted = int(has_clean.sum()), int(has_planted.sum())
-    if not num_clean or not num_planted:
+    is_pair = np.outer(has_clean, has_planted) & ~np.eye(clean.size, dtype=bool)
+    if not is_pair.any():
         return _unknown(UnknownReason.NOT_SCORED, num_clean, num_planted)
     difference = clean[:, None] - planted[None, :]
-    wins = np.where(np.isnan(difference), 0.0, (difference > 0) + (difference == 0) / 2)
-    value = float(wins.sum() / (num_clean * num_planted))
+    wins = np.where(is_pair, (difference > 0) + (difference == 0) / 2, 0.0)
+    value = float(wins.sum() / is_pair.sum())
     n = clean.size
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).astype(np.float64)
-    num_pairs = (weights @ has_clean) * (weights @ has_planted)
+    num_pairs = ((weights @ is_pair) * weights).sum(axis=1)
     drawn = ((weights @ wins) * weights).sum(axis=1)[num_pairs > 0] / num_pairs[num_pairs > 0]
-    lower, upper = _bias_corrected(drawn, value)
+    lower, upper = (float(end) for end in np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     bound = ((1 - CONFIDENCE) / 2) ** (1 / min(num_clean, num_planted))
     if value == 1:
         lower = bound
     elif value == 0:
         upper = 1 - bound
     return Estimate(value, lower, upper, num_clean, num_planted)
-
-
-def _bias_corrected(drawn: np.ndarray, value: float) -> tuple[float, float]:
-    """The ends of the interval: percentiles of the resamples, moved by twice the place of the value among them."""
-    from scipy import stats
-
-    is_equal = np.isclose(drawn, value, rtol=0, atol=1e-12)
-    below = float(((drawn < value) & ~is_equal).mean() + is_equal.mean() / 2)
-    place = stats.norm.ppf(np.clip(below, 0.5 / drawn.size, 1 - 0.5 / drawn.size))
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2)
-    lower, upper = np.quantile(drawn, stats.norm.cdf([2 * place - half, 2 * place + half]))
-    return float(lower), float(upper)
 
 
 def paired_share(clean: np.ndarray, planted: np.ndarray) -> Estimate:
@@ -308,13 +298,16 @@ def high_cut(clean: np.ndarray, echoes: np.ndarray, quantile: float) -> Estimate
 
 
 def offered_range(calibration: pl.DataFrame) -> tuple[float | None, float | None]:
-    """The cuts of the strong model's RMI as `rmi_strong` of a selection: (lo, hi], to 4 decimals; None: no end."""
+    """The cuts of the strong model's RMI as `rmi_strong` of a selection: (lo, hi], to 4 decimals; None: no end.
+
+    They are rounded towards each other, so that nothing is kept that the cuts keep out.
+    """
     cuts = calibration.filter(pl.col("model") == "strong", pl.col("measure") == "rmi")
     values = dict(cuts.select("statistic", "value").iter_rows())
     low, high = (values.get(cut.value) for cut in (Statistic.LOW_CUT, Statistic.HIGH_CUT))
     return (
-        None if low is None else math.floor(low * 10**_DECIMALS) / 10**_DECIMALS,
-        None if high is None else math.ceil(high * 10**_DECIMALS) / 10**_DECIMALS,
+        None if low is None else math.ceil(low * 10**_DECIMALS) / 10**_DECIMALS,
+        None if high is None else math.floor(high * 10**_DECIMALS) / 10**_DECIMALS,
     )
 
 

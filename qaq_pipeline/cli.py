@@ -285,7 +285,8 @@ def lineage(
         for finding in findings:
             errors.print(finding.sentence, style="red", markup=False, highlight=False, soft_wrap=True)
         if verify and not findings:
-            console.print(f"Verified: every file of {found.version} is what it was.", highlight=False)
+            whole = "every file" if found.is_kept else "what is left (its own files were not kept)"
+            console.print(f"Verified: {whole} of {found.version} is what it was.", highlight=False)
     if findings:
         raise typer.Exit(1)
 

@@ -15,12 +15,28 @@ from dataclasses import dataclass
 
 from qaq_pipeline.schema import Defect
 
-VERSION = "1"
+VERSION = "2"
 """Part of the code version of what is planted: another one plants anew."""
 
 CUT_TO = 0.25
 """Of the answer's characters, what `cut_answer` leaves."""
 
+_ALIASES = {
+    "c": "cpp",
+    "c++": "cpp",
+    "js": "javascript",
+    "node": "javascript",
+    "ts": "javascript",
+    "typescript": "javascript",
+    "py": "python",
+    "python3": "python",
+    "c#": "csharp",
+    "shell": "bash",
+    "sh": "bash",
+    "golang": "go",
+    "rb": "ruby",
+}
+"""Names that deliveries have for languages, and what `guess_language` calls them."""
 _SHORTEST_TO_CUT = 40
 _MOST_CANDIDATES = 2000
 _LOOKED_AT = 4000
@@ -121,11 +137,15 @@ def _wrong_language(text: Text, others: Others, _: random.Random) -> Text | None
     words = _words(text)
     best, most = None, -1
     for other in others.of_batch[:_MOST_CANDIDATES]:
-        if other.query != text.query and other.language not in (None, text.language):
+        if other.query != text.query and _canonical(other.language) not in (None, _canonical(text.language)):
             shared = len(words & _words(other))
             if shared > most:
                 best, most = other, shared
     return None if best is None else Text(text.query, best.answer)
+
+
+def _canonical(language: str | None) -> str | None:
+    return None if language is None else _ALIASES.get(language, language)
 
 
 def _words(text: Text) -> set[str]:

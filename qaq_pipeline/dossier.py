@@ -18,6 +18,7 @@ from qaq_pipeline import audit, ledger, schema
 from qaq_pipeline.audit import Fate
 from qaq_pipeline.publication import Published
 from qaq_pipeline.storage import Provenance, Storage, StorageError
+from qaq_pipeline.summaries import visible
 
 _SHOWN_CHARACTERS = 160
 
@@ -109,7 +110,7 @@ def shorten(text: str | None) -> str:
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _said_of(representative: Mapping[str, Any] | None) -> str:
@@ -130,7 +131,8 @@ def _fate(dossier: Dossier, fate: Fate) -> str:
         other = f"another text then stood at this place (pair_id {fate.row['pair_id']})"
         return f"{_version(fate.published)}: {other}: {fate.row['decision']}"
     before = dossier.fates[dossier.fates.index(fate) - 1] if dossier.fates[0] is not fate else None
-    was_in = before.published.number if before is not None and before.is_published else None
+    is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]
+    was_in = before.published.number if before is not None and before.is_published and is_same else None
     said = ledger.explain_in_version(
         fate.row, has_batch=fate.has_batch, was_in=was_in, told=dossier.row.get("explanation")
     )
@@ -190,8 +192,8 @@ def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> 
         *(Column(head, overflow="fold") for head in ("selection", "selected", "reason", "score", "place", "cut"))
     )
     for verdict in verdicts:
-        place = f"{_cell(verdict['position'])} of {verdict['pool_size']}"
-        numbers = [_cell(verdict["score"]), place, _cell(verdict["cut"])]
+        place = " of ".join(_cell(verdict[name]) for name in ("position", "pool_size") if name in verdict)
+        numbers = [_cell(verdict["score"]), place, _cell(verdict.get("cut"))]
         shown.add_row(verdict["selection"], _cell(verdict["is_selected"]), verdict["reason"], *numbers)
     console.print(shown)
 

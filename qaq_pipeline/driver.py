@@ -296,9 +296,10 @@ def find_page(
             faults = make_pages(settings, run, [batch])
         missing = f"batch {batch!r} has no page yet: it is not selected from; `qaq run` it to the end"
     else:
-        version = publication.latest(storage) if version == "latest" else version
-        if version is None:
-            raise RunError("nothing is published yet; `qaq run FILE --batch NAME` publishes a batch")
+        try:
+            version = publication.find_version(storage, version or "latest").version
+        except StorageError as error:
+            raise RunError(str(error)) from error
         place, faults, missing = page_files.version_page(version), [], f"version {version!r} has no page"
         if not storage.exists(*place):
             made = Made(datetime.now(UTC).isoformat(timespec="seconds"), "qaq report", "")

@@ -148,9 +148,14 @@ def _parse(to: str) -> tuple[str, str] | None:
 
 def _files_of(manifest: Any) -> list[str]:
     """The files that a manifest of ours names; of any other JSON none."""
-    files = manifest.get("files") if isinstance(manifest, dict) and "format" in manifest else None
+    files = manifest.get("files") if _is_ours(manifest) else None
     names = files if isinstance(files, dict) else {}
     return [name for name in names if not (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts)]
+
+
+def _is_ours(manifest: Any) -> bool:
+    """Whether this pipeline wrote it: the number of its format stands in it."""
+    return isinstance(manifest, dict) and isinstance(manifest.get("format"), int)
 
 
 class _Folder:
@@ -173,7 +178,18 @@ class _Folder:
         return [name for name in names if self._storage.exists(*name.split("/"))]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
-        """The manifest, which is last, says that all went well."""
+        """Until the manifest, which is last, says that all went well, another says that it is being written.
+
+        Raises:
+            PublishError: a file that would be written is there, and nothing says that this pipeline wrote it.
+        """
+        foreign = [] if _is_ours(self.manifest()) else self.existing([*files])
+        if foreign:
+            raise PublishError(
+                f"{self.url}: {', '.join(foreign)} is there, and was not written by `qaq publish`; take another folder"
+            )
+        begun = {"format": publication.MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
+        self._storage.write_json(begun, _MANIFEST)
         for name in obsolete:
             self._storage.remove(*name.split("/"))
         for name, data in files.items():

@@ -198,7 +198,7 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
         return _duplicate(row)
     flag = f" Flagged, and kept all the same: it holds {_sentence(row['evidence'])}" if row["evidence"] else ""
     if decision is Decision.UNSCORABLE:
-        return f"Not scorable: {_why_unscorable(row)}. So it has no rank, and cannot be selected.{flag}"
+        return f"Not scorable: {_why_unscorable(row)}. So {published.name} cannot place it, nor take it.{flag}"
     return " ".join([_ranks(row), *_cautions(row), _verdict(row, published)]) + flag
 
 
@@ -306,26 +306,28 @@ def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReas
     """What the selection takes, and where this pair stands."""
     if isinstance(published, RmiBandSelection):
         low, high = published.band
-        rank = f"it ranks this one {row['verdict_score']:.3f}"
+        rank = f"it ranks this one {_beside(row['verdict_score'], low, high)}"
         return f"what the {published.model} model ranks above {low:g} and up to {high:g}: {rank}"
     if reason is SelectionReason.GAP_BELOW_MINIMUM:
         least = getattr(published, "min_gap", None)
-        return f"only pairs whose gap, {_GAP}, is above {least:g}: this one's is {_number(row['gap'])}"
+        return f"only pairs whose gap, {_GAP}, is above {least:g}: this one's is {_beside(row['gap'], least)}"
     if reason is SelectionReason.RANK_STRONG_OUT_OF_RANGE:
         low, high = getattr(published, "rank_strong", None) or (0, 1)
         rank = next(score["rank"] for score in row["scores"] if score["model"] == "strong")
-        return f"only pairs that the strong model ranks above {low:g} and up to {high:g}: it ranks this one {rank:.3f}"
+        own = _beside(rank, low, high)
+        return f"only pairs that the strong model ranks above {low:g} and up to {high:g}: it ranks this one {own}"
     if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE:
         low, high = getattr(published, "rmi_strong", None) or (None, None)
         rmi = next(score["rmi"] for score in row["scores"] if score["model"] == "strong")
         ends = [*([] if low is None else [f"above {low:g}"]), *([] if high is None else [f"up to {high:g}"])]
         return (
             f"only pairs whose RMI under the strong model is {' and '.join(ends)} nats/token: this one's is "
-            f"{_number(rmi)}"
+            f"{_beside(rmi, low, high)}"
         )
     if reason is SelectionReason.IFD_ABOVE_MAXIMUM:
         most = getattr(published, "maximum", None)
-        return f"no pair above {most:g} by {_measure(published)}: this one has {_number(row['verdict_score'])}"
+        own = _beside(row["verdict_score"], most)
+        return f"no pair above {most:g} by {_measure(published)}: this one has {own}"
     return f"{_budget(row, published)} by {_measure(published)}: {_place(row, published, reason)}"
 
 
@@ -350,13 +352,22 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
     """The pair's value, its place, and the value of the last pair taken, told apart where they differ."""
     value, cut = row["verdict_score"], row["verdict_cut"]
     own, last = (f"{value:.0f}", f"{cut:.0f}") if _counts(published) and cut is not None else _apart(value, cut)
-    place = f"this one, with {own}, is number {row['verdict_position']} of {row['verdict_pool_size']}; "
+    of = f"{row['verdict_pool_size']}"
+    if limits := _limits(published):
+        of = f"those that pass {limits}, in a pool of {of}"
+    place = f"this one, with {own}, is number {row['verdict_position']} of {of}; "
     if cut is None:
         return place + ("nothing was taken" if reason is SelectionReason.BELOW_CUT else "all that could be taken were")
     of_reference = "" if isinstance(published, RandomSelection) else _of_reference(row)
     is_tie = reason is SelectionReason.BELOW_CUT and value == cut
     tie = " too, and a smaller pair_id, which goes first among equals" if is_tie else ""
     return f"{place}the last pair taken{of_reference} has {last}{tie}"
+
+
+def _limits(published: Selection) -> str:
+    """The settings that keep pairs of the pool from being taken, whatever their place."""
+    limits = [name for name in ("min_gap", "rank_strong", "rmi_strong", "maximum") if getattr(published, name, None)]
+    return " and ".join(limits)
 
 
 def _counts(published: Selection) -> bool:
@@ -370,6 +381,11 @@ def _apart(value: float, cut: float | None) -> tuple[str, str]:
     decimals = next((n for n in range(3, 16) if value == cut or f"{value:.{n}f}" != f"{cut:.{n}f}"), 15)
     decimals = 3 if value == cut else decimals
     return _number(value, decimals), _number(cut, decimals)
+
+
+def _beside(value: float, *bounds: float | None) -> str:
+    """The number, with as many decimals as it takes to tell it from the bounds that it is not equal to."""
+    return max((_apart(value, bound)[0] for bound in bounds if bound is not None), key=len, default=_number(value))
 
 
 def _number(value: float, decimals: int = 3) -> str:

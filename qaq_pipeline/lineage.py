@@ -127,6 +127,8 @@ class Lineage:
     """Whether its files are: of a retired version, the manifest alone is."""
     files: tuple[File, ...]
     batches: tuple[Batch, ...]
+    is_whole: bool = True
+    """Whether `files` are all of the version's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ def only(lineage: Lineage, name: str) -> Lineage:
     if not files:
         known = ", ".join(file.name for file in lineage.files)
         raise LineageError(f"version {lineage.version} has no file {name!r}; it has {known}")
-    return dataclasses.replace(lineage, files=files)
+    return dataclasses.replace(lineage, files=files, is_whole=False)
 
 
 def _read_manifest(storage: Storage, version: str, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -317,6 +319,12 @@ def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
                 yield from _verify_shards(storage, shards)
         seen |= {table.path for table in batch.tables} | {shards.path for shards in batch.scores}
         yield from _verify_delivery(storage, batch)
+        try:
+            storage.read_provenance(batch.provenance_id)
+        except StorageError as error:
+            path, _, fault = str(error).partition(": ")
+            fault, _, remedy = fault.partition("; ")
+            yield Finding(path, fault, remedy)
 
 
 def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
@@ -328,6 +336,11 @@ def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
         fault = _differs(storage, file.sha256, FOLDER, lineage.version, *file.name.split("/"))
         if fault:
             yield Finding(file.path, f"{fault}: it is not what was published as {lineage.version}", remedy)
+    if lineage.is_kept and lineage.is_whole:
+        known = {"manifest.json", *(file.name for file in lineage.files)}
+        for name in sorted(set(storage.files_below(FOLDER, lineage.version)) - known):
+            path = storage.url(FOLDER, lineage.version, *name.split("/"))
+            yield Finding(path, f"it is no file of version {lineage.version}", "move it elsewhere, or remove it")
 
 
 def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from qaq_pipeline.column_lineage import UNDERIVED, Column, Derivation, by_table
 from qaq_pipeline.lineage import Batch, DeliveredFiles, File, Lineage, RowPath, State, Table
+from qaq_pipeline.summaries import visible
 
 _MOST_WORDS = 100
 
@@ -118,7 +119,7 @@ def _facts(facts: Mapping[str, object]) -> str:
 def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
-    words = " ".join(str(value).split())
+    words = visible(" ".join(str(value).split()))
     return words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}…"
 
 

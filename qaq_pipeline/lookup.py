@@ -62,6 +62,11 @@ def meant(row: str) -> list[Where]:
     return found
 
 
+def meant_in(batch: str, row: str) -> list[Where]:
+    """The same of a row of a batch, whose name may stand before it: BATCH/FILE:ROW. As given goes first."""
+    return meant(row) + (meant(row.removeprefix(f"{batch}/")) if row.startswith(f"{batch}/") else [])
+
+
 def _is_row(text: str) -> bool:
     return text.isdecimal() and int(text) <= _LARGEST_ROW
 
@@ -81,9 +86,9 @@ def of_key(key: Sequence[Any]) -> Where:
     return [(name, "==", value) for name, value in zip(schema.ROW_KEY, key, strict=True)]
 
 
-def find_rows(rows: pl.DataFrame, row: str) -> pl.DataFrame:
-    """The rows of a frame that a person means."""
-    for where in meant(row):
+def find_rows(rows: pl.DataFrame, row: str, batch: str = "") -> pl.DataFrame:
+    """The rows of a frame that a person means, the name of whose batch may stand before the row."""
+    for where in meant_in(batch, row):
         found = rows.filter(*_expressions(where))
         if not found.is_empty():
             return found

@@ -208,6 +208,13 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
     known = of_rmi.drop_nulls("value")
     numbers = {f"auroc_{defect}_{model}": auc for defect, model, auc in known.select(_AUROC).iter_rows()}
     mismatches = known.filter(pl.col("defect") == Defect.OTHER_ANSWER.value, pl.col("num_planted") >= enough)
+    unjudged = sorted(set(of_rmi["model"]) - set(mismatches["model"]))
+    if unjudged and not mismatches.is_empty():
+        return Finding(
+            False,
+            f"Of {Defect.OTHER_ANSWER} at least {enough} rows must be scored to judge a model: not so of {unjudged}.",
+            numbers,
+        )
     if mismatches.is_empty():
         return Finding(
             True,

@@ -40,6 +40,14 @@ def calibration_page(batch: str) -> tuple[str, ...]:
     return (FOLDER, batch, "calibration.html")
 
 
+def forget(storage: Storage, batches: Sequence[str]) -> None:
+    """Remove the pages of batches, which show texts as they stood; they are made again, where they are wanted."""
+    for batch in batches:
+        for page in (batch_page(batch), calibration_page(batch)):
+            if storage.exists(*page):
+                storage.remove(*page)
+
+
 def version_page(version: str) -> tuple[str, ...]:
     """Where the page of a published version lies."""
     return (publication.FOLDER, FOLDER, f"{version}.html")
@@ -69,7 +77,8 @@ def write_batch_page(
     frozen = read_reference(storage, settings)
     calibration = calibration_page(tables.batch)[-1] if settings.is_calibrated and settings.reports.pages else None
     page = report.batch_page(tables, scorings, settings.published, frozen, made, settings.reports.examples, calibration)
-    stands = made_of(storage, tables.batch, made.code_version)
+    versions = {name: getattr(tables, name).data_version for name in _INPUTS}
+    stands = {"code_version": made.code_version, "inputs": versions}
     storage.write_bytes(page, *batch_page(tables.batch))
     storage.write_json(stands, FOLDER, tables.batch, "made_of.json")
     return hash_json(stands)
@@ -92,7 +101,7 @@ def write_version_page(storage: Storage, settings: Settings, version: str, made:
         flat,
         TypeAdapter(Selection).validate_python(manifest["selection"]),
         _neighbours(storage, version, manifest),
-        {name: len(storage.read_bytes(*folder, *name.split("/"))) for name in manifest["files"]},
+        {name: storage.size(*folder, *name.split("/")) for name in manifest["files"]},
         read_reference(storage, settings),
         made,
     )

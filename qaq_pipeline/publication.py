@@ -27,7 +27,7 @@ import polars as pl
 
 from qaq_pipeline import card, exports, gates, ledger, reference, schema, withdrawals
 from qaq_pipeline.config import Settings, settings_hash
-from qaq_pipeline.schema import Change, Decision
+from qaq_pipeline.schema import Change, Decision, Status
 from qaq_pipeline.storage import Footer, Storage, StorageError, StoredTable, empty, hash_json
 from qaq_pipeline.withdrawals import Withdrawals
 
@@ -288,8 +288,19 @@ def _manifest(storage: Storage, version: str | None = None) -> dict[str, Any] | 
     return storage.read_json(FOLDER, found, "manifest.json")
 
 
+def _withdrawn_since(storage: Storage, version: str | None) -> withdrawals.Withdrawals:
+    """What was withdrawn after a version was published; where that time is not recorded, all."""
+    version = version or latest(storage)
+    times = [one.published_at for one in publications(storage) if one.version == version]
+    return withdrawals.read(storage, times[0] if times else None)
+
+
 def published_withdrawn(storage: Storage, version: str | None = None) -> list[str]:
-    """Batches of a version, by default the newest, of which something was withdrawn since they entered it."""
+    """Batches of a version, by default the newest, of which something was withdrawn since they entered it.
+
+    Of a batch that was delivered or screened anew since, the rows of then are not known any more: it counts as soon as
+    any text was withdrawn after the version was published.
+    """
     published, withdrawn = _manifest(storage, version), withdrawals.read(storage)
     found = []
     for entry in [] if published is None else published["batches"]:
@@ -297,7 +308,9 @@ def published_withdrawn(storage: Storage, version: str | None = None) -> list[st
         concerned = withdrawn.of_batch(batch, _signatures(storage, batch, withdrawn))
         screened = storage.read_footer("screened_data", batch)
         entered = screened.data_version == entry["data_versions"]["screened_data"]
-        if concerned and not (entered and screened.provenance.get("withdrawn", {}) == concerned):
+        if entered and screened.provenance.get("withdrawn", {}) == concerned:
+            continue
+        if concerned or (not entered and _withdrawn_since(storage, version).contents):
             found.append(batch)
     return found
 
@@ -425,6 +438,9 @@ def _retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]
         if storage.exists(FOLDER, retired, "manifest.json"):
             manifest = storage.read_json(FOLDER, retired, "manifest.json")
             storage.write_json(manifest, FOLDER, "retired", f"{retired}.json")
+            for name in manifest["files"]:  # The manifest goes last: until then the next publication goes on here.
+                if storage.exists(FOLDER, retired, *name.split("/")):
+                    storage.remove(FOLDER, retired, *name.split("/"))
             storage.remove_folder(FOLDER, retired)
             if storage.exists(*pair_index(retired)):
                 storage.remove(*pair_index(retired))
@@ -460,7 +476,9 @@ def _rows(selection: str, batches: Sequence[BatchTables], settings: Settings) ->
     rows = _concat([_rows_of_batch(selection, tables, settings) for tables in batches], "selected_subset")
     if not settings.export.meta:
         return rows
-    return exports.with_meta(rows, _concat([tables.raw_data.frame for tables in batches], "raw_data"))
+    screened = _concat([tables.screened_data.frame for tables in batches], "screened_data")
+    barred = screened.filter(pl.col("status").is_in([Status.WITHDRAWN.value, Status.CONTAMINATED.value]))
+    return exports.with_meta(rows, _concat([tables.raw_data.frame for tables in batches], "raw_data"), barred)
 
 
 def _rows_of_batch(selection: str, tables: BatchTables, settings: Settings) -> pl.DataFrame:

@@ -97,6 +97,7 @@ def withdraw(
     events = events or Events()
     with running(settings, instance, events) as run:
         done = renew(settings, instance, run, only_screening=True)
+        page_files.forget(storage, done.batches)
         for fault in make_pages(settings, run, done.batches):
             events.on_notice(fault)
         return _published(settings, instance, run, done, events)
@@ -107,7 +108,7 @@ def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     if not storage.has_table("signatures", batch):
         raise RunError(f"batch {batch!r} was not screened yet, so its rows are not known; withdraw the batch, or wait")
     signatures = storage.read_table("signatures", batch).frame
-    found = lookup.find_rows(signatures, row.removeprefix(f"{batch}/"))
+    found = lookup.find_rows(signatures, row, batch)
     if found.is_empty():
         raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
     if found["content_hash"].n_unique() > 1:

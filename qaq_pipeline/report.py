@@ -32,7 +32,7 @@ _LONGEST_TEXT = 4_000
 """Characters of a text that stand on a page: 10 examples of 20 reasons stay under 2 MB."""
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
-"""Decisions and reasons of rows whose text no page shows."""
+"""Decisions, reasons and statuses of rows whose text no page shows: in a gated batch only the status says it."""
 
 _IDENTITY = (
     "model",
@@ -210,6 +210,7 @@ def version_page(
     """
     pairs = summaries.pairs(flat)
     by_batch = summaries.kept_by(flat, "batch", most=40)
+    is_one_pool = len({entry["pool"] for entry in manifest["batches"]}) == 1
     page = {
         "title": f"Version {version}",
         "version": version,
@@ -233,9 +234,9 @@ def version_page(
         "selections": _selections(flat, published),
         "selection_plots": [
             plots.overlap(summaries.overlap(flat)),
-            *(_kept_by_stratum(pairs) if "strong" in summaries.roles(flat) else []),
+            *(_kept_by_stratum(pairs) if is_one_pool and "strong" in summaries.roles(flat) else []),
         ],
-        "score_plots": score_plots(pairs),
+        "score_plots": score_plots(pairs, has_strata=is_one_pool),
         "models": _models_of(manifest),
         "drift": _drift_by_batch(flat, frozen),
         "files": Table(
@@ -254,11 +255,13 @@ def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
     return summaries.with_texts(flat, raw, ("source", "language"))
 
 
-def score_plots(pairs: pl.DataFrame) -> list[Plot]:
-    """The plots of scores and ranks of distinct pairs."""
+def score_plots(pairs: pl.DataFrame, *, has_strata: bool = True) -> list[Plot]:
+    """The plots of scores and ranks of distinct pairs; the strata only where all were ranked in the same ones."""
     grid = summaries.rank_grid(pairs)
     of_models = [
-        plots.density(summaries.density(pairs, role), summaries.strata(pairs, role), role)
+        plots.density(
+            summaries.density(pairs, role), summaries.strata(pairs, role) if has_strata else pl.DataFrame(), role
+        )
         for role in summaries.roles(pairs)
     ]
     return [*of_models, plots.ranks(grid), plots.ranks(grid, is_selected=True), *length_plots(pairs)]
@@ -546,14 +549,14 @@ def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most
     reasons = summaries.of_each_reason(flat, most)
     groups |= {f"{decision}: {reason} ({n:,} rows)": rows for decision, reason, n, rows in reasons}
     texts = ("query", "answer", "record")
-    explained = tables.decisions.frame.select(*schema.ROW_KEY, "explanation")
+    screened = tables.screened_data.frame.select(*schema.ROW_KEY, "status")
     return [
         Examples(
             title[0].upper() + title[1:],
             [
                 _example(row, summaries.roles(flat))
                 for row in summaries.with_texts(rows, tables.raw_data.frame, texts)
-                .join(explained, on=schema.ROW_KEY, how="left", maintain_order="left")
+                .join(screened, on=schema.ROW_KEY, how="left", maintain_order="left")
                 .with_columns(place=duplicates.row_reference())
                 .iter_rows(named=True)
             ],
@@ -564,7 +567,7 @@ def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most
 
 def _example(row: Mapping[str, Any], roles: Iterable[str]) -> Example:
     texts = {name: row[name] for name in ("query", "answer") if row[name] is not None} or {"record": row["record"]}
-    is_withdrawn = _WITHDRAWN & {row["decision"], row["reason"]}
+    is_withdrawn = _WITHDRAWN & {row["decision"], row["reason"], row["status"]}
     numbers = [
         f"{role}: RMI {row[f'rmi_{role}']:.3f} nats/token, rank {row[f'rank_{role}']:.3f} in stratum "
         f"{row[f'stratum_{role}']}"

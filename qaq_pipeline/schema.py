@@ -160,7 +160,10 @@ class Statistic(Vocabulary):
     AUROC = "auroc", "P(a row as delivered scores above a planted one), ties counted half."
     PAIRED_SHARE = "paired_share", "Of the planted rows, those that score below their own twin."
     KEPT_SHARE = "kept_share", "Of the rows, those that a selection takes."
-    LOW_CUT = "low_cut", "The least RMI that is told from a mismatch at the false-discovery rate."
+    LOW_CUT = (
+        "low_cut",
+        "The largest RMI that is not told from a mismatch at the false-discovery rate.",
+    )
     HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
 
 
@@ -422,7 +425,7 @@ class RmiScores(dy.Schema):
     num_a_tokens = _count("Scored tokens of A, after truncation.")
     num_a_tokens_untruncated = _count("All tokens of A.")
     is_truncated = dy.Bool(description="Whether the tail of A was cut.")
-    is_short_query = dy.Bool(description="Whether Q has fewer tokens than `scoring.short_query_tokens`: noisy.")
+    is_short_query = dy.Bool(description="Whether Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:

@@ -237,6 +237,15 @@ class Storage:
         """Whether something is stored there."""
         return self._fs.exists(self.path(*parts))
 
+    def size(self, *parts: str) -> int:
+        """Bytes of a file."""
+        return int(self._fs.size(self.path(*parts)))
+
+    def files_below(self, *parts: str) -> list[str]:
+        """The files of a folder and of its folders, by their path in it."""
+        start = self.path(*parts)
+        return sorted(path.removeprefix(start).lstrip("/") for path in self._fs.find(start))
+
     def names(self, *parts: str) -> list[str]:
         """What lies in a folder, sorted; nothing where there is none."""
         folder = self.path(*parts)
@@ -385,12 +394,14 @@ class Storage:
         index: Sequence[str],
         version: str,
         most: int | None = None,
+        batches: Sequence[str] | None = None,
     ) -> FoundRows:
-        """The same of any Parquet file, of that version, and its index."""
+        """The same of any Parquet file, of that version, and its index; of these batches, or of any."""
         where = lookup.of_pair(start)
+        of_batch = pl.lit(True) if batches is None else pl.col("batch").is_in(list(batches))
         if self._index_version(*index) != version:
-            return FoundRows(self.find_in_file(where, *parts)[:most], is_indexed=False)
-        keys = self.find_in_file(where, *index).select(schema.ROW_KEY)
+            return FoundRows(self.find_in_file(where, *parts).filter(of_batch)[:most], is_indexed=False)
+        keys = self.find_in_file(where, *index).filter(of_batch).select(schema.ROW_KEY)
         found = [self.find_in_file(lookup.of_key(key), *parts) for key in keys[:most].rows()]
         return FoundRows(pl.concat(found) if found else pl.DataFrame(), is_indexed=True)
 
@@ -421,13 +432,23 @@ class Storage:
         return provenance_id
 
     def read_provenance(self, provenance_id: str) -> Provenance:
-        """What made the rows that bear the id, as far as it is recorded."""
+        """What made the rows that bear the id, as far as it is recorded.
+
+        Raises:
+            StorageError: the record is not the one that was written: its hash is the id.
+        """
         record, runs = ("provenance", f"{provenance_id}.json"), ("provenance", "runs", provenance_id)
         paths = self._fs.ls(self.path(*runs), detail=False) if self.exists(*runs) else []
+        made_of = self.read_json(*record) if self.exists(*record) else None
+        if made_of is not None and hash_json(made_of) != provenance_id:
+            raise StorageError(
+                f"{self.url(*record)}: it was changed since it was written, and nothing it says can be trusted; "
+                "restore it from a backup, or remove it: `qaq recurate` writes what stands now"
+            )
         made_by = [self.read_json(*runs, path.rsplit("/", 1)[-1]) for path in paths if path.endswith(".json")]
         return Provenance(
             provenance_id,
-            self.read_json(*record) if self.exists(*record) else None,
+            made_of,
             sorted(made_by, key=lambda run: run["time"]),
         )
 

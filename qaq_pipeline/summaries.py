@@ -9,6 +9,7 @@ A pair is counted once where scores and ranks are shown, a row as often as it wa
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ _SELECTED = "is_selected:"
 _STANDS_FOR_NO_PAIR = [d.value for d in (Decision.DUPLICATE, Decision.CONTAMINATED, Decision.WITHDRAWN)]
 _LONGEST_LABEL = 24
 _UNSEEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 """Controls, invisible formats, and marks of direction, other than line feeds and tabs."""
 _IN_PART = 0.001
@@ -98,24 +100,32 @@ def flow(flat: pl.DataFrame) -> pl.DataFrame:
 def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
     """value, rows, selected, share of each value of a column, the most frequent first, the rest of them together."""
     named = flat.select(
-        value=pl.col(column).cast(pl.String).fill_null("not stated").map_elements(_as_label, return_dtype=pl.String),
+        value=pl.col(column).cast(pl.String).fill_null("not stated"),
         is_selected=pl.col("decision") == Decision.SELECTED.value,
     )
     counts = named.group_by("value").agg(rows=pl.len(), selected=pl.col("is_selected").sum())
     ordered = counts.sort("rows", "value", descending=[True, False])
     rest = ordered.slice(most)
+    shown = ordered.head(most) if rest.height > 1 else ordered
+    shown = shown.with_columns(value=pl.Series(_as_labels(shown["value"].to_list()), dtype=pl.String))
     if rest.height > 1:
         others = pl.DataFrame({"value": [f"{rest.height} others"]}).with_columns(
             rows=pl.lit(rest["rows"].sum()), selected=pl.lit(rest["selected"].sum())
         )
-        ordered = pl.concat([ordered.head(most), others], how="vertical_relaxed")
-    return _with_share(ordered)
+        shown = pl.concat([shown, others], how="vertical_relaxed")
+    return _with_share(shown)
 
 
-def _as_label(name: str) -> str:
-    """A name on one line of a plot."""
-    seen = " ".join(visible(name).split())
-    return seen if len(seen) <= _LONGEST_LABEL else f"{seen[: _LONGEST_LABEL - 1]}…"
+def _as_labels(names: Sequence[str]) -> list[str]:
+    """Each name on one line of a plot, the middle of a long one left out; those that then look alike are numbered."""
+    half = _LONGEST_LABEL // 2
+    labels: list[str] = []
+    for name in names:
+        seen = " ".join(visible(name).split())
+        label = seen if len(seen) <= _LONGEST_LABEL else f"{seen[: half - 1]}…{seen[-half:]}"
+        alike = itertools.chain([label], (f"{label[: _LONGEST_LABEL - 4]} ({n})" for n in itertools.count(2)))
+        labels.append(next(one for one in alike if one not in labels))
+    return labels
 
 
 def visible(text: str) -> str:

@@ -53,10 +53,12 @@ def key_of_batch(batch: str) -> str:
     return f"batch {batch}"
 
 
-def read(storage: Storage) -> Withdrawals:
-    """What is withdrawn now: the record, in order."""
+def read(storage: Storage, since: str | None = None) -> Withdrawals:
+    """What is withdrawn now: the record, in order. With a time in ISO 8601, only what was withdrawn from then on."""
     found = Withdrawals()
     for entry in _record(storage):
+        if since is not None and datetime.fromisoformat(entry["at"]) < datetime.fromisoformat(since):
+            continue
         content = entry["content_hash"]
         known, key = (found.batches, entry["batch"]) if content is None else (found.contents, content)
         if entry["is_withdrawn"]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import polars as pl
 import pytest
+from rich.console import Console
 
-from qaq_pipeline import audit, publication
+from qaq_pipeline import audit, dossier, publication
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.publication import publish, read_batches
 from qaq_pipeline.storage import Storage, StorageError, StoredTable, hash_json
@@ -43,6 +45,25 @@ def test_a_row_is_found_by_its_place_and_by_its_pair(storage: Storage, settings:
     for name in ("3", "a.jsonl:3", "a.jsonl:3.0", "b1/a.jsonl:3.0", pair_name(3)):
         assert rows_of(audit.find_row(storage, "b1", name)) == [("b1", 3)]
     assert audit.find_row(storage, "b1", "99") == audit.Answer([])
+
+
+def test_a_file_in_a_folder_that_is_called_like_the_batch_is_meant_as_it_is_given(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings, source_file="b1/a.jsonl")
+    (row,) = audit.find_row(storage, "b1", "b1/a.jsonl:3").rows
+    assert (row["source_file"], row["source_row"]) == ("b1/a.jsonl", 3)
+    assert audit.find_row(storage, "b1", "b1/b1/a.jsonl:3").rows == [row]
+
+
+def test_a_pair_of_many_batches_is_found_in_each_of_a_version(storage: Storage, settings: Settings) -> None:
+    batches = [f"b{n:02}" for n in range(audit.MOST_ROWS + 3)]
+    for batch in batches:
+        store_batch(storage, settings, batch)
+    publish_all(storage, settings, *batches)
+    version = publication.find_version(storage, "1")
+    for batch in (batches[0], batches[-1]):
+        assert rows_of(audit.find_pair(storage, pair_name(3), version, [batch])) == [(batch, 3)]
 
 
 def test_a_pair_is_found_in_any_batch_by_its_first_digits(storage: Storage, settings: Settings) -> None:
@@ -116,6 +137,36 @@ def test_every_version_says_what_became_of_a_row(thrice: Storage) -> None:
     assert fates[2].row is not None
     assert fates[2].row["explanation"] == row["explanation"]
     assert row["explanation"].startswith("Ranked by RMI")
+
+
+def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal(thrice: Storage) -> None:
+    second = publication.find_version(thrice, "2")
+    (row,) = audit.find_row(thrice, "b1", "3", second).rows
+    gathered = dossier.gather(thrice, row, second, with_versions=False)
+    gathered.text["query"] = "hi\x1b[2J\x1b]0;owned"
+    stream = io.StringIO()
+    dossier.show(Console(file=stream, width=80), gathered, with_template=True)
+    shown = stream.getvalue()
+    assert "in version 2" in shown
+    assert "\x1b" not in shown
+    assert "hi⟦U+001B⟧[2J" in shown
+
+
+def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, settings: Settings) -> None:
+    whole = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {fraction: 1.0}}]")
+    store_batch(storage, whole)
+    publish_all(storage, whole, "b1")
+    store_batch(storage, settings, queries=("a", "b", {"query": "c", "source_row": 4}, {"query": "d", "source_row": 3}))
+    publish_all(storage, settings, "b1")
+    row = audit.find_row(storage, "b1", "3").rows[0]
+    stream = io.StringIO()
+    dossier.show(
+        Console(file=stream, width=200),
+        dossier.gather(storage, row, None, with_versions=True),
+        with_template=False,
+    )
+    assert "another text then stood at this place" in stream.getvalue()
+    assert "dropped, had been in" not in stream.getvalue()
 
 
 def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(thrice: Storage) -> None:

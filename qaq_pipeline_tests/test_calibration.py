@@ -51,15 +51,16 @@ def test_the_auroc_is_the_share_of_pairs_in_order_with_ties_half() -> None:
     random = np.random.default_rng(0)
     clean, planted = random.integers(0, 6, 30).astype(float), random.integers(0, 5, 30).astype(float)
     clean[3] = planted[7] = NAN
-    naive = [(c > p) + (c == p) / 2 for c in clean[~np.isnan(clean)] for p in planted[~np.isnan(planted)]]
+    pairs = [(c, p) for i, c in enumerate(clean) for j, p in enumerate(planted) if i != j and not np.isnan(c + p)]
     found = auroc(clean, planted, SAMPLES, seed=0)
-    assert found.value == pytest.approx(np.mean(naive))
+    assert found.value == pytest.approx(np.mean([(c > p) + (c == p) / 2 for c, p in pairs]))
     assert (found.num_clean, found.num_planted) == (29, 29)
+    twins = [(c > p) + (c == p) / 2 for c, p in zip(clean, planted, strict=True) if not np.isnan(c + p)]
     u = stats.mannwhitneyu(clean, planted, nan_policy="omit").statistic
-    assert found.value == pytest.approx(u / 29**2)
+    assert found.value == pytest.approx((u - sum(twins)) / (29**2 - len(twins)))
 
 
-def test_the_interval_is_the_bias_corrected_bootstrap_over_rows_with_their_twins() -> None:
+def test_the_interval_is_the_percentile_bootstrap_over_rows_with_their_twins() -> None:
     random = np.random.default_rng(1)
     clean = random.normal(0.5, 1, 25)
     planted = clean - random.normal(0.3, 0.2, 25)
@@ -67,19 +68,29 @@ def test_the_interval_is_the_bias_corrected_bootstrap_over_rows_with_their_twins
     naive = []
     for counts in draws:
         rows = np.repeat(np.arange(25), counts)
-        naive.append(np.mean([clean[i] > planted[j] for i in rows for j in rows]))
+        naive.append(np.mean([clean[i] > planted[j] for i in rows for j in rows if i != j]))
     found = auroc(clean, planted, SAMPLES, seed=7)
-    ordered = sorted(naive)
-    assert found.value is not None
-    place = stats.norm.ppf(
-        (np.searchsorted(ordered, found.value - 1e-9) + np.searchsorted(ordered, found.value + 1e-9)) / 2 / SAMPLES
-    )
-    ends = stats.norm.cdf([2 * place - 1.959964, 2 * place + 1.959964])
-    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(naive, ends)), abs=1e-6)
+    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
     assert found.lower is not None
     assert found.value is not None
     assert found.upper is not None
     assert found.lower < found.value < found.upper
+
+
+@pytest.mark.parametrize(("spread", "rows"), [(0.02, 100), (0.3, 40)], ids=["near twins", "twins"])
+def test_the_interval_holds_the_true_auroc_where_a_row_and_its_twin_are_alike(spread: float, rows: int) -> None:
+    random = np.random.default_rng(5)
+    true = stats.norm.cdf(spread / math.sqrt(2 + spread**2))
+    held = 0
+    for _ in range(200):
+        clean = random.normal(0, 1, rows)
+        found = auroc(clean, clean - random.normal(spread, spread, rows), 200, seed=0)
+        assert found.value is not None
+        assert found.lower is not None
+        assert found.upper is not None
+        assert found.lower <= found.value <= found.upper
+        held += found.lower <= true <= found.upper
+    assert 0.86 <= held / 200 <= 0.99
 
 
 def test_the_interval_of_an_auroc_holds_the_true_one_about_as_often_as_it_says() -> None:
@@ -239,7 +250,11 @@ def test_the_auroc_compares_with_the_twins_alone(judged: calibration.Judged) -> 
     twins = judged.clean.filter(pl.col("pair_id").is_in([pair_name(n) for n in range(1, 21)]))
     echoes = judged.planted.filter(pl.col("defect") == "echo")
     for measure, model, column in (("gap", BOTH_MODELS, "gap"), ("rank", "weak", "rank:weak")):
-        naive = np.mean([(c > p) + (c == p) / 2 for c in twins[column] for p in echoes[column]])
+        beside = twins.join(echoes, left_on="pair_id", right_on="original_pair_id", suffix=":planted")
+        values = beside.select(column, f"{column}:planted").rows()
+        naive = np.mean(
+            [(c > p) + (c == p) / 2 for i, (c, _) in enumerate(values) for j, (_, p) in enumerate(values) if i != j]
+        )
         assert number_of(frame, Statistic.AUROC, Defect.ECHO, model, measure)["value"] == pytest.approx(naive)
 
 

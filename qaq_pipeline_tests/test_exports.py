@@ -229,6 +229,14 @@ def test_a_format_whose_package_is_missing_is_refused_with_the_remedy(monkeypatc
 # --- meta -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_record_of_which_a_turn_is_barred_is_no_meta_of_the_other_turns() -> None:
+    raw = raw_rows({"record": "my key is SECRET"}, {"record": "harmless"})
+    rows = selected(("s", "q", "a"), (None, "r", "b"))
+    other_turn = raw.select("batch", "source_file", "source_row", turn_index=pl.lit(1, pl.Int64)).head(1)
+    found = [json.loads(text)["record"] for text in with_meta(rows, raw, other_turn)["meta"]]
+    assert found == [None, "harmless"]
+
+
 def test_meta_is_text_with_the_key_the_origin_and_the_record_as_delivered() -> None:
     raw = raw_rows({"record": '{"q": 1}'}, {"record": "x\0", "source": "2026-11-02"}, {})
     rows = selected(("s", "q", "a"), (None, "r", "b")).with_columns(source=pl.Series([None, "2026-11-02"]))

@@ -218,6 +218,22 @@ def test_a_version_that_holds_what_was_withdrawn_stays(storage: Storage, tmp_pat
     assert publish(storage, "latest", to).version == newer
 
 
+def test_a_withdrawn_row_does_not_leave_though_its_batch_was_delivered_without_it(
+    storage: Storage, tmp_path: Path
+) -> None:
+    settings = parse_settings("models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}")
+    store_batch(storage, settings)
+    publication.publish(storage, settings, *publication.read_batches(storage, ["b1"], settings))
+    assert publish(storage, "1", str(tmp_path / "before")).is_new
+    (content,) = storage.read_table("signatures", "b1").frame.filter(source_row=4)["content_hash"]
+    withdrawals.add(storage, "b1", {content: "a.jsonl:4"}, "a secret", is_withdrawn=True)
+    for queries in (("a", "b", "c", "d"), ("a", "b", "c")):
+        store_batch(storage, settings, queries=queries)
+        with pytest.raises(PublishError, match="holds what was withdrawn since of b1"):
+            publish(storage, "1", str(tmp_path / "after"))
+    assert not (tmp_path / "after").exists()
+
+
 def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage) -> None:
     with pytest.raises(StorageError, match="nothing was published yet; `qaq run"):
         publish(storage, "latest", TO)
@@ -251,6 +267,42 @@ def test_a_folder_gets_the_version_once_and_loses_what_is_obsolete(storage: Stor
     assert publish(storage, "latest", str(to)).removed == ("mine/hf/data.arrow",)
     found = {str(path.relative_to(to)): path.read_bytes() for path in to.rglob("*") if path.is_file()}
     assert found == {**files_of(storage, version), "LICENSE": b"theirs"}
+
+
+def test_a_folder_that_was_left_half_written_is_not_called_done(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / "there"
+    first = store_version(storage)
+    publish(storage, first, str(to))
+    second = store_version(storage, OTHER_FILES)
+    write, written = Storage.write_bytes, list[tuple[str, ...]]()
+
+    def fail_at_the_third(self: Storage, data: bytes, *parts: str) -> None:
+        written.append(parts)
+        if len(written) > 2:
+            raise OSError("no space left")
+        write(self, data, *parts)
+
+    monkeypatch.setattr(Storage, "write_bytes", fail_at_the_third)
+    with pytest.raises(OSError, match="no space"):
+        publish(storage, second, str(to))
+    monkeypatch.setattr(Storage, "write_bytes", write)
+    assert publish(storage, first, str(to)).is_new
+    found = {str(path.relative_to(to)): path.read_bytes() for path in to.rglob("*") if path.is_file()}
+    assert found == files_of(storage, first)
+
+
+@pytest.mark.parametrize("name", ["README.md", "manifest.json"])
+def test_files_that_somebody_else_wrote_are_not_overwritten(name: str, storage: Storage, tmp_path: Path) -> None:
+    to = tmp_path / "theirs"
+    to.mkdir()
+    (to / "keep.txt").write_text("theirs")
+    (to / name).write_text(json.dumps({"format": "npm", "files": {"keep.txt": ""}}))
+    store_version(storage)
+    with pytest.raises(PublishError, match=rf"{name}.* was not written by `qaq publish`; take another folder"):
+        publish(storage, "latest", str(to))
+    assert sorted(path.name for path in to.iterdir()) == sorted(["keep.txt", name])
 
 
 def test_a_manifest_in_a_folder_cannot_remove_files_elsewhere(storage: Storage, tmp_path: Path) -> None:

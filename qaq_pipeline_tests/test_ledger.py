@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import polars as pl
@@ -243,7 +244,7 @@ GOLDEN = [
         "unscorable",
         "query_too_long",
         "Not scorable: under the strong model, the query alone does not fit into the window (scoring.max_tokens), and "
-        "none is cut; under the weak model, there is no token to score. So it has no rank, and cannot be selected.",
+        "none is cut; under the weak model, there is no token to score. So mine cannot place it, nor take it.",
         id="unscorable",
     ),
 ]
@@ -281,6 +282,38 @@ def test_a_random_selection_draws_from_the_batch_whatever_the_ranks_are_taken_ag
 def test_where_all_that_could_be_taken_was_the_sentence_says_so(is_against_reference: bool) -> None:
     _, _, sentence = said(1, decide(budget={"fraction": 1.0}, is_against_reference=is_against_reference))
     assert sentence.endswith("this one, with -0.750, is number 4 of 4; all that could be taken were.")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "given", "value", "said_of_it"),
+    [
+        ("rmi_band", {"band": [0.5, 0.75]}, 1501 / 2001, "above 0.5 and up to 0.75: it ranks this one 0.7501"),
+        ("diff_high", {"min_gap": 0.3}, 0.29996, "is above 0.3: this one's is 0.29996"),
+        ("diff_high", {"rmi_strong": [None, 0.2]}, 0.2000004, "up to 0.2 nats/token: this one's is 0.2000004"),
+        ("ifd", {"maximum": 1.0}, 1.0001, "above 1 by IFD"),
+    ],
+)
+def test_a_number_just_beyond_a_bound_is_told_from_it(
+    strategy: str, given: dict[str, Any], value: float, said_of_it: str
+) -> None:
+    reasons = {"rmi_band": "outside_band", "ifd": "ifd_above_maximum"}
+    by = {"min_gap": "gap_below_minimum", "rmi_strong": "rmi_strong_out_of_range"}
+    reason = reasons.get(strategy) or by[next(iter(given))]
+    score = {"model": "strong", "rmi": value, "rank": 0.5, "stratum": 1, "num_strata": 1, "null_reason": None}
+    score |= {"is_truncated": False, "is_short_query": False}
+    row = {"decision": "not_selected", "reason": reason, "scores": [score], "evidence": None, "gap": value}
+    row |= {"pool_id": "batch:b1", "verdict_reason": reason, "verdict_score": value, "verdict_position": None}
+    row |= {"verdict_cut": None, "verdict_pool_size": 3}
+    sentence = ledger.explain(
+        row, TypeAdapter(Selection).validate_python({"name": "mine", "strategy": strategy} | given)
+    )
+    assert said_of_it in sentence
+    assert "this one has 1.000." not in sentence
+
+
+def test_a_place_among_those_that_pass_a_limit_is_not_called_one_of_the_pool() -> None:
+    _, _, sentence = said(3, decide(rmi_strong=[None, 5.0]))
+    assert re.search(r"is number \d of those that pass rmi_strong, in a pool of 4;", sentence)
 
 
 def test_every_reason_of_a_selection_has_a_sentence() -> None:
@@ -439,8 +472,7 @@ def test_a_score_that_was_not_wanted_is_no_reason() -> None:
     assert said(7, frame) == (
         "unscorable",
         "non_finite",
-        "Not scorable: under the strong model, the model gave no finite number. So it has no rank, and cannot be "
-        "selected.",
+        "Not scorable: under the strong model, the model gave no finite number. So mine cannot place it, nor take it.",
     )
     ranked = "No model ranks it by RMI. Selected by mine, which takes the highest 50% of the pool by IFD, "
     assert said(1, frame)[2].startswith(ranked)

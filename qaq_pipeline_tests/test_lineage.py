@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from qaq_pipeline import cli, driver, lineage, publication, schema
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.lineage import Lineage, LineageError, State, Table
-from qaq_pipeline.storage import Storage, StoredTable, open_storage
+from qaq_pipeline.storage import Storage, StorageError, StoredTable, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
 
 NUM_TABLES = len(schema.TABLES) + 2
@@ -96,12 +96,12 @@ def flipped(path: Path, offset: int) -> Iterator[None]:
 @contextmanager
 def away(path: Path) -> Iterator[None]:
     """The file is not there."""
-    hidden = path.with_name(f"{path.name}.away")
-    path.rename(hidden)
+    data = path.read_bytes()
+    path.unlink()
     try:
         yield
     finally:
-        hidden.rename(path)
+        path.write_bytes(data)
 
 
 NUM_OFFSETS = 6
@@ -162,6 +162,29 @@ def test_a_changed_byte_of_the_manifest_is_found_before_anything_is_read_of_it(s
             lineage.walk(storage, version)
         assert str(path) in str(error.value)
         assert "restore it from a backup" in str(error.value)
+
+
+def test_a_changed_record_of_what_made_the_rows_is_found_and_not_believed(walked: Lineage, storage: Storage) -> None:
+    ident = walked.batches[0].provenance_id
+    path = Path(storage.url("provenance", f"{ident}.json"))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"settings_hash": "', b'"settings_hash": "f', 1))
+    assert path.read_bytes() != data
+    try:
+        assert found(storage) == [str(path)]
+        with pytest.raises(StorageError, match="was changed since it was written"):
+            storage.read_provenance(ident)
+    finally:
+        path.write_bytes(data)
+
+
+def test_a_file_that_is_none_of_the_version_is_named(walked: Lineage, storage: Storage) -> None:
+    stranger = Path(storage.url(publication.FOLDER, walked.version, "diff_high", "extra.jsonl"))
+    stranger.write_text("{}")
+    try:
+        assert found(storage) == [str(stranger)]
+    finally:
+        stranger.unlink()
 
 
 def test_white_space_in_the_manifest_is_a_changed_byte_too(storage: Storage) -> None:

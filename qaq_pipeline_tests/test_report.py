@@ -177,6 +177,29 @@ def test_the_text_of_a_withdrawn_row_is_not_shown(hostile: bytes) -> None:
     assert b"hunter2" not in hostile
 
 
+def gate_withdrawn(tables: BatchTables) -> BatchTables:
+    """Row 1 is withdrawn in a batch that is gated, so that its decision and reason are the gate's."""
+    screened = tables.screened_data.frame.with_columns(
+        status=pl.when(pl.col("source_row") == 1).then(pl.lit("withdrawn")).otherwise("status")
+    )
+    decided = tables.decisions.frame.with_columns(
+        decision=pl.lit("batch_gated"), reason=pl.lit("too_many_rejected"), verdicts=pl.col("verdicts").list.head(0)
+    )
+    return BatchTables(
+        tables.batch,
+        tables.raw_data,
+        StoredTable(screened, tables.screened_data.provenance),
+        StoredTable(decided, tables.decisions.provenance),
+        tables.selected_subset,
+    )
+
+
+def test_the_text_of_a_withdrawn_row_of_a_gated_batch_is_not_shown() -> None:
+    page = page_of(40, changes={1: {"query": "hunter2"}}, changed=gate_withdrawn)[0]
+    assert b"too_many_rejected" in page
+    assert b"hunter2" not in page
+
+
 def test_a_batch_without_a_row_has_a_page() -> None:
     assert b"<strong>0</strong> rows delivered" in page_of(0)[0]
 

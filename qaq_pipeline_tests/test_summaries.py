@@ -78,6 +78,16 @@ def test_kept_by_puts_the_rare_values_together_and_loses_no_row(flat: pl.DataFra
     assert summaries.kept_by(unknown, "value")["value"].to_list() == ["not stated"]
 
 
+def test_long_values_that_look_alike_stay_apart(flat: pl.DataFrame) -> None:
+    weeks = ["synthetic-code-of-the-year-2026-week-47", "synthetic-code-of-the-year-2026-week-48"]
+    weeks += ["a" * 40 + "1" * 20, "a" * 40 + "2" + "1" * 19]
+    named = flat.with_columns(value=pl.Series([weeks[i % 4] for i in range(flat.height)]))
+    found = summaries.kept_by(named, "value")
+    assert found["value"].n_unique() == found.height == 4
+    assert all(len(label) <= 24 for label in found["value"])
+    assert found["rows"].sum() == flat.height
+
+
 def test_every_pair_is_in_a_cell_of_the_grids(flat: pl.DataFrame) -> None:
     pairs = summaries.pairs(flat)
     ranked = pairs.drop_nulls("rank_strong")

@@ -8,7 +8,7 @@ import dagster as dg
 
 from qaq_pipeline import exports, page_files, plots, report, summaries
 from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version, pictures, require_inputs
-from qaq_pipeline.config import Settings
+from qaq_pipeline.config import Settings, settings_hash
 from qaq_pipeline.publication import BatchTables
 from qaq_pipeline.report import Made, Scoring
 from qaq_pipeline.storage import Storage, StoredTable
@@ -52,6 +52,12 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         require_inputs(
             "selected_subset", selected_subset, {"decisions": decisions}, selected_subset.provenance["inputs"]
         )
+        if decisions.provenance["published_hash"] != settings_hash(settings.published):
+            raise dg.Failure(
+                f"batch {context.partition_key} was decided by another published selection than the settings name; run "
+                "`qaq recurate`",
+                allow_retries=False,
+            )
         batch = context.partition_key
         tables = BatchTables(batch, raw_data, screened_data, decisions, selected_subset)
         scorings = [
