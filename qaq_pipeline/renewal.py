@@ -33,7 +33,9 @@ class Renewal:
     remade: list[str]
     """Stages and partitions that were run, in order."""
     failed: dict[str, str]
-    """Why, by batch."""
+    """Batches whose data could not be brought up to date, and why."""
+    unmade: tuple[str, ...] = ()
+    """Calibrations and audit pages that could not be made, and why: nothing that is published waits for one."""
     version: str | None = None
     """The version of the dataset that was published; None: nothing changed."""
 
@@ -47,7 +49,7 @@ class Renewal:
         """The same in words."""
         made = f"{len(self.remade)} stages of {self.num_batches} batches were run again"
         published = "nothing was published" if self.version is None else f"version {self.version} was published"
-        return f"{made}; {published}"
+        return "; ".join([made, published, *(one.partition(":")[0] for one in self.unmade)])
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,7 @@ def recurate(settings: Settings, instance: dg.DagsterInstance, events: Events | 
     events = events or Events()
     with running(settings, instance, events) as run:
         done = renew(settings, instance, run, only_screening=False)
-        for fault in make_pages(settings, run, instance.get_dynamic_partitions("batch")):
-            events.on_notice(fault)
+        done = _with_pages(settings, run, done, instance.get_dynamic_partitions("batch"))
         return _published(settings, instance, run, done, events)
 
 
@@ -98,8 +99,7 @@ def withdraw(
     with running(settings, instance, events) as run:
         done = renew(settings, instance, run, only_screening=True)
         page_files.forget(storage, done.batches)
-        for fault in make_pages(settings, run, done.batches):
-            events.on_notice(fault)
+        done = _with_pages(settings, run, done, done.batches)
         return _published(settings, instance, run, done, events)
 
 
@@ -142,6 +142,7 @@ def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only
     storage = open_storage(settings)
     remade: list[str] = []
     failed: dict[str, str] = {}
+    uncalibrated: dict[str, str] = {}
     meant: set[str] = set()
     while True:
         registered = instance.get_dynamic_partitions("batch")
@@ -149,14 +150,17 @@ def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only
         batches = review.batches()
         meant |= {batch for batch in batches if not only_screening or review.screened_otherwise(batch) is not None}
         due = [one for batch in batches if batch in meant - set(failed) for one in review.outdated(batch)]
-        if only_screening:  # A publication waits for it; the night calibrates.
-            due = [one for one in due if one.job not in CALIBRATION_STAGES]
+        # Where only screening is wanted, a publication waits for it; the night calibrates.
+        left = batches if only_screening else uncalibrated
+        due = [one for one in due if one.job not in CALIBRATION_STAGES or one.batch not in left]
         if not due:
-            return Renewal(len(batches), remade, failed)
+            unmade = (f"the calibration of batch {batch} was not made: {why}" for batch, why in uncalibrated.items())
+            return Renewal(len(batches), remade, failed, tuple(unmade))
         for one in due:
-            reason = None if one.batch in failed else _run_again(storage, run, one, remade)
+            failures = uncalibrated if one.job in CALIBRATION_STAGES else failed
+            reason = None if one.batch in failures else _run_again(storage, run, one, remade)
             if reason is not None:
-                failed[one.batch] = reason
+                failures[one.batch] = reason
 
 
 def _run_again(storage: Storage, run: Runner, one: recuration.Outdated, remade: list[str]) -> str | None:
@@ -173,6 +177,11 @@ def _run_again(storage: Storage, run: Runner, one: recuration.Outdated, remade: 
         return str(error)
     remade.append(label)
     return None
+
+
+def _with_pages(settings: Settings, run: Runner, done: Renewal, batches: Iterable[str]) -> Renewal:
+    """The same, after the pages of these batches were made."""
+    return dataclasses.replace(done, unmade=(*done.unmade, *make_pages(settings, run, batches)))
 
 
 def make_pages(settings: Settings, run: Runner, batches: Iterable[str]) -> list[str]:
@@ -196,7 +205,8 @@ def make_page(settings: Settings, run: Runner, job_name: str, partition: str | N
     except InterruptedRunError:
         raise
     except RunError as error:
-        return f"the audit page was not made: {error}"
+        of = "the version" if partition is None else f"batch {partition}"
+        return f"the audit page of {of} was not made: {error}"
     return None
 
 
@@ -206,7 +216,9 @@ def _published(settings: Settings, instance: dg.DagsterInstance, run: Runner, do
         metadata = materialisation_metadata(instance, run(PUBLISHING, None), publication.FOLDER)
         done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
         if fault := make_page(settings, run, REPORTING_VERSION, None):
-            events.on_notice(fault)
+            done = dataclasses.replace(done, unmade=(*done.unmade, fault))
+    for sentence in done.unmade:
+        events.on_notice(sentence)
     if done.failed:
         reasons = "\n".join(f"batch {batch}: {reason}" for batch, reason in done.failed.items())
         raise RunError(f"{done.sentence}; not brought up to date:\n{reasons}")

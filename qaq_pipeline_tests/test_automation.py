@@ -16,7 +16,7 @@ from qaq_pipeline import automation, driver, landing, publication, renewal
 from qaq_pipeline.config import RuntimeSettings, Settings, SettingsError
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.jobs import STAGES
-from qaq_pipeline.runs import RunError
+from qaq_pipeline.runs import Events, RunError
 from qaq_pipeline.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, LockHolder, delivered_rows, write_jsonl
 
@@ -381,6 +381,37 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(two
     assert set(driver.batches_left_out(daemon.settings, daemon.instance)) == {"bad"}
     assert len(versions(daemon)) == 2
     assert not night(daemon)
+
+
+def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_date(
+    two_batches: Daemon, settings_for: SettingsFor
+) -> None:
+    daemon = two_batches
+    sections = {"calibration": {"enabled": True}, "reports": {"pages": True, "pictures": False}}
+    daemon.use(settings_for(gates={"max_rejected_share": None}, **sections))
+    root = Path(daemon.settings.storage_root)
+    (root / "planted_rows").write_text("no table can be written below a file")
+    (root / "reports/b1/report.html").mkdir(parents=True)
+    # Of the older batch a row is gone: when the newer one could not be calibrated, it is screened anew all the same.
+    land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
+    daemon.tick("landing_zone"), daemon.tick("landing_zone")
+    notices: list[str] = []
+    done = renewal.recurate(daemon.settings, daemon.instance, Events(on_notice=notices.append))
+    assert statuses(daemon, "b2")[2] == "accepted"
+    assert done.failed == {}
+    assert done.version in versions(daemon)
+    assert driver.batches_left_out(daemon.settings, daemon.instance) == {}
+    causes = {
+        "the calibration of batch b1 was not made": "plant_defects of b1 failed",
+        "the calibration of batch b2 was not made": "plant_defects of b2 failed",
+        "the audit page of batch b1 was not made": "report_batch of b1 failed",
+    }
+    assert {tuple(notice.split(": ")[:2]) for notice in notices} == set(causes.items())
+    for what in causes:
+        assert what in done.sentence
+    assert night(daemon)
+    failed = daemon.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))
+    assert {run.job_name for run in failed} == {"plant_defects", "report_batch"}
 
 
 # --- withdrawals ---------------------------------------------------------------------------------------------------

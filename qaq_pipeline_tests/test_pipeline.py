@@ -238,7 +238,7 @@ def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
         file.unlink()
     of_batch.mkdir()  # Nothing can be written there.
     again = curate(settings, instance, delivered)
-    assert any("the audit page was not made" in warning for warning in again.warnings)
+    assert any("the audit page of batch b1 was not made" in warning for warning in again.warnings)
     with pytest.raises(driver.RunError, match="audit page"):
         driver.find_page(settings, instance, "b1", None, driver.Events())
     of_batch.rmdir()
