@@ -61,6 +61,12 @@ def main() -> None:
         _fail(str(error), code=2)
     except OSError as error:  # A disk that is full, a folder that cannot be made: it names the path.
         _fail(str(error))
+    except Exception as error:
+        from qaq_pipeline.storage import StorageError
+
+        if not isinstance(error, StorageError):
+            raise
+        _fail(str(error))
 
 
 @app.command()
@@ -228,6 +234,8 @@ def explain(
                 dossier.matches(console, found)
                 return
             what, row = dossier.key_of(found[0])
+            if published is not None and found[0]["pair_id"] is not None:  # Another text may have stood there then.
+                row = found[0]["pair_id"]
         assert what is not None
         answer, found_in = _find(storage, what, row, published)
         gathered = [dossier.gather(storage, one, found_in, with_versions=published is None) for one in answer.rows]
@@ -272,8 +280,8 @@ def lineage(
     try:
         found = walks.walk(storage, publication.find_version(storage, version).version)
         found = found if file is None else walks.only(found, file)
-        paths = [] if row is None else walks.trace(storage, found, row)
         findings = list(walks.verify(storage, found)) if verify else []
+        paths = [] if row is None or findings else walks.trace(storage, found, row)
     except (walks.LineageError, StorageError) as error:
         _fail(str(error))
     if as_json:

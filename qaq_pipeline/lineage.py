@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -472,7 +471,7 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
 
 def _scores(storage: Storage, lineage: Lineage) -> pl.DataFrame:
     """The version's own ledger, rows in the order of the batches in it."""
-    return pl.read_parquet(io.BytesIO(storage.read_bytes(FOLDER, lineage.version, "scores.parquet")), glob=False)
+    return storage.read_frame(FOLDER, lineage.version, "scores.parquet")
 
 
 def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
@@ -538,6 +537,6 @@ def _path(
 def _holding(storage: Storage, scores: Iterable[Shards], pair_id: str | None) -> Iterator[str]:
     for shards in scores:
         for name in shards.names if pair_id else ():
-            data = io.BytesIO(storage.read_bytes("score_cache", shards.digest, name))
-            if pl.read_parquet(data, columns=["pair_id"], glob=False)["pair_id"].is_in([pair_id]).any():
+            held = storage.read_frame("score_cache", shards.digest, name, columns=["pair_id"])["pair_id"]
+            if held.is_in([pair_id]).any():
                 yield f"{shards.path}/{name}"

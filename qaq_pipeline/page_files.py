@@ -10,7 +10,6 @@ asks for it (assets, `renewal`), and Dagster.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,7 +93,7 @@ def write_version_page(storage: Storage, settings: Settings, version: str, made:
     if not storage.exists(*folder, "manifest.json"):
         raise StorageError(f"version {version!r} is not kept; kept are {', '.join(publication.kept_versions(storage))}")
     manifest = storage.read_json(*folder, "manifest.json")
-    flat = pl.read_parquet(io.BytesIO(storage.read_bytes(*folder, "scores.parquet")), glob=False)
+    flat = storage.read_frame(*folder, "scores.parquet")
     page = report.version_page(
         version,
         manifest,
@@ -125,7 +124,7 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
     difference = None
     stored = (publication.FOLDER, "differences", f"{version}_from_{previous}.parquet")
     if previous is not None and storage.exists(*stored):
-        difference = pl.read_parquet(io.BytesIO(storage.read_bytes(*stored)), glob=False)
+        difference = storage.read_frame(*stored)
     newest = storage.read_json(publication.FOLDER, "latest.json")
     excluded = newest["excluded_batches"] if newest["version"] == version else None
     batches = [*(entry["batch"] for entry in manifest["batches"]), *(excluded or {})]

@@ -17,7 +17,6 @@ The hash is taken of the manifest: equal content is one version, however often i
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -390,7 +389,7 @@ def _store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
 
 
 def _read_scores(storage: Storage, version: str) -> pl.DataFrame:
-    return pl.read_parquet(io.BytesIO(storage.read_bytes(FOLDER, version, "scores.parquet")), glob=False)
+    return storage.read_frame(FOLDER, version, "scores.parquet")
 
 
 def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:

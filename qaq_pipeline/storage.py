@@ -237,6 +237,18 @@ class Storage:
         """Whether something is stored there."""
         return self._fs.exists(self.path(*parts))
 
+    def read_frame(self, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """A Parquet file that is no table of ours.
+
+        Raises:
+            StorageError: it is missing, or torn.
+        """
+        data = self.read_bytes(*parts)
+        try:
+            return pl.read_parquet(io.BytesIO(data), columns=None if columns is None else list(columns), glob=False)
+        except pl.exceptions.PolarsError as error:
+            raise StorageError(f"{self.url(*parts)}: it cannot be read: {error}; restore it from a backup") from error
+
     def size(self, *parts: str) -> int:
         """Bytes of a file."""
         return int(self._fs.size(self.path(*parts)))
