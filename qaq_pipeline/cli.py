@@ -94,29 +94,35 @@ def run(
 
 
 @app.command()
-def status(config_file: ConfigOption = None) -> None:
-    """Show every batch, its tables, why one is left out of the published dataset, and whether the daemon runs."""
+def status(
+    tables: Annotated[bool, typer.Option("--tables", help="The rows of every table of every batch, in full.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Show how every batch stands, why one is left out of the published dataset, and whether the daemon runs."""
     from datetime import UTC, datetime
 
     from qaq_pipeline import automation, driver
 
     settings = _settings(config_file)
     with driver.open_instance() as instance:
-        rows, left_out = driver.batch_status(settings, instance), driver.batches_left_out(settings, instance)
+        batches = driver.batch_status(settings, instance)
         for sentence in automation.unattended(instance, datetime.now(UTC)):
             console.print(sentence, markup=False, highlight=False)
     for entry, reason in driver.refused_deliveries(settings).items():
         _warn(f"{entry} is refused: {reason}")
     _warn_of_published(settings)
-    if not rows:
+    if not batches:
         console.print("No batch yet: register one with `qaq run FILE --batch NAME`.")
         return
-    table = Table(*rows[0], title="Batches")
-    for row in rows:
-        table.add_row(*map(escape, row.values()))
-    console.print(table)
-    for batch, reason in left_out.items():
-        _warn(f"{batch} is left out: {reason}")
+    if tables:
+        _print_tables(batches)
+    else:
+        _print_states(batches)
+    for one in batches:
+        if one.left_out is not None:
+            _warn(f"{one.batch} is left out: {one.left_out}")
+        elif one.outdated is not None:
+            _warn(f"{one.batch}, {one.outdated.table}: {one.outdated.reason}; `qaq recurate` makes it anew")
 
 
 @app.command()
@@ -665,6 +671,39 @@ def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence
     for label, cells in rows.items():
         shown.add_row(label, *map(escape, cells))
     console.print(shown)
+
+
+def _print_states(batches: Sequence[driver.BatchStatus]) -> None:
+    """One line a batch: of a name that is too long for it, the middle is left out."""
+    rows = [(*(_count(one.tables[name]) for name in ("raw_data", "selected_subset")), one.state) for one in batches]
+    heads = ("rows", "selected", "state")
+    taken = sum(max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True))
+    shown = Table("batch", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in heads:
+        shown.add_column(head, justify="left" if head == "state" else "right", no_wrap=True)
+    for one, row in zip(batches, rows, strict=True):
+        shown.add_row(escape(_shortened(one.batch, console.width - taken - 2)), *row)
+    console.print(shown)
+
+
+def _print_tables(batches: Sequence[driver.BatchStatus]) -> None:
+    for one in batches:
+        console.print(f"{one.batch}: {one.state}", style="bold", markup=False, highlight=False, soft_wrap=True)
+        width = max(map(len, one.tables))
+        for name, table in one.tables.items():
+            console.print(f"  {name:<{width}}  {table.sentence}", markup=False, highlight=False)
+
+
+def _count(table: driver.TableStatus) -> str:
+    return "-" if table.num_rows is None else f"{table.num_rows:,}"
+
+
+def _shortened(text: str, most: int) -> str:
+    """The text with its middle left out where it is longer than `most`: names of batches differ at either end."""
+    if len(text) <= most:
+        return text
+    end = max(most - 1, 2) // 2
+    return f"{text[: max(most - 1, 2) - end]}…{text[-end:]}"
 
 
 def _names_a_row(what: str) -> bool:

@@ -20,10 +20,10 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline import config, landing, page_files, publication, records, schema, screening
+from qaq_pipeline import config, landing, page_files, publication, records, recuration, schema, screening
 from qaq_pipeline.assets.logprobs import accepted_pairs
 from qaq_pipeline.config import Settings
-from qaq_pipeline.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING_VERSION, STAGES
+from qaq_pipeline.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING_VERSION, STAGES, present
 from qaq_pipeline.recuration import BY_MODEL
 from qaq_pipeline.renewal import make_page, make_pages, renew
 from qaq_pipeline.report import Made
@@ -100,6 +100,66 @@ class Registration:
     def replaces_other_content(self) -> bool:
         """Whether the batch was delivered before as something else."""
         return self.previous is not None and self.previous.content_hash != self.delivery.content_hash
+
+
+@dataclass(frozen=True, slots=True)
+class TableStatus:
+    """What is stored of a table of a batch."""
+
+    num_rows: int | None
+    """None: nothing is stored, or it cannot be read."""
+    num_stored: int
+    """Partitions that are stored: of some tables one for each model."""
+    num_wanted: int
+    is_readable: bool = True
+
+    @property
+    def sentence(self) -> str:
+        """The same in words."""
+        if not self.is_readable:
+            return "unreadable"
+        if self.num_rows is None:
+            return "-"
+        return f"{self.num_rows:,} rows{'' if self.is_whole else f' ({self.of_models})'}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every partition is stored, and can be read."""
+        return self.is_readable and self.num_stored == self.num_wanted
+
+    @property
+    def of_models(self) -> str:
+        """Of how many models it is stored."""
+        return f"{self.num_stored} of {self.num_wanted} models"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatus:
+    """How a batch stands."""
+
+    batch: str
+    tables: Mapping[str, TableStatus]
+    """In the order in which they are made."""
+    left_out: str | None
+    """Why a publication would leave it out now."""
+    outdated: recuration.Outdated | None
+    """The first of its tables that is out of date, and why."""
+
+    @property
+    def state(self) -> str:
+        """In a few words, the first table that is not as it should be: those before it stand."""
+        for name, table in self.tables.items():
+            if not table.is_readable:
+                return f"{name} unreadable"
+            if not table.num_stored:
+                return f"no {name} yet"
+            if not table.is_whole:
+                return f"{name}: {table.of_models}"
+        if self.left_out is not None and self.left_out.startswith("gated"):
+            return "gated"
+        if self.outdated is not None:
+            return f"{self.outdated.table} out of date"
+        return "up to date" if self.left_out is None else "left out"
 
 
 def prepare_home() -> Path:
@@ -372,17 +432,23 @@ def _table_partitions(settings: Settings, name: str, batch: str) -> list[tuple[s
     return [(batch, role) for role in sorted(settings.models)] if name in BY_MODEL else [(batch,)]
 
 
-def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[dict[str, str]]:
-    """For every registered batch, how many rows each of its tables has."""
+def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[BatchStatus]:
+    """Every registered batch with its tables, and how it stands."""
     storage = open_storage(settings)
+    registered = instance.get_dynamic_partitions("batch")
+    review = recuration.Review(storage, registered, present(settings, storage))
+    outdated = {one.batch: one for batch in review.batches() for one in review.outdated(batch)[:1]}
+    left_out = publication.sort_out(storage, registered, settings)[1]
+    names = [*schema.TABLES, *(["calibration"] if settings.is_calibrated else [])]
     return [
-        {"batch": batch} | {name: _table_status(settings, storage, name, batch) for name in _shown_tables(settings)}
-        for batch in sorted(instance.get_dynamic_partitions("batch"))
+        BatchStatus(
+            batch,
+            {name: _table_status(settings, storage, name, batch) for name in names},
+            left_out.get(batch),
+            outdated.get(batch),
+        )
+        for batch in sorted(registered)
     ]
-
-
-def _shown_tables(settings: Settings) -> list[str]:
-    return [*schema.TABLES, *(["calibration"] if settings.is_calibrated else [])]
 
 
 def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:
@@ -411,13 +477,10 @@ def dataset_folder(settings: Settings) -> str:
     return open_storage(settings).url(publication.FOLDER)
 
 
-def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> str:
+def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:
     partitions = _table_partitions(settings, name, batch)
     try:
         rows = [storage.read_table(name, *p).frame.height for p in partitions if storage.has_table(name, *p)]
     except ValueError:  # A StorageError, or a name that the UI let pass.
-        return "unreadable"
-    if not rows:
-        return "-"
-    models = "" if len(rows) == len(partitions) else f" ({len(rows)} of {len(partitions)} models)"
-    return f"{rows[0]:,} rows{models}"
+        return TableStatus(None, 0, len(partitions), is_readable=False)
+    return TableStatus(rows[0] if rows else None, len(rows), len(partitions))

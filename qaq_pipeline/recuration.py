@@ -43,6 +43,8 @@ class Outdated:
     batch: str
     model: str | None
     """Where the stage has a partition for each model."""
+    table: str
+    """The first of the stage's tables that is out of date."""
     reason: str
 
     @property
@@ -93,8 +95,8 @@ class Review:
             if not self._present.code_versions.keys() >= set(tables):
                 continue
             models = sorted(self._present.roles) if tables[0] in BY_MODEL else [None]
-            reasons = {model: self._reason(batch, model, tables) for model in models}
-            found = [Outdated(job, batch, model, reason) for model, reason in reasons.items() if reason is not None]
+            causes = {model: self._cause(batch, model, tables) for model in models}
+            found = [Outdated(job, batch, model, *cause) for model, cause in causes.items() if cause is not None]
             if found:
                 return found
         return []
@@ -122,13 +124,14 @@ class Review:
         except ValueError:  # A name that the UI let pass.
             return False
 
-    def _reason(self, batch: str, model: str | None, tables: Sequence[str]) -> str | None:
+    def _cause(self, batch: str, model: str | None, tables: Sequence[str]) -> tuple[str, str] | None:
+        """The first table that is out of date, and why."""
         for table in tables:
             reason = self._table_reason(table, batch, *([] if model is None else [model]))
             if reason is not None:
-                return reason
-        if "screened_data" in tables:
-            return self.screened_otherwise(batch)
+                return table, reason
+        if "screened_data" in tables and (reason := self.screened_otherwise(batch)) is not None:
+            return "screened_data", reason
         return None
 
     def _table_reason(self, table: str, *partition: str) -> str | None:

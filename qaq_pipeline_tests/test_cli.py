@@ -20,7 +20,8 @@ import yaml
 
 from qaq_pipeline import cli, driver, schema
 from qaq_pipeline.config import parse_settings
-from qaq_pipeline.driver import BatchSummary, ModelSummary
+from qaq_pipeline.driver import BatchStatus, BatchSummary, ModelSummary, TableStatus
+from qaq_pipeline.recuration import Outdated
 from qaq_pipeline.storage import StoredTable, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, pair_name, store_batch
@@ -317,11 +318,58 @@ def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq) -> None
 # --- status, table, doctor ------------------------------------------------------------------------------------------
 
 
-def test_status_shows_the_rows_of_every_table(home: Home, qaq: Qaq) -> None:
+def test_status_shows_a_line_for_each_batch_and_the_rows_of_every_table_in_full(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "status")
     assert shown.code == 0
-    assert all(name in shown.out for name in schema.TABLES)
-    assert "│ b1 │ 20 rows │ 19 rows │ 20 rows │ 18 rows │ 18 rows │ 18 rows │ 20 rows │ 5 rows │" in shown.out
+    assert "batch rows selected state b1 20 5 up to date" in shown.out
+    rows = dict(zip(schema.TABLES, (20, 19, 20, 18, 18, 18, 20, 5), strict=True))
+    tables = " ".join(f"{name} {number} rows" for name, number in rows.items())
+    assert f"b1: up to date {tables}" in qaq(home, "status", "--tables").out
+
+
+def test_status_is_a_line_for_each_batch_in_80_columns(
+    empty_home: Home, qaq: Qaq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", empty_home.environment["DAGSTER_HOME"])
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"{number}-{'a-long-name-' * 5}"[:58] + f"-{number}" for number in range(10)]
+    assert {len(name) for name in names} == {60}
+    with driver.open_instance() as instance:
+        instance.add_dynamic_partitions("batch", names)
+    printed = qaq(empty_home, "status").lines.splitlines()
+    [head] = [number for number, line in enumerate(printed) if line.startswith("batch ")]
+    for number, line in enumerate(printed[head + 1 : head + 11]):
+        assert re.fullmatch(rf"{number}-a-long-name-.*…[a-z-]*-{number} +- +- +no raw_data yet *", line)
+        assert len(line) <= 80
+    full = qaq(empty_home, "status", "--tables").lines.splitlines()
+    for name in names:
+        start = full.index(f"{name}: no raw_data yet")
+        assert [line.split() for line in full[start + 1 : start + 9]] == [[table, "-"] for table in schema.TABLES]
+
+
+def status_of(changed: dict[str, TableStatus], left_out: str | None = None, outdated: Outdated | None = None) -> str:
+    tables = dict.fromkeys(schema.TABLES, TableStatus(5, 1, 1)) | changed
+    return BatchStatus("b1", tables, left_out, outdated).state
+
+
+def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be() -> None:
+    nothing, torn = TableStatus(None, 0, 1), TableStatus(None, 0, 1, is_readable=False)
+    assert status_of({}) == "up to date"
+    assert status_of({"decisions": nothing, "selected_subset": nothing}) == "no decisions yet"
+    assert status_of({"rmi_scores": torn, "decisions": nothing}) == "rmi_scores unreadable"
+    assert status_of({"logprobs": TableStatus(5, 1, 2)}) == "logprobs: 1 of 2 models"
+    renewed = Outdated("ingest_batch", "b1", None, "raw_data", "it was delivered anew")
+    assert status_of({}, "decisions are older than raw_data", renewed) == "raw_data out of date"
+    assert status_of({}, "gated (empty_batch): it has no row", renewed) == "gated"
+    assert status_of({}, "selected by another") == "left out"
+
+
+def test_status_says_what_other_settings_make_out_of_date(home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    values = yaml.safe_load(home.config.read_text()) | {"eligibility": {"min_query_tokens": 2}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(values))
+    shown = qaq(home, "status", "--config", tmp_path / "other.yaml")
+    assert "b1 20 5 rmi_scores out of date" in shown.out
+    assert "b1, rmi_scores: rmi_scores was made by other code, or under other settings; `qaq recurate`" in shown.out
 
 
 def test_status_without_a_batch_says_what_to_type(empty_home: Home, qaq: Qaq) -> None:
@@ -342,9 +390,10 @@ def test_status_names_what_cannot_be_read_and_what_is_missing(
     torn.write_bytes(b"torn")
     shown = qaq(empty_home, "status")
     assert shown.code == 0
-    assert "│ b1 │ unreadable │ - │ - │ - │ - │ - │ - │" in shown.out
-    assert "│ ../evil │ unreadable │" in shown.out
-    assert "│ [x] │ unreadable │" in shown.out
+    for batch in ("b1", "../evil", "[x]"):
+        assert f"{batch} - - raw_data unreadable" in shown.out
+    full = qaq(empty_home, "status", "--tables").out
+    assert "b1: raw_data unreadable raw_data unreadable signatures -" in full
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
