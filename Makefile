@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export QAQ_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-consumers bench docs docs-links check format clean
+.PHONY: help install demo ui test test-slow test-consumers bench docs docs-links pictures check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -53,6 +53,11 @@ docs: install ## Write the generated pages anew and build the site into docs/_bu
 
 docs-links: install ## Ask every address outside of the site whether it is there (needs the network)
 	$(BIN)/python -m sphinx -q -b linkcheck -d docs/_build/doctrees docs docs/_build/links
+
+pictures: install ## Take the pictures of the documentation anew, in `chromium`
+	shots=$$(mktemp -d) && trap 'rm -rf "$$shots"' EXIT && \
+	QAQ_SCREENSHOTS="$$shots" $(BIN)/python -m pytest -q qaq_pipeline_tests/test_ui_audit.py && \
+	for picture in docs/pictures/*.png; do cp "$$shots/$${picture##*/}" docs/pictures/; done
 
 check: install ## Lint, format, types, import contracts, definitions
 	$(BIN)/ruff check

@@ -264,5 +264,10 @@ def _result(name: str, finding: Finding | StorageError, model: Sequence[str]) ->
         check_name=name,
         severity=dg.AssetCheckSeverity.WARN,
         description=finding.sentence,
-        metadata={"_".join((number, *model)): value for number, value in finding.numbers.items()},
+        metadata={"_".join((number, *model)): _readable(value) for number, value in finding.numbers.items()},
     )
+
+
+def _readable(number: Any) -> Any:
+    """A fraction with as many digits as a person reads; all else as it is."""
+    return float(f"{number:.4g}") if isinstance(number, float) else number

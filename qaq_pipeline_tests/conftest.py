@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dagster as dg
 import hypothesis
@@ -26,6 +26,9 @@ from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.storage import Storage
 from qaq_pipeline_tests.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 # Read when the libraries are imported, which test modules do: no test asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -300,3 +303,32 @@ def lock_holder() -> Iterator[LockHolder]:
             return process
 
         yield start
+
+
+# --- a browser, for the tests of pages ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from qaq_pipeline_tests import browsing
+
+    with browsing.running_browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of the UI: it asks nobody else, and meets no error."""
+    from qaq_pipeline_tests import browsing
+
+    with browsing.open_page(browser) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests leave pictures of what they see: the folder that `QAQ_SCREENSHOTS` names, else pytest's own."""
+    wanted = os.environ.get("QAQ_SCREENSHOTS")
+    folder = Path(wanted) if wanted else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

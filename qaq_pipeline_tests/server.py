@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -39,6 +40,11 @@ NEEDS_CHROMIUM = pytest.mark.skipif(
 )
 
 
+def variables_of(home: Path, profile: Path) -> dict[str, str]:
+    """The environment that names a home and its settings."""
+    return {"QAQ_HOME": str(home), "QAQ_CONFIG": str(profile), "DAGSTER_HOME": str(home / "dagster")}
+
+
 def write_profile(path: Path, models: dict[str, Path], **sections: Any) -> Path:
     """Settings of tiny models by role, for processes that read `QAQ_CONFIG`; sections by keyword."""
     values: dict[str, Any] = {
@@ -51,6 +57,19 @@ def write_profile(path: Path, models: dict[str, Path], **sections: Any) -> Path:
     }
     path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def curated_ui(variables: dict[str, str], batch: str, file: Path, log: Path) -> Iterator[str]:
+    """`qaq run` of a batch, then `running_ui`; in the end nothing of it runs on, and nobody answers."""
+    environment = os.environ | variables
+    command = [str(QAQ), "run", str(file), "--batch", batch]
+    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, timeout=600)
+    with running_ui(environment, log) as url:
+        yield url
+    assert_nothing_runs(Path(variables["QAQ_HOME"]))
+    with pytest.raises(ConnectionRefusedError), socket.create_connection((LOOPBACK, urlsplit(url).port or 0)):
+        pass
 
 
 @contextlib.contextmanager

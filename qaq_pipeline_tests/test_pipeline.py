@@ -221,10 +221,10 @@ def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
     tokens = summary.models[0].tokens
     assert f">{tokens:,}</td>" in of_batch.read_text(encoding="utf-8")  # What scoring took, from the event log.
     shown = {
-        "decisions": "by_reason",
-        "disagreement_scores": "ranks",
-        "batch_report": "overlap",
-        "dataset_report": "flow",
+        "decisions": "plot_by_reason",
+        "disagreement_scores": "plot_ranks",
+        "batch_report": "plot_overlap",
+        "dataset_report": "plot_flow",
     }
     for asset, plot in shown.items():
         event = instance.get_latest_materialization_event(dg.AssetKey(asset))

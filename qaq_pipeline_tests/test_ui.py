@@ -1,42 +1,28 @@
 """The Dagster UI as a person meets it in a browser: what is visible, and that a click materialises a batch.
 
-Two batches of tiny models: b1 was curated by `qaq run`, b2 is registered only. `QAQ_SCREENSHOTS` names a folder for
-the pictures that the tests take; without it they go to pytest's temporary folder.
+Two batches of tiny models: b1 was curated by `qaq run`, b2 is registered only.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from qaq_pipeline import config, driver, publication, schema
 from qaq_pipeline.config import Settings
 from qaq_pipeline.jobs import STAGES
 from qaq_pipeline.prompts import Pair
 from qaq_pipeline.storage import open_storage
-from qaq_pipeline_tests.conftest import write_jsonl
-from qaq_pipeline_tests.server import (
-    CHROMIUM,
-    CHROMIUM_OPTIONS,
-    LOOPBACK,
-    NEEDS_CHROMIUM,
-    PATIENCE_S,
-    QAQ,
-    REPOSITORY,
-    assert_nothing_runs,
-    running_ui,
-    write_profile,
-)
+from qaq_pipeline_tests.browsing import VIEWPORT, metadata_value, seen, take_picture
+from qaq_pipeline_tests.conftest import NO_REPORTS, write_jsonl
+from qaq_pipeline_tests.server import NEEDS_CHROMIUM, PATIENCE_S, curated_ui, variables_of, write_profile
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,14 +30,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     NEEDS_CHROMIUM,
 ]
-
-PAGE_PATIENCE_MS = 90_000
-VIEWPORT = (1500, 900)
-WIDE_VIEWPORT = (2900, 900)
-"""In a narrower one the nodes shrink to their names, and a long name is cut."""
-
-GROUPS = ["ingest", "scoring", "selection", "publication", "audit"]
-ASSETS = [asset for assets in STAGES.values() for asset in assets]
 
 
 @dataclass(frozen=True)
@@ -73,20 +51,13 @@ def site(
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("ui")
     models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(("strong", "weak"))}
-    home, profile = folder / "home", write_profile(folder / "settings.yaml", models)
+    home, profile = folder / "home", write_profile(folder / "settings.yaml", models, reports=NO_REPORTS)
     rows = [{"instruction": pair.query, "output": pair.answer} for pair in twenty_samples]
     files = {batch: write_jsonl(folder / f"{batch}.jsonl", rows) for batch in ("b1", "b2")}
-    variables = {"QAQ_HOME": str(home), "QAQ_CONFIG": str(profile), "DAGSTER_HOME": str(home / "dagster")}
+    variables = variables_of(home, profile)
     settings = register(files["b2"], "b2", variables)
-    environment = {**os.environ, **variables}
-    subprocess.run(
-        [str(QAQ), "run", str(files["b1"]), "--batch", "b1"], env=environment, cwd=REPOSITORY, check=True, timeout=600
-    )
-    with running_ui(environment, folder / "ui.log") as url:
+    with curated_ui(variables, "b1", files["b1"], folder / "ui.log") as url:
         yield Site(url, settings, {role: path.name for role, path in models.items()})
-    assert_nothing_runs(home)
-    with pytest.raises(ConnectionRefusedError), socket.create_connection((LOOPBACK, urlsplit(url).port or 0)):
-        pass
 
 
 def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:
@@ -100,79 +71,7 @@ def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:
     return settings
 
 
-# --- the browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=PAGE_PATIENCE_MS)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page in a fresh browser profile; in the end it has asked nobody but the UI, and has met no error."""
-    asked: set[str | None] = set()
-    faults: list[str] = []
-    with browser.new_context(viewport={"width": VIEWPORT[0], "height": VIEWPORT[1]}) as context:
-        context.set_default_timeout(PAGE_PATIENCE_MS)
-        context.on("request", lambda request: asked.add(host_of(request.url)))
-        context.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        context.on("weberror", lambda error: faults.append(str(error.error)))
-        opened = context.new_page()
-        opened.on("websocket", lambda channel: asked.add(host_of(channel.url)))
-        yield opened
-    assert asked == {LOOPBACK}
-    assert faults == []
-
-
-def host_of(url: str) -> str | None:
-    """The host; what a page holds in itself (data:, blob:) comes from where the page does."""
-    return LOOPBACK if urlsplit(url).scheme in ("data", "blob") else urlsplit(url).hostname
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    wanted = os.environ.get("QAQ_SCREENSHOTS")
-    folder = Path(wanted) if wanted else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def take_picture(page: Page, path: Path) -> None:
-    page.wait_for_timeout(1500)  # Lists and graphs slide into their places.
-    page.screenshot(path=path)
-
-
-def seen(within: Page | Locator, text: str) -> Locator:
-    """The element that shows exactly this text; the UI keeps invisible twins of some, to measure them."""
-    return within.get_by_text(text, exact=True).filter(visible=True).first
-
-
-def metadata_value(page: Page, key: str) -> Locator:
-    """The cell beside the key in a table of metadata."""
-    row = page.get_by_role("row").filter(has=page.get_by_text(key, exact=True)).filter(visible=True).first
-    return row.get_by_role("cell").nth(1)
-
-
 # --- what a person sees --------------------------------------------------------------------------------------------
-
-
-def test_lineage_shows_all_assets_in_one_picture(page: Page, site: Site, pictures: Path):
-    page.set_viewport_size({"width": WIDE_VIEWPORT[0], "height": WIDE_VIEWPORT[1]})
-    page.goto(f"{site.url}/asset-groups")
-    graph = page.locator("svg")
-    for group in GROUPS:
-        expect(seen(graph, group)).to_be_in_viewport(ratio=1)
-    page.get_by_text("Hide navigation").click()
-    page.keyboard.press("Alt+KeyE")  # Expands all groups.
-
-    for name in [*GROUPS, *ASSETS]:
-        expect(seen(graph, name)).to_be_in_viewport(ratio=1)
-    take_picture(page, pictures / "lineage.png")
 
 
 def test_partitions_are_batches_by_models(page: Page, site: Site, pictures: Path):

@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline import exports, page_files, plots, report, summaries
-from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version, pictures, require_inputs
+from qaq_pipeline.assets.shared import BATCHES, HOLDS_TEXT, OWNERS, code_version, pictures, require_inputs
 from qaq_pipeline.config import Settings, settings_hash
 from qaq_pipeline.publication import BatchTables
 from qaq_pipeline.report import Made, Scoring
@@ -27,6 +27,7 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
             "column is made of."
         ),
         owners=OWNERS,
+        tags=HOLDS_TEXT,
         group_name="audit",
         kinds={"html"},
         partitions_def=BATCHES,

@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline import exports, publication
-from qaq_pipeline.assets.shared import BATCHES, OWNERS, code_version
+from qaq_pipeline.assets.shared import BATCHES, HOLDS_TEXT, OWNERS, code_version
 from qaq_pipeline.config import Settings
 from qaq_pipeline.publication import Publication
 from qaq_pipeline.storage import Storage
@@ -26,6 +26,7 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
         ),
         deps=["raw_data", "screened_data", "decisions", "selected_subset"],
         owners=OWNERS,
+        tags=HOLDS_TEXT,
         group_name="publication",
         kinds={"json", "parquet"},
         code_version=code_version(VERSION, settings.published, settings.export, settings.publication),

@@ -4,7 +4,7 @@ import dagster as dg
 
 from qaq_pipeline import page_files, plots, publication, summaries
 from qaq_pipeline.assets.batch_report import made_by
-from qaq_pipeline.assets.shared import OWNERS, code_version, pictures
+from qaq_pipeline.assets.shared import HOLDS_TEXT, OWNERS, code_version, pictures
 from qaq_pipeline.config import Settings
 from qaq_pipeline.storage import Storage
 
@@ -22,6 +22,7 @@ def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
         ),
         deps=["curated_dataset"],
         owners=OWNERS,
+        tags=HOLDS_TEXT,
         group_name="audit",
         kinds={"html"},
         code_version=code_version(VERSION, settings.ranking.reference),

@@ -99,7 +99,7 @@ def frame_warnings(tables: dict[str, StoredTable]) -> list[str]:
 
 def _metadata(frame: pl.DataFrame, warnings: list[str]) -> dict[str, object]:
     correlation = frame.select(pl.corr("rank_strong", "rank_weak", method="spearman")).item()
-    finite = {} if correlation is None or correlation != correlation else {"spearman_of_ranks": correlation}  # noqa: PLR0124
+    finite = {} if correlation is None or correlation != correlation else {"spearman_of_ranks": round(correlation, 4)}  # noqa: PLR0124
     return {
         "ranked_by_both": frame.height - frame["gap"].null_count(),
         "num_strata": int(frame["num_strata"].max() or 0),  # type: ignore[arg-type]

@@ -220,7 +220,7 @@ def _result(
             "num_strata": dict(table.frame.select("model", "num_strata").unique().sort("model").iter_rows()),
             "path": dg.MetadataValue.path(storage.table_url(NAME, wanted.name)),
             "warnings": warnings,
-            "dagster/column_lineage": lineage_of_columns(NAME, table.provenance["inputs"]),
+            **lineage_of_columns(NAME, table.provenance["inputs"]),
             "provenance": dg.JsonMetadataValue(table.provenance),
         },
     )

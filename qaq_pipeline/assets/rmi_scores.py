@@ -47,7 +47,8 @@ def _density(frame: pl.DataFrame, role: str) -> plots.Plot:
 
 
 def _metadata(frame: pl.DataFrame) -> dict[str, object]:
-    medians = {f"median_{name}": frame[name].median() for name in ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")}
+    names = ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")
+    medians = {f"median_{name}": frame.select(pl.col(name).median().round(4)).item() for name in names}
     return {
         "scorable": frame.height - frame["rmi"].null_count(),
         "short_queries": int(frame["is_short_query"].sum()),
