@@ -110,8 +110,9 @@ def cut_or_whole(name: str) -> re.Pattern[str]:
 
 
 def test_clicks_lead_from_the_dataset_to_the_delivery(page: Page, site: Site, pictures: Path):
-    page.set_viewport_size({"width": 1300, "height": 1250})
+    page.set_viewport_size({"width": 1450, "height": 1180})
     page.goto(f"{site.url}/assets/curated_dataset?view=overview")
+    page.get_by_text("Hide navigation").click()
     assert_defined(page, site.specs["curated_dataset"])
     version = site.version()
     expect(latest_value(page, "version")).to_have_text(version)
@@ -177,14 +178,14 @@ def assert_columns(page: Page, name: str) -> None:
 
 
 def test_a_page_says_of_what_its_columns_are_made(page: Page, site: Site, pictures: Path):
+    page.set_viewport_size({"width": 1500, "height": 1100})
     page.goto(f"{site.url}/assets/disagreement_scores?view=partitions&partition={BATCH}")
-    metadata_value(page, "columns_made_of").get_by_text("Show Markdown").click()
 
-    dialog = page.get_by_role("dialog").filter(visible=True)
+    table = metadata_value(page, "columns_made_of")
     for column, sources in column_lineage.sources_in("disagreement_scores", {"rmi_scores"}).items():
-        row = dialog.get_by_role("row").filter(has=page.get_by_text(column, exact=True)).first
-        for table, source in sources:
-            expect(seen(row, f"{table}.{source}")).to_be_visible()
+        row = table.get_by_role("row").filter(has=page.get_by_text(column, exact=True)).first
+        for name, source in sources:
+            expect(seen(row, f"{name}.{source}")).to_be_visible()
     take_picture(page, pictures / "audit_columns.png")
 
 
