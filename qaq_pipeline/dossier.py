@@ -7,6 +7,7 @@ longer to import than this to answer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,8 +85,8 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
     _line(console, row.get("explanation") or "This version holds no sentence; its numbers follow.")
     if row["duplicate_of"] is not None:
         _line(console, _said_of(dossier.representative))
-    for fate in dossier.fates:
-        _line(console, _fate(dossier, fate))
+    for line in _history(dossier):
+        _line(console, line)
     for label, text in _texts(dossier):
         _line(console, f"  {label}: {text}", style="dim")
     if row["scores"]:
@@ -124,19 +125,26 @@ def _version(published: Published) -> str:
     return f"version {published.number} ({published.version[:8]}{day})"
 
 
+def _history(dossier: Dossier) -> Iterator[str]:
+    """A line for each version, one for several in a row that say the same."""
+    for said, group in itertools.groupby(dossier.fates, key=lambda fate: _fate(dossier, fate)):
+        versions = [fate.published for fate in group]
+        first, last = versions[0], versions[-1]
+        several = f"versions {first.number} to {last.number} ({first.version[:8]} to {last.version[:8]})"
+        yield f"{_version(first) if first is last else several}: {said}"
+
+
 def _fate(dossier: Dossier, fate: Fate) -> str:
     if not fate.is_kept:
-        return f"{_version(fate.published)}: its files were not kept, so nothing is known of the row there"
+        return "its files were not kept, so nothing is known of the row there"
     if fate.row is not None and fate.row["pair_id"] != dossier.row["pair_id"]:
         other = f"another text then stood at this place (pair_id {fate.row['pair_id']})"
-        return f"{_version(fate.published)}: {other}: {fate.row['decision']}"
+        return f"{other}: {fate.row['decision']}"
     before = dossier.fates[dossier.fates.index(fate) - 1] if dossier.fates[0] is not fate else None
     is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]
     was_in = before.published.number if before is not None and before.is_published and is_same else None
-    said = ledger.explain_in_version(
-        fate.row, has_batch=fate.has_batch, was_in=was_in, told=dossier.row.get("explanation")
-    )
-    return f"{_version(fate.published)}: {said}"
+    told = dossier.row.get("explanation")
+    return ledger.explain_in_version(fate.row, has_batch=fate.has_batch, was_in=was_in, told=told)
 
 
 def _texts(dossier: Dossier) -> list[tuple[str, str]]:

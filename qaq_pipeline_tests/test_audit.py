@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import polars as pl
@@ -167,6 +168,23 @@ def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, se
     )
     assert "another text then stood at this place" in stream.getvalue()
     assert "dropped, had been in" not in stream.getvalue()
+
+
+def test_versions_in_a_row_that_say_the_same_of_a_row_are_one_line(thrice: Storage, settings: Settings) -> None:
+    for batch in ("b2", "b3"):
+        store_batch(thrice, settings, batch)
+        publish_all(thrice, settings, *(name for name in ("b0", "b1", "b2", "b3") if name <= batch))
+    row = audit.find_row(thrice, "b1", "3").rows[0]
+    stream = io.StringIO()
+    gathered = dossier.gather(thrice, row, None, with_versions=True)
+    dossier.show(Console(file=stream, width=200), gathered, with_template=False)
+    lines = [line for line in stream.getvalue().splitlines() if line.startswith("version")]
+    assert len(lines) == 4
+    assert lines[0].endswith("its batch was not in it")
+    assert re.search(r"^version 2 \(.*: in it: ", lines[1])
+    assert lines[2].startswith("version 3 (")
+    assert "dropped, had been in version 2" in lines[2]
+    assert re.fullmatch(r"versions 4 to 5 \(\w{8} to \w{8}\): not in it: as above", lines[3])
 
 
 def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(thrice: Storage) -> None:
