@@ -23,7 +23,7 @@ from qaq_pipeline.config import parse_settings
 from qaq_pipeline.driver import BatchStatus, BatchSummary, ModelSummary, TableStatus
 from qaq_pipeline.recuration import Outdated
 from qaq_pipeline.storage import StoredTable, open_storage
-from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
+from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.frames import HOSTILE_NAMES, pair_name, store_batch
 
 QAQ = Path(sys.executable).with_name("qaq")
@@ -123,7 +123,7 @@ def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_home(tiny_models: dict[str, Path], dagster_home: Path, tmp_path: Path) -> Home:
     """A home in which nothing was run yet."""
     shutil.copytree(dagster_home, tmp_path / "home" / "dagster")
-    return Home(tmp_path / "home", write_settings(tmp_path / "settings.yaml", tiny_models))
+    return Home(tmp_path / "home", write_settings(tmp_path / "settings.yaml", tiny_models, reports=NO_REPORTS))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from qaq_pipeline import cli, driver, lineage, publication, schema
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.lineage import Lineage, LineageError, State, Table
 from qaq_pipeline.storage import Storage, StorageError, StoredTable, open_storage
-from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
+from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
 
 NUM_TABLES = len(schema.TABLES) + 2
 """Two of them are there for each of two models."""
@@ -43,6 +43,8 @@ def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any)
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | ranking,
         "screening": {"duplicates": {"across_batches": False}},
+        "calibration": {"enabled": False},
+        "reports": NO_REPORTS,
     }
     with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
         patch.setenv("QAQ_HOME", str(home))

@@ -246,7 +246,7 @@ def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
     assert driver.find_page(settings, instance, None, "latest", driver.Events()) == str(of_version)
     with pytest.raises(driver.RunError, match="there is no batch"):
         driver.find_page(settings, instance, "b9", None, driver.Events())
-    with pytest.raises(StorageError, match="is not kept"):
+    with pytest.raises(driver.RunError, match="no one version 'v9' was published"):
         driver.find_page(settings, instance, None, "v9", driver.Events())
 
 
@@ -373,7 +373,6 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 CALIBRATED = {
-    "reports": {"pages": True, "pictures": False},
     "calibration": {"enabled": True, "max_share": None, "rows_per_defect": 4, "bootstrap_samples": 100},
     "selections": [{"name": "diff_high", "strategy": "diff_high"}, {"name": "band", "strategy": "rmi_band"}],
 }
@@ -386,7 +385,7 @@ def test_a_batch_is_calibrated_after_it_was_published_and_the_dataset_is_as_with
     curate(settings, instance, delivered)
     before = stored_tables(settings)
 
-    settings = settings_for(**CALIBRATED)
+    settings = settings_for(**CALIBRATED, reports={"pages": True, "pictures": False})
     summary = curate(settings, instance, delivered)
 
     assert stored_tables(settings) == before
