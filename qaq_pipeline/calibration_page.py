@@ -185,7 +185,7 @@ def _intervals(auroc: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
     groups |= {("num_a_tokens_untruncated", role): "answer length" for role in roles[:1]}
     parts = [
         auroc.filter(pl.col("measure") == measure, pl.col("model") == role).select(
-            pl.lit(name).alias("group"), "defect", "value", "lower", "upper"
+            pl.lit(name).alias("group"), _in_words(), "value", "lower", "upper"
         )
         for (measure, role), name in groups.items()
     ]
@@ -194,12 +194,17 @@ def _intervals(auroc: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
 
 def _cells(auroc: pl.DataFrame, model: str) -> pl.DataFrame:
     of_model = auroc.filter(pl.col("model") == model)
-    return of_model.select(pl.col("measure").replace_strict(_SCORES).alias("score"), "defect", "value")
+    return of_model.select(pl.col("measure").replace_strict(_SCORES).alias("score"), _in_words(), "value")
 
 
 def _kept_cells(frame: pl.DataFrame) -> pl.DataFrame:
     rows = _of(frame, Statistic.KEPT_SHARE).drop_nulls("value")
-    return rows.select(pl.col("measure").alias("selection"), "defect", "value")
+    return rows.select(pl.col("measure").alias("selection"), _in_words(), "value")
+
+
+def _in_words() -> pl.Expr:
+    """A defect as an axis names it."""
+    return pl.col("defect").str.replace_all("_", " ")
 
 
 def _spread(judged: Judged, role: str) -> pl.DataFrame:

@@ -9,7 +9,7 @@ A number that cannot be had is left out, and the sentence says why: none stands 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +196,10 @@ def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) 
     )
 
 
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)
+
+
 def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Finding:
     """Whether every model's RMI tells the batch's pairs from those with another answer, by its AUROC in Calibration.
 
@@ -212,7 +216,7 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
     if unjudged and not mismatches.is_empty():
         return Finding(
             False,
-            f"Of {Defect.OTHER_ANSWER} at least {enough} rows must be scored to judge a model: not so of {unjudged}.",
+            f"Of {Defect.OTHER_ANSWER} at least {enough} rows must be scored; not so under {_and(unjudged)}.",
             numbers,
         )
     if mismatches.is_empty():
@@ -226,7 +230,7 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
         for model, auc, lower, upper in mismatches.select("model", "value", "lower", "upper").iter_rows()
     )
     blind = sorted(mismatches.filter(pl.col("value") < min_auc)["model"])
-    verdict = f"RMI cannot tell good from bad on this batch with the models {blind}: do not trust what it selects. "
+    verdict = f"RMI cannot tell good from bad on this batch under {_and(blind)}: do not trust what it selects. "
     return Finding(
         not blind,
         (verdict if blind else "") + f"AUROC of pairs against the same queries with another answer: {said}; expected "

@@ -285,7 +285,7 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
         ),
     )
     limits = alt.Scale(domain=[0, 1], nice=False)
-    axis = alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format="~g", grid=True)
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], grid=True)
     x = alt.X("value:Q", scale=limits, axis=axis, title="P(clean > planted)")
     shapes = alt.Scale(domain=groups, range=["circle", "square", "triangle-up"][: len(groups)])
     points = base.mark_point(filled=True, opacity=1, size=55).encode(

@@ -318,7 +318,7 @@ def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(judged: c
     )
     found = measures.discrimination(blind, 0.8, 20)
     assert not found.passed
-    assert found.sentence.startswith("RMI cannot tell good from bad on this batch with the models ['weak']")
+    assert found.sentence.startswith("RMI cannot tell good from bad on this batch under weak")
     few = measures.discrimination(blind, 0.8, 21)
     assert few.passed
     assert few.sentence.startswith("Too few rows were planted to judge")
