@@ -188,6 +188,7 @@ def test_a_second_run_says_that_nothing_was_scored(home: Home, qaq: Qaq, tmp_pat
     assert "Dataset (unchanged): " in shown.out
 
 
+@pytest.mark.slow
 def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
     delivery = tmp_path / "odd.json"
     delivery.write_text("[]")
@@ -265,6 +266,7 @@ def test_an_estimate_of_a_file_that_cannot_be_read_is_one_line(empty_home: Home,
     assert "missing.json" in qaq(empty_home, "estimate", tmp_path / "missing.json").error()
 
 
+@pytest.mark.slow
 def test_the_cache_is_shown_by_model_and_pruned_by_name(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
     assert qaq(empty_home, "cache").out == "The score cache is empty."
     delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())

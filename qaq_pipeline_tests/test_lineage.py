@@ -254,6 +254,7 @@ def restored(*paths: Path) -> Iterator[None]:
             path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_frozen_reference_is_on_the_way_and_a_changed_byte_of_it_is_named(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -451,6 +451,7 @@ def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
     assert done.version is None
 
 
+@pytest.mark.slow
 def test_a_gated_batch_is_not_calibrated_and_says_so(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
 ) -> None:
@@ -466,6 +467,7 @@ def test_a_gated_batch_is_not_calibrated_and_says_so(
         assert stored.provenance["gate"]["reason"] == "too_many_rejected"
 
 
+@pytest.mark.slow
 def test_ranks_against_a_reference_calibrate_against_it(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
