@@ -166,17 +166,33 @@ def _said(row: Mapping[str, Any]) -> str:
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
-def drawn(frame: pl.DataFrame, judged: Judged | None) -> list[Plot]:
-    """The plots of a Calibration; those of single rows only where there are such rows."""
-    auroc = _of(frame, Statistic.AUROC).drop_nulls("value")
-    roles = [name for name in auroc["model"].unique(maintain_order=True) if name != BOTH_MODELS]
+def told_apart(frame: pl.DataFrame) -> Plot:
+    """What RMI tells apart, by a Calibration."""
+    auroc = _known_aurocs(frame)
+    return plots.told_apart(_intervals(auroc, _roles(auroc)))
+
+
+def _grids(frame: pl.DataFrame) -> list[Plot]:
+    auroc = _known_aurocs(frame)
     return [
-        plots.told_apart(_intervals(auroc, roles)),
-        *(plots.auroc_grid(f"auroc_{role}", f"{role} model", _cells(auroc, role)) for role in roles),
+        *(plots.auroc_grid(f"auroc_{role}", f"{role} model", _cells(auroc, role)) for role in _roles(auroc)),
         plots.auroc_grid("auroc_both", "both models together", _cells(auroc, BOTH_MODELS)),
-        plots.kept_grid(_kept_cells(frame)),
-        *(plots.cuts(_spread(judged, role), role, _marks(frame, role)) for role in roles if judged is not None),
     ]
+
+
+def _cut_plots(frame: pl.DataFrame, judged: Judged | None) -> list[Plot]:
+    if judged is None:
+        return []
+    roles = _roles(_known_aurocs(frame))
+    return [plots.cuts(_spread(judged, role), role, _marks(frame, role)) for role in roles]
+
+
+def _known_aurocs(frame: pl.DataFrame) -> pl.DataFrame:
+    return _of(frame, Statistic.AUROC).drop_nulls("value")
+
+
+def _roles(auroc: pl.DataFrame) -> list[str]:
+    return [name for name in auroc["model"].unique(maintain_order=True) if name != BOTH_MODELS]
 
 
 def _intervals(auroc: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
@@ -247,8 +263,7 @@ def page(
         gate: why nothing of the batch was scored; None: it was.
         made: by whom and when.
     """
-    pictures = drawn(frame, judged)
-    first, rest = pictures[:1], pictures[1:]
+    *of_aurocs, kept, cuts = tables(frame)
     return report.render(
         "calibration.html",
         {
@@ -266,14 +281,13 @@ def page(
                     for defect in settings.calibration.defects
                 ],
             ),
-            "told_apart": first,
-            "grids": [plot for plot in rest if plot.name.startswith("auroc_")],
-            "kept_plots": [plot for plot in rest if plot.name == "kept_defects"],
-            "cut_plots": [plot for plot in rest if plot.name.startswith("cuts_")],
-            "tables": tables(frame)[:-2],
+            "auroc_plots": [told_apart(frame), *_grids(frame)],
+            "kept_plots": [plots.kept_grid(_kept_cells(frame))],
+            "cut_plots": _cut_plots(frame, judged),
+            "tables": of_aurocs,
             "missing": missing(frame),
-            "kept": tables(frame)[-2],
-            "cuts": tables(frame)[-1],
+            "kept": kept,
+            "cuts": cuts,
             "offered": calibration.offered_yaml(frame, settings.published),
             "examples": [] if judged is None else _examples(judged, planted, settings),
             "limits": LIMITS,

@@ -675,6 +675,8 @@ def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence
 
 def _print_states(batches: Sequence[driver.BatchStatus]) -> None:
     """One line a batch: of a name that is too long for it, the middle is left out."""
+    from qaq_pipeline import summaries
+
     rows = [(*(_count(one.tables[name]) for name in ("raw_data", "selected_subset")), one.state) for one in batches]
     heads = ("rows", "selected", "state")
     taken = sum(max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True))
@@ -682,7 +684,7 @@ def _print_states(batches: Sequence[driver.BatchStatus]) -> None:
     for head in heads:
         shown.add_column(head, justify="left" if head == "state" else "right", no_wrap=True)
     for one, row in zip(batches, rows, strict=True):
-        shown.add_row(escape(_shortened(one.batch, console.width - taken - 2)), *row)
+        shown.add_row(escape(summaries.shortened(one.batch, console.width - taken - 2)), *row)
     console.print(shown)
 
 
@@ -696,14 +698,6 @@ def _print_tables(batches: Sequence[driver.BatchStatus]) -> None:
 
 def _count(table: driver.TableStatus) -> str:
     return "-" if table.num_rows is None else f"{table.num_rows:,}"
-
-
-def _shortened(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than `most`: names of batches differ at either end."""
-    if len(text) <= most:
-        return text
-    end = max(most - 1, 2) // 2
-    return f"{text[: max(most - 1, 2) - end]}…{text[-end:]}"
 
 
 def _names_a_row(what: str) -> bool:

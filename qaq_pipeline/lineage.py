@@ -318,12 +318,7 @@ def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
                 yield from _verify_shards(storage, shards)
         seen |= {table.path for table in batch.tables} | {shards.path for shards in batch.scores}
         yield from _verify_delivery(storage, batch)
-        try:
-            storage.read_provenance(batch.provenance_id)
-        except StorageError as error:
-            path, _, fault = str(error).partition(": ")
-            fault, _, remedy = fault.partition("; ")
-            yield Finding(path, fault, remedy)
+        yield from _verify_provenance(storage, batch)
 
 
 def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
@@ -372,6 +367,15 @@ def _shard_fault(stem: str, data: bytes) -> str | None:
     if _SHA256.match(stem):
         return None if hashlib.sha256(data).hexdigest() == stem else "it was changed since it was written"
     return file_fault(data)
+
+
+def _verify_provenance(storage: Storage, batch: Batch) -> Iterator[Finding]:
+    try:
+        storage.read_provenance(batch.provenance_id)
+    except StorageError:
+        path = storage.url("provenance", f"{batch.provenance_id}.json")
+        fault = "it was changed since it was written, and nothing it says can be trusted"
+        yield Finding(path, fault, _TABLE_REMEDY)
 
 
 def _verify_delivery(storage: Storage, batch: Batch) -> Iterator[Finding]:

@@ -177,9 +177,14 @@ def lengths(name: str, shares: pl.DataFrame, numbers: pl.DataFrame, what: str) -
 def drift(quantity: str, role: str, shares: pl.DataFrame) -> Plot:
     """A number in the batch and in the reference (`summaries.spread`)."""
     title = f"{quantity}, {role} model: batch and reference"
-    table = shares.pivot("group", index=["low", "high"], values="share") if not shares.is_empty() else shares
     name = re.sub(r"\W+", "_", f"drift_{quantity}_{role}".lower())
-    return Plot(name, title, "Share of the pairs by bin.", _steps(shares, f"{quantity}, nats per token"), table)
+    chart = _steps(shares, f"{quantity}, nats per token")
+    return Plot(name, title, "Share of the pairs by bin.", chart, _by_group(shares))
+
+
+def _by_group(shares: pl.DataFrame) -> pl.DataFrame:
+    """One column a group, one row a bin."""
+    return shares if shares.is_empty() else shares.pivot("group", index=["low", "high"], values="share")
 
 
 def _steps(
@@ -331,8 +336,8 @@ def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
     """RMI of the rows as delivered and of the planted ones, with the cuts that follow (`summaries.spread`)."""
     title = f"Where RMI could be cut, {role} model"
     caption = "Share of each group's pairs by RMI. Vertical lines: the cuts that are offered, where there are any."
-    table = shares.pivot("group", index=["low", "high"], values="share") if not shares.is_empty() else shares
-    return Plot(f"cuts_{role}", title, caption, _steps(shares, "RMI, nats per token", marks=marks), table)
+    chart = _steps(shares, "RMI, nats per token", marks=marks)
+    return Plot(f"cuts_{role}", title, caption, chart, _by_group(shares))
 
 
 def _labelled_grid(cells: pl.DataFrame, row: str, column: str) -> alt.TopLevelMixin | None:

@@ -118,14 +118,21 @@ def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
 
 def _as_labels(names: Sequence[str]) -> list[str]:
     """Each name on one line of a plot, the middle of a long one left out; those that then look alike are numbered."""
-    half = _LONGEST_LABEL // 2
     labels: list[str] = []
     for name in names:
         seen = " ".join(visible(name).split())
-        label = seen if len(seen) <= _LONGEST_LABEL else f"{seen[: half - 1]}…{seen[-half:]}"
+        label = shortened(seen, _LONGEST_LABEL)
         alike = itertools.chain([label], (f"{label[: _LONGEST_LABEL - 4]} ({n})" for n in itertools.count(2)))
         labels.append(next(one for one in alike if one not in labels))
     return labels
+
+
+def shortened(text: str, most: int) -> str:
+    """The text with its middle left out where it is longer than `most`: names of batches differ at either end."""
+    if len(text) <= most:
+        return text
+    end = max(most - 1, 2) // 2
+    return f"{text[: max(most - 1, 2) - end]}…{text[-end:]}"
 
 
 def visible(text: str) -> str:

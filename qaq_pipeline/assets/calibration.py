@@ -77,7 +77,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         if not gate and not finding.passed:
             context.log.warning(finding.sentence)
         metadata = {**_metadata(frame, settings), "finding": finding.sentence, **finding.numbers, **gate_metadata(gate)}
-        metadata |= pictures(context, settings, lambda: calibration_page.drawn(frame, judged)[:1])
+        metadata |= pictures(context, settings, lambda: [calibration_page.told_apart(frame)])
         if settings.reports.pages:
             batch, made = context.partition_key, made_by(context)
             place = page_files.calibration_page(batch)
