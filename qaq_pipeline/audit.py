@@ -9,7 +9,9 @@ Rows are found without reading whole tables, but for a search by text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -21,6 +23,9 @@ from qaq_pipeline.storage import Provenance, Storage, StorageError, hash_json
 MOST_ROWS = 20
 """Rows of one answer, at most."""
 
+_READERS = 16
+"""Batches that are asked for a pair at once."""
+
 _FATE = (*schema.ROW_KEY, "pair_id", "decision", "reason", "explanation", "provenance_id")
 
 
@@ -29,8 +34,8 @@ class Fate:
     """What a published version says of a row."""
 
     published: Published
-    is_kept: bool
-    """Whether the version's files are kept; else nothing is known of the row."""
+    fault: str | None
+    """Why nothing is known of the row: the version's files were not kept, or cannot be read."""
     has_batch: bool
     """Whether the row's batch entered the version."""
     row: dict[str, Any] | None
@@ -40,6 +45,17 @@ class Fate:
     def is_published(self) -> bool:
         """Whether the version has the row in its published selection."""
         return self.row is not None and self.row["decision"] == schema.Decision.SELECTED.value
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """The rows of a batch that hold a text."""
+
+    batch: str
+    rows: list[dict[str, Any]]
+    """The first of them, `MOST_ROWS` at most: their key, pair_id, query and answer."""
+    number: int
+    """Of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +112,11 @@ def find_pair(
         found = storage.find_pair_in_file(start, where, index, sha256, MOST_ROWS, batches)
         return Answer(_nested(found.frame), () if found.is_indexed else (f"version {version.number}",))
     rows, unindexed = [], []
-    for batch in storage.batches_with("decisions") if batches is None else batches:
-        found = storage.find_pair_in_table(start, "decisions", batch, most=MOST_ROWS)
+    asked = storage.batches_with("decisions") if batches is None else batches
+    find = partial(storage.find_pair_in_table, start, "decisions", most=MOST_ROWS)
+    with ThreadPoolExecutor(_READERS) as readers:  # Of a remote storage each batch takes some round trips.
+        answers = list(readers.map(find, asked))
+    for batch, found in zip(asked, answers, strict=True):
         rows += _dicts(found.frame)
         unindexed += [] if found.is_indexed else [f"decisions of {batch}"]
     return Answer(rows[:MOST_ROWS], tuple(unindexed))
@@ -169,14 +188,13 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
     return {} if same.is_empty() else same.select(columns[1:]).row(0, named=True)
 
 
-def find_text(
-    storage: Storage, text: str, batches: Sequence[str] | None = None
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None) -> Iterator[Matches]:
     """Batch after batch, the rows whose query, answer or record holds a text, every run of white space being one space.
 
-    Every row of raw_data is read. The rows have their key, pair_id, query and answer.
+    Every row of raw_data is read, some thousand at a time.
 
     Raises:
+        StorageError: a batch has no raw_data, or it cannot be read.
         ValueError: the text is only white space, which every row holds.
     """
     wanted = " ".join(text.split())
@@ -186,10 +204,13 @@ def find_text(
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))
     for batch in storage.batches_with("raw_data") if batches is None else batches:
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        number = 0
         for chunk in storage.scan_table("raw_data", batch, columns=columns):
-            found += chunk.filter(holds).drop("record").iter_rows(named=True)
-        yield batch, found
+            found = chunk.filter(holds).drop("record")
+            number += found.height
+            rows += found[: MOST_ROWS - len(rows)].iter_rows(named=True)
+        yield Matches(batch, rows, number)
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
@@ -202,24 +223,30 @@ def fates(storage: Storage, row: dict[str, Any]) -> list[Fate]:
 
 
 def _fate(storage: Storage, published: Published, key: Sequence[Any]) -> Fate:
+    where = _scores(published)
+    if not storage.exists(*where):
+        return Fate(published, "its files were not kept", has_batch=False, row=None)
     try:
-        where = _scores_of(storage, published)
-    except StorageError:
-        return Fate(published, is_kept=False, has_batch=False, row=None)
-    entries = _manifest(storage, published.version)["batches"]
-    has_batch = any(entry["batch"] == key[0] for entry in entries)
-    found = _dicts(storage.find_in_file(lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
-    return Fate(published, is_kept=True, has_batch=has_batch, row=found[0] if found else None)
+        entries = _manifest(storage, published.version)["batches"]
+        has_batch = any(entry["batch"] == key[0] for entry in entries)
+        found = _dicts(storage.find_in_file(lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
+    except StorageError as error:
+        return Fate(published, str(error), has_batch=False, row=None)
+    return Fate(published, None, has_batch=has_batch, row=found[0] if found else None)
 
 
 def _scores_of(storage: Storage, published: Published) -> tuple[str, ...]:
-    parts = (publication.FOLDER, published.version, "scores.parquet")
+    parts = _scores(published)
     if not storage.exists(*parts):
         raise StorageError(
             f"version {published.number} ({published.version}): its files were not kept (publication.keep_versions); "
             "its manifest is in retired/"
         )
     return parts
+
+
+def _scores(published: Published) -> tuple[str, ...]:
+    return publication.FOLDER, published.version, "scores.parquet"
 
 
 def _manifest(storage: Storage, version: str) -> dict[str, Any]:

@@ -235,9 +235,9 @@ def explain(
     try:
         published = None if version is None else publication.find_version(storage, version)
         if text is not None:
-            found = _rows_with_text(storage, text, batch)
-            if len(found) > 1:
-                dossier.matches(console, found)
+            found, number = _rows_with_text(storage, text, batch)
+            if number > 1:
+                dossier.matches(console, found, number)
                 return
             what, row = dossier.key_of(found[0])
             if published is not None and found[0]["pair_id"] is not None:  # Another text may have stood there then.
@@ -362,7 +362,7 @@ def calibration(
 ) -> None:
     """Show whether the scores tell good from bad on a batch, and the cuts of RMI that follow, to be pasted."""
     from qaq_pipeline import calibration as judging
-    from qaq_pipeline import calibration_page, gates, measures, page_files, planting
+    from qaq_pipeline import calibration_page, gates, measures, page_files, planting, recuration
     from qaq_pipeline.storage import StorageError, open_storage
 
     settings = _settings(config_file)
@@ -373,6 +373,8 @@ def calibration(
         _fail(f"{error}. Calibration follows the publication of a batch, where `calibration.enabled` is true")
     if (gate := gates.of_provenance(stored.provenance)) is not None:
         _fail(f"batch {batch} is gated, and not calibrated: {gate.sentence}")
+    if changed := recuration.changed_inputs(storage, "calibration", batch):
+        _warn(f"This is of older scores: since then {', '.join(changed)} changed; `qaq recurate` calibrates anew.")
     finding = measures.discrimination(stored.frame, settings.calibration.min_auc, planting.ENOUGH)
     console.print(finding.sentence, style=None if finding.passed else "yellow", markup=False, highlight=False)
     for table in calibration_page.tables(stored.frame):
@@ -737,20 +739,22 @@ def _no_such_row(storage: Storage, batch: str, row: str) -> str:
     return f"batch {batch!r} has no row {row!r}; it has {footer.num_rows} rows, the first of file {first!r}"
 
 
-def _rows_with_text(storage: Storage, text: str, batch: str | None) -> list[dict[str, Any]]:
-    """The rows that hold the text, with progress while they are looked for."""
+def _rows_with_text(storage: Storage, text: str, batch: str | None) -> tuple[list[dict[str, Any]], int]:
+    """The first rows that hold the text, and how many do, with progress while they are looked for."""
     from qaq_pipeline import audit
 
     batches = storage.batches_with("raw_data") if batch is None else [config.check_batch_name(batch)]
     found: list[dict[str, Any]] = []
+    number = 0
     with Progress(console=errors, transient=True) as bars:
         task = bars.add_task("reading raw_data", total=len(batches))
-        for name, rows in audit.find_text(storage, text, batches):
-            found += rows
-            bars.update(task, advance=1, description=f"read {name}: {len(found):,} found")
+        for matches in audit.find_text(storage, text, batches):
+            found += matches.rows[: audit.MOST_ROWS - len(found)]
+            number += matches.number
+            bars.update(task, advance=1, description=f"read {matches.batch}: {number:,} found")
     if not found:
         _fail(f"no row of {batch or 'any batch'}, as delivered now, holds {text!r}")
-    return found
+    return found, number
 
 
 def _is_key(digest: str, start: str) -> bool:

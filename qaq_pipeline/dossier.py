@@ -135,8 +135,8 @@ def _history(dossier: Dossier) -> Iterator[str]:
 
 
 def _fate(dossier: Dossier, fate: Fate) -> str:
-    if not fate.is_kept:
-        return "its files were not kept, so nothing is known of the row there"
+    if fate.fault is not None:
+        return f"nothing is known of the row there: {fate.fault}"
     if fate.row is not None and fate.row["pair_id"] != dossier.row["pair_id"]:
         other = f"another text then stood at this place (pair_id {fate.row['pair_id']})"
         return f"{other}: {fate.row['decision']}"
@@ -214,14 +214,13 @@ def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def matches(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows that hold a text, one a line, and how to ask for one."""
-    for row in rows[: audit.MOST_ROWS]:
+def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) -> None:
+    """The first rows that hold a text, of that number, one a line, and how to ask for one."""
+    for row in rows:
         _line(console, f"{reference(row)}: {shorten(row['query'] or '')}")
-    more = len(rows) - audit.MOST_ROWS
-    if more > 0:
-        _line(console, f"… and {more:,} more")
-    _line(console, f"{len(rows):,} rows hold that text; explain one: `qaq explain {reference(rows[0])}`")
+    if number > len(rows):
+        _line(console, f"… and {number - len(rows):,} more")
+    _line(console, f"{number:,} rows hold that text; explain one: `qaq explain {reference(rows[0])}`")
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -275,10 +275,11 @@ def same_models(models: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, 
                 differing.setdefault(f"{role}, {changed}", []).append(entry["batch"])
     batches = {batch for names in differing.values() for batch in names}
     if not differing:
-        sentence = f"The {len(manifest['batches'])} batches of the newest published version have the same models."
+        number = len(manifest["batches"])
+        sentence = f"The models are those of all {number} batches of the newest published version."
     else:
         said = ". ".join(f"{what}: {', '.join(names)}" for what, names in differing.items())
-        sentence = f"Batches of the newest published version were scored by other models. {said}."
+        sentence = f"Batches of the newest published version were scored by other models than this one. {said}."
     return Finding(not differing, sentence, {"batches_of_other_models": len(batches)})
 
 

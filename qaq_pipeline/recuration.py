@@ -65,6 +65,23 @@ class Present:
     """Data versions of inputs that are of no one batch, by name."""
 
 
+def changed_inputs(storage: Storage, table: str, batch: str) -> list[str]:
+    """The inputs of a stored table of a batch that stand there now as something else than it was made of.
+
+    Inputs that are of no one batch are not looked at.
+
+    Raises:
+        StorageError: the table is not stored.
+    """
+    found = []
+    for name, version in storage.read_footer(table, batch).provenance["inputs"].items():
+        input_table, *model = name.split("|")
+        is_of_batch = input_table in schema.TABLES | schema.CALIBRATION_TABLES
+        if is_of_batch and storage.table_version(input_table, batch, *model) != version:
+            found.append(name)
+    return found
+
+
 class Review:
     """A look at all batches, as they stand now.
 

@@ -280,7 +280,7 @@ class RawData(_RowKey):
 class Signatures(_RowKey):
     """Of every accepted row, what its duplicates are found by. Immutable: it depends on the row's text alone."""
 
-    pair_id = dy.String(regex=_PAIR_ID, description="As in raw_data.")
+    pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     content_hash = dy.String(
         regex=_PAIR_ID, description="Hash of system text, query and answer, in NFC, every run of white space one space."
     )
@@ -302,7 +302,9 @@ class Contamination(_RowKey):
 class ScreenedData(_RowKey):
     """The same rows, with what was found before any GPU time is spent. Only accepted rows are scored."""
 
-    pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="As in raw_data.")
+    pair_id = dy.String(
+        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null where rejected."
+    )
     status = _closed(Status, description="Accepted, rejected (as in raw_data), withdrawn, contaminated or duplicate.")
     reason = _closed(
         RejectReason,
@@ -546,9 +548,18 @@ class Decisions(_RowKey):
         description="Why, from a closed vocabulary.",
     )
     explanation = dy.String(min_length=1, description="The same as a sentence, with the numbers.")
-    duplicate_of = dy.String(nullable=True, description="As in screened_data.")
-    similarity = dy.Float64(nullable=True, description="As in screened_data.")
-    evidence = dy.String(nullable=True, description="As in screened_data.")
+    duplicate_of = dy.String(
+        nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
+    )
+    similarity = dy.Float64(
+        nullable=True,
+        description="Of a duplicate, the Jaccard similarity to that row; of a contaminated one, the share of the "
+        "benchmark's text that it holds; else null.",
+    )
+    evidence = dy.String(
+        nullable=True,
+        description="What the screening rests its verdict on, in words; null where there is nothing.",
+    )
     gap = dy.Float64(nullable=True, description="rank_strong - rank_weak; null where a model could not score it.")
     rank_sum = dy.Float64(nullable=True, description="rank_strong + rank_weak.")
     scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty where the pair was not scored.")
@@ -621,8 +632,8 @@ class SelectedSubset(_RowKey):
     system = dy.String(nullable=True, description="The row's own system text.")
     query = dy.String(description="Q, as delivered.")
     answer = dy.String(description="A, as delivered.")
-    source = dy.String(nullable=True, description="As in raw_data.")
-    language = dy.String(nullable=True, description="As in raw_data.")
+    source = dy.String(nullable=True, description="The row's own `source` field, where it has one.")
+    language = dy.String(nullable=True, description="The row's own `language` field, where it has one.")
 
 
 class Change(Vocabulary):

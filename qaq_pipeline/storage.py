@@ -297,9 +297,7 @@ class Storage:
         Raises:
             StorageError: it is missing, torn, changed since it was written, or has other columns.
         """
-        parts = _table_path(name, partition)
-        if not self.exists(*parts):
-            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
+        parts = self._stored(name, partition)
         data = self.read_bytes(*parts)
         try:
             footer = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
@@ -320,9 +318,7 @@ class Storage:
         Raises:
             StorageError: it is missing, or torn.
         """
-        parts = _table_path(name, partition)
-        if not self.exists(*parts):
-            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
+        parts = self._stored(name, partition)
         try:
             with self._fs.open(self.path(*parts), "rb") as stream:
                 footer, num_rows = _footer(stream)
@@ -365,10 +361,7 @@ class Storage:
         Raises:
             StorageError: the table is missing, or torn.
         """
-        parts = _table_path(name, partition)
-        if not self.exists(*parts):
-            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
-        return self.find_in_file(where, *parts, columns=columns)
+        return self.find_in_file(where, *self._stored(name, partition), columns=columns)
 
     def find_in_file(self, where: Where, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """Rows of any Parquet file under the root, as `find_in_table`."""
@@ -376,12 +369,30 @@ class Storage:
             with self._fs.open(self.path(*parts), "rb") as stream:
                 return lookup.read_rows(stream, where, columns)
         except (pa.ArrowException, KeyError) as error:
-            raise StorageError(f"{self.url(*parts)}: cannot be read ({error}); make it anew") from error
+            raise self._unreadable(parts, error) from error
+
+    def _stored(self, name: str, partition: Sequence[str]) -> tuple[str, ...]:
+        """Where a table lies, which must be there."""
+        parts = _table_path(name, partition)
+        if not self.exists(*parts):
+            raise StorageError(f"{self.url(*parts)}: not stored yet; materialise {name} first")
+        return parts
+
+    def _unreadable(self, parts: Sequence[str], error: Exception) -> StorageError:
+        return StorageError(f"{self.url(*parts)}: cannot be read ({error}); make it anew")
 
     def scan_table(self, name: str, *partition: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """Columns of a stored table, some thousand rows at a time."""
-        with self._fs.open(self.path(*_table_path(name, partition)), "rb") as stream:
-            yield from lookup.scan(stream, columns)
+        """Columns of a stored table, some thousand rows at a time.
+
+        Raises:
+            StorageError: the table is missing, or torn.
+        """
+        parts = self._stored(name, partition)
+        try:
+            with self._fs.open(self.path(*parts), "rb") as stream:
+                yield from lookup.scan(stream, columns)
+        except (pa.ArrowException, KeyError) as error:
+            raise self._unreadable(parts, error) from error
 
     def find_pair_in_table(self, start: str, name: str, *partition: str, most: int | None = None) -> FoundRows:
         """Rows of a table by the first digits of their pair_id: by its index, where that is of the table as it is.

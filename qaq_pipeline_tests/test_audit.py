@@ -107,9 +107,10 @@ def test_a_text_is_found_in_query_answer_and_record_whatever_its_white_space(
     storage: Storage, settings: Settings
 ) -> None:
     store_batch(storage, settings, queries=("one  two\nthree", "b", "c", "d"))
-    found = dict(audit.find_text(storage, "two three"))
-    assert [row["source_row"] for row in found["b1"]] == [1]
-    assert dict(audit.find_text(storage, "nowhere"))["b1"] == []
+    (found,) = audit.find_text(storage, "two three")
+    assert ([row["source_row"] for row in found.rows], found.number) == ([1], 1)
+    (found,) = audit.find_text(storage, "nowhere")
+    assert (found.rows, found.number) == ([], 0)
     assert audit.text_of(storage, audit.find_row(storage, "b1", "1").rows[0])["query"] == "one  two\nthree"
 
 
@@ -216,10 +217,26 @@ def test_of_a_version_whose_files_are_gone_nothing_is_claimed(storage: Storage) 
         store_batch(storage, settings, queries=("a", "b", "c", last))
         publish_all(storage, settings, "b1")
     first, second = audit.fates(storage, audit.find_row(storage, "b1", "3").rows[0])
-    assert (first.is_kept, first.row, second.is_kept) == (False, None, True)
+    assert (first.fault, first.row, second.fault) == ("its files were not kept", None, None)
     with pytest.raises(StorageError, match=r"version 1 \(.*its files were not kept"):
         audit.find_row(storage, "b1", "3", first.published)
     assert not storage.exists(*publication.pair_index(first.published.version))
+
+
+def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice: Storage) -> None:
+    row = audit.find_row(thrice, "b1", "3").rows[0]
+    second = publication.find_version(thrice, "2")
+    parts = (publication.FOLDER, second.version, "scores.parquet")
+    thrice.write_bytes(thrice.read_bytes(*parts)[:-9], *parts)
+    first, torn, third = audit.fates(thrice, row)
+    assert (first.fault, third.fault) == (None, None)
+    assert third.row is not None
+    assert torn.fault is not None
+    assert second.version in torn.fault
+    stream = io.StringIO()
+    gathered = dossier.gather(thrice, row, None, with_versions=True)
+    dossier.show(Console(file=stream, width=200), gathered, with_template=False)
+    assert "nothing is known of the row there" in stream.getvalue()
 
 
 def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:

@@ -244,7 +244,7 @@ def test_other_models_than_the_published_are_named_with_what_changed() -> None:
     assert not moved.passed
     assert moved.numbers == {"batches_of_other_models": 2}
     assert moved.sentence == (
-        "Batches of the newest published version were scored by other models. "
+        "Batches of the newest published version were scored by other models than this one. "
         "strong, revision was files:0, is main2: b1, b2."
     )
 

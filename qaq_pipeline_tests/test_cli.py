@@ -301,13 +301,17 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     ]
     frame = pl.DataFrame(rows, schema=schema.dtypes(schema.Calibration))
     storage = open_storage_of(home)
-    storage.write_table(StoredTable(frame), "calibration", "b1")
+    scores = storage.table_version("rmi_scores", "b1", "strong")
+    storage.write_table(StoredTable(frame, {"inputs": {"rmi_scores|strong": scores}}), "calibration", "b1")
     shown = qaq(home, "calibration", "b1")
     assert shown.code == 0
+    assert "older scores" not in shown.out
     assert "│ RMI │ other_answer │ 0.938 [0.88, 0.99] │" in shown.out
     assert "│ low cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
     offered = yaml.safe_load(shown.lines[shown.lines.index("- name: ") :])
     assert offered[0]["rmi_strong"] == [0.25, None]
+    storage.write_table(StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", "b1")
+    assert "This is of older scores: since then rmi_scores|strong changed" in qaq(home, "calibration", "b1").out
     storage.remove("calibration", "b1", "table.parquet")
 
 

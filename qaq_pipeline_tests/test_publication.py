@@ -504,6 +504,16 @@ def test_a_storage_of_before_the_log_gets_its_numbers_from_its_history(storage: 
     assert publication.publications(storage)[0].published_at is None
 
 
+def test_the_newest_version_of_a_publication_that_was_cut_off_is_said_to_be_none_yet(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    publish_registered(storage, settings, "b1")
+    storage.remove(publication.FOLDER, "latest.json")
+    with pytest.raises(StorageError, match="the first publication was cut off before it ended; `qaq recurate` ends it"):
+        publication.find_version(storage, "latest")
+
+
 @pytest.mark.parametrize("name", ["9", "abcd", "", "0"])
 def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage, settings: Settings, name: str) -> None:
     store_batch(storage, settings)
