@@ -38,6 +38,8 @@ class Fate:
     """Why nothing is known of the row: the version's files were not kept, or cannot be read."""
     has_batch: bool
     """Whether the row's batch entered the version."""
+    left_out: str | None
+    """Why it did not, where that is recorded."""
     row: dict[str, Any] | None
     """As in scores.parquet, as far as a fate is told by it; None: it was not delivered then."""
 
@@ -225,14 +227,15 @@ def fates(storage: Storage, row: dict[str, Any]) -> list[Fate]:
 def _fate(storage: Storage, published: Published, key: Sequence[Any]) -> Fate:
     where = _scores(published)
     if not storage.exists(*where):
-        return Fate(published, "its files were not kept", has_batch=False, row=None)
+        return Fate(published, "its files were not kept", has_batch=False, left_out=None, row=None)
     try:
         entries = _manifest(storage, published.version)["batches"]
         has_batch = any(entry["batch"] == key[0] for entry in entries)
         found = _dicts(storage.find_in_file(lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
+        left_out = (publication.left_out(storage, published) or {}).get(key[0])
     except StorageError as error:
-        return Fate(published, str(error), has_batch=False, row=None)
-    return Fate(published, None, has_batch=has_batch, row=found[0] if found else None)
+        return Fate(published, str(error), has_batch=False, left_out=None, row=None)
+    return Fate(published, None, has_batch, left_out, row=found[0] if found else None)
 
 
 def _scores_of(storage: Storage, published: Published) -> tuple[str, ...]:

@@ -164,9 +164,9 @@ def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Es
 
     A row is never compared with its own twin: that is the paired share, and each resample would hold more of it than
     the rows do, since a row drawn twice meets its twin four times. The interval is the percentile bootstrap over rows,
-    a row and its twin drawn together. Where all clean values lie above all planted ones, or below, resamples cannot
-    differ; its inner end is then (alpha / 2)**(1 / n), the exact binomial bound of a share of n where every one
-    succeeds.
+    a row and its twin drawn together. Near complete separation resamples hardly differ, and at it not at all; from
+    (alpha / 2)**(1 / n) on, the exact binomial bound of a share of n where every one succeeds, no interval ends nearer
+    to the middle than there.
 
     Args:
         clean: values of the rows as delivered.
@@ -188,10 +188,10 @@ def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Es
     drawn = ((weights @ wins) * weights).sum(axis=1)[num_pairs > 0] / num_pairs[num_pairs > 0]
     lower, upper = (float(end) for end in np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     bound = ((1 - CONFIDENCE) / 2) ** (1 / min(num_clean, num_planted))
-    if value == 1:
-        lower = bound
-    elif value == 0:
-        upper = 1 - bound
+    if value >= bound:
+        lower = min(lower, bound)
+    elif value <= 1 - bound:
+        upper = max(upper, 1 - bound)
     return Estimate(value, lower, upper, num_clean, num_planted)
 
 

@@ -39,7 +39,8 @@ _GROUPS = {"as delivered": CLEAN, "other answer": Defect.OTHER_ANSWER.value, "ec
 LIMITS = (
     "A planted defect is made by rule, from a row of this batch. Real defects are other ones: what is told apart here "
     "may be missed there.",
-    "A row as delivered counts as clean. Where the batch is bad, AUROCs are too low and the low cut lies too low.",
+    "A row as delivered counts as clean. Where the batch is bad, AUROCs are too low, and the low cut rises or "
+    "is missing.",
     "An AUROC compares the planted rows with the rows that they were made of, not with the whole batch.",
     "One token of the code that is wrong is the negative control: no likelihood of a text can be expected to tell it.",
     "It says whether the scores notice a defect, not whether a model that is trained without it becomes better.",
@@ -297,18 +298,23 @@ def page(
 
 
 def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list[Examples]:
-    """Of each defect some rows, from the one that RMI tells best to the one that it tells least."""
+    """Of each defect some scored rows, from the one that RMI tells best to the one that it tells least.
+
+    An echo is told by scoring above its twin, every other defect by scoring below it.
+    """
     roles = sorted(settings.models)
     clean = judged.clean.select("pair_id", *(f"rmi:{role}" for role in roles))
     beside = judged.planted.join(clean, left_on="original_pair_id", right_on="pair_id", how="left", suffix=":twin")
     texts = beside.join(planted.select("pair_id", "query", "answer"), on="pair_id", validate="1:1")
-    told = texts.with_columns(told=pl.col(f"rmi:{roles[0]}:twin") - pl.col(f"rmi:{roles[0]}"))
+    below = pl.col(f"rmi:{roles[0]}:twin") - pl.col(f"rmi:{roles[0]}")
+    told = texts.with_columns(told=pl.when(pl.col("defect") == Defect.ECHO.value).then(-below).otherwise(below))
     found = []
     for defect in settings.calibration.defects:
-        rows = told.filter(pl.col("defect") == defect.value).sort("told", "pair_id", descending=[True, False])
+        of_defect = told.filter(pl.col("defect") == defect.value)
+        rows = of_defect.drop_nulls("told").sort("told", "pair_id", descending=[True, False])
         if not rows.is_empty():
             shown = rows[sorted({0, rows.height // 2, rows.height - 1})]
-            title = f"{defect.value} ({rows.height:,} rows): {defect.meaning}"
+            title = f"{defect.value} ({of_defect.height:,} rows): {defect.meaning}"
             found.append(Examples(title, [_example(row, roles) for row in shown.iter_rows(named=True)]))
     return found
 
@@ -319,7 +325,8 @@ def _example(row: Mapping[str, Any], roles: Sequence[str]) -> Example:
         for role in roles
         if (before := row[f"rmi:{role}:twin"]) is not None and (after := row[f"rmi:{role}"]) is not None
     ]
-    verdict = "not scored" if row["told"] is None else "below its twin" if row["told"] > 0 else "not below its twin"
+    side = "above" if row["defect"] == Defect.ECHO.value else "below"
+    verdict = f"{side} its twin" if row["told"] > 0 else f"not {side} its twin"
     return Example(
         place=f"made of pair {row['original_pair_id']}",
         decision=row["defect"],

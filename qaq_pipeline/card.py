@@ -110,7 +110,7 @@ _LIMITS = (
     "A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.",
     "Whether this selection trains better than its random controls is an open question until both were trained on.",
     "A rank compares a row with those of its pool only: its batch, or the reference that it was ranked against.",
-    "Rows were checked for the benchmarks that are listed above, and for no other.",
+    "Rows were checked for the benchmarks that the card and the page of their batch list, and for no other.",
     "Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.",
 )
 """What the numbers do not promise."""
@@ -313,7 +313,7 @@ def _strata(decisions: pl.DataFrame) -> str:
         (model, f"{stratum} of {of}", pairs, selected, f"{selected / pairs:.0%}", f"{lowest:.3f} to {highest:.3f}")
         for model, of, stratum, pairs, selected, lowest, highest in strata.sort("model", "num_strata", "stratum").rows()
     ]
-    return _table(("model", "stratum", "pairs", "selected", "share kept", "log PPL(Q), nats/token"), rows)
+    return _table(("model", "stratum", "pairs", "selected", "share kept", "log PPL(Q) of them, nats/token"), rows)
 
 
 def _recipe(selection: Selection) -> str:

@@ -385,7 +385,10 @@ def calibration(
     for sentence in calibration_page.missing(stored.frame):
         console.print(sentence, markup=False, highlight=False)
     offered = judging.offered_yaml(stored.frame, settings.published)
-    console.print("No cut is offered." if offered is None else "Offered, as one of `selections`:", highlight=False)
+    if offered is not None and not finding.passed:
+        _warn("What follows rests on models that cannot tell good from bad here: do not defend a cut with it.")
+    instead = "Offered, as one of `selections`, in place of the one of its name:"
+    console.print("No cut is offered." if offered is None else instead, highlight=False)
     if offered is not None:
         console.print(offered, markup=False, highlight=False, soft_wrap=True)
     page = page_files.calibration_page(batch)

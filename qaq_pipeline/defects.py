@@ -165,6 +165,16 @@ def _one_token_bug(text: Text, _: Others, choice: random.Random) -> Text | None:
     return Text(text.query, text.answer[: place.start()] + changed + text.answer[place.end() :])
 
 
+def language_of(delivered: str | None, answer: str) -> str | None:
+    """The programming language that a row names, else that of its answer: `en` says nothing about code."""
+    named = None if delivered is None else delivered.strip().lower()
+    return named if named is not None and _is_known(named) else guess_language(answer)
+
+
+def _is_known(language: str) -> bool:
+    return bool(_NOT_GUESSED.fullmatch(language)) or _canonical(language) in {"bash", *(name for name, _ in _LANGUAGES)}
+
+
 def guess_language(answer: str) -> str | None:
     """The programming language of an answer by tell-tale tokens of its beginning; None: not known, or no code."""
     beginning = answer[:_LOOKED_AT]
@@ -242,6 +252,12 @@ _LANGUAGES = tuple(
     )
 )
 """By tokens that the others hardly have, the most telling first. A wrong guess costs a planted row, never a score."""
+
+_NOT_GUESSED = re.compile(
+    r"clojure|cobol|dart|elixir|erlang|fortran|f#|groovy|haskell|julia|kotlin|lisp|lua|matlab|objective-c|ocaml|pascal|"
+    r"perl|powershell|prolog|r|scala|scheme|solidity|swift|vb|zig"
+)
+"""Other programming languages that a delivery may name."""
 
 _COUNTERPARTS = {
     "==": "!=",

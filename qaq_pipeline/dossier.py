@@ -144,7 +144,9 @@ def _fate(dossier: Dossier, fate: Fate) -> str:
     is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]
     was_in = before.published.number if before is not None and before.is_published and is_same else None
     told = dossier.row.get("explanation")
-    return ledger.explain_in_version(fate.row, has_batch=fate.has_batch, was_in=was_in, told=told)
+    return ledger.explain_in_version(
+        fate.row, has_batch=fate.has_batch, left_out=fate.left_out, was_in=was_in, told=told
+    )
 
 
 def _texts(dossier: Dossier) -> list[tuple[str, str]]:

@@ -202,18 +202,22 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
     return " ".join([_ranks(row), *_cautions(row), _verdict(row, published)]) + flag
 
 
-def explain_in_version(row: Mapping[str, Any] | None, *, has_batch: bool, was_in: int | None, told: str | None) -> str:
+def explain_in_version(
+    row: Mapping[str, Any] | None, *, has_batch: bool, left_out: str | None, was_in: int | None, told: str | None
+) -> str:
     """What a published version says of a row, as one line.
 
     Args:
         row: decision, reason and, since versions have it, explanation; None: the version has no such row.
         has_batch: whether the row's batch is in the version.
+        left_out: why it is not, where that is recorded.
         was_in: the number of the version before, where that one had the row in its selection.
         told: an explanation that the reader has just read, and need not read again.
     """
     dropped = "" if was_in is None else f"dropped, had been in version {was_in}: "
     if row is None:
-        return dropped + ("no such row had been delivered" if has_batch else "its batch was not in it")
+        absent = "its batch was not in it" + ("" if left_out is None else f": {left_out}")
+        return dropped + ("no such row had been delivered" if has_batch else absent)
     is_in = row["decision"] == Decision.SELECTED.value
     fate = "in it: " if is_in else dropped or "not in it: "
     why = row.get("explanation") or f"{row['decision']} ({row['reason']}); older versions hold no sentence"
@@ -366,8 +370,8 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
 
 def _limits(published: Selection) -> str:
     """The settings that keep pairs of the pool from being taken, whatever their place."""
-    limits = [name for name in ("min_gap", "rank_strong", "rmi_strong", "maximum") if getattr(published, name, None)]
-    return " and ".join(limits)
+    names = ("min_gap", "rank_strong", "rmi_strong", "maximum")
+    return " and ".join(name for name in names if getattr(published, name, None) is not None)
 
 
 def _counts(published: Selection) -> bool:

@@ -211,20 +211,18 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
     of_rmi = calibration.filter(pl.col("statistic") == Statistic.AUROC.value, pl.col("measure") == "rmi")
     known = of_rmi.drop_nulls("value")
     numbers = {f"auroc_{defect}_{model}": auc for defect, model, auc in known.select(_AUROC).iter_rows()}
-    mismatches = known.filter(pl.col("defect") == Defect.OTHER_ANSWER.value, pl.col("num_planted") >= enough)
-    unjudged = sorted(set(of_rmi["model"]) - set(mismatches["model"]))
-    if unjudged and not mismatches.is_empty():
-        return Finding(
-            False,
-            f"Of {Defect.OTHER_ANSWER} at least {enough} rows must be scored; not so under {_and(unjudged)}.",
-            numbers,
-        )
-    if mismatches.is_empty():
+    is_mismatch = pl.col("defect") == Defect.OTHER_ANSWER.value
+    kept = calibration.filter(pl.col("statistic") == Statistic.KEPT_SHARE.value, is_mismatch)
+    num_planted = max(kept["num_planted"], default=0)  # Scored or not: the same in every selection.
+    if num_planted < enough:
         return Finding(
             True,
-            f"Too few rows were planted to judge: of {Defect.OTHER_ANSWER} at least {enough} are needed, scored.",
+            f"Too few rows were planted to judge: {num_planted} of {Defect.OTHER_ANSWER}; {enough} are needed.",
             numbers,
         )
+    mismatches = known.filter(is_mismatch, pl.col("num_planted") >= enough)
+    unjudged = sorted(set(of_rmi["model"]) - set(mismatches["model"]))
+    unknown = f"{_and(unjudged)} scored less than {enough} rows of {Defect.OTHER_ANSWER}, and is not judged. "
     said = ", ".join(
         f"{model} {auc:.3f} [{lower:.3f}, {upper:.3f}]"
         for model, auc, lower, upper in mismatches.select("model", "value", "lower", "upper").iter_rows()
@@ -232,9 +230,11 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
     blind = sorted(mismatches.filter(pl.col("value") < min_auc)["model"])
     verdict = f"RMI cannot tell good from bad on this batch under {_and(blind)}: do not trust what it selects. "
     return Finding(
-        not blind,
-        (verdict if blind else "") + f"AUROC of pairs against the same queries with another answer: {said}; expected "
-        f"is {min_auc:g} (calibration.min_auc).",
+        not blind and not unjudged,
+        (verdict if blind else "")
+        + (unknown if unjudged else "")
+        + f"AUROC of pairs against the same queries with another answer: {said or 'unknown'}; expected is {min_auc:g} "
+        "(calibration.min_auc).",
         numbers,
     )
 

@@ -126,7 +126,8 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
     if previous is not None and storage.exists(*stored):
         difference = storage.read_frame(*stored)
     newest = storage.read_json(publication.FOLDER, "latest.json")
-    excluded = newest["excluded_batches"] if newest["version"] == version else None
+    is_newest = newest["version"] == version
+    excluded = newest["excluded_batches"] if is_newest else _left_out(storage, version)
     batches = [*(entry["batch"] for entry in manifest["batches"]), *(excluded or {})]
     return {
         "previous": previous,
@@ -134,6 +135,11 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
         "excluded": excluded,
         "pages": {batch: "/".join(("..", "..", *batch_page(batch))) for batch in batches if _has_page(storage, batch)},
     }
+
+
+def _left_out(storage: Storage, version: str) -> dict[str, str] | None:
+    published = next((one for one in publication.publications(storage) if one.version == version), None)
+    return None if published is None else publication.left_out(storage, published)
 
 
 def _has_page(storage: Storage, batch: str) -> bool:

@@ -108,8 +108,7 @@ def _others(strata: pl.Series, texts: Sequence[Text]) -> list[Others]:
 
 
 def _text(row: Mapping[str, Any]) -> Text:
-    language = row["language"].lower() if row["language"] else defects.guess_language(row["answer"])
-    return Text(row["query"], row["answer"], language)
+    return Text(row["query"], row["answer"], defects.language_of(row["language"], row["answer"]))
 
 
 def _make(defect: Defect, twin: Mapping[str, Any], text: Text, others: Others, seed: int) -> dict[str, Any] | None:

@@ -110,14 +110,18 @@ def by_reason(counts: pl.DataFrame) -> Plot:
 
 
 def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
-    """Pairs by PPL(Q) and RMI of a model, its strata and both tails (`summaries.density`, `summaries.strata`)."""
+    """Pairs by PPL(Q) and RMI of a model, its strata and both tails (`summaries.density`, `summaries.strata`).
+
+    No strata: the pairs have none of this model in common.
+    """
     import altair as alt
 
     name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
-    caption = (
-        "The stronger the colour, the more pairs. Vertical lines are the edges of the strata of PPL(Q). Below the "
-        "lower line lie the 5 % of each stratum of the lowest RMI (mismatches), above the upper one those of the "
-        "highest (echoes)."
+    caption = "The stronger the colour, the more pairs. " + (
+        "No strata are drawn: the pairs have none of this model in common."
+        if strata.is_empty()
+        else "Vertical lines are the edges of the strata of PPL(Q). Below the lower line lie the 5 % of each stratum "
+        "of the lowest RMI (mismatches), above the upper one those of the highest (echoes)."
     )
     if cells.is_empty():
         return Plot(name, title, caption, None, strata)
@@ -272,8 +276,9 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
     title = "What RMI tells apart"
     caption = (
         "P(a row as delivered scores above a planted one), with its 95 % interval: 1 is always told, 0.5 (the line) is "
-        "chance, below it the defect scores as the better one. The length of the answer costs nothing to know: a score "
-        "that does not beat it is not worth its GPU."
+        "chance. An echo is told near 0: it scores above its twin, in the tail that the high cut removes; any other "
+        "defect below 0.5 scores as the better one. The length of the answer costs nothing to know: a score that is no "
+        "farther from the line is not worth its GPU."
     )
     if intervals.is_empty():
         return Plot("told_apart", title, caption, None, intervals)
@@ -335,7 +340,7 @@ def kept_grid(shares: pl.DataFrame) -> Plot:
 def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
     """RMI of the rows as delivered and of the planted ones, with the cuts that follow (`summaries.spread`)."""
     title = f"Where RMI could be cut, {role} model"
-    caption = "Share of each group's pairs by RMI. Vertical lines: the cuts that are offered, where there are any."
+    caption = "Share of each group's pairs by RMI. Vertical lines: the low and the high cut, where there are any."
     chart = _steps(shares, "RMI, nats per token", marks=marks)
     return Plot(f"cuts_{role}", title, caption, chart, _by_group(shares))
 

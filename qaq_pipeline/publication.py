@@ -329,6 +329,18 @@ def publications(storage: Storage) -> list[Published]:
     return sorted({entry.version: entry for entry in reversed(_logged(storage))}.values(), key=lambda one: one.number)
 
 
+def run_record(run_id: str) -> tuple[str, ...]:
+    """Where it lies by which run, when, and without which batches a version was published."""
+    return FOLDER, "runs", f"{run_id}.json"
+
+
+def left_out(storage: Storage, published: Published) -> dict[str, str] | None:
+    """The registered batches that a version was published without, and why; None: that is not recorded."""
+    if published.run_id is None or not storage.exists(*run_record(published.run_id)):
+        return None
+    return storage.read_json(*run_record(published.run_id))["excluded_batches"]
+
+
 def find_version(storage: Storage, name: str) -> Published:
     """The version that a person means: by its number, the first digits of its hash, or `latest`.
 

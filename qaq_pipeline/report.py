@@ -258,9 +258,12 @@ def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
 def score_plots(pairs: pl.DataFrame, *, has_strata: bool = True) -> list[Plot]:
     """The plots of scores and ranks of distinct pairs; the strata only where all were ranked in the same ones."""
     grid = summaries.rank_grid(pairs)
+    strata = {role: summaries.strata(pairs, role) for role in summaries.roles(pairs) if has_strata}
     of_models = [
         plots.density(
-            summaries.density(pairs, role), summaries.strata(pairs, role) if has_strata else pl.DataFrame(), role
+            summaries.density(pairs, role),
+            strata[role] if role in strata and summaries.has_edges(strata[role]) else pl.DataFrame(),
+            role,
         )
         for role in summaries.roles(pairs)
     ]
@@ -334,7 +337,6 @@ def _cost(scorings: Sequence[Scoring]) -> Table:
     known = [scoring.cost or {} for scoring in scorings]
     rows = [(label, *(cost.get(name, _UNKNOWN) for cost in known)) for name, label in _COST.items()]
     rows.append(("device hours", *(_device_hours(cost) for cost in known)))
-    rows.append(("price", *(_UNKNOWN for _ in known)))
     return Table("Throughput and cost of scoring", ("", *(scoring.role for scoring in scorings)), rows)
 
 
@@ -420,7 +422,7 @@ def _batches(manifest: Mapping[str, Any]) -> Table:
 
 
 def _excluded(reasons: Mapping[str, str] | None) -> Table:
-    rows = [(_UNKNOWN, "a newer version was published since")] if reasons is None else sorted(reasons.items())
+    rows = [(_UNKNOWN, "it was not recorded")] if reasons is None else sorted(reasons.items())
     return Table("Batches left out, and why", ("batch", "why"), rows)
 
 

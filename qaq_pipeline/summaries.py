@@ -189,7 +189,11 @@ def sizes(flat: pl.DataFrame, published: str) -> pl.DataFrame:
 
 
 def strata(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
-    """By stratum of a model's PPL(Q): its edges, rows, selected, share, and RMI at both tails and the median."""
+    """By stratum of a model's PPL(Q): its edges, rows, selected, share, and RMI at both tails and the median.
+
+    Where the strata are another model's (`ranking.strata_from`), they have no edges on this one's axis: `low` and
+    `high` overlap, as `has_edges` tells.
+    """
     rmi = pl.col(f"rmi_{role}")
     known = pairs.drop_nulls([f"stratum_{role}", f"rmi_{role}"])
     return _with_share(
@@ -205,6 +209,11 @@ def strata(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
         )
         .sort("stratum")
     )
+
+
+def has_edges(strata: pl.DataFrame) -> bool:
+    """Whether every one of `strata` begins where the one before has ended."""
+    return bool((strata["low"][1:] >= strata["high"][:-1]).all())
 
 
 def density(pairs: pl.DataFrame, role: str, num_x: int = 40, num_y: int = 28) -> pl.DataFrame:

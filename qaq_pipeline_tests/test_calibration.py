@@ -319,6 +319,19 @@ def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(judged: c
     found = measures.discrimination(blind, 0.8, 20)
     assert not found.passed
     assert found.sentence.startswith("RMI cannot tell good from bad on this batch under weak")
+    assert found.numbers["auroc_other_answer_weak"] == 0.55
+    is_weak = (pl.col("model") == "weak") & (pl.col("statistic") == "auroc")
+    unscored = frame.with_columns(
+        value=pl.when(is_weak).then(None).otherwise("value"),
+        num_planted=pl.when(is_weak).then(0).otherwise("num_planted"),
+    )
+    half = measures.discrimination(unscored, 0.8, 20)
+    assert not half.passed
+    assert half.sentence.startswith("weak scored less than 20 rows of other_answer, and is not judged. AUROC")
+    blind_too = measures.discrimination(unscored.with_columns(value=pl.col("value").clip(upper_bound=0.5)), 0.8, 20)
+    assert "cannot tell good from bad on this batch under strong" in blind_too.sentence
+    none = frame.with_columns(value=pl.when(pl.col("statistic") == "auroc").then(None).otherwise("value"))
+    assert not measures.discrimination(none, 0.8, 20).passed
     few = measures.discrimination(blind, 0.8, 21)
     assert few.passed
     assert few.sentence.startswith("Too few rows were planted to judge")

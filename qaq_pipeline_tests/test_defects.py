@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_pipeline import defects
-from qaq_pipeline.defects import Others, Text, guess_language, make
+from qaq_pipeline.defects import Others, Text, guess_language, language_of, make
 from qaq_pipeline.schema import Defect
 
 PYTHON = Text(
@@ -113,6 +113,14 @@ def test_a_bug_is_one_token_of_the_code_and_prose_has_none() -> None:
 )
 def test_the_language_of_an_answer_is_guessed_by_its_tokens(answer: str, language: str | None) -> None:
     assert guess_language(answer) == language
+
+
+@pytest.mark.parametrize(
+    ("delivered", "language"),
+    [("Python", "python"), ("TS", "ts"), ("kotlin", "kotlin"), ("en", "go"), ("", "go"), (None, "go")],
+)
+def test_a_delivered_language_counts_where_it_is_one_of_programs(delivered: str | None, language: str) -> None:
+    assert language_of(delivered, "package main\nfunc main() {}") == language
 
 
 def test_guessing_a_language_takes_no_longer_for_hostile_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -405,7 +406,7 @@ def test_a_model_that_does_not_rank_a_selected_pair_is_told() -> None:
 
 
 def test_what_a_version_says_of_a_row_is_one_line() -> None:
-    told = ledger.explain_in_version
+    told = partial(ledger.explain_in_version, left_out=None)
     selected = {"decision": "selected", "reason": "within_budget", "explanation": "Selected."}
     dropped = {"decision": "not_selected", "reason": "below_cut", "explanation": "Not selected."}
     assert told(selected, has_batch=True, was_in=None, told=None) == "in it: Selected."
@@ -414,6 +415,8 @@ def test_what_a_version_says_of_a_row_is_one_line() -> None:
     assert told(dropped, has_batch=True, was_in=None, told=None) == "not in it: Not selected."
     assert told(None, has_batch=False, was_in=2, told=None) == "dropped, had been in version 2: its batch was not in it"
     assert told(None, has_batch=True, was_in=None, told=None) == "no such row had been delivered"
+    gated = told(None, has_batch=False, left_out="gated (too_many_rejected): 2 of 3", was_in=2, told=None)
+    assert gated.endswith("its batch was not in it: gated (too_many_rejected): 2 of 3")
     both = [f"Ranked 0.5. {verdict} by mine." for verdict in ("Selected", "Not selected")]
     assert told(dropped | {"explanation": both[1]}, has_batch=True, was_in=2, told=both[0]) == (
         "dropped, had been in version 2: as above, but: Not selected by mine."

@@ -9,11 +9,12 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
+import yaml
 
 from qaq_pipeline import audit, driver
-from qaq_pipeline.config import Settings
+from qaq_pipeline.config import Settings, load_settings, parse_settings
 from qaq_pipeline.storage import Storage, StoredTable, hash_json, open_storage
-from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
+from qaq_pipeline_tests.conftest import NO_REPORTS, SAMPLES, write_jsonl
 from qaq_pipeline_tests.recomputation import check_batch
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "batches" / "2026-11-02.alpaca.jsonl"
@@ -58,6 +59,26 @@ def test_every_number_of_an_explanation_follows_from_the_sums_and_every_row_from
         assert scorer["device"] == "cpu"
         assert set(scorer["libraries"]) == {"torch", "transformers", "tokenizers"}
         assert "TASK: Given an answer" in json.dumps(scored_by["template"])
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.timeout(3600)
+def test_every_number_of_the_demo_follows_from_the_sums(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = load_settings("demo").model_cache_dir
+    if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
+        pytest.fail(f"{models}: no models; `make test-slow` fetches them")
+    monkeypatch.setenv("QAQ_HOME", str(tmp_path))
+    changes = {"model_cache": str(models), "reports": NO_REPORTS, "calibration": {"enabled": False}}
+    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True) | changes
+    settings = parse_settings(yaml.safe_dump(values), "demo")
+    for path in sorted(EXAMPLES.parent.iterdir()):
+        batch = path.name.split(".")[0]
+        driver.register(settings, instance, batch, [path], None)
+        driver.run_batch(settings, instance, batch)
+        print(f"{batch}: every number of {check_batch(open_storage(settings), settings, batch)} ranked rows follows")
 
 
 def test_a_number_that_does_not_follow_is_found(curated: tuple[Settings, Storage]) -> None:

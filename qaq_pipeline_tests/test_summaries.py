@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline import exports, summaries
+from qaq_pipeline import exports, plots, summaries
 from qaq_pipeline.config import Settings, parse_settings
 from qaq_pipeline.schema import Decision
 from qaq_pipeline_tests import synthetic
@@ -107,6 +107,14 @@ def test_strata_show_the_tails_of_each(flat: pl.DataFrame) -> None:
         assert row["rows"] == inside.height
         assert (inside["rmi_strong"] < row["low_tail"]).mean() <= summaries.TAIL  # type: ignore[operator]
         assert (inside["rmi_strong"] > row["high_tail"]).mean() <= summaries.TAIL  # type: ignore[operator]
+
+
+def test_strata_of_the_other_model_have_no_edges_on_this_one_s_axis(flat: pl.DataFrame) -> None:
+    pairs = summaries.pairs(flat)
+    assert summaries.has_edges(summaries.strata(pairs, "weak"))
+    of_strong = pairs.with_columns(stratum_weak="stratum_strong")
+    assert not summaries.has_edges(summaries.strata(of_strong, "weak"))
+    assert "Vertical lines" not in plots.density(summaries.density(pairs, "weak"), pl.DataFrame(), "weak").caption
 
 
 def test_lengths_are_shares_of_each_group() -> None:

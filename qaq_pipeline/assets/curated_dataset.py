@@ -43,7 +43,7 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
             published = publication.publish(storage, settings, batches, excluded, context.run.run_id)
-            storage.write_json(_sidecar(context, excluded), publication.FOLDER, "runs", f"{context.run.run_id}.json")
+            storage.write_json(_sidecar(context, excluded), *publication.run_record(context.run.run_id))
         return _result(context, published, excluded)
 
     return curated_dataset
