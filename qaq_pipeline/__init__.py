@@ -53,7 +53,7 @@ The map, each module importing only from those above it:
     resources         the above as Dagster resources
     failures          why a run failed, in its own words
     assets/           the nine assets, rank_reference, two audit pages and the three of a calibration, one module each
-    liveness          which runs of the driver died with their process
+    liveness          which runs died with their process
     checks            the asset checks: what a person should look at; they warn, and stop nothing
     conditions        when an asset is made without a hand
     jobs              assets, checks, jobs, resources and executor put together

@@ -1,4 +1,4 @@
-"""What runs without a hand: the landing zone's sensor, the evaluation of conditions, screening anew, the nightly job.
+"""What runs without a hand: landing, the evaluation of conditions, screening anew, ending dead runs, the nightly job.
 
 Belongs here: when something is run. Does not belong here: what is out of date (`recuration`), when a delivery is
 complete (`landing`), the assets' conditions (`conditions`), and what is done (`assets`, `renewal`).
@@ -9,16 +9,17 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from qaq_pipeline import alerts, landing, recuration, renewal
+from qaq_pipeline import alerts, landing, liveness, recuration, renewal
 from qaq_pipeline.alerts import Alert
 from qaq_pipeline.assets.shared import BATCHES, LANDED_TAG, RESCREENING_TAG
 from qaq_pipeline.config import Settings, SettingsError
 from qaq_pipeline.jobs import present
 from qaq_pipeline.landing import Landed, Seen
-from qaq_pipeline.runs import Events
+from qaq_pipeline.runs import Events, lock_directory
 from qaq_pipeline.storage import open_storage
 
 NIGHTLY = "recurate"
+_LOOK_FOR_DEAD_S = 30
 _HEARTBEAT_PATIENCE_S = 120.0
 """A daemon gives a sign of life every 30 seconds."""
 _MOST_BATCHES_A_TICK = 25
@@ -31,7 +32,12 @@ def build_automation(settings: Settings) -> dg.Definitions:
     job = _build_nightly_job(settings)
     return dg.Definitions(
         jobs=[job],
-        sensors=[_build_landing_sensor(settings), _build_curation_sensor(settings), _build_screening_sensor(settings)],
+        sensors=[
+            _build_landing_sensor(settings),
+            _build_curation_sensor(settings),
+            _build_screening_sensor(settings),
+            _build_dead_runs_sensor(),
+        ],
         schedules=[_build_nightly_schedule(settings, job)],
     )
 
@@ -173,6 +179,30 @@ def _may_be_screened(context: dg.SensorEvaluationContext, batch: str, state: str
     if len(runs) == _MOST_TRIES and runs[0].is_finished:
         context.log.warning("batch %s was screened anew %d times without success: see its runs", batch, _MOST_TRIES)
     return len(runs) < _MOST_TRIES and all(run.is_finished for run in runs)
+
+
+# --- after a reboot --------------------------------------------------------------------------------------------
+
+
+def _build_dead_runs_sensor() -> dg.SensorDefinition:
+    """It runs whether `automation.started` or not: a dead run keeps every other from starting."""
+
+    @dg.sensor(
+        name="dead_runs",
+        minimum_interval_seconds=_LOOK_FOR_DEAD_S,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=(
+            "Ends runs whose process is gone, after a reboot or a kill of everything: else they would stand as started "
+            "for ever, and all others wait for them. The daemon runs them again (run_retries). Runs from the start."
+        ),
+    )
+    def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        ended = liveness.end_dead_runs(context.instance, lock_directory())
+        for run_id in ended:
+            context.log.warning("run %s: its process is gone; it is ended as failed", run_id)
+        return dg.SkipReason(f"{len(ended)} dead runs ended" if ended else "no run is dead")
+
+    return dead_runs
 
 
 # --- every night -----------------------------------------------------------------------------------------------

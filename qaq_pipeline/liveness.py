@@ -1,11 +1,14 @@
-"""Which of the driver's runs died with their process, so that nothing waits for them.
+"""Which runs died with their process, so that nothing waits for them.
 
-Belongs here: the lock by which a driver shows that it lives, and what is owed to runs whose driver is dead.
-Does not belong here: ending runs that were started from the UI; of these it can only say that they hold a slot.
+Belongs here: how it shows that a run's process lives, and what is owed to runs whose process is dead.
+Does not belong here: who asks (`runs`, `automation`).
 
-A killed run would stand as started for ever and, worse, keep its slot in the GPU pool: the next run would wait for it
-without end. The kernel frees a dead driver's lock, whatever killed it. The locks lie in the Dagster home, beside the
-runs that they speak of.
+A killed run would stand as started for ever and, worse, keep its place among the runs and its slot in the GPU pool: the
+next run would wait for it without end. Dagster sees a run die only where the code server that started it still lives,
+which after a reboot it does not.
+
+A driver has a lock, which the kernel frees whatever killed it; the locks lie in the Dagster home, beside the runs that
+they speak of. Of a run that the daemon or the UI started the event log says which process it was, on this machine.
 """
 
 from __future__ import annotations
@@ -16,9 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
+import psutil
 from filelock import FileLock, Timeout
 
 TAG = "qaq/driver"
+
+_STARTED = "Started process for run"
+"""So begins Dagster's message of the process that executes a run (dagster/_grpc/impl.py); steps have others."""
+_CLOCK_S = 2.0
+"""A process says that it has started after it has: by how much its clock may be off."""
 
 _UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
@@ -37,13 +46,21 @@ def living(lock_directory: Path) -> Iterator[dict[str, str]]:
 
 
 def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[str]:
-    """Mark the runs of dead drivers as failed and free their slots in pools; gives their run ids."""
-    runs = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
-    dead = [run for run in runs if TAG in run.tags and _is_dead(lock_directory, run.tags[TAG])]
-    for run in dead:
-        instance.report_run_failed(run, "the process of the driver that ran it is gone")
+    """Mark the runs of dead processes as failed and free their slots in pools; gives their run ids.
+
+    Dagster's daemon runs those again that it had started itself (`run_retries`).
+    """
+    ended = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        if not _is_dead(instance, lock_directory, run):
+            continue
+        now = instance.get_run_by_id(run.run_id)
+        if now is None or now.is_finished:  # It ended between the two looks.
+            continue
+        instance.report_run_failed(now, "the process that ran it is gone")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-    return [run.run_id for run in dead]
+        ended.append(run.run_id)
+    return ended
 
 
 def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
@@ -55,7 +72,33 @@ def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
     return sorted({slot.run_id for slot in claimed})
 
 
-def _is_dead(lock_directory: Path, name: str) -> bool:
+def _is_dead(instance: dg.DagsterInstance, lock_directory: Path, run: dg.DagsterRun) -> bool:
+    if TAG in run.tags:
+        return _is_free(lock_directory, run.tags[TAG])
+    process = _process_of(instance, run.run_id)
+    return process is not None and not _lives(*process)
+
+
+def _process_of(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:
+    """Process id, and when it said so, of what executes a run that Dagster launched; None: it has not begun."""
+    found = None
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        event = entry.dagster_event
+        if event is not None and (event.message or "").startswith(_STARTED):
+            found = int(str(event.engine_event_data.metadata["pid"].value)), entry.timestamp
+    return found
+
+
+def _lives(pid: int, since: float) -> bool:
+    """Whether the process is there and no other, which has got its number since."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + _CLOCK_S
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_free(lock_directory: Path, name: str) -> bool:
     try:
         with FileLock(_lock_file(lock_directory, name), timeout=0):
             return True

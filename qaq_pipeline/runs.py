@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -55,21 +56,23 @@ Runner = Callable[[str, str | None], str]
 """Runs a job of a partition, and gives the run's id. Raises `RunError`."""
 
 
+def lock_directory() -> Path:
+    """Where drivers show that they live."""
+    return config.dagster_home() / "driver_locks"
+
+
 @contextmanager
 def running(settings: Settings, instance: dg.DagsterInstance, events: Events) -> Iterator[Runner]:
     """A driver's life: what runs in it carries its tag, and shows to be dead when this process is.
 
-    Runs of dead drivers are ended first. A signal between two runs ends the driver as one inside a run does. What is
+    Runs of dead processes are ended first. A signal between two runs ends the driver as one inside a run does. What is
     ranked against a reference is preceded by the making of it, where it is not stored yet.
     """
-    lock_directory = config.dagster_home() / "driver_locks"
     jobs = build_job_defs(settings, on_progress=events.on_progress)
-    liveness.end_dead_runs(instance, lock_directory)
+    liveness.end_dead_runs(instance, lock_directory())
     for run_id in liveness.holders_of_pools(instance):
-        events.on_notice(
-            f"run {run_id} holds the GPU pool, and scoring waits for it; if its process is gone, terminate it in the UI"
-        )
-    with liveness.living(lock_directory) as tags, _signals_to_end() as has_signal_come:
+        events.on_notice(f"run {run_id} holds the GPU pool, and scoring waits for it; it can be terminated in the UI")
+    with liveness.living(lock_directory()) as tags, _signals_to_end() as has_signal_come:
 
         def run(job_name: str, partition: str | None) -> str:
             if job_name == SELECTING and _is_reference_missing(settings):

@@ -67,13 +67,13 @@ def rows(start: int, number: int) -> list[dict[str, str]]:
     return made
 
 
-def wait_until(place: Place, what: str, is_so: Callable[[], bool], log: Path) -> float:
-    """Seconds until it is so."""
+def wait_until(place: Place, what: str, is_so: Callable[[], bool], log: Path, every: float = 1.0) -> float:
+    """Seconds until it is so; asked every so many."""
     started = time.monotonic()
     while time.monotonic() - started < PATIENCE_S:
         if is_so():
             return time.monotonic() - started
-        time.sleep(1)
+        time.sleep(every)
     pytest.fail(f"after {PATIENCE_S:.0f} s not {what}; runs: {run_states(place)}; log:\n{log.read_text()[-5000:]}")
 
 
@@ -149,13 +149,18 @@ def test_three_deliveries_land_and_two_are_published_and_one_is_listed(place: Pl
     assert list(refused) == ["bad name.jsonl"]
 
 
+def is_scoring(place: Place) -> bool:
+    return any("logprobs" in name and state == "STARTED" for name, state in run_states(place))
+
+
 def unfinished(place: Place) -> list[str]:
     with place.instance() as instance:
         return [name_of(run) for run in instance.get_runs() if not run.is_finished]
 
 
+@pytest.mark.parametrize("moment", ["between two runs", "in a run"])
 def test_a_daemon_killed_in_the_middle_of_the_chain_neither_loses_nor_repeats_a_batch(
-    place: Place, tmp_path: Path
+    place: Place, tmp_path: Path, moment: str
 ) -> None:
     first, second = tmp_path / "before.log", tmp_path / "after.log"
     with running_ui(place.environment, first):
@@ -163,9 +168,13 @@ def test_a_daemon_killed_in_the_middle_of_the_chain_neither_loses_nor_repeats_a_
         write_jsonl(place.landing / "b2.jsonl", rows(20, 20))
         storage = open_storage(place.settings)
         wait_until(place, "b1 screened", lambda: storage.has_table("screened_data", "b1"), first)
+        if moment == "in a run":
+            wait_until(place, "scoring", lambda: is_scoring(place), first, every=0.1)
         for pid in processes_of(place.home):
             os.kill(pid, signal.SIGKILL)
     print(f"killed, all of it, when these runs were there: {dict(run_states(place))}")
+    started = [name for name, state in run_states(place) if state == "STARTED"]
+    assert started or moment == "between two runs"
     with running_ui(place.environment, second):
         seconds = wait_until(place, "both published", lambda: is_published(place, "b1", "b2"), second)
         print(f"published {seconds:.0f} s after the start")
@@ -174,6 +183,8 @@ def test_a_daemon_killed_in_the_middle_of_the_chain_neither_loses_nor_repeats_a_
     for (name, state), number in sorted(states.items()):
         print(f"{number} x {name}: {state}")
     succeeded = {name: number for (name, state), number in states.items() if state == "SUCCESS"}
+    assert {name for name, state in states if state != "SUCCESS"} <= set(started)
+    assert set(started) <= set(succeeded)
     assert {name: number for name, number in succeeded.items() if "raw_data" in name} == {
         "raw_data of b1": 1,
         "raw_data of b2": 1,
