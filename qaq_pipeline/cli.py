@@ -73,7 +73,9 @@ def main() -> None:
 def run(
     files: Annotated[list[Path], typer.Argument(help="Delivered files: JSON, JSONL, Parquet; .gz and .zst too.")],
     batch: BatchOption,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read only the first rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Read only the first N rows of the delivery.")
+    ] = None,
     config_file: ConfigOption = None,
 ) -> None:
     """Register files as a batch, run every stage, publish, and print a summary that adds up."""
@@ -205,6 +207,8 @@ def publish(
     console.print(f"{copy.version} {done} {copy.url}: {files}", markup=False, highlight=False, soft_wrap=True)
     for name in copy.removed:
         console.print(f"removed, of an earlier version: {name}", markup=False, highlight=False, soft_wrap=True)
+    for name in copy.replaced:
+        _warn(f"replaced, which `qaq publish` had not written: {name}; the repository's history has it")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qaq_pipeline.schema import Defect
 
-VERSION = "2"
+VERSION = "3"
 """Part of the code version of what is planted: another one plants anew."""
 
 CUT_TO = 0.25

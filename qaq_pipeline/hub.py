@@ -50,6 +50,8 @@ class Copy:
     """Whether it was not there before, as far as that was looked for."""
     removed: tuple[str, ...] = ()
     """Files of an earlier version."""
+    replaced: tuple[str, ...] = ()
+    """Files that others had put there, such as a card; a repository keeps them in its history."""
 
 
 class _Target(Protocol):
@@ -105,8 +107,9 @@ def publish(
     if there is not None and hash_json(there) == version:
         return Copy(version, target.url, sizes, is_new=False)
     obsolete = target.existing([name for name in _files_of(there) if name not in files])
+    foreign = [] if _is_ours(there) else target.existing([*files])
     target.replace(files, obsolete, f"Publish version {version}")
-    return Copy(version, target.url, sizes, is_new=True, removed=tuple(obsolete))
+    return Copy(version, target.url, sizes, is_new=True, removed=tuple(obsolete), replaced=tuple(foreign))
 
 
 def _existing_version(storage: Storage, version: str) -> str:

@@ -265,8 +265,8 @@ def test_the_cookbook_runs(
     pytest.importorskip("trl")
     model = settings.models["strong"].directory
     assert model is not None
-    _run([sys.executable, "-c", train, model, "diff_high"], environment, tmp_path)
-    assert (tmp_path / "tuned-diff_high" / "model.safetensors").exists()
+    _run([sys.executable, "-c", train, model, "diff_high", "1"], environment, tmp_path)
+    assert (tmp_path / "tuned-diff_high-1" / "model.safetensors").exists()
 
 
 def _run(command: list[str], environment: dict[str, str], folder: Path) -> None:

@@ -115,7 +115,10 @@ def test_a_foreign_manifest_names_nothing_of_ours(hub: Hub, storage: Storage, fo
     version = store_version(storage)
     publish(storage, "latest", TO)
     hub.repositories["org/name"].branches["main"] |= {"LICENSE": b"theirs", "manifest.json": foreign}
-    assert publish(storage, "latest", TO).removed == ()
+    copy = publish(storage, "latest", TO)
+    assert copy.removed == ()
+    assert "manifest.json" in copy.replaced
+    assert "LICENSE" not in copy.replaced
     assert arrived(hub) == {**files_of(storage, version), "LICENSE": b"theirs"}
 
 

@@ -13,7 +13,7 @@ from qaq_pipeline.publication import BatchTables
 from qaq_pipeline.report import Made, Scoring
 from qaq_pipeline.storage import Storage, StoredTable
 
-VERSION = "2"
+VERSION = "3"
 _MOST_MATERIALISATIONS = 20
 
 

@@ -24,7 +24,7 @@ from qaq_pipeline.config import Settings
 from qaq_pipeline.schema import Calibration
 from qaq_pipeline.storage import Storage, StoredTable, empty
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_calibration(settings: Settings) -> dg.AssetsDefinition:

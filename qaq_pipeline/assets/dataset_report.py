@@ -8,7 +8,7 @@ from qaq_pipeline.assets.shared import HOLDS_TEXT, OWNERS, code_version, picture
 from qaq_pipeline.config import Settings
 from qaq_pipeline.storage import Storage
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
