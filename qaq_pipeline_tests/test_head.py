@@ -117,7 +117,8 @@ def test_token_logprobs_are_no_worse_than_the_naive_log_softmax(dtype: torch.dty
     exact_N = torch.log_softmax(logits_NV.double(), -1)[rows, targets_N]
 
     assert fast_N.dtype == torch.float32
-    largest = max(float(logits_NV.float().abs().max()), 1.0)
+    # Of what is rounded: logits, and their logsumexp, which is log 5000 and more even where they are small.
+    largest = max(float(logits_NV.float().abs().max()), float(exact_N.abs().max()))
     assert (fast_N - exact_N).abs().max() <= (naive_N - exact_N).abs().max() + 8 * UNIT * largest
     assert (fast_N - naive_N).abs().max() <= 16 * UNIT * largest
 
