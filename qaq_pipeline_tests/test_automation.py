@@ -539,18 +539,16 @@ def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches
     assert manifest["batches"] == []
 
 
-@pytest.mark.parametrize(
-    ("what", "why"),
-    [
-        (renewal.Withdrawal("nope", None, "r"), "there is no batch 'nope'"),
-        (renewal.Withdrawal("b1", None, "r", is_withdrawn=False), "b1 is not withdrawn: nothing to take back"),
-        (renewal.Withdrawal("b1", "b1.jsonl:99", "r"), "has no readable row 'b1.jsonl:99'"),
-        (renewal.Withdrawal("../b1", None, "r"), "cannot be used"),
-    ],
-)
-def test_what_is_not_there_cannot_be_withdrawn(two_batches: Daemon, what: renewal.Withdrawal, why: str) -> None:
-    with pytest.raises((RunError, ValueError), match=why):
-        renewal.withdraw(two_batches.settings, two_batches.instance, what)
+def test_what_is_not_there_cannot_be_withdrawn(two_batches: Daemon) -> None:
+    faults = {
+        "there is no batch 'nope'": renewal.Withdrawal("nope", None, "r"),
+        "b1 is not withdrawn: nothing to take back": renewal.Withdrawal("b1", None, "r", is_withdrawn=False),
+        "has no readable row 'b1.jsonl:99'": renewal.Withdrawal("b1", "b1.jsonl:99", "r"),
+        "cannot be used": renewal.Withdrawal("../b1", None, "r"),
+    }
+    for why, what in faults.items():
+        with pytest.raises((RunError, ValueError), match=why):
+            renewal.withdraw(two_batches.settings, two_batches.instance, what)
     assert not open_storage(two_batches.settings).exists("withdrawals.json")
 
 

@@ -76,6 +76,7 @@ def write_settings(path: Path, models: dict[str, Path], **sections: Any) -> Path
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
         "calibration": {"enabled": False},
+        "reports": NO_REPORTS,
     }
     path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
     return path
@@ -123,7 +124,7 @@ def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_home(tiny_models: dict[str, Path], dagster_home: Path, tmp_path: Path) -> Home:
     """A home in which nothing was run yet."""
     shutil.copytree(dagster_home, tmp_path / "home" / "dagster")
-    return Home(tmp_path / "home", write_settings(tmp_path / "settings.yaml", tiny_models, reports=NO_REPORTS))
+    return Home(tmp_path / "home", write_settings(tmp_path / "settings.yaml", tiny_models))
 
 
 @pytest.fixture

@@ -202,7 +202,8 @@ def test_the_page_of_a_batch_is_stale_where_it_would_show_something_else(setting
 # --- audit pages ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(600)  # Drawing takes long on a machine that is busy.
+@pytest.mark.slow  # It draws each page twice; the fast tests of the night draw one.
+@pytest.mark.timeout(600)
 def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
     settings_for: SettingsFor,
     delivered: Path,
