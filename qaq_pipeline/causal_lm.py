@@ -346,7 +346,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or is_torch or "can't allocate memory" in str(error)
 
 
-def load_model(model: ModelSettings, files: ModelFiles, min_context: int = 0, num_processes: int = 1) -> CausalLM:
+def load_model(
+    model: ModelSettings,
+    files: ModelFiles,
+    min_context: int = 0,
+    num_processes: int = 1,
+    sample_ids: Sequence[int] | None = None,
+) -> CausalLM:
     """The model on its device, in its dtype, tested against its own logits.
 
     Args:
@@ -354,6 +360,8 @@ def load_model(model: ModelSettings, files: ModelFiles, min_context: int = 0, nu
         files: its files.
         min_context: tokens that the longest sequence may have.
         num_processes: that score on this device at once; of several on a CPU each has one thread from now on.
+        sample_ids: token ids of `SAMPLE_TEXT`; None: by the files' tokenizer, whose loading may take longer than the
+            weights'.
 
     Raises:
         UnsupportedModelError: the device is missing, the model was made for sequences shorter than `min_context`
@@ -366,8 +374,8 @@ def load_model(model: ModelSettings, files: ModelFiles, min_context: int = 0, nu
     loaded = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=resolve_dtype(model.dtype, device), trust_remote_code=False
     )
-    tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(files.folder))
-    sample_ids = tokenizer.encode_markup(SAMPLE_TEXT)
+    if sample_ids is None:
+        sample_ids = HfTokenizer(AutoTokenizer.from_pretrained(files.folder)).encode_markup(SAMPLE_TEXT)
     free_bytes = functools.partial(free_memory, device, num_processes)
     scorer = CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
     if scorer.max_context is not None and scorer.max_context < min_context:
@@ -379,7 +387,9 @@ def load_model(model: ModelSettings, files: ModelFiles, min_context: int = 0, nu
 
 
 @contextmanager
-def loaders(model: ModelSettings, files: ModelFiles, min_context: int, most: int) -> Iterator[list[Load]]:
+def loaders(
+    model: ModelSettings, files: ModelFiles, min_context: int, most: int, sample_ids: Sequence[int] | None = None
+) -> Iterator[list[Load]]:
     """How to load the model in each of several processes: one for each free GPU or each core, at most so many.
 
     Within the context the GPUs are held. On a CPU there are no more processes than memory holds; of several each has
@@ -389,14 +399,15 @@ def loaders(model: ModelSettings, files: ModelFiles, min_context: int, most: int
         workers.DeviceBusyError: other processes hold the GPUs.
     """
     device = resolve_device(model.device)
+    load = functools.partial(load_model, sample_ids=sample_ids)
     if device.type == "cuda":
         indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
         locks = {f"cuda:{index}": f"gpu-{torch.cuda.get_device_properties(index).uuid}" for index in indices}
         with lease_devices(locks, LEASES, most, LEASE_SECONDS) as gpus:
             settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
-            yield [functools.partial(load_model, gpu, files, min_context) for gpu in settings]
+            yield [functools.partial(load, gpu, files, min_context) for gpu in settings]
         return
     # Weights are read in the files' dtype and held in the model's: half as much again is room for both.
     room = FREE_SHARE * available_memory() / (1.5 * files.num_weight_bytes() + PROCESS_BYTES)
     number = max(1, min(most, num_cores(), math.floor(room))) if device.type == "cpu" else 1
-    yield [functools.partial(load_model, model, files, min_context, number)] * number
+    yield [functools.partial(load, model, files, min_context, number)] * number

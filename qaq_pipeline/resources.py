@@ -91,6 +91,8 @@ class _PreparedModel:
     files: model_files.ModelFiles
     encoder: PairEncoder
     identity: ScoreIdentity
+    sample_ids: Sequence[int]
+    """Of an ordinary text, for the self-test of each process."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ class ModelRuntime:
 
         settings, prepared = self._settings, self._prepare(role)
         model, files, encoder, identity = prepared.model, prepared.files, prepared.encoder, prepared.identity
-        loads = functools.partial(causal_lm.loaders, model, files, settings.scoring.max_tokens)
+        loads = functools.partial(
+            causal_lm.loaders, model, files, settings.scoring.max_tokens, sample_ids=prepared.sample_ids
+        )
         watch = model_files.FilesWatch(files)
         scored_with = {
             "libraries": {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES},
@@ -202,7 +206,8 @@ class ModelRuntime:
         encoder = PairEncoder(tokenizer, model, settings.scoring)
         device = causal_lm.resolve_device(model.device)
         dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
-        return _PreparedModel(model, files, encoder, self._identity(files, encoder, dtype))
+        sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
+        return _PreparedModel(model, files, encoder, self._identity(files, encoder, dtype), sample_ids)
 
     def _identity(self, files: model_files.ModelFiles, encoder: PairEncoder, dtype: str) -> ScoreIdentity:
         scoring = self._settings.scoring

@@ -395,10 +395,10 @@ def test_on_a_cpu_there_are_as_many_models_as_cores_and_memory_hold(
 ) -> None:
     monkeypatch.setattr(causal_lm, "num_cores", lambda: num_cores)
     monkeypatch.setattr(causal_lm, "available_memory", lambda: available)
-    monkeypatch.setattr(causal_lm, "load_model", lambda *arguments: arguments)
+    monkeypatch.setattr(causal_lm, "load_model", lambda *arguments, sample_ids: (*arguments, sample_ids))
     settings, model = model_settings(), files(Path("tiny"))
-    with loaders(settings, model, 77, most) as loads:
-        assert [load() for load in loads] == [(settings, model, 77, expected)] * expected
+    with loaders(settings, model, 77, most, [5]) as loads:
+        assert [load() for load in loads] == [(settings, model, 77, expected, [5])] * expected
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_there_is_a_model_for_each_gpu_that_nobody_holds(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"id-{index}"))
     monkeypatch.setattr(causal_lm, "LEASES", tmp_path)
-    monkeypatch.setattr(causal_lm, "load_model", lambda settings, *_: settings.device)
+    monkeypatch.setattr(causal_lm, "load_model", lambda settings, *_, **__: settings.device)
     with contextlib.ExitStack() as others:
         for index in held:
             others.enter_context(lease_devices({"x": f"gpu-id-{index}"}, tmp_path, most=1, timeout=0))

@@ -264,7 +264,7 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
     before = stored_tables(settings)
     published = latest(settings)
 
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded although every score was cached")
 
     monkeypatch.setattr(causal_lm, "load_model", load)

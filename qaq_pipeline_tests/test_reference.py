@@ -521,7 +521,7 @@ def near_reference(instance: dg.DagsterInstance, batch: str) -> dict[str, Any] |
 
 
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded although every score was cached")
 
     monkeypatch.setattr(causal_lm, "load_model", load)
