@@ -489,7 +489,7 @@ class CalibrationSettings(_Closed):
     )
     rows_per_defect: int = Field(100, ge=1, le=1000, description="Planted rows of each defect, at most.")
     max_share: float | None = Field(
-        0.1, gt=0, le=1, description="Planted rows as a share of the batch's scorable pairs, at most; null: any."
+        0.08, gt=0, le=1, description="Planted rows as a share of the batch's scorable pairs, at most; null: any."
     )
     seed: int = Field(0, ge=0, description="Key of the draw of rows, and of what is done to them.")
     false_discovery_rate: float = Field(
