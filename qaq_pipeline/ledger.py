@@ -72,8 +72,10 @@ def decide(
 
 
 def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
-    """The Decisions of a batch that goes no further; what was found of a row itself is said after that."""
-    own = pl.coalesce(pl.format(" Of the row itself: {}.", pl.coalesce("evidence", "detail")), pl.lit(""))
+    """The Decisions of a batch that goes no further; what more was found of a row itself is said after that."""
+    fault = pl.coalesce("evidence", "detail").str.strip_chars_end(" .")
+    is_said = pl.lit(gate.sentence).str.contains(fault, literal=True)
+    own = pl.when(is_said | fault.is_null()).then(pl.lit("")).otherwise(pl.format(" Of the row itself: {}.", fault))
     return decided.with_columns(
         decision=pl.lit(Decision.BATCH_GATED.value),
         reason=pl.lit(gate.reason.value),

@@ -110,6 +110,9 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
         "No row of the batch is published: so it is.",
     ]
     assert frame["verdicts"].list.len().to_list() == [0] * 4
+    same = Gate(GateReason.UNREADABLE_FILE, "a file of it cannot be read: `query` is blank; deliver it again")
+    said = ledger.decide(raw, screened, scores, disagreement, verdicts, published, pair_name(0), same)["explanation"]
+    assert said[1] == f"No row of the batch is published: {same.sentence}."
     assert ledger.selected_rows("mine", raw, frame).is_empty()
 
 

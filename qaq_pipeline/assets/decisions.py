@@ -27,7 +27,7 @@ from qaq_pipeline.config import Settings, settings_hash
 from qaq_pipeline.measures import count_by
 from qaq_pipeline.storage import UNKNOWN_SCORER, Storage, StoredTable
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_decisions(settings: Settings) -> dg.AssetsDefinition:
