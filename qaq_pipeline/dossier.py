@@ -117,7 +117,9 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 def _said_of(representative: Mapping[str, Any] | None) -> str:
     if representative is None:
         return "That row is not in the ledger any more."
-    return f"That row is {representative['decision'].replace('_', ' ')}. {representative.get('explanation') or ''}"
+    own = representative.get("explanation")
+    said = f" Of it: {own}" if own else ""
+    return f"That row is {representative['decision'].replace('_', ' ')}.{said}"
 
 
 def _version(published: Published) -> str:
@@ -203,9 +205,18 @@ def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> 
     )
     for verdict in verdicts:
         place = " of ".join(_cell(verdict[name]) for name in ("position", "pool_size") if name in verdict)
-        numbers = [_cell(verdict["score"]), place, _cell(verdict.get("cut"))]
+        numbers = [_cell(verdict["score"]), place, _cut(verdict)]
         shown.add_row(verdict["selection"], _cell(verdict["is_selected"]), verdict["reason"], *numbers)
     console.print(shown)
+
+
+def _cut(verdict: Mapping[str, Any]) -> str:
+    """The cut, with the side of it that is taken, where the pair's own place tells: a draw takes the lowest."""
+    score, cut = verdict["score"], verdict.get("cut")
+    if score is None or cut is None or score == cut or verdict.get("position") is None:
+        return _cell(cut)
+    takes_low = (score < cut) == verdict["is_selected"]
+    return f"{'≤' if takes_low else '≥'} {_cell(cut)}"
 
 
 def _cell(value: object) -> str:

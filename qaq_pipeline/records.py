@@ -206,7 +206,7 @@ def _deliver(content: bytes, source_file: str) -> list[_Delivered]:
         raise UnreadableFileError(source_file, "is UTF-16 text", "Convert it to UTF-8.")
     content = content.removeprefix(_UTF8_BOM)
     if not content.strip():
-        raise UnreadableFileError(source_file, "is empty", "Deliver it again, or leave it out; no rows is `[]`.")
+        raise UnreadableFileError(source_file, "is empty", "Write its rows into it, or `[]` where it has none.")
     if content.lstrip(b" \t\r\n").startswith(b"["):
         return _deliver_array(content, source_file)
     return _deliver_lines(content, source_file)

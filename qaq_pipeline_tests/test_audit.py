@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -152,6 +153,23 @@ def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal
     assert "in version 2" in shown
     assert "\x1b" not in shown
     assert "hi⟦U+001B⟧[2J" in shown
+
+
+@pytest.mark.parametrize(
+    ("verdict", "shown"),
+    [
+        ({"is_selected": False, "score": 0.7763, "cut": 0.2454, "position": 96}, "≤ 0.2454"),
+        ({"is_selected": True, "score": 0.2188, "cut": 0.2454, "position": 20}, "≤ 0.2454"),
+        ({"is_selected": True, "score": 0.9, "cut": 0.5, "position": 1}, "≥ 0.5000"),
+        ({"is_selected": False, "score": 0.1, "cut": 0.5, "position": 9}, "≥ 0.5000"),
+        ({"is_selected": True, "score": 0.5, "cut": 0.5, "position": 5}, "0.5000"),
+        ({"is_selected": False, "score": 0.9, "cut": 0.5, "position": None}, "0.5000"),
+        ({"is_selected": False, "score": None, "cut": 0.5}, "0.5000"),
+        ({"is_selected": False, "score": 0.5, "cut": None, "position": None}, "-"),
+    ],
+)
+def test_a_cut_is_shown_with_the_side_that_is_taken(verdict: dict[str, Any], shown: str) -> None:
+    assert dossier._cut(verdict) == shown
 
 
 def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, settings: Settings) -> None:

@@ -558,7 +558,7 @@ def test_markup_in_names_and_texts_is_shown_as_it_is(empty_home: Home, qaq: Qaq)
     ("content", "said"),
     [
         (None, r"rows\.jsonl: cannot be read \(No such file or directory\); check the path"),
-        (b"", r"rows\.jsonl: is empty\. Deliver it again"),
+        (b"", r"rows\.jsonl: is empty\. Write its rows into it, or `\[\]`"),
         (b"\x1f\x8b\x08\x00", r"rows\.jsonl: the compressed data are cut off or damaged"),
         (b"PAR1 torn", r"rows\.jsonl: is no complete Parquet file"),
         (b'[{"query": "q"', r"rows\.jsonl: line 1, column \d+: the JSON array cannot be read"),
