@@ -232,7 +232,7 @@ def _fate(storage: Storage, published: Published, key: Sequence[Any]) -> Fate:
         entries = _manifest(storage, published.version)["batches"]
         has_batch = any(entry["batch"] == key[0] for entry in entries)
         found = _dicts(storage.find_in_file(lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
-        left_out = (publication.left_out(storage, published) or {}).get(key[0])
+        left_out = None if has_batch else (publication.left_out(storage, published) or {}).get(key[0])
     except StorageError as error:
         return Fate(published, str(error), has_batch=False, left_out=None, row=None)
     return Fate(published, None, has_batch, left_out, row=found[0] if found else None)

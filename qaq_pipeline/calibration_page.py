@@ -36,6 +36,9 @@ _SCORES = {
 _CUTS = (Statistic.LOW_CUT.value, Statistic.HIGH_CUT.value)
 _GROUPS = {"as delivered": CLEAN, "other answer": Defect.OTHER_ANSWER.value, "echo": Defect.ECHO.value}
 
+BLIND = "What follows rests on models that cannot tell good from bad here: do not defend a cut with it."
+"""Said before cuts that are offered where the models were found blind."""
+
 LIMITS = (
     "A planted defect is made by rule, from a row of this batch. Real defects are other ones: what is told apart here "
     "may be missed there.",
@@ -290,6 +293,7 @@ def page(
             "kept": kept,
             "cuts": cuts,
             "offered": calibration.offered_yaml(frame, settings.published),
+            "blind": None if finding.passed else BLIND,
             "examples": [] if judged is None else _examples(judged, planted, settings),
             "limits": LIMITS,
             "made": made,

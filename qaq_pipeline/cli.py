@@ -390,7 +390,7 @@ def calibration(
         console.print(sentence, markup=False, highlight=False)
     offered = judging.offered_yaml(stored.frame, settings.published)
     if offered is not None and not finding.passed:
-        _warn("What follows rests on models that cannot tell good from bad here: do not defend a cut with it.")
+        _warn(calibration_page.BLIND)
     instead = "Offered, as one of `selections`, in place of the one of its name:"
     console.print("No cut is offered." if offered is None else instead, highlight=False)
     if offered is not None:

@@ -57,6 +57,9 @@ class Copy:
 class _Target(Protocol):
     """Where a version is published."""
 
+    has_history: bool
+    """Whether what is replaced there can be had again."""
+
     @property
     def url(self) -> str:
         """Where others find it."""
@@ -108,6 +111,10 @@ def publish(
         return Copy(version, target.url, sizes, is_new=False)
     obsolete = target.existing([name for name in _files_of(there) if name not in files])
     foreign = [] if _is_ours(there) else target.existing([*files])
+    if foreign and not target.has_history:
+        raise PublishError(
+            f"{target.url}: {', '.join(foreign)} is there, and was not written by `qaq publish`; take another folder"
+        )
     target.replace(files, obsolete, f"Publish version {version}")
     return Copy(version, target.url, sizes, is_new=True, removed=tuple(obsolete), replaced=tuple(foreign))
 
@@ -164,6 +171,8 @@ def _is_ours(manifest: Any) -> bool:
 class _Folder:
     """A folder, or any fsspec URL."""
 
+    has_history = False
+
     def __init__(self, url: str) -> None:
         try:
             self._storage = Storage(url, Path())  # Its locks are not used.
@@ -181,16 +190,7 @@ class _Folder:
         return [name for name in names if self._storage.exists(*name.split("/"))]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
-        """Until the manifest, which is last, says that all went well, another says that it is being written.
-
-        Raises:
-            PublishError: a file that would be written is there, and nothing says that this pipeline wrote it.
-        """
-        foreign = [] if _is_ours(self.manifest()) else self.existing([*files])
-        if foreign:
-            raise PublishError(
-                f"{self.url}: {', '.join(foreign)} is there, and was not written by `qaq publish`; take another folder"
-            )
+        """Until the manifest, which is last, says that all went well, another says that it is being written."""
         begun = {"format": publication.MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
         self._storage.write_json(begun, _MANIFEST)
         for name in obsolete:
@@ -201,6 +201,8 @@ class _Folder:
 
 class _Repository:
     """A branch of a dataset repository of the hub; both are made where they are missing."""
+
+    has_history = True
 
     def __init__(self, repo: str, revision: str, *, is_private: bool, token: str | None) -> None:
         from huggingface_hub import HfApi

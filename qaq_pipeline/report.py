@@ -258,16 +258,19 @@ def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
 def score_plots(pairs: pl.DataFrame, *, has_strata: bool = True) -> list[Plot]:
     """The plots of scores and ranks of distinct pairs; the strata only where all were ranked in the same ones."""
     grid = summaries.rank_grid(pairs)
-    strata = {role: summaries.strata(pairs, role) for role in summaries.roles(pairs) if has_strata}
     of_models = [
         plots.density(
-            summaries.density(pairs, role),
-            strata[role] if role in strata and summaries.has_edges(strata[role]) else pl.DataFrame(),
-            role,
+            summaries.density(pairs, role), _strata_with_edges(pairs, role) if has_strata else pl.DataFrame(), role
         )
         for role in summaries.roles(pairs)
     ]
     return [*of_models, plots.ranks(grid), plots.ranks(grid, is_selected=True), *length_plots(pairs)]
+
+
+def _strata_with_edges(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
+    """The strata of a model; none where they are another's."""
+    strata = summaries.strata(pairs, role)
+    return strata if summaries.has_edges(strata) else strata.clear()
 
 
 def length_plots(pairs: pl.DataFrame) -> list[Plot]:
