@@ -62,7 +62,6 @@ The map, each module importing only from those above it:
     driver            a new batch's way through the jobs; what `qaq run` does
     automation        sensors, the nightly job and its schedule
     alerting          the sensor that sends an alert for every failed run
-    open_lineage      the sensor that sends OpenLineage events
     definitions       jobs and automation put together: the code location
     dossier           all about a row, as `qaq explain` shows it
     doctor            what stands in the way of a run on this machine

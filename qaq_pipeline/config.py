@@ -173,12 +173,6 @@ class AutomationSettings(_Closed):
         192.0, gt=0, description="The dataset is stale when nothing was published for longer, in hours."
     )
 
-    openlineage: bool = Field(
-        False,
-        description="Whether OpenLineage events are sent to OPENLINEAGE_URL; needs the extra `openlineage`, and an "
-        "event log in one database (docs/decisions/012).",
-    )
-
     @model_validator(mode="after")
     def _zone(self) -> Self:
         if self.timezone not in zoneinfo.available_timezones():

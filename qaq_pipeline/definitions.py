@@ -9,7 +9,6 @@ from qaq_pipeline.alerting import build_alert_sensor
 from qaq_pipeline.automation import build_automation
 from qaq_pipeline.config import Settings, load_settings
 from qaq_pipeline.jobs import build_job_defs
-from qaq_pipeline.open_lineage import build_open_lineage
 
 
 def build_defs(settings: Settings) -> dg.Definitions:
@@ -17,7 +16,6 @@ def build_defs(settings: Settings) -> dg.Definitions:
     return dg.Definitions.merge(
         build_job_defs(settings),
         build_automation(settings),
-        build_open_lineage(settings),
         dg.Definitions(sensors=[build_alert_sensor(settings)]),
     )
 
