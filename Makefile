@@ -40,7 +40,7 @@ test-slow: install ## Run the slow tests: real models (fetched first), a killed 
 test-consumers: install ## Load the exports with datasets, TRL and LLaMA-Factory (installs the last, 1 GB)
 	test -x $(VENV)-llama-factory/bin/python || $(PYTHON) -m venv $(VENV)-llama-factory
 	$(VENV)-llama-factory/bin/python -m pip install -q llamafactory==0.9.5
-	QAQ_LLAMA_FACTORY=$(abspath $(VENV))-llama-factory/bin/python $(BIN)/python -m pytest qaq_pipeline_tests/test_consumers.py
+	QAQ_LLAMA_FACTORY=$(abspath $(VENV))-llama-factory/bin/python $(BIN)/python -m pytest qaq_pipeline_tests/publication/test_consumers.py
 
 bench: install ## Measure the scoring engine against its goals and real opponents (40 min; installs lm-eval)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
@@ -56,7 +56,7 @@ docs-links: install ## Ask every address outside of the site whether it is there
 
 pictures: install ## Take the pictures of the documentation anew, in `chromium`
 	shots=$$(mktemp -d) && trap 'rm -rf "$$shots"' EXIT && \
-	QAQ_SCREENSHOTS="$$shots" $(BIN)/python -m pytest -q qaq_pipeline_tests/test_ui_audit.py && \
+	QAQ_SCREENSHOTS="$$shots" $(BIN)/python -m pytest -q qaq_pipeline_tests/end_to_end/test_ui_audit.py && \
 	for picture in docs/pictures/*.png; do cp "$$shots/$${picture##*/}" docs/pictures/; done
 
 check: install ## Lint, format, types, import contracts, definitions

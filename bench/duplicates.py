@@ -17,10 +17,11 @@ from pathlib import Path
 import polars as pl
 
 from bench.rows import peak_extra_memory
-from qaq_pipeline import duplicates, records
-from qaq_pipeline.config import DuplicateSettings, RecordSettings
-from qaq_pipeline.schema import ROW_KEY
-from qaq_pipeline.screening import texts_of
+from qaq_pipeline.config.settings import DuplicateSettings, RecordSettings
+from qaq_pipeline.ingest import records
+from qaq_pipeline.schema.tables import ROW_KEY
+from qaq_pipeline.screening import duplicates
+from qaq_pipeline.screening.screen import texts_of
 
 PLANTED_SHARE = 0.1
 _QUERIES, _ANSWERS = 6, 15

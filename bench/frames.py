@@ -7,7 +7,7 @@ again, so that a run that was ended goes on. Three frames of each model, three p
 
 Prints, for each pair of frames and each prior: the AUROC of every defect by the stratified rank of each model; what
 `diff_high` and `rmi_band` keep where a quarter of the pool is planted; and, of the default, the whole calibration.
-Not here: what a defect is, and how it is judged (`qaq_pipeline.defects`, `qaq_pipeline.calibration`).
+Not here: what a defect is, and how it is judged (`qaq_pipeline.calibration`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from qaq_pipeline import calibration, planting, records, scores, selection, strata
-from qaq_pipeline.config import RecordSettings, Settings, load_settings, parse_settings
-from qaq_pipeline.prompts import Pair
-from qaq_pipeline.resources import ModelRuntime
-from qaq_pipeline.schema import CLEAN, Quantity, Statistic
-from qaq_pipeline.storage import open_storage
+from qaq_pipeline.calibration import calibration, planting
+from qaq_pipeline.config.settings import RecordSettings, Settings, load_settings, parse_settings
+from qaq_pipeline.ingest import records
+from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.orchestration.resources import ModelRuntime
+from qaq_pipeline.schema.tables import CLEAN, Quantity, Statistic
+from qaq_pipeline.scoring import rmi_scores
+from qaq_pipeline.selection import ranks, strategies
+from qaq_pipeline.storage.storage import open_storage
 
 PRIORS = ("null_answer", "user", "bare")
 ROLES = ("strong", "weak")
@@ -131,8 +134,8 @@ def frame_of(name: str) -> dict[str, Any]:
 def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
     """PlantedRows, in the strata of the strong model of the default."""
     of_strong = score(settings, "strong", pairs)
-    ranked = strata.rank_pool(
-        strata.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)["strong"], settings.ranking
+    ranked = ranks.rank_pool(
+        ranks.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)["strong"], settings.ranking
     )
     columns = ("pair_id", "system", "query", "answer", "language", "stratum")
     scorable = pairs.join(ranked.drop_nulls("stratum"), on="pair_id", validate="1:1").select(columns)
@@ -145,7 +148,7 @@ def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
     pairs = [Pair(*row) for row in rows.sort("pair_id").select("pair_id", "system", "query", "answer").iter_rows()]
     logprobs = runtime.score(role, pairs, storage, on_shard=lambda _: None).frame
     limits = settings.eligibility
-    return scores.rmi_scores(
+    return rmi_scores.rmi_scores(
         logprobs, min_query_tokens=limits.min_query_tokens, short_query_tokens=limits.short_query_tokens
     )
 
@@ -159,7 +162,7 @@ def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> d
         reuse(settings, role, rows["pair_id"])
         scored = score(settings, role, rows)  # At once: loading a model takes as long as scoring some hundred pairs.
         clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
-    ranked, _ = strata.disagreement_scores(clean, settings.ranking, "batch:b")
+    ranked, _ = ranks.disagreement_scores(clean, settings.ranking, "batch:b")
     judged = calibration.judge(planted, bad, clean, ranked, settings)
     return {
         "calibration": calibration.calibrate(judged, settings).to_dicts(),
@@ -198,9 +201,9 @@ def pooled(
     for _ in range(NUM_POOLS):
         drawn = label.filter(pl.Series(np.isin(np.arange(label.height), random.permutation(label.height)[:number])))
         pool = {role: pl.concat([clean[role], bad[role].join(drawn, on="pair_id", how="semi")]) for role in ROLES}
-        ranked, _ = strata.disagreement_scores(pool, settings.ranking, "pool")
-        candidates = selection.candidates(ranked, pool)
-        verdicts = [selection.select(candidates, one, ROLES) for one in settings.selections]
+        ranked, _ = ranks.disagreement_scores(pool, settings.ranking, "pool")
+        candidates = strategies.candidates(ranked, pool)
+        verdicts = [strategies.select(candidates, one, ROLES) for one in settings.selections]
         kept.append(pl.concat(verdicts).join(drawn, on="pair_id", how="left").fill_null(CLEAN))
     shares = (
         pl.concat(kept)

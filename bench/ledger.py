@@ -20,8 +20,12 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from qaq_pipeline import audit, config, exports, lookup, publication, schema
-from qaq_pipeline.storage import Storage, _parquet_bytes, hash_json, open_storage
+from qaq_pipeline.config import settings
+from qaq_pipeline.lineage import row_history
+from qaq_pipeline.publication import exports, versions
+from qaq_pipeline.schema import tables
+from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage.storage import Storage, _parquet_bytes, hash_json, open_storage
 
 BATCH_ROWS, LARGE_ROWS = 310_000, 1_010_000
 VERSION, SHA256 = "0" * 32, "1" * 64
@@ -38,7 +42,7 @@ def main(num_rows: int) -> None:
     """Build, ask, print."""
     with tempfile.TemporaryDirectory(prefix="qaq-ledger-") as folder:
         os.environ["QAQ_HOME"] = folder
-        storage = open_storage(config.load_settings())
+        storage = open_storage(settings.load_settings())
         started = time.perf_counter()
         rows = build(storage, num_rows)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet")) / 1e9
@@ -46,8 +50,8 @@ def main(num_rows: int) -> None:
         for batch, row, pair_id in rows:
             for label, arguments in ((f"row {row} of {batch}", [batch, str(row)]), ("pair_id", [pair_id])):
                 print(f"{label}: {_command(arguments)}")  # noqa: T201
-            print(f"call, by row: {_timed(lambda b=batch, r=row: audit.find_row(storage, b, str(r)))}")  # noqa: T201
-            print(f"call, by pair_id: {_timed(lambda p=pair_id: audit.find_pair(storage, p))}")  # noqa: T201
+            print(f"call, by row: {_timed(lambda b=batch, r=row: row_history.find_row(storage, b, str(r)))}")  # noqa: T201
+            print(f"call, by pair_id: {_timed(lambda p=pair_id: row_history.find_pair(storage, p))}")  # noqa: T201
 
 
 def _command(arguments: list[str]) -> str:
@@ -62,7 +66,7 @@ def _command(arguments: list[str]) -> str:
     return f"{wall:.2f} s wall, {seconds:.2f} s process, peak memory {memory:.0f} MiB, {found} found"
 
 
-def _timed(call: Callable[[], audit.Answer]) -> str:
+def _timed(call: Callable[[], row_history.Answer]) -> str:
     started, process = time.perf_counter(), time.process_time()
     found = len(call().rows)
     wall, seconds = time.perf_counter() - started, time.process_time() - process
@@ -72,7 +76,7 @@ def _timed(call: Callable[[], audit.Answer]) -> str:
 def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     """Store the ledger and the version; some rows to ask for: batch, row, pair_id."""
     asked, keys, entries = [], [], []
-    scores = Path(storage.path(publication.FOLDER, VERSION, "scores.parquet"))
+    scores = Path(storage.path(versions.FOLDER, VERSION, "scores.parquet"))
     scores.parent.mkdir(parents=True)
     writer = None
     for batch, decisions in _batches(num_rows):
@@ -83,8 +87,8 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
         storage.write_pair_index(decisions, version, "decisions", batch, "pair_index.parquet")
         flat = exports.flat_scores(decisions).to_arrow()
         writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
-        writer.write_table(flat, row_group_size=lookup.rows_per_group(num_rows))
-        keys.append(decisions.select("pair_id", *schema.ROW_KEY))
+        writer.write_table(flat, row_group_size=row_lookup.rows_per_group(num_rows))
+        keys.append(decisions.select("pair_id", *tables.ROW_KEY))
         entries.append({"batch": batch})
         place = decisions.height * 2 // 3
         asked.append((batch, place + 1, decisions["pair_id"][place]))
@@ -92,9 +96,9 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     writer.close()
     storage.write_provenance(_provenance("b"), "run")
     manifest = {"batches": entries, "files": {"scores.parquet": SHA256}}
-    storage.write_json(manifest, publication.FOLDER, VERSION, "manifest.json")
-    storage.write_json([VERSION], publication.FOLDER, "history.json")
-    storage.write_pair_index(pl.concat(keys), SHA256, *publication.pair_index(VERSION))
+    storage.write_json(manifest, versions.FOLDER, VERSION, "manifest.json")
+    storage.write_json([VERSION], versions.FOLDER, "history.json")
+    storage.write_pair_index(pl.concat(keys), SHA256, *versions.pair_index(VERSION))
     return [asked[0], asked[len(asked) // 2]]
 
 
@@ -114,22 +118,22 @@ def _batches(num_rows: int) -> Iterator[tuple[str, pl.DataFrame]]:
         batch = f"week-{number:03}"
         digits = np.frombuffer(random.bytes(16 * size).hex().encode(), dtype="S32").astype(str)
         frame = template[:size].with_columns(batch=pl.lit(batch), pair_id=pl.Series(digits, dtype=pl.String))
-        yield batch, frame.select(list(schema.dtypes(schema.Decisions)))
+        yield batch, frame.select(list(tables.dtypes(tables.Decisions)))
 
 
 def _decisions(num_rows: int, random: np.random.Generator) -> pl.DataFrame:
     """As much like real ones as their reading depends on: two models, three selections, a sentence of real length."""
     rank = pl.Series(random.random(num_rows))
-    score = {name: pl.lit(None, dtype.dtype) for name, dtype in schema.MODEL_SCORE.inner.items()}
+    score = {name: pl.lit(None, dtype.dtype) for name, dtype in tables.MODEL_SCORE.inner.items()}
     score |= {"rmi": pl.col("rank") * 2, "rank": pl.col("rank"), "log_ppl_q": pl.col("rank") + 1}
     score |= {"num_strata": pl.lit(10), "stratum": (pl.col("rank") * 10).cast(pl.Int64) + 1}
-    verdict = {name: pl.lit(None, dtype.dtype) for name, dtype in schema.VERDICT.inner.items()}
+    verdict = {name: pl.lit(None, dtype.dtype) for name, dtype in tables.VERDICT.inner.items()}
     verdict |= {"is_selected": pl.col("rank") > 0.75, "score": pl.col("rank"), "position": pl.col("source_row")}
     frame = pl.DataFrame({"rank": rank, "source_row": range(1, num_rows + 1)})
     models = [_struct(score | {"model": pl.lit(role)}) for role in ("strong", "weak")]
     names = ("diff_high", "control_random", "control_stratified_random")
     verdicts = [_struct(verdict | {"selection": pl.lit(name)}) for name in names]
-    types = schema.dtypes(schema.Decisions)
+    types = tables.dtypes(tables.Decisions)
     values = {name: pl.lit(None, dtype) for name, dtype in types.items()} | {
         "source_file": pl.lit("a.jsonl"),
         "source_row": pl.col("source_row"),

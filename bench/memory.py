@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import opponents
 from bench.rows import ENGINE, peak_extra_memory
-from qaq_pipeline.causal_lm import CausalLM
-from qaq_pipeline.prompts import Target, TokenSequence
-from qaq_pipeline.schema import Quantity
+from qaq_pipeline.lm.causal_lm import CausalLM
+from qaq_pipeline.lm.prompts import Target, TokenSequence
+from qaq_pipeline.schema.tables import Quantity
 
 LENGTH, VOCABULARY = 4096, 151_936
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from qaq_pipeline.batching import BatchQueue
-from qaq_pipeline.causal_lm import CausalLM
-from qaq_pipeline.prompts import TokenSequence
+from qaq_pipeline.lm.batching import BatchQueue
+from qaq_pipeline.lm.causal_lm import CausalLM
+from qaq_pipeline.lm.prompts import TokenSequence
 
 Score = Callable[[Sequence[TokenSequence]], list[list[float]]]
 """Sequences to the sums of ln p of each of their targets, in nats."""

@@ -9,8 +9,10 @@ import numpy as np
 import polars as pl
 
 from bench.rows import peak_extra_memory
-from qaq_pipeline import schema, scores, selection, strata
-from qaq_pipeline.config import DiffSelection, RankingSettings
+from qaq_pipeline.config.settings import DiffSelection, RankingSettings
+from qaq_pipeline.schema import tables
+from qaq_pipeline.scoring import rmi_scores
+from qaq_pipeline.selection import ranks, strategies
 
 
 def logprobs(number: int, seed: int) -> pl.DataFrame:
@@ -27,7 +29,7 @@ def logprobs(number: int, seed: int) -> pl.DataFrame:
     counts = {"num_q_tokens": num_q, "num_a_tokens": num_a, "num_a_tokens_untruncated": num_a}
     columns = {"pair_id": pl.int_range(number, eager=True).cast(pl.String).str.zfill(32), **sums, **counts}
     frame = pl.DataFrame(columns).with_columns(is_truncated=pl.lit(value=False))
-    dtypes = schema.dtypes(schema.Logprobs)
+    dtypes = tables.dtypes(tables.Logprobs)
     missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in dtypes.items() if name not in frame.columns]
     return frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in dtypes.items())
 
@@ -35,16 +37,16 @@ def logprobs(number: int, seed: int) -> pl.DataFrame:
 def main(number: int) -> None:
     """From two models' RMI scores to strata, ranks, the gap and Diff-High's verdicts."""
     tables = {
-        role: scores.rmi_scores(logprobs(number, seed), min_query_tokens=1, short_query_tokens=3)
+        role: rmi_scores.rmi_scores(logprobs(number, seed), min_query_tokens=1, short_query_tokens=3)
         for seed, role in enumerate(("strong", "weak"))
     }
     chosen = DiffSelection.model_validate({"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}})
     started = time.perf_counter()
 
     def work() -> None:
-        ranked, _ = strata.disagreement_scores(tables, RankingSettings(), "bench")
-        candidates = selection.candidates(ranked, tables)
-        verdicts = selection.select(candidates, chosen, ["strong", "weak"])
+        ranked, _ = ranks.disagreement_scores(tables, RankingSettings(), "bench")
+        candidates = strategies.candidates(ranked, tables)
+        verdicts = strategies.select(candidates, chosen, ["strong", "weak"])
         if int(verdicts["is_selected"].sum()) != round(number / 4):
             raise RuntimeError("the budget was not met")
 

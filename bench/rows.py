@@ -26,13 +26,13 @@ import torch
 from bench import opponents, workload
 from bench.opponents import Score
 from bench.workload import LONG, SHORT, Mix
-from qaq_pipeline.batching import BatchQueue
-from qaq_pipeline.causal_lm import CausalLM, matmul_flops_per_second
-from qaq_pipeline.identity import ScoreIdentity
-from qaq_pipeline.prompts import TokenSequence
-from qaq_pipeline.shards import ShardWriter
-from qaq_pipeline.storage import Storage
-from qaq_pipeline.workers import open_workers
+from qaq_pipeline.lm.batching import BatchQueue
+from qaq_pipeline.lm.causal_lm import CausalLM, matmul_flops_per_second
+from qaq_pipeline.lm.prompts import TokenSequence
+from qaq_pipeline.lm.workers import open_workers
+from qaq_pipeline.scoring.shards import ShardWriter
+from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.storage import Storage
 
 Measure = Callable[[int], "list[Row]"]
 

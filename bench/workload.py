@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from qaq_pipeline.prompts import Target, TokenSequence
-from qaq_pipeline.schema import Quantity
+from qaq_pipeline.lm.prompts import Target, TokenSequence
+from qaq_pipeline.schema.tables import Quantity
 
 BOS = 1
 MIDDLE = tuple(range(900, 905))

@@ -18,8 +18,9 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from qaq_pipeline import config, model_files
-from qaq_pipeline.storage import open_storage
+from qaq_pipeline.config.settings import load_settings
+from qaq_pipeline.lm import model_files
+from qaq_pipeline.storage.storage import open_storage
 
 HERE = Path(__file__).parent
 console = Console()
@@ -27,7 +28,7 @@ console = Console()
 
 def main() -> None:
     """Run the demo; exits with the code of the first command that fails."""
-    settings = config.load_settings("demo")
+    settings = load_settings("demo")
     started = time.monotonic()
     fetch_models.fetch_all(settings.model_cache_dir)
     convert_models()
@@ -58,20 +59,20 @@ def run(*arguments: str) -> None:
 
 def convert_models() -> None:
     """Convert the GGUF files side by side: the reading is one thread's work."""
-    roles = sorted(config.load_settings("demo").models)
+    roles = sorted(load_settings("demo").models)
     with ProcessPoolExecutor(len(roles), mp_context=get_context("spawn")) as processes:
         list(processes.map(convert_model, roles))
 
 
 def convert_model(role: str) -> None:
     """Convert one model, unless it is converted already."""
-    settings = config.load_settings("demo")
+    settings = load_settings("demo")
     model_files.locate(settings.models[role], settings.model_cache_dir)
 
 
 def print_defects(batches: list[Path]) -> None:
     """The share of each planted kind that each selection keeps, beside the share of all rows."""
-    storage = open_storage(config.load_settings("demo"))
+    storage = open_storage(load_settings("demo"))
     decisions = pl.concat([storage.read_table("decisions", batch_name(path)).frame for path in batches])
     labels = [json.loads(line) for path in sorted((HERE / "planted").iterdir()) for line in path.open(encoding="utf-8")]
     rows = decisions.join(pl.DataFrame(labels), on=["source_file", "source_row"], how="left")

@@ -5,10 +5,10 @@ Belongs here: nothing else. Settings are read when the definitions are built, ne
 
 import dagster as dg
 
-from qaq_pipeline.alerting import build_alert_sensor
-from qaq_pipeline.automation import build_automation
-from qaq_pipeline.config import Settings, load_settings
-from qaq_pipeline.jobs import build_job_defs
+from qaq_pipeline.automation.failed_runs import build_alert_sensor
+from qaq_pipeline.automation.sensors import build_automation
+from qaq_pipeline.config.settings import Settings, load_settings
+from qaq_pipeline.orchestration.jobs import build_job_defs
 
 
 def build_defs(settings: Settings) -> dg.Definitions:

@@ -22,10 +22,10 @@ import hypothesis
 import pytest
 import yaml
 
-from qaq_pipeline.config import Settings, parse_settings
-from qaq_pipeline.prompts import Pair
-from qaq_pipeline.storage import Storage
-from qaq_pipeline_tests.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
+from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline_tests.support.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -278,7 +278,7 @@ def settings_file(tmp_path: Path) -> Callable[[Settings], Path]:
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from qaq_pipeline.storage import Storage
+from qaq_pipeline.storage.storage import Storage
 with Storage("memory://", Path(sys.argv[1])).lock(*sys.argv[2:]):
     print("held", flush=True)
     time.sleep(600)
@@ -310,7 +310,7 @@ def lock_holder() -> Iterator[LockHolder]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    from qaq_pipeline_tests import browsing
+    from qaq_pipeline_tests.support import browsing
 
     with browsing.running_browser() as chromium:
         yield chromium
@@ -319,7 +319,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A page of the UI: it asks nobody else, and meets no error."""
-    from qaq_pipeline_tests import browsing
+    from qaq_pipeline_tests.support import browsing
 
     with browsing.open_page(browser) as opened:
         yield opened

@@ -1,0 +1,1 @@
+"""Sensors and the schedule: what runs while the daemon runs."""

@@ -1,0 +1,51 @@
+"""The sensor that sends an alert for every failed run.
+
+Belongs here: what Dagster knows of a failed run, as an alert. Does not belong here: the channels, and alerts of gated
+batches, which the assets send that gate them.
+"""
+
+import dagster as dg
+
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration import alerts
+from qaq_pipeline.orchestration.alerts import Alert
+from qaq_pipeline.orchestration.failures import cause
+
+_PARTITION_TAG = "dagster/partition"
+
+
+def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
+    """One alert for each failed run of the instance: those of `qaq run` too, which belong to no code location."""
+
+    @dg.run_failure_sensor(
+        name="alert_of_failed_run",
+        description="Sends an alert for every failed run, over alerts.channels of the settings.",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        monitor_all_code_locations=True,
+    )
+    def alert_of_failed_run(context: dg.RunFailureSensorContext) -> None:
+        for failure in alerts.send(failed_run(context), settings.alerts):
+            context.log.error(failure)
+
+    return alert_of_failed_run
+
+
+def failed_run(context: dg.RunFailureSensorContext) -> Alert:
+    """The alert of a failed run: its job, its partition, the step that failed first and that step's own words."""
+    run = context.dagster_run
+    partition = run.tags.get(_PARTITION_TAG)
+    what = f"{_name(run)} of {partition}" if partition else _name(run)
+    reason = cause([*context.get_step_failure_events(), context.failure_event])
+    return Alert(
+        subject=f"{what} failed",
+        text=f"{what} failed: {reason}\nRun {run.run_id}; what was made before it stays. Mend the cause and run again.",
+        kind="run_failed",
+        batch=partition.partition("|")[0] if partition else None,
+        run_id=run.run_id,
+    )
+
+
+def _name(run: dg.DagsterRun) -> str:
+    """The job, or what was picked in the UI where the job is Dagster's own for that."""
+    picked = sorted(key.to_user_string() for key in run.asset_selection or ())
+    return ", ".join(picked) if run.job_name.startswith("__") and picked else run.job_name

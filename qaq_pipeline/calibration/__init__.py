@@ -1,0 +1,1 @@
+"""Validates the scores on pairs that are made bad on purpose."""

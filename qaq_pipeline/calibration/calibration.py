@@ -1,0 +1,325 @@
+"""Whether the scores tell good from bad on a batch: from its own and its planted pairs' scores to Calibration.
+
+Belongs here: the AUROCs and shares with their intervals, the cuts of RMI and the settings that they offer; frames in,
+frames out. Does not belong here: what is planted (`defects`, `planting`), how it is scored, what warns (`measures`).
+
+A planted pair is ranked as a new pair would be: against the batch's own pairs, or against the reference where ranks
+are taken against one. It changes no rank and no verdict of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import yaml
+
+from qaq_pipeline.config.settings import DiffSelection, Selection, Settings, SumSelection
+from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, Defect, Statistic, UnknownReason, dtypes
+from qaq_pipeline.selection import rank_reference, strategies
+
+MEASURES = (
+    "rmi",
+    "rank",
+    "ifd_ppl",
+    "log_ppl_q",
+    "log_ppl_q_given_a",
+    "log_ppl_a_given_q",
+    "num_a_tokens_untruncated",
+)
+"""Scores of one model that are judged; the length is the opponent that costs nothing."""
+
+MEASURES_OF_BOTH = ("gap", "rank_sum")
+
+CONFIDENCE = 0.95
+
+_OF_IFD = ("ifd_ppl", "log_ppl_a_given_q")
+_POOL = "calibration"
+_DECIMALS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number, its interval and what it rests on; where it is not known, the reason."""
+
+    value: float | None
+    lower: float | None = None
+    upper: float | None = None
+    num_clean: int = 0
+    num_planted: int = 0
+    num_kept: int | None = None
+    null_reason: UnknownReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The pairs of a batch and its planted pairs, as `selection.candidates`, and who of them is taken."""
+
+    clean: pl.DataFrame
+    planted: pl.DataFrame
+    """With `defect` and `original_pair_id`."""
+    kept: Mapping[str, tuple[pl.Series, pl.Series]]
+    """By named selection, whether each clean and each planted pair is taken, by the cuts of the batch or reference."""
+
+
+def judge(
+    planted: pl.DataFrame,
+    planted_scores: Mapping[str, pl.DataFrame],
+    scores: Mapping[str, pl.DataFrame],
+    disagreement: pl.DataFrame,
+    settings: Settings,
+    frozen: pl.DataFrame | None = None,
+) -> Judged:
+    """Ranks and verdicts of the planted pairs beside those of the batch.
+
+    Args:
+        planted: PlantedRows, at least one.
+        planted_scores: PlantedScores by role.
+        scores: RmiScores of the batch by role.
+        disagreement: DisagreementScores of the batch.
+        settings: `ranking` and `selections` are read.
+        frozen: RankReference, where ranks are taken against one; None: the batch itself is the pool.
+
+    Raises:
+        ValueError: the frames are not of the same pairs.
+    """
+    roles = sorted(scores)
+    pool = rank_reference.freeze([scores], settings.ranking)[0] if frozen is None else frozen
+    of_pool = rank_reference.candidates(pool, roles)
+    clean = strategies.candidates(disagreement, scores)
+    ranked = rank_reference.disagreement_scores(planted_scores, pool, settings.ranking, _POOL)
+    bad = strategies.candidates(ranked, planted_scores)
+    kept = {
+        one.name: (
+            strategies.select(clean, one, roles, None if frozen is None else of_pool)["is_selected"],
+            strategies.select(bad, one, roles, of_pool)["is_selected"],
+        )
+        for one in settings.selections
+    }
+    of_row = planted.select("pair_id", "defect", "original_pair_id")
+    return Judged(clean, bad.join(of_row, on="pair_id", validate="1:1", maintain_order="left"), kept)
+
+
+def calibrate(judged: Judged | None, settings: Settings) -> pl.DataFrame:
+    """The Calibration of a batch. None: nothing was planted, and every number is null."""
+    rows = [*_auroc_rows(judged, settings), *_kept_rows(judged, settings), *_cut_rows(judged, settings)]
+    return pl.DataFrame(rows, schema=dtypes(Calibration))
+
+
+def _row(statistic: Statistic, defect: str, model: str, measure: str, estimate: Estimate) -> dict[str, Any]:
+    return {
+        "statistic": statistic.value,
+        "defect": str(defect),
+        "model": model,
+        "measure": measure,
+        **{name: getattr(estimate, name) for name in Estimate.__dataclass_fields__},
+    }
+
+
+def _unknown(reason: UnknownReason, num_clean: int = 0, num_planted: int = 0) -> Estimate:
+    return Estimate(None, num_clean=num_clean, num_planted=num_planted, null_reason=reason)
+
+
+# --- does a score tell planted rows from their twins? -----------------------------------------------------------------
+
+
+def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
+    samples, seed = settings.calibration.bootstrap_samples, settings.calibration.seed
+    has_ifd = "ifd" in settings.scoring.quantities
+    for defect in settings.calibration.defects:
+        twins = None if judged is None else _twins(judged, defect)
+        for model, measure, column in _measures(sorted(settings.models)):
+            if measure in _OF_IFD and not has_ifd:
+                found = paired = _unknown(UnknownReason.NOT_WANTED)
+            elif twins is None or twins.is_empty():
+                found = paired = _unknown(UnknownReason.NOT_PLANTED)
+            else:
+                clean, planted = (twins[name].cast(pl.Float64).to_numpy() for name in (column, f"{column}:planted"))
+                found, paired = auroc(clean, planted, samples, seed), paired_share(clean, planted)
+            yield _row(Statistic.AUROC, defect, model, measure, found)
+            if measure == "rmi":
+                yield _row(Statistic.PAIRED_SHARE, defect, model, measure, paired)
+
+
+def _measures(roles: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Model, measure, and the column of candidates that has it."""
+    of_both = [(BOTH_MODELS, measure, measure) for measure in MEASURES_OF_BOTH]
+    return [(role, measure, f"{measure}:{role}") for role in roles for measure in MEASURES] + of_both
+
+
+def _twins(judged: Judged, defect: Defect) -> pl.DataFrame:
+    """The clean pairs that the defect was made of; beside each number the planted pair's, as `<column>:planted`."""
+    planted = judged.planted.filter(pl.col("defect") == defect.value).rename(lambda column: f"{column}:planted")
+    return judged.clean.join(
+        planted, left_on="pair_id", right_on="original_pair_id:planted", validate="1:1", maintain_order="left"
+    )
+
+
+def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Estimate:
+    """P(a clean value > a planted one of another row), ties half; NaN: not scored, left out.
+
+    A row is never compared with its own twin: that is the paired share, and each resample would hold more of it than
+    the rows do, since a row drawn twice meets its twin four times. The interval is the percentile bootstrap over rows,
+    a row and its twin drawn together. Near complete separation resamples hardly differ, and at it not at all; from
+    (alpha / 2)**(1 / n) on, the exact binomial bound of a share of n where every one succeeds, no interval ends nearer
+    to the middle than there.
+
+    Args:
+        clean: values of the rows as delivered.
+        planted: those of the rows made of them, in their order.
+        samples: resamples.
+        seed: of the resamples.
+    """
+    has_clean, has_planted = ~np.isnan(clean), ~np.isnan(planted)
+    num_clean, num_planted = int(has_clean.sum()), int(has_planted.sum())
+    is_pair = np.outer(has_clean, has_planted) & ~np.eye(clean.size, dtype=bool)
+    if not is_pair.any():
+        return _unknown(UnknownReason.NOT_SCORED, num_clean, num_planted)
+    difference = clean[:, None] - planted[None, :]
+    wins = np.where(is_pair, (difference > 0) + (difference == 0) / 2, 0.0)
+    value = float(wins.sum() / is_pair.sum())
+    n = clean.size
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).astype(np.float64)
+    num_pairs = ((weights @ is_pair) * weights).sum(axis=1)
+    drawn = ((weights @ wins) * weights).sum(axis=1)[num_pairs > 0] / num_pairs[num_pairs > 0]
+    lower, upper = (float(end) for end in np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    bound = ((1 - CONFIDENCE) / 2) ** (1 / min(num_clean, num_planted))
+    if value >= bound:
+        lower = min(lower, bound)
+    elif value <= 1 - bound:
+        upper = max(upper, 1 - bound)
+    return Estimate(value, lower, upper, num_clean, num_planted)
+
+
+def paired_share(clean: np.ndarray, planted: np.ndarray) -> Estimate:
+    """The share of rows whose value is above that of what was made of them, of those scored both times.
+
+    The prior of Q cancels in it where Q is the same, so that with the AUROC it tells which side is broken.
+    """
+    both = ~(np.isnan(clean) | np.isnan(planted))
+    if not both.any():
+        return _unknown(UnknownReason.NOT_SCORED, int((~np.isnan(clean)).sum()), int((~np.isnan(planted)).sum()))
+    n = int(both.sum())
+    return share(int((clean[both] > planted[both]).sum()), n, num_clean=n, num_planted=n)
+
+
+def share(kept: int, of: int, *, num_clean: int = 0, num_planted: int = 0) -> Estimate:
+    """`kept / of` with its Wilson interval; `of` is at least 1."""
+    from scipy import stats
+
+    interval = stats.binomtest(kept, of).proportion_ci(CONFIDENCE, "wilson")
+    return Estimate(kept / of, float(interval.low), float(interval.high), num_clean, num_planted, kept)
+
+
+# --- what do the selections keep of it? -------------------------------------------------------------------------------
+
+
+def _kept_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
+    for one in settings.selections:
+        for defect in (CLEAN, *settings.calibration.defects):
+            yield _row(Statistic.KEPT_SHARE, defect, _model_of(one), one.name, _kept_share(judged, one.name, defect))
+
+
+def _model_of(one: Selection) -> str:
+    return BOTH_MODELS if isinstance(one, DiffSelection | SumSelection) else one.model
+
+
+def _kept_share(judged: Judged | None, name: str, defect: str) -> Estimate:
+    """Of all distinct pairs of the batch, or all planted pairs of a defect: what cannot be scored is not kept."""
+    if judged is None:
+        return _unknown(UnknownReason.NOT_PLANTED)
+    of_clean, of_planted = judged.kept[name]
+    if defect == CLEAN:
+        return share(int(of_clean.sum()), len(of_clean), num_clean=len(of_clean))
+    kept = of_planted.filter(judged.planted["defect"] == defect)
+    if kept.is_empty():
+        return _unknown(UnknownReason.NOT_PLANTED)
+    return share(int(kept.sum()), len(kept), num_planted=len(kept))
+
+
+# --- where could RMI be cut? ------------------------------------------------------------------------------------------
+
+
+def _cut_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
+    rate, quantile = settings.calibration.false_discovery_rate, settings.calibration.echo_quantile
+    for role in sorted(settings.models):
+        clean = np.empty(0) if judged is None else judged.clean[f"rmi:{role}"].drop_nulls().to_numpy()
+        mismatches, echoes = (_planted_rmi(judged, role, of) for of in (Defect.OTHER_ANSWER, Defect.ECHO))
+        yield _row(Statistic.LOW_CUT, Defect.OTHER_ANSWER, role, "rmi", low_cut(clean, mismatches, rate))
+        yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, quantile))
+
+
+def _planted_rmi(judged: Judged | None, role: str, defect: Defect) -> np.ndarray:
+    if judged is None:
+        return np.empty(0)
+    return judged.planted.filter(pl.col("defect") == defect.value)[f"rmi:{role}"].drop_nulls().to_numpy()
+
+
+def low_cut(clean: np.ndarray, null: np.ndarray, rate: float) -> Estimate:
+    """The RMI above which, of the batch's rows, a share of at most `rate` is expected to be mismatches.
+
+    p_i = (1 + #{null >= x_i}) / (m + 1) of each row's RMI x_i, m the rows of the null: the RMI of queries with the
+    answer to another query of their stratum. Rows that Benjamini and Hochberg's procedure at `rate` takes for no
+    mismatch lie above all others; the cut is the largest RMI of the others, so that `cut < RMI` keeps exactly those.
+
+    It assumes that a mismatch of the batch scores as one of the null does. The p-values share the null, by which they
+    depend on one another positively, and the procedure allows that (Bates et al. 2023, arXiv 2104.08279). It needs
+    m >= 1 / rate - 1: p is never below 1 / (m + 1).
+    """
+    from scipy import stats
+
+    if not clean.size or not null.size:
+        return _unknown(UnknownReason.NOT_PLANTED, clean.size, null.size)
+    at_least = null.size - np.searchsorted(np.sort(null), clean, side="left")
+    adjusted = stats.false_discovery_control((1 + at_least) / (null.size + 1), method="bh")
+    is_told = adjusted <= rate
+    if is_told.all() or not is_told.any():
+        reason = UnknownReason.ALL_TOLD_FROM_NULL if is_told.any() else UnknownReason.NONE_TOLD_FROM_NULL
+        return _unknown(reason, clean.size, null.size)
+    cut = float(clean[~is_told].max())
+    return Estimate(cut, num_clean=clean.size, num_planted=null.size, num_kept=int(is_told.sum()))
+
+
+def high_cut(clean: np.ndarray, echoes: np.ndarray, quantile: float) -> Estimate:
+    """The RMI up to which a share of `quantile` of the echoes lies: `RMI <= cut` keeps out the others.
+
+    The quantile is interpolated linearly between the echoes. It assumes that an echo of the batch scores as one that
+    says the whole query again; how many rows of the batch it keeps says what that costs.
+    """
+    if not echoes.size:
+        return _unknown(UnknownReason.NOT_PLANTED, clean.size)
+    cut = float(np.quantile(echoes, quantile))
+    kept = int((clean <= cut).sum())
+    return Estimate(cut, num_clean=clean.size, num_planted=echoes.size, num_kept=kept)
+
+
+def offered_range(calibration: pl.DataFrame) -> tuple[float | None, float | None]:
+    """The cuts of the strong model's RMI as `rmi_strong` of a selection: (lo, hi], to 4 decimals; None: no end.
+
+    They are rounded towards each other, so that nothing is kept that the cuts keep out.
+    """
+    cuts = calibration.filter(pl.col("model") == "strong", pl.col("measure") == "rmi")
+    values = dict(cuts.select("statistic", "value").iter_rows())
+    low, high = (values.get(cut.value) for cut in (Statistic.LOW_CUT, Statistic.HIGH_CUT))
+    return (
+        None if low is None else math.ceil(low * 10**_DECIMALS) / 10**_DECIMALS,
+        None if high is None else math.floor(high * 10**_DECIMALS) / 10**_DECIMALS,
+    )
+
+
+def offered_yaml(calibration: pl.DataFrame, published: Selection) -> str | None:
+    """A selection with the offered cuts, to be pasted into `selections`; None: no cut, or the cuts leave nothing.
+
+    It is the published selection where that can have them, else one by the gap.
+    """
+    low, high = offered_range(calibration)
+    if (low is None and high is None) or (low is not None and high is not None and low >= high):
+        return None
+    can_have = isinstance(published, DiffSelection | SumSelection)
+    base = published if can_have else DiffSelection(name="diff_high_within_cuts", strategy="diff_high")
+    values = base.model_dump(mode="json", exclude_none=True) | {"rmi_strong": [low, high]}
+    return yaml.safe_dump([values], sort_keys=False, default_flow_style=None)

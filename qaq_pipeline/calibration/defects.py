@@ -1,0 +1,291 @@
+"""Making a good pair bad: each defect is one small function of a pair, deterministic for a seed.
+
+Belongs here: what is done to the text of a pair, and the cheap look at a text's programming language that some of it
+needs. Does not belong here: which rows get which defect (`planting`).
+
+A defect that cannot be made of a pair gives None: no pair is ever passed for defective that is not.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qaq_pipeline.schema.tables import Defect
+
+VERSION = "3"
+"""Part of the code version of what is planted: another one plants anew."""
+
+CUT_TO = 0.25
+"""Of the answer's characters, what `cut_answer` leaves."""
+
+_ALIASES = {
+    "c": "cpp",
+    "c++": "cpp",
+    "js": "javascript",
+    "node": "javascript",
+    "ts": "javascript",
+    "typescript": "javascript",
+    "py": "python",
+    "python3": "python",
+    "c#": "csharp",
+    "shell": "bash",
+    "sh": "bash",
+    "golang": "go",
+    "rb": "ruby",
+}
+"""Names that deliveries have for languages, and what `guess_language` calls them."""
+_SHORTEST_TO_CUT = 40
+_MOST_CANDIDATES = 2000
+_LOOKED_AT = 4000
+"""Characters of an answer by which its language is guessed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What of a row a defect sees."""
+
+    query: str
+    answer: str
+    language: str | None = None
+    """The programming language of the answer; None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Other rows of the batch, which a defect may take an answer of: the first that fits is taken."""
+
+    of_stratum: Sequence[Text]
+    """Those of the same stratum of PPL(Q)."""
+    of_batch: Sequence[Text]
+
+
+def make(defect: Defect, text: Text, others: Others, seed: str) -> Text | None:
+    """The text with the defect; None where it cannot be made of it.
+
+    Args:
+        defect: what is done.
+        text: of a row as delivered.
+        others: rows that an answer may be taken of.
+        seed: of every choice that is made.
+    """
+    made = _MAKERS[defect](text, others, random.Random(f"{defect}:{seed}"))  # noqa: S311
+    is_defective = made is not None and made.query.strip() and made.answer.strip() and made != text
+    return made if is_defective else None
+
+
+def _other_answer(text: Text, others: Others, _: random.Random) -> Text | None:
+    """The answer to another query, of the same stratum of PPL(Q)."""
+    for other in others.of_stratum:
+        if other.query != text.query and other.answer.strip() != text.answer.strip():
+            return Text(text.query, other.answer)
+    return None
+
+
+def _echo(text: Text, _: Others, __: random.Random) -> Text:
+    """The query said again."""
+    return Text(text.query, text.query)
+
+
+def _refusal(text: Text, _: Others, choice: random.Random) -> Text:
+    return Text(text.query, choice.choice(REFUSALS))
+
+
+def _filler(text: Text, _: Others, choice: random.Random) -> Text:
+    """Fluent words that fit any query, and answer none."""
+    return Text(text.query, choice.choice(FILLERS))
+
+
+def _cut_answer(text: Text, _: Others, __: random.Random) -> Text | None:
+    """The first quarter of the answer, in characters."""
+    answer = text.answer.strip()
+    if len(answer) < _SHORTEST_TO_CUT:
+        return None
+    return Text(text.query, answer[: int(len(answer) * CUT_TO)].rstrip())
+
+
+def _invented_terms(text: Text, _: Others, choice: random.Random) -> Text | None:
+    """Half of the query's content words, rounded up, replaced by words that no language has; equal words alike."""
+    words = sorted({word.lower() for word in _CONTENT_WORD.findall(text.query)} - _FUNCTION_WORDS)
+    if not words:
+        return None
+    chosen = choice.sample(words, (len(words) + 1) // 2)
+    invented = {word: _nonsense(choice) for word in chosen}
+
+    def replace(found: re.Match[str]) -> str:
+        word = found.group()
+        new = invented.get(word.lower(), word)
+        return new.capitalize() if word[0].isupper() and new != word else new
+
+    return Text(_CONTENT_WORD.sub(replace, text.query), text.answer)
+
+
+def _nonsense(choice: random.Random) -> str:
+    """A pronounceable word of two or three syllables, such as `dovamik`."""
+    syllables = [
+        "".join((choice.choice("bdfgklmnprstvz"), choice.choice("aeiou"))) for _ in range(choice.randint(2, 3))
+    ]
+    return "".join(syllables) + choice.choice("bdfgkmnprtvz")
+
+
+def _wrong_language(text: Text, others: Others, _: random.Random) -> Text | None:
+    """An answer in another programming language, to the query that has most words in common with this one."""
+    if text.language is None:
+        return None
+    words = _words(text)
+    best, most = None, -1
+    for other in others.of_batch[:_MOST_CANDIDATES]:
+        if other.query != text.query and _canonical(other.language) not in (None, _canonical(text.language)):
+            shared = len(words & _words(other))
+            if shared > most:
+                best, most = other, shared
+    return None if best is None else Text(text.query, best.answer)
+
+
+def _canonical(language: str | None) -> str | None:
+    return None if language is None else _ALIASES.get(language, language)
+
+
+def _words(text: Text) -> set[str]:
+    return set(text.query.lower().split())
+
+
+def _one_token_bug(text: Text, _: Others, choice: random.Random) -> Text | None:
+    """One operator, constant or number of the code changed: what no likelihood should be credited for noticing."""
+    if text.language is None:
+        return None
+    places = list(_BUGGY.finditer(text.answer))
+    if not places:
+        return None
+    place = choice.choice(places)
+    token = place.group()
+    changed = _COUNTERPARTS.get(token) or str(int(token) + 1)
+    return Text(text.query, text.answer[: place.start()] + changed + text.answer[place.end() :])
+
+
+def language_of(delivered: str | None, answer: str) -> str | None:
+    """The programming language that a row names, else that of its answer: `en` says nothing about code."""
+    named = None if delivered is None else delivered.strip().lower()
+    return named if named is not None and _is_known(named) else guess_language(answer)
+
+
+def _is_known(language: str) -> bool:
+    return bool(_NOT_GUESSED.fullmatch(language)) or _canonical(language) in {"bash", *(name for name, _ in _LANGUAGES)}
+
+
+def guess_language(answer: str) -> str | None:
+    """The programming language of an answer by tell-tale tokens of its beginning; None: not known, or no code."""
+    beginning = answer[:_LOOKED_AT]
+    return next((name for name, tokens in _LANGUAGES if tokens.search(beginning)), None)
+
+
+_MAKERS: dict[Defect, Callable[[Text, Others, random.Random], Text | None]] = {
+    Defect.OTHER_ANSWER: _other_answer,
+    Defect.ECHO: _echo,
+    Defect.REFUSAL: _refusal,
+    Defect.INVENTED_TERMS: _invented_terms,
+    Defect.CUT_ANSWER: _cut_answer,
+    Defect.FILLER: _filler,
+    Defect.WRONG_LANGUAGE: _wrong_language,
+    Defect.ONE_TOKEN_BUG: _one_token_bug,
+}
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that request.",
+    "As an AI language model, I am not able to write or run code for you.",
+    "I apologize, but I cannot assist with this. Please consult a professional.",
+    "Sorry, I don't have enough information to answer that question.",
+    "I'm unable to provide that. Is there anything else I can help you with?",
+)
+
+FILLERS = (
+    "Great question! There are many ways to approach this, and the best one depends on your needs. Start by breaking "
+    "the problem into smaller steps, then solve each of them in turn and test the result.",
+    "This is an important topic. A good solution is clear, efficient and easy to maintain. Think about edge cases, "
+    "follow best practices, and do not forget to document what you have done.",
+    "Sure! I would be happy to help you with this. Here is a complete solution that does exactly what you asked for. "
+    "Let me know if you have any further questions!",
+    "To do this, first make sure that you understand the requirements. Then choose a suitable tool, implement the "
+    "solution, and check that it works as expected. Finally, review it and improve it where needed.",
+    "In conclusion, this task can be accomplished in several ways, each of which has its own advantages and drawbacks. "
+    "It is up to you to decide which one is the most appropriate in your case.",
+)
+
+_WORD = re.compile(r"\w+")
+_CONTENT_WORD = re.compile(r"\b[A-Za-z]{4,}\b")
+_FUNCTION_WORDS = frozenset(
+    _WORD.findall(
+        """
+    about above after also another because been before being below between both could does doing done down each
+    even ever every from give given goes have having here into just like make many more most much must need only
+    onto other over please should show some such take tell than that their them then there these they this those
+    through under until upon used uses using very want were what when where which while whose will with within
+    without would write your
+    """
+    )
+)
+
+_LANGUAGES = tuple(
+    (name, re.compile(tokens, re.MULTILINE))
+    for name, tokens in (
+        (
+            "sql",
+            r"^[ \t]*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|(CREATE|ALTER) (TABLE|DATABASE))\b",
+        ),
+        ("php", r"<\?php|\$\w+\s*=[^=]"),
+        ("html", r"<(!DOCTYPE|html|head|body|div|form|table|input|ul|p|h1)\b"),
+        ("csharp", r"\busing System\b|\bConsole\.Write|\bpublic (static )?\w+(\[\]|<\w+>)? \w+\s*\(.*\)\s*$"),
+        ("java", r"\bpublic (static |final )?(class|void|int|String|boolean)\b|\bSystem\.out\."),
+        ("cpp", r"#include\s*<|\bstd::|\bcout\s*<<|\bint main\s*\("),
+        ("go", r"^package \w+|\bfunc \w*\(.*\{|:= "),
+        ("rust", r"\bfn \w+\(|\blet mut |\bprintln!"),
+        ("javascript", r"\bfunction\b.*\{|\b(const|let|var) \w+\s*=|=>|\bconsole\.log\("),
+        (
+            "python",
+            r"^[ \t]*(def \w+\(|class \w+.*:|(for|while|if) .+:$|import \w+|from [\w.]+ import )|\bprint\(",
+        ),
+        ("ruby", r"^[ \t]*(puts|require) |\.each do \|"),
+        ("css", r"^[.#@\w][^{}()=\n]{0,80}\{\s*[a-z-]+\s*:[^{}\n]+;"),
+        ("shell", r"^#!/bin/(ba)?sh|^[ \t]*(sudo|grep|awk|sed|find|echo|chmod|git) "),
+    )
+)
+"""By tokens that the others hardly have, the most telling first. A wrong guess costs a planted row, never a score."""
+
+_NOT_GUESSED = re.compile(
+    r"clojure|cobol|dart|elixir|erlang|fortran|f#|groovy|haskell|julia|kotlin|lisp|lua|matlab|objective-c|ocaml|pascal|"
+    r"perl|powershell|prolog|r|scala|scheme|solidity|swift|vb|zig"
+)
+"""Other programming languages that a delivery may name."""
+
+_COUNTERPARTS = {
+    "==": "!=",
+    "!=": "==",
+    "<=": "<",
+    ">=": ">",
+    "&&": "||",
+    "||": "&&",
+    "++": "--",
+    "--": "++",
+    "+=": "-=",
+    "-=": "+=",
+    " < ": " > ",
+    " > ": " < ",
+    " + ": " - ",
+    " - ": " + ",
+    " * ": " + ",
+    " / ": " * ",
+    "True": "False",
+    "False": "True",
+    "true": "false",
+    "false": "true",
+    "min": "max",
+    "max": "min",
+    "append": "remove",
+    "ASC": "DESC",
+    "DESC": "ASC",
+}
+_BUGGY = re.compile(
+    r"==|!=|<=|>=|&&|\|\||\+\+|--|\+=|-=| [<>+\-*/] |\b(?:[Tt]rue|[Ff]alse|min|max|append|ASC|DESC|\d{1,6})\b"
+)

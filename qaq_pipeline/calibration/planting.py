@@ -1,0 +1,126 @@
+"""Which rows of a batch are made bad on purpose, and in which way: from pairs with their strata to PlantedRows.
+
+Belongs here: how many rows each defect gets, the draw of the rows, and the keys of what is made of them. Does not
+belong here: what is done to a text (`defects`), and what is said of the scores (`calibration`).
+
+The rows that defects are made of are drawn evenly from the strata of PPL(Q), by a keyed hash of pair_id; every defect
+takes the first of them that it can be made of. So defects share their clean twins as far as they can, and differ in
+nothing but the defect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.calibration import defects
+from qaq_pipeline.calibration.defects import Others, Text
+from qaq_pipeline.config.settings import CalibrationSettings
+from qaq_pipeline.ingest import records
+from qaq_pipeline.schema.tables import Defect, PlantedRows, dtypes
+from qaq_pipeline.selection.strategies import draws
+
+ENOUGH = 20
+"""Planted rows of a defect below which nothing is said of it: the interval of an AUROC of 0.9 is then 0.2 wide."""
+
+_LEAST_LOOKED_AT = 2000
+_LOOKED_AT_FOR_EACH = 20
+"""Rows that are drawn for each row of a defect, at most: some defects cannot be made of most rows."""
+
+
+def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
+    """Planted rows of each defect of a batch with that many scorable pairs.
+
+    In the order of the settings each gets `ENOUGH`, as far as floor(max_share * num_pairs) goes; what is left is dealt
+    evenly up to `rows_per_defect` each, the odd ones to the first.
+    """
+    cap, wanted = settings.rows_per_defect, settings.defects
+    left = len(wanted) * cap if settings.max_share is None else math.floor(_exact(settings.max_share) * num_pairs)
+    dealt = dict.fromkeys(wanted, 0)
+    for defect in wanted:
+        dealt[defect] = min(ENOUGH, cap, left)
+        left -= dealt[defect]
+    for defect in itertools.chain.from_iterable(itertools.repeat(wanted, cap)):
+        if left > 0 and dealt[defect] < cap:
+            dealt[defect] += 1
+            left -= 1
+    return dealt
+
+
+def _exact(share: float) -> Fraction:
+    """The decimal as it is written: 0.29 * 100 is 29."""
+    return Fraction(str(share))
+
+
+def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
+    """PlantedRows of a batch, sorted by pair_id.
+
+    Args:
+        pairs: the scorable pairs: pair_id, system, query, answer, language, stratum (of the strong model).
+        settings: how many, which defects, the seed.
+    """
+    drawn = draw(pairs, settings)
+    twins = [(row, _text(row)) for row in drawn.iter_rows(named=True)]
+    others = _others(drawn["stratum"], [text for _, text in twins])
+    planted: list[dict[str, Any]] = []
+    taken = set(pairs["pair_id"])
+    for defect, quota in quotas(pairs.height, settings).items():
+        num_made = 0
+        for (twin, text), others_of_it in zip(twins, others, strict=True):
+            if num_made == quota:
+                break
+            row = _make(defect, twin, text, others_of_it, settings.seed)
+            if row is not None and row["pair_id"] not in taken:
+                taken.add(row["pair_id"])
+                planted.append(row)
+                num_made += 1
+    return pl.DataFrame(planted, schema=dtypes(PlantedRows)).sort("pair_id")
+
+
+def draw(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
+    """The rows that defects may be made of, in order: one of every stratum by turns, each query once."""
+    most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.rows_per_defect)
+    drawn = pairs.sort("pair_id").with_columns(draw=draws(pairs["pair_id"].sort(), settings.seed))
+    distinct = drawn.sort("draw").unique(["system", "query"], keep="first", maintain_order=True)
+    by_turns = distinct.with_columns(turn=pl.col("draw").rank("ordinal").over("stratum")).sort("turn", "draw")
+    return by_turns.head(most)
+
+
+def _others(strata: pl.Series, texts: Sequence[Text]) -> list[Others]:
+    """For each row those of its stratum, from the next one on and round, and those of the batch.
+
+    Where texts are distinct the next ones are a derangement inside the stratum: no row keeps its answer, and each is
+    given once.
+    """
+    places: dict[int, list[int]] = {}
+    for place, stratum in enumerate(strata):
+        places.setdefault(stratum, []).append(place)
+    found = {}
+    for rows in places.values():
+        for turn, place in enumerate(rows):
+            steps = range(1, min(len(rows), _LOOKED_AT_FOR_EACH))
+            found[place] = Others([texts[rows[(turn + step) % len(rows)]] for step in steps], texts)
+    return [found[place] for place in range(len(texts))]
+
+
+def _text(row: Mapping[str, Any]) -> Text:
+    return Text(row["query"], row["answer"], defects.language_of(row["language"], row["answer"]))
+
+
+def _make(defect: Defect, twin: Mapping[str, Any], text: Text, others: Others, seed: int) -> dict[str, Any] | None:
+    made = defects.make(defect, text, others, f"{seed}:{twin['pair_id']}")
+    if made is None:
+        return None
+    return {
+        "pair_id": records.pair_id(twin["system"], made.query, made.answer),
+        "defect": defect.value,
+        "original_pair_id": twin["pair_id"],
+        "system": twin["system"],
+        "query": made.query,
+        "answer": made.answer,
+    }

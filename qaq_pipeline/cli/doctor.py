@@ -1,0 +1,93 @@
+"""What stands in the way of a run on this machine: models, devices, storage, Dagster home, versions.
+
+Belongs here: one check a function, each with what was found and, where it fails, the remedy.
+Does not belong here: mending anything; nothing is downloaded, though a GGUF file is converted on the way.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qaq_pipeline.config import settings
+from qaq_pipeline.config.settings import Settings, SettingsError
+from qaq_pipeline.lm import model_files
+from qaq_pipeline.lm.prompts import PairEncoder
+from qaq_pipeline.orchestration.resources import LIBRARIES
+from qaq_pipeline.publication import exports
+from qaq_pipeline.storage.storage import open_storage
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    is_ok: bool
+    text: str
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Every check, in the order in which a run would meet them."""
+    return [
+        _versions(),
+        *_models(settings),
+        _storage(settings),
+        _exports(settings),
+        _dagster_home(),
+    ]
+
+
+def _versions() -> Finding:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    return Finding("versions", is_ok=True, text=f"Python {platform.python_version()}, {versions}")
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    from qaq_pipeline.lm import causal_lm
+
+    for role, model in settings.models.items():
+        check = f"model {role}"
+        try:
+            device = causal_lm.resolve_device(model.device)
+            files = model_files.locate(model, settings.model_cache_dir, download=False)
+            tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+            PairEncoder(tokenizer, model, settings.scoring)
+        except (OSError, ValueError) as error:  # Of the model's files, its tokenizer, its template, the device.
+            yield Finding(check, is_ok=False, text=str(error))
+            continue
+        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        yield Finding(check, is_ok=True, text=f"{files.name} on {device}, {dtype}, {model.frame} frame, {files.folder}")
+
+
+def _storage(settings: Settings) -> Finding:
+    name = f".doctor-{uuid.uuid4().hex}"
+    try:
+        storage = open_storage(settings)
+        storage.write_bytes(b"qaq", name)
+        storage.remove(name)
+    except (OSError, SettingsError) as error:
+        return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
+    return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")
+
+
+def _exports(settings: Settings) -> Finding:
+    formats = settings.export.formats
+    try:
+        exports.check_installed(formats)
+    except SettingsError as error:
+        return Finding("exports", is_ok=False, text=str(error))
+    return Finding("exports", is_ok=True, text=", ".join(formats))
+
+
+def _dagster_home() -> Finding:
+    home = settings.dagster_home()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return Finding("Dagster home", is_ok=False, text=f"{home}: cannot be made ({error}); set QAQ_HOME")
+    return Finding("Dagster home", is_ok=os.access(home, os.W_OK), text=str(home))

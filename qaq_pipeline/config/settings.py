@@ -1,0 +1,827 @@
+"""The settings: one YAML file, read into frozen, closed pydantic models.
+
+Belongs here: every knob a user can turn, with its description, unit and bounds, and the reading of the file.
+Does not belong here: what a knob does.
+
+The file is named by `QAQ_CONFIG`; without it the packaged demo profile is read. `QAQ_HOME` (default `./var`) holds
+the Dagster home, the storage and the model cache unless the file says otherwise. Neither is read at import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zoneinfo
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
+
+from qaq_pipeline.schema.tables import Defect
+
+BATCH_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
+ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
+SELECTION_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
+CONTROL_STRATEGIES = ("random", "stratified_random")
+CONTROL_PREFIX = "control_"
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful coding assistant."
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used. The text names the file, the field, the value and what is allowed."""
+
+
+class _Closed(BaseModel):
+    # SettingsError shows the values that may be shown.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class RecordSettings(_Closed):
+    """How delivered files are read."""
+
+    shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "query_answer"] = Field(
+        "auto", description="Shape of the records; `auto` detects it for each file."
+    )
+    multi_turn: Literal["last", "every"] = Field(
+        "last",
+        description="Of a conversation, take the last user turn and the assistant turn after it, or every such pair.",
+    )
+
+
+class DuplicateSettings(_Closed):
+    """Which rows another row stands for. Equal ones (white space and Unicode form aside) always are."""
+
+    near_threshold: float | None = Field(
+        0.7,
+        ge=0.5,
+        le=1,
+        description="Least Jaccard similarity of the 5-word sequences of query and answer of near duplicates; null: "
+        "only equal rows are duplicates.",
+    )
+    across_batches: bool = Field(True, description="Whether a row of an older batch may stand for one of a newer.")
+
+
+class BenchmarkSettings(_Closed):
+    """A benchmark whose tasks must not be trained on: a file as HumanEval, MBPP or LiveCodeBench are published."""
+
+    name: str = Field(pattern=SELECTION_NAME, description="Name of the benchmark, as in the evidence.")
+    path: str = Field(description="Local path or any fsspec URL of the file: JSONL or JSON, perhaps gzipped.")
+
+
+class ContaminationSettings(_Closed):
+    """Which rows hold benchmark tasks, and what becomes of them."""
+
+    benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to keep out.")
+    action: Literal["drop", "flag"] = Field(
+        "drop", description="drop: such a row is not scored and never selected. flag: it is, with the evidence beside."
+    )
+    ngram_words: int = Field(10, ge=3, le=50, description="Length of the compared word sequences, in words.")
+    min_share: float = Field(
+        0.2, gt=0, le=1, description="Least share of a task's word sequences that a row must hold."
+    )
+    min_solution_words: int = Field(
+        10, ge=1, description="Shorter solutions are not looked for word for word, in words."
+    )
+    trivial_solutions: tuple[str, ...] = Field(
+        (), description="Solutions that are nobody's own, and not looked for, white space aside."
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"benchmarks: the name {name!r} is used twice")
+        return self
+
+
+class ScreeningSettings(_Closed):
+    """What is found out about rows before any of them is scored."""
+
+    duplicates: DuplicateSettings = Field(DuplicateSettings(), description="Equal and near rows.")
+    contamination: ContaminationSettings = Field(ContaminationSettings(), description="Benchmark tasks.")
+
+
+class GateSettings(_Closed):
+    """What a batch must be like to be scored and published; its rows are in the ledger in any case."""
+
+    max_rejected_share: float | None = Field(
+        0.2, ge=0, le=1, description="Share of rows that may be rejected; null: any. Above it, nothing is scored."
+    )
+    min_scorable_share: float | None = Field(
+        0.5, ge=0, le=1, description="Least share of the distinct pairs that every model must score; null: any."
+    )
+
+
+class CheckSettings(_Closed):
+    """When an asset check does not pass. Checks report; what stops a batch is a gate."""
+
+    max_null_share: float = Field(
+        0.05, ge=0, le=1, description="Share of wanted quantities that a model may leave without a number."
+    )
+    max_truncated_share: float = Field(0.1, ge=0, le=1, description="Share of answers that may be cut to the window.")
+    min_mean_rmi: float = Field(
+        0.0, ge=-10, le=10, description="Mean RMI of a batch under a model must be above this, in nats/token."
+    )
+    max_rank_correlation: float = Field(
+        0.98, ge=-1, le=1, description="Spearman's correlation of the two models' ranks must be below this."
+    )
+    max_psi: float = Field(
+        0.25, ge=0, le=100, description="Population stability index of PPL(Q) and RMI against the reference, at most."
+    )
+    max_ks: float = Field(
+        0.2, ge=0, le=1, description="Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference, at most."
+    )
+
+
+class LandingSettings(_Closed):
+    """Where deliveries land, and when one is complete."""
+
+    url: str | None = Field(
+        None,
+        description="Local path or any fsspec URL; a file or folder in it is one delivery. Default: QAQ_HOME/landing.",
+    )
+    marker: str = Field(
+        "_SUCCESS",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="File that says that a delivery is complete: in its folder, or FILE.MARKER beside a file.",
+    )
+    require_marker: bool = Field(
+        False,
+        description="Whether only the marker says so; else a delivery whose files stay the same for two looks is.",
+    )
+    interval_seconds: int = Field(30, ge=1, description="How often is looked, in seconds.")
+    max_deliveries_per_tick: int = Field(25, ge=1, le=25, description="Deliveries that are taken at one look, at most.")
+
+
+class AutomationSettings(_Closed):
+    """What runs without a hand while the daemon runs: `qaq ui`, or `dagster-daemon`."""
+
+    started: bool = Field(
+        False, description="Whether sensors and schedules run from the start; the UI starts and stops each of them."
+    )
+    interval_seconds: int = Field(30, ge=1, description="How often the assets' conditions are evaluated, in seconds.")
+    recuration_cron: str = Field("0 3 * * *", description="When what is out of date is curated again, as cron.")
+    timezone: str = Field("UTC", description="Time zone of the cron, such as Europe/Berlin.")
+    stale_after_hours: float = Field(
+        192.0, gt=0, description="The dataset is stale when nothing was published for longer, in hours."
+    )
+
+    @model_validator(mode="after")
+    def _zone(self) -> Self:
+        if self.timezone not in zoneinfo.available_timezones():
+            raise ValueError(f"timezone: {self.timezone!r} is no time zone; such as UTC or Europe/Berlin")
+        return self
+
+
+class StorageSettings(_Closed):
+    """Where tables, deliveries and the score cache lie."""
+
+    root: str | None = Field(
+        None, description="Local path or any fsspec URL (s3://…, gs://…). Default: QAQ_HOME/storage."
+    )
+
+
+class ModelSettings(_Closed):
+    """One scoring model. Exactly one of `hub`, `directory` and `gguf` says where it comes from."""
+
+    hub: str | None = Field(None, description="Hugging Face hub id, such as Qwen/Qwen3-0.6B.")
+    revision: str | None = Field(
+        None, description="Commit of the hub repository; without it the newest is taken, and stored with the scores."
+    )
+    directory: str | None = Field(None, description="Local directory in Hugging Face layout; relative to model_cache.")
+    gguf: str | None = Field(
+        None, description="Local GGUF file, converted once to safetensors; relative to model_cache."
+    )
+    frame: Literal["chat", "plain"] = Field(
+        "chat", description="`chat`: a chat template. `plain`: literal text, for models without one."
+    )
+    chat_template_from: str | None = Field(
+        None,
+        description="Hub id, local directory, or .jinja file whose chat template is borrowed: the instruct sibling of "
+        "the same family. Default: the model's own.",
+    )
+    system_prompt: str = Field(
+        DEFAULT_SYSTEM_PROMPT, description="The system prompt of every pass; a row's own system text replaces it."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights. `auto`: bfloat16 where natively fast, else float32."
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = [name for name in ("hub", "directory", "gguf") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"give exactly one of hub, directory, gguf; got {sources or 'none'}")
+        if self.revision is not None and self.hub is None:
+            raise ValueError("revision belongs to a hub model only; a local one is identified by its files' hashes")
+        if self.chat_template_from is not None and self.frame != "chat":
+            raise ValueError("chat_template_from needs frame: chat")
+        return self
+
+
+class ScoringSettings(_Closed):
+    """What is scored, in which prompt, within which window."""
+
+    quantities: tuple[Literal["rmi", "ifd"], ...] = Field(
+        ("rmi", "ifd"), min_length=1, description="Scores wanted; ifd costs about as much again as rmi."
+    )
+    prior: Literal["null_answer", "user", "bare"] = Field(
+        "null_answer",
+        description="Context of log PPL(Q): the reverse prompt with an empty answer, Q as a user turn, or BOS alone.",
+    )
+    invalid_clause: bool = Field(
+        True, description='Whether the reverse prompt asks for "INVALID" outside programming, as the authors do.'
+    )
+    max_tokens: int = Field(2048, ge=16, le=1_048_576, description="Window of one sequence, in tokens.")
+    too_long: Literal["truncate_answer", "leave_unscored"] = Field(
+        "truncate_answer", description="A pair over max_tokens: A loses its tail, or the pair is left unscored."
+    )
+    token_logprobs: bool = Field(False, description="Store the log-probability of every scored token as well.")
+
+
+class EligibilitySettings(_Closed):
+    """Which scored pairs take part in ranks and selections."""
+
+    min_query_tokens: int = Field(1, ge=1, description="Pairs whose Q has fewer tokens do not, in tokens.")
+    short_query_tokens: int = Field(4, ge=0, description="Pairs whose Q has fewer tokens are flagged, in tokens.")
+
+
+class RuntimeSettings(_Closed):
+    """How the work is run: changes time and memory, and no result."""
+
+    executor: Literal["in_process", "multiprocess"] = Field(
+        "in_process", description="Where steps run: in the run's process, or each in one of its own."
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Tokens of one forward pass, padding included: bounds memory. Default: 1,024 on a CPU; on a GPU "
+        "up to 32,768, by its free memory.",
+    )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Scoring processes at most. Default: one for each GPU, or for each core of a CPU with one thread "
+        "each, where there is work enough.",
+    )
+    shard_seconds: float = Field(20.0, ge=0, description="How often finished scores are stored, in seconds.")
+    lock_timeout_seconds: float = Field(
+        10.0, ge=0, description="How long a step waits for another that writes the same partition, in seconds."
+    )
+
+
+class ReferenceSettings(_Closed):
+    """A frozen pool: the scored pairs of some batches, which ranks and cuts of every batch can be taken against."""
+
+    name: str = Field(
+        pattern=SELECTION_NAME, description="Name of the reference. It is frozen: other batches need another name."
+    )
+    batches: tuple[str, ...] = Field(
+        min_length=1,
+        description="Batches whose pairs it holds; a pair of several counts once, as in the first of them.",
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for batch in self.batches:
+            check_batch_name(batch)
+            if self.batches.count(batch) > 1:
+                raise ValueError(f"batches: {batch!r} is named twice")
+        return self
+
+
+class RankingSettings(_Closed):
+    """Strata of PPL(Q) and ranks inside them."""
+
+    num_strata: int = Field(10, ge=1, le=1000, description="Equal-count strata of PPL(Q).")
+    min_rows_per_stratum: int = Field(
+        20, ge=1, description="Fewer strata are made, with a warning, when one would hold fewer rows."
+    )
+    strata_from: Literal["own", "strong"] = Field(
+        "own", description="Whose PPL(Q) makes the strata: each model's own, or the strong model's for all."
+    )
+    pool: Literal["batch", "reference"] = Field(
+        "batch", description="The pool in which ranks are taken: the batch itself, or the reference."
+    )
+    reference: ReferenceSettings | None = Field(
+        None, description="What `pool: reference` ranks against; with `pool: batch`, what drift is measured against."
+    )
+
+    def without_pool(self) -> dict[str, Any]:
+        """How strata and ranks are made, whatever the pool; as JSON."""
+        return self.model_dump(mode="json", exclude={"pool", "reference"})
+
+    @model_validator(mode="after")
+    def _has_pool(self) -> Self:
+        if self.pool == "reference" and self.reference is None:
+            raise ValueError("pool: reference needs `reference: {name: NAME, batches: [BATCH, …]}`")
+        return self
+
+
+class Budget(_Closed):
+    """How much a selection takes: exactly one of the three."""
+
+    fraction: float | None = Field(None, gt=0, le=1, description="Of the pool: k = floor(f * n + 1/2) pairs.")
+    count: int | None = Field(
+        None, ge=1, description="Pairs, per batch; with `ranking.pool: reference` of the reference."
+    )
+    answer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Untruncated answer tokens of the strong model's tokenizer; per batch or of the "
+        "reference, as `count`.",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [name for name in ("fraction", "count", "answer_tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of fraction, count, answer_tokens; got {given or 'none'}")
+        return self
+
+
+_NAME = Field(pattern=SELECTION_NAME, description="Name of the selection, as in the decisions and the exports.")
+_ROLE = Field("strong", pattern=ROLE_NAME, description="Role of the model whose score is used.")
+_BUDGET = Field(Budget(fraction=0.25, count=None, answer_tokens=None), description="How much is taken.")
+
+
+class _Disagreement(_Closed):
+    name: str = _NAME
+    budget: Budget = _BUDGET
+    min_gap: float | None = Field(None, ge=-1, le=1, description="Take only pairs whose gap is above this.")
+    rank_strong: tuple[float, float] | None = Field(
+        None, description="Take only pairs with lo < rank_strong <= hi: keeps out what both models rank low."
+    )
+
+    rmi_strong: tuple[float | None, float | None] | None = Field(
+        None,
+        description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no end. A "
+        "calibration offers both: below are mismatches, above are echoes.",
+    )
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        _check_range("rank_strong", self.rank_strong)
+        low, high = self.rmi_strong or (None, None)
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"rmi_strong must be [lo, hi] with lo < hi; got {[low, high]}")
+        return self
+
+
+class DiffSelection(_Disagreement):
+    """Global top-k by gap (diff_high: the paper's QAQ) or by lowest gap (diff_low)."""
+
+    strategy: Literal["diff_high", "diff_low"]
+
+
+class SumSelection(_Disagreement):
+    """Global top-k by rank_strong + rank_weak (sum_high) or by the lowest sum (sum_low)."""
+
+    strategy: Literal["sum_high", "sum_low"]
+
+
+class RmiBandSelection(_Closed):
+    """Every pair whose stratified rank lies in (lo, hi]: its share is fixed by the band, not by a budget."""
+
+    name: str = _NAME
+    strategy: Literal["rmi_band"]
+    band: tuple[float, float] = Field((0.5, 0.75), description="Half-open (lo, hi] on the rank.")
+    model: str = _ROLE
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        _check_range("band", self.band)
+        return self
+
+
+class RmiTopSelection(_Closed):
+    """Global top-k by the stratified rank of RMI."""
+
+    name: str = _NAME
+    strategy: Literal["rmi_top"]
+    budget: Budget = _BUDGET
+    model: str = _ROLE
+
+
+class IfdSelection(_Closed):
+    """Global top-k by instruction-following difficulty, the baseline that QAQ argues against."""
+
+    name: str = _NAME
+    strategy: Literal["ifd"]
+    budget: Budget = _BUDGET
+    model: str = _ROLE
+    measure: Literal["ifd_ppl", "ifd_loss"] = Field("ifd_ppl", description="Ratio of perplexities, or of losses.")
+    maximum: float | None = Field(1.0, gt=0, description="Take no pair above this: there, Q makes A less likely.")
+
+
+class PplSelection(_Closed):
+    """Global top-k by a perplexity."""
+
+    name: str = _NAME
+    strategy: Literal["ppl"]
+    budget: Budget = _BUDGET
+    model: str = _ROLE
+    measure: Literal["log_ppl_q", "log_ppl_q_given_a", "log_ppl_a", "log_ppl_a_given_q"] = Field(
+        "log_ppl_a_given_q", description="Which perplexity."
+    )
+    order: Literal["high", "low"] = Field("high", description="Whether the highest or the lowest are taken.")
+
+
+class LengthSelection(_Closed):
+    """Global top-k by the number of answer tokens, longest first."""
+
+    name: str = _NAME
+    strategy: Literal["length"]
+    budget: Budget = _BUDGET
+    model: str = _ROLE
+
+
+class RandomSelection(_Closed):
+    """Pairs in the order of a keyed hash of pair_id; stratified: the same share of every stratum of PPL(Q)."""
+
+    name: str = _NAME
+    strategy: Literal["random", "stratified_random"]
+    budget: Budget = _BUDGET
+    model: str = _ROLE
+    seed: int = Field(0, ge=0, description="Key of the hash.")
+
+
+Selection = Annotated[
+    DiffSelection
+    | SumSelection
+    | RmiBandSelection
+    | RmiTopSelection
+    | IfdSelection
+    | PplSelection
+    | LengthSelection
+    | RandomSelection,
+    Field(discriminator="strategy"),
+]
+
+
+def _check_range(field: str, value: tuple[float, float] | None) -> None:
+    if value is not None and not 0 <= value[0] < value[1] <= 1:
+        raise ValueError(f"{field} must be [lo, hi] with 0 <= lo < hi <= 1; got {list(value)}")
+
+
+class CalibrationSettings(_Closed):
+    """Whether the scores tell good from bad on a batch: some of its rows are made bad on purpose, and scored too."""
+
+    enabled: bool = Field(True, description="Whether batches are calibrated, after they were published.")
+    defects: tuple[Defect, ...] = Field(
+        tuple(Defect),
+        min_length=1,
+        description="What is done to rows, the most telling first: of a small batch, only the first get rows.",
+    )
+    rows_per_defect: int = Field(100, ge=1, le=1000, description="Planted rows of each defect, at most.")
+    max_share: float | None = Field(
+        0.08, gt=0, le=1, description="Planted rows as a share of the batch's scorable pairs, at most; null: any."
+    )
+    seed: int = Field(0, ge=0, description="Key of the draw of rows, and of what is done to them.")
+    false_discovery_rate: float = Field(
+        0.05, gt=0, lt=1, description="Share of mismatches among what the low cut of RMI keeps that is aimed at."
+    )
+    echo_quantile: float = Field(
+        0.05, ge=0, lt=1, description="Share of the echoes that may lie below the high cut of RMI."
+    )
+    min_auc: float = Field(
+        0.8,
+        ge=0.5,
+        le=1,
+        description="A model's RMI must tell rows from those with another answer with an AUROC of this at least.",
+    )
+    bootstrap_samples: int = Field(2000, ge=100, le=100_000, description="Resamples behind an interval.")
+
+    @model_validator(mode="after")
+    def _defects(self) -> Self:
+        for defect in self.defects:
+            if self.defects.count(defect) > 1:
+                raise ValueError(f"defects: {defect.value!r} is named twice")
+        return self
+
+
+class ExportSettings(_Closed):
+    """What is written for training beside the tables."""
+
+    formats: tuple[Literal["messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf"], ...] = Field(
+        ("messages", "prompt_completion", "alpaca"),
+        min_length=1,
+        description="messages, prompt_completion, sharegpt: JSONL. alpaca: JSON. parquet: messages as Parquet. hf: "
+        "messages as a folder of `save_to_disk`, with the extra `datasets`.",
+    )
+    selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=SELECTION_NAME)], ...] = Field(
+        "published",
+        description="published: the published selection and its controls. all, or names: these other ones as well.",
+    )
+    meta: bool = Field(
+        False,
+        description="Whether records have `meta`: where the row comes from, and the delivered record, as JSON text.",
+    )
+
+
+class PublicationSettings(_Closed):
+    """What becomes of published versions."""
+
+    keep_versions: int | None = Field(
+        None,
+        ge=1,
+        description="Versions whose files are kept, the newest ones; null: all. Manifests and differences always are.",
+    )
+
+
+_ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+class LogAlerts(_Closed):
+    """The Python logger `qaq_pipeline.alerts`: ERROR for a failed run, WARNING for the rest."""
+
+    kind: Literal["log"] = "log"
+
+
+class EmailAlerts(_Closed):
+    """A message over SMTP."""
+
+    kind: Literal["email"]
+    host: str = Field(min_length=1, description="SMTP server.")
+    port: int = Field(587, ge=1, le=65535, description="Its port.")
+    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Address that the messages are from.")
+    recipients: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(
+        min_length=1, description="Addresses that they go to."
+    )
+    starttls: bool = Field(True, description="Whether the connection is encrypted by STARTTLS, certificate checked.")
+    username: str | None = Field(None, min_length=1, description="Login name; null: no login.")
+    password_env: str | None = Field(
+        None, pattern=_ENVIRONMENT_NAME, description="Environment variable that holds the password."
+    )
+
+    @model_validator(mode="after")
+    def _login(self) -> Self:
+        if (self.username is None) != (self.password_env is None):
+            raise ValueError("username and password_env belong together: give both or neither")
+        if self.username is not None and not self.starttls:
+            raise ValueError("password_env needs starttls: true; the password would be sent in clear text")
+        return self
+
+
+class SlackAlerts(_Closed):
+    """An incoming webhook of Slack; needs the extra `slack`."""
+
+    kind: Literal["slack"]
+    webhook_env: str = Field(
+        "SLACK_WEBHOOK_URL",
+        pattern=_ENVIRONMENT_NAME,
+        description="Environment variable that holds the webhook's URL, which is a secret.",
+    )
+
+
+class PythonAlerts(_Closed):
+    """A function of the user's own, called with the Alert."""
+
+    kind: Literal["python"]
+    target: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
+        description="As module:function; imported when the first alert is sent.",
+    )
+
+
+class ReportSettings(_Closed):
+    """The audit pages, and the plots in the UI."""
+
+    pages: bool = Field(True, description="Whether every batch and every published version gets a page.")
+    pictures: bool = Field(True, description="Whether assets show plots in the UI, of under 100 KB each.")
+    examples: int = Field(
+        10, ge=0, le=25, description="Rows of each reason and of each tail that a page shows, at most."
+    )
+
+
+class AlertSettings(_Closed):
+    """Who is told of failed runs, gated batches and refused deliveries."""
+
+    channels: tuple[
+        Annotated[LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts, Field(discriminator="kind")], ...
+    ] = Field((LogAlerts(),), description="Every one of them is tried; none: nobody is told.")
+
+
+class Settings(_Closed):
+    """The whole file."""
+
+    records: RecordSettings = Field(RecordSettings(), description="How delivered files are read.")
+    screening: ScreeningSettings = Field(ScreeningSettings(), description="What is found before scoring.")
+    gates: GateSettings = Field(GateSettings(), description="What a batch must be like.")
+    checks: CheckSettings = Field(CheckSettings(), description="When an asset check warns.")
+    landing: LandingSettings = Field(LandingSettings(), description="Where deliveries land.")
+    automation: AutomationSettings = Field(AutomationSettings(), description="What runs without a hand.")
+    storage: StorageSettings = Field(StorageSettings(), description="Where everything is stored.")
+    model_cache: str | None = Field(None, description="Folder of local and converted models. Default: QAQ_HOME/models.")
+    models: dict[Annotated[str, Field(pattern=ROLE_NAME)], ModelSettings] = Field(
+        description="Scoring models by role; `strong` and `weak` are required."
+    )
+    scoring: ScoringSettings = Field(ScoringSettings(), description="What is scored, and how.")
+    eligibility: EligibilitySettings = Field(EligibilitySettings(), description="Which pairs are ranked.")
+    ranking: RankingSettings = Field(RankingSettings(), description="Strata and ranks.")
+    selections: tuple[Selection, ...] = Field(
+        (DiffSelection(name="diff_high", strategy="diff_high"),),
+        min_length=1,
+        description="Named selections; the first is published, and random controls of its size come with it.",
+    )
+    calibration: CalibrationSettings = Field(CalibrationSettings(), description="Do the scores tell good from bad?")
+    export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
+    publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
+    reports: ReportSettings = Field(ReportSettings(), description="Audit pages and plots.")
+    alerts: AlertSettings = Field(AlertSettings(), description="Who is told when something goes wrong.")
+    runtime: RuntimeSettings = Field(RuntimeSettings(), description="How the work is run.")
+
+    _home: Path = PrivateAttr(default=Path("var"))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        missing = [role for role in ("strong", "weak") if role not in self.models]
+        if missing:
+            raise ValueError(f"models: the roles {missing} are missing; `strong` and `weak` are required")
+        names = [selection.name for selection in self.selections]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"selections: the name {name!r} is used twice")
+            if name.startswith(CONTROL_PREFIX):
+                raise ValueError(f"selections: {name!r}: names that begin with {CONTROL_PREFIX!r} are the controls'")
+        for selection in self.selections:
+            self._check_selection(selection)
+        for name in () if isinstance(self.export.selections, str) else self.export.selections:
+            if name not in names:
+                raise ValueError(f"export.selections: {name!r} is no selection; known: {names}")
+        if self.ranking.pool == "reference" and "rmi" not in self.scoring.quantities:
+            raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: ranks are of RMI")
+        return self
+
+    def _check_selection(self, selection: Selection) -> None:
+        role = getattr(selection, "model", "strong")
+        if role not in self.models:
+            raise ValueError(f"selections: {selection.name!r} uses the model {role!r}; known: {sorted(self.models)}")
+        answer_side = isinstance(selection, IfdSelection) or (
+            isinstance(selection, PplSelection) and selection.measure in ("log_ppl_a", "log_ppl_a_given_q")
+        )
+        if answer_side and "ifd" not in self.scoring.quantities:
+            raise ValueError(f"selections: {selection.name!r} needs `ifd` in scoring.quantities")
+        query_side = not isinstance(selection, IfdSelection | LengthSelection | PplSelection) or (
+            isinstance(selection, PplSelection) and not answer_side
+        )
+        if query_side and "rmi" not in self.scoring.quantities:
+            raise ValueError(f"selections: {selection.name!r} needs `rmi` in scoring.quantities")
+
+    def _check_places(self) -> None:
+        """The landing zone lies neither in the storage nor around it: the pipeline would take its own files in."""
+        zone, stored = (f"{url.rstrip('/')}/" for url in (self.landing_url, self.storage_root))
+        if zone.startswith(stored) or stored.startswith(zone):
+            raise SettingsError(
+                f"landing.url: {self.landing_url!r} and storage.root {self.storage_root!r} lie in one another; take "
+                "two folders"
+            )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether batches are calibrated: it is wanted, and there is an RMI to judge."""
+        return self.calibration.enabled and "rmi" in self.scoring.quantities
+
+    @property
+    def published(self) -> Selection:
+        """The selection that selected_subset and curated_dataset publish."""
+        return self.selections[0]
+
+    @property
+    def exported(self) -> list[str]:
+        """Names of the selections that are exported: the published one, its controls, then any other."""
+        published, *others = (selection.name for selection in self.selections)
+        controls = [CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES]
+        match self.export.selections:
+            case "published":
+                others = []
+            case "all":
+                pass
+            case names:
+                others = [name for name in others if name in names]
+        return [published, *controls, *others]
+
+    @property
+    def home(self) -> Path:
+        """QAQ_HOME, absolute."""
+        return self._home
+
+    @property
+    def storage_root(self) -> str:
+        """Local path or fsspec URL of the storage."""
+        return self.storage.root or str(self._home / "storage")
+
+    @property
+    def landing_url(self) -> str:
+        """Local path or fsspec URL of the landing zone."""
+        return self.landing.url or str(self._home / "landing")
+
+    @property
+    def model_cache_dir(self) -> Path:
+        """Folder of local and converted models."""
+        return Path(self.model_cache) if self.model_cache else self._home / "models"
+
+
+def home_directory() -> Path:
+    """QAQ_HOME as an absolute path; default `./var`."""
+    return Path(os.environ.get("QAQ_HOME", "var")).absolute()
+
+
+def dagster_home() -> Path:
+    """DAGSTER_HOME where it is set, else the `dagster` folder of QAQ_HOME."""
+    configured = os.environ.get("DAGSTER_HOME")
+    return Path(configured).absolute() if configured else home_directory() / "dagster"
+
+
+def packaged_profiles() -> list[str]:
+    """Names of the profiles that come with the package."""
+    folder = resources.files("qaq_pipeline") / "profiles"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Settings from `path`, else from `QAQ_CONFIG`, else from the packaged demo profile.
+
+    `path` may be the name of a packaged profile (`demo`, `paper`).
+
+    Raises:
+        SettingsError: the file is missing, is not YAML, or holds a value that is not allowed; every fault is
+            named with its field, its value and what is allowed.
+    """
+    source = os.fspath(path) if path is not None else os.environ.get("QAQ_CONFIG") or "demo"
+    text, name = _read_profile(source)
+    return parse_settings(text, name)
+
+
+def parse_settings(text: str, name: str = "settings") -> Settings:
+    """Settings from YAML text; `name` stands for the file in errors. Raises `SettingsError`."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{name}: a mapping of settings is expected, not {type(values).__name__}")
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_describe(error, name)) from error
+    settings._home = home_directory()
+    settings._check_places()
+    return settings
+
+
+def _read_profile(source: str) -> tuple[str, str]:
+    if source in packaged_profiles():
+        packaged = resources.files("qaq_pipeline") / "profiles" / f"{source}.yaml"
+        return packaged.read_text(encoding="utf-8"), f"profile {source!r}"
+    try:
+        return Path(source).read_text(encoding="utf-8"), source
+    except (OSError, UnicodeDecodeError) as error:
+        profiles = ", ".join(packaged_profiles())
+        raise SettingsError(
+            f"{source}: cannot be read ({error}). Set QAQ_CONFIG to a YAML file or to a packaged profile: {profiles}"
+        ) from error
+
+
+def _describe(error: ValidationError, name: str) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+        value = fault["input"]
+        is_secret = fault["loc"][:1] == ("alerts",)  # Perhaps a password, where the name of its variable belongs.
+        shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
+        lines.append(f"  {field}: {fault['msg']}{shown}")
+    return f"{name}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)
+
+
+def settings_hash(*parts: object) -> str:
+    """Hash of the settings that an asset reads (16 hex digits): part of its code version and provenance.
+
+    Args:
+        parts: settings models, or containers and values of JSON.
+    """
+    values = json.dumps(to_jsonable_python(parts), sort_keys=True)
+    return hashlib.blake2b(values.encode(), digest_size=8).hexdigest()
+
+
+def check_batch_name(name: str) -> str:
+    """`name`, if it can name a batch; it becomes a partition key and part of paths.
+
+    Raises:
+        ValueError: anything but a letter or digit, then up to 99 letters, digits, `_`, `-` or `.`, without `..`.
+    """
+    if not BATCH_NAME.fullmatch(name) or ".." in name:
+        shown = name if len(name) <= 60 else name[:60] + "…"
+        raise ValueError(
+            f"batch name {shown!r} cannot be used: give a letter or digit, then up to 99 letters, digits, "
+            "'_', '-' or '.', without '..'"
+        )
+    return name

@@ -1,0 +1,1 @@
+"""Which stored tables are stale, by their provenance."""

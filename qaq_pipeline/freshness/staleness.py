@@ -1,0 +1,197 @@
+"""What is out of date, by the provenance of the stored tables alone: what re-curation has to make anew. No Dagster.
+
+Belongs here: the stages of a batch in their order, and whether one is to be run again. Does not belong here: who runs
+it, and when (`driver`, `automation`).
+
+A table is up to date where the present code and settings (its code version) made it of exactly the inputs that stand
+beside it now. Scores are cached by what they are made of, so a stage that is run again scores only what it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qaq_pipeline.ingest import landing
+from qaq_pipeline.publication import versions
+from qaq_pipeline.schema.tables import CALIBRATION_TABLES, TABLES
+from qaq_pipeline.screening import withdrawals
+from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+
+STAGES: dict[str, list[str]] = {
+    "ingest_batch": ["raw_data", "signatures", "screened_data"],
+    "score_batch": ["logprobs", "rmi_scores"],
+    "select_from_batch": ["disagreement_scores", "decisions", "selected_subset"],
+}
+"""The tables of a batch by the job that makes them, in the order in which the jobs run."""
+
+CALIBRATION_STAGES: dict[str, list[str]] = {
+    "plant_defects": ["planted_rows"],
+    "score_planted": ["planted_scores"],
+    "calibrate_batch": ["calibration"],
+}
+"""The same of what is only measured of a batch: nothing that is published is made of these."""
+
+BY_MODEL = [*STAGES["score_batch"], *CALIBRATION_STAGES["score_planted"]]
+"""Tables with a partition for each batch and model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outdated:
+    """A partition of a stage that is to be run again."""
+
+    job: str
+    batch: str
+    model: str | None
+    """Where the stage has a partition for each model."""
+    table: str
+    """The first of the stage's tables that is out of date."""
+    reason: str
+
+    @property
+    def partition(self) -> str:
+        """Its key: `batch`, or `batch|model`."""
+        return self.batch if self.model is None else f"{self.batch}|{self.model}"
+
+
+@dataclass(frozen=True)
+class Present:
+    """How tables would be made now."""
+
+    code_versions: Mapping[str, str | None]
+    """By table."""
+    roles: Sequence[str]
+    """Of the models."""
+    shared_inputs: Mapping[str, str]
+    """Data versions of inputs that are of no one batch, by name."""
+
+
+def changed_inputs(storage: Storage, table: str, batch: str) -> list[str]:
+    """The inputs of a stored table of a batch that stand there now as something else than it was made of.
+
+    Inputs that are of no one batch are not looked at.
+
+    Raises:
+        StorageError: the table is not stored.
+    """
+    found = []
+    for name, version in storage.read_footer(table, batch).provenance["inputs"].items():
+        input_table, *model = name.split("|")
+        is_of_batch = input_table in TABLES | CALIBRATION_TABLES
+        if is_of_batch and storage.table_version(input_table, batch, *model) != version:
+            found.append(name)
+    return found
+
+
+class Review:
+    """A look at all batches, as they stand now.
+
+    Args:
+        storage: where the tables lie.
+        registered: the batches.
+        present: how their tables would be made now.
+    """
+
+    def __init__(self, storage: Storage, registered: Iterable[str], present: Present) -> None:
+        self._storage = storage
+        self._registered = set(registered)
+        self._present = present
+        self._order = storage.batches_in_order()
+
+    def batches(self) -> list[str]:
+        """Every batch that was delivered: in the order in which they were screened, then the new ones by name."""
+        new = sorted(self._registered - set(self._order))
+        ordered = [*(batch for batch in self._order if batch in self._registered), *new]
+        return [batch for batch in ordered if self._is_delivered(batch)]
+
+    def outdated(self, batch: str) -> list[Outdated]:
+        """The partitions of the first stage of a batch that are out of date; what follows is seen when these ran.
+
+        Stages whose tables are not made under the present settings are left out.
+        """
+        for job, tables in (STAGES | CALIBRATION_STAGES).items():
+            if not self._present.code_versions.keys() >= set(tables):
+                continue
+            models = sorted(self._present.roles) if tables[0] in BY_MODEL else [None]
+            causes = {model: self._cause(batch, model, tables) for model in models}
+            found = [Outdated(job, batch, model, *cause) for model, cause in causes.items() if cause is not None]
+            if found:
+                return found
+        return []
+
+    def screened_otherwise(self, batch: str) -> str | None:
+        """Whether a batch was screened against other older batches, or other withdrawals, than stand now."""
+        made_of = self._provenance("screened_data", batch)
+        if made_of is None:
+            return None
+        return versions.screened_otherwise(batch, made_of, self._order, self._standing) or versions.not_withdrawn(
+            self._storage, batch, made_of, self._withdrawn
+        )
+
+    def screened_against(self, batch: str) -> str | None:
+        """Of a batch that was screened otherwise, the hash of what it should be screened against; else None."""
+        if self.screened_otherwise(batch) is None:
+            return None
+        older = self._order[: self._order.index(batch)] if batch in self._order else self._order
+        standing = {name: self._standing[name] for name in older if name in self._standing}
+        return hash_json([standing, self._withdrawn.batches, self._withdrawn.contents])
+
+    def _is_delivered(self, batch: str) -> bool:
+        try:
+            return landing.is_announced(self._storage, batch) or self._storage.has_delivery(batch)
+        except ValueError:  # A name that the UI let pass.
+            return False
+
+    def _cause(self, batch: str, model: str | None, tables: Sequence[str]) -> tuple[str, str] | None:
+        """The first table that is out of date, and why."""
+        for table in tables:
+            reason = self._table_reason(table, batch, *([] if model is None else [model]))
+            if reason is not None:
+                return table, reason
+        if "screened_data" in tables and (reason := self.screened_otherwise(batch)) is not None:
+            return "screened_data", reason
+        return None
+
+    def _table_reason(self, table: str, *partition: str) -> str | None:
+        made_of = self._provenance(table, *partition)
+        if made_of is None:
+            return f"{table} is not stored, or cannot be read"
+        if made_of["code_version"] != self._present.code_versions[table]:
+            return f"{table} was made by other code, or under other settings"
+        if table == "raw_data":
+            return self._delivery_reason(partition[0], made_of)
+        for name, version in made_of["inputs"].items():
+            if version != self._input_version(name, partition):
+                return f"{table} was made of another {name}"
+        return None
+
+    def _delivery_reason(self, batch: str, made_of: Mapping[str, Any]) -> str | None:
+        if landing.is_announced(self._storage, batch):
+            return "a delivery has landed"
+        if made_of["delivery"] != self._storage.current_delivery(batch).content_hash:
+            return "it was delivered anew"
+        return None
+
+    def _input_version(self, name: str, partition: Sequence[str]) -> str | None:
+        """Of an input of that partition: `table`, `table|model`, or the name of one that is of no one batch."""
+        table, _, model = name.partition("|")
+        if table not in TABLES | CALIBRATION_TABLES:
+            return self._present.shared_inputs.get(name)
+        of_batch = [partition[0], *([model] if model else [])]
+        return self._storage.table_version(table, *(partition if table in BY_MODEL and not model else of_batch))
+
+    def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
+        try:
+            return self._storage.read_footer(table, *partition).provenance
+        except StorageError:
+            return None
+
+    @cached_property
+    def _standing(self) -> dict[str, str]:
+        return versions.standing_batches(self._storage, self._order, self._registered)
+
+    @cached_property
+    def _withdrawn(self) -> withdrawals.Withdrawals:
+        return withdrawals.read(self._storage)

@@ -1,0 +1,1 @@
+"""Deliveries in the landing zone, and delivered files as rows."""

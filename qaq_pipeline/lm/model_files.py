@@ -1,0 +1,239 @@
+"""Where a model's files come from: hub id, local directory, or GGUF converted once to safetensors.
+
+Belongs here: finding, converting and identifying files. Does not belong here: running the model.
+torch and transformers load on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from qaq_pipeline.config.settings import ModelSettings
+
+_HASH_CHUNK = 1 << 22
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+log = logging.getLogger(__name__)
+
+
+class ModelNotFoundError(ValueError):
+    """A model's files cannot be had. The text names the model, the place that was looked at, and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A local folder in Hugging Face layout, and what identifies its content."""
+
+    name: str
+    folder: Path
+    revision: str
+    """Commit of a hub model, `gguf:<sha256>` or `files:<sha256>` of a local one."""
+    stamps: Mapping[str, list[int]] = field(default_factory=dict, compare=False)
+    """Of a local directory: size and time of each file when it was hashed, by its name; else none."""
+
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer's files (16 hex digits)."""
+        present = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).exists()]
+        return _hash_files(present)[:16]
+
+    def num_weight_bytes(self) -> int:
+        """Size of the weights, in bytes."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
+def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> ModelFiles:
+    """The model's files, fetched or converted if need be.
+
+    Args:
+        model: the model's settings; relative paths in them are taken from `cache`.
+        cache: folder of local and converted models.
+        download: whether a hub model may be fetched; otherwise it must lie in the hub's cache.
+
+    Raises:
+        ModelNotFoundError: a local path does not exist, or the hub cannot give the repository.
+    """
+    if model.gguf is not None:
+        return _from_gguf(cache / model.gguf, cache)
+    if model.directory is not None:
+        return _from_directory(cache / model.directory)
+    return _from_hub(str(model.hub), model.revision, download=download)
+
+
+class FilesWatch:
+    """Whether a model's files still are those that were located: asked while scores are made by them.
+
+    Only a local directory can change under its name: a hub snapshot is named by its commit, a converted GGUF by its
+    hash. A change that was seen is remembered: the files may be changed back, the scores in between are of either.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._files = files
+        self._stamps = files.stamps
+        self.found: str | None = None
+        """The other revision that was found, or `unreadable`; None: no change so far."""
+
+    def is_unchanged(self) -> bool:
+        """By sizes and times; the files are hashed again only where one of these differs."""
+        if self.found is None and self._stamps:
+            self._look()
+        return self.found is None
+
+    def _look(self) -> None:
+        try:
+            stamps = _stamps(_directory_files(self._files.folder))
+            revision = self._files.revision if stamps == self._stamps else _from_directory(self._files.folder).revision
+        except (ModelNotFoundError, OSError):  # Being replaced just now.
+            self.found = "unreadable"
+            return
+        self._stamps = stamps
+        if revision != self._files.revision:
+            self.found = revision
+
+
+def chat_template(source: str, cache: Path) -> str:
+    """The text of a borrowed chat template: from a .jinja file, a local directory, or a hub id.
+
+    Raises:
+        ModelNotFoundError: the source does not exist or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    local = cache / source
+    try:
+        if source.endswith(".jinja"):
+            return local.read_text(encoding="utf-8")
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(local) if local.exists() else source)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"chat_template_from: {source!r} cannot be read ({_first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise ModelNotFoundError(f"chat_template_from: {source!r} has no chat template")
+    return tokenizer.get_chat_template()
+
+
+def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_files_only=not download
+        )
+    except Exception as error:  # huggingface_hub raises OSError, ValueError and httpx errors alike
+        raise ModelNotFoundError(
+            f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be had: {_first_line(error)}. "
+            "Check the id and the network, log in if it is gated, or name a local `directory`"
+        ) from error
+    folder = Path(snapshot)
+    return ModelFiles(hub_id, folder, folder.name)
+
+
+def _from_directory(folder: Path) -> ModelFiles:
+    if not (folder / "config.json").exists():
+        raise ModelNotFoundError(
+            f"{folder}: no config.json there; a model directory in Hugging Face layout is expected"
+        )
+    files = _directory_files(folder)
+    stamps = _stamps(files)
+    return ModelFiles(folder.name, folder, "files:" + _remembered_hash(files), stamps)
+
+
+def _directory_files(folder: Path) -> list[Path]:
+    patterns = (*_HUB_PATTERNS, "*.bin")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.name[0] != ".")
+
+
+def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:
+    if not gguf.exists():
+        raise ModelNotFoundError(
+            f"{gguf}: no such GGUF file. The demo's models are fetched by `make demo`; "
+            "otherwise put the file there, or correct `gguf` or `model_cache` in the settings"
+        )
+    sha256 = _remembered_hash([gguf])
+    folder = cache / "converted" / f"{gguf.stem}-{sha256[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _convert_gguf(gguf, folder)
+    return ModelFiles(gguf.name, folder, f"gguf:{sha256}")
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the de-quantised weights (fp32 safetensors) and the tokenizer; the folder appears when it is whole."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.warning("converting %s once to safetensors; this takes up to a minute", gguf.name)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain fp32 by now; the marks of the quantised file would only forbid saving them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remembered_hash(files: list[Path]) -> str:
+    """sha256 over the files' names and bytes, remembered beside them until a size or time changes."""
+    stamps = _stamps(files)
+    memory = files[0].parent / f".{files[0].name}.sha256.json"
+    if memory.exists():
+        remembered = json.loads(memory.read_text())
+        if remembered["stamps"] == stamps:
+            return remembered["sha256"]
+    sha256 = _hash_files(files)
+    partial = memory.with_name(f"{memory.name}.{os.getpid()}")  # Steps in other processes may read it meanwhile.
+    try:
+        partial.write_text(json.dumps({"stamps": stamps, "sha256": sha256}))
+        partial.replace(memory)
+    except OSError as error:
+        log.info("%s: the hash cannot be remembered (%s); it is taken again next time", memory, error)
+    return sha256
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of last change, in nanoseconds, of each file."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _hash_files(files: Iterable[Path]) -> str:
+    """sha256 of one file's bytes; of several, of their names and bytes."""
+    paths = list(files)
+    digest = hashlib.sha256()
+    for path in paths:
+        if len(paths) > 1:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""The pipeline as Dagster definitions: assets, checks, conditions, jobs, resources."""

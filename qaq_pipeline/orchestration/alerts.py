@@ -1,0 +1,192 @@
+"""Alerts: what is said when something goes wrong, and the channels that carry it. No Dagster.
+
+Belongs here: one function a channel, and the words of an alert that rests on no Dagster event. Does not belong here:
+when an alert is due, which whoever raises it knows.
+
+An alert never fails what it tells of: a channel that fails, or takes too long, is logged and named to the caller, and
+the next is tried.
+Secrets are read from the environment when an alert is sent, and appear in no text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import smtplib
+import ssl
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.message import EmailMessage
+from typing import Any, Literal
+
+from qaq_pipeline.config.settings import AlertSettings, EmailAlerts, LogAlerts, PythonAlerts, SlackAlerts
+from qaq_pipeline.screening.gates import Gate
+
+LOGGER = "qaq_pipeline.alerts"
+"""Name of the logger that the channel `log` writes to: users configure it, so it is no module's."""
+
+logger = logging.getLogger(LOGGER)
+
+TIMEOUT_SECONDS = 8
+"""Of each answer of a server."""
+DEADLINE_SECONDS = 10
+"""Of a channel, all in all."""
+
+_SLACK_CODE = re.compile(r"[a-z_]{1,60}")
+"""What Slack says of a message that it does not take, such as invalid_token."""
+
+Channel = LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts
+
+
+class AlertError(RuntimeError):
+    """A channel did not take an alert. The text says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What is said, and of what."""
+
+    subject: str
+    text: str
+    kind: Literal["run_failed", "batch_gated", "delivery_refused"]
+    batch: str | None = None
+    run_id: str | None = None
+    """Of the Dagster run that it tells of, or that found it."""
+
+
+def gated(batch: str, gate: Gate, run_id: str | None = None) -> Alert:
+    """The alert of a batch that goes no further."""
+    return Alert(
+        subject=f"Batch {batch} is gated ({gate.reason.value})",
+        text=f"Batch {batch} is left out of the published dataset: {gate.sentence}.",
+        kind="batch_gated",
+        batch=batch,
+        run_id=run_id,
+    )
+
+
+def send(alert: Alert, settings: AlertSettings) -> tuple[str, ...]:
+    """Send the alert over every channel.
+
+    Returns:
+        For each channel that failed, a sentence that says which and why; each is logged as well.
+    """
+    failures = []
+    for number, channel in enumerate(settings.channels):
+        reason = _failure(channel, alert)
+        if reason is not None:
+            failures.append(f"alerts.channels.{number} ({channel.kind}) did not send {alert.subject!r}: {reason}")
+    for failure in failures:
+        logger.error(failure)
+    return tuple(failures)
+
+
+def _failure(channel: Channel, alert: Alert) -> str | None:
+    """Why the channel did not take the alert; None: it did.
+
+    The timeout of a socket is of each answer: a server that drips would never end, nor would a function that waits.
+    """
+    reasons: list[str | None] = []
+    # A daemon: it may be left behind, and then does not keep the process.
+    thread = threading.Thread(target=lambda: reasons.append(_fault(channel, alert)), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_SECONDS)
+    return reasons[0] if reasons else f"it gave no answer in {DEADLINE_SECONDS:g} s"
+
+
+def _fault(channel: Channel, alert: Alert) -> str | None:
+    try:
+        _send_over(channel, alert)
+    except AlertError as error:
+        return str(error)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the next channel is tried, and the run goes on.
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _send_over(channel: Channel, alert: Alert) -> None:
+    match channel:
+        case LogAlerts():
+            level = logging.ERROR if alert.kind == "run_failed" else logging.WARNING
+            logger.log(level, "%s. %s", alert.subject, alert.text)
+        case EmailAlerts():
+            _send_email(channel, alert)
+        case SlackAlerts():
+            _send_to_slack(channel, alert)
+        case PythonAlerts():
+            _resolve(channel.target)(alert)
+
+
+def _secret(name: str) -> str:
+    """The value of an environment variable. Raises `AlertError` where it is not set."""
+    value = os.environ.get(name)
+    if not value:
+        raise AlertError(f"the environment variable {name} is not set; set it where Dagster's processes start")
+    return value
+
+
+# --- e-mail -----------------------------------------------------------------------------------------------------
+
+
+def _send_email(channel: EmailAlerts, alert: Alert) -> None:
+    message = EmailMessage()
+    message["Subject"] = " ".join(alert.subject.split())  # A line break would begin another header.
+    message["From"] = channel.sender
+    message["To"] = ", ".join(channel.recipients)
+    message.set_content(alert.text)
+    password = _secret(channel.password_env) if channel.password_env else None
+    with smtplib.SMTP(channel.host, channel.port, timeout=TIMEOUT_SECONDS) as server:
+        if channel.starttls:
+            server.starttls(context=ssl.create_default_context())
+        if channel.username is not None and password is not None:
+            server.login(channel.username, password)
+        refused = server.send_message(message)
+    if refused:
+        raise AlertError(f"{channel.host} refused the recipients {', '.join(sorted(refused))}; check the addresses")
+
+
+# --- Slack ------------------------------------------------------------------------------------------------------
+
+
+def _send_to_slack(channel: SlackAlerts, alert: Alert) -> None:
+    try:
+        from slack_sdk.webhook import WebhookClient
+    except ImportError as error:
+        raise AlertError("slack_sdk is not installed; install qaq-pipeline[slack]") from error
+    url = _secret(channel.webhook_env)
+    silent = logging.getLogger(f"{LOGGER}.slack_sdk")
+    silent.setLevel(logging.CRITICAL + 1)  # Its lines name the URL.
+    client = WebhookClient(url, timeout=TIMEOUT_SECONDS, logger=silent, retry_handlers=[])
+    try:
+        response = client.send(text=f"*{_plain(alert.subject)}*\n{_plain(alert.text)}")
+    except OSError as error:
+        raise AlertError(f"{error}; check the network, and the URL in {channel.webhook_env}") from None
+    except Exception as error:  # noqa: BLE001 - other errors may hold the URL, or a part of it: only their kind is said.
+        raise AlertError(f"{type(error).__name__}; check the URL in {channel.webhook_env}") from None
+    if response.status_code != 200:
+        # Another server than Slack's may answer with what it was asked, which is the URL.
+        said = f" ({response.body!r})" if _SLACK_CODE.fullmatch(response.body) else ""
+        raise AlertError(f"Slack answered {response.status_code}{said}; check the URL in {channel.webhook_env}")
+
+
+def _plain(text: str) -> str:
+    """Text without the characters that Slack reads as markup, so that no row of a delivery can call a channel."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+# --- a function of the user's own ----------------------------------------------------------------------------------
+
+
+def _resolve(target: str) -> Callable[[Alert], Any]:
+    """The function that `module:function` names. Raises `AlertError` where there is none."""
+    module, _, name = target.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise AlertError(f"{target!r} cannot be imported ({error}); check alerts.channels and PYTHONPATH") from error
+    if not callable(function):
+        raise AlertError(f"{target!r} is no function but {type(function).__name__}; name one that takes an Alert")
+    return function

@@ -1,0 +1,1 @@
+"""Assets of the validation by planted defects."""

@@ -1,0 +1,1 @@
+"""Assets from a delivery to screened rows."""

@@ -1,0 +1,1 @@
+"""Assets of one batch and one model."""

@@ -1,0 +1,1 @@
+"""Assets from scores to a decision about every row."""

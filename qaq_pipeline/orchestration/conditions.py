@@ -1,0 +1,130 @@
+"""When an asset is made without a hand: the automation condition of each, in one rule for a batch and one for all.
+
+Belongs here: the conditions. Does not belong here: what evaluates them (`automation`), and what an asset does.
+
+The assets of a batch are a chain: each follows the input that is made last. What `qaq run` makes is the driver's: it
+brings its own followers, and a condition that fired between two of its jobs would run one of them twice.
+"""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from qaq_pipeline.orchestration import liveness
+
+_LAST_INPUT = {
+    "signatures": "raw_data",
+    "screened_data": "signatures",
+    "logprobs": "screened_data",
+    "rmi_scores": "logprobs",
+    "disagreement_scores": "rmi_scores",
+    "decisions": "disagreement_scores",
+    "selected_subset": "decisions",
+    "planted_rows": "disagreement_scores",
+    "planted_scores": "planted_rows",
+    "calibration": "planted_scores",
+}
+"""Of each asset of a batch, the input that is made last: when it is there, so are the others."""
+
+_Condition = dg.AutomationCondition
+
+
+def automate(assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
+    """The assets with their conditions. raw_data has none: the landing zone's sensor runs it."""
+    conditions = {name: of_batch(last) for name, last in _LAST_INPUT.items()}
+    conditions |= {"rank_reference": of_reference(), "curated_dataset": of_dataset()}
+    conditions |= {"batch_report": of_page("selected_subset"), "dataset_report": of_page("curated_dataset")}
+
+    def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
+        name = spec.key.to_user_string()
+        return spec.replace_attributes(automation_condition=conditions[name]) if name in conditions else spec
+
+    return [asset for asset in dg.map_asset_specs(with_condition, assets) if isinstance(asset, dg.AssetsDefinition)]
+
+
+def of_batch(last_input: str) -> dg.AutomationCondition:
+    """An asset of a batch: made when the last of its inputs was made, and in the same run where both are due.
+
+    It waits for inputs that are missing, under way, or failed when they were last to be made.
+    """
+    is_due_with_input = _Condition.any_deps_match(_Condition.will_be_requested()).allow(_assets(last_input))
+    has_failed = _Condition.execution_failed() & ~_Condition.will_be_requested()
+    return (
+        (_follows(last_input) | _was_missing() | is_due_with_input)
+        & ~_Condition.any_deps_missing()
+        & ~_Condition.any_deps_in_progress()
+        & ~_Condition.any_deps_match(has_failed)
+        & ~_Condition.in_progress()
+    ).with_label(f"after {last_input}")
+
+
+def of_reference() -> dg.AutomationCondition:
+    """The reference: made once, when the scores of all its batches are there. It is frozen, so nothing makes it anew.
+
+    Where it could not be made, it waits for a person, whom the failed run alerts.
+    """
+    is_not_ready = _Condition.missing() | _Condition.in_progress() | _Condition.will_be_requested()
+    return (
+        _Condition.missing()
+        & ~_Condition.any_deps_match(is_not_ready)
+        & ~_Condition.in_progress()
+        & ~_Condition.execution_failed()
+    ).with_label("once, after rmi_scores of all its batches")
+
+
+def of_dataset() -> dg.AutomationCondition:
+    """The dataset: published when a batch was selected from, whatever became of others, once nothing is under way."""
+    return (
+        (_follows("selected_subset") | _was_missing("selected_subset"))
+        & ~_Condition.any_deps_in_progress()
+        & ~_Condition.in_progress()
+    ).with_label("after selected_subset, once nothing is under way")
+
+
+def of_page(last_input: str) -> dg.AutomationCondition:
+    """A page: made when what it shows was made, in a run of its own, so that one that fails fails nothing else."""
+    return (
+        (_follows(last_input) | _was_missing(last_input))
+        & ~_Condition.any_deps_missing()
+        & ~_Condition.any_deps_in_progress()
+        & ~_Condition.in_progress()
+    ).with_label(f"after {last_input}, alone")
+
+
+def _assets(name: str) -> dg.AssetSelection:
+    return dg.AssetSelection.assets(name)
+
+
+def _follows(last_input: str) -> dg.AutomationCondition:
+    """The input was made since this was last asked for, and since it was last made; and not by a driver.
+
+    Two comparisons, because each is by time only where it stands alone: `since_last_handled` lets an input that was
+    made between asking and making go unseen.
+    """
+    is_made = _Condition.any_deps_match(_Condition.newly_updated()).allow(_assets(last_input))
+    return (
+        is_made.since(_Condition.newly_requested())
+        & is_made.since(_Condition.newly_updated())
+        & ~_was_last_made_by_driver(last_input)
+    )
+
+
+def _was_last_made_by_driver(last_input: str) -> dg.AutomationCondition:
+    tag = {liveness.TAG}
+    # The first sees no event where there was none before; the second sees the newest batch only.
+    by_driver = _Condition.all_new_updates_have_run_tags(tag_keys=tag) | _Condition.executed_with_tags(tag_keys=tag)
+    made_so = _Condition.any_deps_match(by_driver).allow(_assets(last_input))
+    made_otherwise = _Condition.any_deps_match(_Condition.newly_updated() & ~by_driver).allow(_assets(last_input))
+    return made_so.since(made_otherwise)
+
+
+def _was_missing(beside: str | None = None) -> dg.AutomationCondition:
+    """It was missing when the conditions were evaluated for the first time: what landed before there was a daemon.
+
+    Args:
+        beside: an input of which a partition must have been there then.
+    """
+    at_first = _Condition.missing() & _Condition.initial_evaluation()
+    if beside is not None:
+        at_first &= _Condition.any_deps_match(~_Condition.missing()).allow(_assets(beside))
+    return at_first.since(_Condition.newly_requested() | _Condition.newly_updated())

@@ -1,0 +1,304 @@
+"""Selected rows as the files that trainers load. No scores in them.
+
+Belongs here: one function a format, rows in, bytes out, and what a reader of its files must know.
+Does not belong here: which rows, or where files go.
+
+Rows are SelectedSubset, perhaps with the column `meta` (`with_meta`), which every record has then. All records of a
+format have the same fields of the same types, whatever the rows hold: none is left out, and none is null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qaq_pipeline.config.settings import SettingsError
+from qaq_pipeline.schema import tables
+from qaq_pipeline.storage import row_lookup
+
+_ROWS_AT_A_TIME = 10_000
+"""Of an Arrow table: the texts of a part of it must stay below 2 GB."""
+
+_META = (*tables.ROW_KEY, "pair_id", "source", "language", "record")
+
+
+def messages_jsonl(rows: pl.DataFrame) -> bytes:
+    """OpenAI messages, one conversation a line: the row's own system text, if any, then Q and A."""
+    return _jsonl(_records(rows, _messages))
+
+
+def alpaca_json(rows: pl.DataFrame) -> bytes:
+    """Alpaca: a JSON array of instruction (Q whole), input (empty), output (A) and system (perhaps empty)."""
+    return b"[\n" + b",\n".join(map(_json, _records(rows, _alpaca))) + b"\n]\n"
+
+
+def prompt_completion_jsonl(rows: pl.DataFrame) -> bytes:
+    """Prompt and completion as lists of messages: the row's own system text, if any, and Q; then A.
+
+    Not as text, which TRL joins as it is: without the turns of a chat template, and with no place for a system text.
+    Message lists it renders with the template, and the loss is on the completion alone.
+    """
+    return _jsonl(_records(rows, _prompt_completion))
+
+
+def sharegpt_jsonl(rows: pl.DataFrame) -> bytes:
+    """ShareGPT, one conversation a line: from system, where the row has a system text, human and gpt."""
+    return _jsonl(_records(rows, _sharegpt))
+
+
+def messages_parquet(rows: pl.DataFrame) -> bytes:
+    """The records of `messages_jsonl` as Parquet, of the types that `datasets` gives the JSONL."""
+    stream = io.BytesIO()
+    pq.write_table(_messages_table(rows), stream, compression="zstd")
+    return stream.getvalue()
+
+
+def messages_folder(rows: pl.DataFrame) -> dict[str, bytes]:
+    """The same as the files of `Dataset.save_to_disk`, by name; needs the extra `datasets`.
+
+    The fingerprint is a hash of the rows and no random number: the same rows give the same files.
+    """
+    from datasets import Dataset
+
+    fingerprint = hashlib.blake2b(messages_jsonl(rows), digest_size=8).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        # One shard, also of no rows: `load_from_disk` fails where there is none.
+        Dataset(_messages_table(rows), fingerprint=fingerprint).save_to_disk(folder, num_shards=1)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame | None = None) -> pl.DataFrame:
+    """The rows with where each comes from, and the delivered record, as the column `meta`: a JSON object as text.
+
+    A record holds all turns of a conversation: where one of them may not be published, it is left out of the others.
+
+    Args:
+        rows: SelectedSubset.
+        raw: RawData of the same batches.
+        barred: keys of the rows whose text may not be published; None: there are none.
+
+    As text, since its values vary: of a JSON file `datasets` makes dates out of the names of batches that are named by
+    their day, and a column of nulls where no row has a source, so that two files would differ in type.
+    """
+    records = rows.join(raw.select(*tables.ROW_KEY, "record"), on=tables.ROW_KEY, how="left", validate="1:1")
+    if barred is not None:
+        of_record = [name for name in tables.ROW_KEY if name != "turn_index"]
+        is_barred = barred.select(of_record).unique().with_columns(is_barred=pl.lit(True))
+        known = records.join(is_barred, on=of_record, how="left", validate="m:1", maintain_order="left")
+        records = known.with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record"))
+    values = [json.dumps(value, ensure_ascii=False) for value in records.select(_META).iter_rows(named=True)]
+    return rows.with_columns(meta=pl.Series(values, dtype=pl.String))
+
+
+@dataclass(frozen=True)
+class Format:
+    """One of `export.formats`."""
+
+    path: str
+    """Its file, or folder, in the folder of a selection."""
+    write: Callable[[pl.DataFrame], bytes | dict[str, bytes]]
+    """Rows -> the file, or the files of the folder by name."""
+    columns: pa.Schema
+    """Of its records, as `datasets` loads them; `meta` aside."""
+    llama_factory: Mapping[str, Any] | None = None
+    """How LLaMA-Factory is told to read the file; None: it cannot."""
+
+    @property
+    def is_json(self) -> bool:
+        """Whether `datasets` reads it by its JSON loader."""
+        return self.path.endswith((".json", ".jsonl"))
+
+
+def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
+    """The files of the rows in a format of `export.formats`, by their path in the folder of a selection."""
+    written = FORMATS[name].write(rows)
+    if isinstance(written, bytes):
+        return {FORMATS[name].path: written}
+    return {f"{FORMATS[name].path}/{file}": data for file, data in written.items()}
+
+
+def columns(name: str, *, has_meta: bool) -> pa.Schema:
+    """The columns of a format's records, as `datasets` loads them."""
+    meta = [pa.field("meta", pa.string())] if has_meta else []
+    return pa.schema([*FORMATS[name].columns, *meta])
+
+
+def format_of(path: str) -> str | None:
+    """The format that wrote a file, by its path in the folder of a selection; None: no format did."""
+    written = (name for name, one in FORMATS.items() if path == one.path or path.startswith(f"{one.path}/"))
+    return next(written, None)
+
+
+def check_installed(formats: Sequence[str]) -> None:
+    """Raises `SettingsError` where a format is asked for whose package is not installed."""
+    if "hf" in formats and find_spec("datasets") is None:
+        raise SettingsError(
+            "export.formats: hf needs the package datasets; install qaq-pipeline[datasets], or leave hf out"
+        )
+
+
+def llama_factory_info(exported: Mapping[str, int], formats: Sequence[str]) -> bytes:
+    """LLaMA-Factory's dataset_info.json."""
+    return json.dumps(llama_factory_entries(exported, formats), indent=2).encode() + b"\n"
+
+
+def llama_factory_entries(exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """An entry `<selection>_<format>` for each file with rows that LLaMA-Factory can read."""
+    return {
+        f"{selection}_{name}": {"file_name": f"{selection}/{FORMATS[name].path}", **reading}
+        for selection, num_rows in exported.items()
+        for name in formats
+        if num_rows and (reading := FORMATS[name].llama_factory) is not None
+    }
+
+
+def scores_parquet(decisions: pl.DataFrame) -> bytes:
+    """Every input row's decision and scores, flat: joins on the row key or on pair_id."""
+    return parquet(flat_scores(decisions))
+
+
+def parquet(rows: pl.DataFrame) -> bytes:
+    """The rows as they are."""
+    buffer = io.BytesIO()
+    rows.write_parquet(buffer, compression="zstd", row_group_size=row_lookup.rows_per_group(rows.height))
+    return buffer.getvalue()
+
+
+def flat_scores(decisions: pl.DataFrame) -> pl.DataFrame:
+    """Decisions with a column for each score and model (`rmi_strong`) and each selection (`is_selected:diff_high`)."""
+    rows = decisions.with_row_index("row")
+    keep = rows.drop("scores", "verdicts")
+    scores = _spread(rows, "scores", "model", lambda field, role: f"{field}_{role}")
+    verdicts = _spread(
+        rows,
+        "verdicts",
+        "selection",
+        lambda field, name: f"{field}:{name}",
+        fields=("is_selected", "reason", "score", "position"),
+    )
+    return keep.join(scores, on="row", how="left").join(verdicts, on="row", how="left").sort("row").drop("row")
+
+
+def _spread(
+    rows: pl.DataFrame, column: str, name: str, rename: Callable[[str, str], str], fields: tuple[str, ...] = ()
+) -> pl.DataFrame:
+    """A list of structs as columns: for each value of `name` in it, one column for each of its other fields."""
+    long = rows.select("row", column).explode(column, empty_as_null=False).unnest(column)
+    values = fields or tuple(field for field in long.columns if field not in ("row", name))
+    spread = rows.select("row")
+    for value in long[name].unique(maintain_order=True):
+        part = long.filter(pl.col(name) == value).select("row", *(pl.col(f).alias(rename(f, value)) for f in values))
+        spread = spread.join(part, on="row", how="left", validate="1:1")
+    return spread
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def _records(rows: pl.DataFrame, record: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows.iter_rows(named=True):
+        yield record(row) | ({"meta": row["meta"]} if "meta" in row else {})
+
+
+def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": row["system"]}] if row["system"] else []
+    return [*system, {"role": "user", "content": row["query"]}]
+
+
+def _completion(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": row["answer"]}]
+
+
+def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": [*_prompt(row), *_completion(row)]}
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": _prompt(row), "completion": _completion(row)}
+
+
+def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [*_prompt(row), *_completion(row)]
+    return {"conversations": [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]}
+
+
+def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"instruction": row["query"], "input": "", "output": row["answer"], "system": row["system"] or ""}
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _jsonl(records: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(_json(record) + b"\n" for record in records)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _messages_table(rows: pl.DataFrame) -> pa.Table:
+    records = columns("messages", has_meta="meta" in rows.columns)
+    batches = [
+        pa.RecordBatch.from_pylist(list(_records(part, _messages)), schema=records)
+        for part in rows.iter_slices(_ROWS_AT_A_TIME)
+    ]
+    return pa.Table.from_batches(batches, schema=records)
+
+
+# --- the formats --------------------------------------------------------------------------------------------------
+
+
+def _strings(*names: str) -> list[pa.Field]:
+    return [pa.field(name, pa.string()) for name in names]
+
+
+_CHAT = pa.list_(pa.struct(_strings("role", "content")))
+_MESSAGES = pa.schema([pa.field("messages", _CHAT)])
+_LLAMA_FACTORY_MESSAGES = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    },
+}
+
+FORMATS = {
+    "messages": Format("messages.jsonl", messages_jsonl, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
+    "prompt_completion": Format(
+        "prompt_completion.jsonl",
+        prompt_completion_jsonl,
+        pa.schema([pa.field("prompt", _CHAT), pa.field("completion", _CHAT)]),
+    ),
+    "alpaca": Format(
+        "alpaca.json",
+        alpaca_json,
+        pa.schema(_strings("instruction", "input", "output", "system")),
+        {"columns": {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}},
+    ),
+    "sharegpt": Format(
+        "sharegpt.jsonl",
+        sharegpt_jsonl,
+        pa.schema([pa.field("conversations", pa.list_(pa.struct(_strings("from", "value"))))]),
+        {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+    ),
+    "parquet": Format("messages.parquet", messages_parquet, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
+    "hf": Format("hf", messages_folder, _MESSAGES),
+}
+"""By name in `export.formats`."""

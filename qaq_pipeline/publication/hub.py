@@ -1,0 +1,284 @@
+"""A published version where others load it: a dataset repository of the Hugging Face hub, a folder, any fsspec URL.
+
+Belongs here: which version may leave, and one commit, or one copy, of it. Does not belong here: what a version is.
+
+The files arrive byte for byte as they lie in the storage, the manifest among them, by which a repetition is known.
+What an earlier version left there and this one has not is removed; nothing else is touched. No Dagster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qaq_pipeline.publication.versions import (
+    FOLDER,
+    MANIFEST_FORMAT,
+    find_version,
+    kept_versions,
+    latest,
+    published_withdrawn,
+)
+from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_MANIFEST = "manifest.json"
+_HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@\s]+))?")
+_REMEDIES = {
+    401: "no valid token: set HF_TOKEN, or `hf auth login`",
+    403: "the token may not write there: take one with the right to, or another repository",
+    404: "there is no such repository, or the token may not see it: set HF_TOKEN, or `hf auth login`",
+}
+"""By HTTP status."""
+
+
+class PublishError(ValueError):
+    """A version cannot be published there. The text names the version or the target, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A version at a target, or as it would arrive there."""
+
+    version: str
+    url: str
+    sizes: Mapping[str, int]
+    """Bytes of each file, by its path."""
+    is_new: bool
+    """Whether it was not there before, as far as that was looked for."""
+    removed: tuple[str, ...] = ()
+    """Files of an earlier version."""
+    replaced: tuple[str, ...] = ()
+    """Files that others had put there, such as a card; a repository keeps them in its history."""
+
+
+class _Target(Protocol):
+    """Where a version is published."""
+
+    has_history: bool
+    """Whether what is replaced there can be had again."""
+
+    @property
+    def url(self) -> str:
+        """Where others find it."""
+
+    def manifest(self) -> Any:
+        """The JSON value of the manifest that is there; None: there is none."""
+
+    def existing(self, names: Sequence[str]) -> list[str]:
+        """Those of the files that are there."""
+
+    def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:
+        """Write files and remove others."""
+
+
+def publish(
+    storage: Storage,
+    version: str,
+    to: str,
+    *,
+    is_private: bool = False,
+    is_dry_run: bool = False,
+    token: str | None = None,
+) -> Copy:
+    """Copy a version to a target; where it is there already, nothing is written.
+
+    Args:
+        storage: where the version lies.
+        version: its number, the first digits of its hash, or `latest`.
+        to: `hf://datasets/ORG/NAME`, perhaps with `@REVISION`; else a folder, or any fsspec URL.
+        is_private: whether a repository that is made is private; one that exists must be.
+        is_dry_run: whether only to say what would be written.
+        token: of the hub; by default as huggingface_hub finds it: HF_TOKEN, or that of `hf auth login`.
+
+    Raises:
+        PublishError: there is no such version, it holds what was withdrawn since, or the target cannot be written.
+        StorageError: a file of it is missing or damaged.
+    """
+    version = _existing_version(storage, version)
+    files = _read_files(storage, version)
+    sizes = {name: len(data) for name, data in files.items()}
+    hub = _parse(to)
+    if is_dry_run:
+        return Copy(version, to, sizes, is_new=True)
+    target = _Folder(to) if hub is None else _Repository(*hub, is_private=is_private, token=token)
+    if f"{target.url}/".startswith(f"{storage.url().rstrip('/')}/"):
+        raise PublishError(f"{to}: lies in the storage, where versions are never changed; take another folder")
+    there = target.manifest()
+    if there is not None and hash_json(there) == version:
+        return Copy(version, target.url, sizes, is_new=False)
+    obsolete = target.existing([name for name in _files_of(there) if name not in files])
+    foreign = [] if _is_ours(there) else target.existing([*files])
+    if foreign and not target.has_history:
+        raise PublishError(
+            f"{target.url}: {', '.join(foreign)} is there, and was not written by `qaq publish`; take another folder"
+        )
+    target.replace(files, obsolete, f"Publish version {version}")
+    return Copy(version, target.url, sizes, is_new=True, removed=tuple(obsolete), replaced=tuple(foreign))
+
+
+def _existing_version(storage: Storage, version: str) -> str:
+    found = find_version(storage, version).version
+    kept = kept_versions(storage)
+    if found not in kept or not storage.exists(FOLDER, found, _MANIFEST):
+        raise PublishError(f"{version!r} is no version whose files are kept; these are: {', '.join(kept)}")
+    if batches := published_withdrawn(storage, found):
+        newer = "`qaq recurate` makes one" if found == latest(storage) else "`latest` is newer"
+        raise PublishError(
+            f"version {found} holds what was withdrawn since of {', '.join(batches)}; publish one without it: {newer}"
+        )
+    return found
+
+
+def _read_files(storage: Storage, version: str) -> dict[str, bytes]:
+    """The files of a version by their path, the manifest last; each is what was published."""
+    folder = (FOLDER, version)
+    files = {}
+    for name, sha256 in storage.read_json(*folder, _MANIFEST)["files"].items():
+        files[name] = storage.read_bytes(*folder, *name.split("/"))
+        if hashlib.sha256(files[name]).hexdigest() != sha256:
+            raise StorageError(
+                f"{storage.url(*folder, name)}: changed since it was published; restore it, or remove the version's "
+                "folder and run `qaq recurate`"
+            )
+    return files | {_MANIFEST: storage.read_bytes(*folder, _MANIFEST)}
+
+
+def _parse(to: str) -> tuple[str, str] | None:
+    """Repository and revision of an hf:// URL; None: it is none."""
+    if not to.startswith("hf://"):
+        return None
+    found = _HUB.fullmatch(to)
+    if found is None:
+        raise PublishError(f"{to}: give hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION")
+    return found["repo"], found["revision"] or "main"
+
+
+def _files_of(manifest: Any) -> list[str]:
+    """The files that a manifest of ours names; of any other JSON none."""
+    files = manifest.get("files") if _is_ours(manifest) else None
+    names = files if isinstance(files, dict) else {}
+    return [name for name in names if not (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts)]
+
+
+def _is_ours(manifest: Any) -> bool:
+    """Whether this pipeline wrote it: the number of its format stands in it."""
+    return isinstance(manifest, dict) and isinstance(manifest.get("format"), int)
+
+
+class _Folder:
+    """A folder, or any fsspec URL."""
+
+    has_history = False
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._storage = Storage(url, Path())  # Its locks are not used.
+        except (ImportError, ValueError) as error:  # A protocol that is unknown, or whose package is not installed.
+            raise PublishError(f"{url}: {error}") from error
+
+    @property
+    def url(self) -> str:
+        return self._storage.url().rstrip("/")
+
+    def manifest(self) -> Any:
+        return self._storage.read_json(_MANIFEST) if self._storage.exists(_MANIFEST) else None
+
+    def existing(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self._storage.exists(*name.split("/"))]
+
+    def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
+        """Until the manifest, which is last, says that all went well, another says that it is being written."""
+        begun = {"format": MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
+        self._storage.write_json(begun, _MANIFEST)
+        for name in obsolete:
+            self._storage.remove(*name.split("/"))
+        for name, data in files.items():
+            self._storage.write_bytes(data, *name.split("/"))
+
+
+class _Repository:
+    """A branch of a dataset repository of the hub; both are made where they are missing."""
+
+    has_history = True
+
+    def __init__(self, repo: str, revision: str, *, is_private: bool, token: str | None) -> None:
+        from huggingface_hub import HfApi
+
+        self._api: HfApi = HfApi(token=token)
+        self._repo, self._revision = repo, revision
+        self._at: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset", "revision": revision}
+        with _naming(repo):
+            self._make(is_private=is_private)
+
+    def _make(self, *, is_private: bool) -> None:
+        self._api.create_repo(self._repo, repo_type="dataset", private=is_private or None, exist_ok=True)
+        if is_private and not self._api.repo_info(self._repo, repo_type="dataset").private:
+            raise PublishError(f"{self._repo}: is public already; make it private on the hub, or leave out --private")
+        if self._revision != "main" and not self._revision.startswith("refs/"):
+            self._api.create_branch(self._repo, repo_type="dataset", branch=self._revision, exist_ok=True)
+
+    @property
+    def url(self) -> str:
+        branch = "" if self._revision == "main" else f"/tree/{self._revision}"
+        return f"{self._api.endpoint}/datasets/{self._repo}{branch}"
+
+    def manifest(self) -> Any:
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        with _naming(self._repo), tempfile.TemporaryDirectory() as folder:
+            try:
+                path = self._api.hf_hub_download(filename=_MANIFEST, local_dir=folder, **self._at)
+                return json.loads(Path(path).read_bytes())
+            except (RemoteEntryNotFoundError, ValueError):  # There is none, or it is no JSON and so none of ours.
+                return None
+
+    def existing(self, names: Sequence[str]) -> list[str]:
+        if not names:
+            return []
+        with _naming(self._repo):
+            there = set(self._api.list_repo_files(**self._at))
+        return [name for name in names if name in there]
+
+    def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:
+        """One commit."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in files.items()]
+        deletions = [CommitOperationDelete(path_in_repo=name) for name in obsolete]
+        with _naming(self._repo):
+            self._api.create_commit(operations=[*additions, *deletions], commit_message=message, **self._at)
+
+
+@contextlib.contextmanager
+def _naming(repo: str) -> Iterator[None]:
+    """Errors of the hub as `PublishError`, with the repository and the remedy."""
+    try:
+        yield
+    except PublishError:
+        raise
+    except Exception as error:  # huggingface_hub raises those of HTTP, the network, values, and of its threads alike.
+        raise PublishError(f"{repo}: {_remedy(error)}") from error
+
+
+def _remedy(error: BaseException) -> str:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # Of one of its threads.
+        return f"{error} {_remedy(error.__cause__)}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, HfHubHTTPError):
+        return _REMEDIES.get(error.response.status_code, str(error).strip())
+    if isinstance(error, HTTPError | ConnectionError):
+        return f"the hub cannot be reached ({error}); look to the network, or to HF_ENDPOINT"
+    return str(error).strip()

@@ -1,0 +1,326 @@
+"""What the asset checks measure of stored tables: numbers, whether they are as expected, and a sentence. Polars only.
+
+Belongs here: each measurement and its verdict. Does not belong here: the limits (config), what is read and when
+(checks), or what stops a batch (gates).
+
+A number that cannot be had is left out, and the sentence says why: none stands for a failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.config.settings import CheckSettings, RankingSettings
+from qaq_pipeline.schema.tables import ROW_KEY, Decision, Defect, NullReason, Quantity, Statistic, Status
+
+_LEAST_EVIDENCE = 100
+"""Pairs, n m / (n + m). Of batches drawn from the reference itself, 50 % are over the default limits of drift with 50
+pairs against 5,000, 2 % with 100, and 1.5 % with 200 against 200."""
+
+
+_AUROC = ("defect", "model", "value")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was measured of one table."""
+
+    passed: bool
+    sentence: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Floats and ints by name, and counts by reason."""
+
+
+def rejected_rows(raw: pl.DataFrame, max_share: float | None) -> Finding:
+    """How many rows of RawData cannot be read; `max_share` None: any share passes."""
+    counts = {"rows": raw.height, "rejected": int((raw["status"] == Status.REJECTED.value).sum())}
+    if raw.is_empty():
+        return Finding(False, "The delivery has no row.", counts)
+    share = counts["rejected"] / raw.height
+    by_reason = count_by(raw["reason"])
+    limit = "any share is allowed" if max_share is None else f"{max_share:g} may be (gates.max_rejected_share)"
+    return Finding(
+        max_share is None or share <= max_share,
+        f"{counts['rejected']} of {raw.height} rows cannot be read, a share of {share:.4g}; {limit}."
+        + _listed(by_reason),
+        counts | {"rejected_share": share, "rejected_by_reason": by_reason},
+    )
+
+
+def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
+    """Whether a batch passed the gate before scoring (`gate` is the verdict's sentence), and rows by status."""
+    statuses = {status: int((screened["status"] == status.value).sum()) for status in Status}
+    counts: dict[str, float | int] = {"rows": screened.height}
+    counts |= {f"{status}_rows": number for status, number in statuses.items()}
+    if not screened.is_empty():
+        counts |= {f"{status}_share": number / screened.height for status, number in statuses.items()}
+    accepted = f"{statuses[Status.ACCEPTED]} of {screened.height} rows are to be scored"
+    sentence = f"{accepted}." if gate is None else f"The batch is gated before scoring: {gate}."
+    return Finding(gate is None, sentence, counts)
+
+
+def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
+    """How many of the wanted quantities of Logprobs are null, and why."""
+    reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
+    wanted = reasons.filter(reasons.ne_missing(NullReason.NOT_WANTED.value))
+    null = wanted.drop_nulls()
+    counts = {"wanted": len(wanted), "null": len(null)}
+    if wanted.is_empty():
+        return Finding(True, "No pair was to be scored.", counts)
+    share, by_reason = len(null) / len(wanted), count_by(null)
+    return Finding(
+        share <= max_share,
+        f"{len(null)} of {len(wanted)} wanted quantities are null, a share of {share:.4g}; {max_share:g} may be "
+        "(checks.max_null_share)." + _listed(by_reason),
+        counts | {"null_share": share, "null_by_reason": by_reason},
+    )
+
+
+def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
+    """How many answers of Logprobs lost their tail to the window."""
+    counts = {"pairs": logprobs.height, "truncated": int(logprobs["is_truncated"].sum())}
+    if logprobs.is_empty():
+        return Finding(True, "No pair was to be scored.", counts)
+    share = counts["truncated"] / logprobs.height
+    return Finding(
+        share <= max_share,
+        f"{counts['truncated']} of {logprobs.height} answers are truncated, a share of {share:.4g}; {max_share:g} may "
+        "be (checks.max_truncated_share); the window is scoring.max_tokens.",
+        counts | {"truncated_share": share},
+    )
+
+
+def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
+    """Mean RMI of RmiScores, with its standard error s / sqrt(n), s of n - 1, and the share of pairs with RMI < 0.
+
+    A model, a prompt or a token boundary that is broken shows here first: answers that say nothing of their queries
+    have an RMI of about 0.
+    """
+    rmi = scores["rmi"].drop_nulls()
+    n = len(rmi)
+    if n == 0:
+        return Finding(False, f"None of {scores.height} pairs has an RMI: nothing can be said.", {"scorable_pairs": 0})
+    numbers: dict[str, float | int] = {
+        "scorable_pairs": n,
+        "mean_rmi": float(rmi.mean()),  # type: ignore[arg-type]
+        "negative_share": int((rmi < 0).sum()) / n,
+    }
+    error = ""
+    if n > 1:
+        numbers["standard_error"] = float(rmi.std()) / math.sqrt(n)  # type: ignore[arg-type]
+        error = f" ± {numbers['standard_error']:.3g}"
+    return Finding(
+        numbers["mean_rmi"] > min_mean,
+        f"Mean RMI is {numbers['mean_rmi']:.3g}{error} nats/token over {n} pairs, expected above {min_mean:g} "
+        f"(checks.min_mean_rmi); a share of {numbers['negative_share']:.4g} is below 0.",
+        numbers,
+    )
+
+
+def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Finding:
+    """Whether every model of DisagreementScores has the wanted strata, each of enough rows."""
+    by_pair = disagreement.select(pl.col("ranks").explode(empty_as_null=False)).unnest("ranks")
+    ranks = by_pair.drop_nulls("stratum")
+    if ranks.is_empty():
+        return Finding(False, f"None of {disagreement.height} pairs is ranked: there is no stratum.", {"num_strata": 0})
+    unranked = sorted(set(by_pair["model"]) - set(ranks["model"]))
+    if unranked:
+        return Finding(
+            False,
+            f"None of {disagreement.height} pairs is ranked under the models {unranked}: they have no stratum.",
+            {"num_strata": 0},
+        )
+    rows = ranks.group_by("model", "stratum").len()
+    strata = rows.group_by("model").agg(num_strata=pl.len(), fewest=pl.col("len").min()).sort("model")
+    num_strata, fewest = int(strata["num_strata"].min()), int(strata["fewest"].min())  # type: ignore[arg-type]
+    wanted, least = ranking.num_strata, ranking.min_rows_per_stratum
+    by_model = ", ".join(f"{model}: {number} of at least {few} rows" for model, number, few in strata.iter_rows())
+    return Finding(
+        num_strata >= wanted and fewest >= least,
+        f"Strata by model: {by_model}; expected are {wanted} (ranking.num_strata) of at least {least} "
+        "(ranking.min_rows_per_stratum).",
+        {"num_strata": num_strata, "fewest_rows_in_a_stratum": fewest},
+    )
+
+
+def rank_correlation(disagreement: pl.DataFrame, maximum: float) -> Finding:
+    """Spearman's correlation of the strong and the weak model's ranks: near 1, the gap between them is mostly noise."""
+    ranks = disagreement.select("rank_strong", "rank_weak").drop_nulls()
+    numbers: dict[str, float | int] = {"pairs_ranked_by_both": ranks.height}
+    correlation = ranks.select(pl.corr("rank_strong", "rank_weak", method="spearman")).item() if ranks.height else None
+    if correlation is None or math.isnan(correlation):
+        return Finding(
+            False,
+            f"The models' ranks of {ranks.height} pairs have no correlation: there are too few, or all are equal. "
+            "Whether the second model says anything new is not known.",
+            numbers,
+        )
+    return Finding(
+        correlation < maximum,
+        f"Spearman's correlation of the models' ranks is {correlation:.4g} over {ranks.height} pairs, expected below "
+        f"{maximum:g} (checks.max_rank_correlation): above it the second model says little new.",
+        numbers | {"spearman": correlation},
+    )
+
+
+def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) -> Finding:
+    """Whether a batch lies near the reference, by its statistics as `psi_<quantity>_<model>` and `ks_…`.
+
+    Args:
+        numbers: these statistics.
+        evidence: n m / (n + m) pairs, n of the batch and m of the reference; below 100 nothing is judged.
+        limits: of the statistics.
+    """
+    if not numbers:
+        return Finding(False, "No pair can be compared with the reference: the drift from it is not known.")
+    if evidence < _LEAST_EVIDENCE:
+        return Finding(
+            True,
+            f"Too few pairs to judge: n m / (n + m) is {evidence:.3g}, of n pairs of the batch and m of the reference; "
+            f"from {_LEAST_EVIDENCE} on it is judged.",
+            numbers,
+        )
+    maximum = {"psi": limits.max_psi, "ks": limits.max_ks}
+    over = {name: value for name, value in sorted(numbers.items()) if value > maximum[name.partition("_")[0]]}
+    said = ", ".join(f"{name} is {value:.3g}" for name, value in over.items())
+    return Finding(
+        not over,
+        (f"The batch is unlike the reference: {said}" if over else "The batch is like the reference")
+        + f"; PSI may be {limits.max_psi:g} (checks.max_psi), KS {limits.max_ks:g} (checks.max_ks).",
+        numbers,
+    )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)
+
+
+def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Finding:
+    """Whether every model's RMI tells the batch's pairs from those with another answer, by its AUROC in Calibration.
+
+    Args:
+        calibration: of the batch.
+        min_auc: AUROC that is expected at least.
+        enough: planted rows below which nothing is judged.
+    """
+    of_rmi = calibration.filter(pl.col("statistic") == Statistic.AUROC.value, pl.col("measure") == "rmi")
+    known = of_rmi.drop_nulls("value")
+    numbers = {f"auroc_{defect}_{model}": auc for defect, model, auc in known.select(_AUROC).iter_rows()}
+    is_mismatch = pl.col("defect") == Defect.OTHER_ANSWER.value
+    kept = calibration.filter(pl.col("statistic") == Statistic.KEPT_SHARE.value, is_mismatch)
+    num_planted = max(kept["num_planted"], default=0)  # Scored or not: the same in every selection.
+    if num_planted < enough:
+        return Finding(
+            True,
+            f"Too few rows were planted to judge: {num_planted} of {Defect.OTHER_ANSWER}; {enough} are needed.",
+            numbers,
+        )
+    mismatches = known.filter(is_mismatch, pl.col("num_planted") >= enough)
+    unjudged = sorted(set(of_rmi["model"]) - set(mismatches["model"]))
+    unknown = f"{_and(unjudged)} scored less than {enough} rows of {Defect.OTHER_ANSWER}, and is not judged. "
+    said = ", ".join(
+        f"{model} {auc:.3f} [{lower:.3f}, {upper:.3f}]"
+        for model, auc, lower, upper in mismatches.select("model", "value", "lower", "upper").iter_rows()
+    )
+    blind = sorted(mismatches.filter(pl.col("value") < min_auc)["model"])
+    verdict = f"RMI cannot tell good from bad on this batch under {_and(blind)}: do not trust what it selects. "
+    return Finding(
+        not blind and not unjudged,
+        (verdict if blind else "")
+        + (unknown if unjudged else "")
+        + f"AUROC of pairs against the same queries with another answer: {said or 'unknown'}; expected is {min_auc:g} "
+        "(calibration.min_auc).",
+        numbers,
+    )
+
+
+def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:
+    """Whether there are as many of the Decisions as rows of RawData, each of another row; which share is selected."""
+    counts = {
+        "rows": num_rows,
+        "decided_rows": decisions.select(ROW_KEY).n_unique(),
+        "decisions": decisions.height,
+        "selected": int((decisions["decision"] == Decision.SELECTED.value).sum()),
+    }
+    share = {"selected_share": counts["selected"] / num_rows} if num_rows else {}
+    return Finding(
+        num_rows == counts["decided_rows"] == decisions.height,
+        f"{num_rows} rows; {decisions.height} decisions of {counts['decided_rows']} rows, {counts['selected']} of them "
+        "selected.",
+        counts | share,
+    )
+
+
+def ungated(gate: str | None) -> Finding:
+    """Whether a batch passed all gates; `gate` is the verdict's sentence."""
+    return Finding(gate is None, "Every gate is passed." if gate is None else f"The batch is gated: {gate}.")
+
+
+def same_models(models: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any] | None) -> Finding:
+    """Whether a batch was scored by the models of the newest published version: ScoreIdentities by role.
+
+    None: nothing is published yet. A hub model without `revision` follows its main branch, and moves.
+    """
+    if manifest is None:
+        return Finding(True, "No version is published yet.", {"batches_of_other_models": 0})
+    differing: dict[str, list[str]] = {}
+    for entry in manifest["batches"]:
+        for role, identity in sorted(models.items()):
+            if changed := _differing_fields(entry["models"].get(role, {}), identity):
+                differing.setdefault(f"{role}, {changed}", []).append(entry["batch"])
+    batches = {batch for names in differing.values() for batch in names}
+    if not differing:
+        number = len(manifest["batches"])
+        sentence = f"The models are those of all {number} batches of the newest published version."
+    else:
+        said = ". ".join(f"{what}: {', '.join(names)}" for what, names in differing.items())
+        sentence = f"Batches of the newest published version were scored by other models than this one. {said}."
+    return Finding(not differing, sentence, {"batches_of_other_models": len(batches)})
+
+
+def _differing_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    return "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+
+
+def left_out(registered: Mapping[str, str | None]) -> Finding:
+    """Whether every registered batch is in a version of the dataset: for each, why it is not, or None."""
+    missing = {batch: reason for batch, reason in sorted(registered.items()) if reason is not None}
+    numbers = {"registered_batches": len(registered), "batches_left_out": len(missing)}
+    if not missing:
+        return Finding(True, f"All {len(registered)} registered batches are in it.", numbers)
+    said = ". ".join(f"{batch}: {reason}" for batch, reason in missing.items())
+    return Finding(False, f"{len(missing)} of {len(registered)} registered batches are left out. {said}.", numbers)
+
+
+def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None], num_bytes: int) -> Finding:
+    """Whether the files of a version have the sha256 of its manifest; None: the file is not there."""
+    faults = {
+        name: "missing" if found[name] is None else "changed"
+        for name, sha256 in sorted(expected.items())
+        if found[name] != sha256
+    }
+    numbers = {"files": len(expected), "differing_files": len(faults), "bytes": num_bytes}
+    said = "; ".join(f"{name} is {what}" for name, what in faults.items())
+    return Finding(
+        not faults,
+        f"{said}: publish again after removing the version's folder."
+        if faults
+        else f"All {len(expected)} files are as in the manifest.",
+        numbers,
+    )
+
+
+def count_by(values: pl.Series) -> dict[str, int]:
+    """How often each value comes, most frequent first; nulls are left out."""
+    counts = values.drop_nulls().value_counts(name="n").sort("n", values.name, descending=[True, False])
+    return dict(counts.iter_rows())
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return f" {', '.join(f'{name}: {number}' for name, number in counts.items())}." if counts else ""

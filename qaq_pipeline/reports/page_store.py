@@ -1,0 +1,147 @@
+"""The audit pages in the storage: what each is made of, where it lies, and whether it is still of what stands now.
+
+Belongs here: reading the tables that a page shows, storing it. Does not belong here: what stands on it (`report`), who
+asks for it (assets, `renewal`), and Dagster.
+
+    reports/<batch>/report.html                  and made_of.json: versions of what it was made of
+    reports/<batch>/calibration.html             written with the table
+    curated_dataset/reports/<version>.html       outside the version's own folder, which its manifest describes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+from pydantic import TypeAdapter
+
+from qaq_pipeline.config.settings import Selection, Settings
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.versions import BatchTables
+from qaq_pipeline.reports import pages
+from qaq_pipeline.reports.pages import Made, Scoring
+from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+
+FOLDER = "reports"
+_INPUTS = ("raw_data", "screened_data", "decisions", "selected_subset")
+_REFERENCE = "rank_reference"
+Frozen = tuple[str, pl.DataFrame]
+"""Name and rows of a reference."""
+
+
+def batch_page(batch: str) -> tuple[str, ...]:
+    """Where the page of a batch lies."""
+    return (FOLDER, batch, "report.html")
+
+
+def calibration_page(batch: str) -> tuple[str, ...]:
+    """Where the page of a batch's calibration lies."""
+    return (FOLDER, batch, "calibration.html")
+
+
+def forget(storage: Storage, batches: Sequence[str]) -> None:
+    """Remove the pages of batches, which show texts as they stood; they are made again, where they are wanted."""
+    for batch in batches:
+        for page in (batch_page(batch), calibration_page(batch)):
+            if storage.exists(*page):
+                storage.remove(*page)
+
+
+def version_page(version: str) -> tuple[str, ...]:
+    """Where the page of a published version lies."""
+    return (versions.FOLDER, FOLDER, f"{version}.html")
+
+
+def made_of(storage: Storage, batch: str, code_version: str | None) -> dict[str, Any] | None:
+    """What the page of a batch would be made of now; None: a table is missing, so there is nothing to show yet."""
+    versions = {name: storage.table_version(name, batch) for name in _INPUTS}
+    return None if None in versions.values() else {"code_version": code_version, "inputs": versions}
+
+
+def is_outdated(storage: Storage, batch: str, code_version: str | None) -> bool:
+    """Whether the page of a batch is missing, or of other tables or code than would make it now."""
+    wanted = made_of(storage, batch, code_version)
+    if wanted is None:
+        return False
+    try:
+        return storage.read_json(FOLDER, batch, "made_of.json") != wanted or not storage.exists(*batch_page(batch))
+    except StorageError:
+        return True
+
+
+def write_batch_page(
+    storage: Storage, settings: Settings, tables: BatchTables, scorings: Sequence[Scoring], made: Made
+) -> str:
+    """Make and store the page of a batch; the hash of what it is made of."""
+    frozen = read_reference(storage, settings)
+    calibration = calibration_page(tables.batch)[-1] if settings.is_calibrated and settings.reports.pages else None
+    page = pages.batch_page(tables, scorings, settings.published, frozen, made, settings.reports.examples, calibration)
+    versions = {name: getattr(tables, name).data_version for name in _INPUTS}
+    stands = {"code_version": made.code_version, "inputs": versions}
+    storage.write_bytes(page, *batch_page(tables.batch))
+    storage.write_json(stands, FOLDER, tables.batch, "made_of.json")
+    return hash_json(stands)
+
+
+def write_version_page(storage: Storage, settings: Settings, version: str, made: Made) -> pl.DataFrame:
+    """Make and store the page of a version whose files are kept; its scores.
+
+    Raises:
+        StorageError: there is no such version, or its files were not kept.
+    """
+    folder = (versions.FOLDER, version)
+    if not storage.exists(*folder, "manifest.json"):
+        raise StorageError(f"version {version!r} is not kept; kept are {', '.join(versions.kept_versions(storage))}")
+    manifest = storage.read_json(*folder, "manifest.json")
+    flat = storage.read_frame(*folder, "scores.parquet")
+    page = pages.version_page(
+        version,
+        manifest,
+        flat,
+        TypeAdapter(Selection).validate_python(manifest["selection"]),
+        _neighbours(storage, version, manifest),
+        {name: storage.size(*folder, *name.split("/")) for name in manifest["files"]},
+        read_reference(storage, settings),
+        made,
+    )
+    storage.write_bytes(page, *version_page(version))
+    return flat
+
+
+def read_reference(storage: Storage, settings: Settings) -> Frozen | None:
+    """The reference that drift is measured against; None: none is configured, or it is not made yet."""
+    wanted = settings.ranking.reference
+    if wanted is None or not storage.has_table(_REFERENCE, wanted.name):
+        return None
+    return wanted.name, storage.read_table(_REFERENCE, wanted.name).frame
+
+
+def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The version before, the difference to it, the batches left out, and the pages of batches."""
+    kept = versions.kept_versions(storage)
+    place = kept.index(version) if version in kept else 0
+    previous = kept[place - 1] if place else None
+    difference = None
+    stored = (versions.FOLDER, "differences", f"{version}_from_{previous}.parquet")
+    if previous is not None and storage.exists(*stored):
+        difference = storage.read_frame(*stored)
+    newest = storage.read_json(versions.FOLDER, "latest.json")
+    is_newest = newest["version"] == version
+    excluded = newest["excluded_batches"] if is_newest else _left_out(storage, version)
+    batches = [*(entry["batch"] for entry in manifest["batches"]), *(excluded or {})]
+    return {
+        "previous": previous,
+        "difference": difference,
+        "excluded": excluded,
+        "pages": {batch: "/".join(("..", "..", *batch_page(batch))) for batch in batches if _has_page(storage, batch)},
+    }
+
+
+def _left_out(storage: Storage, version: str) -> dict[str, str] | None:
+    published = next((one for one in versions.publications(storage) if one.version == version), None)
+    return None if published is None else versions.left_out(storage, published)
+
+
+def _has_page(storage: Storage, batch: str) -> bool:
+    return storage.exists(*batch_page(batch))

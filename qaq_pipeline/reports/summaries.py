@@ -1,0 +1,374 @@
+"""What a page or a plot shows of a batch or a version: small frames of counts, shares, bins and examples. Polars only.
+
+Belongs here: how rows become the few numbers that a person reads. Does not belong here: how they are drawn (`plots`),
+what stands on a page (`report`), and what asset checks measure (`measures`).
+
+Everything is taken of one flat frame, `exports.flat_scores` of Decisions, which is a version's scores.parquet as well.
+A pair is counted once where scores and ranks are shown, a row as often as it was delivered where decisions are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+
+from qaq_pipeline.config.settings import CONTROL_PREFIX
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import Decision
+
+TAIL = 0.05
+"""Share of a stratum, at either end of RMI, that is called a tail: a mismatch at the low end, an echo at the high."""
+
+_SELECTED = "is_selected:"
+_STANDS_FOR_NO_PAIR = [d.value for d in (Decision.DUPLICATE, Decision.CONTAMINATED, Decision.WITHDRAWN)]
+_LONGEST_LABEL = 24
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Controls, invisible formats, and marks of direction, other than line feeds and tabs."""
+_IN_PART = 0.001
+"""Share of pairs at either end of an axis that may lie outside the frame of a plot."""
+
+_STEPS = (
+    (Decision.REJECTED, "readable"),
+    (Decision.WITHDRAWN, "not withdrawn"),
+    (Decision.CONTAMINATED, "holds no benchmark task"),
+    (Decision.DUPLICATE, "no duplicate"),
+    (Decision.BATCH_GATED, "of a batch that passed"),
+    (Decision.UNSCORABLE, "scorable"),
+    (Decision.NOT_SELECTED, "selected"),
+)
+"""Each decision but `selected`, in the order in which rows leave, and what the rows that stay are called."""
+
+
+def roles(flat: pl.DataFrame) -> list[str]:
+    """Roles of the models that scored it."""
+    return sorted(name.removeprefix("stratum_") for name in flat.columns if name.startswith("stratum_"))
+
+
+def selections(flat: pl.DataFrame) -> list[str]:
+    """Names of its selections, the published one first, the controls last."""
+    return [name.removeprefix(_SELECTED) for name in flat.columns if name.startswith(_SELECTED)]
+
+
+def pairs(flat: pl.DataFrame) -> pl.DataFrame:
+    """The distinct pairs that were scored: of each the row that stands for it, with `is_selected` of the published."""
+    scored = pl.any_horizontal(pl.lit(False), *(pl.col(f"num_q_tokens_{role}").is_not_null() for role in roles(flat)))
+    chosen = pl.col("decision") == Decision.SELECTED.value
+    return (
+        flat.filter(scored)
+        .sort(pl.col("decision").is_in(_STANDS_FOR_NO_PAIR), *tables.ROW_KEY)
+        .unique("pair_id", keep="first", maintain_order=True)
+        .with_columns(is_selected=chosen)
+    )
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def by_reason(flat: pl.DataFrame) -> pl.DataFrame:
+    """decision, reason, rows: decisions in their order, the most frequent reason first."""
+    order = {decision.value: place for place, decision in enumerate(Decision)}
+    counts = flat.group_by("decision", "reason").agg(rows=pl.len().cast(pl.Int64))
+    place = pl.col("decision").replace_strict(order, return_dtype=pl.Int64)
+    return counts.sort(place, "rows", "reason", descending=[False, True, False])
+
+
+def flow(flat: pl.DataFrame) -> pl.DataFrame:
+    """step, rows, left: from all delivered rows to the selected ones, how many stay at each step and how many leave.
+
+    A gate is a step only of a batch that did not pass it.
+    """
+    counts = dict(flat.group_by("decision").len().iter_rows())
+    remaining = flat.height
+    steps: list[tuple[str, int, int]] = [("delivered", remaining, 0)]
+    for decision, step in _STEPS:
+        leaving = counts.get(decision.value, 0)
+        if decision is Decision.BATCH_GATED and not leaving:
+            continue
+        remaining -= leaving
+        steps.append((step, remaining, leaving))
+    return pl.DataFrame(steps, schema={"step": pl.String, "rows": pl.Int64, "left": pl.Int64}, orient="row")
+
+
+def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
+    """value, rows, selected, share of each value of a column, the most frequent first, the rest of them together."""
+    named = flat.select(
+        value=pl.col(column).cast(pl.String).fill_null("not stated"),
+        is_selected=pl.col("decision") == Decision.SELECTED.value,
+    )
+    counts = named.group_by("value").agg(rows=pl.len(), selected=pl.col("is_selected").sum())
+    ordered = counts.sort("rows", "value", descending=[True, False])
+    rest = ordered.slice(most)
+    shown = ordered.head(most) if rest.height > 1 else ordered
+    shown = shown.with_columns(value=pl.Series(_as_labels(shown["value"].to_list()), dtype=pl.String))
+    if rest.height > 1:
+        others = pl.DataFrame({"value": [f"{rest.height} others"]}).with_columns(
+            rows=pl.lit(rest["rows"].sum()), selected=pl.lit(rest["selected"].sum())
+        )
+        shown = pl.concat([shown, others], how="vertical_relaxed")
+    return _with_share(shown)
+
+
+def _as_labels(names: Sequence[str]) -> list[str]:
+    """Each name on one line of a plot, the middle of a long one left out; those that then look alike are numbered."""
+    labels: list[str] = []
+    for name in names:
+        seen = " ".join(visible(name).split())
+        label = shortened(seen, _LONGEST_LABEL)
+        alike = itertools.chain([label], (f"{label[: _LONGEST_LABEL - 4]} ({n})" for n in itertools.count(2)))
+        labels.append(next(one for one in alike if one not in labels))
+    return labels
+
+
+def shortened(text: str, most: int) -> str:
+    """The text with its middle left out where it is longer than `most`: names of batches differ at either end."""
+    if len(text) <= most:
+        return text
+    end = max(most - 1, 2) // 2
+    return f"{text[: max(most - 1, 2) - end]}…{text[-end:]}"
+
+
+def visible(text: str) -> str:
+    """The text with every character that cannot be seen, or that turns the reading direction, as ⟦U+202E⟧.
+
+    Line feeds and tabs stay.
+    """
+    return _UNSEEN.sub(lambda found: f"⟦U+{ord(found[0]):04X}⟧", text)
+
+
+def _with_share(counts: pl.DataFrame) -> pl.DataFrame:
+    return counts.with_columns(
+        pl.col("rows", "selected").cast(pl.Int64), share=pl.col("selected") / pl.col("rows").cast(pl.Float64)
+    )
+
+
+def overlap(flat: pl.DataFrame) -> pl.DataFrame:
+    """first, second, both, of_first: pairs that two selections take both, and as a share of those of the first."""
+    names = selections(flat)
+    taken = [f"{_SELECTED}{name}" for name in names]
+    chosen = flat.select(pl.col(name).fill_null(value=False).cast(pl.Float64) for name in taken).to_numpy()
+    both = (chosen.T @ chosen).astype(np.int64)
+    sizes = np.diag(both)
+    rows = [
+        (a, b, int(both[i, j]), int(both[i, j]) / int(sizes[i]) if sizes[i] else None)
+        for i, a in enumerate(names)
+        for j, b in enumerate(names)
+    ]
+    columns = {"first": pl.String, "second": pl.String, "both": pl.Int64, "of_first": pl.Float64}
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def sizes(flat: pl.DataFrame, published: str) -> pl.DataFrame:
+    """selection, pairs, answer_tokens, shared: of each, how much of it the published selection takes as well."""
+    answer_tokens = next((name for name in flat.columns if name == "num_a_tokens_strong"), None)
+    frames = []
+    for name in selections(flat):
+        of_it = flat.filter(pl.col(f"{_SELECTED}{name}").fill_null(value=False))
+        shared = of_it.filter(pl.col("decision") == Decision.SELECTED.value).height
+        frames.append(
+            {
+                "selection": name,
+                "is_control": name.startswith(CONTROL_PREFIX),
+                "is_published": name == published,
+                "pairs": of_it.height,
+                "answer_tokens": None if answer_tokens is None else int(of_it[answer_tokens].sum()),
+                "shared": shared,
+            }
+        )
+    return pl.DataFrame(frames)
+
+
+# --- numbers of pairs -----------------------------------------------------------------------------------------------
+
+
+def strata(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
+    """By stratum of a model's PPL(Q): its edges, rows, selected, share, and RMI at both tails and the median.
+
+    Where the strata are another model's (`ranking.strata_from`), they have no edges on this one's axis: `low` and
+    `high` overlap, as `has_edges` tells.
+    """
+    rmi = pl.col(f"rmi_{role}")
+    known = pairs.drop_nulls([f"stratum_{role}", f"rmi_{role}"])
+    return _with_share(
+        known.group_by(stratum=f"stratum_{role}")
+        .agg(
+            low=pl.col(f"log_ppl_q_{role}").min(),
+            high=pl.col(f"log_ppl_q_{role}").max(),
+            rows=pl.len(),
+            selected=pl.col("is_selected").sum(),
+            low_tail=rmi.quantile(TAIL, "lower"),
+            median=rmi.median(),
+            high_tail=rmi.quantile(1 - TAIL, "higher"),
+        )
+        .sort("stratum")
+    )
+
+
+def has_edges(strata: pl.DataFrame) -> bool:
+    """Whether every one of `strata` begins where the one before has ended."""
+    return bool((strata["low"][1:] >= strata["high"][:-1]).all())
+
+
+def density(pairs: pl.DataFrame, role: str, num_x: int = 40, num_y: int = 28) -> pl.DataFrame:
+    """x, x2, y, y2, rows: pairs by log PPL(Q) and RMI of a model, nats/token; cells without a pair are left out.
+
+    A thousandth of the pairs at either end of either axis may lie outside.
+    """
+    known = pairs.select(x=f"log_ppl_q_{role}", y=f"rmi_{role}").drop_nulls()
+    return _grid(known, _edges(known["x"], num_x), _edges(known["y"], num_y))
+
+
+def rank_grid(pairs: pl.DataFrame, bins: int = 20) -> pl.DataFrame:
+    """x, x2, y, y2, rows, selected, share: pairs by rank under the strong and the weak model; 0 of no selection."""
+    if not {"rank_strong", "rank_weak"} <= set(pairs.columns):
+        return _grid(pl.DataFrame(schema={"x": pl.Float64, "y": pl.Float64, "is_selected": pl.Boolean}), [], [])
+    chosen = pl.col("is_selected") if "is_selected" in pairs.columns else pl.lit(None, pl.Boolean).alias("is_selected")
+    known = pairs.select(chosen, x="rank_strong", y="rank_weak").drop_nulls(["x", "y"])
+    edges = np.linspace(0, 1, bins + 1)
+    return _grid(known, edges, edges)
+
+
+def _edges(values: pl.Series, bins: int) -> np.ndarray:
+    """Equal steps over the values, but for a thousandth at either end; of one value, a step around it."""
+    if values.is_empty():
+        return np.empty(0)
+    low, high = values.quantile(_IN_PART, "lower"), values.quantile(1 - _IN_PART, "higher")
+    assert low is not None
+    assert high is not None
+    return np.linspace(low, high, bins + 1) if low < high else np.array([low - 0.5, high + 0.5])
+
+
+def _grid(points: pl.DataFrame, x_edges: np.ndarray | list[float], y_edges: np.ndarray | list[float]) -> pl.DataFrame:
+    """Points x, y by cell: (edge, edge], the first closed on both sides."""
+    has_selected = "is_selected" in points.columns
+    counted = [pl.len().cast(pl.Int64).alias("rows")]
+    counted += [pl.col("is_selected").sum().cast(pl.Int64).alias("selected")] if has_selected else []
+    cells = points.with_columns(i=_bin(points["x"], x_edges), j=_bin(points["y"], y_edges)).drop_nulls(["i", "j"])
+    counts = cells.group_by("i", "j").agg(counted).sort("i", "j")
+    edges = {"x": (x_edges, "i"), "y": (y_edges, "j")}
+    placed = counts.with_columns(
+        pl.Series(f"{axis}{'' if end == 0 else 2}", np.asarray(of, dtype=float)[counts[place].to_numpy() + end])
+        for axis, (of, place) in edges.items()
+        for end in (0, 1)
+    )
+    shared = [pl.col("selected"), (pl.col("selected") / pl.col("rows")).alias("share")] if has_selected else []
+    return placed.select("x", "x2", "y", "y2", "rows", *shared)
+
+
+def _bin(values: pl.Series, edges: np.ndarray | list[float]) -> pl.Series:
+    """Number of the bin of each value, from 0; null outside."""
+    if len(edges) == 0:
+        return pl.Series([None] * len(values), dtype=pl.Int64)
+    place = np.maximum(np.searchsorted(edges, values.to_numpy(), side="left") - 1, 0)
+    inside = (values.to_numpy() >= edges[0]) & (values.to_numpy() <= edges[-1])
+    numbers = pl.DataFrame({"place": place, "inside": inside})
+    return numbers.select(pl.when("inside").then(pl.col("place").cast(pl.Int64)))["place"]
+
+
+def lengths(groups: dict[str, pl.Series], bins: int = 24) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """How long the texts of some groups of pairs are.
+
+    Args:
+        groups: number of tokens of every pair, by the group's name.
+        bins: of equal width on a logarithmic axis, over all groups.
+
+    Returns:
+        group, low, high, share: the share of the group's pairs in [low, high) tokens.
+        group, pairs, p5, median, mean, p95: tokens.
+    """
+    longest = max((int(values.max() or 0) for values in groups.values() if len(values)), default=0)  # type: ignore[arg-type]
+    edges = np.unique(np.floor(np.geomspace(1, longest + 1, bins + 1))) if longest else np.empty(0)
+    binned, said = [], []
+    for group, values in groups.items():
+        if values.is_empty():
+            continue
+        counts = np.histogram(np.maximum(values.to_numpy(), 1), edges)[0] if longest else np.empty(0)
+        binned += [
+            (group, float(low), float(high), int(count) / len(values))
+            for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+        ]
+        quantiles = [values.quantile(q, "nearest") for q in (TAIL, 0.5, 1 - TAIL)]
+        said.append((group, len(values), quantiles[0], quantiles[1], values.mean(), quantiles[2]))
+    shares = {"group": pl.String, "low": pl.Float64, "high": pl.Float64, "share": pl.Float64}
+    numbers = dict.fromkeys(("p5", "median", "mean", "p95"), pl.Float64)
+    return (
+        pl.DataFrame(binned, schema=shares, orient="row"),
+        pl.DataFrame(said, schema={"group": pl.String, "pairs": pl.Int64} | numbers, orient="row"),
+    )
+
+
+def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
+    """Tokens of the pairs that are selected, of all scored ones, and of the random control."""
+    control = f"{_SELECTED}{CONTROL_PREFIX}random"
+    drawn = pairs.filter(pl.col(control).fill_null(value=False)) if control in pairs.columns else pairs.clear()
+    if column not in pairs.columns:
+        return {}
+    return {
+        "selected": pairs.filter("is_selected")[column].drop_nulls(),
+        "all scored pairs": pairs[column].drop_nulls(),
+        "random control": drawn[column].drop_nulls(),
+    }
+
+
+def spread(groups: Mapping[str, pl.Series], bins: int = 30) -> pl.DataFrame:
+    """group, low, high, share: how a number is spread in some groups of pairs, over the same bins.
+
+    Args:
+        groups: the number of every pair, by the group's name; nulls count nowhere, and a group without a number is out.
+        bins: of equal width, from the lowest to the highest, but for a thousandth of each group at either end.
+    """
+    values = {group: of.drop_nulls().cast(pl.Float64) for group, of in groups.items() if of.drop_nulls().len()}
+    ends = [_edges(of, 1) for of in values.values()]
+    edges = _edges(pl.Series([end for pair in ends for end in pair], dtype=pl.Float64), bins)
+    rows = [
+        (group, float(low), float(high), int(count) / len(of))
+        for group, of in values.items()
+        for low, high, count in zip(edges[:-1], edges[1:], np.histogram(of.to_numpy(), edges)[0], strict=True)
+    ]
+    columns = {"group": pl.String, "low": pl.Float64, "high": pl.Float64, "share": pl.Float64}
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, pl.DataFrame]:
+    """The rows at either end of a model's rank, and of the gap between the models: the outermost first."""
+    ends = {
+        f"lowest rank of RMI, {role} model: query and answer may not belong together": (f"rank_{role}", False),
+        f"highest rank of RMI, {role} model: the answer may echo its query": (f"rank_{role}", True),
+        "lowest gap: the weak model ranks the pair higher than the strong one": ("gap", False),
+        "highest gap: only the strong model finds the pair coherent": ("gap", True),
+    }
+    return {
+        title: pairs.drop_nulls(column).sort(column, "pair_id", descending=[descending, False]).head(most)
+        for title, (column, descending) in ends.items()
+        if column in pairs.columns
+    }
+
+
+def of_each_reason(flat: pl.DataFrame, most: int) -> list[tuple[str, str, int, pl.DataFrame]]:
+    """decision, reason, rows, and some of these rows: spread evenly over the delivery, the same ones every time."""
+    found = []
+    for decision, reason, rows in by_reason(flat).iter_rows():
+        of_it = flat.filter((pl.col("decision") == decision) & (pl.col("reason") == reason)).sort(tables.ROW_KEY)
+        found.append((decision, reason, rows, of_it[evenly(rows, most)]))
+    return found
+
+
+def evenly(length: int, most: int) -> list[int]:
+    """At most so many places of a list of that length, at equal distances from its beginning."""
+    return sorted({math.floor(i * length / min(most, length)) for i in range(min(most, length))})
+
+
+def with_texts(rows: pl.DataFrame, raw: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Rows with columns of RawData beside them, in their order."""
+    wanted = [name for name in columns if name not in rows.columns]
+    return rows.join(raw.select(*tables.ROW_KEY, *wanted), on=tables.ROW_KEY, how="left", maintain_order="left")

@@ -1,0 +1,228 @@
+"""Running a job of the pipeline in this process, and what of it a person or a program is told.
+
+Belongs here: one run of one job, its failure in words, signals between runs. Does not belong here: which jobs run in
+which order (`driver`).
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from qaq_pipeline.config.settings import Settings, dagster_home, load_settings
+from qaq_pipeline.orchestration import liveness
+from qaq_pipeline.orchestration.failures import cause
+from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, SELECTING, build_job_defs
+from qaq_pipeline.scoring.logprobs import Progress
+from qaq_pipeline.storage.storage import open_storage
+
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+"""The console shows this driver's own words; Dagster keeps all of its own in the event log."""
+
+
+class RunError(RuntimeError):
+    """A stage failed. The text says which, on what partition, why, and what to do."""
+
+
+class InterruptedRunError(RunError):
+    """A signal ended the driver between two runs."""
+
+
+def _ignore(*_: object) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Callbacks of a run, for whoever shows its progress."""
+
+    on_stage: Callable[[str, str], None] = _ignore
+    """Called with the job and the partition when a stage begins."""
+    on_progress: Callable[[Progress], None] = _ignore
+    """Called after every scored batch, where steps run in this process."""
+    on_notice: Callable[[str], None] = _ignore
+    """Called with what a person should know at once."""
+
+
+Runner = Callable[[str, str | None], str]
+"""Runs a job of a partition, and gives the run's id. Raises `RunError`."""
+
+
+def lock_directory() -> Path:
+    """Where drivers show that they live."""
+    return dagster_home() / "driver_locks"
+
+
+@contextmanager
+def running(settings: Settings, instance: dg.DagsterInstance, events: Events) -> Iterator[Runner]:
+    """A driver's life: what runs in it carries its tag, and shows to be dead when this process is.
+
+    Runs of dead processes are ended first. A signal between two runs ends the driver as one inside a run does. What is
+    ranked against a reference is preceded by the making of it, where it is not stored yet.
+    """
+    jobs = build_job_defs(settings, on_progress=events.on_progress)
+    liveness.end_dead_runs(instance, lock_directory())
+    for run_id in liveness.holders_of_pools(instance):
+        events.on_notice(f"run {run_id} holds the GPU pool, and scoring waits for it; it can be terminated in the UI")
+    with liveness.living(lock_directory()) as tags, _signals_to_end() as has_signal_come:
+
+        def run(job_name: str, partition: str | None) -> str:
+            if job_name == SELECTING and _is_reference_missing(settings):
+                run(REFERENCE_JOB, None)
+            events.on_stage(job_name, partition or "")
+            run_id = _run_job(settings, instance, jobs, job_name, partition, tags)
+            if has_signal_come():
+                raise InterruptedRunError(
+                    f"interrupted by a signal after {job_name} of {partition or 'all'}; run again to go on"
+                )
+            return run_id
+
+        yield run
+
+
+@contextmanager
+def _signals_to_end() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C's or SIGTERM's signal has come: Dagster raises one inside a step, and drops one between steps."""
+    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread only.
+        yield lambda: False
+        return
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield lambda: not {signal.SIGINT, signal.SIGTERM}.isdisjoint(_received(reader))
+        finally:
+            signal.set_wakeup_fd(before)
+
+
+def _received(reader: socket.socket) -> bytes:
+    """The numbers of the signals that have come since the last look."""
+    try:
+        return reader.recv(4096)
+    except BlockingIOError:
+        return b""
+
+
+def _is_reference_missing(settings: Settings) -> bool:
+    """Whether the reference that ranks are taken against is not stored yet.
+
+    Raises:
+        RunError: it is not, and a batch of it is not scored.
+    """
+    storage, wanted = open_storage(settings), settings.ranking.reference
+    if settings.ranking.pool != "reference" or wanted is None or storage.has_table("rank_reference", wanted.name):
+        return False
+    roles = settings.models
+    unscored = [
+        name for name in wanted.batches if not all(storage.has_table("rmi_scores", name, role) for role in roles)
+    ]
+    if unscored:
+        raise RunError(
+            f"the reference {wanted.name} is not made yet, and its batches {', '.join(unscored)} are not scored; run "
+            "them first, with ranking.pool: batch"
+        )
+    return True
+
+
+def _run_job(
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    jobs: dg.Definitions,
+    job_name: str,
+    partition: str | None,
+    tags: dict[str, str],
+) -> str:
+    if settings.runtime.executor == "multiprocess":
+        result = _run_in_processes(settings, instance, job_name, tags | _partition_tags(partition))
+    else:
+        result = jobs.resolve_job_def(job_name).execute_in_process(
+            instance=instance,
+            partition_key=_partition_key(partition),
+            run_config=_QUIET,
+            tags=tags,
+            raise_on_error=False,
+        )
+    _require_success(result, job_name, partition)
+    return result.run_id
+
+
+def _run_in_processes(
+    settings: Settings, instance: dg.DagsterInstance, job_name: str, tags: dict[str, str]
+) -> dg.JobExecutionResult:
+    if settings != load_settings():
+        raise RunError(
+            "executor multiprocess: its processes read QAQ_CONFIG, which names other settings; set it to these"
+        )
+    job = dg.build_reconstructable_job("qaq_pipeline.runs.job_runs", "resolve_job", reconstructable_args=(job_name,))
+    return dg.execute_job(job, instance, run_config=_QUIET, tags=tags)
+
+
+def resolve_job(job_name: str) -> dg.JobDefinition:
+    """The job by its name, for the settings of the environment: how another process finds it."""
+    return build_job_defs(load_settings()).resolve_job_def(job_name)
+
+
+def _partition_key(partition: str | None) -> str | None:
+    if partition is None or "|" not in partition:
+        return partition
+    batch, model = partition.split("|")
+    return dg.MultiPartitionKey({"batch": batch, "model": model})
+
+
+def _partition_tags(partition: str | None) -> dict[str, str]:
+    if partition is None:
+        return {}
+    tags = {"dagster/partition": partition}
+    batch, *model = partition.split("|")
+    return tags | ({"dagster/partition/batch": batch, "dagster/partition/model": model[0]} if model else {})
+
+
+def _require_success(result: Any, job_name: str, partition: str | None) -> None:
+    if result.success:
+        return
+    failures = [event for event in result.all_events if event.is_step_failure or event.is_run_failure]
+    where = f"{job_name} of {partition}" if partition else job_name
+    raise RunError(
+        f"{where} failed: {cause(failures)}\n"
+        f"Run {result.run_id}; what was made before it stays. Mend the cause and run again."
+    )
+
+
+SAID_OTHERWISE = (("disagreement_scores", "strata_are_filled"), ("curated_dataset", "every_batch_is_in_it"))
+"""Checks whose sentences the warnings of their assets say as well."""
+
+
+def failed_checks(instance: dg.DagsterInstance, run_id: str) -> list[str]:
+    """A sentence for each asset check that did not pass in that run, but for those in `SAID_OTHERWISE`."""
+    events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
+    found = []
+    for record in events:
+        event = record.event_log_entry.dagster_event
+        evaluation = event.asset_check_evaluation_data if event else None
+        if evaluation is None or evaluation.passed:
+            continue
+        asset = evaluation.asset_key.to_user_string()
+        if (asset, evaluation.check_name) not in SAID_OTHERWISE:
+            where = f"{asset} of {evaluation.partition}" if evaluation.partition else asset
+            found.append(f"check {evaluation.check_name} of {where}: {evaluation.description}")
+    return found
+
+
+def materialisation_metadata(instance: dg.DagsterInstance, run_id: str, asset: str) -> dict[str, Any]:
+    """The metadata of the asset's materialisation in that run."""
+    events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+    for record in events:
+        materialisation = record.asset_materialization
+        if materialisation and materialisation.asset_key == dg.AssetKey(asset):
+            return {name: value.value for name, value in materialisation.metadata.items()}
+    raise RunError(f"run {run_id} succeeded without materialising {asset}; see its log in the UI")

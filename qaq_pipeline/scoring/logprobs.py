@@ -1,0 +1,369 @@
+"""From pairs to their sums of NLL under one model: what is cached is read, the rest is scored and cached by shards.
+
+Belongs here: the course of one scoring, its progress and its report, and the assembly of the Logprobs table.
+Does not belong here: prompts, sequences (planner), batches, models (workers, runner), shards, or the ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
+from qaq_pipeline.lm.batching import BatchQueue
+from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
+from qaq_pipeline.lm.workers import Load, ScorerFacts, Workers, open_workers
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import NullReason, Quantity
+from qaq_pipeline.scoring.planner import Plan, wanted_quantities
+from qaq_pipeline.scoring.shards import ShardWriter
+from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.storage import UNKNOWN_SCORER, Storage
+
+WORTH_ANOTHER_PROCESS = 5e12
+"""Bytes of weights times tokens below which one process scores: about 20 seconds of a CPU core, and a process takes
+some to start."""
+
+MOST_MISFITS = 16
+
+TYPICAL_SHARE = 0.55
+"""Of the matmul peak, what scoring reaches: attention, norms and the head's log-sum-exp take the rest."""
+
+_QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringModel:
+    """A model as scoring needs it; it is loaded only if something has to be scored."""
+
+    role: str
+    encoder: PairEncoder
+    identity: ScoreIdentity
+    loads: Callable[[int], AbstractContextManager[Sequence[Load]]]
+    """How to load the model in each of several processes: as many as there are cores or devices, at most so many.
+    Within the context the devices are held."""
+    num_weight_bytes: int = 0
+    scored_with: Mapping[str, Any] | None = None
+    """The libraries and the device that score; None: not known."""
+    is_identity_true: Callable[[], bool] = lambda: True
+    """Whether its files still are those that its identity names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the scoring of one partition is. Totals are forecasts until every pair is tokenised."""
+
+    model: str
+    done_tokens: int
+    total_tokens: int
+    done_sequences: int
+    total_sequences: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens, padding not counted, shared prefixes counted for each sequence."""
+        return self.done_tokens / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def seconds_left(self) -> float:
+        """At the rate so far; NaN before the first batch."""
+        rate = self.tokens_per_second
+        return (self.total_tokens - self.done_tokens) / rate if rate > 0 else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a scoring will take, before it begins: from the tokens of the first window, and the matmul peak."""
+
+    num_sequences: int
+    num_tokens: int
+    flops: float
+    """Floating-point operations of body and head; 0: not known."""
+    seconds: float
+    """At `TYPICAL_SHARE` of the matmul peak that the loaded models measured; NaN: not known."""
+
+    @classmethod
+    def of(cls, plan: Plan, facts: Sequence[ScorerFacts]) -> Estimate:
+        """For what is left of the plan, with these workers."""
+        computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
+        flops = facts[0].flops(computed, plan.expected_targets)
+        peak = sum(fact.peak_flops_per_second for fact in facts)
+        seconds = flops / (TYPICAL_SHARE * peak) if peak and flops else math.nan
+        return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringReport:
+    """What one scoring did, beside the table."""
+
+    num_pairs: int
+    num_cached_quantities: int
+    num_scored_quantities: int
+    num_scored_pairs: int
+    """Pairs of which some quantity was scored."""
+    num_sequences: int
+    num_tokens: int
+    num_computed_tokens: int
+    """Tokens that went through the model: padding counts, a shared prefix that was computed before does not."""
+    num_splits: int
+    """Batches that did not fit into memory and were halved."""
+    seconds: float
+    runner: str | None = None
+    """The way through the model; None where nothing was scored."""
+    num_workers: int = 0
+    peak_share: float | None = None
+    """Floating-point operations of a second, as a share of what a large matrix product reached when the model was
+    loaded; None where nothing was scored or the peak is not known."""
+    scored_with: Sequence[Mapping[str, Any]] = ()
+    """The libraries and devices that scored what the table holds, now or before, each once."""
+    estimate: Estimate | None = None
+    """Made before the first batch; None where nothing was scored."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Real tokens a second of scoring; None where nothing was scored."""
+        return self.num_tokens / self.seconds if self.num_tokens else None
+
+
+def score_pairs(
+    pairs: Sequence[Pair],
+    model: ScoringModel,
+    storage: Storage,
+    scoring: ScoringSettings,
+    runtime: RuntimeSettings,
+    *,
+    on_start: Callable[[Estimate], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_shard: Callable[[Progress], None] = lambda _: None,
+) -> tuple[pl.DataFrame, ScoringReport]:
+    """The Logprobs table of the pairs, and what it took.
+
+    Finished scores are added to the cache every `runtime.shard_seconds`, so that a kill loses at most the open
+    shard, and a signal or an error not even that; what the cache holds is not scored again.
+
+    Args:
+        pairs: distinct pairs.
+        model: whose log-probabilities are taken.
+        storage: holds the cache.
+        scoring: what is wanted.
+        runtime: batch and shard size, processes.
+        on_start: called once the model is loaded, before the first batch.
+        on_progress: called after every batch.
+        on_shard: called after every stored shard.
+
+    Raises:
+        workers.WorkerDiedError: a scoring process was killed.
+        MemoryError: sequence after sequence did not fit.
+        Exception: what the model raised while it was loaded or run.
+    """
+    plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
+    run = _Run(plan, model, runtime, on_start, on_progress, on_shard)
+    shards = ShardWriter(
+        storage,
+        model.identity,
+        runtime.shard_seconds,
+        keep_tokens=scoring.token_logprobs,
+        scored_with=model.scored_with,
+        is_identity_true=model.is_identity_true,
+    )
+    with shards:
+        run.score(shards)
+    if plan.num_cached:
+        storage.count_hits(model.identity, plan.num_cached)
+    now = pl.lit(json.dumps(model.scored_with or UNKNOWN_SCORER, sort_keys=True)).alias("scored_with")
+    scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
+    report = replace(run.report(len(pairs)), scored_with=_scorers(scores, scoring))
+    table = logprobs_table(plan.encoded, scores.drop("scored_with"), token_logprobs=scoring.token_logprobs)
+    return table, report
+
+
+def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, Any]]:
+    """What scored the wanted scores, each once, in a fixed order."""
+    wanted = [quantity.value for quantity in wanted_quantities(scoring)]
+    used = scores.filter(pl.col("quantity").is_in(wanted), pl.col("null_reason").is_null())
+    return [json.loads(scorer) for scorer in sorted(used["scored_with"].unique())]
+
+
+def plan_scoring(
+    pairs: Sequence[Pair], encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
+) -> Plan:
+    """What has to be scored of the pairs: the wanted quantities, less what the cache has under the identity."""
+    pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
+    return Plan(pairs, encoder, wanted_quantities(scoring), storage.read_scores_by_scorer(identity, pair_ids))
+
+
+def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:
+    """The Logprobs table, sorted by pair_id: counts and reasons of the encoding beside the `CachedScores`."""
+    table = _counts_and_refusals(encoded)
+    for quantity in Quantity:
+        num_tokens = "num_q_tokens" if quantity in _QUERY_SIDE else "num_a_tokens"
+        found = scores.filter(pl.col("quantity") == quantity.value).select(
+            "pair_id",
+            pl.col("num_tokens").alias(num_tokens),
+            is_found=pl.lit(value=True),
+            sum_nll="sum_nll",
+            failure="null_reason",
+            tokens="token_logprobs" if token_logprobs else pl.lit(None),
+        )
+        table = table.join(found, on=["pair_id", num_tokens], how="left", validate="1:1")
+        refusal = pl.col(f"null_reason_{quantity}")
+        lost = table.filter(refusal.is_null() & pl.col("is_found").is_null())
+        if not lost.is_empty():
+            raise AssertionError(f"pair {lost['pair_id'][0]}: {quantity.value} was neither scored nor refused")
+        # A score that the cache has of something not wanted now is not shown.
+        table = table.with_columns(
+            pl.when(refusal.is_null()).then("sum_nll").alias(f"sum_nll_{quantity}"),
+            pl.when(refusal.is_null()).then("tokens").alias(f"token_logprobs_{quantity}"),
+            pl.coalesce(refusal, "failure").alias(f"null_reason_{quantity}"),
+        ).drop("is_found", "sum_nll", "failure", "tokens")
+    return table.select(pl.col(name).cast(dtype) for name, dtype in tables.dtypes(tables.Logprobs).items()).sort(
+        "pair_id"
+    )
+
+
+def _counts_and_refusals(encoded: Sequence[EncodedPair]) -> pl.DataFrame:
+    """Token counts of each pair, and why a quantity was not asked of the model; null where it was."""
+    reasons = {
+        f"null_reason_{quantity}": [pair.null_reasons.get(quantity) for pair in encoded] for quantity in Quantity
+    }
+    counts = {
+        "num_q_tokens": [pair.num_q_tokens for pair in encoded],
+        "num_a_tokens": [pair.num_a_tokens for pair in encoded],
+        "num_a_tokens_untruncated": [pair.num_a_tokens_untruncated for pair in encoded],
+        "is_truncated": [pair.is_truncated for pair in encoded],
+    }
+    columns = {"pair_id": [pair.pair_id for pair in encoded]} | counts | reasons
+    dtypes = tables.dtypes(tables.Logprobs)
+    return pl.DataFrame(columns, schema={name: dtypes[name] for name in columns}, strict=False)
+
+
+class _Run:
+    """The batches of one plan through the workers, and the counts of it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: ScoringModel,
+        runtime: RuntimeSettings,
+        on_start: Callable[[Estimate], None],
+        on_progress: Callable[[Progress], None],
+        on_shard: Callable[[Progress], None],
+    ) -> None:
+        self._on_start = on_start
+        self._plan = plan
+        self._model = model
+        self._runtime = runtime
+        self._on_progress = on_progress
+        self._on_shard = on_shard
+        self._workers: Workers | None = None
+        self._estimate: Estimate | None = None
+        self._done_tokens = 0
+        self._done_sequences = 0
+        self._computed_tokens = 0
+        self._splits = 0
+        self._misfits = 0
+        self._seconds = 0.0
+
+    def score(self, shards: ShardWriter) -> None:
+        """Score every sequence of the plan; the model is loaded when the first one is known."""
+        windows = self._plan.windows()
+        first = next((window for window in windows if window), None)
+        if first is None:
+            return
+        with self._model.loads(self._most_workers()) as loads, open_workers(loads) as self._workers:
+            facts = self._workers.facts
+            budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
+            is_padded = any(fact.is_padded for fact in facts)
+            shares_prefixes = all(fact.shares_prefixes for fact in facts)
+            sequences = itertools.chain([first], windows)
+            queue = BatchQueue(sequences, budget, is_padded=is_padded, shares_prefixes=shares_prefixes)
+            self._estimate = Estimate.of(self._plan, facts)
+            self._on_start(self._estimate)
+            started = time.monotonic()
+            for batch, scores in self._workers.run(queue):
+                if scores is None:
+                    self._splits += 1
+                    if not queue.split(batch):
+                        shards.add_failure(batch[0], NullReason.OUT_OF_MEMORY)
+                        self._count(queue, batch)
+                        self._count_misfit()
+                else:
+                    queue.fitted()
+                    self._misfits = 0
+                    for sequence, logprobs in zip(batch, scores, strict=True):
+                        shards.add(sequence, logprobs)
+                    self._count(queue, batch)
+                self._seconds = time.monotonic() - started
+                self._on_progress(self._progress())
+                if shards.close_if_due():
+                    self._on_shard(self._progress())
+            shards.close()
+            self._on_shard(self._progress())
+
+    def report(self, num_pairs: int) -> ScoringReport:
+        """What was done."""
+        facts = self._workers.facts if self._workers else []
+        return ScoringReport(
+            num_pairs=num_pairs,
+            num_cached_quantities=self._plan.num_cached,
+            num_scored_quantities=self._plan.num_quantities,
+            num_scored_pairs=self._plan.num_pairs_to_score,
+            num_sequences=self._plan.num_sequences,
+            num_tokens=self._plan.num_tokens,
+            num_computed_tokens=self._computed_tokens,
+            num_splits=self._splits,
+            seconds=self._seconds,
+            runner=facts[0].runner if facts else None,
+            num_workers=len(facts),
+            peak_share=self._peak_share(),
+            estimate=self._estimate,
+        )
+
+    def _count_misfit(self) -> None:
+        """A sequence may be too long for the memory; many on end are a memory that others have taken."""
+        self._misfits += 1
+        if self._misfits >= MOST_MISFITS:
+            raise MemoryError(
+                f"{self._misfits} sequences on end did not fit into memory, each alone; what was finished is stored: "
+                "free memory and run again, or lower scoring.max_tokens"
+            )
+
+    def _most_workers(self) -> int:
+        """The processes asked for; by default as many as the work is worth."""
+        wanted = self._runtime.processes or round(
+            self._plan.expected_tokens * self._model.num_weight_bytes / WORTH_ANOTHER_PROCESS
+        )
+        return max(wanted, 1)
+
+    def _count(self, queue: BatchQueue, batch: Sequence[TokenSequence]) -> None:
+        self._done_sequences += len(batch)
+        self._done_tokens += sum(len(sequence.token_ids) for sequence in batch)
+        self._computed_tokens += queue.tokens(batch)
+
+    def _progress(self) -> Progress:
+        plan = self._plan
+        return Progress(
+            self._model.role,
+            self._done_tokens,
+            plan.expected_tokens,
+            self._done_sequences,
+            plan.expected_sequences,
+            self._seconds,
+        )
+
+    def _peak_share(self) -> float | None:
+        if self._workers is None or not self._seconds:
+            return None
+        facts = self._workers.facts
+        peak = sum(fact.peak_flops_per_second for fact in facts)
+        flops = facts[0].flops(self._computed_tokens, self._plan.num_targets)
+        return flops / self._seconds / peak if peak and flops else None

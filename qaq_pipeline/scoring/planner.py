@@ -1,0 +1,163 @@
+"""Which sequences have to be scored: the wanted quantities of the pairs, less what the cache has. No torch.
+
+Belongs here: windows of pairs, tokenised ahead of the model, and the forecast of what is still to come.
+Does not belong here: what a sequence consists of (prompts), or which of them go together (batching).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+import polars as pl
+
+from qaq_pipeline.config.settings import ScoringSettings
+from qaq_pipeline.lm.prompts import QUANTITIES_OF, EncodedPair, Pair, PairEncoder, TokenSequence
+from qaq_pipeline.schema.tables import Quantity
+
+WINDOW_PAIRS = 4096
+
+T = TypeVar("T")
+
+
+def wanted_quantities(scoring: ScoringSettings) -> frozenset[Quantity]:
+    """The negative log-likelihoods that the wanted scores are made of."""
+    return frozenset(quantity for score in scoring.quantities for quantity in QUANTITIES_OF[score])
+
+
+class Plan:
+    """The sequences that give the wanted quantities of some pairs, window by window, and their counts so far.
+
+    The longest pairs come first, by their characters: a window holds sequences of like length, and what does not fit
+    into memory shows at once. Counts grow as windows are taken; at the end they are exact.
+
+    Args:
+        pairs: distinct pairs.
+        encoder: turns them into sequences.
+        wanted: quantities.
+        cached: `CachedScores` of the pairs.
+        window_pairs: pairs tokenised at once.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        encoder: PairEncoder,
+        wanted: Collection[Quantity],
+        cached: pl.DataFrame,
+        window_pairs: int = WINDOW_PAIRS,
+    ) -> None:
+        self._pairs = sorted(pairs, key=lambda pair: (-_num_characters(pair), pair.pair_id))
+        self._encoder = encoder
+        self._wanted = frozenset(wanted)
+        self.cached = cached
+        """`CachedScores` of the pairs, wanted or not; with `scored_with`, where the cache told."""
+        self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
+        self._window_pairs = window_pairs
+        known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}
+        counts = Counter(pair_id for pair_id, _ in known)
+        self._finished = {pair_id for pair_id, count in counts.items() if count == len(self._wanted)}
+        unfinished = self._unfinished(pairs)
+        self._pairs_left, self._characters_left = len(unfinished), sum(map(_num_characters, unfinished))
+        self._pairs_planned = self._characters_planned = 0
+        self.encoded: list[EncodedPair] = []
+        """Every pair planned so far, less its sequences."""
+        self.num_cached = 0
+        """Quantities that the cache has."""
+        self.num_quantities = 0
+        """Quantities to score."""
+        self.num_pairs_to_score = 0
+        """Pairs of which a sequence is to be scored."""
+        self.num_sequences = 0
+        self.num_tokens = 0
+        """Tokens of the sequences to score, shared prefixes included."""
+        self.num_shared_tokens = 0
+        """Of these, tokens of shared prefixes."""
+        self.num_targets = 0
+        """Of these, tokens whose log-probability is wanted."""
+
+    def windows(self) -> Iterator[list[TokenSequence]]:
+        """The sequences to score, each window tokenised while the one before it is scored."""
+        windows = (
+            self._pairs[start : start + self._window_pairs] for start in range(0, len(self._pairs), self._window_pairs)
+        )
+        for pairs, encoded in _one_ahead((pairs, self._encoder.encode(pairs, self._wanted)) for pairs in windows):
+            yield self._plan(pairs, encoded)
+
+    @property
+    def expected_tokens(self) -> int:
+        """Tokens to score in all: those planned, and for the rest as many to a character as so far."""
+        return _extrapolate(self.num_tokens, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_shared_tokens(self) -> int:
+        """Of the tokens to score, those of shared prefixes, as `expected_tokens`."""
+        return _extrapolate(self.num_shared_tokens, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_targets(self) -> int:
+        """Tokens whose log-probability is wanted, as `expected_tokens`."""
+        return _extrapolate(self.num_targets, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_sequences(self) -> int:
+        """Sequences to score in all: those planned, and for the rest as many to a pair as so far."""
+        return _extrapolate(self.num_sequences, self._pairs_planned, self._pairs_left)
+
+    def _unfinished(self, pairs: Iterable[Pair]) -> list[Pair]:
+        """Those that the cache does not hold whole."""
+        return [pair for pair in pairs if pair.pair_id not in self._finished]
+
+    def _plan(self, pairs: Sequence[Pair], encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
+        by_pair = [list(self._not_cached(pair.sequences)) for pair in encoded]
+        sequences = [sequence for sequences in by_pair for sequence in sequences]
+        self.num_pairs_to_score += sum(map(bool, by_pair))
+        unfinished = self._unfinished(pairs)
+        num_characters = sum(map(_num_characters, unfinished))
+        self._pairs_left -= len(unfinished)
+        self._pairs_planned += len(unfinished)
+        self._characters_left -= num_characters
+        self._characters_planned += num_characters
+        num_quantities = sum(len(sequence.targets) for sequence in sequences)
+        self.encoded += [replace(pair, sequences=()) for pair in encoded]
+        self.num_cached += sum(len(one.targets) for pair in encoded for one in pair.sequences) - num_quantities
+        self.num_quantities += num_quantities
+        self.num_sequences += len(sequences)
+        self.num_tokens += sum(len(sequence.token_ids) for sequence in sequences)
+        self.num_shared_tokens += sum(sequence.num_shared for sequence in sequences)
+        self.num_targets += sum(target.stop - target.start for one in sequences for target in one.targets)
+        return sequences
+
+    def _not_cached(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
+        """The sequences, each without the targets that the cache has; those left without a target are dropped.
+
+        A cached sum over another number of tokens is of another segmentation, and is scored anew.
+        """
+        for sequence in sequences:
+            targets = tuple(
+                target
+                for target in sequence.targets
+                if (sequence.pair_id, target.quantity.value, target.stop - target.start) not in self._known
+            )
+            if targets:
+                yield replace(sequence, targets=targets)
+
+
+def _num_characters(pair: Pair) -> int:
+    return len(pair.query) + len(pair.answer)
+
+
+def _extrapolate(count: int, done: int, left: int) -> int:
+    return count + (round(count / done * left) if done else 0)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each made in a thread while its predecessor is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item

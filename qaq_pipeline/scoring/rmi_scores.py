@@ -1,0 +1,62 @@
+"""From stored sums and counts to rank-free scores: log PPL, RMI, IFD.
+
+Belongs here: the formulas, as Polars expressions over whole tables, in which a pair without a number keeps null and a
+reason. Does not belong here: strata and ranks (`strata`), models, files, Dagster.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from qaq_pipeline.schema.tables import NullReason, Quantity, RmiScores, dtypes
+
+
+def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tokens: int) -> pl.DataFrame:
+    """RmiScores of a Logprobs frame, sorted by pair_id.
+
+    log_ppl_x = sum_nll_x / tokens of x
+    rmi       = log_ppl_q - log_ppl_q_given_a
+    ifd_ppl   = exp(log_ppl_a_given_q - log_ppl_a)
+    ifd_loss  = log_ppl_a_given_q / log_ppl_a
+
+    A score is null, with a reason, where a sum is null (the sum's reason), where Q has fewer tokens than
+    `min_query_tokens`, and where the formula has no finite value; both IFDs are null where either is.
+    """
+    few = pl.col("num_q_tokens") < min_query_tokens
+    scored = logprobs.lazy().sort("pair_id").with_columns(*_log_ppl_columns())
+    scored = scored.with_columns(
+        rmi=pl.col("log_ppl_q") - pl.col("log_ppl_q_given_a"),
+        ifd_ppl=(pl.col("log_ppl_a_given_q") - pl.col("log_ppl_a")).exp(),
+        ifd_loss=pl.col("log_ppl_a_given_q") / pl.col("log_ppl_a"),
+        is_short_query=pl.col("num_q_tokens") < short_query_tokens,
+    ).with_columns(
+        null_reason_rmi=_null_reason((Quantity.Q, Quantity.Q_GIVEN_A), few, ("rmi",)),
+        null_reason_ifd=_null_reason((Quantity.A, Quantity.A_GIVEN_Q), few, ("ifd_ppl", "ifd_loss")),
+    )
+    kept = (_null_where_reason(score, of) for score, of in (("rmi", "rmi"), ("ifd_ppl", "ifd"), ("ifd_loss", "ifd")))
+    return scored.with_columns(*kept).select(list(dtypes(RmiScores))).collect()
+
+
+def _log_ppl_columns() -> list[pl.Expr]:
+    tokens = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
+    return [
+        (pl.col(f"sum_nll_{quantity}") / pl.col(tokens.get(quantity, "num_a_tokens"))).alias(f"log_ppl_{quantity}")
+        for quantity in Quantity
+    ]
+
+
+def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple[str, ...]) -> pl.Expr:
+    """First that holds: a sum's reason (a failure before not_wanted), too few tokens, a value that is not finite."""
+    sums = [pl.col(f"null_reason_{part}") for part in parts]
+    failures = [pl.when(reason != NullReason.NOT_WANTED.value).then(reason) for reason in sums]
+    non_finite = pl.any_horizontal(~pl.col(value).is_finite() for value in values)
+    return pl.coalesce(
+        *failures,
+        *sums,
+        pl.when(few_tokens).then(pl.lit(NullReason.TOO_FEW_QUERY_TOKENS.value)),
+        pl.when(non_finite).then(pl.lit(NullReason.NON_FINITE.value)),
+    )
+
+
+def _null_where_reason(score: str, reason_of: str) -> pl.Expr:
+    return pl.when(pl.col(f"null_reason_{reason_of}").is_null()).then(pl.col(score)).alias(score)

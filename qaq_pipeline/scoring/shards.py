@@ -1,0 +1,116 @@
+"""Finished scores into shards: stored every few seconds, so that the end of a run loses at most the open one.
+
+Belongs here: the rows of a shard, and when it is closed. Does not belong here: where shards lie (storage), or scoring.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from qaq_pipeline.lm.prompts import Target, TokenSequence
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import NullReason
+from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.storage import Storage
+
+
+class ShardWriter:
+    """Collects scores and adds them to the cache, shard by shard; on leaving it, for whatever reason, the last one.
+
+    Args:
+        storage: holds the cache.
+        identity: under which they are cached.
+        seconds: how often a shard is closed.
+        keep_tokens: whether log-probabilities of single tokens are kept.
+        scored_with: the libraries and the device that score; None: not known.
+        is_identity_true: whether the identity still is the model's; asked before a shard is cached. Scores that may be
+            another model's are kept for this run's table, and not cached.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        identity: ScoreIdentity,
+        seconds: float,
+        *,
+        keep_tokens: bool,
+        scored_with: Mapping[str, Any] | None = None,
+        is_identity_true: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._scored_with = scored_with
+        self._is_identity_true = is_identity_true
+        self._storage = storage
+        self._identity = identity
+        self._seconds = seconds
+        self._keep_tokens = keep_tokens
+        self._open_rows: list[dict[str, Any]] = []
+        self._opened = time.monotonic()
+        self.closed: list[pl.DataFrame] = []
+        """Every shard so far, failures included, as `CachedScores`."""
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """A signal, an error or the end: what is finished is stored."""
+        self.close()
+
+    def add(self, sequence: TokenSequence, logprobs: Sequence[np.ndarray]) -> None:
+        """Add a sequence's scores: for each of its targets, ln p of the target's tokens."""
+        self._open_rows += [
+            _scored(sequence.pair_id, target, values, keep_tokens=self._keep_tokens)
+            for target, values in zip(sequence.targets, logprobs, strict=True)
+        ]
+
+    def add_failure(self, sequence: TokenSequence, reason: NullReason) -> None:
+        """Add a sequence that could not be scored: null, with its reason."""
+        self._open_rows += [_failed(sequence.pair_id, target, reason) for target in sequence.targets]
+
+    def close_if_due(self) -> bool:
+        """Store the open shard if it has been open long enough; whether it was stored."""
+        is_due = bool(self._open_rows) and time.monotonic() - self._opened >= self._seconds
+        if is_due:
+            self.close()
+        return is_due
+
+    def close(self) -> None:
+        """Store the open shard. A failure is not cached: its cause may be mended by the next run."""
+        self._opened = time.monotonic()
+        if not self._open_rows:
+            return
+        shard = pl.DataFrame(self._open_rows, schema=tables.dtypes(tables.CachedScores), orient="row")
+        scores = shard.filter(pl.col("null_reason").is_null())
+        if not scores.is_empty() and self._is_identity_true():
+            self._storage.append_scores(self._identity, scores, self._scored_with)
+        self.closed.append(shard)
+        self._open_rows = []
+
+
+def _scored(pair_id: str, target: Target, logprobs: np.ndarray, *, keep_tokens: bool) -> dict[str, Any]:
+    """A row of CachedScores; the sum is taken in fp64. What is not finite is null, with its reason."""
+    row = _failed(pair_id, target, NullReason.NON_FINITE)
+    sum_nll = -float(logprobs.sum(dtype=np.float64))
+    if math.isfinite(sum_nll):
+        tokens = logprobs.tolist() if keep_tokens else None
+        row |= {"sum_nll": max(sum_nll, 0.0), "null_reason": None, "token_logprobs": tokens}
+    return row
+
+
+def _failed(pair_id: str, target: Target, reason: NullReason) -> dict[str, Any]:
+    return {
+        "pair_id": pair_id,
+        "quantity": target.quantity.value,
+        "sum_nll": None,
+        "num_tokens": target.stop - target.start,
+        "null_reason": reason.value,
+        "token_logprobs": None,
+    }

@@ -1,0 +1,1 @@
+"""Which rows are scored: duplicates, benchmark contamination, withdrawals, and the gates of a batch."""

@@ -1,0 +1,212 @@
+"""Duplicates of a batch, inside it and in older batches: equal after normalisation, and near by words. No Dagster.
+
+Belongs here: the signatures of rows, and which row stands for which. Does not belong here: which rows may stand for
+others at all (`screening`), or what a word is (`shingles`).
+
+Near: by the sets of word 5-grams over query and answer, under an equal system text. MinHash bands find the candidates
+(Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4), and their exact
+Jaccard similarity decides: a false candidate costs time, never a row. A pair of similarity s is a candidate with
+probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5. A band that 32 rows share, all
+of them standing for themselves, is of a template's words, and finds no candidate any more: of a batch with one template
+that is most of every row, a pair is found by the bands that hold words of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import DuplicateReason, Status
+from qaq_pipeline.screening import shingles
+from qaq_pipeline.screening.shingles import Hashes
+
+NGRAM_WORDS = 5
+NUM_BANDS, VALUES_PER_BAND = 25, 5
+SIGNATURE_VERSION = "1"
+"""Of all that makes a signature, rensa's algorithm included; signatures of two versions are not compared."""
+_SEED = 5
+_ROWS_AT_ONCE = 10_000
+_MAX_STANDING = 32
+"""Rows of one band, at most, that a row is compared with: more share it only where it is of a template's words."""
+
+Texts = Callable[[pl.DataFrame], pl.Series]
+"""From the keys of some rows to the text of each, as `shingles.pair_text` makes it."""
+
+
+def signatures(raw: pl.DataFrame) -> pl.DataFrame:
+    """The Signatures of the accepted rows of a RawData, in key order."""
+    accepted = raw.filter(pl.col("status") == Status.ACCEPTED.value).sort(tables.ROW_KEY)
+    chunks = [_signed(chunk) for chunk in accepted.iter_slices(_ROWS_AT_ONCE)]
+    return pl.concat([pl.DataFrame(schema=tables.dtypes(tables.Signatures)), *chunks])
+
+
+def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
+    parts = [
+        pl.col(part).fill_null("").str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
+        for part in ("system", "query", "answer")
+    ]
+    normal = accepted.select(parts)
+    systems, hashes = normal["system"], [_hash_content(*content) for content in normal.iter_rows()]
+    salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
+    bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
+    return accepted.select(
+        *tables.ROW_KEY,
+        "pair_id",
+        content_hash=pl.Series(hashes, dtype=pl.String),
+        bands=pl.Series(bands, dtype=pl.List(pl.UInt64)),
+    )
+
+
+def _hash_content(system: str, query: str, answer: str) -> str:
+    content = f"{len(system)} {len(query)} {system}{query}{answer}"
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _ngrams(texts: pl.Series) -> shingles.Ragged:
+    return shingles.ngrams(shingles.hash_words(shingles.words(texts, shingles.WORD_OR_SYMBOL)), NGRAM_WORDS)
+
+
+def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
+    """The bands of each row, salted; none of a row without words, which is near to nothing."""
+    from rensa import RMinHash  # type: ignore[import-untyped]
+
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        grams.values, grams.offsets.astype(np.uint64), NUM_BANDS * VALUES_PER_BAND, _SEED
+    )
+    digests = np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(grams), NUM_BANDS, VALUES_PER_BAND)
+    bands = np.stack([shingles.combine(digests[:, band], seed=band) for band in range(NUM_BANDS)], axis=1)
+    bands ^= salts[:, None]
+    has_words = np.diff(grams.offsets) > 0
+    return [row if known else [] for row, known in zip(bands.tolist(), has_words, strict=True)]
+
+
+def related(older: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
+    """The rows of older Signatures that share their content or a band with any of the own."""
+    bands = own.select(pl.col("bands").explode(empty_as_null=False).unique())
+    by_band = (
+        older.with_row_index("row")
+        .select("row", "bands")
+        .explode("bands", empty_as_null=False)
+        .join(bands, on="bands", how="semi")["row"]
+        .unique()
+    )
+    by_content = older.select((pl.col("content_hash").is_in(own["content_hash"].implode())).arg_true()).to_series()
+    return older[pl.concat([by_band, by_content]).unique().sort()]
+
+
+def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_threshold: float | None) -> pl.DataFrame:
+    """The rows of a batch that another row stands for: key, reason, duplicate_of, similarity, evidence.
+
+    A row is compared with those before it, the oldest first: the rows of older batches, then its own batch's in key
+    order. The first that is equal or near stands for it, and only a row that stands for itself stands for others.
+
+    Args:
+        own: Signatures of the batch's rows that may be selected.
+        older: of older batches, the oldest first, the rows that may stand for others (`related` ones suffice).
+        texts: the texts of rows, asked for those alone that have a candidate.
+        near_threshold: least Jaccard similarity of near duplicates; None: only equal ones are looked for.
+    """
+    rows = pl.concat([*older, own.sort(tables.ROW_KEY)]).with_row_index("order")
+    num_older = rows.height - own.height
+    rows = rows.with_columns(first=pl.col("order").min().over("content_hash"))
+    stands_for: dict[int, tuple[int, float]] = {}
+    if near_threshold is not None:
+        stands_for = _near(rows.filter(pl.col("order") == pl.col("first")), num_older, texts, near_threshold)
+    found = [_duplicate(row, stands_for) for row in rows[num_older:].iter_rows(named=True) if _is_one(row, stands_for)]
+    columns = {
+        "order": pl.UInt32,
+        "duplicate_of": pl.UInt32,
+        "reason": pl.String,
+        "similarity": pl.Float64,
+        "evidence": pl.String,
+    }
+    names = rows.select(reference=row_reference()).to_series()
+    frame = pl.DataFrame(found, schema=columns, orient="row")
+    pair_ids = rows["pair_id"]
+    is_same_pair = pair_ids.gather(frame["order"]) == pair_ids.gather(frame["duplicate_of"])
+    return rows[frame["order"]].select(
+        *tables.ROW_KEY,
+        frame["reason"],
+        names.gather(frame["duplicate_of"]).alias("duplicate_of"),
+        frame["similarity"],
+        pl.when(is_same_pair)
+        .then(pl.lit("equal system text, query and answer"))
+        .otherwise(frame["evidence"])
+        .alias("evidence"),
+    )
+
+
+def _is_one(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) -> bool:
+    return row["order"] != row["first"] or row["order"] in stands_for
+
+
+def _duplicate(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) -> tuple[int, int, str, float, str]:
+    first = row["first"]
+    if first in stands_for:
+        of, similarity = stands_for[first]
+        evidence = f"Jaccard similarity {similarity:.3f} of the {NGRAM_WORDS}-word sequences of query and answer"
+        return row["order"], of, DuplicateReason.NEAR_DUPLICATE.value, similarity, evidence
+    return row["order"], first, DuplicateReason.EXACT_DUPLICATE.value, 1.0, "equal but for white space or Unicode form"
+
+
+def _near(rows: pl.DataFrame, num_older: int, texts: Texts, threshold: float) -> dict[int, tuple[int, float]]:
+    """For each own row that is near an earlier one: that row's order, and the similarity."""
+    in_common = _shared_bands(rows, num_older)
+    ngrams_of = _ngram_sets(rows.join(in_common.select("order"), on="order", how="semi"), texts)
+    standing: dict[int, list[int]] = {}
+    found: dict[int, tuple[int, float]] = {}
+    for order, bands in in_common.iter_rows():
+        if order >= num_older:
+            shared = (standing.get(band, ()) for band in bands)
+            candidates = sorted({earlier for others in shared if len(others) < _MAX_STANDING for earlier in others})
+            near = _first_near(ngrams_of[order], candidates, ngrams_of, threshold)
+            if near is not None:
+                found[order] = near
+                continue
+        for band in bands:
+            if len(rows_of := standing.setdefault(band, [])) < _MAX_STANDING:
+                rows_of.append(order)
+    return found
+
+
+def _first_near(
+    own: Hashes, candidates: Sequence[int], ngrams_of: dict[int, Hashes], threshold: float
+) -> tuple[int, float] | None:
+    for earlier in candidates:
+        similarity = shingles.jaccard(ngrams_of[earlier], own)
+        if similarity >= threshold:
+            return earlier, similarity
+    return None
+
+
+def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
+    """Of the rows that share a band with another, one of them an own one: order, and the bands that are shared."""
+    return (
+        rows.select("order", "bands")
+        .explode("bands", empty_as_null=False)
+        .filter((pl.len() > 1).over("bands") & (pl.col("order").max() >= num_older).over("bands"))
+        .group_by("order")
+        .agg("bands")
+        .sort("order")
+    )
+
+
+def _ngram_sets(rows: pl.DataFrame, texts: Texts) -> dict[int, Hashes]:
+    return dict(_each_ngram_set(rows, texts))
+
+
+def _each_ngram_set(rows: pl.DataFrame, texts: Texts) -> Iterator[tuple[int, Hashes]]:
+    for chunk in rows.iter_slices(_ROWS_AT_ONCE):
+        grams = _ngrams(texts(chunk.select(tables.ROW_KEY)))
+        for index, order in enumerate(chunk["order"]):
+            yield order, np.unique(grams.row(index))
+
+
+def row_reference() -> pl.Expr:
+    """A row as batch/file:row.turn, the way errors, decisions and `qaq explain` name it."""
+    return pl.format("{}/{}:{}.{}", "batch", "source_file", "source_row", "turn_index")

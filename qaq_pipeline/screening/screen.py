@@ -1,0 +1,132 @@
+"""What is found out about rows before any GPU time is spent: which of them are scored, and why the others are not.
+
+Belongs here: the order of the verdicts, and who may stand for a duplicate. Does not belong here: how duplicates
+(`duplicates`) and benchmark text (`contamination`) are found, reading records, or scores.
+
+A rejected row stays rejected; then a withdrawn one is withdrawn and a contaminated one contaminated; then duplicates
+are looked for among the rest, so that the row that stands for others may itself be selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import polars as pl
+
+from qaq_pipeline.config.settings import ScreeningSettings
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import Status, WithdrawalReason, dtypes
+from qaq_pipeline.screening import duplicates, shingles
+from qaq_pipeline.screening.duplicates import Texts
+
+_FOUND = {"reason": pl.String, "duplicate_of": pl.String, "similarity": pl.Float64, "evidence": pl.String}
+
+
+def screen(
+    raw: pl.DataFrame,
+    signatures: pl.DataFrame,
+    contamination: pl.DataFrame,
+    older: Sequence[pl.DataFrame],
+    texts: Texts,
+    settings: ScreeningSettings,
+    withdrawn: Mapping[str, str],
+) -> pl.DataFrame:
+    """The ScreenedData of a batch, in key order; `batch_gate` is null.
+
+    Args:
+        raw: RawData.
+        signatures: of its accepted rows.
+        contamination: what of it holds benchmark tasks.
+        older: Signatures of older batches' accepted rows, the oldest first.
+        texts: the texts of rows of all these batches.
+        settings: what is looked for, and what becomes of contaminated rows.
+        withdrawn: content hashes of rows that must not be published, each with the reason.
+    """
+    gone = _withdrawn(signatures, withdrawn)
+    held = _held(contamination).join(gone, on=tables.ROW_KEY, how="anti")
+    is_dropped = settings.contamination.action == "drop"
+    own = signatures.join(gone, on=tables.ROW_KEY, how="anti")
+    own = own.join(held, on=tables.ROW_KEY, how="anti") if is_dropped else own
+    twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold).join(
+        held.select(*tables.ROW_KEY, flagged="evidence"), on=tables.ROW_KEY, how="left", validate="1:1"
+    )
+    twins = twins.with_columns(
+        evidence=pl.concat_str(
+            "evidence", pl.format("flagged: it holds {}", "flagged"), separator="; ", ignore_nulls=True
+        )
+    )
+    rejected = raw.select(*tables.ROW_KEY, "pair_id", "status", "reason", evidence="detail")
+    found = [
+        (gone, Status.WITHDRAWN),
+        (twins, Status.DUPLICATE),
+        (
+            held.with_columns(duplicate_of=pl.lit(None, pl.String)),
+            Status.CONTAMINATED if is_dropped else Status.ACCEPTED,
+        ),
+    ]
+    verdicts = pl.concat(
+        [
+            frame.select(
+                *tables.ROW_KEY,
+                *(pl.col(name).cast(dtype) for name, dtype in _FOUND.items()),
+                verdict=pl.lit(status.value),
+            )
+            for frame, status in found
+        ]
+    ).unique(tables.ROW_KEY, keep="first", maintain_order=True)
+    joined = rejected.join(verdicts, on=tables.ROW_KEY, how="left", suffix="_found", validate="1:1")
+    screened = joined.with_columns(
+        status=pl.coalesce("verdict", "status"),
+        reason=pl.coalesce("reason_found", "reason"),
+        evidence=pl.coalesce("evidence_found", "evidence"),
+        batch_gate=pl.lit(None, pl.String),
+    )
+    return screened.sort(tables.ROW_KEY).select(list(dtypes(tables.ScreenedData)))
+
+
+def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
+    """The ScreenedData of a batch for itself, without older batches and benchmarks."""
+    nothing = pl.DataFrame(schema=dtypes(tables.Contamination))
+    return screen(raw, duplicates.signatures(raw), nothing, [], texts_of([raw]), settings, {})
+
+
+def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
+    """The texts of rows of these batches' RawData."""
+    texts = pl.concat([raw.select(*tables.ROW_KEY, shingles.pair_text().alias("text")) for raw in raws])
+
+    def of_rows(rows: pl.DataFrame) -> pl.Series:
+        found = rows.join(texts, on=tables.ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
+        if found.null_count():
+            raise ValueError(f"{found.null_count()} rows to compare are not in raw_data; screen the batch again")
+        return found
+
+    return of_rows
+
+
+def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.DataFrame:
+    why = pl.col("content_hash").replace_strict(withdrawn, default=None, return_dtype=pl.String)
+    rows = signatures.select(*tables.ROW_KEY, evidence=why)
+    return rows.drop_nulls("evidence").with_columns(
+        reason=pl.lit(WithdrawalReason.ROW_WITHDRAWN.value),
+        duplicate_of=pl.lit(None, pl.String),
+        similarity=pl.lit(None, pl.Float64),
+    )
+
+
+def _held(contamination: pl.DataFrame) -> pl.DataFrame:
+    """Of each contaminated row, the benchmark that it holds most of, in words."""
+    most = contamination.sort(*tables.ROW_KEY, "share", "benchmark", descending=[False] * 4 + [True, False])
+    what = pl.col("reason").str.strip_prefix("benchmark_")
+    return most.unique(tables.ROW_KEY, keep="first", maintain_order=True).select(
+        *tables.ROW_KEY,
+        "reason",
+        similarity="share",
+        evidence=pl.format(
+            "{} of the {} of task {} of {}, among it: {}",
+            (pl.col("share") * 100).round(0).cast(pl.Int64).cast(pl.String) + "%",
+            what,
+            "task",
+            "benchmark",
+            "matched_text",
+        ),
+    )

@@ -1,0 +1,99 @@
+"""What must not be published any more: whole batches, and rows by their content. Kept for good, with the reason.
+
+Belongs here: the record of withdrawals and which of them concern a batch. Does not belong here: what a withdrawn row
+or batch becomes (`screening`, `gates`), and the publication without it.
+
+A row is withdrawn by its content hash, so that the same text in any batch, delivered before or later, goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypedDict
+
+import polars as pl
+
+from qaq_pipeline.config.settings import check_batch_name
+from qaq_pipeline.storage.storage import Storage
+
+_RECORD = ("withdrawals.json",)
+
+
+class _Entry(TypedDict):
+    at: str
+    batch: str
+    content_hash: str | None
+    """None: the batch itself."""
+    row: str | None
+    reason: str
+    is_withdrawn: bool
+
+
+@dataclass(frozen=True)
+class Withdrawals:
+    """What is withdrawn now, each with the reason."""
+
+    batches: dict[str, str] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
+    """By content hash, as in signatures."""
+
+    def of_batch(self, batch: str, signatures: pl.DataFrame) -> dict[str, str]:
+        """What concerns a batch: its own name, and the content hashes that it holds; each with the reason."""
+        found = {key_of_batch(batch): self.batches[batch]} if batch in self.batches else {}
+        if self.contents:
+            held = signatures.filter(pl.col("content_hash").is_in(list(self.contents)))["content_hash"]
+            found |= {content: self.contents[content] for content in sorted(set(held))}
+        return found
+
+
+def key_of_batch(batch: str) -> str:
+    """How a batch itself stands in `of_batch`; no content hash is like it."""
+    return f"batch {batch}"
+
+
+def read(storage: Storage, since: str | None = None) -> Withdrawals:
+    """What is withdrawn now: the record, in order. With a time in ISO 8601, only what was withdrawn from then on."""
+    found = Withdrawals()
+    for entry in _record(storage):
+        if since is not None and datetime.fromisoformat(entry["at"]) < datetime.fromisoformat(since):
+            continue
+        content = entry["content_hash"]
+        known, key = (found.batches, entry["batch"]) if content is None else (found.contents, content)
+        if entry["is_withdrawn"]:
+            known[key] = entry["reason"]
+        else:
+            known.pop(key, None)
+    return found
+
+
+def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, is_withdrawn: bool) -> None:
+    """Withdraw a batch, or rows of it; or take that back.
+
+    Args:
+        storage: where the record lies.
+        batch: the batch.
+        rows: content hashes of its rows, with their place for the record; none: the batch itself.
+        reason: why, in words.
+        is_withdrawn: false: what was withdrawn before is so no longer.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    meant: list[tuple[str | None, str | None]] = [*sorted(rows.items())] or [(None, None)]
+    entries = [
+        _Entry(
+            at=now,
+            batch=check_batch_name(batch),
+            content_hash=content,
+            row=row,
+            reason=reason,
+            is_withdrawn=is_withdrawn,
+        )
+        for content, row in meant
+    ]
+    with storage.lock("withdrawals"):
+        storage.write_json([*_record(storage), *entries], *_RECORD)
+
+
+def _record(storage: Storage) -> list[_Entry]:
+    return storage.read_json(*_RECORD) if storage.exists(*_RECORD) else []

@@ -1,0 +1,164 @@
+"""Rows of a Parquet file, found without reading the others; and what a person means by a row.
+
+Belongs here: conditions on rows, row groups that their statistics rule out, and the index from pair_ids to keys.
+Does not belong here: where files lie (`storage`), and what is said of a row.
+
+A file whose rows are sorted by their key is pruned to one or two row groups by the minimum and maximum of each. A
+pair_id is a hash and lies anywhere, so an index beside the file, sorted by pair_id, leads to the keys.
+
+By hand and not by pyarrow's datasets: importing those takes longer than finding the row.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Literal
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from qaq_pipeline.schema import tables
+
+Condition = tuple[str, Literal["==", ">=", "<"], Any]
+"""A column, how it compares, and with what."""
+Where = Sequence[Condition]
+"""Conditions that all hold; none: every row."""
+
+SHORTEST_KEY = 6
+"""Digits of a pair_id that name it."""
+
+_MIN_ROWS, _MAX_GROUPS = 16_384, 128
+_AFTER_HEX = "g"
+_LARGEST_ROW = 2**63 - 1
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {"==": operator.eq, ">=": operator.ge, "<": operator.lt}
+
+
+def rows_per_group(num_rows: int) -> int:
+    """Rows of a row group: few enough to be read at once, and no more groups than a footer is read quickly with."""
+    return max(_MIN_ROWS, math.ceil(num_rows / _MAX_GROUPS))
+
+
+# --- what is meant ---------------------------------------------------------------------------------------------------
+
+
+def meant(row: str) -> list[Where]:
+    """What a person may mean by a row: its number, file:row, file:row.turn, or the first digits of a pair_id.
+
+    In order: the first that finds anything counts. A whole number may be the beginning of a pair_id as well.
+    """
+    file, _, position = row.rpartition(":")
+    number, _, turn = position.partition(".")
+    found: list[Where] = []
+    if file and _is_row(number):
+        of_file: list[Condition] = [("source_file", "==", file), ("source_row", "==", int(number))]
+        return [[*of_file, ("turn_index", "==", int(turn))] if _is_row(turn) else of_file]
+    if _is_row(row):
+        found.append([("source_row", "==", int(row))])
+    if is_pair(row):
+        found.append(of_pair(row))
+    return found
+
+
+def meant_in(batch: str, row: str) -> list[Where]:
+    """The same of a row of a batch, whose name may stand before it: BATCH/FILE:ROW. As given goes first."""
+    return meant(row) + (meant(row.removeprefix(f"{batch}/")) if row.startswith(f"{batch}/") else [])
+
+
+def _is_row(text: str) -> bool:
+    return text.isdecimal() and int(text) <= _LARGEST_ROW
+
+
+def is_pair(text: str) -> bool:
+    """Whether that can be a pair_id, or the beginning of one."""
+    return SHORTEST_KEY <= len(text) <= 32 and not text.strip("0123456789abcdef")
+
+
+def of_pair(start: str) -> Where:
+    """The rows whose pair_id begins so."""
+    return [("pair_id", ">=", start), ("pair_id", "<", start + _AFTER_HEX)]
+
+
+def of_key(key: Sequence[Any]) -> Where:
+    """The row of that key, in the order of `schema.ROW_KEY`."""
+    return [(name, "==", value) for name, value in zip(tables.ROW_KEY, key, strict=True)]
+
+
+def find_rows(rows: pl.DataFrame, row: str, batch: str = "") -> pl.DataFrame:
+    """The rows of a frame that a person means, the name of whose batch may stand before the row."""
+    for where in meant_in(batch, row):
+        found = rows.filter(*_expressions(where))
+        if not found.is_empty():
+            return found
+    return rows.clear()
+
+
+def _expressions(where: Where) -> list[pl.Expr]:
+    return [_COMPARE[how](pl.col(name), pl.lit(value)) for name, how, value in where]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """The rows of a Parquet file for which all conditions hold, in order.
+
+    A row group is read whole only where its statistics, and then the columns of the conditions, show that it holds one.
+
+    Args:
+        stream: of the file.
+        where: the conditions.
+        columns: what is wanted of the rows, as far as the file has it; None: all columns.
+    """
+    with pq.ParquetFile(stream) as file:
+        wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
+        asked = list({name: None for name, _, _ in where})
+        found = [_frame(file.read_row_groups([], wanted))]
+        for group in _groups_left(file.metadata, where):
+            is_wanted = _frame(file.read_row_group(group, asked)).select(
+                pl.all_horizontal(pl.lit(True), *_expressions(where)).fill_null(False)
+            )
+            if is_wanted.to_series().any():
+                found.append(_frame(file.read_row_group(group, wanted)).filter(is_wanted.to_series()))
+    return pl.concat(found)
+
+
+def scan(stream: BinaryIO, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """These columns of a Parquet file, one row group after another."""
+    with pq.ParquetFile(stream) as file:
+        for group in range(file.num_row_groups):
+            yield _frame(file.read_row_group(group, list(columns)))
+
+
+def _frame(table: Any) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _groups_left(metadata: pq.FileMetaData, where: Where) -> list[int]:
+    """The row groups that the statistics do not rule out."""
+    columns = {metadata.schema.column(number).path: number for number in range(metadata.num_columns)}
+    return [
+        group
+        for group in range(metadata.num_row_groups)
+        if all(
+            _may_hold(metadata.row_group(group).column(columns[name]).statistics, how, value)
+            for name, how, value in where
+        )
+    ]
+
+
+def _may_hold(statistics: Any, how: str, value: Any) -> bool:
+    if statistics is None or not statistics.has_min_max:
+        return True
+    if how == "==":
+        return statistics.min <= value <= statistics.max
+    return statistics.max >= value if how == ">=" else statistics.min < value
+
+
+def pair_index(rows: pl.DataFrame) -> pl.DataFrame:
+    """From the pair_ids of a table to its keys, sorted by pair_id; rejected rows have none."""
+    return rows.select("pair_id", *tables.ROW_KEY).drop_nulls("pair_id").sort("pair_id", *tables.ROW_KEY)

@@ -1,0 +1,343 @@
+"""calibration: every number against the naive formula, its interval, and what it says where nothing is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from scipy import stats
+
+from qaq_pipeline.calibration import calibration
+from qaq_pipeline.calibration.calibration import (
+    auroc,
+    calibrate,
+    high_cut,
+    judge,
+    low_cut,
+    offered_range,
+    offered_yaml,
+    paired_share,
+)
+from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.reports import check_metrics
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Defect, Statistic, UnknownReason
+from qaq_pipeline.selection import rank_reference, strategies
+from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline_tests.support.frames import pair_name, rmi_rows
+
+SAMPLES = 400
+NAN = math.nan
+
+
+def settings(**sections: Any) -> Settings:
+    values: dict[str, Any] = {
+        "models": {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}},
+        "ranking": {"num_strata": 2, "min_rows_per_stratum": 5},
+        "selections": [
+            {"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}},
+            {"name": "band", "strategy": "rmi_band", "model": "weak"},
+        ],
+        "calibration": {"bootstrap_samples": SAMPLES, "max_share": None, "rows_per_defect": 20}
+        | {"false_discovery_rate": 0.2},
+    }
+    return parse_settings(yaml.safe_dump(values | sections))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_auroc_is_the_share_of_pairs_in_order_with_ties_half() -> None:
+    random = np.random.default_rng(0)
+    clean, planted = random.integers(0, 6, 30).astype(float), random.integers(0, 5, 30).astype(float)
+    clean[3] = planted[7] = NAN
+    pairs = [(c, p) for i, c in enumerate(clean) for j, p in enumerate(planted) if i != j and not np.isnan(c + p)]
+    found = auroc(clean, planted, SAMPLES, seed=0)
+    assert found.value == pytest.approx(np.mean([(c > p) + (c == p) / 2 for c, p in pairs]))
+    assert (found.num_clean, found.num_planted) == (29, 29)
+    twins = [(c > p) + (c == p) / 2 for c, p in zip(clean, planted, strict=True) if not np.isnan(c + p)]
+    u = stats.mannwhitneyu(clean, planted, nan_policy="omit").statistic
+    assert found.value == pytest.approx((u - sum(twins)) / (29**2 - len(twins)))
+
+
+def test_the_interval_is_the_percentile_bootstrap_over_rows_with_their_twins() -> None:
+    random = np.random.default_rng(1)
+    clean = random.normal(0.5, 1, 25)
+    planted = clean - random.normal(0.3, 0.2, 25)
+    draws = np.random.default_rng(7).multinomial(25, [1 / 25] * 25, size=SAMPLES)
+    naive = []
+    for counts in draws:
+        rows = np.repeat(np.arange(25), counts)
+        naive.append(np.mean([clean[i] > planted[j] for i in rows for j in rows if i != j]))
+    found = auroc(clean, planted, SAMPLES, seed=7)
+    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
+    assert found.lower is not None
+    assert found.value is not None
+    assert found.upper is not None
+    assert found.lower < found.value < found.upper
+
+
+@pytest.mark.parametrize(("spread", "rows"), [(0.02, 100), (0.3, 40)], ids=["near twins", "twins"])
+def test_the_interval_holds_the_true_auroc_where_a_row_and_its_twin_are_alike(spread: float, rows: int) -> None:
+    random = np.random.default_rng(5)
+    true = stats.norm.cdf(spread / math.sqrt(2 + spread**2))
+    held = 0
+    for _ in range(200):
+        clean = random.normal(0, 1, rows)
+        found = auroc(clean, clean - random.normal(spread, spread, rows), 200, seed=0)
+        assert found.value is not None
+        assert found.lower is not None
+        assert found.upper is not None
+        assert found.lower <= found.value <= found.upper
+        held += found.lower <= true <= found.upper
+    assert 0.86 <= held / 200 <= 0.99
+
+
+def test_the_interval_of_an_auroc_holds_the_true_one_about_as_often_as_it_says() -> None:
+    random, true = np.random.default_rng(2), stats.norm.cdf(1 / math.sqrt(2))
+    held = 0
+    for _ in range(200):
+        found = auroc(random.normal(1, 1, 40), random.normal(0, 1, 40), 200, seed=0)
+        assert found.lower is not None
+        assert found.upper is not None
+        held += found.lower <= true <= found.upper
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_where_all_is_told_apart_the_interval_still_has_a_width() -> None:
+    above, below = np.arange(20.0) + 100, np.arange(20.0)
+    best, worst = auroc(above, below, SAMPLES, seed=0), auroc(below, above, SAMPLES, seed=0)
+    exact = stats.binomtest(20, 20).proportion_ci(0.95, "exact").low
+    assert (best.value, best.lower, best.upper) == pytest.approx((1.0, exact, 1.0))
+    assert (worst.value, worst.lower, worst.upper) == pytest.approx((0.0, 0.0, 1 - exact))
+
+
+def test_what_was_not_scored_has_no_auroc_and_no_share() -> None:
+    nothing = np.array([NAN, NAN])
+    assert auroc(nothing, np.ones(2), SAMPLES, 0).null_reason is UnknownReason.NOT_SCORED
+    assert paired_share(np.array([NAN, 1]), np.array([1, NAN])).null_reason is UnknownReason.NOT_SCORED
+
+
+def test_the_paired_share_counts_rows_above_their_own_twin() -> None:
+    found = paired_share(np.array([1, 2, 3, NAN, 5]), np.array([0, 3, 3, 1, 1]))
+    wilson = stats.binomtest(2, 4).proportion_ci(0.95, "wilson")
+    assert (found.value, found.lower, found.upper, found.num_clean) == (0.5, wilson.low, wilson.high, 4)
+
+
+def test_the_low_cut_is_the_procedure_of_benjamini_and_hochberg_step_by_step() -> None:
+    random = np.random.default_rng(3)
+    clean = np.concatenate([random.normal(3, 0.7, 80), random.normal(0, 1, 20)])
+    null = random.normal(0, 1, 60)
+    p = np.array([(1 + (null >= x).sum()) / 61 for x in clean])
+    order = np.argsort(p)
+    passing = [k for k in range(1, 101) if p[order[k - 1]] <= k / 100 * 0.05]
+    rejected = clean[p <= p[order[max(passing) - 1]]]
+    found = low_cut(clean, null, 0.05)
+    assert found.value is not None
+    assert found.value == max(x for x in clean if x not in rejected)
+    assert found.num_kept == len(rejected) == (clean > found.value).sum()
+    assert 50 < len(rejected) < 90
+
+
+def test_the_low_cut_lets_through_no_more_mismatches_than_its_rate() -> None:
+    random, shares = np.random.default_rng(4), []
+    for _ in range(200):
+        good, bad = random.normal(3, 1, 150), random.normal(0, 1, 50)
+        found = low_cut(np.concatenate([good, bad]), random.normal(0, 1, 100), 0.1)
+        if found.value is not None:
+            shares.append((bad > found.value).sum() / found.num_kept)
+    assert 0.01 < np.mean(shares) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("clean", "null", "reason"),
+    [
+        ([], [1.0], UnknownReason.NOT_PLANTED),
+        ([1.0], [], UnknownReason.NOT_PLANTED),
+        ([0.1, 0.2], [1.0] * 99, UnknownReason.NONE_TOLD_FROM_NULL),
+        ([2.0, 3.0], [1.0] * 99, UnknownReason.ALL_TOLD_FROM_NULL),
+        ([2.0, 3.0], [1.0] * 5, UnknownReason.NONE_TOLD_FROM_NULL),
+    ],
+    ids=["no row", "no null", "like the null", "unlike the null", "too small a null"],
+)
+def test_where_there_is_no_low_cut_the_reason_is_said(clean: list[float], null: list[float], reason: Any) -> None:
+    assert low_cut(np.array(clean), np.array(null), 0.05).null_reason is reason
+
+
+def test_the_high_cut_is_a_quantile_of_the_echoes() -> None:
+    echoes = np.arange(1.0, 22.0)
+    found = high_cut(np.array([0.5, 2.0, 30.0]), echoes, 0.05)
+    assert (found.value, found.num_kept, found.num_planted) == (2.0, 2, 21)
+    assert high_cut(np.array([1.0]), np.empty(0), 0.05).null_reason is UnknownReason.NOT_PLANTED
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def scored(number: int, shift: float, seed: int, first: int = 1) -> dict[str, pl.DataFrame]:
+    """RmiScores of both models: pairs `first`, …, with an RMI of about `shift`."""
+    random = np.random.default_rng(seed)
+    frames = {}
+    for role in ("strong", "weak"):
+        rmi, log_ppl = random.normal(shift, 0.5, number), random.uniform(1, 4, number)
+        frame = rmi_rows(*({"rmi": x, "log_ppl_q": y} for x, y in zip(rmi, log_ppl, strict=True)))
+        frames[role] = frame.with_columns(pair_id=pl.Series([pair_name(first + n) for n in range(number)]))
+    return frames
+
+
+def planted_of(defects: dict[Defect, int], first: int) -> pl.DataFrame:
+    rows, number = [], first
+    for defect, count in defects.items():
+        for twin in range(count):
+            row = {"pair_id": pair_name(number), "defect": defect.value, "original_pair_id": pair_name(twin + 1)}
+            rows.append(row | {"system": None, "query": "q", "answer": "a"})
+            number += 1
+    return pl.DataFrame(rows, schema=tables.dtypes(tables.PlantedRows))
+
+
+@pytest.fixture(scope="module", name="judged")
+def _judged() -> calibration.Judged:
+    return judged_batch()
+
+
+def planted_rows() -> pl.DataFrame:
+    """20 mismatches and 20 echoes."""
+    return planted_of({Defect.OTHER_ANSWER: 20, Defect.ECHO: 20}, first=101)
+
+
+def judged_batch() -> calibration.Judged:
+    """40 clean pairs; the mismatches below them, the echoes above."""
+    clean = scored(40, 1.0, seed=0)
+    rows = planted_rows()
+    low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
+    planted = {role: pl.concat([low[role], high[role]]) for role in low}
+    ranks, _ = disagreement_scores(clean, settings().ranking, "batch:b1")
+    return judge(rows, planted, clean, ranks, settings())
+
+
+def number_of(frame: pl.DataFrame, statistic: Statistic, defect: str, model: str, measure: str) -> dict[str, Any]:
+    (row,) = frame.filter(statistic=statistic.value, defect=str(defect), model=model, measure=measure).to_dicts()
+    return row
+
+
+def test_a_calibration_fits_its_table_and_has_every_measure_of_every_defect(judged: calibration.Judged) -> None:
+    frame = tables.enforce(tables.Calibration, calibrate(judged, settings()))
+    aurocs = frame.filter(pl.col("statistic") == "auroc")
+    assert aurocs.height == 8 * (2 * len(calibration.MEASURES) + len(calibration.MEASURES_OF_BOTH))
+    known = aurocs.drop_nulls("value")
+    assert set(known["defect"]) == {"other_answer", "echo"}
+    assert set(aurocs.filter(pl.col("value").is_null())["null_reason"]) == {"not_planted"}
+    assert number_of(frame, Statistic.AUROC, Defect.OTHER_ANSWER, "weak", "rmi")["value"] > 0.9
+    assert number_of(frame, Statistic.AUROC, Defect.ECHO, "weak", "rmi")["value"] < 0.05
+    assert number_of(frame, Statistic.PAIRED_SHARE, Defect.OTHER_ANSWER, "strong", "rmi")["value"] > 0.9
+    assert number_of(frame, Statistic.AUROC, Defect.OTHER_ANSWER, "strong", "num_a_tokens_untruncated")["value"] == 0.5
+
+
+def test_the_rank_of_a_planted_pair_is_that_of_a_new_pair_against_the_batch(judged: calibration.Judged) -> None:
+    clean = scored(40, 1.0, seed=0)
+    pool, _ = rank_reference.freeze([clean], settings().ranking)
+    low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
+    planted = {role: pl.concat([low[role], high[role]]) for role in low}
+    ranks = rank_reference.disagreement_scores(planted, pool, settings().ranking, "p")
+    assert judged.planted["rank:strong"].to_list() == ranks["rank_strong"].to_list()
+    assert judged.planted["gap"].to_list() == ranks["gap"].to_list()
+    alone, _ = disagreement_scores(clean, settings().ranking, "batch:b1")
+    assert judged.clean["rank:weak"].to_list() == alone["rank_weak"].to_list()
+
+
+def test_the_auroc_compares_with_the_twins_alone(judged: calibration.Judged) -> None:
+    frame = calibrate(judged, settings())
+    twins = judged.clean.filter(pl.col("pair_id").is_in([pair_name(n) for n in range(1, 21)]))
+    echoes = judged.planted.filter(pl.col("defect") == "echo")
+    for measure, model, column in (("gap", BOTH_MODELS, "gap"), ("rank", "weak", "rank:weak")):
+        beside = twins.join(echoes, left_on="pair_id", right_on="original_pair_id", suffix=":planted")
+        values = beside.select(column, f"{column}:planted").rows()
+        naive = np.mean(
+            [(c > p) + (c == p) / 2 for i, (c, _) in enumerate(values) for j, (_, p) in enumerate(values) if i != j]
+        )
+        assert number_of(frame, Statistic.AUROC, Defect.ECHO, model, measure)["value"] == pytest.approx(naive)
+
+
+def test_kept_shares_are_by_the_cut_of_the_batch_and_clean_rows_are_taken_as_they_were(
+    judged: calibration.Judged,
+) -> None:
+    frame = calibrate(judged, settings())
+    clean = number_of(frame, Statistic.KEPT_SHARE, CLEAN, BOTH_MODELS, "diff_high")
+    assert (clean["value"], clean["num_kept"], clean["num_clean"]) == (0.25, 10, 40)
+    verdicts = strategies.select(judged.clean, settings().selections[0], ["strong", "weak"])
+    cut = verdicts.filter("is_selected")["score"].min()
+    mismatches = judged.planted.filter(pl.col("defect") == "other_answer")
+    above = int((mismatches["gap"] > cut).sum())  # type: ignore[operator]
+    row = number_of(frame, Statistic.KEPT_SHARE, Defect.OTHER_ANSWER, BOTH_MODELS, "diff_high")
+    wilson = stats.binomtest(row["num_kept"], 20).proportion_ci(0.95, "wilson")
+    assert above <= row["num_kept"] <= above + int((mismatches["gap"] == cut).sum())
+    assert (row["value"], row["lower"], row["upper"]) == (row["num_kept"] / 20, wilson.low, wilson.high)
+    band = number_of(frame, Statistic.KEPT_SHARE, Defect.OTHER_ANSWER, "weak", "band")
+    assert (band["value"], band["num_planted"]) == (0, 20)
+
+
+def test_the_cuts_are_offered_as_a_selection_that_the_settings_take(judged: calibration.Judged) -> None:
+    frame = calibrate(judged, settings())
+    low, high = offered_range(frame)
+    assert low is not None
+    assert high is not None
+    assert low == pytest.approx(
+        number_of(frame, Statistic.LOW_CUT, Defect.OTHER_ANSWER, "strong", "rmi")["value"], abs=1e-4
+    )
+    text = offered_yaml(frame, settings().published)
+    assert text is not None
+    (pasted,) = settings(selections=yaml.safe_load(text)).selections
+    assert (pasted.name, pasted.strategy, pasted.rmi_strong) == ("diff_high", "diff_high", (low, high))  # type: ignore[union-attr]
+    band = settings(selections=[{"name": "band", "strategy": "rmi_band"}]).published
+    assert yaml.safe_load(offered_yaml(frame, band) or "")[0]["name"] == "diff_high_within_cuts"
+
+
+def test_cuts_that_leave_nothing_are_not_offered(judged: calibration.Judged) -> None:
+    frame = calibrate(judged, settings())
+    swapped = frame.with_columns(value=pl.when(pl.col("statistic") == "low_cut").then(99.0).otherwise("value"))
+    assert offered_yaml(swapped, settings().published) is None
+    assert offered_yaml(calibrate(None, settings()), settings().published) is None
+
+
+def test_without_a_planted_row_every_number_is_null_with_its_reason() -> None:
+    frame = tables.enforce(tables.Calibration, calibrate(None, settings()))
+    assert frame["value"].null_count() == frame.height
+    assert set(frame["null_reason"]) == {"not_planted"}
+    without_ifd = calibrate(None, settings(scoring={"quantities": ["rmi"]}))
+    not_wanted = without_ifd.filter(pl.col("null_reason") == "not_wanted")
+    assert set(not_wanted["measure"]) == {"ifd_ppl", "log_ppl_a_given_q"}
+
+
+def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(judged: calibration.Judged) -> None:
+    frame = calibrate(judged, settings())
+    finding = check_metrics.discrimination(frame, 0.8, 20)
+    assert finding.passed
+    assert finding.numbers["auroc_other_answer_strong"] > 0.9
+    blind = frame.with_columns(
+        value=pl.when((pl.col("model") == "weak") & (pl.col("measure") == "rmi")).then(0.55).otherwise("value")
+    )
+    found = check_metrics.discrimination(blind, 0.8, 20)
+    assert not found.passed
+    assert found.sentence.startswith("RMI cannot tell good from bad on this batch under weak")
+    assert found.numbers["auroc_other_answer_weak"] == 0.55
+    is_weak = (pl.col("model") == "weak") & (pl.col("statistic") == "auroc")
+    unscored = frame.with_columns(
+        value=pl.when(is_weak).then(None).otherwise("value"),
+        num_planted=pl.when(is_weak).then(0).otherwise("num_planted"),
+    )
+    half = check_metrics.discrimination(unscored, 0.8, 20)
+    assert not half.passed
+    assert half.sentence.startswith("weak scored less than 20 rows of other_answer, and is not judged. AUROC")
+    blind_too = check_metrics.discrimination(
+        unscored.with_columns(value=pl.col("value").clip(upper_bound=0.5)), 0.8, 20
+    )
+    assert "cannot tell good from bad on this batch under strong" in blind_too.sentence
+    none = frame.with_columns(value=pl.when(pl.col("statistic") == "auroc").then(None).otherwise("value"))
+    assert not check_metrics.discrimination(none, 0.8, 20).passed
+    few = check_metrics.discrimination(blind, 0.8, 21)
+    assert few.passed
+    assert few.sentence.startswith("Too few rows were planted to judge")

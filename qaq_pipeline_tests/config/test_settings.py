@@ -1,0 +1,314 @@
+"""The settings file: what parses, what every error names, and what the environment decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from qaq_pipeline.config.settings import (
+    Budget,
+    Settings,
+    SettingsError,
+    check_batch_name,
+    dagster_home,
+    home_directory,
+    load_settings,
+    packaged_profiles,
+    parse_settings,
+    settings_hash,
+)
+
+MODELS = {"strong": {"directory": "big"}, "weak": {"directory": "small"}}
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QAQ_HOME", "QAQ_CONFIG", "DAGSTER_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(**values: Any) -> Settings:
+    return parse_settings(yaml.safe_dump({"models": MODELS} | values), "mine.yaml")
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        settings(**values)
+    text = str(caught.value)
+    assert text.startswith("mine.yaml: ")
+    return text
+
+
+def nested_models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """`model` and every model that its fields can hold."""
+    found = {model}
+    pending: list[Any] = [field.annotation for field in model.model_fields.values()]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
+            found.add(annotation)
+            pending += [field.annotation for field in annotation.model_fields.values()]
+        pending += getattr(annotation, "__args__", ())
+    return found
+
+
+ALL_MODELS = sorted(nested_models(Settings), key=lambda model: model.__name__)
+
+
+def test_every_packaged_profile_parses() -> None:
+    profiles = packaged_profiles()
+    assert "demo" in profiles
+    for profile in profiles:
+        assert {"strong", "weak"} <= set(load_settings(profile).models)
+
+
+def test_the_smallest_file_names_two_models() -> None:
+    smallest = settings()
+    assert smallest.published.name == "diff_high"
+    assert smallest.scoring.quantities == ("rmi", "ifd")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"scoring": {"max_tokens": 3}}, ["scoring.max_tokens", "16", "got 3"]),
+        ({"scoring": {"max_tokens": "many"}}, ["scoring.max_tokens", "integer", "got 'many'"]),
+        ({"scoring": {"prior": "none"}}, ["scoring.prior", "'null_answer', 'user' or 'bare'", "got 'none'"]),
+        ({"scoring": {"quantities": []}}, ["scoring.quantities", "at least 1"]),
+        ({"records": {"shape": "csv"}}, ["records.shape", "'alpaca'", "got 'csv'"]),
+        ({"ranking": {"num_strata": 0}}, ["ranking.num_strata", "greater than or equal to 1", "got 0"]),
+        ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'parquet' or 'hf'", "got 'xml'"]),
+        ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is no selection", "['diff_high']"]),
+        ({"export": {"selections": "some"}}, ["export.selections", "'published' or 'all'", "got 'some'"]),
+        ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
+        ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
+        ({"scorring": {}}, ["scorring", "not permitted"]),
+        ({"models": MODELS | {"Third": {"directory": "x"}}}, ["models.Third", "pattern", "got 'Third'"]),
+        ({"models": {"strong": {"directory": "big"}}}, ["weak", "required"]),
+        ({"models": MODELS | {"third": {}}}, ["models.third", "exactly one of hub, directory, gguf", "none"]),
+        ({"models": MODELS | {"third": {"hub": "a/b", "gguf": "c"}}}, ["models.third", "['hub', 'gguf']"]),
+        (
+            {"models": MODELS | {"third": {"gguf": "c", "revision": "d"}}},
+            ["models.third", "revision", "hub model only"],
+        ),
+        (
+            {"models": MODELS | {"third": {"gguf": "c", "frame": "plain", "chat_template_from": "d"}}},
+            ["models.third", "chat_template_from needs frame: chat"],
+        ),
+        ({"models": MODELS | {"third": {"gguf": "c", "device": "tpu"}}}, ["models.third.device", "cuda", "got 'tpu'"]),
+    ],
+)
+def test_an_error_names_the_file_the_field_the_value_and_what_is_allowed(
+    values: dict[str, Any], named: list[str]
+) -> None:
+    text = refusal(**values)
+    for part in named:
+        assert part in text
+
+
+def test_every_fault_is_named_at_once() -> None:
+    text = refusal(executor="k8s", scoring={"max_tokens": 3, "batch_tokens": 3})
+    assert "3 setting(s)" in text
+    assert all(field in text for field in ("executor", "scoring.max_tokens", "scoring.batch_tokens"))
+
+
+@pytest.mark.parametrize(
+    ("selections", "others"),
+    [("published", []), ("all", ["b", "c"]), (["c"], ["c"]), (["c", "b", "a"], ["b", "c"]), ([], [])],
+)
+def test_the_published_selection_and_its_controls_are_always_exported(
+    selections: str | list[str], others: list[str]
+) -> None:
+    named = [{"name": name, "strategy": "rmi_top"} for name in "abc"]
+    found = settings(selections=named, export={"selections": selections}).exported
+    assert found == ["a", "control_random", "control_stratified_random", *others]
+
+
+@pytest.mark.parametrize(
+    ("selection", "named"),
+    [
+        ({"strategy": "rmi_top", "model": "tiny"}, ["'mine' uses the model 'tiny'", "['strong', 'weak']"]),
+        ({"strategy": "diff_high", "name": "control_mine"}, ["'control_mine'", "'control_'"]),
+        ({"strategy": "diff_high", "name": "Mine!"}, ["name", "pattern", "got 'Mine!'"]),
+        ({"strategy": "rmi_band", "band": [0.75, 0.5]}, ["band must be [lo, hi]", "[0.75, 0.5]"]),
+        ({"strategy": "rmi_band", "band": [0.5, 0.5]}, ["band must be [lo, hi]"]),
+        ({"strategy": "rmi_band", "band": [0.5, 1.1]}, ["band must be [lo, hi]"]),
+        ({"strategy": "rmi_band", "budget": {"count": 3}}, ["budget", "not permitted"]),
+        ({"strategy": "diff_low", "rank_strong": [0.9, 0.1]}, ["rank_strong must be [lo, hi]"]),
+        (
+            {"strategy": "sum_high", "rmi_strong": [0.9, 0.9]},
+            ["rmi_strong must be [lo, hi] with lo < hi", "[0.9, 0.9]"],
+        ),
+        ({"strategy": "random", "budget": {"count": 3, "fraction": 0.5}}, ["budget", "['fraction', 'count']"]),
+        ({"strategy": "random", "budget": {}}, ["budget", "exactly one of fraction, count, answer_tokens", "none"]),
+        (
+            {"strategy": "random", "budget": {"fraction": 1.5}},
+            ["budget.fraction", "less than or equal to 1", "got 1.5"],
+        ),
+        ({"strategy": "random", "seed": -1}, ["seed", "greater than or equal to 0"]),
+        ({"strategy": "best"}, ["strategy", "'diff_high'"]),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(selection: dict[str, Any], named: list[str]) -> None:
+    text = refusal(selections=[{"name": "mine"} | selection])
+    assert "selections" in text
+    for part in named:
+        assert part in text
+
+
+def test_a_defect_is_named_once_and_known() -> None:
+    assert "'echo' is named twice" in refusal(calibration={"defects": ["echo", "refusal", "echo"]})
+    assert "other_answer" in refusal(calibration={"defects": ["typo"]})
+    assert "calibration.min_auc" in refusal(calibration={"min_auc": 0.4})
+
+
+def test_without_an_rmi_there_is_nothing_to_calibrate() -> None:
+    ifd = {"scoring": {"quantities": ["ifd"]}, "selections": [{"name": "mine", "strategy": "ifd"}]}
+    assert not parse_settings(yaml.safe_dump({"models": MODELS} | ifd)).is_calibrated
+    assert parse_settings(yaml.safe_dump({"models": MODELS})).is_calibrated
+
+
+def test_two_selections_have_two_names() -> None:
+    twice = {"name": "mine", "strategy": "diff_high"}
+    assert "'mine' is used twice" in refusal(selections=[twice, twice | {"strategy": "sum_low"}])
+
+
+@pytest.mark.parametrize(
+    ("quantities", "selection"),
+    [
+        (["rmi"], {"strategy": "ifd"}),
+        (["rmi"], {"strategy": "ppl", "measure": "log_ppl_a"}),
+        (["rmi"], {"strategy": "ppl", "measure": "log_ppl_a_given_q"}),
+        (["ifd"], {"strategy": "ppl", "measure": "log_ppl_q"}),
+        (["ifd"], {"strategy": "diff_high"}),
+        (["ifd"], {"strategy": "rmi_band"}),
+        (["ifd"], {"strategy": "stratified_random"}),
+    ],
+)
+def test_a_selection_needs_the_scores_it_orders_by(quantities: list[str], selection: dict[str, Any]) -> None:
+    [lacking] = {"rmi", "ifd"} - set(quantities)
+    text = refusal(scoring={"quantities": quantities}, selections=[{"name": "mine"} | selection])
+    assert f"'mine' needs `{lacking}` in scoring.quantities" in text
+    assert settings(scoring={"quantities": [lacking]}, selections=[{"name": "mine"} | selection])
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("models: [", "not valid YAML"), ("- a\n- b", "not list"), ("", "not NoneType"), ("just words", "not str")],
+)
+def test_a_file_that_is_no_mapping_is_refused(text: str, named: str) -> None:
+    with pytest.raises(SettingsError, match=f"mine.yaml: .*{named}"):
+        parse_settings(text, "mine.yaml")
+
+
+def test_yaml_cannot_build_objects() -> None:
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        parse_settings("models: !!python/object/apply:os.getcwd []")
+
+
+def test_a_missing_file_is_named_with_the_remedy(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    with pytest.raises(SettingsError, match=r"missing\.yaml.*QAQ_CONFIG.*demo"):
+        load_settings(missing)
+
+
+def test_qaq_config_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"models": MODELS, "ranking": {"num_strata": 3}}), encoding="utf-8")
+    monkeypatch.setenv("QAQ_CONFIG", str(file))
+    assert load_settings().ranking.num_strata == 3
+    assert load_settings("demo") != load_settings()
+    monkeypatch.setenv("QAQ_CONFIG", "demo")
+    assert load_settings() == load_settings("demo")
+    monkeypatch.setenv("QAQ_CONFIG", "")
+    assert load_settings() == load_settings("demo")
+
+
+def test_home_is_var_here_unless_qaq_home_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings().home == tmp_path / "var"
+    assert not (tmp_path / "var").exists()
+    monkeypatch.setenv("QAQ_HOME", str(tmp_path / "elsewhere"))
+    elsewhere = load_settings()
+    assert elsewhere.home == home_directory() == tmp_path / "elsewhere"
+    assert elsewhere.storage_root == str(tmp_path / "elsewhere" / "storage")
+    assert elsewhere.model_cache_dir == tmp_path / "elsewhere" / "models"
+    assert dagster_home() == tmp_path / "elsewhere" / "dagster"
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "instance"))
+    assert dagster_home() == tmp_path / "instance"
+
+
+def test_the_file_may_place_storage_and_models() -> None:
+    placed = settings(storage={"root": "s3://bucket/qaq"}, model_cache="models")
+    assert placed.storage_root == "s3://bucket/qaq"
+    assert placed.model_cache_dir == Path("models")
+
+
+@pytest.mark.parametrize("model", ALL_MODELS, ids=lambda model: model.__name__)
+def test_every_part_of_the_settings_is_closed_frozen_and_described(model: type[BaseModel]) -> None:
+    assert model.model_config.get("extra") == "forbid"
+    assert model.model_config.get("frozen") is True
+    undescribed = {name for name, field in model.model_fields.items() if not field.description}
+    assert undescribed <= {"strategy", "kind"}  # The discriminators: their class says what it does.
+    assert model.__doc__
+
+
+def test_settings_do_not_change() -> None:
+    frozen = settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        frozen.executor = "multiprocess"  # pyrefly: ignore[read-only]
+    with pytest.raises(ValidationError, match="frozen"):
+        frozen.scoring.max_tokens = 32  # pyrefly: ignore[read-only]
+
+
+def test_the_hash_is_that_of_the_values() -> None:
+    one, same, other = settings(), settings(), settings(scoring={"max_tokens": 1024})
+    assert settings_hash(one.scoring) == settings_hash(same.scoring) != settings_hash(other.scoring)
+    assert settings_hash(one.ranking) == settings_hash(other.ranking)
+    assert settings_hash(one.selections) == settings_hash(same.selections)
+    assert settings_hash(one.scoring, one.ranking) != settings_hash(one.ranking, one.scoring)
+    assert len(settings_hash(one)) == 16
+
+
+def test_a_value_given_as_its_default_changes_no_hash() -> None:
+    assert settings_hash(settings(scoring={"max_tokens": 2048}).scoring) == settings_hash(settings().scoring)
+
+
+def test_the_hash_is_the_same_in_every_process_and_version() -> None:
+    assert settings_hash(Budget(fraction=0.25, count=None, answer_tokens=None)) == "4fb8d9355e1d5232"
+
+
+@pytest.mark.parametrize("name", ["2026-11-02", "b1", "A", "0", "a.b_c-d", "a" * 100])
+def test_a_plain_name_can_name_a_batch(name: str) -> None:
+    assert check_batch_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", "../evil", "..", "a/b", "a\\b", "[x]", "x|y", "a..b", "a\n", "\na", ".hidden", "-x", "_x"),
+        *("a b", "a*", "a?", "a:b", "a,b", "a\x00", "ä", "²", "a" * 101, "a" * 300),
+    ],
+)
+def test_a_hostile_name_cannot_name_a_batch(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be used: give a letter or digit") as caught:
+        check_batch_name(name)
+    assert len(str(caught.value)) < 300
+
+
+@given(st.text(max_size=120))
+def test_an_accepted_batch_name_is_one_plain_path_part(name: str) -> None:
+    try:
+        check_batch_name(name)
+    except ValueError:
+        return
+    assert Path(name).parts == (name,)
+    assert name.isascii()
+    assert not set(name) & set("|/\\*?[]\n\0")
+    assert ".." not in name

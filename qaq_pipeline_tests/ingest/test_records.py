@@ -1,0 +1,393 @@
+"""records: every format, shape and reject reason, on deliveries of a few rows."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qaq_pipeline.config.settings import RecordSettings
+from qaq_pipeline.ingest.records import (
+    ANSWER_FIELDS,
+    QUERY_FIELDS,
+    UnreadableFileError,
+    pair_id,
+    read_file,
+    unreadable_file,
+)
+from qaq_pipeline.schema.tables import RawData, RejectReason, Status, enforce
+
+ALPACA = {"instruction": "Sort.", "input": "", "output": "sorted(x)"}
+ORIGIN = {"source": "unit", "language": "py"}
+PAIRS = [{"query": f"Q{number} \u2028\U0001f40d", "answer": f" A{number}\n", **ORIGIN} for number in range(3)]
+DIALOGUE = [("system", "S"), ("user", "Q0"), ("assistant", "A0"), ("user", "Q1"), ("user", "Q2"), ("assistant", "A2")]
+
+
+def read(content: bytes, **settings: Any) -> pl.DataFrame:
+    frame = read_file(content, "file.jsonl", "b1", RecordSettings(**settings))
+    return enforce(RawData, frame)
+
+
+def jsonl(*records: Any) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def json_array(*records: Any) -> bytes:
+    return json.dumps(records, indent=4).encode()
+
+
+def parquet(*records: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    pl.DataFrame(records).write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def turns(*said: tuple[Any, Any], keys: tuple[str, str] = ("role", "content")) -> list[dict[str, Any]]:
+    return [{keys[0]: role, keys[1]: text} for role, text in said]
+
+
+def only(frame: pl.DataFrame) -> dict[str, Any]:
+    assert frame.height == 1
+    return frame.row(0, named=True)
+
+
+FORMATS = {
+    "json": json_array(*PAIRS),
+    "jsonl": jsonl(*PAIRS),
+    "jsonl_crlf": jsonl(*PAIRS).replace(b"\n", b"\r\n"),
+    "jsonl_bom": b"\xef\xbb\xbf" + jsonl(*PAIRS),
+    "json_bom": b"\xef\xbb\xbf\n" + json.dumps(PAIRS, ensure_ascii=False).encode(),
+    "jsonl.gz": gzip.compress(jsonl(*PAIRS)),
+    "jsonl.gz_members": gzip.compress(jsonl(*PAIRS[:1])) + gzip.compress(jsonl(*PAIRS[1:])),
+    "jsonl.zst": zstandard.compress(jsonl(*PAIRS)),
+    "jsonl.zst_frames": b"\x50\x2a\x4d\x18\x02\x00\x00\x00--"
+    + zstandard.compress(jsonl(*PAIRS[:1]))
+    + zstandard.compress(jsonl(*PAIRS[1:])),
+    "parquet": parquet(*PAIRS),
+    "parquet.gz": gzip.compress(parquet(*PAIRS)),
+}
+
+
+# Formats
+
+
+@pytest.mark.parametrize("content", FORMATS.values(), ids=FORMATS)
+def test_every_format_gives_the_same_rows_exactly_as_delivered(content: bytes) -> None:
+    frame = read(content)
+    assert frame.select("source_row", "query", "answer", "source", "language", "status").rows() == [
+        (number, pair["query"], pair["answer"], "unit", "py", "accepted") for number, pair in enumerate(PAIRS, 1)
+    ]
+    assert [json.loads(record) for record in frame["record"]] == PAIRS
+
+
+def test_the_row_is_the_line_that_an_editor_shows() -> None:
+    frame = read(b"\n" + jsonl(PAIRS[0]) + b"\r\n  \n" + jsonl(PAIRS[1]) + b"{torn")
+    assert frame["source_row"].to_list() == [2, 5, 6]
+    assert frame["record"].to_list()[2] == "{torn"
+
+
+def test_the_record_is_verbatim() -> None:
+    line = '{"query" : "q",  "answer":"\\u0061", "n": 1.0}'
+    assert only(read(line.encode()))["record"] == line
+    assert only(read(f"[ {line} ]".encode()))["record"] == line
+
+
+def test_an_array_of_nothing_and_a_parquet_file_of_nothing_are_empty_frames() -> None:
+    assert read(b" [ ] ").height == 0
+    buffer = io.BytesIO()
+    pl.DataFrame(schema={"query": pl.String, "answer": pl.String}).write_parquet(buffer)
+    assert read(buffer.getvalue()).height == 0
+
+
+def test_parquet_cells_that_are_no_text_reach_the_record() -> None:
+    row = {"query": "q", "answer": "a", "at": datetime(2026, 1, 2, tzinfo=UTC), "n": 3, "list": [1]}
+    record = only(read(parquet(row)))["record"]
+    assert json.loads(record) | {"at": ""} == row | {"at": ""}
+    assert "2026-01-02" in record
+
+
+UNREADABLE = {
+    "empty": (b"", r"is empty\. "),
+    "blank": (b"\xef\xbb\xbf \n\n", "is empty"),
+    "empty_gzip": (gzip.compress(b""), "is empty"),
+    "utf16": ("[]".encode("utf-16"), "UTF-16.*Convert it to UTF-8"),
+    "gzip_cut": (FORMATS["jsonl.gz"][:-9], "cut off or damaged"),
+    "gzip_bad": (b"\x1f\x8bnothing of the kind", "cut off or damaged"),
+    "zstd_cut": (FORMATS["jsonl.zst"][:-1], "cut off or damaged"),
+    "zstd_bad": (b"\x28\xb5\x2f\xfd" + b"\xff" * 20, "cut off or damaged"),
+    "twice": (gzip.compress(FORMATS["jsonl.zst"]), "compressed twice"),
+    "parquet_cut": (FORMATS["parquet"][:-5], "Parquet"),
+    "array_cut": (b'[{"a": 1},\n {"b": ', "line 2, column 8: "),
+    "array_no_end": (b'[{"a": 1}', "line 1, column 10: .*',' or ']'"),
+    "array_no_comma": (b'[{"a": 1}\n{"a": 2}]', "line 2, column 1: "),
+    "array_and_more": (b"[]\n[]", "line 2, column 1: .*more follows"),
+    "array_too_deep": (b"[" * 100_000, "nested too deep"),
+    "object_over_lines": (json.dumps(ALPACA, indent=2).encode(), "line 1, .*several lines.*one object per line"),
+    "objects_over_lines": ((json.dumps(ALPACA, indent=2) + "\n").encode() * 2, "one object per line"),
+    "wrapped_list": (jsonl({"version": 1, "data": [ALPACA]}), "'data' holds the list.*Deliver that list"),
+    "wrapped_list_over_lines": (json.dumps({"data": [ALPACA]}, indent=1).encode(), "'data' holds the list"),
+}
+
+
+@pytest.mark.parametrize(("content", "fault"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_file_is_named_with_its_fault(content: bytes, fault: str) -> None:
+    with pytest.raises(UnreadableFileError, match=rf"(?s)^file\.jsonl: .*{fault}"):
+        read(content)
+
+
+def read_if_readable(content: bytes) -> None:
+    with suppress(UnreadableFileError):
+        read(content, multi_turn="every")
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"PAR1", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd", b"[", b"{"]))
+def test_any_bytes_are_rows_or_an_unreadable_file(content: bytes, magic: bytes) -> None:
+    read_if_readable(magic + content)
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+def test_a_damaged_file_is_rows_or_an_unreadable_file(name: str, data: st.DataObject) -> None:
+    content = bytearray(FORMATS[name])
+    position = data.draw(st.integers(0, len(content) - 1))
+    end = data.draw(st.sampled_from([position, position + 1, len(content)]))
+    content[position:end] = data.draw(st.binary(max_size=3))
+    read_if_readable(bytes(content))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "prompt", "completion", "role", "content", "output", "instruction"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.lists(JSON_VALUES, min_size=2, max_size=4))
+def test_rows_in_are_rows_out(values: list[Any]) -> None:
+    lines = "\n".join(json.dumps(value) for value in [{}, *values]).encode()
+    assert read(lines)["source_row"].to_list() == list(range(1, len(values) + 2))
+
+
+# Shapes
+
+
+def test_alpaca_query_is_instruction_newline_input() -> None:
+    records = [ALPACA, ALPACA | {"input": "[2, 1]", "system": "S"}, ALPACA | {"input": None}, ALPACA | {"input": " "}]
+    frame = read(jsonl(*records, ALPACA | {"instruction": "", "input": "Only."}))
+    assert frame["query"].to_list() == ["Sort.", "Sort.\n[2, 1]", "Sort.", "Sort.", "Only."]
+    assert frame["system"].to_list() == [None, "S", None, None, None]
+    assert set(frame["answer"]) == {"sorted(x)"}
+
+
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_conversations_in_either_spelling(field: str, keys: tuple[str, str]) -> None:
+    row = only(read(jsonl({field: turns(*DIALOGUE, keys=keys), "system": "not this"})))
+    assert (row["system"], row["query"], row["answer"], row["turn_index"]) == ("S", "Q2", "A2", 1)
+
+
+@pytest.mark.parametrize("answering", ["gpt", "assistant", "model", "bing", "chatgpt", "bard", "Assistant"])
+@pytest.mark.parametrize("asking", ["human", "user"])
+def test_roles(asking: str, answering: str) -> None:
+    row = only(read(jsonl({"conversations": turns((asking, "q"), (answering, "a")), "system": "S"})))
+    assert (row["status"], row["system"], row["query"], row["answer"]) == ("accepted", "S", "q", "a")
+
+
+def test_developer_and_system_turns_are_the_system_text() -> None:
+    said = turns(("developer", "D"), ("user", "q"), ("system", "S"), ("assistant", "a"), ("system", None))
+    row = only(read(jsonl({"messages": said})))
+    assert (row["system"], row["query"], row["answer"]) == ("D\nS", "q", "a")
+
+
+def test_prompt_completion_as_text_and_as_turns() -> None:
+    prompt = turns(("system", "S"), ("user", "Q0"), ("assistant", "A0"), ("user", "Q1"))
+    completion = turns(("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"))
+    content = jsonl({"prompt": "q", "completion": "a"}, {"prompt": prompt, "completion": completion})
+    rows = read(content).select("source_row", "turn_index", "system", "query", "answer").rows()
+    assert rows == [(1, 0, None, "q", "a"), (2, 1, "S", "Q1", "A1")]
+    assert read(content, multi_turn="every")["query"].to_list() == ["q", "Q0", "Q1"]
+
+
+@pytest.mark.parametrize("answer_field", ANSWER_FIELDS)
+@pytest.mark.parametrize("query_field", QUERY_FIELDS)
+def test_query_answer_aliases(query_field: str, answer_field: str) -> None:
+    record = {query_field: "q", answer_field: "a", "system": "S"}
+    row = only(read(jsonl(record), shape="query_answer"))
+    assert (row["system"], row["query"], row["answer"]) == ("S", "q", "a")
+    assert only(read(jsonl(record)))["pair_id"] == row["pair_id"]
+
+
+def test_the_aliases_are_those_of_the_documentation() -> None:
+    assert QUERY_FIELDS == ("query", "question", "problem", "instruction", "prompt")
+    assert ANSWER_FIELDS == ("response", "answer", "solution", "output", "completion")
+
+
+def test_the_first_alias_that_is_present_is_taken() -> None:
+    record = {name: name for name in (QUERY_FIELDS + ANSWER_FIELDS)[::-1]}
+    row = only(read(jsonl(record | {"query": None}), shape="query_answer"))
+    assert (row["query"], row["answer"]) == ("question", "response")
+
+
+def test_an_input_is_never_lost_to_an_alias() -> None:
+    row = only(read(jsonl({"instruction": "Sort.", "input": "[2, 1]", "response": "a"})))
+    assert row["query"] == "Sort.\n[2, 1]"
+
+
+def test_multi_turn_policies() -> None:
+    content = jsonl({"messages": turns(*DIALOGUE)})
+    assert read(content)["query"].to_list() == ["Q2"]
+    every = read(content, multi_turn="every").select("source_row", "turn_index", "system", "query", "answer")
+    assert every.rows() == [(1, 0, "S", "Q0", "A0"), (1, 1, "S", "Q2", "A2")]
+
+
+def test_an_empty_turn_rejects_that_turn_only() -> None:
+    said = turns(("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", " "))
+    frame = read(jsonl({"messages": said}), multi_turn="every")
+    assert frame["reason"].to_list() == [None, "empty_answer"]
+
+
+def test_the_shape_is_that_of_most_rows_and_the_rest_is_rejected() -> None:
+    pairs = [{"messages": turns(("user", "q"), ("assistant", "a"))}] * 2
+    frame = read(jsonl(ALPACA, *pairs, "no object"))
+    assert frame["reason"].to_list() == ["missing_query", None, None, "not_an_object"]
+    assert frame["detail"][0] == (
+        "shape messages: `messages` is absent or null; fields of the row: 'instruction', 'input', 'output'"
+    )
+
+
+@pytest.mark.parametrize("other", [{"messages": None}, {"prompt": "whole template"}, {"query": "", "source": 3}])
+def test_ties_go_to_the_more_special_shape(other: dict[str, Any]) -> None:
+    assert only(read(jsonl(other | ALPACA)))["query"] == "Sort."
+
+
+def test_the_shape_can_be_set() -> None:
+    record = {"messages": turns(("user", "m"), ("assistant", "a")), "prompt": "p", "completion": "c"}
+    assert only(read(jsonl(record)))["query"] == "m"
+    assert only(read(jsonl(record), shape="prompt_completion"))["query"] == "p"
+
+
+# Rejected rows
+
+
+def said(*said_turns: tuple[Any, Any]) -> bytes:
+    return jsonl({"messages": turns(*said_turns)})
+
+
+REJECTED: dict[str, tuple[bytes, RejectReason, str]] = {
+    "torn": (b'{"query": "q", "answer": ', RejectReason.BAD_JSON, "column 26"),
+    "deep": (b'{"query":' + b"[" * 100_000, RejectReason.BAD_JSON, "nested too deep"),
+    "bytes": (b'{"query": "q\xff", "answer": "a"}', RejectReason.INVALID_UTF8, r"character 13 .*\\xff"),
+    "torn_bytes": (b'{"query": "q\xff', RejectReason.INVALID_UTF8, r"\\xff"),
+    "surrogate": (b'{"query": "q", "answer": "\\ud800"}', RejectReason.INVALID_UTF8, "`answer` holds half"),
+    "list": (b'"[]"', RejectReason.NOT_AN_OBJECT, "is a text"),
+    "null": (b"null", RejectReason.NOT_AN_OBJECT, "is null"),
+    "no_query": (jsonl({"answer": "a"}), RejectReason.MISSING_QUERY, "`query` / `question` .*of the row: 'answer'"),
+    "null_output": (jsonl(ALPACA | {"output": None}), RejectReason.MISSING_ANSWER, "shape alpaca: `output` is absent"),
+    "no_answer": (b'{"query": "q", "\\ud800": "a"}', RejectReason.MISSING_ANSWER, r"'query', '\\ud800'"),
+    "no_field": (jsonl({}), RejectReason.MISSING_QUERY, "fields of the row: none"),
+    "empty_query": (jsonl({"query": " \u3000\u00a0\u200b\n", "answer": "a"}), RejectReason.EMPTY_QUERY, "`query`"),
+    "empty_answer": (jsonl({"query": "q", "answer": ""}), RejectReason.EMPTY_ANSWER, "`answer` is empty"),
+    "answer_bool": (jsonl({"query": "q", "answer": True}), RejectReason.WRONG_TYPE, "`answer` is a boolean"),
+    "answer_number": (b'{"query": "q", "answer": NaN}', RejectReason.WRONG_TYPE, "`answer` is a number"),
+    "answer_huge": (b'{"query": "q", "answer": %s}' % (b"9" * 5000), RejectReason.WRONG_TYPE, "a number"),
+    "query_object": (jsonl({"query": {}, "answer": "a"}), RejectReason.WRONG_TYPE, "`query` is an object"),
+    "instruction": (jsonl(ALPACA | {"instruction": 1, "input": "x"}), RejectReason.WRONG_TYPE, "`instruction` is a n"),
+    "input": (jsonl(ALPACA | {"input": ["x"]}), RejectReason.WRONG_TYPE, "`input` is a list"),
+    "system": (jsonl(ALPACA | {"system": 7}), RejectReason.WRONG_TYPE, "`system` is a number"),
+    "half_turns": (jsonl({"prompt": [], "completion": "a"}), RejectReason.WRONG_TYPE, "`prompt` is a list"),
+    "turns_text": (jsonl({"messages": "hi"}), RejectReason.WRONG_TYPE, "`messages` is a text; a list of turns"),
+    "turn_text": (jsonl({"messages": ["hi"]}), RejectReason.WRONG_TYPE, r"`messages\[0\]` is a text"),
+    "parts": (said(("user", [{"text": "q"}]), ("assistant", "a")), RejectReason.WRONG_TYPE, r"`messages\[0\].content`"),
+    "system_turn": (said(("system", 1), ("user", "q"), ("gpt", "a")), RejectReason.WRONG_TYPE, "content` is a number"),
+    "no_content": (said(("user", "q"), ("assistant", None)), RejectReason.MISSING_ANSWER, r"`messages\[1\].content`"),
+    "tool": (said(("user", "q"), ("tool", "t"), ("assistant", "a")), RejectReason.UNKNOWN_ROLE, "role` is 'tool'"),
+    "no_role": (jsonl({"messages": [{"content": "q"}]}), RejectReason.UNKNOWN_ROLE, r"`messages\[0\].from` is null"),
+    "unanswered": (said(("assistant", "a"), ("user", "q")), RejectReason.NO_ANSWERED_TURN, "2 turns"),
+    "no_turns": (said(), RejectReason.NO_ANSWERED_TURN, "0 turns"),
+    "unprompted": (
+        jsonl({"prompt": turns(("user", "q"), ("gpt", "a")), "completion": turns(("gpt", "a"))}),
+        RejectReason.NO_ANSWERED_TURN,
+        "`prompt` does not end with a user turn",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "reason", "detail"), REJECTED.values(), ids=REJECTED)
+def test_a_rejected_row_keeps_its_place_its_record_and_its_reason(
+    line: bytes, reason: RejectReason, detail: str
+) -> None:
+    row = only(read(b"\n\n" + line))
+    assert (row["source_row"], row["turn_index"], row["status"], row["reason"]) == (3, 0, Status.REJECTED, reason)
+    assert row["record"].encode() == line.rstrip(b"\n").replace(b"\xff", b"\\xff")
+    assert row["pair_id"] is None
+    assert pl.DataFrame(row).select(pl.col("detail").str.contains(detail)).item(), row["detail"]
+
+
+def test_every_reject_reason_is_tested() -> None:
+    of_rows = set(RejectReason) - {RejectReason.UNREADABLE_FILE}
+    assert {reason for _, reason, _ in REJECTED.values()} == of_rows
+
+
+def test_a_file_that_cannot_be_cut_into_rows_can_stand_as_one_rejected_row() -> None:
+    with pytest.raises(UnreadableFileError) as caught:
+        read(b"PAR1 torn")
+    row = only(enforce(RawData, unreadable_file(caught.value, "rows.parquet", "b1")))
+    assert (row["status"], row["reason"], row["record"]) == (Status.REJECTED, RejectReason.UNREADABLE_FILE, "")
+    assert row["detail"] == str(caught.value)
+
+
+def test_a_rejected_row_keeps_what_is_known() -> None:
+    row = only(read(jsonl(ALPACA | {"output": ["a"], "source": "s", "language": 1})))
+    assert (row["query"], row["answer"], row["source"], row["language"]) == ("Sort.", None, "s", None)
+
+
+def test_a_bad_row_of_an_array_costs_that_row_only() -> None:
+    content = json.dumps([PAIRS[0], {"query": "?", "answer": "x"}, None, PAIRS[1]]).encode().replace(b"?", b"\xfe")
+    frame = read(content)
+    assert frame["reason"].to_list() == [None, "invalid_utf8", "not_an_object", None]
+    assert frame["record"][1] == '{"query": "\\xfe", "answer": "x"}'
+
+
+@pytest.mark.parametrize("answer", [["print(1)"], [], {"code": "x"}, 1, 1.5, False])
+@pytest.mark.parametrize(("query_field", "answer_field"), [("instruction", "output"), ("query", "answer")])
+@pytest.mark.parametrize("write", [jsonl, json_array, parquet])
+def test_an_answer_that_is_no_text_never_ends_up_as_its_python_repr(
+    answer: Any, query_field: str, answer_field: str, write: Any
+) -> None:
+    row = only(read(write({query_field: "q", answer_field: answer})))
+    assert (row["answer"], row["reason"]) == (None, "wrong_type")
+
+
+# Identity
+
+
+def test_pair_id_is_pinned() -> None:
+    assert pair_id("S", "Q", "Ä") == "c01085b1699162225d0475c2efa8efde"
+
+
+def test_pair_id_tells_the_texts_apart_and_no_system_is_an_empty_one() -> None:
+    assert len({pair_id("a", "b", "c"), pair_id("ab", "", "c"), pair_id("", "ab", "c"), pair_id("", "a", "bc")}) == 4
+    assert pair_id(None, "q", "a") == pair_id("", "q", "a")
+    frame = read(jsonl(ALPACA, ALPACA | {"system": ""}))
+    assert frame["system"].to_list() == [None, None]
+    assert frame["pair_id"].unique().to_list() == [pair_id(None, "Sort.", "sorted(x)")]
+
+
+def test_code_alpaca_2k(code_alpaca: Path) -> None:
+    frame = read(code_alpaca.read_bytes())
+    assert frame.height == 2017
+    assert frame["reason"].drop_nulls().to_list() == ["empty_answer"] * 2

@@ -1,0 +1,297 @@
+"""audit: a row is found by place, pair and text, in the ledger and in every version, and its provenance id resolves."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from qaq_pipeline.cli import explain
+from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.lineage import row_history
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.versions import publish, read_batches
+from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, hash_json
+from qaq_pipeline_tests.support.frames import pair_name, store_batch
+
+SETTINGS = """
+models:
+  strong: {hub: tiny/strong}
+  weak: {hub: tiny/weak}
+"""
+KEEP_ONE = "publication: {keep_versions: 1}"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return parse_settings(SETTINGS)
+
+
+def publish_all(storage: Storage, settings: Settings, *registered: str) -> str:
+    batches, excluded = read_batches(storage, registered, settings)
+    return publish(storage, settings, batches, excluded, run_id="run").version
+
+
+def rows_of(answer: row_history.Answer) -> list[tuple[str, int]]:
+    return [(row["batch"], row["source_row"]) for row in answer.rows]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_found_by_its_place_and_by_its_pair(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    for name in ("3", "a.jsonl:3", "a.jsonl:3.0", "b1/a.jsonl:3.0", pair_name(3)):
+        assert rows_of(row_history.find_row(storage, "b1", name)) == [("b1", 3)]
+    assert row_history.find_row(storage, "b1", "99") == row_history.Answer([])
+
+
+def test_a_file_in_a_folder_that_is_called_like_the_batch_is_meant_as_it_is_given(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings, source_file="b1/a.jsonl")
+    (row,) = row_history.find_row(storage, "b1", "b1/a.jsonl:3").rows
+    assert (row["source_file"], row["source_row"]) == ("b1/a.jsonl", 3)
+    assert row_history.find_row(storage, "b1", "b1/b1/a.jsonl:3").rows == [row]
+
+
+def test_a_pair_of_many_batches_is_found_in_each_of_a_version(storage: Storage, settings: Settings) -> None:
+    batches = [f"b{n:02}" for n in range(row_history.MOST_ROWS + 3)]
+    for batch in batches:
+        store_batch(storage, settings, batch)
+    publish_all(storage, settings, *batches)
+    version = versions.find_version(storage, "1")
+    for batch in (batches[0], batches[-1]):
+        assert rows_of(row_history.find_pair(storage, pair_name(3), version, [batch])) == [(batch, 3)]
+
+
+def test_a_pair_is_found_in_any_batch_by_its_first_digits(storage: Storage, settings: Settings) -> None:
+    for batch in ("b1", "b2"):
+        store_batch(storage, settings, batch)
+    found = row_history.find_pair(storage, pair_name(3))
+    assert rows_of(found) == [("b1", 3), ("b2", 3)]
+    assert found.unindexed == ()
+    assert len(row_history.find_pair(storage, pair_name(3)[:31]).rows) == 2 * 4
+
+
+def test_what_is_found_is_what_the_whole_table_has(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    whole = storage.read_table("decisions", "b1").frame.filter(source_row=3).row(0, named=True)
+    assert row_history.find_row(storage, "b1", "3").rows == [whole]
+    assert row_history.find_pair(storage, pair_name(3)).rows == [whole]
+
+
+def test_an_index_of_another_table_than_the_stored_one_is_not_used_and_named(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    stale = storage.read_bytes("decisions", "b1", "pair_index.parquet")
+    store_batch(storage, settings, queries=("a", "b", "c", "changed"))
+    storage.write_bytes(stale, "decisions", "b1", "pair_index.parquet")
+    found = row_history.find_pair(storage, pair_name(3))
+    assert (rows_of(found), found.unindexed) == ([("b1", 3)], ("decisions of b1",))
+    storage.write_bytes(b"torn", "decisions", "b1", "pair_index.parquet")
+    assert row_history.find_pair(storage, pair_name(3)).unindexed == ("decisions of b1",)
+    storage.remove("decisions", "b1", "pair_index.parquet")
+    assert row_history.find_pair(storage, pair_name(3)).unindexed == ("decisions of b1",)
+
+
+def test_a_batch_without_decisions_is_named(storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"decisions/b9/table\.parquet: not stored yet"):
+        row_history.find_row(storage, "b9", "1")
+
+
+def test_a_text_is_found_in_query_answer_and_record_whatever_its_white_space(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings, queries=("one  two\nthree", "b", "c", "d"))
+    (found,) = row_history.find_text(storage, "two three")
+    assert ([row["source_row"] for row in found.rows], found.number) == ([1], 1)
+    (found,) = row_history.find_text(storage, "nowhere")
+    assert (found.rows, found.number) == ([], 0)
+    assert row_history.text_of(storage, row_history.find_row(storage, "b1", "1").rows[0])["query"] == "one  two\nthree"
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thrice(storage: Storage) -> Storage:
+    """Version 1 without the batch, version 2 with row 3 of it selected, version 3 with row 3 not selected."""
+    half = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    whole = parse_settings(SETTINGS)
+    store_batch(storage, whole, "b0")
+    publish_all(storage, whole, "b0")
+    for settings in (half, whole):
+        for batch in ("b0", "b1"):
+            store_batch(storage, settings, batch)
+        publish_all(storage, settings, "b0", "b1")
+    return storage
+
+
+def test_every_version_says_what_became_of_a_row(thrice: Storage) -> None:
+    row = row_history.find_row(thrice, "b1", "3").rows[0]
+    fates = row_history.fates(thrice, row)
+    assert [fate.published.number for fate in fates] == [1, 2, 3]
+    assert [(fate.has_batch, fate.is_published) for fate in fates] == [(False, False), (True, True), (True, False)]
+    assert fates[2].row is not None
+    assert fates[2].row["explanation"] == row["explanation"]
+    assert row["explanation"].startswith("Ranked by RMI")
+
+
+def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal(thrice: Storage) -> None:
+    second = versions.find_version(thrice, "2")
+    (row,) = row_history.find_row(thrice, "b1", "3", second).rows
+    gathered = explain.gather(thrice, row, second, with_versions=False)
+    gathered.text["query"] = "hi\x1b[2J\x1b]0;owned"
+    stream = io.StringIO()
+    explain.show(Console(file=stream, width=80), gathered, with_template=True)
+    shown = stream.getvalue()
+    assert "in version 2" in shown
+    assert "\x1b" not in shown
+    assert "hi⟦U+001B⟧[2J" in shown
+
+
+@pytest.mark.parametrize(
+    ("verdict", "shown"),
+    [
+        ({"is_selected": False, "score": 0.7763, "cut": 0.2454, "position": 96}, "≤ 0.2454"),
+        ({"is_selected": True, "score": 0.2188, "cut": 0.2454, "position": 20}, "≤ 0.2454"),
+        ({"is_selected": True, "score": 0.9, "cut": 0.5, "position": 1}, "≥ 0.5000"),
+        ({"is_selected": False, "score": 0.1, "cut": 0.5, "position": 9}, "≥ 0.5000"),
+        ({"is_selected": True, "score": 0.5, "cut": 0.5, "position": 5}, "0.5000"),
+        ({"is_selected": False, "score": 0.9, "cut": 0.5, "position": None}, "0.5000"),
+        ({"is_selected": False, "score": None, "cut": 0.5}, "0.5000"),
+        ({"is_selected": False, "score": 0.5, "cut": None, "position": None}, "-"),
+    ],
+)
+def test_a_cut_is_shown_with_the_side_that_is_taken(verdict: dict[str, Any], shown: str) -> None:
+    assert explain._cut(verdict) == shown
+
+
+def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, settings: Settings) -> None:
+    whole = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {fraction: 1.0}}]")
+    store_batch(storage, whole)
+    publish_all(storage, whole, "b1")
+    store_batch(storage, settings, queries=("a", "b", {"query": "c", "source_row": 4}, {"query": "d", "source_row": 3}))
+    publish_all(storage, settings, "b1")
+    row = row_history.find_row(storage, "b1", "3").rows[0]
+    stream = io.StringIO()
+    explain.show(
+        Console(file=stream, width=200),
+        explain.gather(storage, row, None, with_versions=True),
+        with_template=False,
+    )
+    assert "another text then stood at this place" in stream.getvalue()
+    assert "dropped, had been in" not in stream.getvalue()
+
+
+def test_versions_in_a_row_that_say_the_same_of_a_row_are_one_line(thrice: Storage, settings: Settings) -> None:
+    for batch in ("b2", "b3"):
+        store_batch(thrice, settings, batch)
+        publish_all(thrice, settings, *(name for name in ("b0", "b1", "b2", "b3") if name <= batch))
+    row = row_history.find_row(thrice, "b1", "3").rows[0]
+    stream = io.StringIO()
+    gathered = explain.gather(thrice, row, None, with_versions=True)
+    explain.show(Console(file=stream, width=200), gathered, with_template=False)
+    lines = [line for line in stream.getvalue().splitlines() if line.startswith("version")]
+    assert len(lines) == 4
+    assert lines[0].endswith("its batch was not in it")
+    assert re.search(r"^version 2 \(.*: in it: ", lines[1])
+    assert lines[2].startswith("version 3 (")
+    assert "dropped, had been in version 2" in lines[2]
+    assert re.fullmatch(r"versions 4 to 5 \(\w{8} to \w{8}\): not in it: as above", lines[3])
+
+
+def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(thrice: Storage) -> None:
+    second = versions.find_version(thrice, "2")
+    assert versions.find_version(thrice, second.version[:8]) == second
+    (row,) = row_history.find_row(thrice, "b1", "3", second).rows
+    assert row["decision"] == "selected"
+    assert [score["model"] for score in row["scores"]] == ["strong", "weak"]
+    now = row_history.find_row(thrice, "b1", "3").rows[0]
+    assert [score["rmi"] for score in row["scores"]] == [score["rmi"] for score in now["scores"]]
+    assert row["verdicts"][0]["is_selected"]
+    by_pair = row_history.find_pair(thrice, pair_name(3), second)
+    assert (rows_of(by_pair), by_pair.unindexed) == ([("b0", 3), ("b1", 3)], ())
+
+
+def test_what_left_the_ledger_is_found_in_the_newest_version_that_had_it(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    version = publish_all(storage, settings, "b1")
+    storage.remove("decisions", "b1", "table.parquet")
+    answer, found_in = row_history.find_anywhere(
+        storage, lambda version: row_history.find_row(storage, "b1", "3", version)
+    )
+    assert rows_of(answer) == [("b1", 3)]
+    assert found_in is not None
+    assert found_in.version == version
+
+
+def test_of_a_version_whose_files_are_gone_nothing_is_claimed(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + KEEP_ONE)
+    for last in ("x", "y"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        publish_all(storage, settings, "b1")
+    first, second = row_history.fates(storage, row_history.find_row(storage, "b1", "3").rows[0])
+    assert (first.fault, first.row, second.fault) == ("its files were not kept", None, None)
+    with pytest.raises(StorageError, match=r"version 1 \(.*its files were not kept"):
+        row_history.find_row(storage, "b1", "3", first.published)
+    assert not storage.exists(*versions.pair_index(first.published.version))
+
+
+def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice: Storage) -> None:
+    row = row_history.find_row(thrice, "b1", "3").rows[0]
+    second = versions.find_version(thrice, "2")
+    parts = (versions.FOLDER, second.version, "scores.parquet")
+    thrice.write_bytes(thrice.read_bytes(*parts)[:-9], *parts)
+    first, torn, third = row_history.fates(thrice, row)
+    assert (first.fault, third.fault) == (None, None)
+    assert third.row is not None
+    assert torn.fault is not None
+    assert second.version in torn.fault
+    stream = io.StringIO()
+    gathered = explain.gather(thrice, row, None, with_versions=True)
+    explain.show(Console(file=stream, width=200), gathered, with_template=False)
+    assert "nothing is known of the row there" in stream.getvalue()
+
+
+def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    version = publish_all(storage, settings, "b1")
+    scores = Path(storage.url(versions.FOLDER, version, "scores.parquet"))
+    old = pl.read_parquet(scores).drop("explanation", "similarity", "evidence", "reason:diff_high")
+    old.write_parquet(scores)
+    storage.remove(*versions.pair_index(version))
+    (fate,) = row_history.fates(storage, row_history.find_row(storage, "b1", "4").rows[0])
+    assert fate.is_published
+    found = row_history.find_pair(storage, pair_name(4), fate.published)
+    assert found.unindexed == ("version 1",)
+    assert found.rows[0]["verdicts"][0]["is_selected"]
+
+
+# --- provenance ------------------------------------------------------------------------------------------------------
+
+
+def test_an_id_resolves_after_the_batch_was_decided_anew(storage: Storage) -> None:
+    old, new = {"files": {"a": "0"}, "models": {}}, {"files": {"a": "1"}, "models": {}}
+    first = storage.write_provenance(old, "run-1")
+    storage.write_provenance(new, "run-2")
+    storage.write_provenance(old, "run-3")
+    found = row_history.provenance(storage, first, "b1")
+    assert found.made_of == old
+    assert sorted(run["run_id"] for run in found.runs) == ["run-1", "run-3"]
+    assert first == hash_json(old)
+
+
+def test_an_id_of_before_there_were_records_resolves_by_the_tables_footer(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    decisions = storage.read_table("decisions", "b1")
+    assert row_history.provenance(storage, decisions.provenance_id, "b1").made_of == decisions.provenance
+    storage.write_table(StoredTable(decisions.frame, {"other": 1}), "decisions", "b1")
+    assert row_history.provenance(storage, decisions.provenance_id, "b1").made_of is None

@@ -1,0 +1,547 @@
+"""causal_lm: equal to the model's own logits over architectures, by the fastest way that is; memory, tokenizer, device.
+
+The models and their tolerances are those of `test_runner`: 1e-4 against the naive result, 1e-5 between two batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qaq_pipeline.config.settings import ModelSettings
+from qaq_pipeline.lm import causal_lm, lm_head
+from qaq_pipeline.lm.batching import BatchTooLargeError
+from qaq_pipeline.lm.causal_lm import (
+    BATCH_TOKENS_CPU,
+    CausalLM,
+    HfTokenizer,
+    UnsupportedModelError,
+    free_memory,
+    load_model,
+    load_tokenizer,
+    loaders,
+    matmul_flops_per_second,
+    peak_flops_per_second,
+    resolve_device,
+    resolve_dtype,
+)
+from qaq_pipeline.lm.model_files import ModelFiles
+from qaq_pipeline.lm.workers import lease_devices
+from qaq_pipeline_tests.conftest import TEMPLATES, TinyModel, byte_tokenizer
+from qaq_pipeline_tests.lm.test_runners import (
+    PACKED,
+    PADDED,
+    TINY,
+    assert_same,
+    mixed_sequences,
+    naive_mixed,
+    scaled_llama,
+    sequence,
+    tiny,
+    unshared,
+)
+from qaq_pipeline_tests.support.naive import BOS, END_OF_TEXT, IM_END, IM_START, naive_logprobs, text
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A speed that is not measured: for each model that takes longer than all else, in float16 ten seconds."""
+    monkeypatch.setattr(causal_lm, "peak_flops_per_second", lambda _dtype, _device: 1e9)
+
+
+def files(folder: Path) -> ModelFiles:
+    return ModelFiles("tiny", folder, "files:0")
+
+
+def model_settings(**values: Any) -> ModelSettings:
+    return ModelSettings.model_validate({"directory": "tiny", "device": "cpu", "dtype": "float32"} | values)
+
+
+# --- the model's own log-probabilities -------------------------------------------------------------------------------
+
+
+def tensors(scores: Sequence[Sequence[np.ndarray]]) -> list[list[torch.Tensor]]:
+    return [[torch.from_numpy(values) for values in targets] for targets in scores]
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_scores_equal_the_models_own_full_logits_one_sequence_at_a_time(family: str) -> None:
+    scorer = CausalLM(tiny(family), family)
+    assert (scorer.facts.runner, scorer.facts.is_padded) == ("packed", False)
+    for sequences in (mixed_sequences(), unshared(mixed_sequences())):
+        assert_same(tensors(scorer.score(sequences)), naive_mixed(family))
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_what_cannot_be_packed_is_scored_in_padded_batches(family: str) -> None:
+    scorer = CausalLM(tiny(family), family)
+    assert (scorer.facts.runner, scorer.facts.is_padded) == ("padded", True)
+    assert_same(tensors(scorer.score(mixed_sequences())), naive_mixed(family))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_scales_its_logits_in_code_is_scored_by_its_own_logits(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = scaled_llama(dtype)
+    scorer = CausalLM(model, "some/scaled")
+    assert (scorer.facts.runner, scorer.facts.is_padded) == ("own_logits", False)
+    assert "some/scaled (ScaledLlama): scored by its own logits, one sequence at a time, which is slow" in caplog.text
+    sequences = mixed_sequences()
+    for one, values in zip(sequences, tensors(scorer.score(sequences)), strict=True):
+        for target, value in zip(one.targets, values, strict=True):
+            ids = one.token_ids
+            naive = naive_logprobs(model, ids[: target.start], ids[target.start : target.stop])
+            # Logits of the targets alone, or of all tokens: bfloat16 may round to another of its 8 bits.
+            assert_same(value, naive, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_score_is_an_array_of_fp32_for_each_target() -> None:
+    sequences = mixed_sequences()
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = CausalLM(tiny("llama", dtype), "tiny").score(sequences)
+        for one, values in zip(sequences, scores, strict=True):
+            assert all(isinstance(value, np.ndarray) and value.dtype == np.float32 for value in values)
+            assert [value.shape for value in values] == [(target.stop - target.start,) for target in one.targets]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param({"weight": torch.nan}, "log-probabilities are not finite: .*`dtype: float32`", id="NaN weights"),
+        pytest.param({"is_causal": False}, "what stands to the right of a token moves", id="bidirectional"),
+    ],
+)
+def test_a_model_that_gives_no_ground_for_a_score_is_refused_by_name(spoil: dict[str, Any], reason: str) -> None:
+    model = tiny("gemma3_text")
+    if "weight" in spoil:
+        with torch.no_grad():
+            model.lm_head.weight[5] = spoil["weight"]
+    else:
+        model.config.use_bidirectional_attention = True
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match=f"^some/model: .*{reason}"):
+        CausalLM(model, "some/model")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_neither_order_nor_company_nor_padding_moves_a_score(family: str) -> None:
+    scorer = CausalLM(tiny(family), family)
+    sequences = mixed_sequences()
+    together = tensors(scorer.score(sequences))
+    assert_same(tensors(scorer.score(sequences[::-1]))[::-1], together, atol=1e-5)
+    assert_same([tensors(scorer.score([one]))[0] for one in sequences], together, atol=1e-5)
+    assert_same(tensors(scorer.score(unshared(sequences))), together, atol=1e-5)
+
+
+def test_fault_4_the_models_head_sees_target_rows_only_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "ROWS_PER_CHUNK_CPU", 8)
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[0]))
+    sequences = mixed_sequences()
+    scorer.score(sequences)
+    num_targets = sum(target.stop - target.start for one in sequences for target in one.targets)
+    assert max(rows) <= 8
+    assert sum(rows) == num_targets
+    rows.clear()
+    scorer.score([sequence(list(range(1, 51)), (45, 50))])
+    assert rows == [5]
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_model_left_in_training_scores_without_dropout_or_gradients(is_training: bool) -> None:
+    model = tiny("gpt2")
+    assert model.config.resid_pdrop > 0
+    scorer = CausalLM(model.train(is_training), "tiny")
+    assert_same(tensors(scorer.score(mixed_sequences())), naive_mixed("gpt2"))
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "num_tokens"), [("llama", 60 + 3), ("bloom", 60 + 60)])
+def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(family: str, num_tokens: int) -> None:
+    model = tiny(family)
+    scorer = CausalLM(model, family, free_bytes=lambda: 0)
+    model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the batch ran"))
+    batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
+    with pytest.raises(BatchTooLargeError, match=rf"^{num_tokens} tokens need \d+ MB, more than is free$"):
+        scorer.score(batch)
+
+
+def test_free_memory_is_asked_for_before_every_batch() -> None:
+    free = [1e12, 1e12, 0.0, 1e12]  # The first for the facts.
+    scorer = CausalLM(tiny("llama"), "tiny", free_bytes=functools.partial(free.pop, 0))
+    batch = mixed_sequences()
+    first = scorer.score(batch)
+    with pytest.raises(BatchTooLargeError, match="more than is free"):
+        scorer.score(batch)
+    np.testing.assert_array_equal(scorer.score(batch)[0][0], first[0][0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+    ids=["cpu", "cuda", "python"],
+)
+def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception) -> None:
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+    batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
+    expected = scorer.score(batch)
+
+    def run_out(*_: Any) -> None:
+        raise error
+
+    hook = model.base_model.register_forward_pre_hook(run_out)
+    with pytest.raises(BatchTooLargeError, match=r"^63 tokens did not fit into memory$") as caught:
+        scorer.score(batch)
+    # The traceback of the first error would keep the failed batch's tensors.
+    assert caught.value.__context__ is caught.value.__cause__ is None
+    hook.remove()
+    np.testing.assert_array_equal(scorer.score(batch)[0][0], expected[0][0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("can't allocate memory")])
+def test_any_other_error_passes_through(error: Exception) -> None:
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.base_model.register_forward_pre_hook(fail)
+    with pytest.raises(type(error)) as caught:
+        scorer.score(mixed_sequences())
+    assert caught.value is error
+
+
+def test_memory_for_a_batch_is_less_than_what_is_free() -> None:
+    psutil = causal_lm.psutil
+    assert 0 < free_memory(CPU) < psutil.virtual_memory().total
+
+
+# --- what a model says of itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_work_of_a_token_is_counted_without_embeddings_and_head(family: str) -> None:
+    facts = CausalLM(tiny(family), family).facts
+    hidden, inner, keys = TINY["hidden_size"], TINY["intermediate_size"], TINY["num_key_value_heads"] * TINY["head_dim"]
+    of_a_layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner
+    assert facts.flops_per_token == 2 * TINY["num_hidden_layers"] * of_a_layer
+    assert facts.flops_per_target == 2 * TINY["vocab_size"] * hidden
+    assert facts.peak_flops_per_second == 1e9
+
+
+def test_a_batch_on_a_cpu_is_small_and_smaller_where_memory_is_short() -> None:
+    sizes = [CausalLM(tiny("llama"), "tiny", free_bytes=lambda free=free: free).facts for free in (1e12, 1e6, 0)]
+    ample, short, none = (facts.batch_tokens for facts in sizes)
+    assert ample == BATCH_TOKENS_CPU > short > none == 1
+
+
+def test_a_batch_of_the_size_it_names_fits_into_the_memory_it_was_told_of() -> None:
+    scorer = CausalLM(tiny("llama"), "tiny", free_bytes=lambda: 1e6)
+    fitting = scorer.facts.batch_tokens
+    scorer.score([sequence([1] * fitting, (1, 2))])
+    with pytest.raises(BatchTooLargeError):
+        scorer.score([sequence([1] * (fitting + 1), (1, 2))])
+
+
+def test_the_speed_of_a_matrix_product_is_measured() -> None:
+    assert 1e8 < matmul_flops_per_second(torch.float32, CPU) < 1e14
+
+
+def test_it_is_measured_once_in_a_process_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(causal_lm, "_measured_once", functools.cache(causal_lm._measured_once.__wrapped__))
+    monkeypatch.setattr(causal_lm, "matmul_flops_per_second", lambda dtype, _device: measured.append(dtype) or 1e9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        assert peak_flops_per_second(dtype, CPU) == 1e9
+    assert measured == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    peak_flops_per_second(torch.float32, CPU)
+    assert len(measured) == 3
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def saved(model: Any, folder: Path) -> None:
+    """The model on disk, with the byte tokenizer."""
+    model.save_pretrained(folder)
+    byte_tokenizer(TinyModel()).save_pretrained(folder)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int]]]:
+    """Each model that is loaded in the test, and the sample it was tested with."""
+    seen: list[tuple[Any, list[int]]] = []
+    choose = causal_lm.choose_runner
+
+    def spied(model: Any, name: str, sample_ids: list[int], max_tokens: int) -> Any:
+        seen.append((model, sample_ids))
+        return choose(model, name, sample_ids, max_tokens)
+
+    monkeypatch.setattr(causal_lm, "choose_runner", spied)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_is_loaded_in_the_dtype_asked_for(
+    dtype: str, tiny_model_dir: Callable[..., Path], loaded: list[tuple[Any, list[int]]]
+) -> None:
+    scorer = load_model(model_settings(dtype=dtype), files(tiny_model_dir()), min_context=512)
+    ((model, sample_ids),) = loaded
+    assert (model.dtype, model.device) == (getattr(torch, dtype), CPU)
+    assert sample_ids == text(causal_lm.SAMPLE_TEXT)
+    assert scorer.max_context == 512
+    assert scorer.facts.runner == "packed"
+    ((value,),) = scorer.score([sequence([BOS, *text("print(1)")], (1, 9))])
+    assert value.dtype == np.float32
+    assert np.isfinite(value).all()
+
+
+def test_a_model_whose_attention_sdpa_cannot_compute_is_loaded_all_the_same(tmp_path: Path) -> None:
+    model = tiny("gemma2")
+    saved(model, tmp_path)
+    scorer = load_model(model_settings(), files(tmp_path))
+    ids = list(range(3, 50))
+    ((value,),) = scorer.score([sequence(ids, (20, 47))])
+    assert_same(torch.from_numpy(value), naive_logprobs(model, ids[:20], ids[20:]))
+
+
+def test_a_sequence_alone_waits_for_memory_before_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(causal_lm.time, "sleep", waited.append)
+    alone = [sequence([1, 2, 3], (1, 3))]
+    free = iter([1e12, 0.0, 0.0, 1e12])
+    assert CausalLM(tiny("llama"), "tiny", free_bytes=lambda: next(free)).score(alone)
+    assert waited == [1, 1]
+    with pytest.raises(BatchTooLargeError, match="more than is free"):
+        CausalLM(tiny("llama"), "tiny", free_bytes=lambda: 0).score(alone)
+    assert len(waited) == 2 + causal_lm.PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("files_of_the_group", "num_cores", "available"),
+    [
+        ({}, 6, 8e9),
+        ({"cpu.max": "250000 100000", "memory.max": "4000000000", "memory.current": "1500000000"}, 2, 2.5e9),
+        ({"cpu.max": "50000 100000", "memory.max": "max", "memory.current": "5"}, 1, 8e9),
+        ({"cpu.max": "max 100000", "memory.max": "1000", "memory.current": "5000"}, 6, 0.0),
+    ],
+)
+def test_the_limits_of_a_container_count(
+    files_of_the_group: dict[str, str],
+    num_cores: int,
+    available: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, content in files_of_the_group.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(causal_lm, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)), raising=False)
+    monkeypatch.setattr(causal_lm.psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    assert causal_lm.num_cores() == num_cores
+    assert causal_lm.available_memory() == available
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_of_several_processes_each_has_one_thread(
+    num_processes: int, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    load_model(model_settings(), files(tiny_model_dir()), num_processes=num_processes)
+    assert given == ([1] if num_processes > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("most", "num_cores", "available", "expected"),
+    [
+        pytest.param(8, 3, 64e9, 3, id="one for each core"),
+        pytest.param(2, 3, 64e9, 2, id="at most so many"),
+        pytest.param(8, 1, 64e9, 1, id="one core"),
+        pytest.param(8, 8, 6.1e9, 6, id="no more than memory holds"),
+        pytest.param(8, 8, 0.1e9, 1, id="but one"),
+    ],
+)
+def test_on_a_cpu_there_are_as_many_models_as_cores_and_memory_hold(
+    most: int, num_cores: int, available: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "num_cores", lambda: num_cores)
+    monkeypatch.setattr(causal_lm, "available_memory", lambda: available)
+    monkeypatch.setattr(causal_lm, "load_model", lambda *arguments, sample_ids: (*arguments, sample_ids))
+    settings, model = model_settings(), files(Path("tiny"))
+    with loaders(settings, model, 77, most, [5]) as loads:
+        assert [load() for load in loads] == [(settings, model, 77, expected, [5])] * expected
+
+
+@pytest.mark.parametrize(
+    ("device", "held", "most", "expected"),
+    [
+        ("cuda", [], 8, ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda", [], 2, ["cuda:0", "cuda:1"]),
+        ("cuda", [0], 8, ["cuda:1", "cuda:2"]),
+        ("cuda:1", [], 8, ["cuda:1"]),
+    ],
+)
+def test_there_is_a_model_for_each_gpu_that_nobody_holds(
+    device: str, held: list[int], most: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"id-{index}"))
+    monkeypatch.setattr(causal_lm, "LEASES", tmp_path)
+    monkeypatch.setattr(causal_lm, "load_model", lambda settings, *_, **__: settings.device)
+    with contextlib.ExitStack() as others:
+        for index in held:
+            others.enter_context(lease_devices({"x": f"gpu-id-{index}"}, tmp_path, most=1, timeout=0))
+        with loaders(model_settings(device=device), files(Path("tiny")), 0, most) as loads:
+            assert [load() for load in loads] == expected
+
+
+def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(tiny_model_dir: Callable[..., Path]) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"tiny: made for 512 tokens.*\(513\); set scoring.max_tokens to 512"
+    ):
+        load_model(model_settings(), files(tiny_model_dir()), min_context=513)
+
+
+def test_a_model_that_states_no_longest_sequence_is_taken_at_any_window(tmp_path: Path) -> None:
+    saved(tiny("bloom"), tmp_path)
+    assert load_model(model_settings(), files(tmp_path), min_context=1_000_000).max_context is None
+
+
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_missing_device_is_an_error_that_names_the_remedy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_accelerator(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=f"device '{device}' is not on this machine; set `device: auto`"):
+        resolve_device(device)
+
+
+def test_a_gpu_number_that_is_not_there_is_a_missing_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("auto") == torch.device("cuda")
+    with pytest.raises(UnsupportedModelError, match="'cuda:2' is not on this machine"):
+        resolve_device("cuda:2")
+
+
+def test_device_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_accelerator(monkeypatch)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_is_bfloat16_only_where_it_is_natively_fast(
+    is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: is_native)
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype
+    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(folder: Path, template: str | None = None) -> HfTokenizer:
+    return HfTokenizer(AutoTokenizer.from_pretrained(folder), template)
+
+
+def test_markup_reads_special_tokens_and_delivered_text_does_not(tiny_model_dir: Callable[..., Path]) -> None:
+    tokenizer = tokenizer_of(tiny_model_dir())
+    source = "<|im_start|>user\nhé<|im_end|>"
+    assert tokenizer.encode_markup(source) == [IM_START, *text("user\nhé"), IM_END]
+    assert tokenizer.encode_texts([source, "", " a"]) == [text(source), [], text(" a")]
+    assert tokenizer.encode_markup(source) == [IM_START, *text("user\nhé"), IM_END]
+    assert tokenizer.encode_texts([]) == []
+
+
+def test_bos_and_end_of_text_are_those_of_the_tokenizer(tiny_model_dir: Callable[..., Path]) -> None:
+    with_bos, without = (tokenizer_of(tiny_model_dir(has_bos=has_bos)) for has_bos in (True, False))
+    assert (with_bos.bos_token_id, without.bos_token_id) == (BOS, None)
+    assert with_bos.end_of_text_id == without.end_of_text_id == END_OF_TEXT
+
+
+@pytest.mark.parametrize("eos_token_id", [7, None])
+def test_without_a_named_end_of_text_token_the_end_of_sequence_token_stands_for_it(eos_token_id: int | None) -> None:
+    tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=eos_token_id)
+    tokenizer.get_vocab = lambda: {"<|im_end|>": 7, "a": 1}
+    assert HfTokenizer(tokenizer).end_of_text_id == eos_token_id
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="old/model: a fast tokenizer"):
+        HfTokenizer(SimpleNamespace(is_fast=False, name_or_path="old/model"))
+
+
+def test_a_model_without_a_chat_template_is_an_error_that_names_the_remedy(
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    tokenizer = tokenizer_of(tiny_model_dir(template="none"))
+    with pytest.raises(UnsupportedModelError, match="set `frame: plain`, or `chat_template_from`"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_borrowed_template_replaces_the_models_own(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "sibling.jinja").write_text("[{{ messages[0]['content'] }}]{{ bos_token }}")
+    borrowing = model_settings(chat_template_from="sibling.jinja")
+    tokenizer = load_tokenizer(borrowing, files(tiny_model_dir()), tmp_path)
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "[x]<s>"
+    own = load_tokenizer(model_settings(), files(tiny_model_dir()), tmp_path)
+    assert (
+        own.render_chat([{"role": "user", "content": "x"}]) == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_of_several_named_templates_the_default_one_is_taken(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    several: Any = AutoTokenizer.from_pretrained(tiny_model_dir())
+    several.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ raise_exception('no tools here') }}"}
+    several.save_pretrained(tmp_path)
+    message = [{"role": "user", "content": "x"}]
+    assert tokenizer_of(tmp_path).render_chat(message) == tokenizer_of(tiny_model_dir()).render_chat(message)
+
+
+def test_a_template_that_asks_for_todays_date_renders_the_same_tomorrow(tiny_model_dir: Callable[..., Path]) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}no clock{% endif %}" + str(
+        TEMPLATES["chatml"]
+    )
+    message = [{"role": "user", "content": "x"}]
+    plain = tokenizer_of(tiny_model_dir()).render_chat(message)
+    assert tokenizer_of(tiny_model_dir(), dated).render_chat(message) == "26 Jul 2024" + plain

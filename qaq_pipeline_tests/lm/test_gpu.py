@@ -1,0 +1,79 @@
+"""The same path on a CUDA device: scores equal the CPU's, memory that runs out is halved, a GPU has one holder.
+
+Run by `pytest -m gpu` where there is one; elsewhere they are not collected into `make test`.
+Tolerance: 1e-3 nats per token in fp32 without TF32 (another order of the same sums), 0.05 on the mean in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qaq_pipeline.config.settings import ModelSettings
+from qaq_pipeline.lm import causal_lm
+from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
+from qaq_pipeline.lm.model_files import ModelFiles
+from qaq_pipeline.lm.prompts import Target, TokenSequence
+from qaq_pipeline.lm.workers import open_workers
+from qaq_pipeline.schema.tables import Quantity
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def settings(device: str, dtype: str = "float32") -> ModelSettings:
+    return ModelSettings.model_validate({"directory": "tiny", "device": device, "dtype": dtype})
+
+
+def sequences(number: int = 40) -> list[TokenSequence]:
+    random = np.random.default_rng(0)
+    prefix = random.integers(0, 256, 20).tolist()
+    drawn = [prefix + random.integers(0, 256, length).tolist() for length in random.integers(2, 200, number)]
+    return [TokenSequence(f"{n:032x}", ids, (Target(Quantity.Q, 20, len(ids)),), 19) for n, ids in enumerate(drawn)]
+
+
+def means(model: causal_lm.CausalLM) -> np.ndarray:
+    queue = BatchQueue([sequences()], 1000, is_padded=model.facts.is_padded)
+    found: dict[str, float] = {}
+    while batch := queue.take():
+        for sequence, (values,) in zip(batch, model.score(batch), strict=True):
+            found[sequence.pair_id] = float(values.mean())
+    return np.array([found[name] for name in sorted(found)])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_scores_on_a_gpu_are_those_of_the_cpu(
+    dtype: str, tolerance: float, tiny_model_dir: Callable[..., Path]
+) -> None:
+    files = ModelFiles("tiny", tiny_model_dir(), "files:0")
+    expected = means(causal_lm.load_model(settings("cpu"), files))
+    on_gpu = causal_lm.load_model(settings("cuda:0", dtype), files)
+    assert on_gpu.facts.runner == "padded"
+    assert on_gpu.facts.peak_flops_per_second > 1e12
+    assert np.abs(means(on_gpu) - expected).max() <= tolerance
+
+
+def test_a_batch_that_does_not_fit_leaves_room_for_the_next(tiny_model_dir: Callable[..., Path]) -> None:
+    model = causal_lm.load_model(settings("cuda:0"), ModelFiles("tiny", tiny_model_dir(), "files:0"))
+    expected = means(model)
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(BatchTooLargeError):
+            model.score(sequences(20_000))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    np.testing.assert_allclose(means(model), expected, atol=1e-5)
+
+
+def test_every_gpu_scores_in_a_process_that_holds_it(tiny_model_dir: Callable[..., Path]) -> None:
+    files = ModelFiles("tiny", tiny_model_dir(), "files:0")
+    with causal_lm.loaders(settings("cuda"), files, 256, 8) as loads, open_workers(loads) as workers:
+        assert len(workers.facts) == torch.cuda.device_count()
+        done = [batch for batch, _ in workers.run(BatchQueue([sequences()], 1000, is_padded=True))]
+    assert sum(map(len, done)) == 40

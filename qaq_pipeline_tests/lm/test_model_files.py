@@ -1,0 +1,385 @@
+"""model_files: where files come from, what identifies them, and errors that name the path and the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qaq_pipeline.config.settings import ModelSettings
+from qaq_pipeline.lm import model_files
+from qaq_pipeline.lm.model_files import FilesWatch, ModelFiles, ModelNotFoundError, chat_template, locate
+from qaq_pipeline_tests.conftest import TEMPLATES
+from qaq_pipeline_tests.support.naive import BOS, EOS, SPECIAL_TOKENS, VOCABULARY_SIZE, text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def found(cache: Path, **source: str) -> ModelFiles:
+    return locate(ModelSettings.model_validate(source), cache)
+
+
+def refusal(cache: Path, **source: str) -> str:
+    with pytest.raises(ModelNotFoundError) as caught:
+        found(cache, **source)
+    return str(caught.value)
+
+
+def hashes_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The files that are read to be hashed, call by call."""
+    calls: list[list[str]] = []
+    take = model_files._hash_files
+
+    def record(files: Any) -> str:
+        paths = list(files)
+        calls.append([path.name for path in paths])
+        return take(paths)
+
+    monkeypatch.setattr(model_files, "_hash_files", record)
+    return calls
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Write with a later time of change, which the next moment may not bring by itself."""
+    later = path.stat().st_mtime_ns + 1_000_000_000
+    path.write_bytes(data)
+    os.utime(path, ns=(later, later))
+
+
+# --- directories -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of the tiny model, to change at will."""
+    return shutil.copytree(tiny_model_dir(), tmp_path / "tiny", ignore=shutil.ignore_patterns(".*"))
+
+
+def test_a_directory_is_found_in_the_cache_folder_or_by_its_own_path(directory: Path, tmp_path: Path) -> None:
+    relative = found(tmp_path, directory="tiny")
+    assert relative == found(tmp_path / "elsewhere", directory=str(directory))
+    assert (relative.name, relative.folder) == ("tiny", directory)
+    assert relative.revision.removeprefix("files:").isalnum()
+
+
+def test_a_missing_directory_is_an_error_that_names_it_and_what_is_expected(tmp_path: Path) -> None:
+    assert refusal(tmp_path, directory="absent") == (
+        f"{tmp_path / 'absent'}: no config.json there; a model directory in Hugging Face layout is expected"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_the_revision_changes_when_a_file_of_the_directory_changes(name: str, directory: Path, tmp_path: Path) -> None:
+    before = found(tmp_path, directory="tiny").revision
+    assert found(tmp_path, directory="tiny").revision == before
+    data = bytearray((directory / name).read_bytes())
+    data[-2] ^= 1
+    rewrite(directory / name, bytes(data))
+    changed = found(tmp_path, directory="tiny").revision
+    data[-2] ^= 1
+    rewrite(directory / name, bytes(data))
+    assert changed != before == found(tmp_path, directory="tiny").revision
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "pytorch_model.bin"])
+def test_the_revision_covers_weights_in_whatever_file(name: str, directory: Path, tmp_path: Path) -> None:
+    before = found(tmp_path, directory="tiny").revision
+    (directory / name).write_bytes(b"weights")
+    added = found(tmp_path, directory="tiny").revision
+    rewrite(directory / name, b"Weights")
+    assert len({before, added, found(tmp_path, directory="tiny").revision}) == 3
+
+
+def test_the_revision_depends_on_content_and_not_on_place_or_time(directory: Path, tmp_path: Path) -> None:
+    before = found(tmp_path, directory="tiny").revision
+    moved = directory.rename(tmp_path / "moved")
+    for path in moved.iterdir():
+        os.utime(path, ns=(1, 1))
+    assert found(tmp_path, directory="moved").revision == before
+
+
+def test_the_hash_of_weights_is_remembered_until_a_file_changes(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = hashes_taken(monkeypatch)
+    for _ in range(3):
+        found(tmp_path, directory="tiny")
+    assert len(taken) == 1
+    assert "model.safetensors" in taken[0]
+    rewrite(directory / "model.safetensors", b"other")
+    for _ in range(3):
+        found(tmp_path, directory="tiny")
+    assert len(taken) == 2
+    assert not list(directory.glob("*.partial*"))
+
+
+def test_where_the_hash_cannot_be_remembered_it_is_taken_again(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = found(tmp_path, directory="tiny").revision
+    (memory,) = directory.glob(".*.sha256.json")
+    memory.unlink()
+
+    def refuse(*args: Any) -> int:
+        raise PermissionError("read-only")
+
+    taken = hashes_taken(monkeypatch)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with caplog.at_level(logging.INFO):
+        assert found(tmp_path, directory="tiny").revision == found(tmp_path, directory="tiny").revision == before
+    assert len(taken) == 2
+    assert "cannot be remembered (read-only)" in caplog.text
+
+
+def test_the_tokenizer_hash_changes_with_the_tokenizer_alone(directory: Path, tmp_path: Path) -> None:
+    files = found(tmp_path, directory="tiny")
+    before = files.tokenizer_hash()
+    rewrite(directory / "model.safetensors", b"other")
+    assert files.tokenizer_hash() == before
+    rewrite(directory / "tokenizer.json", b"{}")
+    assert files.tokenizer_hash() != before
+    assert len(before) == 16
+
+
+# --- files that change while they are used --------------------------------------------------------------------------
+
+
+def test_files_that_stay_are_not_hashed_again(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = FilesWatch(found(tmp_path, directory="tiny"))
+    hashed = hashes_taken(monkeypatch)
+    assert watch.is_unchanged()
+    assert watch.found is None
+    assert hashed == []
+
+
+def test_files_that_are_only_touched_are_unchanged(directory: Path, tmp_path: Path) -> None:
+    watch = FilesWatch(found(tmp_path, directory="tiny"))
+    os.utime(directory / "model.safetensors", (0, 0))
+    assert watch.is_unchanged()
+
+
+def test_a_changed_file_is_seen_and_remembered_even_where_it_is_changed_back(directory: Path, tmp_path: Path) -> None:
+    files = found(tmp_path, directory="tiny")
+    watch = FilesWatch(files)
+    weights = directory / "model.safetensors"
+    before = weights.read_bytes()
+    rewrite(weights, before + b"x")
+    assert not watch.is_unchanged()
+    assert watch.found == found(tmp_path, directory="tiny").revision != files.revision
+    rewrite(weights, before)
+    assert found(tmp_path, directory="tiny").revision == files.revision
+    assert not watch.is_unchanged()
+
+
+def test_files_that_are_being_replaced_are_changed(directory: Path, tmp_path: Path) -> None:
+    watch = FilesWatch(found(tmp_path, directory="tiny"))
+    shutil.rmtree(directory)
+    assert not watch.is_unchanged()
+    assert watch.found == "unreadable"
+
+
+def test_a_model_that_is_named_by_what_it_holds_is_not_looked_at(tmp_path: Path) -> None:
+    assert FilesWatch(ModelFiles("tiny/model", tmp_path / "gone", "f" * 40)).is_unchanged()
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(source: Path, path: Path) -> None:
+    """The tiny llama of `source` as an fp32 GGUF file."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    write_gguf_header(writer, model.config)
+    write_gguf_tokenizer(writer, {token_id: token for token, token_id in tokenizer.get_vocab().items()})
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"} | {
+        f"model.layers.{layer}.{name}": f"blk.{layer}.{gguf_name}"
+        for layer in range(model.config.num_hidden_layers)
+        for name, gguf_name in GGUF_NAMES.items()
+    }
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        weight = interleaved(tensor.numpy(), heads.get(module.rpartition(".")[2]))
+        writer.add_tensor(f"{names[module]}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf_header(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def write_gguf_tokenizer(writer: gguf.GGUFWriter, token_of: dict[int, str]) -> None:
+    """Bytes and special tokens, and one merge, since a GGUF tokenizer must have some."""
+    tokens = [token_of.get(token_id, f"<unused{token_id}>") for token_id in range(VOCABULARY_SIZE)]
+    tokens[-1] = "zz"
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
+    writer.add_token_merges(["z z"])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+
+
+def interleaved(weight: Any, num_heads: int | None) -> Any:
+    """A query or key projection in GGUF's order of rotary dimensions; any other weight as it is."""
+    if num_heads is None:
+        return weight
+    halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def test_a_missing_gguf_file_is_an_error_that_names_it_and_the_remedy(tmp_path: Path) -> None:
+    message = refusal(tmp_path, gguf="absent.gguf")
+    assert message.startswith(f"{tmp_path / 'absent.gguf'}: no such GGUF file.")
+    assert "`make demo`" in message
+    assert "correct `gguf` or `model_cache`" in message
+
+
+def test_a_gguf_file_is_converted_once_to_the_very_same_model(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_gguf(tiny_model_dir(), tmp_path / "tiny.gguf")
+    files = found(tmp_path, gguf="tiny.gguf")
+    sha256 = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
+    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}", f"gguf:{sha256}")
+    assert found(tmp_path, gguf="tiny.gguf") == files
+    assert caplog.text.count("converting tiny.gguf once") == 1
+    assert [path.name for path in (tmp_path / "converted").iterdir() if path.is_dir()] == [files.folder.name]
+
+    source, converted = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_model_dir(), files.folder))
+    ids = torch.arange(3, 40)[None]
+    assert converted.dtype == torch.float32
+    assert torch.equal(converted(ids).logits, source(ids).logits)
+    tokenizer: Any = AutoTokenizer.from_pretrained(files.folder)
+    assert tokenizer("hé <s>", add_special_tokens=False)["input_ids"] == [*text("hé "), BOS]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+
+
+def test_a_changed_gguf_file_is_hashed_and_converted_anew(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = hashes_taken(monkeypatch)
+    write_gguf(tiny_model_dir(), tmp_path / "tiny.gguf")
+    first = found(tmp_path, gguf="tiny.gguf")
+    assert found(tmp_path, gguf="tiny.gguf") == first
+    assert taken == [["tiny.gguf"]]
+    write_gguf(tiny_model_dir(seed=1), tmp_path / "other.gguf")
+    rewrite(tmp_path / "tiny.gguf", (tmp_path / "other.gguf").read_bytes())
+    second = found(tmp_path, gguf="tiny.gguf")
+    assert taken == [["tiny.gguf"]] * 2
+    assert second.revision != first.revision
+    assert second.folder != first.folder
+    assert first.folder.exists()
+
+
+def test_a_conversion_that_fails_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF torn")
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"."):
+            found(tmp_path, gguf="torn.gguf")
+        assert [path for path in (tmp_path / "converted").iterdir() if path.is_dir()] == []
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's files."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_hub_model_that_cannot_be_had_is_an_error_that_names_it_and_the_remedy(
+    hub_cache: Path, tmp_path: Path
+) -> None:
+    message = refusal(tmp_path, hub="nobody/nothing", revision="abc")
+    assert message.startswith("hub model 'nobody/nothing' (revision abc) cannot be had: ")
+    assert message.endswith("Check the id and the network, log in if it is gated, or name a local `directory`")
+    assert "(revision newest)" in refusal(tmp_path, hub="nobody/nothing")
+
+
+def test_a_hub_model_is_identified_by_its_commit(hub_cache: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub_cache / "models--tiny--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    for revision in ({}, {"revision": commit}):
+        files = found(tmp_path, hub="tiny/model", **revision)
+        assert files == ModelFiles("tiny/model", repository / "snapshots" / commit, commit)
+
+
+# --- borrowed chat templates -----------------------------------------------------------------------------------------
+
+
+def test_a_chat_template_is_borrowed_from_a_jinja_file(tmp_path: Path) -> None:
+    (tmp_path / "sibling.jinja").write_text("{{ messages }} é", encoding="utf-8")
+    assert chat_template("sibling.jinja", tmp_path) == "{{ messages }} é"
+
+
+def test_a_chat_template_is_borrowed_from_a_directory(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    assert chat_template(str(tiny_model_dir(template="trims")), tmp_path) == TEMPLATES["trims"]
+    shutil.copytree(tiny_model_dir(), tmp_path / "sibling")
+    assert chat_template("sibling", tmp_path) == TEMPLATES["chatml"]
+
+
+def test_of_several_named_templates_the_default_one_is_borrowed(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    several: Any = AutoTokenizer.from_pretrained(tiny_model_dir())
+    several.chat_template = {"default": "the default", "tool_use": "for tools"}
+    several.save_pretrained(tmp_path / "sibling")
+    assert chat_template("sibling", tmp_path) == "the default"
+
+
+@pytest.mark.parametrize("source", ["absent.jinja", "nobody/absent"])
+def test_a_template_source_that_is_not_there_is_an_error_that_names_it(source: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=f"chat_template_from: '{source}' cannot be read"):
+        chat_template(source, tmp_path)
+
+
+def test_a_template_source_without_a_template_is_an_error_that_says_so(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelNotFoundError, match="has no chat template"):
+        chat_template(str(tiny_model_dir(template="none")), tmp_path)

@@ -1,0 +1,435 @@
+"""workers: every batch once with its own scores, here or in processes, and what becomes of those that fail or die.
+
+No tolerances: the scorer's numbers are exact. Real processes throughout; none has torch in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qaq_pipeline.lm import workers as workers_module
+from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
+from qaq_pipeline.lm.prompts import Target, TokenSequence
+from qaq_pipeline.lm.workers import (
+    Batch,
+    DeviceBusyError,
+    ScorerFacts,
+    Scores,
+    WorkerDiedError,
+    Workers,
+    lease_devices,
+    open_workers,
+)
+from qaq_pipeline.schema.tables import Quantity
+
+BATCH_TOKENS = 40
+MEMORY_TOKENS = 100
+"""What the scorer's memory holds."""
+PATIENCE = 60.0
+"""Seconds after which a process that should have ended counts as an orphan."""
+
+NAP, SLEEP, DIE, EXIT, WHO = range(-5, 0)
+"""Token ids on which the scorer does something else first."""
+
+
+class TwoPartError(Exception):
+    """Can be pickled, but not built again: its one argument is not what it was made of."""
+
+    def __init__(self, path: str, line: int) -> None:
+        super().__init__(f"{path}, line {line}: torn")
+
+
+class HoldingError(Exception):
+    """Cannot be pickled: it holds a lock."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+class RewordingError(Exception):
+    """Can be pickled and built again, but then says something else."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"cannot find {name}")
+
+
+ERRORS: dict[int, Callable[[], Exception]] = {
+    -10: lambda: ValueError("the weights are of another model"),
+    -11: lambda: HoldingError("the kernel refused"),
+    -12: lambda: TwoPartError("model.safetensors", 7),
+    -13: lambda: EOFError("Ran out of input"),
+    -14: lambda: ConnectionResetError("the hub hung up"),
+    -15: lambda: RewordingError("config.json"),
+}
+"""By the token id on which the scorer raises them."""
+
+
+class FakeScorer:
+    """A model as `workers` knows one: ln p of a token is its id over -8. A class is a picklable way to load it."""
+
+    def __init__(self) -> None:
+        self.facts = ScorerFacts(
+            runner=str(os.getpid()), is_padded=False, shares_prefixes=True, batch_tokens=BATCH_TOKENS
+        )
+
+    def score(self, sequences: Sequence[TokenSequence]) -> Scores:
+        for deed in (sequence.token_ids[0] for sequence in sequences):
+            self._do(deed)
+        if sum(len(sequence.token_ids) for sequence in sequences) > MEMORY_TOKENS and sequences[0].token_ids[0] >= 0:
+            raise BatchTooLargeError
+        return scores_of(sequences)
+
+    def _do(self, deed: int) -> None:
+        if deed == NAP:
+            print("busy", flush=True)
+            time.sleep(1)
+        elif deed == SLEEP:
+            time.sleep(600)
+        elif deed == DIE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif deed == EXIT:
+            sys.exit(3)
+        elif deed in ERRORS:
+            raise ERRORS[deed]()
+
+
+def load_or_fail(deed: int) -> FakeScorer:
+    """A load that raises."""
+    raise ERRORS[deed]()
+
+
+def scores_of(sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
+    """The scorer's numbers; of a sequence that asks who scored it, the id of the process."""
+    return [
+        [
+            np.array([os.getpid()] if one.token_ids[0] == WHO else one.token_ids[t.start : t.stop]) / -8
+            for t in one.targets
+        ]
+        for one in sequences
+    ]
+
+
+def sequence(number: int, length: int = 8, deed: int | None = None) -> TokenSequence:
+    """A sequence whose scores no other has."""
+    token_ids = [number * 1000 + position for position in range(length)]
+    if deed is not None:
+        token_ids[0] = deed
+    targets = (Target(Quantity.Q_GIVEN_A, length - 1, length), Target(Quantity.A, 1, length - 1))
+    return TokenSequence(f"{number:032x}", token_ids, targets)
+
+
+def queue_of(*sequences: TokenSequence, budget: int = BATCH_TOKENS) -> BatchQueue:
+    return BatchQueue([sequences], budget, is_padded=False)
+
+
+def number_of(one: TokenSequence) -> int:
+    return int(one.pair_id, 16)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs: a dead one that nobody has waited for yet does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_until_dead(pids: Sequence[int]) -> None:
+    end = time.monotonic() + PATIENCE
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
+        time.sleep(0.02)
+
+
+def pids_of(workers: Workers) -> list[int]:
+    return [int(fact.runner) for fact in workers.facts]
+
+
+def assert_scored(batch: Batch, scores: Scores | None) -> None:
+    assert scores is not None
+    expected = scores_of(batch)
+    assert len(scores) == len(batch)
+    for ours, theirs in zip(scores, expected, strict=True):
+        assert [values.tolist() for values in ours] == [values.tolist() for values in theirs]
+
+
+@pytest.fixture(autouse=True)
+def processes_left() -> Iterator[Callable[[], set[Any]]]:
+    """The processes that the test started and that still run; at its end, none does."""
+    before = set(multiprocessing.active_children())
+
+    def new() -> set[Any]:
+        return set(multiprocessing.active_children()) - before
+
+    yield new
+    for process in new():
+        process.kill()
+        process.join()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["in_this_process", "in_two_processes"])
+def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+    """Workers that several tests use one after another."""
+    with open_workers([FakeScorer] * request.param) as opened:
+        yield opened
+
+
+# --- batches and scores ----------------------------------------------------------------------------------------------
+
+
+def test_one_load_is_run_in_this_process_and_two_in_processes_of_their_own(workers: Workers) -> None:
+    pids = pids_of(workers)
+    assert [fact.batch_tokens for fact in workers.facts] == [BATCH_TOKENS] * len(pids)
+    assert len(set(pids)) == len(pids)
+    assert all(map(is_alive, pids))
+    assert (os.getpid() in pids) == (len(pids) == 1)
+
+
+def test_every_batch_comes_once_with_its_own_scores(workers: Workers) -> None:
+    windows = [[sequence(number, 2 + number % 9) for number in range(60)], [], [sequence(n) for n in range(60, 70)]]
+    queue = BatchQueue(windows, BATCH_TOKENS, is_padded=False)
+    expected = BatchQueue(windows, BATCH_TOKENS, is_padded=False)
+    batches = []
+    for batch, scores in workers.run(queue):
+        assert_scored(batch, scores)
+        batches.append([number_of(one) for one in batch])
+    assert sorted(batches) == sorted([number_of(one) for one in batch] for batch in iter(expected.take, []))
+    assert sorted(itertools.chain(*batches)) == list(range(70))
+
+
+def test_an_empty_queue_gives_nothing(workers: Workers) -> None:
+    assert list(workers.run(BatchQueue([], BATCH_TOKENS, is_padded=False))) == []
+    assert list(workers.run(BatchQueue([[], []], BATCH_TOKENS, is_padded=False))) == []
+
+
+def test_every_worker_gets_batches(workers: Workers) -> None:
+    results = list(workers.run(queue_of(*(sequence(number, 8, WHO) for number in range(6)), budget=8)))
+    who = {float(values[0]) * -8 for _, scores in results for values in (scores or [[]])[0]}
+    assert len(results) == 6
+    assert who == set(pids_of(workers))
+
+
+def test_a_batch_that_does_not_fit_gives_none_and_comes_again_when_it_was_split(workers: Workers) -> None:
+    """Twenty sequences of 16 tokens by up to 12: over 100 tokens they do not fit. The last is too long alone."""
+    queue = queue_of(*(sequence(number, 16) for number in range(20)), sequence(20, 101), budget=200)
+    scored, failed, num_splits = [], [], 0
+    for batch, scores in workers.run(queue):
+        if sum(len(one.token_ids) for one in batch) <= MEMORY_TOKENS:
+            assert_scored(batch, scores)
+            scored += map(number_of, batch)
+        else:
+            assert scores is None
+            if queue.split(batch):
+                num_splits += 1
+            else:
+                failed += map(number_of, batch)
+    assert sorted(scored) == list(range(20))
+    assert failed == [20]
+    assert num_splits
+
+
+def test_batches_larger_than_a_pipe_holds_pass_through_it_both_ways(workers: Workers) -> None:
+    huge = [sequence(number, 200_000, WHO) for number in range(4)]
+    assert all(len(pickle.dumps(one)) > 2**18 for one in huge)
+    results = list(workers.run(queue_of(*huge)))
+    assert sorted(number_of(batch[0]) for batch, _ in results) == [0, 1, 2, 3]
+
+
+def test_a_ctrl_c_is_the_parent_s_to_answer(workers: Workers) -> None:
+    for pid in set(pids_of(workers)) - {os.getpid()}:
+        os.kill(pid, signal.SIGINT)
+    results = list(workers.run(queue_of(*(sequence(number) for number in range(10)), budget=8)))
+    assert sorted(number_of(batch[0]) for batch, _ in results) == list(range(10))
+
+
+def test_a_run_that_nobody_finished_leaves_no_scores_to_the_next() -> None:
+    with open_workers([FakeScorer, FakeScorer]) as workers:
+        next(workers.run(queue_of(*map(sequence, range(4)), budget=8)))
+        with pytest.raises(RuntimeError, match="an earlier queue was left before its end"):
+            next(workers.run(queue_of(*map(sequence, range(10, 16)), budget=8)))
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["load", "score"])
+def test_an_exception_in_this_process_is_raised_as_it_is(where: str) -> None:
+    load = functools.partial(load_or_fail, -11) if where == "load" else FakeScorer
+    with pytest.raises(HoldingError, match=r"^the kernel refused$"), open_workers([load]) as workers:
+        list(workers.run(queue_of(sequence(0, 8, -11))))
+
+
+@pytest.mark.parametrize(
+    ("where", "deed", "kind", "message"),
+    [
+        pytest.param("load", -10, ValueError, r"^the weights are of another model$", id="in load"),
+        pytest.param("score", -10, ValueError, r"^the weights are of another model$", id="in score"),
+        pytest.param(
+            "score", -11, RuntimeError, r"(?s)Traceback .*in _do\b.*Error: the kernel refused", id="pickles not"
+        ),
+        pytest.param("load", -12, RuntimeError, r"(?s)Traceback .*in load_or_fail\b.*, line 7: torn", id="builds not"),
+        pytest.param("load", -13, EOFError, r"^Ran out of input$", id="EOF in load"),
+        pytest.param("score", -14, ConnectionResetError, r"^the hub", id="reset in score"),
+        pytest.param("load", -15, Exception, r"(?<!find )cannot find co", id="says else"),
+    ],
+)
+def test_an_exception_in_a_worker_reaches_the_parent_with_its_type_and_message(
+    where: str, deed: int, kind: type[Exception], message: str, processes_left: Callable[[], set[Any]]
+) -> None:
+    loads = [FakeScorer, functools.partial(load_or_fail, deed) if where == "load" else FakeScorer]
+    with pytest.raises(kind, match=message) as caught, open_workers(loads) as workers:
+        list(workers.run(queue_of(sequence(0, 8, deed), sequence(1), budget=8)))
+    assert kind is Exception or caught.type is kind
+    assert processes_left() == set()
+
+
+@pytest.mark.parametrize(
+    ("deed", "cause"), [(DIE, "killed, as the kernel does when memory runs out"), (EXIT, "exit code 3")]
+)
+def test_a_worker_that_dies_over_a_batch_is_named_with_its_cause(deed: int, cause: str) -> None:
+    with (
+        pytest.raises(WorkerDiedError, match=rf"a scoring process ended \({cause}\).*run again, with a smaller"),
+        open_workers([FakeScorer, FakeScorer]) as workers,
+    ):
+        list(workers.run(queue_of(*(sequence(n, 8, deed if n == 3 else None) for n in range(6)), budget=8)))
+
+
+def test_a_worker_killed_while_it_was_idle_is_noticed_with_the_next_batch() -> None:
+    with open_workers([FakeScorer, FakeScorer]) as workers:
+        pids = pids_of(workers)
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until_dead(pids[:1])
+        with pytest.raises(WorkerDiedError, match="killed, as the kernel does"):
+            list(workers.run(queue_of(*map(sequence, range(6)), budget=8)))
+        assert is_alive(pids[1])
+    assert not any(map(is_alive, pids))
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_leaving_ends_all_workers_for_whatever_reason_and_even_one_amid_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers_module, "_END_SECONDS", 0.3)
+    with pytest.raises(KeyboardInterrupt), open_workers([FakeScorer, FakeScorer]) as workers:  # noqa: PT012
+        pids = pids_of(workers)
+        results = workers.run(queue_of(sequence(0, 9, SLEEP), sequence(1), budget=9))
+        assert number_of(next(results)[0][0]) == 1
+        assert all(map(is_alive, pids))
+        started = time.monotonic()
+        raise KeyboardInterrupt
+    assert not any(map(is_alive, pids))
+    assert time.monotonic() - started < PATIENCE
+
+
+def test_a_worker_that_cannot_be_started_ends_those_that_were(processes_left: Callable[[], set[Any]]) -> None:
+    with (
+        pytest.raises((AttributeError, pickle.PicklingError)),
+        open_workers([FakeScorer, lambda: load_or_fail(-10)]),  # A function without a name cannot be pickled.
+    ):
+        pass
+    assert processes_left() == set()
+
+
+PARENT = """
+from qaq_pipeline.lm.workers import open_workers
+from qaq_pipeline_tests.lm.test_workers import NAP, FakeScorer, pids_of, queue_of, sequence
+
+with open_workers([FakeScorer, FakeScorer]) as workers:
+    print(*pids_of(workers), flush=True)
+    for _ in workers.run(queue_of(sequence(0, 8, NAP))):
+        print("not killed", flush=True)
+"""
+"""One of its workers is amid a batch of one second, the other has nothing to do."""
+
+
+def test_workers_end_by_themselves_when_their_parent_is_killed() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", PARENT]
+    pids: list[int] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        try:
+            assert parent.stdout is not None
+            pids = [int(pid) for pid in parent.stdout.readline().split()]
+            assert parent.stdout.readline() == "busy\n"
+            assert len(pids) == 2
+            assert all(map(is_alive, pids))
+            parent.kill()
+            assert parent.wait(PATIENCE) == -signal.SIGKILL
+            wait_until_dead(pids)
+            output, errors = parent.communicate(timeout=PATIENCE)  # Ends when nobody holds the pipes any more.
+        finally:
+            parent.kill()
+            for pid in filter(is_alive, pids):
+                os.kill(pid, signal.SIGKILL)
+    assert (output, errors) == ("", "")
+
+
+# --- leases ----------------------------------------------------------------------------------------------------------
+
+
+GPUS = {"cuda:0": "gpu-a", "cuda:1": "gpu-b"}
+
+
+def free(directory: Path) -> list[str]:
+    """The GPUs that nobody holds."""
+    try:
+        with lease_devices(GPUS, directory, most=9, timeout=0) as held:
+            return held
+    except DeviceBusyError:
+        return []
+
+
+def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path) -> None:
+    with lease_devices(GPUS, tmp_path, most=1, timeout=0) as first:
+        assert first == ["cuda:0"]
+        assert free(tmp_path) == ["cuda:1"]
+        with lease_devices(GPUS, tmp_path, most=9, timeout=0) as second:
+            assert second == ["cuda:1"]
+            with (
+                pytest.raises(DeviceBusyError, match=r"cuda:0, cuda:1: held by other scoring .*gpu-a\.lock"),
+                lease_devices(GPUS, tmp_path, most=1, timeout=0.1),
+            ):
+                pass
+    assert free(tmp_path) == ["cuda:0", "cuda:1"]
+
+
+def test_a_device_is_the_same_whatever_it_is_called(tmp_path: Path) -> None:
+    with lease_devices({"cuda:0": "gpu-b"}, tmp_path, most=1, timeout=0):
+        assert free(tmp_path) == ["cuda:0"]  # gpu-a, by its name here.
+
+
+def test_a_device_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from qaq_pipeline.lm.workers import lease_devices\n"
+        "with lease_devices({'cuda:0': 'gpu-a', 'cuda:1': 'gpu-b'}, Path(sys.argv[1]), 9, 0): "
+        "print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert free(tmp_path) == []
+        holder.kill()
+    assert free(tmp_path) == ["cuda:0", "cuda:1"]

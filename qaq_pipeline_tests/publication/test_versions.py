@@ -1,0 +1,523 @@
+"""publication: what a version consists of, when there is a new one, and which batches are left out, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+import pytest
+
+from qaq_pipeline.config.settings import Settings, SettingsError, parse_settings
+from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_curated_dataset
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.versions import BatchTables, Publication, publish, read_batches
+from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, hash_json
+from qaq_pipeline_tests.support.frames import store_batch, store_selection
+
+SETTINGS = """
+models:
+  strong: {hub: tiny/strong}
+  weak: {hub: tiny/weak}
+"""
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return parse_settings(SETTINGS)
+
+
+def publish_registered(storage: Storage, settings: Settings, *registered: str) -> Publication:
+    batches, excluded = read_batches(storage, registered, settings)
+    return publish(storage, settings, batches, excluded)
+
+
+def version_files(storage: Storage, version: str) -> dict[str, bytes]:
+    folder = Path(storage.url(versions.FOLDER, version))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    assert sorted(version_files(storage, published.version)) == [
+        "README.md",
+        "control_random/alpaca.json",
+        "control_random/messages.jsonl",
+        "control_random/prompt_completion.jsonl",
+        "control_stratified_random/alpaca.json",
+        "control_stratified_random/messages.jsonl",
+        "control_stratified_random/prompt_completion.jsonl",
+        "dataset_info.json",
+        "diff_high/alpaca.json",
+        "diff_high/messages.jsonl",
+        "diff_high/prompt_completion.jsonl",
+        "manifest.json",
+        "scores.parquet",
+    ]
+    assert published.url == storage.url(versions.FOLDER, published.version)
+    assert published.is_new
+
+
+def test_the_manifest_hashes_the_files_and_names_what_entered(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    files = version_files(storage, published.version)
+    manifest = json.loads(files.pop("manifest.json"))
+    assert manifest == published.manifest
+    assert manifest["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert published.version == hash_json(manifest)
+    (entry,) = manifest["batches"]
+    tables = {name: storage.read_table(name, "b1") for name in ("raw_data", "decisions", "selected_subset")}
+    assert {name: entry["data_versions"][name] for name in tables} == {n: t.data_version for n, t in tables.items()}
+    assert (entry["batch"], entry["rows_in"], entry["rows_selected"]) == ("b1", 5, 1)
+    assert entry["models"] == tables["decisions"].provenance["models"]
+    assert entry["files"] == tables["raw_data"].provenance["files"]
+    assert entry["provenance_id"] == tables["decisions"].frame["provenance_id"][0]
+    assert manifest["selection"]["name"] == "diff_high"
+
+
+def test_the_manifest_holds_no_time_no_run_and_no_path(storage: Storage, settings: Settings, tmp_path: Path) -> None:
+    store_batch(storage, settings)
+    manifest = json.dumps(publish_registered(storage, settings, "b1").manifest)
+    assert str(tmp_path) not in manifest
+    assert "run_id" not in manifest
+    assert "published_at" not in manifest
+
+
+def test_publishing_the_same_content_again_writes_no_version(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    first = publish_registered(storage, settings, "b1")
+    folder = Path(storage.url(versions.FOLDER, first.version))
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    store_batch(storage, settings)
+    second = publish_registered(storage, settings, "b1")
+    assert (second.version, second.is_new) == (first.version, False)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+
+
+def test_equal_content_has_an_equal_version_in_another_storage(
+    storage: Storage, settings: Settings, tmp_path: Path
+) -> None:
+    elsewhere = Storage(f"memory://{tmp_path.name}", tmp_path / "locks")
+    for place in (storage, elsewhere):
+        store_batch(place, settings, "b2")
+        store_batch(place, settings, "b1")
+    here, there = (publish_registered(place, settings, "b2", "b1") for place in (storage, elsewhere))
+    assert here.version == there.version
+    assert elsewhere.read_json(versions.FOLDER, there.version, "manifest.json") == here.manifest
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    old = publish_registered(storage, settings, "b1")
+    before = version_files(storage, old.version)
+    store_batch(storage, settings, queries=("a", "b", "c", "changed"))
+    new = publish_registered(storage, settings, "b1")
+    assert new.version != old.version
+    assert new.is_new
+    assert version_files(storage, old.version) == before
+    assert storage.read_json(versions.FOLDER, "latest.json")["version"] == new.version
+
+
+@pytest.mark.parametrize("change", ["selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]"])
+def test_another_setting_of_the_selection_is_another_version(storage: Storage, settings: Settings, change: str) -> None:
+    store_batch(storage, settings)
+    old = publish_registered(storage, settings, "b1")
+    changed = parse_settings(SETTINGS + change)
+    store_batch(storage, changed)
+    new = publish_registered(storage, changed, "b1")
+    assert new.version != old.version
+    assert new.manifest["batches"][0]["rows_selected"] == 2
+
+
+def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
+    store_batch(storage, settings)
+    files = publish_registered(storage, settings, "b1").manifest["files"]
+    always = {"README.md", "dataset_info.json", "scores.parquet"}
+    assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", *always}
+
+
+THREE = """
+selections:
+  - {name: diff_high, strategy: diff_high}
+  - {name: rmi_top, strategy: rmi_top}
+  - {name: longest, strategy: length}
+"""
+
+
+@pytest.mark.parametrize(
+    ("selections", "others"),
+    [("published", []), ("all", ["longest", "rmi_top"]), ("[longest]", ["longest"]), ("[]", [])],
+)
+def test_other_selections_are_exported_where_they_are_asked_for(
+    storage: Storage, selections: str, others: list[str]
+) -> None:
+    settings = parse_settings(f"{SETTINGS}{THREE}export: {{formats: [messages], selections: {selections}}}")
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    folders = {name.partition("/")[0] for name in published.manifest["files"] if "/" in name}
+    assert folders == {"diff_high", "control_random", "control_stratified_random", *others}
+    lines = storage.read_bytes(versions.FOLDER, published.version, "diff_high", "messages.jsonl")
+    top = storage.read_bytes(versions.FOLDER, published.version, others[-1], "messages.jsonl") if others else lines
+    assert len(top.splitlines()) == len(lines.splitlines()) == 1
+
+
+def test_a_batch_whose_other_selections_were_decided_otherwise_is_left_out_where_they_are_exported(
+    storage: Storage,
+) -> None:
+    store_batch(storage, parse_settings(SETTINGS))
+    alone = parse_settings(SETTINGS + THREE)
+    assert read_batches(storage, ["b1"], alone)[1] == {}
+    every = parse_settings(f"{SETTINGS}{THREE}export: {{selections: all}}")
+    _, excluded = read_batches(storage, ["b1"], every)
+    assert "other settings of the exported selections; `qaq recurate`" in excluded["b1"]
+
+
+@pytest.mark.parametrize("export", ["meta: true", "formats: [alpaca]", "formats: [alpaca, messages]"])
+def test_another_export_is_no_longer_current(storage: Storage, settings: Settings, export: str) -> None:
+    store_batch(storage, settings)
+    publish_registered(storage, settings, "b1")
+    assert versions.is_current(storage, ["b1"], settings)
+    changed = parse_settings(f"{SETTINGS}export: {{{export}}}")
+    assert not versions.is_current(storage, ["b1"], changed)
+    publish_registered(storage, changed, "b1")
+    assert versions.is_current(storage, ["b1"], changed)
+
+
+def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    older = {key: value for key, value in published.manifest.items() if key != "export"} | {"format": 1}
+    storage.write_json(older, versions.FOLDER, published.version, "manifest.json")
+    assert not versions.is_current(storage, ["b1"], settings)
+
+
+def test_a_format_whose_package_is_missing_is_refused_when_the_asset_is_defined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SettingsError, match=r"install qaq-pipeline\[datasets\], or leave hf out"):
+        build_curated_dataset(parse_settings(SETTINGS + "export: {formats: [hf]}"))
+
+
+def test_meta_leads_back_to_the_delivered_row(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "export: {formats: [messages], meta: true}")
+    store_batch(storage, settings)
+    version = publish_registered(storage, settings, "b1").version
+    raw = storage.read_table("raw_data", "b1").frame.rows_by_key(["source_row"], named=True, unique=True)
+    for selection in ("diff_high", "control_random"):
+        (line,) = storage.read_bytes(versions.FOLDER, version, selection, "messages.jsonl").splitlines()
+        record = json.loads(line)
+        meta = json.loads(record["meta"])
+        row = raw[meta["source_row"]]
+        assert [turn["content"] for turn in record["messages"]] == [row["query"], row["answer"]]
+        assert (meta["batch"], meta["pair_id"], meta["record"]) == ("b1", row["pair_id"], row["record"])
+
+
+def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Settings) -> None:
+    for batch in ("b10", "b1", "a"):
+        store_batch(storage, settings, batch)
+    published = publish_registered(storage, settings, "b10", "b1", "a")
+    assert [entry["batch"] for entry in published.manifest["batches"]] == ["a", "b1", "b10"]
+    rows = json.loads(version_files(storage, published.version)["diff_high/alpaca.json"])
+    assert len(rows) == 3
+    scores = pl.read_parquet(version_files(storage, published.version)["scores.parquet"])
+    assert scores["batch"].unique(maintain_order=True).to_list() == ["a", "b1", "b10"]
+    assert scores.height == 15
+
+
+def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1", "b2")
+    assert storage.read_json(versions.FOLDER, "latest.json") == {
+        "version": published.version,
+        "excluded_batches": {"b2": "not materialised: raw_data, screened_data, decisions, selected_subset"},
+    }
+
+
+def test_a_version_that_was_left_half_written_is_finished(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    published = publish_registered(storage, settings, "b1")
+    whole = version_files(storage, published.version)
+    storage.remove(versions.FOLDER, published.version, "manifest.json")
+    storage.write_bytes(b"[", versions.FOLDER, published.version, "diff_high", "alpaca.json")
+    assert publish_registered(storage, settings, "b1").is_new
+    assert version_files(storage, published.version) == whole
+
+
+# --- batches that are left out --------------------------------------------------------------------------------------
+
+
+def _lose_table(storage: Storage, _: Settings) -> None:
+    storage.remove("decisions", "b1", "table.parquet")
+
+
+def _select_otherwise(storage: Storage, _: Settings) -> None:
+    other = parse_settings(SETTINGS + "selections: [{name: other, strategy: sum_high}]")
+    store_batch(storage, other)
+
+
+def _change_the_budget(storage: Storage, _: Settings) -> None:
+    other = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    store_batch(storage, other)
+
+
+def _tear(storage: Storage, _: Settings) -> None:
+    storage.write_bytes(b"torn", "decisions", "b1", "table.parquet")
+
+
+def _decide_anew(storage: Storage, _: Settings) -> None:
+    table = storage.read_table("decisions", "b1")
+    changed = table.frame.with_columns(explanation=pl.lit("Otherwise."))
+    storage.write_table(StoredTable(changed, table.provenance), "decisions", "b1")
+
+
+def _read_anew(storage: Storage, _: Settings) -> None:
+    table = storage.read_table("raw_data", "b1")
+    storage.write_table(StoredTable(table.frame[:3], table.provenance), "raw_data", "b1")
+
+
+def _no_change(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+
+
+def _rank_otherwise(of: str, value: str) -> Callable[[Storage, Settings], None]:
+    def change(storage: Storage, settings: Settings) -> None:
+        table = storage.read_table("decisions", "b1")
+        storage.write_table(StoredTable(table.frame, table.provenance | {of: value}), "decisions", "b1")
+
+    return change
+
+
+LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
+    "missing": (_lose_table, "not materialised: decisions"),
+    "other_selection": (_select_otherwise, "selected by other, not by diff_high; `qaq recurate` selects again"),
+    "other_budget": (_change_the_budget, "decided under other settings of diff_high; `qaq recurate` decides again"),
+    "other_pool": (
+        _rank_otherwise("pool_id", "reference:r1:0"),
+        "in the pool reference:r1:0, not in batch:b1; `qaq rec",
+    ),
+    "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq recurate`"),
+    "torn": (_tear, r"decisions/b1/table.parquet: cannot be read as a table"),
+    "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
+    "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),
+}
+
+
+@pytest.mark.parametrize("why", list(LEFT_OUT))
+def test_a_batch_that_is_incomplete_or_stale_is_left_out_with_the_reason(
+    storage: Storage, settings: Settings, why: str
+) -> None:
+    change, reason = LEFT_OUT[why]
+    for batch in ("b1", "b2"):
+        store_batch(storage, settings, batch)
+    change(storage, settings)
+    batches, excluded = read_batches(storage, ["b1", "b2"], settings)
+    assert [tables.batch for tables in batches] == ["b2"]
+    assert list(excluded) == ["b1"]
+    assert reason in excluded["b1"]
+
+
+def test_a_batch_that_was_made_again_alike_is_not_stale(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    _no_change(storage, settings)
+    batches, excluded = read_batches(storage, ["b1"], settings)
+    assert [tables.batch for tables in batches] == ["b1"]
+    assert excluded == {}
+
+
+def test_the_older_batch_enters_again_once_it_is_materialised(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    _decide_anew(storage, settings)
+    store_selection(storage, settings)
+    assert read_batches(storage, ["b1"], settings)[1] == {}
+
+
+def test_a_batch_whose_name_cannot_be_used_is_left_out_and_stops_nobody(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    batches, excluded = read_batches(storage, ["../evil", "b1"], settings)
+    assert [tables.batch for tables in batches] == ["b1"]
+    assert list(excluded) == ["../evil"]
+    assert "batch name '../evil' cannot be used" in excluded["../evil"]
+
+
+def test_no_batch_is_no_batch(storage: Storage, settings: Settings) -> None:
+    assert read_batches(storage, [], settings) == ([], {})
+
+
+def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings)
+    ((tables,), _) = read_batches(storage, ["b1"], settings)
+    read: dict[str, Any] = {field.name: getattr(tables, field.name) for field in dataclasses.fields(BatchTables)}
+    assert read.pop("batch") == "b1"
+    assert {name: table.frame.height for name, table in read.items()} == {
+        "raw_data": 5,
+        "screened_data": 5,
+        "decisions": 5,
+        "selected_subset": 1,
+    }
+
+
+# --- from one version to the next -----------------------------------------------------------------------------------
+
+
+def changes(published: Publication) -> list[tuple[Any, ...]]:
+    assert published.difference is not None
+    return published.difference.select(
+        "batch", "source_row", "is_added", "change", "decision_before", "decision_after"
+    ).rows()
+
+
+def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    first = publish_registered(storage, settings, "b1")
+    assert (first.previous, first.difference) == (None, None)
+    again = publish_registered(storage, settings, "b1")
+    assert (again.previous, changes(again)) == (first.version, [])
+    assert not storage.exists(versions.FOLDER, "differences")
+
+
+def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage, settings: Settings) -> None:
+    store_batch(storage, settings, "b1")
+    first = publish_registered(storage, settings, "b1")
+    store_batch(storage, settings, "b2", queries=("e", "f", "g", "h"))
+    second = publish_registered(storage, settings, "b1", "b2")
+    assert changes(second) == [("b2", 4, True, "batch_entered", None, "selected")]
+    third = publish_registered(storage, settings, "b2")
+    assert changes(third) == [("b1", 4, False, "batch_left", "selected", None)]
+    stored = f"{third.version}_from_{second.version}.parquet"
+    data = storage.read_bytes(versions.FOLDER, "differences", stored)
+    assert third.difference is not None
+    assert third.difference.equals(pl.read_parquet(data))
+    assert first.version != third.version
+
+
+def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reasons(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    publish_registered(storage, settings, "b1")
+    half = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    store_batch(storage, half)
+    second = publish_registered(storage, half, "b1")
+    assert changes(second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]
+    assert second.difference is not None
+    (row,) = second.difference.iter_rows(named=True)
+    assert (row["reason_before"], row["reason_after"]) == ("below_cut", "within_budget")
+
+
+def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
+    """Of scores.parquet what a difference reads: batch, row, pair, decision."""
+    return pl.DataFrame(
+        [
+            {"batch": b, "source_file": "a", "source_row": n, "turn_index": 0, "pair_id": pair * 32, "decision": d}
+            for b, n, pair, d in rows
+        ],
+        schema_overrides={"source_row": pl.Int64, "turn_index": pl.Int64},
+    ).with_columns(reason=pl.lit("why"))
+
+
+def test_a_row_delivered_anew_with_another_text_left_and_entered() -> None:
+    before = decided(("b1", 1, "a", "selected"), ("b1", 2, "b", "selected"), ("b1", 3, "c", "selected"))
+    after = decided(("b1", 1, "a", "selected"), ("b1", 2, "d", "selected"), ("b1", 3, "c", "duplicate"))
+    found = versions.difference(before, after)
+    assert found.select("source_row", "pair_id", "is_added", "change").rows() == [
+        (2, "b" * 32, False, "row_gone"),
+        (2, "d" * 32, True, "row_delivered"),
+        (3, "c" * 32, False, "decided_otherwise"),
+    ]
+    assert versions.difference(after, before)["is_added"].to_list() == [True, False, True]
+
+
+def test_rows_that_no_version_selects_are_no_difference() -> None:
+    before = decided(("b1", 1, "a", "not_selected"), ("b1", 2, "b", "selected"))
+    after = decided(("b1", 1, "a", "duplicate"), ("b1", 2, "b", "selected"), ("b2", 1, "c", "not_selected"))
+    assert versions.difference(before, after).is_empty()
+
+
+def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "publication: {keep_versions: 2}")
+    published = []
+    for last in ("x", "y", "z"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        published.append(publish_registered(storage, settings, "b1"))
+    first, second, third = (one.version for one in published)
+    assert published[2].retired == (first,)
+    assert not storage.exists(versions.FOLDER, first)
+    assert storage.read_json(versions.FOLDER, "retired", f"{first}.json") == published[0].manifest
+    assert all(storage.exists(versions.FOLDER, version, "scores.parquet") for version in (second, third))
+    # The content of the retired one comes back: its files are written again, and the oldest of the others goes.
+    store_batch(storage, settings, queries=("a", "b", "c", "x"))
+    back = publish_registered(storage, settings, "b1")
+    assert (back.version, back.is_new, back.retired) == (first, True, (second,))
+    assert storage.read_json(versions.FOLDER, "history.json") == [third, first]
+    assert back.previous == third
+
+
+def test_without_a_limit_every_version_keeps_its_files(storage: Storage, settings: Settings) -> None:
+    for last in ("x", "y", "z"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        assert publish_registered(storage, settings, "b1").retired == ()
+    history = storage.read_json(versions.FOLDER, "history.json")
+    assert [storage.exists(versions.FOLDER, version, "manifest.json") for version in history] == [True] * 3
+
+
+# --- numbers for people ---------------------------------------------------------------------------------------------
+
+
+def numbers(storage: Storage) -> list[tuple[int, str]]:
+    return [(one.number, one.version) for one in versions.publications(storage)]
+
+
+def test_a_version_keeps_the_number_of_its_first_publication(storage: Storage, settings: Settings) -> None:
+    made = []
+    for last in ("x", "y", "y", "x"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        made.append(publish_registered(storage, settings, "b1").version)
+    assert numbers(storage) == [(1, made[0]), (2, made[1])]
+    logged = storage.read_json(versions.FOLDER, "publications.json")
+    assert [entry["number"] for entry in logged] == [1, 2, 1]
+    assert logged[0]["published_at"].startswith("20")
+
+
+def test_a_storage_of_before_the_log_gets_its_numbers_from_its_history(storage: Storage, settings: Settings) -> None:
+    made = []
+    for last in ("x", "y"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        made.append(publish_registered(storage, settings, "b1").version)
+    storage.remove(versions.FOLDER, "publications.json")
+    assert numbers(storage) == [(1, made[0]), (2, made[1])]
+    store_batch(storage, settings, queries=("a", "b", "c", "z"))
+    made.append(publish_registered(storage, settings, "b1").version)
+    assert numbers(storage) == list(enumerate(made, start=1))
+    assert versions.publications(storage)[0].published_at is None
+
+
+def test_the_newest_version_of_a_publication_that_was_cut_off_is_said_to_be_none_yet(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    publish_registered(storage, settings, "b1")
+    storage.remove(versions.FOLDER, "latest.json")
+    with pytest.raises(StorageError, match="the first publication was cut off before it ended; `qaq recurate` ends it"):
+        versions.find_version(storage, "latest")
+
+
+@pytest.mark.parametrize("name", ["9", "abcd", "", "0"])
+def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage, settings: Settings, name: str) -> None:
+    store_batch(storage, settings)
+    version = publish_registered(storage, settings, "b1").version
+    known = rf"no one version '{name}' was published; published were: 1 \({version[:8]}\)"
+    with pytest.raises(StorageError, match=known):
+        versions.find_version(storage, name)

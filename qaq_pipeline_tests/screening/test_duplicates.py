@@ -1,0 +1,192 @@
+"""duplicates: equal and near rows, which of them stands for which, inside a batch and in older ones."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from qaq_pipeline.ingest.records import pair_id
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import Signatures, enforce
+from qaq_pipeline.screening import duplicates, shingles
+from qaq_pipeline.screening.screen import texts_of
+from qaq_pipeline_tests.support.frames import raw_rows
+
+ANSWER = """def merge_sorted(left, right):
+    merged, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        if left[i] <= right[j]:
+            merged.append(left[i])
+            i += 1
+        else:
+            merged.append(right[j])
+            j += 1
+    return merged + left[i:] + right[j:]
+"""
+QUERY = "Write a Python function that merges two sorted lists into one sorted list, without calling sort."
+WORDS = [f"{stem}{ending}" for stem in "abcdefghij" for ending in ("one", "two", "three", "four", "five")]
+
+
+def row(query: str, answer: str, **changes: Any) -> dict[str, Any]:
+    system = changes.get("system")
+    return {"query": query, "answer": answer, "pair_id": pair_id(system, query, answer)} | changes
+
+
+def found(own: pl.DataFrame, *older: pl.DataFrame, threshold: float | None = 0.7) -> dict[int, tuple[Any, ...]]:
+    """For each duplicate of the own rows, by source_row: what stands for it, the reason, the similarity."""
+    signed = [enforce(Signatures, duplicates.signatures(raw)) for raw in (*older, own)]
+    related = [duplicates.related(signatures, signed[-1]) for signatures in signed[:-1]]
+    frame = duplicates.find(signed[-1], related, texts_of([*older, own]), threshold)
+    return {
+        one["source_row"]: (one["duplicate_of"], one["reason"], round(one["similarity"], 3))
+        for one in frame.iter_rows(named=True)
+    }
+
+
+def test_white_space_and_unicode_form_make_no_other_row() -> None:
+    raw = raw_rows(
+        row(QUERY, ANSWER),
+        row(QUERY.replace(" ", "  "), ANSWER.replace("    ", "\t") + "\n"),
+        row("caf\u00e9?", "un caf\u00e9"),
+        row("cafe\u0301?", "un cafe\u0301"),
+        row(QUERY.upper(), ANSWER),
+    )
+    assert found(raw, threshold=None) == {
+        2: ("b1/a.jsonl:1.0", "exact_duplicate", 1.0),
+        4: ("b1/a.jsonl:3.0", "exact_duplicate", 1.0),
+    }
+    assert found(raw)[5] == ("b1/a.jsonl:1.0", "near_duplicate", 1.0)
+
+
+def test_a_comment_more_is_a_near_duplicate_and_the_similarity_is_exact() -> None:
+    commented = ANSWER.replace("    return", "    # What is left of one of them\n    return")
+    raw = raw_rows(row(QUERY, ANSWER), row(QUERY, commented))
+    first, second = (_five_grams(query + "\n" + answer) for query, answer in ((QUERY, ANSWER), (QUERY, commented)))
+    similarity = len(first & second) / len(first | second)
+    assert 0.8 < similarity < 0.9
+    assert found(raw) == {2: ("b1/a.jsonl:1.0", "near_duplicate", round(similarity, 3))}
+    assert found(raw, threshold=0.9) == {}
+    assert found(raw, threshold=None) == {}
+
+
+def _five_grams(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+|[^\s\w]", text.lower())
+    return {tuple(words[start : start + 5]) for start in range(len(words) - 4)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("Is it true that 5 > 3?", "True"), ("Is it true that 5 >= 3?", "True")),
+        (("Write hello world in C", "puts"), ("Write hello world in C++", "puts")),
+        (("Fix: `if a < b`", "if a > b"), ("Fix: `if a > b`", "if a < b")),
+        (("\u2764\ufe0f", "\u2600\ufe0f"), ("\u2708\ufe0f", "\u2702\ufe0f")),
+        (("a\x1fb", "c"), ("a", "b\x1fc")),
+    ],
+)
+def test_what_differs_in_symbols_only_is_another_row(first: tuple[str, str], second: tuple[str, str]) -> None:
+    assert found(raw_rows(row(*first), row(*second))) == {}
+
+
+def test_rows_of_one_template_are_compared_with_few_others_and_its_duplicates_still_found() -> None:
+    random_ = random.Random(0)
+    template = " ".join(random_.choices(WORDS, k=120))
+    own = [" ".join(f"{word}{random_.randrange(10**6)}" for word in random_.choices(WORDS, k=40)) for _ in range(300)]
+    rows = [row(template, text) for text in own] + [
+        row(template, own[number] + " more") for number in range(0, 300, 10)
+    ]
+    assert {int(of.split(":")[1][:-2]) for of, _, _ in found(raw_rows(*rows)).values()} == set(range(1, 301, 10))
+
+
+def test_another_system_text_makes_another_row() -> None:
+    raw = raw_rows(
+        row(QUERY, ANSWER), row(QUERY, ANSWER, system="Be brief."), row(QUERY, ANSWER + "x", system="Be brief.")
+    )
+    assert found(raw) == {3: ("b1/a.jsonl:2.0", "near_duplicate", pytest.approx(1.0, abs=0.1))}
+
+
+def test_rows_of_symbols_are_rows_like_others() -> None:
+    assert found(raw_rows(row("+", "-"), row("*", "/"), row("+ ", "-"))) == {
+        3: ("b1/a.jsonl:1.0", "exact_duplicate", 1.0)
+    }
+
+
+def test_short_rows_are_compared_whole() -> None:
+    raw = raw_rows(row("Sum two", "a+b"), row("sum two", "a + b"), row("Sum three", "a + b"))
+    assert found(raw) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
+
+
+def test_the_oldest_row_stands_for_the_others_and_stands_itself() -> None:
+    old = raw_rows(row("Other", "text entirely"), row(QUERY, ANSWER), batch="b0")
+    commented = ANSWER.replace("    return", "    # What is left of one of them\n    return")
+    own = raw_rows(
+        row(QUERY, commented), row(QUERY, commented + " "), row(QUERY, ANSWER), row("Other", "text  entirely")
+    )
+    assert found(own, old) == {
+        1: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
+        # Equal to row 1, which stands for nobody, being a duplicate itself.
+        2: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
+        3: ("b0/a.jsonl:2.0", "exact_duplicate", 1.0),
+        4: ("b0/a.jsonl:1.0", "exact_duplicate", 1.0),
+    }
+
+
+def test_of_two_older_batches_the_first_one_counts() -> None:
+    first, second = (raw_rows(row(QUERY, ANSWER + "#" * number), batch=f"b{number}") for number in range(2))
+    assert found(raw_rows(row(QUERY, ANSWER + "##"), batch="b2"), first, second)[1][0] == "b0/a.jsonl:1.0"
+
+
+_TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
+
+
+@effort(max_examples=40)
+@given(texts=st.lists(st.tuples(_TEXTS, st.integers(0, 3)), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_what_is_found_is_what_comparing_all_with_all_would_find(texts: list[tuple[str, int]], seed: int) -> None:
+    rows = [_edited(text, edits, seed + place) for place, (text, edits) in enumerate(texts)]
+    rows += [_edited(text, 1, seed) for text, _ in texts]
+    raw = raw_rows(*(row(f"q {text}", text) for text in rows))
+    grams = [
+        _five_grams(f"q {text}\n{text}") or {tuple(re.findall(r"\w+|[^\s\w]", f"q {text} {text}"))} for text in rows
+    ]
+    standing: list[int] = []
+    expected: dict[int, int] = {}
+    for number, own in enumerate(grams):
+        near = [other for other in standing if len(grams[other] & own) / len(grams[other] | own) >= 0.9]
+        if near:
+            expected[number + 1] = near[0] + 1
+        else:
+            standing.append(number)
+    # At 0.9, one such pair in 10^9 shares no band.
+    assert {number: int(of.split(":")[1][:-2]) for number, (of, _, _) in found(raw, threshold=0.9).items()} == expected
+
+
+def _edited(text: str, edits: int, seed: int) -> str:
+    random_ = random.Random(seed)
+    words = text.split()
+    for _ in range(edits):
+        words[random_.randrange(len(words))] = random_.choice(WORDS)
+    return " ".join(words)
+
+
+def test_the_hashes_of_stored_signatures_never_change() -> None:
+    (signed,) = duplicates.signatures(raw_rows(row(QUERY, ANSWER))).iter_rows(named=True)
+    assert signed["content_hash"] == "4939d71f7d9220a3f8396500f71f2cb6"
+    assert signed["bands"][:2] == [2193271871315645211, 11785509169141182236]
+
+
+def test_jaccard_of_nothing_is_nothing() -> None:
+    empty = shingles.ngrams(shingles.hash_words(pl.Series([[]], dtype=pl.List(pl.String))), 5).row(0)
+    assert shingles.jaccard(empty, empty) == 0.0
+
+
+def test_no_rows_have_no_signatures() -> None:
+    assert enforce(Signatures, duplicates.signatures(raw_rows())).is_empty()
+    assert found(raw_rows()) == {}
+    assert tables.dtypes(Signatures)["bands"] == pl.List(pl.UInt64)
