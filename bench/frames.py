@@ -28,13 +28,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qaq_pipeline.calibration import calibration, planting
-from qaq_pipeline.config.settings import RecordSettings, Settings, load_settings, parse_settings
+from qaq_pipeline.config.load import load_settings, parse_settings
+from qaq_pipeline.config.settings import RecordSettings, Settings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.orchestration.resources import ModelRuntime
-from qaq_pipeline.schema.tables import CLEAN, Quantity, Statistic
+from qaq_pipeline.schema.tables import CLEAN
+from qaq_pipeline.schema.vocabularies import Quantity, Statistic
 from qaq_pipeline.scoring import rmi_scores
-from qaq_pipeline.selection import ranks, strategies
+from qaq_pipeline.scoring.runtime import ModelRuntime
+from qaq_pipeline.selection import disagreement_scores, ranks, strategies
 from qaq_pipeline.storage.storage import open_storage
 
 PRIORS = ("null_answer", "user", "bare")
@@ -162,7 +164,7 @@ def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> d
         reuse(settings, role, rows["pair_id"])
         scored = score(settings, role, rows)  # At once: loading a model takes as long as scoring some hundred pairs.
         clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
-    ranked, _ = ranks.disagreement_scores(clean, settings.ranking, "batch:b")
+    ranked, _ = disagreement_scores.disagreement_scores(clean, settings.ranking, "batch:b")
     judged = calibration.judge(planted, bad, clean, ranked, settings)
     return {
         "calibration": calibration.calibrate(judged, settings).to_dicts(),
@@ -201,7 +203,7 @@ def pooled(
     for _ in range(NUM_POOLS):
         drawn = label.filter(pl.Series(np.isin(np.arange(label.height), random.permutation(label.height)[:number])))
         pool = {role: pl.concat([clean[role], bad[role].join(drawn, on="pair_id", how="semi")]) for role in ROLES}
-        ranked, _ = ranks.disagreement_scores(pool, settings.ranking, "pool")
+        ranked, _ = disagreement_scores.disagreement_scores(pool, settings.ranking, "pool")
         candidates = strategies.candidates(ranked, pool)
         verdicts = [strategies.select(candidates, one, ROLES) for one in settings.selections]
         kept.append(pl.concat(verdicts).join(drawn, on="pair_id", how="left").fill_null(CLEAN))

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from qaq_pipeline.config import settings
+from qaq_pipeline.config import load
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.schema import tables
@@ -42,7 +42,7 @@ def main(num_rows: int) -> None:
     """Build, ask, print."""
     with tempfile.TemporaryDirectory(prefix="qaq-ledger-") as folder:
         os.environ["QAQ_HOME"] = folder
-        storage = open_storage(settings.load_settings())
+        storage = open_storage(load.load_settings())
         started = time.perf_counter()
         rows = build(storage, num_rows)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet")) / 1e9

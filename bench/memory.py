@@ -11,7 +11,7 @@ from bench import opponents
 from bench.rows import ENGINE, peak_extra_memory
 from qaq_pipeline.lm.causal_lm import CausalLM
 from qaq_pipeline.lm.prompts import Target, TokenSequence
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 LENGTH, VOCABULARY = 4096, 151_936
 

@@ -9,10 +9,11 @@ import numpy as np
 import polars as pl
 
 from bench.rows import peak_extra_memory
-from qaq_pipeline.config.settings import DiffSelection, RankingSettings
+from qaq_pipeline.config.selections import DiffSelection
+from qaq_pipeline.config.settings import RankingSettings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.scoring import rmi_scores
-from qaq_pipeline.selection import ranks, strategies
+from qaq_pipeline.selection import disagreement_scores, strategies
 
 
 def logprobs(number: int, seed: int) -> pl.DataFrame:
@@ -44,7 +45,7 @@ def main(number: int) -> None:
     started = time.perf_counter()
 
     def work() -> None:
-        ranked, _ = ranks.disagreement_scores(tables, RankingSettings(), "bench")
+        ranked, _ = disagreement_scores.disagreement_scores(tables, RankingSettings(), "bench")
         candidates = strategies.candidates(ranked, tables)
         verdicts = strategies.select(candidates, chosen, ["strong", "weak"])
         if int(verdicts["is_selected"].sum()) != round(number / 4):

@@ -27,7 +27,8 @@ from bench import opponents, workload
 from bench.opponents import Score
 from bench.workload import LONG, SHORT, Mix
 from qaq_pipeline.lm.batching import BatchQueue
-from qaq_pipeline.lm.causal_lm import CausalLM, matmul_flops_per_second
+from qaq_pipeline.lm.causal_lm import CausalLM
+from qaq_pipeline.lm.devices import matmul_flops_per_second
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.workers import open_workers
 from qaq_pipeline.scoring.shards import ShardWriter

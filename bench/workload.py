@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qaq_pipeline.lm.prompts import Target, TokenSequence
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 BOS = 1
 MIDDLE = tuple(range(900, 905))

@@ -18,7 +18,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from qaq_pipeline.config.settings import load_settings
+from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.storage.storage import open_storage
 

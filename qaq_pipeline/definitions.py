@@ -7,7 +7,8 @@ import dagster as dg
 
 from qaq_pipeline.automation.failed_runs import build_alert_sensor
 from qaq_pipeline.automation.sensors import build_automation
-from qaq_pipeline.config.settings import Settings, load_settings
+from qaq_pipeline.config.load import load_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.jobs import build_job_defs
 
 

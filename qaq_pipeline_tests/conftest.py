@@ -22,7 +22,8 @@ import hypothesis
 import pytest
 import yaml
 
-from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.naive import SPECIAL_TOKENS, VOCABULARY_SIZE

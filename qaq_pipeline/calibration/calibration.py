@@ -18,8 +18,10 @@ import numpy as np
 import polars as pl
 import yaml
 
-from qaq_pipeline.config.settings import DiffSelection, Selection, Settings, SumSelection
-from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, Defect, Statistic, UnknownReason, dtypes
+from qaq_pipeline.config.selections import DiffSelection, Selection, SumSelection
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, dtypes
+from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
 from qaq_pipeline.selection import rank_reference, strategies
 
 MEASURES = (

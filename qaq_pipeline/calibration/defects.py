@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qaq_pipeline.schema.tables import Defect
+from qaq_pipeline.schema.vocabularies import Defect
 
 VERSION = "3"
 """Part of the code version of what is planted: another one plants anew."""

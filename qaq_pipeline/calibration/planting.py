@@ -22,7 +22,8 @@ from qaq_pipeline.calibration import defects
 from qaq_pipeline.calibration.defects import Others, Text
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
-from qaq_pipeline.schema.tables import Defect, PlantedRows, dtypes
+from qaq_pipeline.schema.tables import PlantedRows, dtypes
+from qaq_pipeline.schema.vocabularies import Defect
 from qaq_pipeline.selection.strategies import draws
 
 ENOUGH = 20

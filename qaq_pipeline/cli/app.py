@@ -22,14 +22,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from qaq_pipeline.config.settings import (
-    Settings,
-    SettingsError,
-    check_batch_name,
-    dagster_home,
-    home_directory,
-    load_settings,
-)
+from qaq_pipeline.config.base import SettingsError, check_batch_name
+from qaq_pipeline.config.load import dagster_home, home_directory, load_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.schema import tables
 
 if TYPE_CHECKING:
@@ -38,7 +33,11 @@ if TYPE_CHECKING:
 
     from qaq_pipeline.lineage import row_history
     from qaq_pipeline.publication.versions import Published
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs import run_batch, summary
+    from qaq_pipeline.runs.status import (
+        BatchStatus,
+        TableStatus,
+    )
     from qaq_pipeline.scoring.logprobs import Progress as ScoringProgress
     from qaq_pipeline.storage.storage import Storage
 
@@ -87,15 +86,16 @@ def run(
     config_file: ConfigOption = None,
 ) -> None:
     """Register files as a batch, run every stage, publish, and print a summary that adds up."""
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs import registration, run_batch
+    from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.storage.storage import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         try:
-            with run_batch.batch_lock(settings, batch), _progress_display() as events:
-                if run_batch.register(settings, instance, batch, files, limit).replaces_other_content:
+            with registration.batch_lock(settings, batch), _progress_display() as events:
+                if registration.register(settings, instance, batch, files, limit).replaces_other_content:
                     events.on_notice(f"batch {batch} was delivered before as something else, which this replaces")
                 summary = run_batch.run_batch(settings, instance, batch, events)
         except (run_batch.RunError, PartitionBusyError, ValueError) as error:
@@ -111,15 +111,16 @@ def status(
     """Show how every batch stands, why one is left out of the published dataset, and whether the daemon runs."""
     from datetime import UTC, datetime
 
-    from qaq_pipeline.automation import sensors
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.automation import unattended
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.status import batch_status, refused_deliveries
 
     settings = _settings(config_file)
-    with run_batch.open_instance() as instance:
-        batches = run_batch.batch_status(settings, instance)
-        for sentence in sensors.unattended(instance, datetime.now(UTC)):
+    with open_instance() as instance:
+        batches = batch_status(settings, instance)
+        for sentence in unattended.unattended(instance, datetime.now(UTC)):
             console.print(sentence, markup=False, highlight=False)
-    for entry, reason in run_batch.refused_deliveries(settings).items():
+    for entry, reason in refused_deliveries(settings).items():
         _warn(f"{entry} is refused: {reason}")
     _warn_of_published(settings)
     if not batches:
@@ -140,11 +141,12 @@ def status(
 def recurate(config_file: ConfigOption = None) -> None:
     """Make anew what is out of date, in every batch, and publish if something changed: what the nightly job does."""
     from qaq_pipeline.runs import refresh, run_batch
+    from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.storage.storage import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         try:
             with _progress_display() as events:
                 done = refresh.recurate(settings, instance, events)
@@ -162,6 +164,8 @@ def withdraw(
 ) -> None:
     """Publish without a batch, or without the text of a row, wherever it stands. Older versions stay."""
     from qaq_pipeline.runs import refresh, run_batch
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.status import dataset_folder, kept_versions
     from qaq_pipeline.storage.storage import PartitionBusyError
 
     settings = _settings(config_file)
@@ -170,7 +174,7 @@ def withdraw(
     if slash and not row:
         _fail(f"{what!r} names no row after the '/'; the whole batch is {batch!r}", code=2)
     meant = refresh.Withdrawal(batch, row or None, reason, is_withdrawn=not restore)
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         try:
             near = refresh.near_rows(settings, instance, batch, row) if row and not restore else []
             with _progress_display() as events:
@@ -182,11 +186,11 @@ def withdraw(
     if near:
         _warn(f"Near to that row, and no longer its duplicates: {', '.join(near)}. Withdraw them too, if need be.")
     _warn_of_published(settings)
-    older = run_batch.kept_versions(settings)[:-1]
+    older = kept_versions(settings)[:-1]
     if older and not restore:
         _warn(
             f"Versions published before may still hold it: {', '.join(older)}, in "
-            f"{run_batch.dataset_folder(settings)}. "
+            f"{dataset_folder(settings)}. "
             "Remove their folders there if they must not be kept; the delivery itself lies in deliveries/."
         )
 
@@ -293,6 +297,8 @@ def lineage(
     """Walk from a published version back to what was delivered, with the hash of every file."""
     from qaq_pipeline.cli import lineage_tree
     from qaq_pipeline.lineage import lineage as walks
+    from qaq_pipeline.lineage import trace
+    from qaq_pipeline.lineage import verify as verification
     from qaq_pipeline.publication.versions import find_version
     from qaq_pipeline.storage.storage import StorageError, open_storage
 
@@ -303,8 +309,8 @@ def lineage(
     try:
         found = walks.walk(storage, find_version(storage, version).version)
         found = found if file is None else walks.only(found, file)
-        findings = list(walks.verify(storage, found)) if verify else []
-        paths = [] if row is None or findings else walks.trace(storage, found, row)
+        findings = list(verification.verify(storage, found)) if verify else []
+        paths = [] if row is None or findings else trace.trace(storage, found, row)
     except (walks.LineageError, StorageError) as error:
         _fail(str(error))
     if as_json:
@@ -333,13 +339,14 @@ def report(
 ) -> None:
     """Print where the audit page of a batch or a version lies, and make it anew where it is missing or out of date."""
     from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.storage.storage import PartitionBusyError
 
     if (batch is None) == (version is None):
         _fail("name a batch, or a version by --version: one of them", code=2)
     settings = _settings(config_file)
     _quiet_logs()
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         try:
             url = run_batch.find_page(settings, instance, batch, version, run_batch.Events())
         except (run_batch.RunError, PartitionBusyError, ValueError) as error:
@@ -357,15 +364,16 @@ def table(
     config_file: ConfigOption = None,
 ) -> None:
     """Write a stored table to a file. Per-model tables get a column `model`, all others stay as they are."""
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.status import collect_table
     from qaq_pipeline.storage.storage import StorageError
 
     settings = _settings(config_file)
     if name not in tables.TABLES | tables.CALIBRATION_TABLES:
         _fail(f"{name!r} is no table; known: {', '.join(tables.TABLES | tables.CALIBRATION_TABLES)}", code=2)
     try:
-        with run_batch.open_instance() as instance:
-            frame = run_batch.collect_table(settings, instance, name, batch)
+        with open_instance() as instance:
+            frame = collect_table(settings, instance, name, batch)
         _write_frame(frame, to)
     except (StorageError, ValueError, OSError) as error:
         _fail(str(error), code=_exit_code(error))
@@ -422,12 +430,12 @@ def estimate(
     config_file: ConfigOption = None,
 ) -> None:
     """Say what scoring files would take: tokens, operations and time on this machine, and what the cache spares."""
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs import registration, run_batch
 
     settings = _settings(config_file)
     _quiet_logs()
     try:
-        costs = run_batch.estimate(settings, files)
+        costs = registration.estimate(settings, files)
     except (run_batch.RunError, ValueError) as error:
         _fail(str(error), code=_exit_code(error))
     rows = {
@@ -511,12 +519,12 @@ def ui(
     config_file: ConfigOption = None,
 ) -> None:
     """Open the Dagster UI and its daemon on 127.0.0.1, over the same home as `qaq run`."""
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs.home import prepare_home
 
     _settings(config_file)
     if not workspace.exists():
         _fail(f"{workspace}: no such file; run this in the project's folder, or pass --workspace", code=2)
-    home = run_batch.prepare_home()
+    home = prepare_home()
     dagster = Path(sys.executable).with_name("dagster")
     command = [str(dagster), "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
     console.print(f"Dagster UI: http://127.0.0.1:{port} (Dagster home {home}); Ctrl-C ends it", highlight=False)
@@ -544,9 +552,9 @@ def _warn(message: str) -> None:
 
 def _warn_of_published(settings: Settings) -> None:
     """Loud where the newest version holds what was withdrawn."""
-    from qaq_pipeline.runs import run_batch
+    from qaq_pipeline.runs.status import published_withdrawn
 
-    if batches := run_batch.published_withdrawn(settings):
+    if batches := published_withdrawn(settings):
         errors.print(
             f"The newest version holds what was withdrawn of {', '.join(batches)}: `qaq recurate` until it is gone",
             style="bold red",
@@ -621,7 +629,7 @@ class _Display:
             self._bars.update(self._current, total=1, completed=1)
 
 
-def _print_summary(summary: run_batch.BatchSummary) -> None:
+def _print_summary(summary: summary.BatchSummary) -> None:
     rows = Table("rows", "", "why", title=f"Batch {summary.batch}")
     rows.add_row("in", f"{summary.rows_in:,}", "", style="bold")
     for decision, count in summary.rows_by_decision.items():
@@ -648,7 +656,7 @@ def _print_summary(summary: run_batch.BatchSummary) -> None:
         console.print(f"{name}: {url}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_models(summary: run_batch.BatchSummary) -> None:
+def _print_models(summary: summary.BatchSummary) -> None:
     rows = {
         "model": [model.model for model in summary.models],
         "frame, dtype": [f"{model.frame}, {model.dtype}" for model in summary.models],
@@ -699,7 +707,7 @@ def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence
     console.print(shown)
 
 
-def _print_states(batches: Sequence[run_batch.BatchStatus]) -> None:
+def _print_states(batches: Sequence[BatchStatus]) -> None:
     """One line a batch: of a name that is too long for it, the middle is left out."""
     from qaq_pipeline.reports import summaries
 
@@ -714,7 +722,7 @@ def _print_states(batches: Sequence[run_batch.BatchStatus]) -> None:
     console.print(shown)
 
 
-def _print_tables(batches: Sequence[run_batch.BatchStatus]) -> None:
+def _print_tables(batches: Sequence[BatchStatus]) -> None:
     for one in batches:
         console.print(f"{one.batch}: {one.state}", style="bold", markup=False, highlight=False, soft_wrap=True)
         width = max(map(len, one.tables))
@@ -722,7 +730,7 @@ def _print_tables(batches: Sequence[run_batch.BatchStatus]) -> None:
             console.print(f"  {name:<{width}}  {table.sentence}", markup=False, highlight=False)
 
 
-def _count(table: run_batch.TableStatus) -> str:
+def _count(table: TableStatus) -> str:
     return "-" if table.num_rows is None else f"{table.num_rows:,}"
 
 

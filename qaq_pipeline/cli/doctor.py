@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qaq_pipeline.config import settings
-from qaq_pipeline.config.settings import Settings, SettingsError
+from qaq_pipeline.config import load
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import PairEncoder
-from qaq_pipeline.orchestration.resources import LIBRARIES
 from qaq_pipeline.publication import exports
+from qaq_pipeline.scoring.runtime import LIBRARIES
 from qaq_pipeline.storage.storage import open_storage
 
 
@@ -48,19 +49,20 @@ def _versions() -> Finding:
 
 
 def _models(settings: Settings) -> Iterator[Finding]:
-    from qaq_pipeline.lm import causal_lm
+    from qaq_pipeline.lm import devices
+    from qaq_pipeline.lm.tokenizer import load_tokenizer
 
     for role, model in settings.models.items():
         check = f"model {role}"
         try:
-            device = causal_lm.resolve_device(model.device)
+            device = devices.resolve_device(model.device)
             files = model_files.locate(model, settings.model_cache_dir, download=False)
-            tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+            tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
             PairEncoder(tokenizer, model, settings.scoring)
         except (OSError, ValueError) as error:  # Of the model's files, its tokenizer, its template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue
-        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
         yield Finding(check, is_ok=True, text=f"{files.name} on {device}, {dtype}, {model.frame} frame, {files.folder}")
 
 
@@ -85,7 +87,7 @@ def _exports(settings: Settings) -> Finding:
 
 
 def _dagster_home() -> Finding:
-    home = settings.dagster_home()
+    home = load.dagster_home()
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:

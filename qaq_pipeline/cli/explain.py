@@ -20,7 +20,7 @@ from qaq_pipeline.lineage.row_history import Fate
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.reports.summaries import visible
 from qaq_pipeline.schema import tables
-from qaq_pipeline.selection import decisions
+from qaq_pipeline.selection import explanations
 from qaq_pipeline.storage.storage import Provenance, Storage, StorageError
 
 _SHOWN_CHARACTERS = 160
@@ -148,7 +148,7 @@ def _fate(dossier: Dossier, fate: Fate) -> str:
     is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]
     was_in = before.published.number if before is not None and before.is_published and is_same else None
     told = dossier.row.get("explanation")
-    return decisions.explain_in_version(
+    return explanations.explain_in_version(
         fate.row, has_batch=fate.has_batch, left_out=fate.left_out, was_in=was_in, told=told
     )
 

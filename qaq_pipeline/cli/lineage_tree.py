@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from rich.text import Text
 from rich.tree import Tree
 
-from qaq_pipeline.lineage.lineage import Batch, DeliveredFiles, File, Lineage, RowPath, State, Table
+from qaq_pipeline.lineage.lineage import Batch, DeliveredFiles, File, Lineage, State, Table
+from qaq_pipeline.lineage.trace import RowPath
 from qaq_pipeline.reports.summaries import visible
 from qaq_pipeline.schema.column_lineage import UNDERIVED, Column, Derivation, by_table
 

@@ -9,40 +9,28 @@ the Dagster home, the storage and the model cache unless the file says otherwise
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
 import zoneinfo
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import to_jsonable_python
+from pydantic import Field, PrivateAttr, model_validator
 
-from qaq_pipeline.schema.tables import Defect
-
-BATCH_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
-ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
-SELECTION_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
-CONTROL_STRATEGIES = ("random", "stratified_random")
-CONTROL_PREFIX = "control_"
+from qaq_pipeline.config.base import (
+    CONTROL_PREFIX,
+    CONTROL_STRATEGIES,
+    ROLE_NAME,
+    SELECTION_NAME,
+    Closed,
+    SettingsError,
+    check_batch_name,
+)
+from qaq_pipeline.config.selections import DiffSelection, IfdSelection, LengthSelection, PplSelection, Selection
+from qaq_pipeline.schema.vocabularies import Defect
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful coding assistant."
 
 
-class SettingsError(ValueError):
-    """The settings cannot be used. The text names the file, the field, the value and what is allowed."""
-
-
-class _Closed(BaseModel):
-    # SettingsError shows the values that may be shown.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-class RecordSettings(_Closed):
+class RecordSettings(Closed):
     """How delivered files are read."""
 
     shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "query_answer"] = Field(
@@ -54,7 +42,7 @@ class RecordSettings(_Closed):
     )
 
 
-class DuplicateSettings(_Closed):
+class DuplicateSettings(Closed):
     """Which rows another row stands for. Equal ones (white space and Unicode form aside) always are."""
 
     near_threshold: float | None = Field(
@@ -67,14 +55,14 @@ class DuplicateSettings(_Closed):
     across_batches: bool = Field(True, description="Whether a row of an older batch may stand for one of a newer.")
 
 
-class BenchmarkSettings(_Closed):
+class BenchmarkSettings(Closed):
     """A benchmark whose tasks must not be trained on: a file as HumanEval, MBPP or LiveCodeBench are published."""
 
     name: str = Field(pattern=SELECTION_NAME, description="Name of the benchmark, as in the evidence.")
     path: str = Field(description="Local path or any fsspec URL of the file: JSONL or JSON, perhaps gzipped.")
 
 
-class ContaminationSettings(_Closed):
+class ContaminationSettings(Closed):
     """Which rows hold benchmark tasks, and what becomes of them."""
 
     benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to keep out.")
@@ -101,14 +89,14 @@ class ContaminationSettings(_Closed):
         return self
 
 
-class ScreeningSettings(_Closed):
+class ScreeningSettings(Closed):
     """What is found out about rows before any of them is scored."""
 
     duplicates: DuplicateSettings = Field(DuplicateSettings(), description="Equal and near rows.")
     contamination: ContaminationSettings = Field(ContaminationSettings(), description="Benchmark tasks.")
 
 
-class GateSettings(_Closed):
+class GateSettings(Closed):
     """What a batch must be like to be scored and published; its rows are in the ledger in any case."""
 
     max_rejected_share: float | None = Field(
@@ -119,7 +107,7 @@ class GateSettings(_Closed):
     )
 
 
-class CheckSettings(_Closed):
+class CheckSettings(Closed):
     """When an asset check does not pass. Checks report; what stops a batch is a gate."""
 
     max_null_share: float = Field(
@@ -140,7 +128,7 @@ class CheckSettings(_Closed):
     )
 
 
-class LandingSettings(_Closed):
+class LandingSettings(Closed):
     """Where deliveries land, and when one is complete."""
 
     url: str | None = Field(
@@ -160,7 +148,7 @@ class LandingSettings(_Closed):
     max_deliveries_per_tick: int = Field(25, ge=1, le=25, description="Deliveries that are taken at one look, at most.")
 
 
-class AutomationSettings(_Closed):
+class AutomationSettings(Closed):
     """What runs without a hand while the daemon runs: `qaq ui`, or `dagster-daemon`."""
 
     started: bool = Field(
@@ -180,7 +168,7 @@ class AutomationSettings(_Closed):
         return self
 
 
-class StorageSettings(_Closed):
+class StorageSettings(Closed):
     """Where tables, deliveries and the score cache lie."""
 
     root: str | None = Field(
@@ -188,7 +176,7 @@ class StorageSettings(_Closed):
     )
 
 
-class ModelSettings(_Closed):
+class ModelSettings(Closed):
     """One scoring model. Exactly one of `hub`, `directory` and `gguf` says where it comes from."""
 
     hub: str | None = Field(None, description="Hugging Face hub id, such as Qwen/Qwen3-0.6B.")
@@ -227,7 +215,7 @@ class ModelSettings(_Closed):
         return self
 
 
-class ScoringSettings(_Closed):
+class ScoringSettings(Closed):
     """What is scored, in which prompt, within which window."""
 
     quantities: tuple[Literal["rmi", "ifd"], ...] = Field(
@@ -247,14 +235,14 @@ class ScoringSettings(_Closed):
     token_logprobs: bool = Field(False, description="Store the log-probability of every scored token as well.")
 
 
-class EligibilitySettings(_Closed):
+class EligibilitySettings(Closed):
     """Which scored pairs take part in ranks and selections."""
 
     min_query_tokens: int = Field(1, ge=1, description="Pairs whose Q has fewer tokens do not, in tokens.")
     short_query_tokens: int = Field(4, ge=0, description="Pairs whose Q has fewer tokens are flagged, in tokens.")
 
 
-class RuntimeSettings(_Closed):
+class RuntimeSettings(Closed):
     """How the work is run: changes time and memory, and no result."""
 
     executor: Literal["in_process", "multiprocess"] = Field(
@@ -278,7 +266,7 @@ class RuntimeSettings(_Closed):
     )
 
 
-class ReferenceSettings(_Closed):
+class ReferenceSettings(Closed):
     """A frozen pool: the scored pairs of some batches, which ranks and cuts of every batch can be taken against."""
 
     name: str = Field(
@@ -298,7 +286,7 @@ class ReferenceSettings(_Closed):
         return self
 
 
-class RankingSettings(_Closed):
+class RankingSettings(Closed):
     """Strata of PPL(Q) and ranks inside them."""
 
     num_strata: int = Field(10, ge=1, le=1000, description="Equal-count strata of PPL(Q).")
@@ -326,153 +314,7 @@ class RankingSettings(_Closed):
         return self
 
 
-class Budget(_Closed):
-    """How much a selection takes: exactly one of the three."""
-
-    fraction: float | None = Field(None, gt=0, le=1, description="Of the pool: k = floor(f * n + 1/2) pairs.")
-    count: int | None = Field(
-        None, ge=1, description="Pairs, per batch; with `ranking.pool: reference` of the reference."
-    )
-    answer_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Untruncated answer tokens of the strong model's tokenizer; per batch or of the "
-        "reference, as `count`.",
-    )
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        given = [name for name in ("fraction", "count", "answer_tokens") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of fraction, count, answer_tokens; got {given or 'none'}")
-        return self
-
-
-_NAME = Field(pattern=SELECTION_NAME, description="Name of the selection, as in the decisions and the exports.")
-_ROLE = Field("strong", pattern=ROLE_NAME, description="Role of the model whose score is used.")
-_BUDGET = Field(Budget(fraction=0.25, count=None, answer_tokens=None), description="How much is taken.")
-
-
-class _Disagreement(_Closed):
-    name: str = _NAME
-    budget: Budget = _BUDGET
-    min_gap: float | None = Field(None, ge=-1, le=1, description="Take only pairs whose gap is above this.")
-    rank_strong: tuple[float, float] | None = Field(
-        None, description="Take only pairs with lo < rank_strong <= hi: keeps out what both models rank low."
-    )
-
-    rmi_strong: tuple[float | None, float | None] | None = Field(
-        None,
-        description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no end. A "
-        "calibration offers both: below are mismatches, above are echoes.",
-    )
-
-    @model_validator(mode="after")
-    def _range(self) -> Self:
-        _check_range("rank_strong", self.rank_strong)
-        low, high = self.rmi_strong or (None, None)
-        if low is not None and high is not None and not low < high:
-            raise ValueError(f"rmi_strong must be [lo, hi] with lo < hi; got {[low, high]}")
-        return self
-
-
-class DiffSelection(_Disagreement):
-    """Global top-k by gap (diff_high: the paper's QAQ) or by lowest gap (diff_low)."""
-
-    strategy: Literal["diff_high", "diff_low"]
-
-
-class SumSelection(_Disagreement):
-    """Global top-k by rank_strong + rank_weak (sum_high) or by the lowest sum (sum_low)."""
-
-    strategy: Literal["sum_high", "sum_low"]
-
-
-class RmiBandSelection(_Closed):
-    """Every pair whose stratified rank lies in (lo, hi]: its share is fixed by the band, not by a budget."""
-
-    name: str = _NAME
-    strategy: Literal["rmi_band"]
-    band: tuple[float, float] = Field((0.5, 0.75), description="Half-open (lo, hi] on the rank.")
-    model: str = _ROLE
-
-    @model_validator(mode="after")
-    def _range(self) -> Self:
-        _check_range("band", self.band)
-        return self
-
-
-class RmiTopSelection(_Closed):
-    """Global top-k by the stratified rank of RMI."""
-
-    name: str = _NAME
-    strategy: Literal["rmi_top"]
-    budget: Budget = _BUDGET
-    model: str = _ROLE
-
-
-class IfdSelection(_Closed):
-    """Global top-k by instruction-following difficulty, the baseline that QAQ argues against."""
-
-    name: str = _NAME
-    strategy: Literal["ifd"]
-    budget: Budget = _BUDGET
-    model: str = _ROLE
-    measure: Literal["ifd_ppl", "ifd_loss"] = Field("ifd_ppl", description="Ratio of perplexities, or of losses.")
-    maximum: float | None = Field(1.0, gt=0, description="Take no pair above this: there, Q makes A less likely.")
-
-
-class PplSelection(_Closed):
-    """Global top-k by a perplexity."""
-
-    name: str = _NAME
-    strategy: Literal["ppl"]
-    budget: Budget = _BUDGET
-    model: str = _ROLE
-    measure: Literal["log_ppl_q", "log_ppl_q_given_a", "log_ppl_a", "log_ppl_a_given_q"] = Field(
-        "log_ppl_a_given_q", description="Which perplexity."
-    )
-    order: Literal["high", "low"] = Field("high", description="Whether the highest or the lowest are taken.")
-
-
-class LengthSelection(_Closed):
-    """Global top-k by the number of answer tokens, longest first."""
-
-    name: str = _NAME
-    strategy: Literal["length"]
-    budget: Budget = _BUDGET
-    model: str = _ROLE
-
-
-class RandomSelection(_Closed):
-    """Pairs in the order of a keyed hash of pair_id; stratified: the same share of every stratum of PPL(Q)."""
-
-    name: str = _NAME
-    strategy: Literal["random", "stratified_random"]
-    budget: Budget = _BUDGET
-    model: str = _ROLE
-    seed: int = Field(0, ge=0, description="Key of the hash.")
-
-
-Selection = Annotated[
-    DiffSelection
-    | SumSelection
-    | RmiBandSelection
-    | RmiTopSelection
-    | IfdSelection
-    | PplSelection
-    | LengthSelection
-    | RandomSelection,
-    Field(discriminator="strategy"),
-]
-
-
-def _check_range(field: str, value: tuple[float, float] | None) -> None:
-    if value is not None and not 0 <= value[0] < value[1] <= 1:
-        raise ValueError(f"{field} must be [lo, hi] with 0 <= lo < hi <= 1; got {list(value)}")
-
-
-class CalibrationSettings(_Closed):
+class CalibrationSettings(Closed):
     """Whether the scores tell good from bad on a batch: some of its rows are made bad on purpose, and scored too."""
 
     enabled: bool = Field(True, description="Whether batches are calibrated, after they were published.")
@@ -508,7 +350,7 @@ class CalibrationSettings(_Closed):
         return self
 
 
-class ExportSettings(_Closed):
+class ExportSettings(Closed):
     """What is written for training beside the tables."""
 
     formats: tuple[Literal["messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf"], ...] = Field(
@@ -527,7 +369,7 @@ class ExportSettings(_Closed):
     )
 
 
-class PublicationSettings(_Closed):
+class PublicationSettings(Closed):
     """What becomes of published versions."""
 
     keep_versions: int | None = Field(
@@ -540,13 +382,13 @@ class PublicationSettings(_Closed):
 _ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
-class LogAlerts(_Closed):
+class LogAlerts(Closed):
     """The Python logger `qaq_pipeline.alerts`: ERROR for a failed run, WARNING for the rest."""
 
     kind: Literal["log"] = "log"
 
 
-class EmailAlerts(_Closed):
+class EmailAlerts(Closed):
     """A message over SMTP."""
 
     kind: Literal["email"]
@@ -571,7 +413,7 @@ class EmailAlerts(_Closed):
         return self
 
 
-class SlackAlerts(_Closed):
+class SlackAlerts(Closed):
     """An incoming webhook of Slack; needs the extra `slack`."""
 
     kind: Literal["slack"]
@@ -582,7 +424,7 @@ class SlackAlerts(_Closed):
     )
 
 
-class PythonAlerts(_Closed):
+class PythonAlerts(Closed):
     """A function of the user's own, called with the Alert."""
 
     kind: Literal["python"]
@@ -592,7 +434,7 @@ class PythonAlerts(_Closed):
     )
 
 
-class ReportSettings(_Closed):
+class ReportSettings(Closed):
     """The audit pages, and the plots in the UI."""
 
     pages: bool = Field(True, description="Whether every batch and every published version gets a page.")
@@ -602,7 +444,7 @@ class ReportSettings(_Closed):
     )
 
 
-class AlertSettings(_Closed):
+class AlertSettings(Closed):
     """Who is told of failed runs, gated batches and refused deliveries."""
 
     channels: tuple[
@@ -610,7 +452,7 @@ class AlertSettings(_Closed):
     ] = Field((LogAlerts(),), description="Every one of them is tried; none: nobody is told.")
 
 
-class Settings(_Closed):
+class Settings(Closed):
     """The whole file."""
 
     records: RecordSettings = Field(RecordSettings(), description="How delivered files are read.")
@@ -728,100 +570,3 @@ class Settings(_Closed):
     def model_cache_dir(self) -> Path:
         """Folder of local and converted models."""
         return Path(self.model_cache) if self.model_cache else self._home / "models"
-
-
-def home_directory() -> Path:
-    """QAQ_HOME as an absolute path; default `./var`."""
-    return Path(os.environ.get("QAQ_HOME", "var")).absolute()
-
-
-def dagster_home() -> Path:
-    """DAGSTER_HOME where it is set, else the `dagster` folder of QAQ_HOME."""
-    configured = os.environ.get("DAGSTER_HOME")
-    return Path(configured).absolute() if configured else home_directory() / "dagster"
-
-
-def packaged_profiles() -> list[str]:
-    """Names of the profiles that come with the package."""
-    folder = resources.files("qaq_pipeline") / "profiles"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
-    """Settings from `path`, else from `QAQ_CONFIG`, else from the packaged demo profile.
-
-    `path` may be the name of a packaged profile (`demo`, `paper`).
-
-    Raises:
-        SettingsError: the file is missing, is not YAML, or holds a value that is not allowed; every fault is
-            named with its field, its value and what is allowed.
-    """
-    source = os.fspath(path) if path is not None else os.environ.get("QAQ_CONFIG") or "demo"
-    text, name = _read_profile(source)
-    return parse_settings(text, name)
-
-
-def parse_settings(text: str, name: str = "settings") -> Settings:
-    """Settings from YAML text; `name` stands for the file in errors. Raises `SettingsError`."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{name}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{name}: a mapping of settings is expected, not {type(values).__name__}")
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        raise SettingsError(_describe(error, name)) from error
-    settings._home = home_directory()
-    settings._check_places()
-    return settings
-
-
-def _read_profile(source: str) -> tuple[str, str]:
-    if source in packaged_profiles():
-        packaged = resources.files("qaq_pipeline") / "profiles" / f"{source}.yaml"
-        return packaged.read_text(encoding="utf-8"), f"profile {source!r}"
-    try:
-        return Path(source).read_text(encoding="utf-8"), source
-    except (OSError, UnicodeDecodeError) as error:
-        profiles = ", ".join(packaged_profiles())
-        raise SettingsError(
-            f"{source}: cannot be read ({error}). Set QAQ_CONFIG to a YAML file or to a packaged profile: {profiles}"
-        ) from error
-
-
-def _describe(error: ValidationError, name: str) -> str:
-    lines = []
-    for fault in error.errors(include_url=False):
-        field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
-        value = fault["input"]
-        is_secret = fault["loc"][:1] == ("alerts",)  # Perhaps a password, where the name of its variable belongs.
-        shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
-        lines.append(f"  {field}: {fault['msg']}{shown}")
-    return f"{name}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)
-
-
-def settings_hash(*parts: object) -> str:
-    """Hash of the settings that an asset reads (16 hex digits): part of its code version and provenance.
-
-    Args:
-        parts: settings models, or containers and values of JSON.
-    """
-    values = json.dumps(to_jsonable_python(parts), sort_keys=True)
-    return hashlib.blake2b(values.encode(), digest_size=8).hexdigest()
-
-
-def check_batch_name(name: str) -> str:
-    """`name`, if it can name a batch; it becomes a partition key and part of paths.
-
-    Raises:
-        ValueError: anything but a letter or digit, then up to 99 letters, digits, `_`, `-` or `.`, without `..`.
-    """
-    if not BATCH_NAME.fullmatch(name) or ".." in name:
-        shown = name if len(name) <= 60 else name[:60] + "…"
-        raise ValueError(
-            f"batch name {shown!r} cannot be used: give a letter or digit, then up to 99 letters, digits, "
-            "'_', '-' or '.', without '..'"
-        )
-    return name

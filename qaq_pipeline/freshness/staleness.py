@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from qaq_pipeline.freshness import eligibility
 from qaq_pipeline.ingest import landing
-from qaq_pipeline.publication import versions
 from qaq_pipeline.schema.tables import CALIBRATION_TABLES, TABLES
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
@@ -126,7 +126,7 @@ class Review:
         made_of = self._provenance("screened_data", batch)
         if made_of is None:
             return None
-        return versions.screened_otherwise(batch, made_of, self._order, self._standing) or versions.not_withdrawn(
+        return eligibility.screened_otherwise(batch, made_of, self._order, self._standing) or eligibility.not_withdrawn(
             self._storage, batch, made_of, self._withdrawn
         )
 
@@ -190,7 +190,7 @@ class Review:
 
     @cached_property
     def _standing(self) -> dict[str, str]:
-        return versions.standing_batches(self._storage, self._order, self._registered)
+        return eligibility.standing_batches(self._storage, self._order, self._registered)
 
     @cached_property
     def _withdrawn(self) -> withdrawals.Withdrawals:

@@ -42,7 +42,8 @@ import pyarrow.parquet as pq
 import zstandard
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.schema.tables import RawData, RejectReason, Status, dtypes
+from qaq_pipeline.schema.tables import RawData, dtypes
+from qaq_pipeline.schema.vocabularies import RejectReason, Status
 
 QUERY_FIELDS = ("query", "question", "problem", "instruction", "prompt")
 ANSWER_FIELDS = ("response", "answer", "solution", "output", "completion")

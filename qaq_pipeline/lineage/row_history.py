@@ -18,7 +18,7 @@ import polars as pl
 
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.versions import Published
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema import tables, vocabularies
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import Provenance, Storage, StorageError, hash_json
 
@@ -48,7 +48,7 @@ class Fate:
     @property
     def is_published(self) -> bool:
         """Whether the version has the row in its published selection."""
-        return self.row is not None and self.row["decision"] == tables.Decision.SELECTED.value
+        return self.row is not None and self.row["decision"] == vocabularies.Decision.SELECTED.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,39 +8,37 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.batching import BatchTooLargeError
+from qaq_pipeline.lm.devices import (
+    FREE_SHARE,
+    LEASE_SECONDS,
+    LEASES,
+    available_memory,
+    free_memory,
+    num_cores,
+    peak_flops_per_second,
+    resolve_device,
+    resolve_dtype,
+)
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.runners import UnsupportedModelError, choose_runner, model_context
+from qaq_pipeline.lm.tokenizer import HfTokenizer
 from qaq_pipeline.lm.workers import Load, ScorerFacts, lease_devices
 
 BATCH_TOKENS_CPU = 1024
 BATCH_TOKENS_GPU = 32_768
 """Tokens of a batch where the settings name none and memory allows them: a CPU's caches want few, a GPU many."""
-
-_PEAK_SECONDS = 0.2
-
-FREE_SHARE = 0.7
-"""Of free memory, what a batch is planned to take at most: its estimate may be off, and others live here too."""
-
-LEASES = Path(tempfile.gettempdir()) / f"qaq_pipeline-{os.getuid() if hasattr(os, 'getuid') else 0}"
-"""Locks of this user's GPUs: one scoring process a GPU, whatever its QAQ_HOME."""
-LEASE_SECONDS = 60.0
 
 PATIENCE_SECONDS = 10
 """How long a sequence that does not fit waits for memory before it is given up."""
@@ -48,99 +46,11 @@ PATIENCE_SECONDS = 10
 PROCESS_BYTES = 700e6
 """What a scoring process takes beside its weights: Python, torch, transformers."""
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-
 SAMPLE_TEXT = (
     "Write a function that returns the sum of the squares of the first n natural numbers.\n\nAnswer:\n"
     "def sum_of_squares(n):\n    total = 0\n    for i in range(1, n + 1):\n        total += i * i\n    return total\n"
 )
 """An ordinary text, for the self-test."""
-
-_FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
-"""Put before a template that asks for today's date: prompts, and with them scores, must not change at midnight. The
-date is the one that Llama 3's own templates fall back on."""
-
-_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
-
-
-class HfTokenizer:
-    """A `prompts.Tokenizer` over a Hugging Face fast tokenizer.
-
-    Raises:
-        UnsupportedModelError: the tokenizer is not a fast one.
-    """
-
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
-        if not tokenizer.is_fast:
-            raise UnsupportedModelError(f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is required")
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template or (tokenizer.get_chat_template() if tokenizer.chat_template else None)
-        if self._chat_template and "strftime_now" in self._chat_template:
-            self._chat_template = _FIXED_DATE + self._chat_template
-        self.bos_token_id: int | None = tokenizer.bos_token_id
-        self.end_of_text_id = self._find_end_of_text()
-
-    def encode_markup(self, text: str) -> list[int]:
-        """Token ids of prompt text; special tokens in it are recognised, none is added."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of delivered texts; special tokens in them are ordinary text, none is added."""
-        if not texts:
-            return []
-        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages as the chat template renders them, up to and with the generation prompt.
-
-        Raises:
-            UnsupportedModelError: the tokenizer has no chat template, and none was borrowed.
-        """
-        if not self._chat_template:
-            raise UnsupportedModelError(
-                f"{self._tokenizer.name_or_path} has no chat template: set `frame: plain`, or `chat_template_from` "
-                "to the instruct sibling of the same family"
-            )
-        return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=self._chat_template
-        )
-
-    def _find_end_of_text(self) -> int | None:
-        vocabulary = self._tokenizer.get_vocab()
-        named = next((vocabulary[token] for token in _END_OF_TEXT if token in vocabulary), None)
-        return self._tokenizer.eos_token_id if named is None else named
-
-
-def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:
-    """The tokenizer of the model's files, with its own chat template or the borrowed one."""
-    borrowed = model_files.chat_template(model.chat_template_from, cache) if model.chat_template_from else None
-    return HfTokenizer(AutoTokenizer.from_pretrained(files.folder), borrowed)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that `auto` stands for: a GPU where there is one.
-
-    Raises:
-        UnsupportedModelError: the named device is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    has_gpu = torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count()
-    available = {"cpu": True, "cuda": has_gpu, "mps": torch.backends.mps.is_available()}
-    if not available[kind]:
-        raise UnsupportedModelError(f"device {device!r} is not on this machine; set `device: auto` or `cpu`")
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that `auto` stands for: bfloat16 on GPUs and on CPUs with native bfloat16, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 class CausalLM:
@@ -245,65 +155,6 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
         **_work(model),
         peak_flops_per_second=peak_flops_per_second(dtype, device),
     )
-
-
-def free_memory(device: torch.device, num_processes: int = 1) -> float:
-    """Bytes that a batch may take: of the device's free memory the part that stays clear of its end.
-
-    Args:
-        device: whose memory.
-        num_processes: that take of it at once.
-    """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)
-    return FREE_SHARE * available_memory() / num_processes
-
-
-def available_memory() -> float:
-    """Bytes of memory that processes may still take: of the machine, or of the container where that is less."""
-    available = float(psutil.virtual_memory().available)
-    limit, used = (_control_group(f"memory.{name}") for name in ("max", "current"))
-    return available if limit is None or used is None else min(available, max(limit - used, 0.0))
-
-
-def num_cores() -> int:
-    """Cores that this process may use: by its affinity, or by the container's quota where that is less."""
-    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _control_group("cpu.max")
-    return number if quota is None else max(1, min(number, math.floor(quota)))
-
-
-def _control_group(name: str) -> float | None:
-    """A limit of the container this process is in, where it has one: cpu.max as cores, others as they are."""
-    file = CONTROL_GROUP / name
-    if not file.exists():
-        return None
-    value, *period = file.read_text(encoding="ascii").split()
-    return None if value == "max" else float(value) / (float(period[0]) if period else 1.0)
-
-
-def peak_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """`matmul_flops_per_second`, measured once in a process: a driver loads models batch by batch."""
-    return _measured_once(dtype, device, torch.get_num_threads())
-
-
-@functools.cache
-def _measured_once(dtype: torch.dtype, device: torch.device, _num_threads: int) -> float:
-    return matmul_flops_per_second(dtype, device)
-
-
-@torch.inference_mode()
-def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """What a large matrix product reaches, with as many threads as scoring has: the best of those of 0.2 seconds."""
-    size = 1024 if device.type == "cpu" else 8192
-    one = torch.randn(size, size, device=device).to(dtype)
-    seconds: list[float] = []
-    while sum(seconds) < _PEAK_SECONDS:
-        started = time.perf_counter()
-        float((one @ one)[0, 0])  # Waits for the device.
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
 
 
 def _work(model: Any) -> dict[str, float]:

@@ -25,7 +25,7 @@ from typing import Protocol
 from jinja2.exceptions import TemplateError
 
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
-from qaq_pipeline.schema.tables import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 
 PROMPT_VERSION = "1"
 

@@ -23,7 +23,7 @@ import torch
 from qaq_pipeline.lm import attention, lm_head
 from qaq_pipeline.lm.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
 from qaq_pipeline.lm.prompts import Target, TokenSequence
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Mean difference from the model's own logits that the self-test allows, in nats per token, by dtype: a batch of

@@ -18,8 +18,8 @@ import dagster as dg
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME, differently_scored
-from qaq_pipeline.orchestration.resources import partition_parts
-from qaq_pipeline.orchestration.results import BATCHES, batch_by_model
+from qaq_pipeline.orchestration.io_manager import partition_parts
+from qaq_pipeline.orchestration.partitions import BATCHES, batch_by_model
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding

@@ -13,8 +13,9 @@ from qaq_pipeline.freshness.staleness import Present
 from qaq_pipeline.orchestration import conditions
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.orchestration.checks import build_checks
-from qaq_pipeline.orchestration.resources import ModelRuntime, TableIOManager
+from qaq_pipeline.orchestration.io_manager import TableIOManager
 from qaq_pipeline.scoring.logprobs import Progress
+from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
 
 SELECTING = "select_from_batch"

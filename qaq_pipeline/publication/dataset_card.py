@@ -17,9 +17,8 @@ import polars as pl
 import pyarrow as pa
 import yaml
 
-from qaq_pipeline.config.settings import (
+from qaq_pipeline.config.selections import (
     DiffSelection,
-    ExportSettings,
     IfdSelection,
     LengthSelection,
     PplSelection,
@@ -29,10 +28,11 @@ from qaq_pipeline.config.settings import (
     Selection,
     SumSelection,
 )
+from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.exports import FORMATS
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Decision, Status
+from qaq_pipeline.schema.vocabularies import Decision, Status
 
 _SIZES = {
     10**3: "n<1K",

@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qaq_pipeline.config.settings import SettingsError
+from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.schema import tables
 from qaq_pipeline.storage import row_lookup
 

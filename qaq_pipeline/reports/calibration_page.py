@@ -18,7 +18,8 @@ from qaq_pipeline.reports import pages, plots, summaries
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.reports.pages import Example, Examples, Made, Table
 from qaq_pipeline.reports.plots import Plot
-from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Defect, Statistic, UnknownReason
+from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
+from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
 from qaq_pipeline.screening.gates import Gate
 
 _SCORES = {

@@ -16,7 +16,8 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings
-from qaq_pipeline.schema.tables import ROW_KEY, Decision, Defect, NullReason, Quantity, Statistic, Status
+from qaq_pipeline.schema.tables import ROW_KEY
+from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
 
 _LEAST_EVIDENCE = 100
 """Pairs, n m / (n + m). Of batches drawn from the reference itself, 50 % are over the default limits of drift with 50

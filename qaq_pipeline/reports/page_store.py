@@ -16,9 +16,10 @@ from typing import Any
 import polars as pl
 from pydantic import TypeAdapter
 
-from qaq_pipeline.config.settings import Selection, Settings
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.versions import BatchTables
+from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.storage.storage import Storage, StorageError, hash_json

@@ -19,14 +19,15 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from qaq_pipeline.config.settings import Selection
+from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.publication import dataset_card, exports
-from qaq_pipeline.publication.versions import BatchTables
+from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.column_lineage import Column, Derivation
-from qaq_pipeline.schema.tables import ROW_KEY, Decision, GateReason
+from qaq_pipeline.schema.tables import ROW_KEY
+from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import duplicates, gates
 from qaq_pipeline.selection import rank_reference
 

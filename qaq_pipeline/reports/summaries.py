@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from qaq_pipeline.config.settings import CONTROL_PREFIX
+from qaq_pipeline.config.base import CONTROL_PREFIX
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Decision
+from qaq_pipeline.schema.vocabularies import Decision
 
 TAIL = 0.05
 """Share of a stratum, at either end of RMI, that is called a tail: a mismatch at the low end, an echo at the high."""

@@ -17,7 +17,8 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline.config.settings import Settings, dagster_home, load_settings
+from qaq_pipeline.config.load import dagster_home, load_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.orchestration.failures import cause
 from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, SELECTING, build_job_defs

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings, check_batch_name
+from qaq_pipeline.config.base import check_batch_name
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import staleness
-from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING, REPORTING_VERSION, present
-from qaq_pipeline.publication import versions
+from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PUBLISHING, REPORTING_VERSION, present
+from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.reports import page_store
+from qaq_pipeline.runs.audit_pages import make_page, make_pages
 from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
-from qaq_pipeline.schema.tables import DuplicateReason
+from qaq_pipeline.schema.vocabularies import DuplicateReason
 from qaq_pipeline.screening import duplicates, withdrawals
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import PartitionBusyError, Storage, open_storage
@@ -188,35 +190,9 @@ def _with_pages(settings: Settings, run: Runner, done: Renewal, batches: Iterabl
     return dataclasses.replace(done, unmade=(*done.unmade, *make_pages(settings, run, batches)))
 
 
-def make_pages(settings: Settings, run: Runner, batches: Iterable[str]) -> list[str]:
-    """Make the pages of these batches that are missing or out of date; a sentence for each that could not be made."""
-    storage = open_storage(settings)
-    version = present(settings, storage).code_versions.get(PAGES[REPORTING][0])
-    due = [batch for batch in batches if settings.reports.pages and page_store.is_outdated(storage, batch, version)]
-    return [fault for batch in due if (fault := make_page(settings, run, REPORTING, batch))]
-
-
-def make_page(settings: Settings, run: Runner, job_name: str, partition: str | None) -> str | None:
-    """Run a job of `PAGES`. Nothing waits for a page, so its failure is a sentence; None: made, or not wanted.
-
-    Raises:
-        InterruptedRunError: a signal ended the driver.
-    """
-    if not settings.reports.pages:
-        return None
-    try:
-        run(job_name, partition)
-    except InterruptedRunError:
-        raise
-    except RunError as error:
-        of = "the version" if partition is None else f"batch {partition}"
-        return f"the audit page of {of} was not made: {error}"
-    return None
-
-
 def _published(settings: Settings, instance: dg.DagsterInstance, run: Runner, done: Renewal, events: Events) -> Renewal:
     registered: Sequence[str] = instance.get_dynamic_partitions("batch")
-    if not versions.is_current(open_storage(settings), registered, settings):
+    if not curated_dataset.is_current(open_storage(settings), registered, settings):
         metadata = materialisation_metadata(instance, run(PUBLISHING, None), versions.FOLDER)
         done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
         if fault := make_page(settings, run, REPORTING_VERSION, None):

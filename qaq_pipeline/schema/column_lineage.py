@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 Column = tuple[str, str]
 """A table of `schema.STORED_TABLES`, and a column of it."""

@@ -22,7 +22,7 @@ from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import Load, ScorerFacts, Workers, open_workers
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity

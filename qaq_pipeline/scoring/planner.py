@@ -16,7 +16,7 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ScoringSettings
 from qaq_pipeline.lm.prompts import QUANTITIES_OF, EncodedPair, Pair, PairEncoder, TokenSequence
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 WINDOW_PAIRS = 4096
 

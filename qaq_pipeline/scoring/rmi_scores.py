@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from qaq_pipeline.schema.tables import NullReason, Quantity, RmiScores, dtypes
+from qaq_pipeline.schema.tables import RmiScores, dtypes
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 
 
 def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tokens: int) -> pl.DataFrame:

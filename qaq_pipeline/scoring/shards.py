@@ -16,7 +16,7 @@ import polars as pl
 
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import NullReason
+from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qaq_pipeline.config.settings import ContaminationSettings
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import ContaminationReason
+from qaq_pipeline.schema.vocabularies import ContaminationReason
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.screening.benchmarks import Benchmark
 

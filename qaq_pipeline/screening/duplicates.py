@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import DuplicateReason, Status
+from qaq_pipeline.schema.vocabularies import DuplicateReason, Status
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.screening.shingles import Hashes
 

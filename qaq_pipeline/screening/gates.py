@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import GateSettings
-from qaq_pipeline.schema.tables import GateReason, RejectReason, Status
+from qaq_pipeline.schema.vocabularies import GateReason, RejectReason, Status
 
 PROVENANCE_KEY = "gate"
 

@@ -15,7 +15,8 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Status, WithdrawalReason, dtypes
+from qaq_pipeline.schema.tables import dtypes
+from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
 from qaq_pipeline.screening import duplicates, shingles
 from qaq_pipeline.screening.duplicates import Texts
 

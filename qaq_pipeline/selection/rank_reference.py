@@ -15,6 +15,7 @@ import polars as pl
 from qaq_pipeline.config.settings import RankingSettings
 from qaq_pipeline.schema.tables import RankReference, RmiScores, dtypes
 from qaq_pipeline.selection import ranks, strategies
+from qaq_pipeline.selection.disagreement_scores import disagreement
 
 DRIFT_BINS = 10
 _POOL = "reference"
@@ -96,7 +97,7 @@ def candidates(reference: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
     frozen = _by_role(reference, roles)
     ranked = {role: frame.with_columns(null_reason="null_reason_rmi") for role, frame in frozen.items()}
     scores = {role: frame.select(list(dtypes(RmiScores))) for role, frame in frozen.items()}
-    return strategies.candidates(ranks.disagreement(ranked, _POOL), scores)
+    return strategies.candidates(disagreement(ranked, _POOL), scores)
 
 
 def _by_role(reference: pl.DataFrame, roles: Sequence[str]) -> dict[str, pl.DataFrame]:
@@ -128,7 +129,7 @@ def disagreement_scores(
     pools = ranks.pools(scores, ranking)
     frozen = _by_role(reference, list(pools))
     ranked = {role: _rank_against(pool_of_role, frozen[role]) for role, pool_of_role in pools.items()}
-    return ranks.disagreement(ranked, pool)
+    return disagreement(ranked, pool)
 
 
 def _rank_against(pool: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:

@@ -13,9 +13,6 @@ from collections.abc import Mapping
 import polars as pl
 
 from qaq_pipeline.config.settings import RankingSettings
-from qaq_pipeline.schema.tables import DisagreementScores, dtypes
-
-_GAP_DECIMALS = 14
 
 
 def count_strata(num_rows: int, ranking: RankingSettings) -> int:
@@ -43,19 +40,6 @@ def rank_in_stratum(rmi: pl.Expr, stratum_column: str) -> pl.Expr:
     return rmi.rank("average").over(stratum_column) / rmi.count().over(stratum_column)
 
 
-def disagreement_scores(
-    scores: Mapping[str, pl.DataFrame], ranking: RankingSettings, pool_id: str
-) -> tuple[pl.DataFrame, list[str]]:
-    """DisagreementScores of each role's RmiScores, sorted by pair_id, and warnings as sentences.
-
-    Raises:
-        ValueError: `strong` or `weak` is missing, or the roles' frames do not hold the same pairs.
-    """
-    in_pool = pools(scores, ranking)
-    ranked = {role: rank_pool(pool, ranking) for role, pool in in_pool.items()}
-    return disagreement(ranked, pool_id), few_strata_warnings(in_pool, ranking)
-
-
 def pools(scores: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> dict[str, pl.DataFrame]:
     """What is ranked of each role's RmiScores, roles in order: pair_id (sorted), log_ppl_q, rmi, null_reason.
 
@@ -65,7 +49,7 @@ def pools(scores: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> dict[
         ValueError: `strong` or `weak` is missing, or the roles' frames do not hold the same pairs.
     """
     ordered = {role: scores[role].sort("pair_id") for role in sorted(scores)}
-    _check_same_pairs(ordered)
+    check_same_pairs(ordered)
     binned_by = {role: ordered["strong"] if ranking.strata_from == "strong" else ordered[role] for role in ordered}
     return {role: _pool(frame, binned_by[role]) for role, frame in ordered.items()}
 
@@ -83,16 +67,6 @@ def rank_pool(pool: pl.DataFrame, ranking: RankingSettings) -> pl.DataFrame:
     return pool.with_columns(
         stratum=stratum(pl.col("log_ppl_q"), num_rows, num_strata), num_strata=pl.lit(num_strata, pl.Int64)
     ).with_columns(rank=rank_in_stratum(pl.col("rmi"), "stratum"))
-
-
-def _check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
-    missing = [role for role in ("strong", "weak") if role not in scores]
-    if missing:
-        raise ValueError(f"scores of the roles {missing} are missing; given: {list(scores)}")
-    strong = scores["strong"]["pair_id"]
-    if not all(frame["pair_id"].equals(strong) for frame in scores.values()):
-        counts = ", ".join(f"{role}: {frame.height} pairs" for role, frame in scores.items())
-        raise ValueError(f"the models' scores are not of the same pairs ({counts}); score the batch again under each")
 
 
 def few_strata_warnings(pools: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> list[str]:
@@ -114,36 +88,12 @@ def _warn(role: str, pool: pl.DataFrame, ranking: RankingSettings) -> list[str]:
     ]
 
 
-def disagreement(ranked: Mapping[str, pl.DataFrame], pool_id: str) -> pl.DataFrame:
-    """DisagreementScores of each role's ranks: pair_id, stratum, num_strata, rank and null_reason, rows as in all.
-
-    gap      = rank_strong - rank_weak
-    rank_sum = rank_strong + rank_weak
-
-    Both to 14 decimals: ranks are j / m, and without it 0.4 - 0.3 and 0.3 - 0.2 would be two gaps.
-    """
-    columns = ("stratum", "num_strata", "rank", "null_reason")
-    long = [ranked[role].select(pl.col(columns).name.suffix(f":{role}")) for role in sorted(ranked)]
-    wide = pl.concat([ranked["strong"].select("pair_id"), *long], how="horizontal")
-    strong, weak = pl.col("rank:strong"), pl.col("rank:weak")
-    numbers = {
-        "pair_id": pl.col("pair_id"),
-        "pool_id": pl.lit(pool_id),
-        "stratum_strong": pl.col("stratum:strong"),
-        "rank_strong": strong,
-        "stratum_weak": pl.col("stratum:weak"),
-        "rank_weak": weak,
-        "num_strata": pl.col("num_strata:strong"),
-        "gap": (strong - weak).round(_GAP_DECIMALS),
-        "rank_sum": (strong + weak).round(_GAP_DECIMALS),
-        "null_reason": pl.coalesce("null_reason:strong", "null_reason:weak"),
-        # Sixty times faster than concat_list of structs.
-        "ranks": pl.concat_arr([_rank_struct(role) for role in sorted(ranked)]).arr.to_list(),
-    }
-    types = dtypes(DisagreementScores)
-    return wide.select(expression.cast(types[name]).alias(name) for name, expression in numbers.items())
-
-
-def _rank_struct(role: str) -> pl.Expr:
-    numbers = [pl.col(f"{column}:{role}").alias(column) for column in ("stratum", "num_strata", "rank")]
-    return pl.struct(pl.lit(role).alias("model"), *numbers)
+def check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
+    """Raise ValueError where the models did not score the same pairs."""
+    missing = [role for role in ("strong", "weak") if role not in scores]
+    if missing:
+        raise ValueError(f"scores of the roles {missing} are missing; given: {list(scores)}")
+    strong = scores["strong"]["pair_id"]
+    if not all(frame["pair_id"].equals(strong) for frame in scores.values()):
+        counts = ", ".join(f"{role}: {frame.height} pairs" for role, frame in scores.items())
+        raise ValueError(f"the models' scores are not of the same pairs ({counts}); score the batch again under each")

@@ -21,9 +21,8 @@ from typing import assert_never
 
 import polars as pl
 
-from qaq_pipeline.config.settings import (
-    CONTROL_PREFIX,
-    CONTROL_STRATEGIES,
+from qaq_pipeline.config.base import CONTROL_PREFIX, CONTROL_STRATEGIES
+from qaq_pipeline.config.selections import (
     Budget,
     DiffSelection,
     IfdSelection,
@@ -35,7 +34,8 @@ from qaq_pipeline.config.settings import (
     Selection,
     SumSelection,
 )
-from qaq_pipeline.schema.tables import VERDICT, NullReason, SelectionReason
+from qaq_pipeline.schema.tables import VERDICT
+from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
 
 _MODEL_COLUMNS = [
     "rmi",

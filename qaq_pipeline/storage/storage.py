@@ -41,7 +41,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from qaq_pipeline.config.settings import Settings, SettingsError, check_batch_name
+from qaq_pipeline.config.base import SettingsError, check_batch_name
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.identity import ScoreIdentity

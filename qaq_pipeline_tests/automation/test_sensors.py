@@ -12,13 +12,14 @@ import dagster as dg
 import pytest
 from dagster._daemon.types import DaemonHeartbeat
 
-from qaq_pipeline.automation import sensors
-from qaq_pipeline.config.settings import RuntimeSettings, Settings, SettingsError
+from qaq_pipeline.automation import nightly, unattended
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.settings import RuntimeSettings, Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import STAGES
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import refresh, run_batch
+from qaq_pipeline.runs import refresh, registration, status
 from qaq_pipeline.runs.job_runs import Events, RunError
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, LockHolder, delivered_rows, write_jsonl
@@ -181,7 +182,7 @@ def test_hostile_names_are_refused_visibly_once_and_never_fail_a_tick(
     assert [len(alerts) for alerts in alerts_by_tick] == [1, 0, 0]
     assert "x|y.jsonl is refused: batch name 'x|y' cannot be used" in alerts_by_tick[0][0]
     assert "Refused in the landing zone: 5" in alerts_by_tick[0][0]
-    assert set(run_batch.refused_deliveries(settings)) == {"x|y.jsonl", "[x].jsonl", "a b.jsonl", "w.json", "w.jsonl"}
+    assert set(status.refused_deliveries(settings)) == {"x|y.jsonl", "[x].jsonl", "a b.jsonl", "w.json", "w.jsonl"}
 
 
 def test_a_zone_that_cannot_be_reached_is_said_and_keeps_the_cursor(
@@ -207,11 +208,11 @@ def test_a_file_that_cannot_be_read_gates_its_batch_and_a_mended_delivery_is_cur
     decisions = open_storage(settings).read_table("decisions", "week-1").frame
     assert decisions.height == 21
     assert set(decisions["decision"]) == {"batch_gated"}
-    assert "bad.parquet" in run_batch.batches_left_out(settings, instance)["week-1"]
+    assert "bad.parquet" in status.batches_left_out(settings, instance)["week-1"]
     broken.unlink()
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("week-1")
-    assert run_batch.batches_left_out(settings, instance) == {}
+    assert status.batches_left_out(settings, instance) == {}
 
 
 def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_round(
@@ -221,7 +222,7 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
     daemon = Daemon(settings, instance)
     land(settings, "week-1.jsonl", some_rows(0, 1))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
-    run_batch.register(settings, instance, "week-1", [delivered], None)
+    registration.register(settings, instance, "week-1", [delivered], None)
     assert daemon.materialise("raw_data", partition="week-1")
     assert open_storage(settings).read_table("raw_data", "week-1").frame.height == 20
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
@@ -257,8 +258,7 @@ def test_a_newer_batch_is_screened_anew_when_an_older_one_changed(two_batches: D
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
     assert (
-        "screened against another state of batch b1"
-        in run_batch.batches_left_out(daemon.settings, daemon.instance)["b2"]
+        "screened against another state of batch b1" in status.batches_left_out(daemon.settings, daemon.instance)["b2"]
     )
     [request] = daemon.tick("screening_anew").run_requests or []
     assert request.partition_key == "b2"
@@ -274,11 +274,11 @@ def test_screening_anew_that_finds_the_same_lets_nothing_follow_and_the_batch_is
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 3, 4, 5, 6))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
-    assert set(run_batch.batches_left_out(daemon.settings, daemon.instance)) == {"b2"}
+    assert set(status.batches_left_out(daemon.settings, daemon.instance)) == {"b2"}
     events = daemon.events("screened_data")
     daemon.tick("screening_anew")
     assert daemon.events("screened_data") == events
-    assert run_batch.batches_left_out(daemon.settings, daemon.instance) == {}
+    assert status.batches_left_out(daemon.settings, daemon.instance) == {}
 
 
 def test_a_screening_anew_that_failed_is_tried_again_and_not_for_ever(two_batches: Daemon) -> None:
@@ -349,7 +349,7 @@ def test_the_nightly_job_ends_what_was_left_undone_and_publishes_it(two_batches:
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     assert night(daemon)
     assert len(kept(daemon)) == 2
-    assert run_batch.batches_left_out(daemon.settings, daemon.instance) == {}
+    assert status.batches_left_out(daemon.settings, daemon.instance) == {}
 
 
 def test_the_nightly_job_follows_changed_settings_and_scores_nothing_for_them(
@@ -382,7 +382,7 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(two
     daemon.tick("landing_zone")
     with pytest.raises(RunError, match=r"not brought up to date:\nbatch bad: .*gone from the landing zone"):
         refresh.recurate(daemon.settings, daemon.instance)
-    assert set(run_batch.batches_left_out(daemon.settings, daemon.instance)) == {"bad"}
+    assert set(status.batches_left_out(daemon.settings, daemon.instance)) == {"bad"}
     assert len(kept(daemon)) == 2
     assert not night(daemon)
 
@@ -404,7 +404,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     assert statuses(daemon, "b2")[2] == "accepted"
     assert done.failed == {}
     assert done.version in kept(daemon)
-    assert run_batch.batches_left_out(daemon.settings, daemon.instance) == {}
+    assert status.batches_left_out(daemon.settings, daemon.instance) == {}
     causes = {
         "the calibration of batch b1 was not made": "plant_defects of b1 failed",
         "the calibration of batch b2 was not made": "plant_defects of b2 failed",
@@ -448,8 +448,8 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
         decision = open_storage(daemon.settings).read_table("decisions", batch).frame.row(2, named=True)
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
         assert decision["explanation"] == "Withdrawn, so it is not published any more: its licence forbids training."
-    assert run_batch.batches_left_out(daemon.settings, daemon.instance) == {}
-    assert run_batch.published_withdrawn(daemon.settings) == []
+    assert status.batches_left_out(daemon.settings, daemon.instance) == {}
+    assert status.published_withdrawn(daemon.settings) == []
 
 
 def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_screened_again(
@@ -464,13 +464,12 @@ def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_scre
         refresh.withdraw(impatient, daemon.instance, what)
     assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
     assert (
-        "withdrawals changed since it was screened"
-        in run_batch.batches_left_out(daemon.settings, daemon.instance)["b1"]
+        "withdrawals changed since it was screened" in status.batches_left_out(daemon.settings, daemon.instance)["b1"]
     )
     holder.kill()
     holder.wait()
     refresh.recurate(daemon.settings, daemon.instance)
-    assert run_batch.batches_left_out(daemon.settings, daemon.instance) == {}
+    assert status.batches_left_out(daemon.settings, daemon.instance) == {}
 
 
 def test_a_withdrawn_batch_goes_though_no_other_can_be_published(
@@ -516,7 +515,7 @@ def test_a_withdrawn_row_is_withdrawn_from_what_lands_later_too(two_batches: Dae
 def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_restored(two_batches: Daemon) -> None:
     daemon = two_batches
     refresh.withdraw(daemon.settings, daemon.instance, refresh.Withdrawal("b1", None, "a claim of its owner"))
-    left_out = run_batch.batches_left_out(daemon.settings, daemon.instance)
+    left_out = status.batches_left_out(daemon.settings, daemon.instance)
     assert left_out == {"b1": "gated (batch_withdrawn): it was withdrawn: a claim of its owner"}
     assert statuses(daemon, "b2")[2] == "accepted"
     rows = open_storage(daemon.settings).read_table("decisions", "b1").frame
@@ -524,7 +523,7 @@ def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_re
     assert set(rows["reason"]) == {"batch_withdrawn"}
     back = refresh.Withdrawal("b1", None, "the claim was dropped", is_withdrawn=False)
     refresh.withdraw(daemon.settings, daemon.instance, back)
-    assert run_batch.batches_left_out(daemon.settings, daemon.instance) == {}
+    assert status.batches_left_out(daemon.settings, daemon.instance) == {}
     assert statuses(daemon, "b2")[2] == "duplicate"
     # The same content as before all this, so the same version, and the history of what lay between.
     assert len(kept(daemon)) == 2
@@ -585,20 +584,20 @@ def test_a_cron_that_is_none_is_named_with_its_field(settings_for: SettingsFor) 
 
 def test_a_person_is_told_whether_the_daemon_runs_and_how_the_last_night_ended(instance: dg.DagsterInstance) -> None:
     now = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
-    daemon, night = sensors.unattended(instance, now)
+    daemon, night = unattended.unattended(instance, now)
     assert "No daemon ever ran here" in daemon
     assert night == "No nightly re-curation has run yet."
 
     instance.add_daemon_heartbeat(DaemonHeartbeat(now.timestamp() - 40, "SENSOR", "id", []))
-    assert sensors.unattended(instance, now)[0] == "The daemon runs."
-    later = sensors.unattended(instance, now + timedelta(hours=3))[0]
+    assert unattended.unattended(instance, now)[0] == "The daemon runs."
+    later = unattended.unattended(instance, now + timedelta(hours=3))[0]
     assert (
         later == "The daemon was last seen on 2026-11-25 11:59 UTC: nothing is curated by itself. `qaq ui` starts it."
     )
 
 
 def test_a_person_is_told_of_the_newest_night(settings_for: SettingsFor, instance: dg.DagsterInstance) -> None:
-    job = build_defs(settings_for()).resolve_job_def(sensors.NIGHTLY)
+    job = build_defs(settings_for()).resolve_job_def(nightly.NIGHTLY)
     assert job.execute_in_process(instance=instance).success
-    told = sensors.unattended(instance, datetime.now(UTC))[1]
+    told = unattended.unattended(instance, datetime.now(UTC))[1]
     assert re.fullmatch(r"Last nightly re-curation: SUCCESS, \d{4}-\d\d-\d\d \d\d:\d\d UTC\.", told)

@@ -22,12 +22,14 @@ from qaq_pipeline.calibration.calibration import (
     offered_yaml,
     paired_share,
 )
-from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Defect, Statistic, UnknownReason
+from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
+from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
 from qaq_pipeline.selection import rank_reference, strategies
-from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline_tests.support.frames import pair_name, rmi_rows
 
 SAMPLES = 400

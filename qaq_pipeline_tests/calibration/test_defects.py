@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qaq_pipeline.calibration import defects
 from qaq_pipeline.calibration.defects import Others, Text, guess_language, language_of, make
-from qaq_pipeline.schema.tables import Defect
+from qaq_pipeline.schema.vocabularies import Defect
 
 PYTHON = Text(
     "Write a Python function that counts the words of a sentence.",

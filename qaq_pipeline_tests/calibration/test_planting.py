@@ -15,7 +15,7 @@ from qaq_pipeline.calibration.planting import ENOUGH, draw, plant, quotas
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Defect
+from qaq_pipeline.schema.vocabularies import Defect
 
 
 def settings(**values: Any) -> CalibrationSettings:

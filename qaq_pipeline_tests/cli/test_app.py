@@ -19,10 +19,11 @@ import pytest
 import yaml
 
 from qaq_pipeline.cli import app
-from qaq_pipeline.config.settings import parse_settings
+from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.freshness.staleness import Outdated
-from qaq_pipeline.runs import run_batch
-from qaq_pipeline.runs.run_batch import BatchStatus, BatchSummary, ModelSummary, TableStatus
+from qaq_pipeline.runs.home import open_instance
+from qaq_pipeline.runs.status import BatchStatus, TableStatus
+from qaq_pipeline.runs.summary import BatchSummary, ModelSummary
 from qaq_pipeline.schema.tables import TABLES, Calibration, dtypes
 from qaq_pipeline.storage.storage import StoredTable, open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
@@ -116,7 +117,7 @@ def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template") / "dagster"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DAGSTER_HOME", str(folder))
-        with run_batch.open_instance() as instance:
+        with open_instance() as instance:
             instance.get_dynamic_partitions("batch")
             instance.get_runs()
     return folder
@@ -343,7 +344,7 @@ def test_status_is_a_line_for_each_batch_in_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"{number}-{'a-long-name-' * 5}"[:58] + f"-{number}" for number in range(10)]
     assert {len(name) for name in names} == {60}
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         instance.add_dynamic_partitions("batch", names)
     printed = qaq(empty_home, "status").lines.splitlines()
     [head] = [number for number, line in enumerate(printed) if line.startswith("batch ")]
@@ -392,7 +393,7 @@ def test_status_names_what_cannot_be_read_and_what_is_missing(
     empty_home: Home, qaq: Qaq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DAGSTER_HOME", empty_home.environment["DAGSTER_HOME"])
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         instance.add_dynamic_partitions("batch", ["../evil", "[x]", "b1"])
     torn = empty_home.folder / "storage" / "raw_data" / "b1" / "table.parquet"
     torn.parent.mkdir(parents=True)

@@ -11,18 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from qaq_pipeline.config.settings import (
-    Budget,
-    Settings,
-    SettingsError,
-    check_batch_name,
-    dagster_home,
-    home_directory,
-    load_settings,
-    packaged_profiles,
-    parse_settings,
-    settings_hash,
-)
+from qaq_pipeline.config.base import SettingsError, check_batch_name, settings_hash
+from qaq_pipeline.config.load import dagster_home, home_directory, load_settings, packaged_profiles, parse_settings
+from qaq_pipeline.config.selections import Budget
+from qaq_pipeline.config.settings import Settings
 
 MODELS = {"strong": {"directory": "big"}, "weak": {"directory": "small"}}
 

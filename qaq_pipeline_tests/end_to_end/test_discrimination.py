@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qaq_pipeline.config.settings import RecordSettings, ScoringSettings, load_settings
+from qaq_pipeline.config.load import load_settings
+from qaq_pipeline.config.settings import RecordSettings, ScoringSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import Pair, PairEncoder
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.lm.tokenizer import load_tokenizer
+from qaq_pipeline.schema.vocabularies import Quantity
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(3600)]
 
@@ -80,7 +82,7 @@ def test_matched_pairs_score_above_shuffled_ones(role: str, floor: float, capsys
         files = model_files.locate(spec, settings.model_cache_dir)
     except model_files.ModelNotFoundError as error:
         pytest.skip(str(error))
-    tokenizer = causal_lm.load_tokenizer(spec, files, settings.model_cache_dir)
+    tokenizer = load_tokenizer(spec, files, settings.model_cache_dir)
     model = causal_lm.load_model(spec, files)
     pairs = read_pairs()
 

@@ -22,7 +22,7 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline_tests.end_to_end.test_real_models import SMOLLM2, demo_settings, model_cache, read_pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(3600)]

@@ -19,9 +19,10 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.runs import run_batch
-from qaq_pipeline.runs.run_batch import BatchSummary
-from qaq_pipeline.schema.tables import TABLES, Quantity
+from qaq_pipeline.runs import home, registration, run_batch
+from qaq_pipeline.runs.summary import BatchSummary
+from qaq_pipeline.schema.tables import TABLES
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 
@@ -92,8 +93,8 @@ def kill_once(
 
 
 def curate(settings: Settings, delivery: Path) -> BatchSummary:
-    with run_batch.open_instance() as instance:
-        run_batch.register(settings, instance, "b1", [delivery], None)
+    with home.open_instance() as instance:
+        registration.register(settings, instance, "b1", [delivery], None)
         summary = run_batch.run_batch(settings, instance, "b1")
         assert instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) == []
     return summary

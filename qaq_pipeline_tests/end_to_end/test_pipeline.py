@@ -19,18 +19,22 @@ from dagster._utils.interrupts import capture_interrupts
 from polars.testing import assert_frame_equal
 from syrupy.assertion import SnapshotAssertion
 
-from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PAGES, STAGES, build_job_defs
-from qaq_pipeline.orchestration.resources import ScoredPairs
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import job_runs, refresh, run_batch
-from qaq_pipeline.runs.run_batch import BatchSummary, RunError
-from qaq_pipeline.schema.tables import CALIBRATION_TABLES, STORED_TABLES, TABLES, Logprobs, NullReason, Quantity, dtypes
+from qaq_pipeline.runs import job_runs, refresh, registration, run_batch, status
+from qaq_pipeline.runs.home import open_instance
+from qaq_pipeline.runs.run_batch import RunError
+from qaq_pipeline.runs.summary import BatchSummary
+from qaq_pipeline.schema.tables import CALIBRATION_TABLES, STORED_TABLES, TABLES, Logprobs, dtypes
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
+from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
 from qaq_pipeline.storage.storage import Storage, StorageError, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
@@ -58,7 +62,7 @@ def deliver(tmp_path: Path) -> Deliver:
 
 def curate(settings: Settings, instance: dg.DagsterInstance, *files: Path, batch: str = "b1") -> BatchSummary:
     """What `qaq run` does."""
-    run_batch.register(settings, instance, batch, files, None)
+    registration.register(settings, instance, batch, files, None)
     summary = run_batch.run_batch(settings, instance, batch)
     assert sum(summary.rows_by_decision.values()) == summary.rows_in
     sizes = summary.selected_by_selection
@@ -262,7 +266,7 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
 ) -> None:
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
     settings = settings_for()
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         first = curate(settings, instance, delivered)
     before = stored_tables(settings)
     published = latest(settings)
@@ -271,7 +275,7 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
         pytest.fail("a model was loaded although every score was cached")
 
     monkeypatch.setattr(causal_lm, "load_model", load)
-    with run_batch.open_instance() as instance:
+    with open_instance() as instance:
         second = curate(settings, instance, delivered)
         registered = instance.get_dynamic_partitions("batch")
         materialised = instance.get_materialized_partitions(dg.AssetKey("logprobs"))
@@ -584,7 +588,7 @@ def test_only_the_first_rows_are_read_where_a_limit_says_so(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], 3)
+    registration.register(settings, instance, "b1", [delivered], 3)
     assert run_batch.run_batch(settings, instance, "b1").rows_in == 3
 
 
@@ -593,7 +597,7 @@ def test_a_hostile_batch_name_is_refused_before_anything_is_kept(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, name: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="batch name"):
-        run_batch.register(settings_for(), instance, name, [delivered], None)
+        registration.register(settings_for(), instance, name, [delivered], None)
     assert instance.get_dynamic_partitions("batch") == []
     assert not (tmp_path / "home").exists()
 
@@ -616,7 +620,7 @@ def test_the_dataset_holds_every_batch_and_lists_the_one_that_was_never_made(
 ) -> None:
     settings = settings_for()
     only_first = curate(settings, instance, delivered)
-    run_batch.register(settings, instance, "b3", [delivered], None)
+    registration.register(settings, instance, "b3", [delivered], None)
     rows = [(f"query {n}", f"answer {n}") for n in range(8)]
     both = curate(settings, instance, deliver(*rows), batch="b2")
     assert both.is_new_version
@@ -646,10 +650,10 @@ def test_tables_of_another_delivery_are_not_mixed(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime())
     before = table(settings, "decisions")
-    run_batch.register(settings, instance, "b1", [deliver(("Is 7 prime?", "Yes."))], None)
+    registration.register(settings, instance, "b1", [deliver(("Is 7 prime?", "Yes."))], None)
     run_stages(settings, instance, "b1", "ingest_batch")
     said = (
         r"rmi_scores\|strong of batch b1 was made from another raw_data, .*materialise rmi_scores of this batch first"
@@ -665,7 +669,7 @@ def test_models_that_were_asked_differently_are_not_compared(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     run_stages(settings, instance, "b1", "ingest_batch")
     for role, prior in (("strong", "user"), ("weak", "bare")):
         run_stages(settings, instance, f"b1|{role}", "score_batch", model_runtime=HandMadeRuntime(prior))
@@ -677,7 +681,7 @@ def test_publishing_without_any_batch_fails_with_the_reason(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     with pytest.raises(dg.Failure, match=r"no batch can be published; b1: not materialised: raw_data"):
         run_stages(settings, instance, "b1", "publish_dataset")
 
@@ -726,7 +730,7 @@ def test_a_pair_that_the_model_fails_on_is_unscorable_and_never_selected(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for(selections=[{"name": "all", "strategy": "diff_low", "budget": {"fraction": 1.0}}])
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     fails = pl.int_range(pl.len()) < 4
     runtime = HandMadeRuntime(
         sum_nll_q_given_a=pl.when(~fails).then("sum_nll_q_given_a"),
@@ -751,7 +755,7 @@ def test_a_model_that_fails_on_every_pair_selects_none(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for(gates={"min_scorable_share": None})
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
     reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
     run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime(**nothing, **reasons))
@@ -772,7 +776,7 @@ def test_a_fault_of_the_code_is_raised_before_the_write_and_the_old_file_stands(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, fault: dict[str, pl.Expr], said: str
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     run_stages(settings, instance, "b1", "ingest_batch", "score_batch", model_runtime=HandMadeRuntime())
     file = Path(open_storage(settings).table_url("logprobs", "b1", "strong"))
     before = file.read_bytes()
@@ -788,7 +792,7 @@ def test_a_missing_partition_upstream_is_named_with_its_remedy(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     said = r"rmi_scores/b1/strong/table\.parquet: not stored yet; materialise rmi_scores first"
     with pytest.raises(StorageError, match=said):
         run_stages(settings, instance, "b1", "select_from_batch")
@@ -806,7 +810,7 @@ def test_what_the_stages_before_a_failure_made_stays(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for(strong={"directory": "no/such/model"})
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     stages: list[str] = []
     with pytest.raises(RunError, match=r"score_batch of b1\|strong failed: step logprobs: .*no config\.json there"):
         run_batch.run_batch(
@@ -822,7 +826,7 @@ def test_a_partition_that_another_process_writes_is_left_to_it(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, lock_holder: LockHolder
 ) -> None:
     settings = settings_for(runtime={"lock_timeout_seconds": 0.1})
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     holder = lock_holder(settings.home / "locks", "logprobs", "b1", "strong")
     with pytest.raises(RunError, match=r"step logprobs: .*logprobs/b1/strong is being written by another process"):
         run_batch.run_batch(settings, instance, "b1")
@@ -848,7 +852,7 @@ def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
             os.kill(os.getpid(), number)
         return run_id
 
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     with monkeypatch.context() as patch:
         patch.setattr(job_runs, "_run_job", run_and_be_told_to_end)
         with pytest.raises(RunError, match="interrupted by a signal after ingest_batch of b1; run again to go on"):
@@ -961,7 +965,7 @@ def test_a_longer_list_of_benchmarks_is_checked_for_the_new_one_only(
     sources = [
         {"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", [record]))} for name in ("one", "two")
     ]
-    run_batch.register(settings_for(), instance, "b1", [deliver(*SAMPLES[:5])], None)
+    registration.register(settings_for(), instance, "b1", [deliver(*SAMPLES[:5])], None)
     for listed in (sources[:1], sources, sources):
         settings = settings_for(screening={"contamination": {"benchmarks": listed}})
         run_stages(settings, instance, "b1", "ingest_batch")
@@ -1026,11 +1030,11 @@ def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_screened_agai
     second = deliver(*NEW, *SAMPLES[4:7], name="second.jsonl")
     assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 3
     run_stages(settings, instance, "b1", "ingest_batch")
-    run_batch.register(settings, instance, "b1", [deliver(*SAMPLES[:3])], None)
+    registration.register(settings, instance, "b1", [deliver(*SAMPLES[:3])], None)
     for stage in ("ingest_batch", "score_batch", "select_from_batch"):
         run_stages(settings, instance, "b1", stage)
     why = "screened against another state of batch b1; `qaq recurate` screens it again"
-    assert run_batch.batches_left_out(settings, instance) == {"b2": why}
+    assert status.batches_left_out(settings, instance) == {"b2": why}
     run_batch.run_batch(settings, instance, "b1")
     assert latest(settings)["excluded_batches"] == {}
     assert table(settings, "decisions", "b2")["duplicate_of"].null_count() == 6
@@ -1077,7 +1081,7 @@ def test_a_screening_that_ended_before_its_write_takes_no_place(
     def fail(*_: object) -> None:
         raise MemoryError("no more")
 
-    run_batch.register(settings, instance, "b1", [deliver(*NEW)], None)
+    registration.register(settings, instance, "b1", [deliver(*NEW)], None)
     with monkeypatch.context() as patch:
         patch.setattr("qaq_pipeline.screening.screen.screen", fail)
         with pytest.raises(RunError, match="no more"):
@@ -1091,7 +1095,7 @@ def test_a_batch_that_no_model_can_score_is_gated_after_scoring(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for()
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
     reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
     with pytest.raises(dg.Failure, match=r"no batch can be published; b1: gated \(too_few_scorable\)"):
@@ -1117,7 +1121,7 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
             cached_before.append(_num_cached(storage, "weak"))
             shutil.copy(tiny_model_dir(seed=2) / "model.safetensors", weak)
 
-    run_batch.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     with pytest.raises(RunError, match=r"no batch can be published; b1: gated \(model_changed\): the files of the"):
         run_batch.run_batch(settings, instance, "b1", run_batch.Events(on_progress=replace_weights))
     assert set(table(settings, "decisions")["reason"]) == {"model_changed"}
@@ -1137,7 +1141,7 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
     shutil.copy(tiny_model_dir(seed=1) / "model.safetensors", weak)
     assert run_batch.run_batch(settings, instance, "b1").models[1].cached == cached_before[0]
     honest = settings_for(storage={"root": str(tmp_path / "elsewhere")})
-    run_batch.register(honest, instance, "b1", [delivered], None)
+    registration.register(honest, instance, "b1", [delivered], None)
     run_batch.run_batch(honest, instance, "b1")
     assert_frame_equal(table(settings, "logprobs", "b1", "weak"), table(honest, "logprobs", "b1", "weak"))
 
@@ -1174,7 +1178,7 @@ def test_steps_in_processes_of_their_own_give_the_same_dataset(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = settings_for(runtime={"executor": "multiprocess"})
     monkeypatch.setenv("QAQ_CONFIG", str(settings_file(settings)))
-    with run_batch.open_instance() as home:
+    with open_instance() as home:
         there = curate(settings, home, delivered)
     assert there.rows_by_decision == here.rows_by_decision
     assert Path(there.dataset_url).name == Path(here.dataset_url).name

@@ -20,10 +20,11 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.config.settings import Settings, home_directory, parse_settings
+from qaq_pipeline.config.load import home_directory, parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest.records import read_file
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.naive import TASK, naive_nll
 
@@ -188,7 +189,7 @@ def compare(
     **scoring: Any,
 ) -> dict[str, float]:
     """The largest difference of each quantity, printed with both paths' times."""
-    from qaq_pipeline.orchestration.resources import ModelRuntime
+    from qaq_pipeline.scoring.runtime import ModelRuntime
 
     model, naive = real_model
     settings = demo_settings(**scoring)

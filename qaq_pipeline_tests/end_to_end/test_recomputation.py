@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.config.settings import Settings, load_settings, parse_settings
+from qaq_pipeline.config.load import load_settings, parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import row_history
-from qaq_pipeline.runs import run_batch
+from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.storage.storage import Storage, StoredTable, hash_json, open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.recomputation import check_batch
@@ -34,7 +35,7 @@ def curated(
     rows += [{"query": "Filter the rows of a list.", "response": ANSWER}] * 2
     rows += [{"query": "Filter the rows of a list.", "response": ANSWER + "Then stop."}]
     rows += [{"query": "Explain. " * 100, "response": "No."}, {"query": "", "response": "nothing was asked"}]
-    run_batch.register(settings, instance, "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
+    registration.register(settings, instance, "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
     run_batch.run_batch(settings, instance, "b1")
     return settings, open_storage(settings)
 
@@ -77,7 +78,7 @@ def test_every_number_of_the_demo_follows_from_the_sums(
     settings = parse_settings(yaml.safe_dump(values), "demo")
     for path in sorted(EXAMPLES.parent.iterdir()):
         batch = path.name.split(".")[0]
-        run_batch.register(settings, instance, batch, [path], None)
+        registration.register(settings, instance, batch, [path], None)
         run_batch.run_batch(settings, instance, batch)
         print(f"{batch}: every number of {check_batch(open_storage(settings), settings, batch)} ranked rows follows")
 

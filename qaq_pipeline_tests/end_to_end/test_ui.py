@@ -15,11 +15,12 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect
 
-from qaq_pipeline.config.settings import Settings, load_settings
+from qaq_pipeline.config.load import load_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.jobs import STAGES
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import run_batch
+from qaq_pipeline.runs import home, registration
 from qaq_pipeline.schema import tables
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, write_jsonl
@@ -68,8 +69,8 @@ def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:
         for name, value in variables.items():
             patch.setenv(name, value)
         settings = load_settings()
-        with run_batch.open_instance() as instance:
-            run_batch.register(settings, instance, batch, [file], None)
+        with home.open_instance() as instance:
+            registration.register(settings, instance, batch, [file], None)
     return settings
 
 

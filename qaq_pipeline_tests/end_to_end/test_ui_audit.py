@@ -15,7 +15,7 @@ import dagster as dg
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from qaq_pipeline.config.settings import load_settings
+from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store

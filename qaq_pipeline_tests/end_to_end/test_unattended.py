@@ -15,10 +15,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from qaq_pipeline.config import settings
+from qaq_pipeline.config import load
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import run_batch
+from qaq_pipeline.runs import status
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.server import assert_nothing_runs, processes_of, running_ui, write_profile
@@ -54,7 +54,7 @@ def place(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pyte
     variables = {"QAQ_HOME": str(home), "QAQ_CONFIG": str(profile), "DAGSTER_HOME": str(home / "dagster")}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    yield Place(home, settings.load_settings(), {**os.environ, **variables})
+    yield Place(home, load.load_settings(), {**os.environ, **variables})
     assert_nothing_runs(home)
 
 
@@ -130,7 +130,7 @@ def test_three_deliveries_land_and_two_are_published_and_one_is_listed(place: Pl
         )
         print(f"second and third: published and listed {seconds:.0f} s after they landed")
         wait_until(place, "at rest", lambda: not unfinished(place), log)
-        refused = run_batch.refused_deliveries(place.settings)
+        refused = status.refused_deliveries(place.settings)
     states = run_states(place)
     for (name, state), number in sorted(states.items()):
         print(f"{number} x {name}: {state}")

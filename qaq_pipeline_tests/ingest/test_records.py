@@ -25,7 +25,8 @@ from qaq_pipeline.ingest.records import (
     read_file,
     unreadable_file,
 )
-from qaq_pipeline.schema.tables import RawData, RejectReason, Status, enforce
+from qaq_pipeline.schema.tables import RawData, enforce
+from qaq_pipeline.schema.vocabularies import RejectReason, Status
 
 ALPACA = {"instruction": "Sort.", "input": "", "output": "sorted(x)"}
 ORIGIN = {"source": "unit", "language": "py"}

@@ -17,11 +17,12 @@ import yaml
 from typer.testing import CliRunner
 
 from qaq_pipeline.cli import app
-from qaq_pipeline.config.settings import Settings, parse_settings
-from qaq_pipeline.lineage import lineage
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.lineage import lineage, trace, verify
 from qaq_pipeline.lineage.lineage import Lineage, LineageError, State, Table
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import run_batch
+from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema import tables
 from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
@@ -54,7 +55,7 @@ def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any)
         patch.setenv("QAQ_HOME", str(home))
         settings = parse_settings(yaml.safe_dump(values), "test.yaml")
         for batch, rows in {"b1": delivered_rows(), "b2": delivered_rows()[:6]}.items():
-            run_batch.register(settings, instance, batch, [write_jsonl(home / f"{batch}.jsonl", rows)], None)
+            registration.register(settings, instance, batch, [write_jsonl(home / f"{batch}.jsonl", rows)], None)
             run_batch.run_batch(settings, instance, batch)
         (home / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         yield settings
@@ -121,7 +122,7 @@ def offsets(path: Path) -> list[int]:
 
 def found(storage: Storage) -> list[str]:
     """Paths of what is not what it was, of the newest version."""
-    return [finding.path for finding in lineage.verify(storage, walk_newest(storage))]
+    return [finding.path for finding in verify.verify(storage, walk_newest(storage))]
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_a_version_goes_back_to_every_table_shard_and_delivered_file(walked: Lin
 
 
 def test_a_good_storage_verifies_file_by_file(walked: Lineage, storage: Storage) -> None:
-    assert list(lineage.verify(storage, walked)) == []
+    assert list(verify.verify(storage, walked)) == []
 
 
 @pytest.mark.parametrize("kind", ["version", "delivery", "shard", "table"])
@@ -209,7 +210,7 @@ def test_white_space_in_the_manifest_is_a_changed_byte_too(storage: Storage) -> 
 def test_a_missing_file_is_named(kind: str, walked: Lineage, storage: Storage) -> None:
     path = files_of(walked, kind)[0]
     with away(path):
-        (finding,) = lineage.verify(storage, lineage.walk(storage, walked.version))
+        (finding,) = verify.verify(storage, lineage.walk(storage, walked.version))
     assert finding.path == str(path)
     assert "it is missing" in finding.fault
 
@@ -224,7 +225,7 @@ def test_every_finding_says_the_remedy(walked: Lineage, storage: Storage) -> Non
     for kind, remedy in remedies.items():
         path = files_of(walked, kind)[0]
         with flipped(path, 20):
-            (finding,) = lineage.verify(storage, lineage.walk(storage, walked.version))
+            (finding,) = verify.verify(storage, lineage.walk(storage, walked.version))
         assert finding.sentence.startswith(f"{path}: ")
         assert remedy in finding.sentence
 
@@ -325,9 +326,9 @@ def test_of_a_retired_version_the_manifest_and_what_it_was_made_from_are_left(
     retired = lineage.walk(copy, versions.find_version(copy, walked.version[:8]).version)
     assert not retired.is_kept
     assert [batch.tables[0].entered for batch in retired.batches] == [b.tables[0].entered for b in walked.batches]
-    assert list(lineage.verify(copy, retired)) == []
+    assert list(verify.verify(copy, retired)) == []
     with pytest.raises(LineageError, match="were not kept"):
-        lineage.trace(copy, retired, "b1/b1.jsonl:1")
+        trace.trace(copy, retired, "b1/b1.jsonl:1")
 
 
 def test_one_file_of_a_version_alone(walked: Lineage) -> None:
@@ -345,7 +346,7 @@ def test_each_exported_record_is_the_row_that_is_said_to_stand_there(walked: Lin
     for batch in walked.batches:
         rows = [json.loads(line) for line in Path(batch.delivery.files[0].path).read_text("utf-8").splitlines()]
         for number, row in enumerate(rows, start=1):
-            (path,) = lineage.trace(storage, walked, f"{batch.name}/{batch.name}.jsonl:{number}")
+            (path,) = trace.trace(storage, walked, f"{batch.name}/{batch.name}.jsonl:{number}")
             assert (path.delivered, path.source_row) == (batch.delivery.files[0], number)
             for name, record in path.exported.items():
                 text = (root / name).read_text("utf-8")
@@ -370,12 +371,12 @@ def _text(record: dict[str, Any]) -> tuple[str, str]:
 
 def test_of_a_saved_folder_only_the_arrow_file_holds_records() -> None:
     files = ("diff_high/alpaca.json", "diff_high/hf/state.json", "diff_high/hf/data.arrow", "other/alpaca.json")
-    held = [name for name in files if lineage._holds_records(name, "diff_high")]
+    held = [name for name in files if trace._holds_records(name, "diff_high")]
     assert held == ["diff_high/alpaca.json", "diff_high/hf/data.arrow"]
 
 
 def test_a_row_goes_through_its_tables_and_the_shards_of_its_pair(walked: Lineage, storage: Storage) -> None:
-    (path,) = lineage.trace(storage, walked, "b1/b1.jsonl:1")
+    (path,) = trace.trace(storage, walked, "b1/b1.jsonl:1")
     rows = {row.table.name: row for row in path.tables}
     assert set(tables.TABLES) - {"selected_subset"} <= set(rows)
     for row in path.tables:
@@ -388,10 +389,10 @@ def test_a_row_goes_through_its_tables_and_the_shards_of_its_pair(walked: Lineag
 
 
 def test_rows_that_were_not_scored_have_a_shorter_path(walked: Lineage, storage: Storage) -> None:
-    (rejected,) = lineage.trace(storage, walked, f"b1/b1.jsonl:{REJECTED_ROW}.0")
+    (rejected,) = trace.trace(storage, walked, f"b1/b1.jsonl:{REJECTED_ROW}.0")
     assert (rejected.pair_id, rejected.exported, rejected.shards) == (None, {}, ())
     assert [row.table.name for row in rejected.tables] == ["decisions", "screened_data", "raw_data"]
-    (repeated,) = lineage.trace(storage, walked, f"b1/b1.jsonl:{REPEATED_ROW}")
+    (repeated,) = trace.trace(storage, walked, f"b1/b1.jsonl:{REPEATED_ROW}")
     screened = next(row for row in repeated.tables if row.table.name == "screened_data")
     assert screened.facts["duplicate_of"] == "b1/b1.jsonl:1.0"
     assert repeated.exported == {}
@@ -408,7 +409,7 @@ def test_rows_that_were_not_scored_have_a_shorter_path(walked: Lineage, storage:
 )
 def test_a_row_that_is_none_is_refused(row: str, said: str, walked: Lineage, storage: Storage) -> None:
     with pytest.raises(LineageError, match=said):
-        lineage.trace(storage, walked, row)
+        trace.trace(storage, walked, row)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

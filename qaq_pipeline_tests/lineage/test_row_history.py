@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from qaq_pipeline.cli import explain
-from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.versions import publish, read_batches
+from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, hash_json
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
 

@@ -19,23 +19,18 @@ import torch
 from transformers import AutoTokenizer
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import causal_lm, lm_head
+from qaq_pipeline.lm import causal_lm, devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
-from qaq_pipeline.lm.causal_lm import (
-    BATCH_TOKENS_CPU,
-    CausalLM,
-    HfTokenizer,
-    UnsupportedModelError,
+from qaq_pipeline.lm.causal_lm import BATCH_TOKENS_CPU, CausalLM, UnsupportedModelError, load_model, loaders
+from qaq_pipeline.lm.devices import (
     free_memory,
-    load_model,
-    load_tokenizer,
-    loaders,
     matmul_flops_per_second,
     peak_flops_per_second,
     resolve_device,
     resolve_dtype,
 )
 from qaq_pipeline.lm.model_files import ModelFiles
+from qaq_pipeline.lm.tokenizer import HfTokenizer, load_tokenizer
 from qaq_pipeline.lm.workers import lease_devices
 from qaq_pipeline_tests.conftest import TEMPLATES, TinyModel, byte_tokenizer
 from qaq_pipeline_tests.lm.test_runners import (
@@ -239,7 +234,7 @@ def test_any_other_error_passes_through(error: Exception) -> None:
 
 
 def test_memory_for_a_batch_is_less_than_what_is_free() -> None:
-    psutil = causal_lm.psutil
+    psutil = devices.psutil
     assert 0 < free_memory(CPU) < psutil.virtual_memory().total
 
 
@@ -276,8 +271,8 @@ def test_the_speed_of_a_matrix_product_is_measured() -> None:
 
 def test_it_is_measured_once_in_a_process_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[torch.dtype] = []
-    monkeypatch.setattr(causal_lm, "_measured_once", functools.cache(causal_lm._measured_once.__wrapped__))
-    monkeypatch.setattr(causal_lm, "matmul_flops_per_second", lambda dtype, _device: measured.append(dtype) or 1e9)
+    monkeypatch.setattr(devices, "_measured_once", functools.cache(devices._measured_once.__wrapped__))
+    monkeypatch.setattr(devices, "matmul_flops_per_second", lambda dtype, _device: measured.append(dtype) or 1e9)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         assert peak_flops_per_second(dtype, CPU) == 1e9
     assert measured == [torch.float32, torch.bfloat16]
@@ -363,11 +358,11 @@ def test_the_limits_of_a_container_count(
 ) -> None:
     for name, content in files_of_the_group.items():
         (tmp_path / name).write_text(content + "\n")
-    monkeypatch.setattr(causal_lm, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)), raising=False)
-    monkeypatch.setattr(causal_lm.psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
-    assert causal_lm.num_cores() == num_cores
-    assert causal_lm.available_memory() == available
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    assert devices.num_cores() == num_cores
+    assert devices.available_memory() == available
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

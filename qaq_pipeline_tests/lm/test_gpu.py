@@ -19,7 +19,7 @@ from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.lm.workers import open_workers
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 pytestmark = [
     pytest.mark.gpu,

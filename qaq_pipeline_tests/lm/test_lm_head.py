@@ -20,7 +20,7 @@ import torch
 from qaq_pipeline.lm import lm_head
 from qaq_pipeline.lm.lm_head import batch_logprobs, target_positions, token_logprobs
 from qaq_pipeline.lm.prompts import Target, TokenSequence
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 Layout = Literal["padded", "packed", "without_prefixes"]
 

@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TemplateUnusableError
-from qaq_pipeline.schema.tables import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline_tests.support.naive import (
     BOS,
     END_OF_TEXT,
@@ -451,7 +451,7 @@ def test_the_real_tokenizer_gives_what_the_byte_tokenizer_gives(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from qaq_pipeline.lm.causal_lm import HfTokenizer
+    from qaq_pipeline.lm.tokenizer import HfTokenizer
 
     fakes = {"no_system": without_system, "ignores_system": ignoring_system}
     real = HfTokenizer(AutoTokenizer.from_pretrained(tiny_model_dir(template=template)))
@@ -465,7 +465,7 @@ def test_the_real_tokenizer_gives_what_the_byte_tokenizer_gives(
 def test_special_tokens_in_query_and_answer_are_ordinary_text(tiny_model_dir: Callable[..., Path]) -> None:
     from transformers import AutoTokenizer
 
-    from qaq_pipeline.lm.causal_lm import HfTokenizer
+    from qaq_pipeline.lm.tokenizer import HfTokenizer
 
     query, answer = "What is <|im_end|>?\n<|im_start|>assistant\n<s>", "</s><|endoftext|>"
     tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(tiny_model_dir()))

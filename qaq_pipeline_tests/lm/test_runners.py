@@ -33,7 +33,7 @@ from qaq_pipeline.lm.runners import (
     choose_runner,
     pad_right,
 )
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline_tests.support.naive import VOCABULARY_SIZE, naive_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

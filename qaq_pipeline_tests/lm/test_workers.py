@@ -35,7 +35,7 @@ from qaq_pipeline.lm.workers import (
     lease_devices,
     open_workers,
 )
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 
 BATCH_TOKENS = 40
 MEMORY_TOKENS = 100

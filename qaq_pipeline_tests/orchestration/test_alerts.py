@@ -23,13 +23,16 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult, Envelope
 
 from qaq_pipeline.automation.failed_runs import build_alert_sensor
-from qaq_pipeline.config.settings import AlertSettings, Settings, SettingsError, parse_settings
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import AlertSettings, Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.alerts import Alert, send
+from qaq_pipeline.runs import registration
 from qaq_pipeline.runs import run_batch as driver
 from qaq_pipeline.runs.run_batch import RunError
-from qaq_pipeline.schema.tables import GateReason
+from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening.gates import Gate
 
 MODELS = {"strong": {"hub": "tiny/strong"}, "weak": {"hub": "tiny/weak"}}
@@ -574,7 +577,7 @@ def test_the_alert_of_a_gated_batch_says_why() -> None:
 
 
 def run_batch(settings: Settings, instance: dg.DagsterInstance, delivered: Path) -> None:
-    driver.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     driver.run_batch(settings, instance, "b1")
 
 
@@ -615,7 +618,7 @@ def test_a_dead_channel_is_in_the_event_log_of_a_gated_batch_and_fails_nothing(
 ) -> None:
     channel = {"kind": "python", "target": f"{__name__}:fail_to_remember"}
     settings = settings_for(gates={"max_rejected_share": 0.01}, alerts={"channels": [channel]})
-    driver.register(settings, instance, "b1", [delivered], None)
+    registration.register(settings, instance, "b1", [delivered], None)
     job = build_defs(settings).resolve_job_def("ingest_batch")
     result = job.execute_in_process(instance=instance, partition_key="b1")
     assert result.success

@@ -14,11 +14,12 @@ import pytest
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings, ScreeningSettings, Settings
 from qaq_pipeline.orchestration.checks import build_checks
 from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, build_job_defs
-from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.versions import FOLDER, read_batches
+from qaq_pipeline.publication import curated_dataset
+from qaq_pipeline.publication.curated_dataset import read_batches
+from qaq_pipeline.publication.versions import FOLDER
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding
-from qaq_pipeline.runs import run_batch
+from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, dtypes
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.storage import Storage, StoredTable, open_storage
@@ -332,7 +333,7 @@ def test_a_run_makes_every_check_once_for_its_partition_and_none_blocks(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered_samples: Path
 ) -> None:
     settings = settings_for(checks={"min_mean_rmi": -10})
-    run_batch.register(settings, instance, "b1", [delivered_samples], None)
+    registration.register(settings, instance, "b1", [delivered_samples], None)
     summary = run_batch.run_batch(settings, instance, "b1")
     found = evaluations(instance)
     assert set(found) == TABLE_CHECKS | DATASET_CHECKS
@@ -371,7 +372,7 @@ def test_a_check_that_does_not_pass_is_a_warning_of_the_summary_and_stops_nothin
         checks={"min_mean_rmi": 10, "max_rank_correlation": -1.0},
         ranking={"num_strata": 10, "min_rows_per_stratum": 2},
     )
-    run_batch.register(settings, instance, "b1", [delivered_samples], None)
+    registration.register(settings, instance, "b1", [delivered_samples], None)
     summary = run_batch.run_batch(settings, instance, "b1")
     assert summary.rows_by_decision["selected"] == 5
     said = [warning.split(":")[0] for warning in summary.warnings]
@@ -386,7 +387,7 @@ def test_what_the_asset_warns_of_is_not_said_twice(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered_samples: Path
 ) -> None:
     settings = settings_for(checks={"min_mean_rmi": -10}, ranking={"num_strata": 10, "min_rows_per_stratum": 20})
-    run_batch.register(settings, instance, "b1", [delivered_samples], None)
+    registration.register(settings, instance, "b1", [delivered_samples], None)
     summary = run_batch.run_batch(settings, instance, "b1")
     assert not evaluations(instance)["disagreement_scores.strata_are_filled|b1"].passed
     assert [warning.split(":")[0] for warning in summary.warnings] == ["model 'strong'", "model 'weak'"]
@@ -455,7 +456,7 @@ def test_a_model_that_moved_since_the_publication_is_a_warning(
 
 def publish(storage: Storage, settings: Settings, *registered: str) -> str:
     included, excluded = read_batches(storage, registered, settings)
-    return versions.publish(storage, settings, included, excluded).version
+    return curated_dataset.publish(storage, settings, included, excluded).version
 
 
 def test_the_published_files_are_hashed_and_a_batch_left_out_is_named(
@@ -519,7 +520,7 @@ def test_drift_from_the_reference_is_measured_once_it_is_made(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered_samples: Path
 ) -> None:
     settings = settings_for(ranking={"reference": {"name": "r1", "batches": ["b1"]}})
-    run_batch.register(settings, instance, "b1", [delivered_samples], None)
+    registration.register(settings, instance, "b1", [delivered_samples], None)
     run_batch.run_batch(settings, instance, "b1")
     before = evaluations(instance)["disagreement_scores.is_near_reference|b1"]
     assert (before.passed, numbers(before)) == (False, {})

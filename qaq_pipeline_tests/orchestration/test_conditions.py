@@ -13,7 +13,7 @@ import dagster as dg
 import pytest
 import yaml
 
-from qaq_pipeline.config.settings import parse_settings
+from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.orchestration import liveness
 from qaq_pipeline_tests.conftest import NO_REPORTS

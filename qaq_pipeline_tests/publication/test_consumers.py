@@ -17,8 +17,9 @@ import polars as pl
 import pytest
 from huggingface_hub import DatasetCardData, metadata_load
 
-from qaq_pipeline.config.settings import Settings, parse_settings
-from qaq_pipeline.publication import versions
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.publication import curated_dataset
 from qaq_pipeline.publication.exports import FORMATS
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.publication.test_exports import as_pair
@@ -69,9 +70,9 @@ def storage(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Sto
 @pytest.fixture(scope="module")
 def version(storage: Storage, settings: Settings) -> Path:
     """The folder of a version, with every selection in every format."""
-    batches, excluded = versions.read_batches(storage, [BATCH], settings)
+    batches, excluded = curated_dataset.read_batches(storage, [BATCH], settings)
     assert excluded == {}
-    return Path(versions.publish(storage, settings, batches, excluded).url)
+    return Path(curated_dataset.publish(storage, settings, batches, excluded).url)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from qaq_pipeline.config.settings import ExportSettings, Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import ExportSettings, Settings
 from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.publication.dataset_card import dataset_card
-from qaq_pipeline.publication.versions import publish, read_batches
 from qaq_pipeline.schema.tables import Decisions, ScreenedData, dtypes
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.storage.storage import Storage

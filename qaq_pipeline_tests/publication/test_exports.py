@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaq_pipeline.config.settings import ExportSettings, SettingsError
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication.exports import (
     FORMATS,
     check_installed,

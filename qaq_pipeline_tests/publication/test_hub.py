@@ -18,8 +18,8 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from qaq_pipeline.cli.app import app
-from qaq_pipeline.config.settings import parse_settings
-from qaq_pipeline.publication import versions
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.publication.hub import Copy, PublishError, publish
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
@@ -207,7 +207,9 @@ def test_a_version_that_holds_what_was_withdrawn_stays(storage: Storage, tmp_pat
     settings = parse_settings("models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}")
 
     def publish_version() -> str:
-        return versions.publish(storage, settings, *versions.read_batches(storage, ["b1"], settings)).version
+        return curated_dataset.publish(
+            storage, settings, *curated_dataset.read_batches(storage, ["b1"], settings)
+        ).version
 
     store_batch(storage, settings)
     old, to = publish_version(), str(tmp_path / "there")
@@ -227,7 +229,7 @@ def test_a_withdrawn_row_does_not_leave_though_its_batch_was_delivered_without_i
 ) -> None:
     settings = parse_settings("models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}")
     store_batch(storage, settings)
-    versions.publish(storage, settings, *versions.read_batches(storage, ["b1"], settings))
+    curated_dataset.publish(storage, settings, *curated_dataset.read_batches(storage, ["b1"], settings))
     assert publish(storage, "1", str(tmp_path / "before")).is_new
     (content,) = storage.read_table("signatures", "b1").frame.filter(source_row=4)["content_hash"]
     withdrawals.add(storage, "b1", {content: "a.jsonl:4"}, "a secret", is_withdrawn=True)

@@ -14,10 +14,12 @@ import fsspec
 import polars as pl
 import pytest
 
-from qaq_pipeline.config.settings import Settings, SettingsError, parse_settings
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_curated_dataset
-from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.versions import BatchTables, Publication, publish, read_batches
+from qaq_pipeline.publication import curated_dataset, difference, versions
+from qaq_pipeline.publication.curated_dataset import BatchTables, Publication, publish, read_batches
 from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, hash_json
 from qaq_pipeline_tests.support.frames import store_batch, store_selection
 
@@ -186,11 +188,11 @@ def test_a_batch_whose_other_selections_were_decided_otherwise_is_left_out_where
 def test_another_export_is_no_longer_current(storage: Storage, settings: Settings, export: str) -> None:
     store_batch(storage, settings)
     publish_registered(storage, settings, "b1")
-    assert versions.is_current(storage, ["b1"], settings)
+    assert curated_dataset.is_current(storage, ["b1"], settings)
     changed = parse_settings(f"{SETTINGS}export: {{{export}}}")
-    assert not versions.is_current(storage, ["b1"], changed)
+    assert not curated_dataset.is_current(storage, ["b1"], changed)
     publish_registered(storage, changed, "b1")
-    assert versions.is_current(storage, ["b1"], changed)
+    assert curated_dataset.is_current(storage, ["b1"], changed)
 
 
 def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings: Settings) -> None:
@@ -198,7 +200,7 @@ def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings
     published = publish_registered(storage, settings, "b1")
     older = {key: value for key, value in published.manifest.items() if key != "export"} | {"format": 1}
     storage.write_json(older, versions.FOLDER, published.version, "manifest.json")
-    assert not versions.is_current(storage, ["b1"], settings)
+    assert not curated_dataset.is_current(storage, ["b1"], settings)
 
 
 def test_a_format_whose_package_is_missing_is_refused_when_the_asset_is_defined(
@@ -431,19 +433,19 @@ def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
 def test_a_row_delivered_anew_with_another_text_left_and_entered() -> None:
     before = decided(("b1", 1, "a", "selected"), ("b1", 2, "b", "selected"), ("b1", 3, "c", "selected"))
     after = decided(("b1", 1, "a", "selected"), ("b1", 2, "d", "selected"), ("b1", 3, "c", "duplicate"))
-    found = versions.difference(before, after)
+    found = difference.difference(before, after)
     assert found.select("source_row", "pair_id", "is_added", "change").rows() == [
         (2, "b" * 32, False, "row_gone"),
         (2, "d" * 32, True, "row_delivered"),
         (3, "c" * 32, False, "decided_otherwise"),
     ]
-    assert versions.difference(after, before)["is_added"].to_list() == [True, False, True]
+    assert difference.difference(after, before)["is_added"].to_list() == [True, False, True]
 
 
 def test_rows_that_no_version_selects_are_no_difference() -> None:
     before = decided(("b1", 1, "a", "not_selected"), ("b1", 2, "b", "selected"))
     after = decided(("b1", 1, "a", "duplicate"), ("b1", 2, "b", "selected"), ("b2", 1, "c", "not_selected"))
-    assert versions.difference(before, after).is_empty()
+    assert difference.difference(before, after).is_empty()
 
 
 def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(storage: Storage) -> None:

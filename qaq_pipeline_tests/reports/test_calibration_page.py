@@ -11,7 +11,7 @@ from qaq_pipeline.calibration.calibration import Judged, calibrate
 from qaq_pipeline.reports import calibration_page, check_metrics
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Defect, GateReason, Statistic
+from qaq_pipeline.schema.vocabularies import Defect, GateReason, Statistic
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline_tests.calibration.test_calibration import judged_batch, number_of, planted_rows, settings
 

@@ -13,13 +13,13 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.config.settings import ExportSettings
-from qaq_pipeline.publication import exports, versions
-from qaq_pipeline.publication.versions import BatchTables
+from qaq_pipeline.publication import curated_dataset, exports
+from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.column_lineage import DERIVED, Column
-from qaq_pipeline.schema.tables import GateReason
+from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import rank_reference
@@ -263,7 +263,7 @@ def version_of(num_rows: int = 300, *, has_meta: bool = False) -> tuple[bytes, p
         "models": tables.decisions.provenance["models"],
     }
     settings = SETTINGS.model_copy(update={"export": ExportSettings(formats=EVERY_FORMAT, meta=has_meta)})
-    files = versions.dataset_files(settings, [tables])
+    files = curated_dataset.dataset_files(settings, [tables])
     manifest = {
         "batches": [entry],
         "export": settings.export.model_dump(mode="json"),

@@ -7,10 +7,11 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import exports
 from qaq_pipeline.reports import plots, summaries
-from qaq_pipeline.schema.tables import Decision
+from qaq_pipeline.schema.vocabularies import Decision
 from qaq_pipeline_tests.support import synthetic
 
 SETTINGS = parse_settings(

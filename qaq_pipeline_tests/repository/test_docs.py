@@ -19,9 +19,10 @@ from pydantic import Field, create_model
 
 from docs import generate
 from qaq_pipeline.automation import sensors
-from qaq_pipeline.config.settings import ReferenceSettings, Settings, load_settings, parse_settings
+from qaq_pipeline.config.load import load_settings, parse_settings
+from qaq_pipeline.config.settings import ReferenceSettings, Settings
 from qaq_pipeline.orchestration import checks
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema import tables, vocabularies
 from qaq_pipeline.storage import storage
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 
@@ -89,7 +90,7 @@ def test_every_field_of_the_settings_is_on_the_page() -> None:
 
 def test_every_word_of_a_vocabulary_has_its_meaning_on_the_page() -> None:
     page = generate.tables()
-    for vocabulary in tables.Vocabulary.__subclasses__():
+    for vocabulary in vocabularies.Vocabulary.__subclasses__():
         for word in vocabulary:
             assert word == word.value
             assert re.search(rf"^\| `{word.value}` \| \S.*\. \|$", page, re.MULTILINE), word
@@ -184,7 +185,7 @@ def test_every_check_gate_and_sensor_is_in_the_operating_guide() -> None:
     ranking = settings.ranking.model_validate({"reference": {"name": "r", "batches": ["b"]}})
     definitions = checks.build_checks(settings.model_copy(update={"ranking": ranking}))
     names = {spec.name for one in definitions for spec in one.check_specs}
-    names |= {reason.value for reason in tables.GateReason}
+    names |= {reason.value for reason in vocabularies.GateReason}
     built = sensors.build_automation(settings)
     names |= {one.name for one in (*(built.sensors or ()), *(built.schedules or ()))} - {"curation"}
     assert [name for name in sorted(names) if f"`{name}`" not in guide] == []

@@ -11,10 +11,11 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.config.settings import Settings, parse_settings
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.publication import exports
-from qaq_pipeline.runs import run_batch
+from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema.column_lineage import DERIVED, Column, ancestry, derivations, of_records, of_scores, sources_in
 from qaq_pipeline.schema.tables import (
     ROW_KEY,
@@ -24,11 +25,11 @@ from qaq_pipeline.schema.tables import (
     Contamination,
     Decisions,
     Logprobs,
-    Quantity,
     RawData,
     SelectedSubset,
     dtypes,
 )
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen, texts_of
@@ -339,7 +340,7 @@ def test_every_materialisation_says_what_its_columns_come_from(
 ) -> None:
     settings = settings_for()
     rows = [{"query": f"query {number}", "response": f"answer {number}"} for number in range(4)]
-    run_batch.register(settings, instance, "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
+    registration.register(settings, instance, "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
     run_batch.run_batch(settings, instance, "b1")
     for table in TABLES:
         records = instance.fetch_materializations(dg.AssetKey(table), limit=1).records

@@ -10,19 +10,21 @@ from qaq_pipeline.schema.tables import (
     ROW_KEY,
     STORED_TABLES,
     CachedScores,
-    Decision,
-    DuplicateReason,
     Logprobs,
-    NullReason,
-    Quantity,
     RawData,
-    RejectReason,
     ScreenedData,
-    SelectionReason,
-    Status,
     TableError,
     dtypes,
     enforce,
+)
+from qaq_pipeline.schema.vocabularies import (
+    Decision,
+    DuplicateReason,
+    NullReason,
+    Quantity,
+    RejectReason,
+    SelectionReason,
+    Status,
 )
 
 ALL_TABLES = [*STORED_TABLES.values(), CachedScores]

@@ -24,12 +24,14 @@ from qaq_pipeline.config.settings import ScoringSettings, Settings
 from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
+from qaq_pipeline.lm.tokenizer import load_tokenizer
 from qaq_pipeline.lm.workers import ScorerFacts, SequenceScorer
-from qaq_pipeline.orchestration.resources import ModelRuntime
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Logprobs, NullReason, Quantity
+from qaq_pipeline.schema.tables import Logprobs
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, score_pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
+from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.naive import BOS, FRAMES, PRIORS, SYSTEM, contexts, naive_logprobs, naive_nll, text
@@ -55,7 +57,7 @@ class Scorings:
     def model(self, settings: Settings, role: str = "strong") -> ScoringModel:
         section = settings.models[role]
         files = model_files.locate(section, settings.model_cache_dir)
-        tokenizer = causal_lm.load_tokenizer(section, files, settings.model_cache_dir)
+        tokenizer = load_tokenizer(section, files, settings.model_cache_dir)
         encoder = PairEncoder(tokenizer, section, settings.scoring)
         identity = ScoreIdentity(
             model=files.name,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Quantity
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 
 ALL = frozenset(Quantity)

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RankingSettings
-from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, Quantity, RmiScores, dtypes, enforce
+from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, RmiScores, dtypes, enforce
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring.rmi_scores import rmi_scores
-from qaq_pipeline.selection.ranks import count_strata, disagreement_scores
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.selection.ranks import count_strata
 
 POOL = "batch:test"
 Pairs = Sequence[tuple[float, float | None]]

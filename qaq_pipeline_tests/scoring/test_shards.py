@@ -16,7 +16,7 @@ import pytest
 
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring import shards
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
-from qaq_pipeline.config.settings import DiffSelection, GateSettings, ScreeningSettings
-from qaq_pipeline.schema.tables import Decisions, GateReason, enforce
+from qaq_pipeline.config.selections import DiffSelection
+from qaq_pipeline.config.settings import GateSettings, ScreeningSettings
+from qaq_pipeline.schema.tables import Decisions, enforce
+from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import decisions
-from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import candidates, select_all
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 

@@ -14,20 +14,14 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import TypeAdapter
 
-from qaq_pipeline.config.settings import ScreeningSettings, Selection
-from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import (
-    Decisions,
-    NullReason,
-    SelectedSubset,
-    SelectionReason,
-    TableError,
-    dtypes,
-    enforce,
-)
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import ScreeningSettings
+from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema.tables import Decisions, SelectedSubset, TableError, dtypes, enforce
+from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection import decisions, rank_reference, strategies
-from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline.selection import decisions, explanations, rank_reference, strategies
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
 PROVENANCE_ID = "0123456789abcdef" * 2
@@ -314,7 +308,7 @@ def test_a_number_just_beyond_a_bound_is_told_from_it(
     row = {"decision": "not_selected", "reason": reason, "scores": [score], "evidence": None, "gap": value}
     row |= {"pool_id": "batch:b1", "verdict_reason": reason, "verdict_score": value, "verdict_position": None}
     row |= {"verdict_cut": None, "verdict_pool_size": 3}
-    sentence = decisions.explain(
+    sentence = explanations.explain(
         row, TypeAdapter(Selection).validate_python({"name": "mine", "strategy": strategy} | given)
     )
     assert said_of_it in sentence
@@ -334,10 +328,10 @@ def test_every_reason_of_a_selection_has_a_sentence() -> None:
 EVERY_REASON = [
     reason
     for vocabulary in (
-        tables.RejectReason,
-        tables.WithdrawalReason,
-        tables.ContaminationReason,
-        tables.DuplicateReason,
+        vocabularies.RejectReason,
+        vocabularies.WithdrawalReason,
+        vocabularies.ContaminationReason,
+        vocabularies.DuplicateReason,
         NullReason,
         SelectionReason,
     )
@@ -345,10 +339,10 @@ EVERY_REASON = [
     if reason not in (SelectionReason.NOT_IN_POOL, NullReason.NOT_WANTED)
 ]
 DECISION_OF = {
-    tables.RejectReason: "rejected",
-    tables.WithdrawalReason: "withdrawn",
-    tables.ContaminationReason: "contaminated",
-    tables.DuplicateReason: "duplicate",
+    vocabularies.RejectReason: "rejected",
+    vocabularies.WithdrawalReason: "withdrawn",
+    vocabularies.ContaminationReason: "contaminated",
+    vocabularies.DuplicateReason: "duplicate",
     NullReason: "unscorable",
 }
 
@@ -368,7 +362,7 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
     given = {"name": "mine", "strategy": strategies.get(reason.value, "diff_high")}
     given |= {"min_gap": 0.2} if reason is SelectionReason.GAP_BELOW_MINIMUM else {}
     given |= {"rmi_strong": [None, 0.2]} if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE else {}
-    sentence = decisions.explain(row, TypeAdapter(Selection).validate_python(given))
+    sentence = explanations.explain(row, TypeAdapter(Selection).validate_python(given))
     assert reason.value not in sentence
     assert "None" not in sentence
     assert sentence.endswith(".")
@@ -379,7 +373,7 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
     ("number", "words"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (101, "101st")]
 )
 def test_strata_are_counted_in_words(number: int, words: str) -> None:
-    assert decisions._ordinal(number) == words
+    assert explanations._ordinal(number) == words
 
 
 @pytest.mark.parametrize(
@@ -397,9 +391,9 @@ def test_a_budget_is_told_as_it_is_set(budget: dict[str, Any], words: str) -> No
 
 
 def test_numbers_are_told_apart_where_they_differ_and_show_no_minus_zero() -> None:
-    assert decisions._apart(0.30001, 0.30004) == ("0.30001", "0.30004")
-    assert decisions._apart(0.3, 0.3) == ("0.300", "0.300")
-    assert decisions._apart(-0.0, 0.25) == ("0.000", "0.250")
+    assert explanations._apart(0.30001, 0.30004) == ("0.30001", "0.30004")
+    assert explanations._apart(0.3, 0.3) == ("0.300", "0.300")
+    assert explanations._apart(-0.0, 0.25) == ("0.000", "0.250")
 
 
 def test_a_short_query_is_told() -> None:
@@ -415,7 +409,7 @@ def test_a_model_that_does_not_rank_a_selected_pair_is_told() -> None:
 
 
 def test_what_a_version_says_of_a_row_is_one_line() -> None:
-    told = partial(decisions.explain_in_version, left_out=None)
+    told = partial(explanations.explain_in_version, left_out=None)
     selected = {"decision": "selected", "reason": "within_budget", "explanation": "Selected."}
     dropped = {"decision": "not_selected", "reason": "below_cut", "explanation": "Not selected."}
     assert told(selected, has_batch=True, was_in=None, told=None) == "in it: Selected."

@@ -20,16 +20,19 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import TypeAdapter
 
-from qaq_pipeline.config.settings import RankingSettings, Selection, Settings, SettingsError
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import RankingSettings, Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME
 from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, SELECTING, build_job_defs
-from qaq_pipeline.runs import refresh, run_batch
+from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
-from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import DisagreementScores, NullReason, RankReference, RmiScores, dtypes, enforce
-from qaq_pipeline.selection import rank_reference, ranks, strategies
+from qaq_pipeline.schema import vocabularies
+from qaq_pipeline.schema.tables import DisagreementScores, RankReference, RmiScores, dtypes, enforce
+from qaq_pipeline.schema.vocabularies import NullReason
+from qaq_pipeline.selection import disagreement_scores, rank_reference, ranks, strategies
 from qaq_pipeline.storage.storage import StorageError, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.end_to_end.test_pipeline import (
@@ -140,7 +143,7 @@ def freeze_or_skip(batch: Scores, how: RankingSettings) -> pl.DataFrame:
 @effort(max_examples=60)
 def test_its_own_batch_has_its_in_batch_ranks_and_verdicts_to_the_last_bit(batch: Scores, how: RankingSettings) -> None:
     frozen = freeze_or_skip(batch, how)
-    in_batch, _ = ranks.disagreement_scores(batch, how, POOL)
+    in_batch, _ = disagreement_scores.disagreement_scores(batch, how, POOL)
     ranked = against(batch, frozen, how)
     assert_frame_equal(ranked, in_batch, check_exact=True)
     own = rank_reference.candidates(frozen, ROLES)
@@ -330,7 +333,7 @@ def test_a_pair_of_two_batches_counts_once_as_in_the_first() -> None:
     first, second = alike((1.0, 0.1), (2.0, 0.2)), alike((9.0, 9.0), (3.0, 0.3), first=2)
     frozen = freeze(first, second)
     both = alike((1.0, 0.1), (2.0, 0.2), (3.0, 0.3))
-    expected, _ = ranks.disagreement_scores(both, ranking(), POOL)
+    expected, _ = disagreement_scores.disagreement_scores(both, ranking(), POOL)
     assert frozen.filter(model="strong")["rmi"].to_list() == [0.1, 0.2, 0.3]
     assert_frame_equal(against(both, frozen), expected, check_exact=True)
     assert freeze(second, first).filter(model="strong")["rmi"].to_list() == [0.1, 9.0, 0.3]
@@ -721,12 +724,12 @@ def test_a_batch_that_is_missing_or_gated_or_out_of_date_makes_no_reference(
         curate(settings_for(), instance, deliver([("q", ""), *SECOND[:2]], "second.jsonl"), batch="b2")
     with pytest.raises(dg.Failure, match="batch b2 is gated: 1 of its 3 rows cannot be read"):
         materialise_reference(settings, instance)
-    run_batch.register(settings, instance, "b2", [deliver(SECOND, "second.jsonl")], None)
+    registration.register(settings, instance, "b2", [deliver(SECOND, "second.jsonl")], None)
     run_stages(settings, instance, "b2", "ingest_batch")
     with pytest.raises(dg.Failure, match=r"rmi_scores\|strong of batch b2 was made from another screened_data"):
         materialise_reference(settings, instance)
-    nothing = {f"sum_nll_{q}": pl.lit(None, pl.Float64) for q in tables.Quantity}
-    reasons = {f"null_reason_{q}": pl.lit(NullReason.NON_FINITE.value) for q in tables.Quantity}
+    nothing = {f"sum_nll_{q}": pl.lit(None, pl.Float64) for q in vocabularies.Quantity}
+    reasons = {f"null_reason_{q}": pl.lit(NullReason.NON_FINITE.value) for q in vocabularies.Quantity}
     run_stages(settings, instance, "b2", "score_batch", model_runtime=HandMadeRuntime(**nothing, **reasons))
     with pytest.raises(dg.Failure, match="batch b2 is gated: the strong model could score 0 of its 8 pairs"):
         materialise_reference(settings, instance)
@@ -742,7 +745,7 @@ def test_the_driver_makes_the_reference_when_its_batches_are_scored_and_says_whi
     )
     with pytest.raises(RunError, match=said):
         curate(settings, instance, deliver(FIRST))
-    run_batch.register(settings, instance, "b2", [deliver(SECOND, "second.jsonl")], None)
+    registration.register(settings, instance, "b2", [deliver(SECOND, "second.jsonl")], None)
     stages: list[str] = []
     run_batch.run_batch(settings, instance, "b2", run_batch.Events(on_stage=lambda job, _: stages.append(job)))
     assert stages.count(REFERENCE_JOB) == 1

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import TypeAdapter
 
-from qaq_pipeline.config.settings import RankingSettings, Selection
-from qaq_pipeline.schema.tables import VERDICT, DisagreementScores, RmiScores, SelectionReason, dtypes, enforce
-from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.schema.tables import VERDICT, DisagreementScores, RmiScores, dtypes, enforce
+from qaq_pipeline.schema.vocabularies import SelectionReason
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import candidates, draws, quotas, select, select_all
 
 ROLES = ["strong", "weak"]

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Quantity, TableError
+from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import (
     UNKNOWN_SCORER,
     Delivery,

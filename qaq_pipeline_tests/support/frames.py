@@ -8,13 +8,15 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.config.settings import RankingSettings, Settings, settings_hash
-from qaq_pipeline.schema.tables import CachedScores, Quantity, RawData, RejectReason, RmiScores, Status, dtypes
+from qaq_pipeline.config.base import settings_hash
+from qaq_pipeline.config.settings import RankingSettings, Settings
+from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, dtypes
+from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import strategies
 from qaq_pipeline.selection.decisions import decide, selected_rows
-from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage, StoredTable, hash_json
 

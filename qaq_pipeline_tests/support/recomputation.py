@@ -11,7 +11,8 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.config.settings import DiffSelection, Settings
+from qaq_pipeline.config.selections import DiffSelection
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.storage.storage import Storage
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings, settings_hash
-from qaq_pipeline.publication.versions import BatchTables
-from qaq_pipeline.schema.tables import RawData, RmiScores, Status, dtypes
+from qaq_pipeline.config.base import settings_hash
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.publication.curated_dataset import BatchTables
+from qaq_pipeline.schema.tables import RawData, RmiScores, dtypes
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import strategies
 from qaq_pipeline.selection.decisions import decide, selected_rows
-from qaq_pipeline.selection.ranks import disagreement_scores
+from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.storage.storage import StoredTable, hash_json
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, rejected
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline.config.settings import Settings, settings_hash
-from qaq_pipeline.orchestration.results import BATCHES, HOLDS_TEXT, OWNERS, code_version, pictures, require_inputs
+from qaq_pipeline.config.base import settings_hash
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.metadata import HOLDS_TEXT, OWNERS, code_version, pictures
+from qaq_pipeline.orchestration.partitions import BATCHES
+from qaq_pipeline.orchestration.results import require_inputs
 from qaq_pipeline.publication import exports
-from qaq_pipeline.publication.versions import BatchTables
+from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import page_store, pages, plots, summaries
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.storage.storage import Storage, StoredTable

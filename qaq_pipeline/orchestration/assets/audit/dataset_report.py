@@ -4,7 +4,7 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.audit.batch_report import made_by
-from qaq_pipeline.orchestration.results import HOLDS_TEXT, OWNERS, code_version, pictures
+from qaq_pipeline.orchestration.metadata import HOLDS_TEXT, OWNERS, code_version, pictures
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store, plots, summaries
 from qaq_pipeline.storage.storage import Storage

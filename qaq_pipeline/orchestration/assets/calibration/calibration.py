@@ -10,17 +10,9 @@ from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.audit.batch_report import made_by
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME, read_reference, scored_by
-from qaq_pipeline.orchestration.results import (
-    BATCHES,
-    by_model,
-    code_version,
-    definition,
-    gate_metadata,
-    pictures,
-    require_inputs,
-    stored_gate,
-    table_result,
-)
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, pictures
+from qaq_pipeline.orchestration.partitions import BATCHES
+from qaq_pipeline.orchestration.results import by_model, require_inputs, stored_gate, table_result
 from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 from qaq_pipeline.schema.tables import Calibration
 from qaq_pipeline.screening import gates

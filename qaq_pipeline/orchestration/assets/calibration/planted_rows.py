@@ -6,18 +6,13 @@ import polars as pl
 from qaq_pipeline.calibration import defects, planting
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.selection.decisions import require_one_origin
-from qaq_pipeline.orchestration.results import (
-    BATCHES,
-    by_model,
-    code_version,
-    definition,
-    gate_metadata,
-    stored_gate,
-    table_result,
-)
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.partitions import BATCHES
+from qaq_pipeline.orchestration.results import by_model, stored_gate, table_result
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import PlantedRows, Status
+from qaq_pipeline.schema.tables import PlantedRows
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import StoredTable, empty
 

@@ -5,16 +5,12 @@ import dagster as dg
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.assets.scoring.logprobs import GPU_POOL, logger, scoring_metadata, start_logger
-from qaq_pipeline.orchestration.resources import ModelRuntime, partition_parts
-from qaq_pipeline.orchestration.results import (
-    batch_by_model,
-    code_version,
-    definition,
-    gate_metadata,
-    stored_gate,
-    table_result,
-)
+from qaq_pipeline.orchestration.io_manager import partition_parts
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.partitions import batch_by_model
+from qaq_pipeline.orchestration.results import stored_gate, table_result
 from qaq_pipeline.scoring import rmi_scores
+from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage, StoredTable
 

@@ -7,15 +7,9 @@ import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest import landing, records
-from qaq_pipeline.orchestration.results import (
-    BATCHES,
-    LANDED_TAG,
-    code_version,
-    definition,
-    footer_before,
-    table_result,
-    unless_same,
-)
+from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.partitions import BATCHES, LANDED_TAG
+from qaq_pipeline.orchestration.results import footer_before, table_result, unless_same
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.schema import tables
 from qaq_pipeline.storage.storage import Delivery, Storage, empty

@@ -7,13 +7,11 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline.config.settings import ContaminationSettings, Settings
+from qaq_pipeline.freshness import eligibility
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.partitions import BATCHES, RESCREENING_TAG
 from qaq_pipeline.orchestration.results import (
-    BATCHES,
-    RESCREENING_TAG,
-    code_version,
-    definition,
     footer_before,
-    gate_metadata,
     is_new_verdict,
     report_gate,
     require_inputs,
@@ -21,10 +19,9 @@ from qaq_pipeline.orchestration.results import (
     table_result,
     unless_same,
 )
-from qaq_pipeline.publication import versions
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.tables import Status
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening import benchmarks, contamination, duplicates, gates, screen, withdrawals
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.storage import Storage, StoredTable, empty, hash_json
@@ -144,7 +141,7 @@ def _older(
     """The older batches whose rows may stand for rows of these signatures; one that is left out is named in the log."""
     older = {}
     registered = set(context.instance.get_dynamic_partitions(str(BATCHES.name)))
-    for batch in versions.standing_batches(storage, batches, registered):
+    for batch in eligibility.standing_batches(storage, batches, registered):
         signed, screened = (storage.read_table(name, batch) for name in ("signatures", "screened_data"))
         if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
             raise dg.Failure(

@@ -6,9 +6,10 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.results import BATCHES, HOLDS_TEXT, OWNERS, code_version
+from qaq_pipeline.orchestration.metadata import HOLDS_TEXT, OWNERS, code_version
+from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.publication import exports, versions
-from qaq_pipeline.publication.versions import Publication
+from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
 from qaq_pipeline.storage.storage import Storage
 
 VERSION = "3"
@@ -37,12 +38,12 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         with storage.lock(versions.FOLDER, waits=True):
-            batches, excluded = versions.read_batches(storage, registered, settings)
+            batches, excluded = read_batches(storage, registered, settings)
             # What was withdrawn must go, and be it that nothing is left.
             if not batches and not versions.published_withdrawn(storage):
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
-            published = versions.publish(storage, settings, batches, excluded, context.run.run_id)
+            published = publish(storage, settings, batches, excluded, context.run.run_id)
             storage.write_json(_sidecar(context, excluded), *versions.run_record(context.run.run_id))
         return _result(context, published, excluded)
 

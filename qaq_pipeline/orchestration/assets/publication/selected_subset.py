@@ -3,7 +3,9 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.results import BATCHES, code_version, definition, table_result
+from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.partitions import BATCHES
+from qaq_pipeline.orchestration.results import table_result
 from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.storage.storage import StoredTable
 

@@ -8,11 +8,14 @@ import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.orchestration.resources import ModelRuntime, ScoredPairs, partition_parts
-from qaq_pipeline.orchestration.results import batch_by_model, code_version, definition, gate_metadata, table_result
+from qaq_pipeline.orchestration.io_manager import partition_parts
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.partitions import batch_by_model
+from qaq_pipeline.orchestration.results import table_result
 from qaq_pipeline.reports.check_metrics import count_by
-from qaq_pipeline.schema.tables import Quantity, Status
+from qaq_pipeline.schema.vocabularies import Quantity, Status
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
+from qaq_pipeline.scoring.runtime import ModelRuntime, ScoredPairs
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage, StoredTable
 

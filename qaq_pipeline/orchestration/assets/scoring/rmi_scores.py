@@ -4,8 +4,10 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.resources import partition_parts
-from qaq_pipeline.orchestration.results import batch_by_model, code_version, definition, pictures, table_result
+from qaq_pipeline.orchestration.io_manager import partition_parts
+from qaq_pipeline.orchestration.metadata import code_version, definition, pictures
+from qaq_pipeline.orchestration.partitions import batch_by_model
+from qaq_pipeline.orchestration.results import table_result
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.scoring import rmi_scores as formulas

@@ -6,17 +6,15 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings, settings_hash
+from qaq_pipeline.config.base import settings_hash
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME, read_reference
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, pictures
+from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.results import (
-    BATCHES,
     by_model,
-    code_version,
-    definition,
     footer_before,
-    gate_metadata,
     is_new_verdict,
-    pictures,
     provenance_of,
     report_gate,
     require_inputs,

@@ -3,11 +3,14 @@
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.settings import RankingSettings, Settings, settings_hash
+from qaq_pipeline.config.base import settings_hash
+from qaq_pipeline.config.settings import RankingSettings, Settings
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME, Scores, differently_scored, read_reference
-from qaq_pipeline.orchestration.results import BATCHES, by_model, code_version, definition, pictures, table_result
+from qaq_pipeline.orchestration.metadata import code_version, definition, pictures
+from qaq_pipeline.orchestration.partitions import BATCHES
+from qaq_pipeline.orchestration.results import by_model, table_result
 from qaq_pipeline.reports import plots, summaries
-from qaq_pipeline.selection import rank_reference, ranks
+from qaq_pipeline.selection import disagreement_scores, rank_reference
 from qaq_pipeline.storage.storage import Storage, StoredTable
 
 VERSION = "1"
@@ -61,7 +64,7 @@ def _rank(
 ) -> tuple[pl.DataFrame, list[str]]:
     frames = {role: table.frame for role, table in tables.items()}
     if frozen is None:
-        return ranks.disagreement_scores(frames, ranking, pool_id)
+        return disagreement_scores.disagreement_scores(frames, ranking, pool_id)
     differing = differently_scored(frozen, tables)
     if differing:
         raise dg.Failure(

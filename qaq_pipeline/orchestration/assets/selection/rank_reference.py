@@ -6,7 +6,8 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import ReferenceSettings, Settings
-from qaq_pipeline.orchestration.results import code_version, definition, lineage_of_columns, require_inputs
+from qaq_pipeline.orchestration.metadata import code_version, definition, lineage_of_columns
+from qaq_pipeline.orchestration.results import require_inputs
 from qaq_pipeline.schema import tables
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection.rank_reference import freeze

@@ -1,6 +1,7 @@
-"""Dagster resources: stored tables as asset inputs and outputs, and the models that score.
+"""The models of the settings, ready to score pairs: loaded once, with their identity.
 
-Belongs here: what connects storage and models to Dagster. Does not belong here: any asset, any formula.
+Belongs here: from settings to a scoring. Does not belong here: how a batch is scored (`lm`), and the score cache
+(`logprobs`).
 """
 
 import functools
@@ -10,53 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.settings import ModelSettings, Settings, check_batch_name
+from qaq_pipeline.config.settings import ModelSettings, Settings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
 from qaq_pipeline.storage.identity import ScoreIdentity
-from qaq_pipeline.storage.storage import Storage, StoredTable
+from qaq_pipeline.storage.storage import Storage
 
 SCORING_LIBRARIES = ("torch", "transformers", "tokenizers")
 LIBRARIES = (*SCORING_LIBRARIES, "polars", "dagster")
-
-
-def partition_parts(partition_key: str) -> tuple[str, ...]:
-    """(batch,) of a batch partition, (batch, model) of a batch-by-model partition.
-
-    Raises:
-        ValueError: the name of the batch cannot be used.
-    """
-    batch, *model = partition_key.split("|")
-    return (check_batch_name(batch), *model)
-
-
-class TableIOManager(dg.IOManager):
-    """Stored tables as Dagster values: one `StoredTable` a partition, written atomically under its lock.
-
-    An asset of one batch that reads an asset of batch-by-model gets a dict of tables by model, keys sorted.
-    """
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def handle_output(self, context: dg.OutputContext, obj: StoredTable) -> None:
-        name, parts = context.asset_key.path[-1], partition_parts(context.partition_key)
-        with self._storage.lock(name, *parts):
-            self._storage.write_table(obj, name, *parts)
-
-    def load_input(self, context: dg.InputContext) -> StoredTable | dict[str, StoredTable]:
-        name = context.asset_key.path[-1]
-        partitions = sorted(partition_parts(key) for key in context.asset_partition_keys)
-        tables = {parts: self._storage.read_table(name, *parts) for parts in partitions}
-        has_models = any(len(parts) > 1 for parts in partitions)
-        if has_models and not isinstance(context.partition_key, dg.MultiPartitionKey):
-            return {parts[1]: table for parts, table in tables.items()}
-        (table,) = tables.values()
-        return table
 
 
 @dataclass(frozen=True)
@@ -127,7 +92,7 @@ class ModelRuntime:
             causal_lm.UnsupportedModelError: the model cannot be scored right.
             prompts.TemplateUnusableError: its chat template cannot carry the passes.
         """
-        from qaq_pipeline.lm import causal_lm
+        from qaq_pipeline.lm import causal_lm, devices
 
         settings, prepared = self._settings, self._prepare(role)
         model, files, encoder, identity = prepared.model, prepared.files, prepared.encoder, prepared.identity
@@ -137,7 +102,7 @@ class ModelRuntime:
         watch = model_files.FilesWatch(files)
         scored_with = {
             "libraries": {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES},
-            "device": causal_lm.resolve_device(model.device).type,
+            "device": devices.resolve_device(model.device).type,
         }
         frame, report = score_pairs(
             pairs,
@@ -167,14 +132,14 @@ class ModelRuntime:
         Raises:
             Exception: as `score`.
         """
-        from qaq_pipeline.lm import causal_lm
+        from qaq_pipeline.lm import causal_lm, devices
 
         prepared = self._prepare(role)
         plan = plan_scoring(pairs, prepared.encoder, prepared.identity, storage, self._settings.scoring)
         for _ in plan.windows():
             pass
-        device = causal_lm.resolve_device(prepared.model.device)
-        facts = causal_lm.unloaded_facts(prepared.files, causal_lm.resolve_dtype(prepared.model.dtype, device), device)
+        device = devices.resolve_device(prepared.model.device)
+        facts = causal_lm.unloaded_facts(prepared.files, devices.resolve_dtype(prepared.model.dtype, device), device)
         estimate = Estimate.of(plan, [facts])
         return ScoringCost(
             role=role,
@@ -191,14 +156,15 @@ class ModelRuntime:
         )
 
     def _prepare(self, role: str) -> _PreparedModel:
-        from qaq_pipeline.lm import causal_lm
+        from qaq_pipeline.lm import causal_lm, devices
+        from qaq_pipeline.lm.tokenizer import load_tokenizer
 
         settings, model = self._settings, self._settings.models[role]
         files = model_files.locate(model, settings.model_cache_dir)
-        tokenizer = causal_lm.load_tokenizer(model, files, settings.model_cache_dir)
+        tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
         encoder = PairEncoder(tokenizer, model, settings.scoring)
-        device = causal_lm.resolve_device(model.device)
-        dtype = str(causal_lm.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        device = devices.resolve_device(model.device)
+        dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
         sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
         return _PreparedModel(model, files, encoder, self._identity(files, encoder, dtype), sample_ids)
 

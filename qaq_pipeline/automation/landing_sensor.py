@@ -1,0 +1,78 @@
+"""The sensor of the landing zone: a run for every complete delivery."""
+
+import dagster as dg
+
+from qaq_pipeline.automation.sensor_status import MOST_LINES, default_status, status_sentence
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.ingest import landing
+from qaq_pipeline.ingest.landing import Landed, Seen
+from qaq_pipeline.orchestration import alerts
+from qaq_pipeline.orchestration.alerts import Alert
+from qaq_pipeline.orchestration.partitions import BATCHES, LANDED_TAG
+from qaq_pipeline.storage.storage import open_storage
+
+# --- the landing zone ------------------------------------------------------------------------------------------
+
+
+def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
+    """The sensor of the landing zone."""
+    zone = settings.landing
+
+    @dg.sensor(
+        name="landing_zone",
+        target=dg.AssetSelection.assets("raw_data"),
+        minimum_interval_seconds=zone.interval_seconds,
+        default_status=default_status(settings),
+        description=(
+            f"Takes what lies complete in {settings.landing_url}: adds the batch and runs raw_data of it; the rest "
+            f"follows by conditions. A folder or file is complete with {zone.marker}"
+            f"{'' if zone.require_marker else ', or when it stays the same for two looks'}.{status_sentence(settings)}"
+        ),
+    )
+    def landing_zone(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        storage, seen = open_storage(settings), Seen.parse(context.cursor)
+        try:
+            found = landing.look(settings.landing_url, zone)
+        except landing.LandingError as error:
+            context.log.warning(str(error))
+            return dg.SensorResult(skip_reason=str(error), cursor=context.cursor)
+        ready, now_seen = landing.complete(found, seen, zone)
+        landing.record_refused(storage, found.refused)
+        _report_refused(context, settings, {e: why for e, why in found.refused.items() if seen.refused.get(e) != why})
+        requests = [
+            _request(landed, run_key)
+            for landed in ready
+            if (run_key := landing.announce(storage, settings.landing_url, landed)) is not None
+        ]
+        waiting = f"{len(now_seen.waiting)} not complete yet, {len(found.refused)} refused"
+        return dg.SensorResult(
+            run_requests=requests,
+            dynamic_partitions_requests=[BATCHES.build_add_request([one.batch for one in ready])] if ready else [],
+            cursor=now_seen.dump(),
+            skip_reason=None if requests else f"nothing new in {settings.landing_url}: {waiting}",
+        )
+
+    return landing_zone
+
+
+def _request(landed: Landed, run_key: str) -> dg.RunRequest:
+    return dg.RunRequest(
+        run_key=run_key,
+        partition_key=landed.batch,
+        asset_selection=[dg.AssetKey("raw_data")],
+        tags={LANDED_TAG: landed.entry},
+    )
+
+
+def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, refused: dict[str, str]) -> None:
+    """In the tick's log, and as one alert; `qaq status` lists what lies refused."""
+    lines = [f"{settings.landing_url}/{entry} is refused: {why}" for entry, why in refused.items()]
+    for line in lines:
+        context.log.warning(line)
+    if lines:
+        more = f"\nand {len(lines) - MOST_LINES} more: `qaq status`" if len(lines) > MOST_LINES else ""
+        alert = Alert(
+            f"Refused in the landing zone: {len(lines)}", "\n".join(lines[:MOST_LINES]) + more, "delivery_refused"
+        )
+        for failure in alerts.send(alert, settings.alerts):
+            context.log.error(failure)

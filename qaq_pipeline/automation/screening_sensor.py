@@ -1,0 +1,66 @@
+"""The sensor that screens a batch again when an older batch, or the withdrawals, changed."""
+
+import json
+
+import dagster as dg
+
+from qaq_pipeline.automation.sensor_status import MOST_BATCHES_A_TICK, default_status, status_sentence
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.freshness import staleness
+from qaq_pipeline.orchestration.jobs import present
+from qaq_pipeline.orchestration.partitions import BATCHES, RESCREENING_TAG
+from qaq_pipeline.storage.storage import open_storage
+
+_MOST_TRIES = 3
+
+
+def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
+    """The sensor that asks for stale screenings."""
+    screened_data = dg.AssetKey("screened_data")
+
+    @dg.sensor(
+        name="screening_anew",
+        target=dg.AssetSelection.assets(screened_data),
+        minimum_interval_seconds=settings.automation.interval_seconds,
+        default_status=default_status(settings),
+        description=(
+            "Screens a batch anew when an older one, in which its duplicates were looked for, is another now. Nothing "
+            f"follows where the same is found.{status_sentence(settings)}"
+        ),
+    )
+    def screening_anew(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        newest = [_newest_event(context.instance, asset) for asset in (screened_data, dg.AssetKey("decisions"))]
+        position = json.dumps(newest)
+        if position == context.cursor:
+            return dg.SensorResult(skip_reason="no batch was screened or decided since the last look", cursor=position)
+        storage = open_storage(settings)
+        registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
+        review = staleness.Review(storage, registered, present(settings, storage))
+        stale = {batch: state for batch in review.batches() if (state := review.screened_against(batch)) is not None}
+        due = [batch for batch, state in stale.items() if _may_be_screened(context, batch, state)]
+        requests = [
+            dg.RunRequest(partition_key=batch, asset_selection=[screened_data], tags={RESCREENING_TAG: stale[batch]})
+            for batch in due[:MOST_BATCHES_A_TICK]
+        ]
+        waiting = f"waiting for {', '.join(stale)}" if stale else "every batch was screened against those that stand"
+        return dg.SensorResult(
+            run_requests=requests,
+            cursor="" if stale else position,  # It looks again until none is left.
+            skip_reason=None if requests else waiting,
+        )
+
+    return screening_anew
+
+
+def _newest_event(instance: dg.DagsterInstance, asset: dg.AssetKey) -> int:
+    records = instance.fetch_materializations(asset, limit=1).records
+    return records[0].storage_id if records else 0
+
+
+def _may_be_screened(context: dg.SensorEvaluationContext, batch: str, state: str) -> bool:
+    """Whether no such run is under way, and not too many have failed; the night tries again in any case."""
+    tags = {RESCREENING_TAG: state, "dagster/partition": batch}
+    runs = context.instance.get_runs(dg.RunsFilter(tags=tags), limit=_MOST_TRIES)
+    if len(runs) == _MOST_TRIES and runs[0].is_finished:
+        context.log.warning("batch %s was screened anew %d times without success: see its runs", batch, _MOST_TRIES)
+    return len(runs) < _MOST_TRIES and all(run.is_finished for run in runs)

@@ -1,0 +1,89 @@
+"""Reads the settings file, and says where QAQ_HOME and DAGSTER_HOME are.
+
+The file is named by `QAQ_CONFIG`; without it the packaged demo profile is read. `QAQ_HOME` (default `./var`) holds
+the Dagster home, the storage and the model cache unless the file says otherwise. Neither is read at import.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.settings import Settings
+
+
+def home_directory() -> Path:
+    """QAQ_HOME as an absolute path; default `./var`."""
+    return Path(os.environ.get("QAQ_HOME", "var")).absolute()
+
+
+def dagster_home() -> Path:
+    """DAGSTER_HOME where it is set, else the `dagster` folder of QAQ_HOME."""
+    configured = os.environ.get("DAGSTER_HOME")
+    return Path(configured).absolute() if configured else home_directory() / "dagster"
+
+
+def packaged_profiles() -> list[str]:
+    """Names of the profiles that come with the package."""
+    folder = resources.files("qaq_pipeline") / "profiles"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Settings from `path`, else from `QAQ_CONFIG`, else from the packaged demo profile.
+
+    `path` may be the name of a packaged profile (`demo`, `paper`).
+
+    Raises:
+        SettingsError: the file is missing, is not YAML, or holds a value that is not allowed; every fault is
+            named with its field, its value and what is allowed.
+    """
+    source = os.fspath(path) if path is not None else os.environ.get("QAQ_CONFIG") or "demo"
+    text, name = _read_profile(source)
+    return parse_settings(text, name)
+
+
+def parse_settings(text: str, name: str = "settings") -> Settings:
+    """Settings from YAML text; `name` stands for the file in errors. Raises `SettingsError`."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{name}: a mapping of settings is expected, not {type(values).__name__}")
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_describe(error, name)) from error
+    settings._home = home_directory()
+    settings._check_places()
+    return settings
+
+
+def _read_profile(source: str) -> tuple[str, str]:
+    if source in packaged_profiles():
+        packaged = resources.files("qaq_pipeline") / "profiles" / f"{source}.yaml"
+        return packaged.read_text(encoding="utf-8"), f"profile {source!r}"
+    try:
+        return Path(source).read_text(encoding="utf-8"), source
+    except (OSError, UnicodeDecodeError) as error:
+        profiles = ", ".join(packaged_profiles())
+        raise SettingsError(
+            f"{source}: cannot be read ({error}). Set QAQ_CONFIG to a YAML file or to a packaged profile: {profiles}"
+        ) from error
+
+
+def _describe(error: ValidationError, name: str) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+        value = fault["input"]
+        is_secret = fault["loc"][:1] == ("alerts",)  # Perhaps a password, where the name of its variable belongs.
+        shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
+        lines.append(f"  {field}: {fault['msg']}{shown}")
+    return f"{name}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)

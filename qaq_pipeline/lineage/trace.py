@@ -1,0 +1,157 @@
+"""Follows one row of a version through every table back to its delivered record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
+from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.schema import tables
+from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage.storage import Storage
+
+# --- one row --------------------------------------------------------------------------------------------------------
+
+_SHOWN = {
+    "selected_subset": ("position",),
+    "decisions": ("decision", "reason"),
+    "disagreement_scores": ("rank_strong", "rank_weak", "gap"),
+    "rmi_scores": ("rmi", "log_ppl_q", "log_ppl_q_given_a"),
+    "logprobs": ("sum_nll_q", "sum_nll_q_given_a", "num_q_tokens"),
+    "screened_data": ("status", "reason", "duplicate_of"),
+    "signatures": ("content_hash",),
+    "raw_data": ("status", "reason", "record"),
+}
+"""What is said of a row, of each of its tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A row's place in a table, from 1, and what the table says of it."""
+
+    table: Table
+    number: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPath:
+    """The way of one delivered row, or one turn of it, into a version."""
+
+    row: str
+    """batch/file:row.turn"""
+    pair_id: str | None
+    exported: dict[str, int]
+    """Its number, from 1, among the records of each exported file that holds it."""
+    tables: tuple[TableRow, ...]
+    """Of those that still are of the version."""
+    shards: tuple[str, ...]
+    """Paths of those that hold scores of the pair."""
+    delivered: File
+    source_row: int
+
+
+def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
+    """The paths of the rows that a person means by `batch/file:row`, with or without `.turn`: one for each turn.
+
+    One table at a time is read.
+
+    Raises:
+        LineageError: the version has no such batch, or no such row, or its files are not kept.
+        StorageError: a file cannot be read.
+    """
+    name, _, place = row.partition("/")
+    batch = next((batch for batch in lineage.batches if batch.name == name), None)
+    if batch is None:
+        known = ", ".join(one.name for one in lineage.batches) or "none"
+        raise LineageError(f"{row!r}: version {lineage.version} has no batch {name!r}; it has {known}")
+    if not lineage.is_kept:
+        raise LineageError(f"the files of version {lineage.version} were not kept; its manifest alone is")
+    scores = _scores(storage, lineage)
+    found = row_lookup.find_rows(scores.filter(pl.col("batch") == name), place)
+    if found.is_empty():
+        raise LineageError(f"{row!r}: batch {name} has no such row; give it as {name}/FILE:ROW or {name}/FILE:ROW.TURN")
+    keys = found.select(*tables.ROW_KEY, "pair_id")
+    exported = _record_numbers(scores, lineage, keys)
+    rows_of_tables = {table: _rows_of(storage, table, keys) for table in batch.tables}
+    return [
+        _path(storage, batch, key, numbers, {table: rows[place] for table, rows in rows_of_tables.items()})
+        for place, (key, numbers) in enumerate(zip(keys.iter_rows(named=True), exported, strict=True))
+    ]
+
+
+def _scores(storage: Storage, lineage: Lineage) -> pl.DataFrame:
+    """The version's own ledger, rows in the order of the batches in it."""
+    return storage.read_frame(FOLDER, lineage.version, "scores.parquet")
+
+
+def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
+    """Of each row, its number in each exported file: batches in the manifest's order, each in the selection's."""
+    order = {batch.name: number for number, batch in enumerate(lineage.batches)}
+    numbers: list[dict[str, int]] = [{} for _ in range(keys.height)]
+    for selection in {file.name.partition("/")[0] for file in lineage.files if "/" in file.name}:
+        if f"is_selected:{selection}" not in scores.columns:
+            continue
+        taken = (
+            scores.filter(pl.col(f"is_selected:{selection}"))
+            .sort(pl.col("batch").replace_strict(order), f"position:{selection}")
+            .select(*tables.ROW_KEY, number=pl.int_range(1, pl.len() + 1))
+        )
+        found = keys.join(taken, on=tables.ROW_KEY, how="left", maintain_order="left")["number"]
+        files = [file.name for file in lineage.files if _holds_records(file.name, selection)]
+        for row, number in enumerate(found):
+            numbers[row] |= {} if number is None else dict.fromkeys(files, number)
+    return numbers
+
+
+def _holds_records(file: str, selection: str) -> bool:
+    """Whether a selection's file holds its records: in a folder that `datasets` saved only the Arrow file does."""
+    folder, _, name = file.partition("/")
+    return folder == selection and ("/" not in name or name.endswith(".arrow"))
+
+
+def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRow | None]:
+    """The table's row for each key, where it has one and still is of the version."""
+    if table.name not in _SHOWN or table.state not in (State.AS_PUBLISHED, State.SAME_CONTENT):
+        return [None] * keys.height
+    frame = storage.read_table(table.name, *table.partition).frame
+    on, shown = [name for name in tables.ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
+    numbered = frame.select(*on, *shown, number=pl.int_range(1, pl.len() + 1))
+    found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1")
+    return [
+        None
+        if row["number"] is None
+        else TableRow(table, row["number"], {name: row[name] for name in _SHOWN[table.name]})
+        for row in found.iter_rows(named=True)
+    ]
+
+
+def _path(
+    storage: Storage,
+    batch: Batch,
+    key: Mapping[str, Any],
+    exported: dict[str, int],
+    rows: Mapping[Table, TableRow | None],
+) -> RowPath:
+    delivered = next(file for file in batch.delivery.files if file.name == key["source_file"])
+    return RowPath(
+        row=f"{key['batch']}/{key['source_file']}:{key['source_row']}.{key['turn_index']}",
+        pair_id=key["pair_id"],
+        exported=exported,
+        tables=tuple(row for row in rows.values() if row is not None),
+        shards=tuple(_holding(storage, batch.scores, key["pair_id"])),
+        delivered=delivered,
+        source_row=key["source_row"],
+    )
+
+
+def _holding(storage: Storage, scores: Iterable[Shards], pair_id: str | None) -> Iterator[str]:
+    for shards in scores:
+        for name in shards.names if pair_id else ():
+            held = storage.read_frame("score_cache", shards.digest, name, columns=["pair_id"])["pair_id"]
+            if held.is_in([pair_id]).any():
+                yield f"{shards.path}/{name}"

@@ -1,0 +1,133 @@
+"""Compares every file of a version, and everything it was made from, with its hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qaq_pipeline.lineage.lineage import SHA256, Batch, Lineage, Shards, Table, sha256_of
+from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.storage.storage import Storage, StorageError, file_fault, hash_json
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A file that is not what it was."""
+
+    path: str
+    fault: str
+    """What differs, and what that means."""
+    remedy: str
+
+    @property
+    def sentence(self) -> str:
+        """All of it, in words."""
+        return f"{self.path}: {self.fault}; {self.remedy}"
+
+
+# --- the comparison -------------------------------------------------------------------------------------------------
+
+_TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq recurate`, which makes it anew"
+_REFERENCE_REMEDY = (
+    "restore it from a backup, or remove it and materialise rank_reference, which makes the same of the same scores"
+)
+_SHARD_REMEDY = "remove it: the scores in it are made again when a batch needs them"
+
+
+def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
+    """Every file of a lineage that is not what it was; one file at a time is read, whole.
+
+    A version's own files and the delivered ones are compared with their sha256, tables and shards with the hash that
+    they hold or are named by. Any changed byte is found. A table that was made anew since must be whole, too.
+    """
+    yield from _verify_files(storage, lineage)
+    seen: set[str] = set()
+    for batch in lineage.batches:
+        for table in batch.tables:
+            if table.path not in seen:
+                yield from _verify_table(storage, table, batch)
+        for shards in batch.scores:
+            if shards.path not in seen:
+                yield from _verify_shards(storage, shards)
+        seen |= {table.path for table in batch.tables} | {shards.path for shards in batch.scores}
+        yield from _verify_delivery(storage, batch)
+        yield from _verify_provenance(storage, batch)
+
+
+def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
+    remedy = (
+        "do not train on it; restore it from a backup, or remove the version's manifest.json, and the next `qaq "
+        "recurate` writes what stands now, under the same hash if that is the same"
+    )
+    for file in lineage.files if lineage.is_kept else ():
+        fault = _differs(storage, file.sha256, FOLDER, lineage.version, *file.name.split("/"))
+        if fault:
+            yield Finding(file.path, f"{fault}: it is not what was published as {lineage.version}", remedy)
+    if lineage.is_kept and lineage.is_whole:
+        known = {"manifest.json", *(file.name for file in lineage.files)}
+        for name in sorted(set(storage.files_below(FOLDER, lineage.version)) - known):
+            path = storage.url(FOLDER, lineage.version, *name.split("/"))
+            yield Finding(path, f"it is no file of version {lineage.version}", "move it elsewhere, or remove it")
+
+
+def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Finding]:
+    remedy = _REFERENCE_REMEDY if table.name == "rank_reference" else _TABLE_REMEDY
+    try:
+        fault = file_fault(storage.read_bytes(table.name, *table.partition, "table.parquet"))
+    except StorageError:
+        yield Finding(table.path, f"it is missing: the lineage of batch {batch.name} breaks off here", remedy)
+        return
+    if fault:
+        yield Finding(table.path, f"{fault}: what was made from it cannot be traced through it", remedy)
+    elif table.name == "decisions" and table.stored == table.entered:
+        found = storage.read_footer(table.name, *table.partition).provenance
+        if hash_json(found) != batch.provenance_id:
+            yield Finding(table.path, f"what it says it was made of is not what was published of {batch.name}", remedy)
+
+
+def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:
+    for name in shards.names:
+        try:
+            fault = _shard_fault(name.removesuffix(".parquet"), storage.read_bytes("score_cache", shards.digest, name))
+        except StorageError:  # Set aside, or pruned, since the walk.
+            continue
+        if fault:
+            yield Finding(f"{shards.path}/{name}", f"{fault}: its scores cannot be trusted", _SHARD_REMEDY)
+
+
+def _shard_fault(stem: str, data: bytes) -> str | None:
+    """A shard is named by the sha256 of its bytes; one of before, at random."""
+    if SHA256.match(stem):
+        return None if hashlib.sha256(data).hexdigest() == stem else "it was changed since it was written"
+    return file_fault(data)
+
+
+def _verify_provenance(storage: Storage, batch: Batch) -> Iterator[Finding]:
+    try:
+        storage.read_provenance(batch.provenance_id)
+    except StorageError:
+        path = storage.url("provenance", f"{batch.provenance_id}.json")
+        fault = "it was changed since it was written, and nothing it says can be trusted"
+        yield Finding(path, fault, _TABLE_REMEDY)
+
+
+def _verify_delivery(storage: Storage, batch: Batch) -> Iterator[Finding]:
+    remedy = f"deliver the same files again (`qaq run FILE --batch {batch.name}`), which mends the copy"
+    if batch.delivery.path is None:
+        where = storage.url("deliveries", batch.name)
+        yield Finding(where, f"no copy of {', '.join(file.name for file in batch.delivery.files)} is here", remedy)
+        return
+    folder = batch.delivery.path.rsplit("/", 1)[-1]
+    for file in batch.delivery.files:
+        fault = _differs(storage, file.sha256, "deliveries", batch.name, folder, *file.name.split("/"))
+        if fault:
+            yield Finding(file.path, f"{fault}: it is not what was delivered as batch {batch.name}", remedy)
+
+
+def _differs(storage: Storage, sha256: str, *parts: str) -> str | None:
+    try:
+        found = sha256_of(storage, *parts)
+    except StorageError:
+        return "it is missing"
+    return None if found == sha256 else f"its sha256 is {found}, not {sha256}"

@@ -1,0 +1,74 @@
+"""The tokenizer of a model and its chat template, as the prompts need them (transformers)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from qaq_pipeline.config.settings import ModelSettings
+from qaq_pipeline.lm import model_files
+from qaq_pipeline.lm.model_files import ModelFiles
+from qaq_pipeline.lm.runners import UnsupportedModelError
+
+_FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
+"""Put before a template that asks for today's date: prompts, and with them scores, must not change at midnight. The
+date is the one that Llama 3's own templates fall back on."""
+
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
+
+
+class HfTokenizer:
+    """A `prompts.Tokenizer` over a Hugging Face fast tokenizer.
+
+    Raises:
+        UnsupportedModelError: the tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        if not tokenizer.is_fast:
+            raise UnsupportedModelError(f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is required")
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template or (tokenizer.get_chat_template() if tokenizer.chat_template else None)
+        if self._chat_template and "strftime_now" in self._chat_template:
+            self._chat_template = _FIXED_DATE + self._chat_template
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.end_of_text_id = self._find_end_of_text()
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Token ids of prompt text; special tokens in it are recognised, none is added."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of delivered texts; special tokens in them are ordinary text, none is added."""
+        if not texts:
+            return []
+        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The messages as the chat template renders them, up to and with the generation prompt.
+
+        Raises:
+            UnsupportedModelError: the tokenizer has no chat template, and none was borrowed.
+        """
+        if not self._chat_template:
+            raise UnsupportedModelError(
+                f"{self._tokenizer.name_or_path} has no chat template: set `frame: plain`, or `chat_template_from` "
+                "to the instruct sibling of the same family"
+            )
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=self._chat_template
+        )
+
+    def _find_end_of_text(self) -> int | None:
+        vocabulary = self._tokenizer.get_vocab()
+        named = next((vocabulary[token] for token in _END_OF_TEXT if token in vocabulary), None)
+        return self._tokenizer.eos_token_id if named is None else named
+
+
+def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:
+    """The tokenizer of the model's files, with its own chat template or the borrowed one."""
+    borrowed = model_files.chat_template(model.chat_template_from, cache) if model.chat_template_from else None
+    return HfTokenizer(AutoTokenizer.from_pretrained(files.folder), borrowed)

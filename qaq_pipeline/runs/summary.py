@@ -1,0 +1,144 @@
+"""The summary of a batch after its run, from its stored tables and the metadata of its runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.publication import versions
+from qaq_pipeline.reports import page_store
+from qaq_pipeline.runs.job_runs import (
+    RunError,
+)
+from qaq_pipeline.schema import vocabularies
+from qaq_pipeline.storage.storage import open_storage
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One model's part of a run."""
+
+    role: str
+    model: str
+    dtype: str
+    frame: str
+    scored: int
+    """Quantities scored in this run."""
+    cached: int
+    """Quantities that the cache had."""
+    truncated: int
+    """Answers whose tail was cut."""
+    tokens: int
+    seconds: float
+    medians: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What became of a batch. Rows by decision add up to the rows in."""
+
+    batch: str
+    rows_in: int
+    rows_by_decision: dict[str, int]
+    reasons_by_decision: dict[str, dict[str, int]]
+    published: str
+    pool_size: int
+    selected_by_selection: dict[str, int]
+    models: list[ModelSummary]
+    warnings: list[str]
+    dataset_url: str
+    is_new_version: bool
+    tables: dict[str, str]
+    pages: dict[str, str]
+    """Audit pages that were made, by what they are of."""
+
+    @property
+    def scored(self) -> int:
+        """Quantities scored in this run, over all models."""
+        return sum(model.scored for model in self.models)
+
+    @property
+    def cached(self) -> int:
+        """Quantities that the cache had, over all models."""
+        return sum(model.cached for model in self.models)
+
+
+def summarise(
+    settings: Settings, batch: str, results: Mapping[str, Mapping[str, Any]], unpassed: Sequence[str]
+) -> BatchSummary:
+    """The summary of a batch, from its stored tables, the metadata of its runs and the checks that did not pass.
+
+    Raises:
+        RunError: rows by decision do not add up to the rows in.
+    """
+    storage = open_storage(settings)
+    decisions = storage.read_table("decisions", batch)
+    raw = storage.read_table("raw_data", batch)
+    by_decision = Counter(decisions.frame["decision"].to_list())
+    if by_decision.total() != raw.frame.height:
+        raise RunError(
+            f"batch {batch}: {by_decision.total()} decisions for {raw.frame.height} rows in: report this fault"
+        )
+    published, decided = results["curated_dataset|"], results[f"decisions|{batch}"]
+    return BatchSummary(
+        batch=batch,
+        rows_in=raw.frame.height,
+        rows_by_decision={decision.value: by_decision[decision.value] for decision in vocabularies.Decision},
+        reasons_by_decision=_reasons(decisions.frame),
+        published=settings.published.name,
+        pool_size=decided["pool_size"],
+        selected_by_selection=dict(decided["selected_by_selection"]),
+        models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
+        warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *unpassed, *_exclusions(batch, published)],
+        dataset_url=storage.url(versions.FOLDER, published["version"]),
+        is_new_version=published["is_new_version"],
+        tables={name: storage.table_url(name, batch) for name in ("decisions", "selected_subset")},
+        pages={
+            name: storage.url(*parts)
+            for name, parts in {
+                "Report of the batch": page_store.batch_page(batch),
+                "Report of the version": page_store.version_page(published["version"]),
+            }.items()
+            if storage.exists(*parts)
+        },
+    )
+
+
+def _exclusions(batch: str, published: Mapping[str, Any]) -> list[str]:
+    excluded = published["excluded_batches"]
+    if batch in excluded:
+        raise RunError(f"batch {batch} was left out of the published dataset: {excluded[batch]}")
+    return [f"batch {name} is not in the published dataset: {reason}" for name, reason in excluded.items()]
+
+
+def _reasons(decisions: pl.DataFrame) -> dict[str, dict[str, int]]:
+    counts = (
+        decisions.group_by("decision", "reason")
+        .len()
+        .sort("decision", "len", "reason", descending=[False, True, False])
+    )
+    reasons: dict[str, dict[str, int]] = {}
+    for decision, reason, count in counts.iter_rows():
+        reasons.setdefault(decision, {})[reason] = count
+    return reasons
+
+
+def _model_summary(settings: Settings, batch: str, role: str, results: Mapping[str, Mapping[str, Any]]) -> ModelSummary:
+    scoring, scores = results[f"logprobs|{batch}|{role}"], results[f"rmi_scores|{batch}|{role}"]
+    return ModelSummary(
+        role=role,
+        model=scoring["model"],
+        dtype=scoring["dtype"],
+        frame=settings.models[role].frame,
+        scored=scoring["quantities_scored"],
+        cached=scoring["quantities_from_cache"],
+        truncated=scoring["truncated_answers"],
+        tokens=scoring["tokens"],
+        seconds=scoring["seconds"],
+        medians={name.removeprefix("median_"): value for name, value in scores.items() if name.startswith("median_")},
+    )
