@@ -19,7 +19,7 @@ import polars as pl
 from bench.rows import peak_extra_memory
 from qaq_pipeline.config.settings import DuplicateSettings, RecordSettings
 from qaq_pipeline.ingest import records
-from qaq_pipeline.schema.tables import ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import texts_of
 

@@ -24,6 +24,7 @@ from qaq_pipeline.config import load
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import Storage, _parquet_bytes, hash_json, open_storage
 
@@ -88,7 +89,7 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
         flat = exports.flat_scores(decisions).to_arrow()
         writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
         writer.write_table(flat, row_group_size=row_lookup.rows_per_group(num_rows))
-        keys.append(decisions.select("pair_id", *tables.ROW_KEY))
+        keys.append(decisions.select("pair_id", *ROW_KEY))
         entries.append({"batch": batch})
         place = decisions.height * 2 // 3
         asked.append((batch, place + 1, decisions["pair_id"][place]))

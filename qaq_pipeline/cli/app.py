@@ -22,10 +22,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from qaq_pipeline.config.base import SettingsError, check_batch_name
+from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import dagster_home, home_directory, load_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import check_batch_name
 
 if TYPE_CHECKING:
     import polars as pl

@@ -19,7 +19,7 @@ from qaq_pipeline.lineage import row_history
 from qaq_pipeline.lineage.row_history import Fate
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.reports.summaries import visible
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import RowPlace
 from qaq_pipeline.selection import explanations
 from qaq_pipeline.storage.storage import Provenance, Storage, StorageError
 
@@ -68,9 +68,9 @@ def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *,
 def _representative(storage: Storage, row: dict[str, Any], found_in: Published | None) -> dict[str, Any] | None:
     if row["duplicate_of"] is None:
         return None
-    batch, _, place = row["duplicate_of"].partition("/")
+    place = RowPlace.parse(row["duplicate_of"])
     try:
-        rows = row_history.find_row(storage, batch, place, found_in).rows
+        rows = row_history.find_row(storage, place.batch, place.in_batch, found_in).rows
     except StorageError:
         return None
     return rows[0] if rows else None
@@ -83,7 +83,7 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
     """Print a dossier: the fate first."""
     row = dossier.row
     now = "" if dossier.found_in is None else f" in {_version(dossier.found_in)}"
-    _line(console, f"{reference(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
+    _line(console, f"{RowPlace.of(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
     _line(console, row.get("explanation") or "This version holds no sentence; its numbers follow.")
     if row["duplicate_of"] is not None:
         _line(console, _said_of(dossier.representative))
@@ -99,11 +99,6 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
     _line(console, f"{pair}, provenance {row['provenance_id']}", style="dim")
     for line in _origin(dossier, with_template=with_template):
         _line(console, f"  {line}", style="dim")
-
-
-def reference(row: Mapping[str, Any]) -> str:
-    """A row as batch/file:row.turn."""
-    return f"{row['batch']}/{row['source_file']}:{row['source_row']}.{row['turn_index']}"
 
 
 def shorten(text: str | None) -> str:
@@ -232,14 +227,13 @@ def _cell(value: object) -> str:
 def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) -> None:
     """The first rows that hold a text, of that number, one a line, and how to ask for one."""
     for row in rows:
-        _line(console, f"{reference(row)}: {shorten(row['query'] or '')}")
+        _line(console, f"{RowPlace.of(row)}: {shorten(row['query'] or '')}")
     if number > len(rows):
         _line(console, f"… and {number - len(rows):,} more")
-    _line(console, f"{number:,} rows hold that text; explain one: `qaq explain {reference(rows[0])}`")
+    _line(console, f"{number:,} rows hold that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """Batch, and the place in it, as `audit.find_row` takes them."""
-    assert set(tables.ROW_KEY) <= set(row)
-    batch, _, place = reference(row).partition("/")
-    return batch, place
+    place = RowPlace.of(row)
+    return place.batch, place.in_batch

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_jsonable_python
 
-BATCH_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
 ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 SELECTION_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 CONTROL_STRATEGIES = ("random", "stratified_random")
@@ -38,18 +36,3 @@ def settings_hash(*parts: object) -> str:
     """
     values = json.dumps(to_jsonable_python(parts), sort_keys=True)
     return hashlib.blake2b(values.encode(), digest_size=8).hexdigest()
-
-
-def check_batch_name(name: str) -> str:
-    """`name`, if it can name a batch; it becomes a partition key and part of paths.
-
-    Raises:
-        ValueError: anything but a letter or digit, then up to 99 letters, digits, `_`, `-` or `.`, without `..`.
-    """
-    if not BATCH_NAME.fullmatch(name) or ".." in name:
-        shown = name if len(name) <= 60 else name[:60] + "…"
-        raise ValueError(
-            f"batch name {shown!r} cannot be used: give a letter or digit, then up to 99 letters, digits, "
-            "'_', '-' or '.', without '..'"
-        )
-    return name

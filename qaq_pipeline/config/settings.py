@@ -22,9 +22,9 @@ from qaq_pipeline.config.base import (
     SELECTION_NAME,
     Closed,
     SettingsError,
-    check_batch_name,
 )
 from qaq_pipeline.config.selections import DiffSelection, IfdSelection, LengthSelection, PplSelection, Selection
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.schema.vocabularies import Defect
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful coding assistant."

@@ -21,8 +21,8 @@ from typing import Any, Self
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from qaq_pipeline.config.base import check_batch_name
 from qaq_pipeline.config.settings import LandingSettings
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.storage import Delivery, Storage, StorageError, hash_json
 
 _FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")

@@ -19,6 +19,7 @@ import polars as pl
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import Provenance, Storage, StorageError, hash_json
 
@@ -28,7 +29,7 @@ MOST_ROWS = 20
 _READERS = 16
 """Batches that are asked for a pair at once."""
 
-_FATE = (*tables.ROW_KEY, "pair_id", "decision", "reason", "explanation", "provenance_id")
+_FATE = (*ROW_KEY, "pair_id", "decision", "reason", "explanation", "provenance_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def _rows(storage: Storage, where: row_lookup.Where, version: Published | None, 
 
 
 def _dicts(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    return [] if frame.is_empty() else list(frame.sort(tables.ROW_KEY).iter_rows(named=True))
+    return [] if frame.is_empty() else list(frame.sort(ROW_KEY).iter_rows(named=True))
 
 
 def _nested(flat: pl.DataFrame) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
 
     Of a row that was delivered anew with another text, nothing.
     """
-    where = row_lookup.of_key([row[name] for name in tables.ROW_KEY])
+    where = row_lookup.of_key([row[name] for name in ROW_KEY])
     columns = ("pair_id", "query", "answer", "record")
     try:
         found = storage.find_in_table(where, "raw_data", row["batch"], columns=columns)
@@ -204,7 +205,7 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
     wanted = " ".join(text.split())
     if not wanted:
         raise ValueError("the text to look for is empty or only white space; give some of its words")
-    columns = [*tables.ROW_KEY, "pair_id", "query", "answer", "record"]
+    columns = [*ROW_KEY, "pair_id", "query", "answer", "record"]
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))
     for batch in storage.batches_with("raw_data") if batches is None else batches:
@@ -222,7 +223,7 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
 
 def fates(storage: Storage, row: dict[str, Any]) -> list[Fate]:
     """What each published version says of the row at that place, in the order of the versions' numbers."""
-    key = [row[name] for name in tables.ROW_KEY]
+    key = [row[name] for name in ROW_KEY]
     return [_fate(storage, published, key) for published in versions.publications(storage)]
 
 

@@ -10,7 +10,7 @@ import polars as pl
 
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
 from qaq_pipeline.publication.versions import FOLDER
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import Storage
 
@@ -75,7 +75,7 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
     found = row_lookup.find_rows(scores.filter(pl.col("batch") == name), place)
     if found.is_empty():
         raise LineageError(f"{row!r}: batch {name} has no such row; give it as {name}/FILE:ROW or {name}/FILE:ROW.TURN")
-    keys = found.select(*tables.ROW_KEY, "pair_id")
+    keys = found.select(*ROW_KEY, "pair_id")
     exported = _record_numbers(scores, lineage, keys)
     rows_of_tables = {table: _rows_of(storage, table, keys) for table in batch.tables}
     return [
@@ -99,9 +99,9 @@ def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) 
         taken = (
             scores.filter(pl.col(f"is_selected:{selection}"))
             .sort(pl.col("batch").replace_strict(order), f"position:{selection}")
-            .select(*tables.ROW_KEY, number=pl.int_range(1, pl.len() + 1))
+            .select(*ROW_KEY, number=pl.int_range(1, pl.len() + 1))
         )
-        found = keys.join(taken, on=tables.ROW_KEY, how="left", maintain_order="left")["number"]
+        found = keys.join(taken, on=ROW_KEY, how="left", maintain_order="left")["number"]
         files = [file.name for file in lineage.files if _holds_records(file.name, selection)]
         for row, number in enumerate(found):
             numbers[row] |= {} if number is None else dict.fromkeys(files, number)
@@ -119,7 +119,7 @@ def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRo
     if table.name not in _SHOWN or table.state not in (State.AS_PUBLISHED, State.SAME_CONTENT):
         return [None] * keys.height
     frame = storage.read_table(table.name, *table.partition).frame
-    on, shown = [name for name in tables.ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
+    on, shown = [name for name in ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
     numbered = frame.select(*on, *shown, number=pl.int_range(1, pl.len() + 1))
     found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1")
     return [

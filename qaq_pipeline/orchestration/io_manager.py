@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from qaq_pipeline.config.base import check_batch_name
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.storage import Storage, StoredTable
 
 

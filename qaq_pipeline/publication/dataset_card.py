@@ -31,7 +31,7 @@ from qaq_pipeline.config.selections import (
 from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.exports import FORMATS
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Status
 
 _SIZES = {
@@ -350,7 +350,7 @@ def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:
     """Selected rows that hold a benchmark's task, where such rows are flagged and not dropped."""
     flagged = screened.filter(pl.col("status") == Status.ACCEPTED.value, pl.col("evidence").is_not_null())
     selected = decisions.filter(pl.col("decision") == Decision.SELECTED.value)
-    return flagged.join(selected, on=tables.ROW_KEY, how="semi").height
+    return flagged.join(selected, on=ROW_KEY, how="semi").height
 
 
 def _decontamination(benchmarks: Mapping[str, Mapping[str, str]], num_flagged: int) -> str:

@@ -7,6 +7,7 @@ import polars as pl
 from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.versions import FOLDER
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Change, Decision
 from qaq_pipeline.storage.storage import Storage
 
@@ -30,7 +31,7 @@ def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
     A row is the same where its place and its text are: of a row that was delivered anew with another text, the old one
     left and the new one entered.
     """
-    key = [*tables.ROW_KEY, "pair_id"]
+    key = [*ROW_KEY, "pair_id"]
     old, new = (frame.select(*key, "decision", "reason").drop_nulls("pair_id") for frame in (before, after))
     both = old.join(new, on=key, how="full", suffix="_after", coalesce=True)
     was, is_now = (pl.col(name).eq_missing(Decision.SELECTED.value) for name in ("decision", "decision_after"))

@@ -24,13 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 
 _ROWS_AT_A_TIME = 10_000
 """Of an Arrow table: the texts of a part of it must stay below 2 GB."""
 
-_META = (*tables.ROW_KEY, "pair_id", "source", "language", "record")
+_META = (*ROW_KEY, "pair_id", "source", "language", "record")
 
 
 def messages_jsonl(rows: pl.DataFrame) -> bytes:
@@ -91,9 +91,9 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame | None
     As text, since its values vary: of a JSON file `datasets` makes dates out of the names of batches that are named by
     their day, and a column of nulls where no row has a source, so that two files would differ in type.
     """
-    records = rows.join(raw.select(*tables.ROW_KEY, "record"), on=tables.ROW_KEY, how="left", validate="1:1")
+    records = rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
     if barred is not None:
-        of_record = [name for name in tables.ROW_KEY if name != "turn_index"]
+        of_record = [name for name in ROW_KEY if name != "turn_index"]
         is_barred = barred.select(of_record).unique().with_columns(is_barred=pl.lit(True))
         known = records.join(is_barred, on=of_record, how="left", validate="m:1", maintain_order="left")
         records = known.with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record"))

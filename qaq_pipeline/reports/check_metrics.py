@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings
-from qaq_pipeline.schema.tables import ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
 
 _LEAST_EVIDENCE = 100

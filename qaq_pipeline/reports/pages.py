@@ -26,9 +26,9 @@ from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.column_lineage import Column, Derivation
-from qaq_pipeline.schema.tables import ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason
-from qaq_pipeline.screening import duplicates, gates
+from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import rank_reference
 
 MOST_EXAMPLES = 10
@@ -567,7 +567,7 @@ def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most
                 _example(row, summaries.roles(flat))
                 for row in summaries.with_texts(rows, tables.raw_data.frame, texts)
                 .join(screened, on=ROW_KEY, how="left", maintain_order="left")
-                .with_columns(place=duplicates.row_reference())
+                .with_columns(place=row_place())
                 .iter_rows(named=True)
             ],
         )

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.base import CONTROL_PREFIX
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision
 
 TAIL = 0.05
@@ -63,7 +63,7 @@ def pairs(flat: pl.DataFrame) -> pl.DataFrame:
     chosen = pl.col("decision") == Decision.SELECTED.value
     return (
         flat.filter(scored)
-        .sort(pl.col("decision").is_in(_STANDS_FOR_NO_PAIR), *tables.ROW_KEY)
+        .sort(pl.col("decision").is_in(_STANDS_FOR_NO_PAIR), *ROW_KEY)
         .unique("pair_id", keep="first", maintain_order=True)
         .with_columns(is_selected=chosen)
     )
@@ -358,7 +358,7 @@ def of_each_reason(flat: pl.DataFrame, most: int) -> list[tuple[str, str, int, p
     """decision, reason, rows, and some of these rows: spread evenly over the delivery, the same ones every time."""
     found = []
     for decision, reason, rows in by_reason(flat).iter_rows():
-        of_it = flat.filter((pl.col("decision") == decision) & (pl.col("reason") == reason)).sort(tables.ROW_KEY)
+        of_it = flat.filter((pl.col("decision") == decision) & (pl.col("reason") == reason)).sort(ROW_KEY)
         found.append((decision, reason, rows, of_it[evenly(rows, most)]))
     return found
 
@@ -371,4 +371,4 @@ def evenly(length: int, most: int) -> list[int]:
 def with_texts(rows: pl.DataFrame, raw: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
     """Rows with columns of RawData beside them, in their order."""
     wanted = [name for name in columns if name not in rows.columns]
-    return rows.join(raw.select(*tables.ROW_KEY, *wanted), on=tables.ROW_KEY, how="left", maintain_order="left")
+    return rows.join(raw.select(*ROW_KEY, *wanted), on=ROW_KEY, how="left", maintain_order="left")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.base import check_batch_name
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import staleness
 from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PUBLISHING, REPORTING_VERSION, present
@@ -21,8 +20,10 @@ from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
 from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
+from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.schema.row_place import row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason
-from qaq_pipeline.screening import duplicates, withdrawals
+from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import PartitionBusyError, Storage, open_storage
 
@@ -119,7 +120,7 @@ def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
         raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
     if found["content_hash"].n_unique() > 1:
         raise RunError(f"batch {batch!r} has {found.height} rows {row!r}, of different text; say which: file:row.turn")
-    return {found["content_hash"][0]: found.select(duplicates.row_reference()).item(0, 0)}
+    return {found["content_hash"][0]: found.select(row_place()).item(0, 0)}
 
 
 def near_rows(settings: Settings, instance: dg.DagsterInstance, batch: str, row: str) -> list[str]:
@@ -132,7 +133,7 @@ def near_rows(settings: Settings, instance: dg.DagsterInstance, batch: str, row:
             rows = storage.read_table("screened_data", name).frame.filter(
                 (pl.col("duplicate_of") == place) & (pl.col("reason") == DuplicateReason.NEAR_DUPLICATE.value)
             )
-            found += rows.select(duplicates.row_reference()).to_series().to_list()
+            found += rows.select(row_place()).to_series().to_list()
     return found
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.base import check_batch_name
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest import landing, records
 from qaq_pipeline.orchestration.assets.scoring.logprobs import accepted_pairs
 from qaq_pipeline.runs.job_runs import (
     RunError,
 )
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoringCost
 from qaq_pipeline.screening import screen
 from qaq_pipeline.storage.storage import Delivery, open_storage

@@ -14,7 +14,6 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline.config.base import check_batch_name
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING_VERSION, STAGES
 from qaq_pipeline.publication import versions
@@ -32,6 +31,7 @@ from qaq_pipeline.runs.job_runs import (
 )
 from qaq_pipeline.runs.refresh import renew
 from qaq_pipeline.runs.summary import BatchSummary, summarise
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.storage import StorageError, open_storage
 
 

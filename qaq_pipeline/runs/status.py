@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.base import check_batch_name
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import eligibility, staleness
 from qaq_pipeline.freshness.staleness import BY_MODEL
@@ -16,6 +15,7 @@ from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.publication import versions
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.storage import Storage, StorageError, open_storage
 
 

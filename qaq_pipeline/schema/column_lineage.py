@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Quantity
 
 Column = tuple[str, str]
@@ -49,14 +50,14 @@ def _same(table: str, *columns: str) -> dict[str, tuple[Column, ...]]:
 
 _TEXT = _of("raw_data", "query", "answer")
 _CONTENT = _of("raw_data", "system", "query", "answer")
-_SIGNED = (*_of("signatures", *tables.ROW_KEY, "content_hash", "bands"), *_TEXT)
+_SIGNED = (*_of("signatures", *ROW_KEY, "content_hash", "bands"), *_TEXT)
 """What duplicates and benchmark tasks are found by."""
 
 
 def _signatures() -> dict[str, tuple[Column, ...]]:
     """Of accepted rows."""
     accepted = _of("raw_data", "status")
-    key = {column: _merged(_of("raw_data", column), accepted) for column in tables.ROW_KEY}
+    key = {column: _merged(_of("raw_data", column), accepted) for column in ROW_KEY}
     return key | {"pair_id": _of("raw_data", "pair_id"), "content_hash": _CONTENT, "bands": _CONTENT}
 
 
@@ -64,7 +65,7 @@ def _screened_data() -> dict[str, tuple[Column, ...]]:
     verdict = _merged(_of("raw_data", "status"), _SIGNED)
     reason = _merged(verdict, _of("raw_data", "reason"))
     return {
-        **_same("raw_data", *tables.ROW_KEY, "pair_id"),
+        **_same("raw_data", *ROW_KEY, "pair_id"),
         "status": verdict,
         "reason": reason,
         "duplicate_of": _SIGNED,
@@ -165,7 +166,7 @@ def _decisions() -> dict[str, tuple[Column, ...]]:
     reason = _merged(decision, _of("screened_data", "reason"))
     words = _merged(_of("screened_data", "duplicate_of", "evidence"), _of("raw_data", "detail"))
     return {
-        **_same("screened_data", *tables.ROW_KEY, "pair_id", "duplicate_of", "similarity", "evidence"),
+        **_same("screened_data", *ROW_KEY, "pair_id", "duplicate_of", "similarity", "evidence"),
         "decision": decision,
         "reason": reason,
         "explanation": _merged(reason, words, scores, _of("disagreement_scores", "pool_id")),
@@ -179,14 +180,14 @@ def _decisions() -> dict[str, tuple[Column, ...]]:
 def _selected_subset() -> dict[str, tuple[Column, ...]]:
     taken = _of("decisions", "verdicts")
     copied = ("pair_id", "system", "query", "answer", "source", "language")
-    key = {column: _merged(_of("raw_data", column), taken) for column in tables.ROW_KEY}
+    key = {column: _merged(_of("raw_data", column), taken) for column in ROW_KEY}
     return key | {"position": taken} | _same("raw_data", *copied)
 
 
 def _planted_rows() -> dict[str, tuple[Column, ...]]:
     """Made of the texts of pairs that both models rank, of every stratum by turns."""
     made = _merged(
-        _of("raw_data", *tables.ROW_KEY, "pair_id", "language"),
+        _of("raw_data", *ROW_KEY, "pair_id", "language"),
         _CONTENT,
         _of("screened_data", "status", "batch_gate"),
         _of("rmi_scores", "rmi"),
@@ -239,7 +240,7 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "input": (),
     "output": ("answer",),
     "system": ("system",),
-    "meta": (*tables.ROW_KEY, "pair_id", "source", "language"),
+    "meta": (*ROW_KEY, "pair_id", "source", "language"),
 }
 """Of every field of an exported record, in any format, columns of the row that it is of; `input` is always empty."""
 

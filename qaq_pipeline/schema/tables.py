@@ -100,8 +100,6 @@ class _RowKey(dy.Schema):
     )
 
 
-ROW_KEY = ["batch", "source_file", "source_row", "turn_index"]
-
 _PAIR_ID = r"^[0-9a-f]{32}$"
 
 

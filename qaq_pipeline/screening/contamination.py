@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qaq_pipeline.config.settings import ContaminationSettings
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import ContaminationReason
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.screening.benchmarks import Benchmark
@@ -121,7 +122,7 @@ def _find(rows: pl.DataFrame, parts: list[_Part], index: _Index, settings: Conta
         "reason": [parts[part].reason.value for part in best["part"]],
     }
     return rows[best["row"]].select(
-        *tables.ROW_KEY,
+        *ROW_KEY,
         pl.lit("").alias("benchmark"),
         *(pl.Series(name, values, dtype=pl.String) for name, values in columns.items()),
         best["share"],

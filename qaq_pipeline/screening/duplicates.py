@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason, Status
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.screening.shingles import Hashes
@@ -40,7 +41,7 @@ Texts = Callable[[pl.DataFrame], pl.Series]
 
 def signatures(raw: pl.DataFrame) -> pl.DataFrame:
     """The Signatures of the accepted rows of a RawData, in key order."""
-    accepted = raw.filter(pl.col("status") == Status.ACCEPTED.value).sort(tables.ROW_KEY)
+    accepted = raw.filter(pl.col("status") == Status.ACCEPTED.value).sort(ROW_KEY)
     chunks = [_signed(chunk) for chunk in accepted.iter_slices(_ROWS_AT_ONCE)]
     return pl.concat([pl.DataFrame(schema=tables.dtypes(tables.Signatures)), *chunks])
 
@@ -55,7 +56,7 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
     salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
     bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
     return accepted.select(
-        *tables.ROW_KEY,
+        *ROW_KEY,
         "pair_id",
         content_hash=pl.Series(hashes, dtype=pl.String),
         bands=pl.Series(bands, dtype=pl.List(pl.UInt64)),
@@ -111,7 +112,7 @@ def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_th
         texts: the texts of rows, asked for those alone that have a candidate.
         near_threshold: least Jaccard similarity of near duplicates; None: only equal ones are looked for.
     """
-    rows = pl.concat([*older, own.sort(tables.ROW_KEY)]).with_row_index("order")
+    rows = pl.concat([*older, own.sort(ROW_KEY)]).with_row_index("order")
     num_older = rows.height - own.height
     rows = rows.with_columns(first=pl.col("order").min().over("content_hash"))
     stands_for: dict[int, tuple[int, float]] = {}
@@ -125,12 +126,12 @@ def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_th
         "similarity": pl.Float64,
         "evidence": pl.String,
     }
-    names = rows.select(reference=row_reference()).to_series()
+    names = rows.select(reference=row_place()).to_series()
     frame = pl.DataFrame(found, schema=columns, orient="row")
     pair_ids = rows["pair_id"]
     is_same_pair = pair_ids.gather(frame["order"]) == pair_ids.gather(frame["duplicate_of"])
     return rows[frame["order"]].select(
-        *tables.ROW_KEY,
+        *ROW_KEY,
         frame["reason"],
         names.gather(frame["duplicate_of"]).alias("duplicate_of"),
         frame["similarity"],
@@ -202,11 +203,6 @@ def _ngram_sets(rows: pl.DataFrame, texts: Texts) -> dict[int, Hashes]:
 
 def _each_ngram_set(rows: pl.DataFrame, texts: Texts) -> Iterator[tuple[int, Hashes]]:
     for chunk in rows.iter_slices(_ROWS_AT_ONCE):
-        grams = _ngrams(texts(chunk.select(tables.ROW_KEY)))
+        grams = _ngrams(texts(chunk.select(ROW_KEY)))
         for index, order in enumerate(chunk["order"]):
             yield order, np.unique(grams.row(index))
-
-
-def row_reference() -> pl.Expr:
-    """A row as batch/file:row.turn, the way errors, decisions and `qaq explain` name it."""
-    return pl.format("{}/{}:{}.{}", "batch", "source_file", "source_row", "turn_index")

@@ -15,6 +15,7 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import dtypes
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
 from qaq_pipeline.screening import duplicates, shingles
@@ -44,19 +45,19 @@ def screen(
         withdrawn: content hashes of rows that must not be published, each with the reason.
     """
     gone = _withdrawn(signatures, withdrawn)
-    held = _held(contamination).join(gone, on=tables.ROW_KEY, how="anti")
+    held = _held(contamination).join(gone, on=ROW_KEY, how="anti")
     is_dropped = settings.contamination.action == "drop"
-    own = signatures.join(gone, on=tables.ROW_KEY, how="anti")
-    own = own.join(held, on=tables.ROW_KEY, how="anti") if is_dropped else own
+    own = signatures.join(gone, on=ROW_KEY, how="anti")
+    own = own.join(held, on=ROW_KEY, how="anti") if is_dropped else own
     twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold).join(
-        held.select(*tables.ROW_KEY, flagged="evidence"), on=tables.ROW_KEY, how="left", validate="1:1"
+        held.select(*ROW_KEY, flagged="evidence"), on=ROW_KEY, how="left", validate="1:1"
     )
     twins = twins.with_columns(
         evidence=pl.concat_str(
             "evidence", pl.format("flagged: it holds {}", "flagged"), separator="; ", ignore_nulls=True
         )
     )
-    rejected = raw.select(*tables.ROW_KEY, "pair_id", "status", "reason", evidence="detail")
+    rejected = raw.select(*ROW_KEY, "pair_id", "status", "reason", evidence="detail")
     found = [
         (gone, Status.WITHDRAWN),
         (twins, Status.DUPLICATE),
@@ -68,21 +69,21 @@ def screen(
     verdicts = pl.concat(
         [
             frame.select(
-                *tables.ROW_KEY,
+                *ROW_KEY,
                 *(pl.col(name).cast(dtype) for name, dtype in _FOUND.items()),
                 verdict=pl.lit(status.value),
             )
             for frame, status in found
         ]
-    ).unique(tables.ROW_KEY, keep="first", maintain_order=True)
-    joined = rejected.join(verdicts, on=tables.ROW_KEY, how="left", suffix="_found", validate="1:1")
+    ).unique(ROW_KEY, keep="first", maintain_order=True)
+    joined = rejected.join(verdicts, on=ROW_KEY, how="left", suffix="_found", validate="1:1")
     screened = joined.with_columns(
         status=pl.coalesce("verdict", "status"),
         reason=pl.coalesce("reason_found", "reason"),
         evidence=pl.coalesce("evidence_found", "evidence"),
         batch_gate=pl.lit(None, pl.String),
     )
-    return screened.sort(tables.ROW_KEY).select(list(dtypes(tables.ScreenedData)))
+    return screened.sort(ROW_KEY).select(list(dtypes(tables.ScreenedData)))
 
 
 def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
@@ -93,10 +94,10 @@ def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame
 
 def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
     """The texts of rows of these batches' RawData."""
-    texts = pl.concat([raw.select(*tables.ROW_KEY, shingles.pair_text().alias("text")) for raw in raws])
+    texts = pl.concat([raw.select(*ROW_KEY, shingles.pair_text().alias("text")) for raw in raws])
 
     def of_rows(rows: pl.DataFrame) -> pl.Series:
-        found = rows.join(texts, on=tables.ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
+        found = rows.join(texts, on=ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
         if found.null_count():
             raise ValueError(f"{found.null_count()} rows to compare are not in raw_data; screen the batch again")
         return found
@@ -106,7 +107,7 @@ def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
 
 def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.DataFrame:
     why = pl.col("content_hash").replace_strict(withdrawn, default=None, return_dtype=pl.String)
-    rows = signatures.select(*tables.ROW_KEY, evidence=why)
+    rows = signatures.select(*ROW_KEY, evidence=why)
     return rows.drop_nulls("evidence").with_columns(
         reason=pl.lit(WithdrawalReason.ROW_WITHDRAWN.value),
         duplicate_of=pl.lit(None, pl.String),
@@ -116,10 +117,10 @@ def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.Dat
 
 def _held(contamination: pl.DataFrame) -> pl.DataFrame:
     """Of each contaminated row, the benchmark that it holds most of, in words."""
-    most = contamination.sort(*tables.ROW_KEY, "share", "benchmark", descending=[False] * 4 + [True, False])
+    most = contamination.sort(*ROW_KEY, "share", "benchmark", descending=[False] * 4 + [True, False])
     what = pl.col("reason").str.strip_prefix("benchmark_")
-    return most.unique(tables.ROW_KEY, keep="first", maintain_order=True).select(
-        *tables.ROW_KEY,
+    return most.unique(ROW_KEY, keep="first", maintain_order=True).select(
+        *ROW_KEY,
         "reason",
         similarity="share",
         evidence=pl.format(

@@ -15,7 +15,7 @@ from typing import TypedDict
 
 import polars as pl
 
-from qaq_pipeline.config.base import check_batch_name
+from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.storage import Storage
 
 _RECORD = ("withdrawals.json",)

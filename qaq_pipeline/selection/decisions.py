@@ -14,6 +14,7 @@ from qaq_pipeline.config.selections import (
     Selection,
 )
 from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, NullReason, SelectionReason, Status
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.explanations import explain
@@ -48,9 +49,9 @@ def decide(
         .join(_published_verdict(verdicts, published), on="pair_id", how="left", validate="1:1")
     )
     rows = (
-        screened.join(raw.select(*tables.ROW_KEY, "detail"), on=tables.ROW_KEY, validate="1:1")
+        screened.join(raw.select(*ROW_KEY, "detail"), on=ROW_KEY, validate="1:1")
         .join(pairs, on="pair_id", how="left", validate="m:1")
-        .sort(tables.ROW_KEY)
+        .sort(ROW_KEY)
         .with_columns(_decision())
     )
     decided = rows.with_columns(
@@ -65,7 +66,7 @@ def decide(
     )
     if gate is not None:
         return _gated(decided, gate)
-    told = decided.drop("verdicts", "provenance_id", *tables.ROW_KEY)
+    told = decided.drop("verdicts", "provenance_id", *ROW_KEY)
     sentences = [explain(row, published) for row in told.iter_rows(named=True)]
     explained = decided.with_columns(explanation=pl.Series(sentences, dtype=pl.String))
     return explained.select(list(tables.dtypes(tables.Decisions)))
@@ -87,12 +88,12 @@ def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
 def selected_rows(selection: str, raw: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
     """The rows that a named selection or control takes, best first, as SelectedSubset."""
     verdicts = (
-        decisions.select(*tables.ROW_KEY, "verdicts")
+        decisions.select(*ROW_KEY, "verdicts")
         .explode("verdicts", empty_as_null=False)
         .unnest("verdicts")
         .filter(pl.col("selection") == selection, "is_selected")
     )
-    rows = raw.join(verdicts.select(*tables.ROW_KEY, "position"), on=tables.ROW_KEY, validate="1:1")
+    rows = raw.join(verdicts.select(*ROW_KEY, "position"), on=ROW_KEY, validate="1:1")
     return rows.sort("position").select(list(tables.dtypes(tables.SelectedSubset)))
 
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import polars as pl
 import pyarrow.parquet as pq
 
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 
 Condition = tuple[str, Literal["==", ">=", "<"], Any]
 """A column, how it compares, and with what."""
@@ -83,7 +83,7 @@ def of_pair(start: str) -> Where:
 
 def of_key(key: Sequence[Any]) -> Where:
     """The row of that key, in the order of `schema.ROW_KEY`."""
-    return [(name, "==", value) for name, value in zip(tables.ROW_KEY, key, strict=True)]
+    return [(name, "==", value) for name, value in zip(ROW_KEY, key, strict=True)]
 
 
 def find_rows(rows: pl.DataFrame, row: str, batch: str = "") -> pl.DataFrame:
@@ -161,4 +161,4 @@ def _may_hold(statistics: Any, how: str, value: Any) -> bool:
 
 def pair_index(rows: pl.DataFrame) -> pl.DataFrame:
     """From the pair_ids of a table to its keys, sorted by pair_id; rejected rows have none."""
-    return rows.select("pair_id", *tables.ROW_KEY).drop_nulls("pair_id").sort("pair_id", *tables.ROW_KEY)
+    return rows.select("pair_id", *ROW_KEY).drop_nulls("pair_id").sort("pair_id", *ROW_KEY)

@@ -41,9 +41,11 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from qaq_pipeline.config.base import SettingsError, check_batch_name
+from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.row_lookup import Where
@@ -426,7 +428,7 @@ class Storage:
         of_batch = pl.lit(True) if batches is None else pl.col("batch").is_in(list(batches))
         if self._index_version(*index) != version:
             return FoundRows(self.find_in_file(where, *parts).filter(of_batch)[:most], is_indexed=False)
-        keys = self.find_in_file(where, *index).filter(of_batch).select(tables.ROW_KEY)
+        keys = self.find_in_file(where, *index).filter(of_batch).select(ROW_KEY)
         found = [self.find_in_file(row_lookup.of_key(key), *parts) for key in keys[:most].rows()]
         return FoundRows(pl.concat(found) if found else pl.DataFrame(), is_indexed=True)
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from qaq_pipeline.config.base import SettingsError, check_batch_name, settings_hash
+from qaq_pipeline.config.base import SettingsError, settings_hash
 from qaq_pipeline.config.load import dagster_home, home_directory, load_settings, packaged_profiles, parse_settings
 from qaq_pipeline.config.selections import Budget
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.schema.partition import check_batch_name
 
 MODELS = {"strong": {"directory": "big"}, "weak": {"directory": "small"}}
 

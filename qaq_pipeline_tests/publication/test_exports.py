@@ -27,7 +27,7 @@ from qaq_pipeline.publication.exports import (
     scores_parquet,
     with_meta,
 )
-from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, SelectedSubset, dtypes, enforce
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows
 
@@ -340,7 +340,7 @@ def test_flat_scores_have_a_column_for_each_score_and_model_and_each_selection()
         for name in ("diff_high", "control_random")
         for field in ("is_selected", "reason", "score", "position")
     ]
-    assert flat.columns == [*tables.ROW_KEY, *kept, *by_model, *by_selection]
+    assert flat.columns == [*ROW_KEY, *kept, *by_model, *by_selection]
     assert not any(dtype.is_nested() for dtype in flat.dtypes)
 
 
@@ -357,7 +357,7 @@ def test_flat_scores_keep_every_row_in_order_with_its_own_numbers() -> None:
 def test_the_scores_file_joins_the_training_rows_on_either_key() -> None:
     scores = pl.read_parquet(io.BytesIO(scores_parquet(decisions({}, {}, DUPLICATE))))
     rows = selected((None, "q", "a"), (None, "r", "b"))
-    by_row = rows.join(scores, on=tables.ROW_KEY, how="left", validate="1:1")
+    by_row = rows.join(scores, on=ROW_KEY, how="left", validate="1:1")
     assert by_row["rmi_strong"].to_list() == [0.5, 0.5]
     by_pair = rows.join(scores, on="pair_id", how="left", validate="1:m")
     assert by_pair["decision"].to_list() == ["selected", "duplicate", "selected"]

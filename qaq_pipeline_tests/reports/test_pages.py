@@ -19,6 +19,7 @@ from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.column_lineage import DERIVED, Column
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
@@ -297,7 +298,7 @@ def test_a_version_page_says_of_each_column_of_every_exported_file_what_it_is_ma
     assert scores["gap"] == {("decisions", "gap")}
     assert scores["rmi_strong"] == {("decisions", "scores")}
     assert scores["is_selected:diff_high"] == {("decisions", "verdicts")}
-    text, place = ("system", "query", "answer"), (*tables.ROW_KEY, "pair_id", "source", "language")
+    text, place = ("system", "query", "answer"), (*ROW_KEY, "pair_id", "source", "language")
     for selections, table in ((["diff_high"], "selected_subset"), (CONTROLS, "raw_data")):
         meta = {(table, column) for column in place} | {("raw_data", "record")}
         for name in EVERY_FORMAT:

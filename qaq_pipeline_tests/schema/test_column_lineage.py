@@ -17,8 +17,8 @@ from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.publication import exports
 from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema.column_lineage import DERIVED, Column, ancestry, derivations, of_records, of_scores, sources_in
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import (
-    ROW_KEY,
     STORED_TABLES,
     TABLES,
     Calibration,

@@ -6,8 +6,8 @@ import dataframely as dy
 import polars as pl
 import pytest
 
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import (
-    ROW_KEY,
     STORED_TABLES,
     CachedScores,
     Logprobs,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qaq_pipeline.config.settings import RecordSettings, ScreeningSettings
 from qaq_pipeline.ingest.records import read_file
-from qaq_pipeline.schema.tables import ROW_KEY, ScreenedData, enforce
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import ScreenedData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows, rejected

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import ScreeningSettings
-from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema import vocabularies
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, SelectedSubset, TableError, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
 from qaq_pipeline.screening.screen import screen_alone
@@ -91,7 +92,7 @@ def said(row: int, frame: pl.DataFrame) -> tuple[str, str, str]:
 
 def test_every_row_in_is_a_row_out_with_its_fate() -> None:
     frame = decide()
-    assert_frame_equal(frame.select(tables.ROW_KEY), RAW.select(tables.ROW_KEY))
+    assert_frame_equal(frame.select(ROW_KEY), RAW.select(ROW_KEY))
     assert frame.select("decision", "reason").rows() == [
         ("not_selected", "below_cut"),
         ("not_selected", "below_cut"),
@@ -567,7 +568,7 @@ def test_decisions_add_up_whatever_the_batch(
     renamed = {number: place for place, number in enumerate(numbers, start=1)}
     raw = raw_rows(*(rejected() if row == "rejected" else {"pair_id": pair_name(renamed[row])} for row in rows))
     frame = decide(strategy, raw=raw, strong=_scores(strong[: len(numbers)]), weak=_scores(weak[: len(numbers)]))
-    assert_frame_equal(frame.select(tables.ROW_KEY), raw.select(tables.ROW_KEY))
+    assert_frame_equal(frame.select(ROW_KEY), raw.select(ROW_KEY))
     distinct = frame.filter(pl.col("decision").is_in(["selected", "not_selected", "unscorable"]))
     assert distinct.height == len(numbers)
     assert frame.filter(decision="rejected").height == rows.count("rejected")

@@ -21,6 +21,7 @@ from qaq_pipeline.orchestration.results import (
 )
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening import benchmarks, contamination, duplicates, gates, screen, withdrawals
 from qaq_pipeline.screening.gates import Gate
@@ -150,7 +151,7 @@ def _older(
                 allow_retries=False,
             )
         accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
-        standing = signed.frame.join(accepted, on=tables.ROW_KEY, how="semi", maintain_order="left")
+        standing = signed.frame.join(accepted, on=ROW_KEY, how="semi", maintain_order="left")
         older[batch] = _OlderBatch(duplicates.related(standing, own), screened.data_version)
     for batch in batches:
         if batch not in older:

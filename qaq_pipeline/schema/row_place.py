@@ -1,0 +1,59 @@
+"""The place of a row as a value: `batch/file:row.turn`, the way decisions, errors and `qaq explain` name it.
+
+Belongs here: the form of a place, of one row and of a whole frame. Does not belong here: looking a row up
+(`storage.row_lookup`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import polars as pl
+
+ROW_KEY = ["batch", "source_file", "source_row", "turn_index"]
+"""The columns that together name a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlace:
+    """One (query, answer) pair of a delivery."""
+
+    batch: str
+    source_file: str
+    source_row: int
+    """From 1."""
+    turn_index: int = 0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The place of a row that has the columns of `ROW_KEY`."""
+        return cls(*(row[name] for name in ROW_KEY))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The place that `str` wrote.
+
+        Raises:
+            ValueError: it is none; the text says what is expected.
+        """
+        batch, slash, rest = text.partition("/")
+        source_file, colon, position = rest.rpartition(":")
+        source_row, dot, turn = position.partition(".")
+        if not (slash and colon and dot and source_row.isdecimal() and turn.isdecimal()):
+            raise ValueError(f"{text!r} is not the place of a row; expected BATCH/FILE:ROW.TURN")
+        return cls(batch, source_file, int(source_row), int(turn))
+
+    @property
+    def in_batch(self) -> str:
+        """`file:row.turn`."""
+        return f"{self.source_file}:{self.source_row}.{self.turn_index}"
+
+    def __str__(self) -> str:
+        return f"{self.batch}/{self.in_batch}"
+
+
+def row_place() -> pl.Expr:
+    """The places of a frame's rows, as text."""
+    return pl.format("{}/{}:{}.{}", *ROW_KEY)

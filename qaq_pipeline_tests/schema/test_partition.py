@@ -1,0 +1,32 @@
+"""Partitions and inputs as values."""
+
+from __future__ import annotations
+
+import pytest
+
+from qaq_pipeline.schema.partition import Input, Partition
+
+
+@pytest.mark.parametrize(("key", "parts"), [("b1", ("b1",)), ("b1|strong", ("b1", "strong"))])
+def test_a_partition_is_read_from_its_key_and_written_as_it(key: str, parts: tuple[str, ...]) -> None:
+    partition = Partition.parse(key)
+    assert partition.parts == parts
+    assert str(partition) == partition.key == key
+
+
+def test_a_partition_of_a_batch_has_one_of_each_model() -> None:
+    assert Partition("b1").of_model("weak") == Partition("b1", "weak")
+
+
+@pytest.mark.parametrize("key", ["", "../evil", "[x]", "a|b|c", "b1|", "|strong", "b1|../evil"])
+def test_a_key_that_cannot_be_a_path_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="cannot be"):
+        Partition.parse(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "model"), [("raw_data", "raw_data", None), ("logprobs|weak", "logprobs", "weak")]
+)
+def test_an_input_is_read_from_its_name_and_written_as_it(name: str, table: str, model: str | None) -> None:
+    assert Input.parse(name) == Input(table, model)
+    assert str(Input(table, model)) == name
