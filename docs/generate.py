@@ -26,8 +26,8 @@ from pydantic import BaseModel
 from qaq_pipeline.cli.app import app
 from qaq_pipeline.config.load import packaged_profiles
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.freshness import staleness
-from qaq_pipeline.schema.tables import STORED_TABLES, CachedScores, Contamination, Difference
+from qaq_pipeline.pipeline import PIPELINE, Partitioning
+from qaq_pipeline.schema.tables import CachedScores, Contamination, Difference
 from qaq_pipeline.schema.vocabularies import Vocabulary
 
 FOLDER = Path(__file__).parent
@@ -65,18 +65,21 @@ def filled(page: str, content: str) -> str:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def tables(stored: Mapping[str, type[dy.Schema]] = STORED_TABLES) -> str:
+def tables(stored: Mapping[str, type[dy.Schema]] | None = None) -> str:
     """Every stored table with its columns, then every vocabulary with its words."""
-    files = {name: (table, _file_of(name)) for name, table in stored.items()} | OTHER_FILES
+    files = {name: (table, _file_of(name)) for name, table in (stored or PIPELINE.tables()).items()} | OTHER_FILES
     parts = [_table_section(name, table, path) for name, (table, path) in files.items()]
     words = [_vocabulary_section(vocabulary) for vocabulary in Vocabulary.__subclasses__()]
     return "\n\n".join([*parts, "## Vocabularies", *words])
 
 
 def _file_of(table: str) -> str:
-    if table == "rank_reference":
-        return "rank_reference/<name>/table.parquet"
-    return f"{table}/<batch>/{'<model>/' if table in staleness.BY_MODEL else ''}table.parquet"
+    folders = {
+        Partitioning.BATCH: "<batch>",
+        Partitioning.BATCH_AND_MODEL: "<batch>/<model>",
+        Partitioning.REFERENCE: "<name>",
+    }
+    return f"{table}/{folders[PIPELINE[table].partitioning]}/table.parquet"
 
 
 def _table_section(name: str, table: type[dy.Schema], path: str) -> str:

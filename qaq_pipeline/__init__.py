@@ -3,6 +3,7 @@
 The packages, from the stored tables up; each imports only from those above it in this list:
 
     schema         every stored table: columns, vocabularies, the sources of each column
+    pipeline       the declaration of the assets: inputs, partitioning, jobs
     config         the settings file; profiles/ holds two
     storage        files, tables, cached scores, deliveries, locks
     lm             prompts, batches, language models (the only torch)

@@ -25,7 +25,7 @@ from rich.table import Table
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import dagster_home, home_directory, load_settings
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.schema import tables
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema.partition import check_batch_name
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def report(
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(tables.TABLES | tables.CALIBRATION_TABLES)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PIPELINE.tables_of_batch())}.")],
     to: Annotated[Path, typer.Option("--to", help="File to write: .parquet, .csv or .jsonl.")],
     batch: Annotated[str | None, typer.Option("--batch", help="Only this batch. Default: all.")] = None,
     config_file: ConfigOption = None,
@@ -370,8 +370,8 @@ def table(
     from qaq_pipeline.storage.storage import StorageError
 
     settings = _settings(config_file)
-    if name not in tables.TABLES | tables.CALIBRATION_TABLES:
-        _fail(f"{name!r} is no table; known: {', '.join(tables.TABLES | tables.CALIBRATION_TABLES)}", code=2)
+    if name not in PIPELINE.tables_of_batch():
+        _fail(f"{name!r} is no table; known: {', '.join(PIPELINE.tables_of_batch())}", code=2)
     try:
         with open_instance() as instance:
             frame = collect_table(settings, instance, name, batch)
@@ -678,8 +678,9 @@ def _print_columns_lineage(named: str, *, as_json: bool) -> None:
     from qaq_pipeline.schema import column_lineage
 
     table, _, column = named.partition(".")
+    derived = PIPELINE.column_sources
     try:
-        rows = column_lineage.ancestry(table, column) if column else column_lineage.of_table(table)
+        rows = column_lineage.ancestry(derived, table, column) if column else column_lineage.of_table(derived, table)
     except ValueError as error:
         _fail(str(error), code=2)
     if as_json:

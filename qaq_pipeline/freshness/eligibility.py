@@ -14,6 +14,7 @@ import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.screening import gates, withdrawals
 from qaq_pipeline.screening.withdrawals import Withdrawals
@@ -36,7 +37,7 @@ class _Footers:
         return {name: getattr(self, name).data_version for name in ENTERING}
 
 
-ENTERING = ("raw_data", "screened_data", "decisions", "selected_subset")
+ENTERING = PIPELINE.published
 
 
 def sort_out(

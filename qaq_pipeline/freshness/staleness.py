@@ -16,26 +16,9 @@ from typing import Any
 
 from qaq_pipeline.freshness import eligibility
 from qaq_pipeline.ingest import landing
-from qaq_pipeline.schema.tables import CALIBRATION_TABLES, TABLES
+from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
-
-STAGES: dict[str, list[str]] = {
-    "ingest_batch": ["raw_data", "signatures", "screened_data"],
-    "score_batch": ["logprobs", "rmi_scores"],
-    "select_from_batch": ["disagreement_scores", "decisions", "selected_subset"],
-}
-"""The tables of a batch by the job that makes them, in the order in which the jobs run."""
-
-CALIBRATION_STAGES: dict[str, list[str]] = {
-    "plant_defects": ["planted_rows"],
-    "score_planted": ["planted_scores"],
-    "calibrate_batch": ["calibration"],
-}
-"""The same of what is only measured of a batch: nothing that is published is made of these."""
-
-BY_MODEL = [*STAGES["score_batch"], *CALIBRATION_STAGES["score_planted"]]
-"""Tables with a partition for each batch and model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +51,7 @@ class Present:
     """Data versions of inputs that are of no one batch, by name."""
 
 
-def changed_inputs(storage: Storage, table: str, batch: str) -> list[str]:
+def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline = PIPELINE) -> list[str]:
     """The inputs of a stored table of a batch that stand there now as something else than it was made of.
 
     Inputs that are of no one batch are not looked at.
@@ -79,7 +62,7 @@ def changed_inputs(storage: Storage, table: str, batch: str) -> list[str]:
     found = []
     for name, version in storage.read_footer(table, batch).provenance["inputs"].items():
         input_table, *model = name.split("|")
-        is_of_batch = input_table in TABLES | CALIBRATION_TABLES
+        is_of_batch = input_table in pipeline.tables_of_batch()
         if is_of_batch and storage.table_version(input_table, batch, *model) != version:
             found.append(name)
     return found
@@ -92,10 +75,14 @@ class Review:
         storage: where the tables lie.
         registered: the batches.
         present: how their tables would be made now.
+        pipeline: the tables, their inputs and jobs.
     """
 
-    def __init__(self, storage: Storage, registered: Iterable[str], present: Present) -> None:
+    def __init__(
+        self, storage: Storage, registered: Iterable[str], present: Present, pipeline: Pipeline = PIPELINE
+    ) -> None:
         self._storage = storage
+        self._pipeline = pipeline
         self._registered = set(registered)
         self._present = present
         self._order = storage.batches_in_order()
@@ -111,10 +98,10 @@ class Review:
 
         Stages whose tables are not made under the present settings are left out.
         """
-        for job, tables in (STAGES | CALIBRATION_STAGES).items():
+        for job, tables in self._pipeline.jobs(Purpose.CURATION, Purpose.CALIBRATION).items():
             if not self._present.code_versions.keys() >= set(tables):
                 continue
-            models = sorted(self._present.roles) if tables[0] in BY_MODEL else [None]
+            models = sorted(self._present.roles) if self._pipeline[tables[0]].has_models else [None]
             causes = {model: self._cause(batch, model, tables) for model in models}
             found = [Outdated(job, batch, model, *cause) for model, cause in causes.items() if cause is not None]
             if found:
@@ -177,10 +164,12 @@ class Review:
     def _input_version(self, name: str, partition: Sequence[str]) -> str | None:
         """Of an input of that partition: `table`, `table|model`, or the name of one that is of no one batch."""
         table, _, model = name.partition("|")
-        if table not in TABLES | CALIBRATION_TABLES:
+        if table not in self._pipeline.tables_of_batch():
             return self._present.shared_inputs.get(name)
         of_batch = [partition[0], *([model] if model else [])]
-        return self._storage.table_version(table, *(partition if table in BY_MODEL and not model else of_batch))
+        return self._storage.table_version(
+            table, *(partition if self._pipeline[table].has_models and not model else of_batch)
+        )
 
     def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
         try:

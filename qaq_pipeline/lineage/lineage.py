@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.schema.partition import Input
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Delivery, Footer, Storage, StorageError, hash_json, json_bytes
@@ -31,18 +33,6 @@ MANIFEST_REMEDY = (
     "hash if that is the same"
 )
 SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_BY_MODEL = ("rmi_scores", "logprobs")
-_BACKWARDS = (
-    "selected_subset",
-    "decisions",
-    "disagreement_scores",
-    "rank_reference",
-    *_BY_MODEL,
-    "screened_data",
-    "signatures",
-    "raw_data",
-)
-"""Tables from the publication back to the delivery: each one's inputs come after it."""
 
 
 class LineageError(ValueError):
@@ -135,7 +125,7 @@ class Lineage:
 # --- the walk -------------------------------------------------------------------------------------------------------
 
 
-def walk(storage: Storage, version: str) -> Lineage:
+def walk(storage: Storage, version: str, pipeline: Pipeline = PIPELINE) -> Lineage:
     """What the version was made from, by manifest and footers: no table and no delivered byte is read.
 
     Raises:
@@ -147,7 +137,7 @@ def walk(storage: Storage, version: str) -> Lineage:
     files = tuple(
         File(name, storage.url(FOLDER, version, *name.split("/")), sha256) for name, sha256 in manifest["files"].items()
     )
-    batches = tuple(_batch(storage, entry) for entry in manifest["batches"])
+    batches = tuple(_batch(storage, entry, pipeline) for entry in manifest["batches"])
     return Lineage(version, storage.url(*parts), is_kept, files, batches)
 
 
@@ -183,8 +173,8 @@ def _read_manifest(storage: Storage, version: str, parts: tuple[str, ...]) -> di
     return manifest
 
 
-def _batch(storage: Storage, entry: Mapping[str, Any]) -> Batch:
-    footers, tables = _tables(storage, entry)
+def _batch(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> Batch:
+    footers, tables = _tables(storage, entry, pipeline)
     return Batch(
         name=entry["batch"],
         rows_in=entry["rows_in"],
@@ -196,17 +186,17 @@ def _batch(storage: Storage, entry: Mapping[str, Any]) -> Batch:
     )
 
 
-def _tables(storage: Storage, entry: Mapping[str, Any]) -> tuple[dict[str, Footer], list[Table]]:
+def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> tuple[dict[str, Footer], list[Table]]:
     """The tables of a batch, and by key the footers of those that still are of the version.
 
     The manifest says most of the versions, the footers of these the rest.
     """
     entered, footers, tables = dict(entry["data_versions"]), {}, []
-    for key, name, partition in _partitions(entry):
+    for key, name, partition in _partitions(entry, pipeline):
         footer = _footer(storage, name, partition)
         state = _state(footer, entered.get(key))
         if footer is not None and state is State.AS_PUBLISHED:
-            inputs = {} if name == "rank_reference" else _inputs(footer, partition)  # It is of several batches.
+            inputs = {} if pipeline[name].purpose is Purpose.REFERENCE else _inputs(footer, partition, pipeline)
             if any(entered.setdefault(source, version) != version for source, version in inputs.items()):
                 state = State.SAME_CONTENT
             footers[key] = footer
@@ -215,22 +205,28 @@ def _tables(storage: Storage, entry: Mapping[str, Any]) -> tuple[dict[str, Foote
     return footers, tables
 
 
-def _partitions(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Key (as provenance has it), table and partition of everything that a batch's selection was made from."""
-    for name in _BACKWARDS:
-        if name in _BY_MODEL:
-            yield from ((f"{name}|{role}", name, (entry["batch"], role)) for role in sorted(entry["models"]))
-        elif name != "rank_reference":
-            yield name, name, (entry["batch"],)
-        elif name in entry["data_versions"]:
-            yield name, name, (str(rank_reference.name_in(entry["pool"])),)
+def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Key (as provenance has it), table and partition of everything that a batch's selection was made from.
+
+    From the publication back to the delivery: each table's inputs come after it.
+    """
+    for asset in reversed(pipeline.of(Purpose.CURATION, Purpose.REFERENCE)):
+        name = asset.name
+        if asset.purpose is Purpose.REFERENCE:
+            if name in entry["data_versions"]:
+                yield name, name, (str(rank_reference.name_in(entry["pool"])),)
+            continue
+        for partition in asset.partitions(entry["batch"], list(entry["models"])):
+            yield str(Input(name, partition.model)), name, partition.parts
 
 
-def _inputs(footer: Footer, partition: tuple[str, ...]) -> dict[str, str]:
-    """Data versions of a table's inputs, by key: what a model's table is made of, of that model, has its name."""
-    made_of = footer.provenance.get("inputs", {})
-    role = partition[1] if len(partition) > 1 else None
-    return {f"{name}|{role}" if role and name in _BY_MODEL else name: version for name, version in made_of.items()}
+def _inputs(footer: Footer, partition: tuple[str, ...], pipeline: Pipeline) -> dict[str, str]:
+    """Data versions of a table's inputs, by key: an input of the same model gets the model's name."""
+    _, *model = partition
+    return {
+        str(Input(name, *model)) if name in pipeline and pipeline[name].has_models else name: version
+        for name, version in footer.provenance.get("inputs", {}).items()
+    }
 
 
 def _state(footer: Footer | None, entered: str | None) -> State:

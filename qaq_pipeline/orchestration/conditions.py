@@ -11,35 +11,35 @@ from collections.abc import Sequence
 import dagster as dg
 
 from qaq_pipeline.orchestration import liveness
-
-_LAST_INPUT = {
-    "signatures": "raw_data",
-    "screened_data": "signatures",
-    "logprobs": "screened_data",
-    "rmi_scores": "logprobs",
-    "disagreement_scores": "rmi_scores",
-    "decisions": "disagreement_scores",
-    "selected_subset": "decisions",
-    "planted_rows": "disagreement_scores",
-    "planted_scores": "planted_rows",
-    "calibration": "planted_scores",
-}
-"""Of each asset of a batch, the input that is made last: when it is there, so are the others."""
+from qaq_pipeline.pipeline import PIPELINE, Asset, Pipeline, Purpose
 
 _Condition = dg.AutomationCondition
 
 
-def automate(assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
-    """The assets with their conditions. raw_data has none: the landing zone's sensor runs it."""
-    conditions = {name: of_batch(last) for name, last in _LAST_INPUT.items()}
-    conditions |= {"rank_reference": of_reference(), "curated_dataset": of_dataset()}
-    conditions |= {"batch_report": of_page("selected_subset"), "dataset_report": of_page("curated_dataset")}
+def automate(assets: Sequence[dg.AssetsDefinition], pipeline: Pipeline = PIPELINE) -> list[dg.AssetsDefinition]:
+    """The assets with their conditions. An asset without inputs has none: the landing zone's sensor runs it."""
+    conditions = {asset.name: condition for asset in pipeline if (condition := _condition(asset, pipeline)) is not None}
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
         name = spec.key.to_user_string()
         return spec.replace_attributes(automation_condition=conditions[name]) if name in conditions else spec
 
     return [asset for asset in dg.map_asset_specs(with_condition, assets) if isinstance(asset, dg.AssetsDefinition)]
+
+
+def _condition(asset: Asset, pipeline: Pipeline) -> dg.AutomationCondition | None:
+    last_input = pipeline.last_input(asset.name)
+    if last_input is None:
+        return None
+    match asset.purpose:
+        case Purpose.REFERENCE:
+            return of_reference()
+        case Purpose.PUBLICATION:
+            return of_dataset(last_input)
+        case Purpose.PAGE:
+            return of_page(last_input)
+        case Purpose.CURATION | Purpose.CALIBRATION:
+            return of_batch(last_input)
 
 
 def of_batch(last_input: str) -> dg.AutomationCondition:
@@ -72,13 +72,13 @@ def of_reference() -> dg.AutomationCondition:
     ).with_label("once, after rmi_scores of all its batches")
 
 
-def of_dataset() -> dg.AutomationCondition:
+def of_dataset(last_input: str) -> dg.AutomationCondition:
     """The dataset: published when a batch was selected from, whatever became of others, once nothing is under way."""
     return (
-        (_follows("selected_subset") | _was_missing("selected_subset"))
+        (_follows(last_input) | _was_missing(last_input))
         & ~_Condition.any_deps_in_progress()
         & ~_Condition.in_progress()
-    ).with_label("after selected_subset, once nothing is under way")
+    ).with_label(f"after {last_input}, once nothing is under way")
 
 
 def of_page(last_input: str) -> dg.AutomationCondition:

@@ -8,40 +8,24 @@ from collections.abc import Callable
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.freshness import staleness
 from qaq_pipeline.freshness.staleness import Present
 from qaq_pipeline.orchestration import conditions
-from qaq_pipeline.orchestration.assets import build_assets
+from qaq_pipeline.orchestration.assets import build_assets, wanted_purposes
 from qaq_pipeline.orchestration.checks import build_checks
 from qaq_pipeline.orchestration.io_manager import TableIOManager
+from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
 
-SELECTING = "select_from_batch"
-PUBLISHING = "publish_dataset"
-REPORTING, REPORTING_VERSION = "report_batch", "report_version"
-PAGES = {REPORTING: ["batch_report"], REPORTING_VERSION: ["dataset_report"]}
-"""Jobs of the audit pages. Nothing is made of a page, so that one that fails stops nothing."""
-
-STAGES: dict[str, list[str]] = {
-    **staleness.STAGES,
-    REPORTING: PAGES[REPORTING],
-    PUBLISHING: ["curated_dataset"],
-    REPORTING_VERSION: PAGES[REPORTING_VERSION],
-}
-"""Jobs in the order in which they run. A job cannot mix partitions definitions, hence several."""
-
-CALIBRATION_STAGES = staleness.CALIBRATION_STAGES
-"""Jobs that run after these, where batches are calibrated: their failure stops no publication."""
-
-REFERENCE_JOB = "build_reference"
-"""Makes rank_reference, where one is configured."""
+CURATING = (Purpose.CURATION, Purpose.PAGE, Purpose.PUBLICATION)
+"""The purposes of the jobs that curate and publish a batch. Calibration follows, and its failure stops nothing."""
 
 
 def build_job_defs(
     settings: Settings,
     *,
+    pipeline: Pipeline = PIPELINE,
     on_progress: Callable[[Progress], None] = lambda _: None,
     resource_overrides: dict[str, object] | None = None,
 ) -> dg.Definitions:
@@ -49,12 +33,11 @@ def build_job_defs(
 
     Args:
         settings: everything that can be configured.
+        pipeline: the assets and their jobs.
         on_progress: called after every scored batch, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
-    jobs = {name: assets for name, assets in STAGES.items() if settings.reports.pages or name not in PAGES}
-    jobs |= {} if settings.ranking.reference is None else {REFERENCE_JOB: ["rank_reference"]}
-    jobs |= CALIBRATION_STAGES if settings.is_calibrated else {}
+    jobs = pipeline.jobs(*wanted_purposes(settings))
     storage = open_storage(settings)
     resources: dict[str, object] = {
         "storage": storage,
@@ -62,7 +45,7 @@ def build_job_defs(
         "model_runtime": ModelRuntime(settings, on_progress),
     }
     return dg.Definitions(
-        assets=conditions.automate(build_assets(settings)),
+        assets=conditions.automate(build_assets(settings, pipeline), pipeline),
         asset_checks=build_checks(settings),
         jobs=[dg.define_asset_job(name, selection=dg.AssetSelection.assets(*assets)) for name, assets in jobs.items()],
         resources=resources | (resource_overrides or {}),
@@ -70,9 +53,9 @@ def build_job_defs(
     )
 
 
-def present(settings: Settings, storage: Storage) -> Present:
+def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE) -> Present:
     """How the tables would be made now, for a review of what is stored."""
-    assets = build_assets(settings)
+    assets = build_assets(settings, pipeline)
     versions = {asset.key.to_user_string(): asset.code_versions_by_key[asset.key] for asset in assets}
     return Present(versions, sorted(settings.models), _shared_inputs(settings, storage))
 

@@ -10,8 +10,9 @@ import dataframely as dy
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.reports import plots
-from qaq_pipeline.schema import column_lineage, tables
+from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.screening.gates import Gate
 
 OWNERS = ["team:data-curation"]
@@ -30,7 +31,7 @@ def code_version(code: str, *settings: object) -> str:
 
 def definition(name: str) -> dict[str, Any]:
     """Description, owners, tags and column schema of a table's asset, from the schema."""
-    table = tables.STORED_TABLES[name]
+    table = PIPELINE[name].table
     return {
         "name": name,
         "description": inspect.getdoc(table),
@@ -83,7 +84,7 @@ def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.Meta
 
     Twice: as Dagster stores it, whose own UI does not draw it, and as a table for people.
     """
-    found = column_lineage.sources_in(table, {name.partition("|")[0] for name in inputs})
+    found = column_lineage.sources_in(PIPELINE.column_sources, table, {name.partition("|")[0] for name in inputs})
     stored = dg.TableColumnLineage(
         deps_by_column={
             column: [dg.TableColumnDep(asset_key=dg.AssetKey(name), column_name=source) for name, source in sources]

@@ -15,6 +15,7 @@ from qaq_pipeline.config.settings import AlertSettings
 from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.io_manager import partition_parts
 from qaq_pipeline.orchestration.metadata import lineage_of_columns
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
@@ -36,7 +37,7 @@ def table_result(
     """
     name = context.asset_key.path[-1]
     try:
-        checked = tables.enforce(tables.STORED_TABLES[name], frame)
+        checked = tables.enforce(PIPELINE[name].table, frame)
     except tables.TableError as error:
         raise dg.Failure(f"{name}: {error}; nothing was written", allow_retries=False) from error
     table = StoredTable(checked, provenance_of(context, inputs, **provenance))

@@ -14,6 +14,7 @@ import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.eligibility import ENTERING, sort_out
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, exports
 from qaq_pipeline.publication.difference import store_difference
 from qaq_pipeline.publication.versions import (
@@ -25,7 +26,6 @@ from qaq_pipeline.publication.versions import (
     read_manifest,
     retire,
 )
-from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, empty, hash_json
@@ -165,7 +165,7 @@ def _rows_of_batch(selection: str, tables: BatchTables, settings: Settings) -> p
 
 
 def _concat(frames: Sequence[pl.DataFrame], table: str) -> pl.DataFrame:
-    return pl.concat([empty(tables.TABLES[table]), *frames])
+    return pl.concat([empty(PIPELINE[table].table), *frames])
 
 
 def _entry(tables: BatchTables) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import pages
@@ -25,7 +26,7 @@ from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
 
 FOLDER = "reports"
-_INPUTS = ("raw_data", "screened_data", "decisions", "selected_subset")
+_INPUTS = [name for name in PIPELINE["batch_report"].inputs if not PIPELINE[name].has_models]
 _REFERENCE = "rank_reference"
 Frozen = tuple[str, pl.DataFrame]
 """Name and rows of a reference."""

@@ -20,6 +20,7 @@ import polars as pl
 from markupsafe import Markup
 
 from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import plots, summaries
@@ -482,7 +483,8 @@ def _drift_by_batch(flat: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None)
 def _stored_columns() -> list[ColumnLineage]:
     """Of every stored table, in the order in which they are made."""
     return [
-        _lineage(table, column_lineage.of_table(table), column_lineage.UNDERIVED) for table in column_lineage.DERIVED
+        _lineage(table, column_lineage.of_table(PIPELINE.column_sources, table), column_lineage.UNDERIVED)
+        for table in PIPELINE.column_sources
     ]
 
 

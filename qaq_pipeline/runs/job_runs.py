@@ -21,7 +21,9 @@ from qaq_pipeline.config.load import dagster_home, load_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.orchestration.failures import cause
-from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, SELECTING, build_job_defs
+from qaq_pipeline.orchestration.jobs import build_job_defs
+from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.storage.storage import open_storage
 
@@ -76,8 +78,8 @@ def running(settings: Settings, instance: dg.DagsterInstance, events: Events) ->
     with liveness.living(lock_directory()) as tags, _signals_to_end() as has_signal_come:
 
         def run(job_name: str, partition: str | None) -> str:
-            if job_name == SELECTING and _is_reference_missing(settings):
-                run(REFERENCE_JOB, None)
+            if job_name == PIPELINE["disagreement_scores"].job and _is_reference_missing(settings):
+                run(PIPELINE["rank_reference"].job, None)
             events.on_stage(job_name, partition or "")
             run_id = _run_job(settings, instance, jobs, job_name, partition, tags)
             if has_signal_come():
@@ -174,18 +176,20 @@ def resolve_job(job_name: str) -> dg.JobDefinition:
 
 
 def _partition_key(partition: str | None) -> str | None:
-    if partition is None or "|" not in partition:
+    model = None if partition is None else Partition.parse(partition).model
+    if partition is None or model is None:
         return partition
-    batch, model = partition.split("|")
-    return dg.MultiPartitionKey({"batch": batch, "model": model})
+    return dg.MultiPartitionKey({"batch": Partition.parse(partition).batch, "model": model})
 
 
 def _partition_tags(partition: str | None) -> dict[str, str]:
+    """Tags by which Dagster knows the partition of a run, and its dimensions where there are two."""
     if partition is None:
         return {}
-    tags = {"dagster/partition": partition}
-    batch, *model = partition.split("|")
-    return tags | ({"dagster/partition/batch": batch, "dagster/partition/model": model[0]} if model else {})
+    tags, parsed = {"dagster/partition": partition}, Partition.parse(partition)
+    if parsed.model is not None:
+        tags |= {"dagster/partition/batch": parsed.batch, "dagster/partition/model": str(parsed.model)}
+    return tags
 
 
 def _require_success(result: Any, job_name: str, partition: str | None) -> None:

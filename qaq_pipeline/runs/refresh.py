@@ -15,7 +15,8 @@ import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import staleness
-from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PUBLISHING, REPORTING_VERSION, present
+from qaq_pipeline.orchestration.jobs import present
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
@@ -151,6 +152,7 @@ def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only
     failed: dict[str, str] = {}
     uncalibrated: dict[str, str] = {}
     meant: set[str] = set()
+    calibrating = PIPELINE.jobs(Purpose.CALIBRATION)
     while True:
         registered = instance.get_dynamic_partitions("batch")
         review = staleness.Review(storage, registered, present(settings, storage))
@@ -159,12 +161,12 @@ def renew(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only
         due = [one for batch in batches if batch in meant - set(failed) for one in review.outdated(batch)]
         # Where only screening is wanted, a publication waits for it; the night calibrates.
         left = batches if only_screening else uncalibrated
-        due = [one for one in due if one.job not in CALIBRATION_STAGES or one.batch not in left]
+        due = [one for one in due if one.job not in calibrating or one.batch not in left]
         if not due:
             unmade = (f"the calibration of batch {batch} was not made: {why}" for batch, why in uncalibrated.items())
             return Renewal(len(batches), remade, failed, tuple(unmade))
         for one in due:
-            failures = uncalibrated if one.job in CALIBRATION_STAGES else failed
+            failures = uncalibrated if one.job in calibrating else failed
             reason = None if one.batch in failures else _run_again(storage, run, one, remade)
             if reason is not None:
                 failures[one.batch] = reason
@@ -194,9 +196,9 @@ def _with_pages(settings: Settings, run: Runner, done: Renewal, batches: Iterabl
 def _published(settings: Settings, instance: dg.DagsterInstance, run: Runner, done: Renewal, events: Events) -> Renewal:
     registered: Sequence[str] = instance.get_dynamic_partitions("batch")
     if not curated_dataset.is_current(open_storage(settings), registered, settings):
-        metadata = materialisation_metadata(instance, run(PUBLISHING, None), versions.FOLDER)
+        metadata = materialisation_metadata(instance, run(PIPELINE["curated_dataset"].job, None), versions.FOLDER)
         done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
-        if fault := make_page(settings, run, REPORTING_VERSION, None):
+        if fault := make_page(settings, run, PIPELINE["dataset_report"].job, None):
             done = dataclasses.replace(done, unmade=(*done.unmade, fault))
     for sentence in done.unmade:
         events.on_notice(sentence)

@@ -15,7 +15,8 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PAGES, PUBLISHING, REPORTING_VERSION, STAGES
+from qaq_pipeline.orchestration.jobs import CURATING
+from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.reports.pages import Made
@@ -47,21 +48,22 @@ def run_batch(
     unpassed: list[str] = []
     events = events or Events()
     with running(settings, instance, events) as run:
-        for job_name, assets in STAGES.items():
-            if job_name in PAGES:
-                partition = None if job_name == REPORTING_VERSION else batch
+        for job_name, names in PIPELINE.jobs(*CURATING).items():
+            asset = PIPELINE[names[0]]
+            if asset.purpose is Purpose.PAGE:
+                partition = None if asset.partitioning is Partitioning.NONE else batch
                 unpassed += filter(None, [make_page(settings, run, job_name, partition)])
                 continue
-            if job_name == PUBLISHING:
+            if asset.purpose is Purpose.PUBLICATION:
                 renewed = renew(settings, instance, run, only_screening=True)
                 for other, reason in renewed.failed.items():
                     events.on_notice(f"batch {other} was not screened again: {reason}")
                 unpassed += make_pages(settings, run, renewed.batches)
-            for partition in _partitions(settings, job_name, batch):
+            for partition in _partitions(settings, asset, batch):
                 run_id = run(job_name, partition)
                 unpassed += failed_checks(instance, run_id)
-                for asset in assets:
-                    results[f"{asset}|{partition or ''}"] = materialisation_metadata(instance, run_id, asset)
+                for name in names:
+                    results[f"{name}|{partition or ''}"] = materialisation_metadata(instance, run_id, name)
         if settings.is_calibrated:
             unpassed += _calibrate(settings, instance, run, batch)
     return summarise(settings, batch, results, unpassed)
@@ -71,8 +73,8 @@ def _calibrate(settings: Settings, instance: dg.DagsterInstance, run: Runner, ba
     """Run the calibration of a published batch: the checks that did not pass, or why there is none."""
     unpassed: list[str] = []
     try:
-        for job_name in CALIBRATION_STAGES:
-            for partition in _partitions(settings, job_name, batch):
+        for job_name, names in PIPELINE.jobs(Purpose.CALIBRATION).items():
+            for partition in _partitions(settings, PIPELINE[names[0]], batch):
                 unpassed += failed_checks(instance, run(job_name, partition))
     except InterruptedRunError:
         raise
@@ -81,12 +83,11 @@ def _calibrate(settings: Settings, instance: dg.DagsterInstance, run: Runner, ba
     return unpassed
 
 
-def _partitions(settings: Settings, job_name: str, batch: str) -> list[str | None]:
-    if job_name == PUBLISHING:
+def _partitions(settings: Settings, asset: Asset, batch: str) -> list[str | None]:
+    """Keys of an asset's partitions of a batch; None: it has none."""
+    if asset.partitioning is Partitioning.NONE:
         return [None]
-    if job_name in ("score_batch", "score_planted"):
-        return [f"{batch}|{role}" for role in sorted(settings.models)]
-    return [batch]
+    return [partition.key for partition in asset.partitions(batch, list(settings.models))]
 
 
 def find_page(

@@ -10,11 +10,10 @@ import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import eligibility, staleness
-from qaq_pipeline.freshness.staleness import BY_MODEL
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import present
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
-from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.storage import Storage, StorageError, open_storage
 
@@ -104,7 +103,7 @@ def _labels(partition: tuple[str, ...]) -> list[pl.Expr]:
 
 def table_partitions(settings: Settings, name: str, batch: str) -> list[tuple[str, ...]]:
     """The partitions of a table that belong to a batch."""
-    return [(batch, role) for role in sorted(settings.models)] if name in BY_MODEL else [(batch,)]
+    return [partition.parts for partition in PIPELINE[name].partitions(batch, list(settings.models))]
 
 
 def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[BatchStatus]:
@@ -114,7 +113,7 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[Batch
     review = staleness.Review(storage, registered, present(settings, storage))
     outdated = {one.batch: one for batch in review.batches() for one in review.outdated(batch)[:1]}
     left_out = eligibility.sort_out(storage, registered, settings)[1]
-    names = [*tables.TABLES, *(["calibration"] if settings.is_calibrated else [])]
+    names = [*PIPELINE.tables_of_batch(Purpose.CURATION), *(["calibration"] if settings.is_calibrated else [])]
     return [
         BatchStatus(
             batch,
@@ -153,9 +152,10 @@ def dataset_folder(settings: Settings) -> str:
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:
-    partitions = table_partitions(settings, name, batch)
+    num_wanted = len(settings.models) if PIPELINE[name].has_models else 1
     try:
+        partitions = table_partitions(settings, name, batch)
         rows = [storage.read_table(name, *p).frame.height for p in partitions if storage.has_table(name, *p)]
     except ValueError:  # A StorageError, or a name that the UI let pass.
-        return TableStatus(None, 0, len(partitions), is_readable=False)
-    return TableStatus(rows[0] if rows else None, len(rows), len(partitions))
+        return TableStatus(None, 0, num_wanted, is_readable=False)
+    return TableStatus(rows[0] if rows else None, len(rows), num_wanted)

@@ -19,7 +19,10 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Quantity
 
 Column = tuple[str, str]
-"""A table of `schema.STORED_TABLES`, and a column of it."""
+"""A stored table, and a column of it."""
+Sources = tuple[Column, ...]
+ColumnSources = Mapping[str, Mapping[str, Sources]]
+"""Sources by table and column, tables in the order in which they are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,20 @@ _SIGNED = (*_of("signatures", *ROW_KEY, "content_hash", "bands"), *_TEXT)
 """What duplicates and benchmark tasks are found by."""
 
 
-def _signatures() -> dict[str, tuple[Column, ...]]:
+def raw_data() -> dict[str, Sources]:
+    """No column of raw_data is derived from another table."""
+    return dict.fromkeys(tables.RawData.columns(), ())
+
+
+def signatures() -> dict[str, Sources]:
     """Of accepted rows."""
     accepted = _of("raw_data", "status")
     key = {column: _merged(_of("raw_data", column), accepted) for column in ROW_KEY}
     return key | {"pair_id": _of("raw_data", "pair_id"), "content_hash": _CONTENT, "bands": _CONTENT}
 
 
-def _screened_data() -> dict[str, tuple[Column, ...]]:
+def screened_data() -> dict[str, Sources]:
+    """Sources of the verdicts of screening."""
     verdict = _merged(_of("raw_data", "status"), _SIGNED)
     reason = _merged(verdict, _of("raw_data", "reason"))
     return {
@@ -75,7 +84,7 @@ def _screened_data() -> dict[str, tuple[Column, ...]]:
     }
 
 
-def _logprobs() -> dict[str, tuple[Column, ...]]:
+def logprobs() -> dict[str, Sources]:
     """Of distinct accepted pairs. Whether the window holds a pair is a matter of all its texts, for every quantity."""
     scored = {
         f"{column}_{quantity}": _CONTENT
@@ -91,7 +100,7 @@ def _logprobs() -> dict[str, tuple[Column, ...]]:
     }
 
 
-def _rmi_scores() -> dict[str, tuple[Column, ...]]:
+def rmi_scores() -> dict[str, Sources]:
     """Log PPL(X) is a sum over a count; RMI and IFD are null by the reasons of both their sums."""
     tokens = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
     log_ppl = {
@@ -124,7 +133,8 @@ _STRATUM = _merged(_BINNED, _EDGES)
 _RANK = _merged(_STRATUM, _of("rank_reference", "rmi", "rank"))
 
 
-def _rank_reference() -> dict[str, tuple[Column, ...]]:
+def rank_reference() -> dict[str, Sources]:
+    """Sources of a frozen pool."""
     return {
         **{column: _of("rmi_scores", column) for column in tables.RmiScores.columns()},
         "model": (),
@@ -135,7 +145,8 @@ def _rank_reference() -> dict[str, tuple[Column, ...]]:
     }
 
 
-def _disagreement_scores() -> dict[str, tuple[Column, ...]]:
+def disagreement_scores() -> dict[str, Sources]:
+    """Sources of strata, ranks and gaps."""
     return {
         "pair_id": _of("rmi_scores", "pair_id"),
         "pool_id": (),
@@ -151,7 +162,8 @@ def _disagreement_scores() -> dict[str, tuple[Column, ...]]:
     }
 
 
-def _decisions() -> dict[str, tuple[Column, ...]]:
+def decisions() -> dict[str, Sources]:
+    """Sources of decisions and their reasons."""
     fields = [name for name in tables.MODEL_SCORE.inner if name in tables.RmiScores.columns()]
     reasons = ("null_reason_rmi", "null_reason_ifd")
     numbers = (*fields, *reasons, "num_a_tokens_untruncated")
@@ -177,14 +189,15 @@ def _decisions() -> dict[str, tuple[Column, ...]]:
     }
 
 
-def _selected_subset() -> dict[str, tuple[Column, ...]]:
+def selected_subset() -> dict[str, Sources]:
+    """Sources of the published rows."""
     taken = _of("decisions", "verdicts")
     copied = ("pair_id", "system", "query", "answer", "source", "language")
     key = {column: _merged(_of("raw_data", column), taken) for column in ROW_KEY}
     return key | {"position": taken} | _same("raw_data", *copied)
 
 
-def _planted_rows() -> dict[str, tuple[Column, ...]]:
+def planted_rows() -> dict[str, Sources]:
     """Made of the texts of pairs that both models rank, of every stratum by turns."""
     made = _merged(
         _of("raw_data", *ROW_KEY, "pair_id", "language"),
@@ -196,12 +209,13 @@ def _planted_rows() -> dict[str, tuple[Column, ...]]:
     return dict.fromkeys(tables.PlantedRows.columns(), made)
 
 
-def _planted_scores() -> dict[str, tuple[Column, ...]]:
+def planted_scores() -> dict[str, Sources]:
+    """Sources of the scores of planted rows."""
     texts = _of("planted_rows", "system", "query", "answer")
     return dict.fromkeys(tables.PlantedScores.columns(), texts) | {"pair_id": _of("planted_rows", "pair_id")}
 
 
-def _calibration() -> dict[str, tuple[Column, ...]]:
+def calibration() -> dict[str, Sources]:
     """Which numbers there are is a matter of the settings; each is of all that the two sides rest on."""
     judged = _merged(
         _of("planted_rows", "pair_id", "defect", "original_pair_id"),
@@ -212,23 +226,6 @@ def _calibration() -> dict[str, tuple[Column, ...]]:
     )
     keys = tables.Calibration.primary_key()
     return {column: () if column in keys else judged for column in tables.Calibration.columns()}
-
-
-DERIVED: dict[str, dict[str, tuple[Column, ...]]] = {
-    "raw_data": dict.fromkeys(tables.RawData.columns(), ()),
-    "signatures": _signatures(),
-    "screened_data": _screened_data(),
-    "logprobs": _logprobs(),
-    "rmi_scores": _rmi_scores(),
-    "rank_reference": _rank_reference(),
-    "disagreement_scores": _disagreement_scores(),
-    "decisions": _decisions(),
-    "selected_subset": _selected_subset(),
-    "planted_rows": _planted_rows(),
-    "planted_scores": _planted_scores(),
-    "calibration": _calibration(),
-}
-"""Sources by table and column, tables in the order in which they are made."""
 
 
 EXPORTED: dict[str, tuple[str, ...]] = {
@@ -275,45 +272,43 @@ def by_table(sources: Iterable[Column]) -> dict[str, list[str]]:
     return found
 
 
-def derivations() -> list[Derivation]:
+def derivations(derived: ColumnSources) -> list[Derivation]:
     """Every column of every stored table, in the order of the schema, as rows to print."""
     return [
-        Derivation(table, column, DERIVED[table][column])
-        for table in DERIVED
-        for column in tables.STORED_TABLES[table].columns()
+        Derivation(table, column, sources) for table, columns in derived.items() for column, sources in columns.items()
     ]
 
 
-def sources_in(table: str, inputs: Collection[str]) -> dict[str, tuple[Column, ...]]:
-    """Sources of each of a table's columns, of those tables alone that it was made from."""
+def sources_in(derived: ColumnSources, table: str, inputs: Collection[str]) -> dict[str, Sources]:
+    """Sources of each of a table's columns, restricted to the tables that it was made from."""
     return {
-        column: tuple(source for source in sources if source[0] in inputs) for column, sources in DERIVED[table].items()
+        column: tuple(source for source in sources if source[0] in inputs) for column, sources in derived[table].items()
     }
 
 
-def of_table(table: str) -> list[Derivation]:
+def of_table(derived: ColumnSources, table: str) -> list[Derivation]:
     """The columns of a table.
 
     Raises:
-        ValueError: there is no such table; the text says which there are.
+        ValueError: there is no such table; the text names the tables that there are.
     """
-    if table not in DERIVED:
-        raise ValueError(f"{table!r} is no table; known: {', '.join(DERIVED)}")
-    return [row for row in derivations() if row.table == table]
+    if table not in derived:
+        raise ValueError(f"{table!r} is no table; known: {', '.join(derived)}")
+    return [Derivation(table, column, sources) for column, sources in derived[table].items()]
 
 
-def ancestry(table: str, column: str) -> list[Derivation]:
-    """The column and everything that it goes back to, each once: its own sources first, raw_data last.
+def ancestry(derived: ColumnSources, table: str, column: str) -> list[Derivation]:
+    """The column and everything that it is derived from, each once: its own sources first, raw_data last.
 
     Raises:
-        ValueError: there is no such table or column; the text says which there are.
+        ValueError: there is no such table or column; the text names those that there are.
     """
-    of_table(table)
-    if column not in DERIVED[table]:
-        raise ValueError(f"{table} has no column {column!r}; it has {', '.join(DERIVED[table])}")
+    of_table(derived, table)
+    if column not in derived[table]:
+        raise ValueError(f"{table} has no column {column!r}; it has {', '.join(derived[table])}")
     wanted: set[Column] = {(table, column)}
     found = []
-    for derivation in reversed(derivations()):  # Sources lie in tables that are made before.
+    for derivation in reversed(derivations(derived)):  # A table's sources are declared before it.
         if (derivation.table, derivation.column) in wanted:
             found.append(derivation)
             wanted.update(derivation.sources)

@@ -502,29 +502,6 @@ class Difference(_RowKey):
     reason_after = dy.String(nullable=True, description="The reason of that decision.")
 
 
-TABLES: dict[str, type[dy.Schema]] = {
-    "raw_data": RawData,
-    "signatures": Signatures,
-    "screened_data": ScreenedData,
-    "logprobs": Logprobs,
-    "rmi_scores": RmiScores,
-    "disagreement_scores": DisagreementScores,
-    "decisions": Decisions,
-    "selected_subset": SelectedSubset,
-}
-"""Stored tables of a batch by asset name, in the order in which they are made."""
-
-CALIBRATION_TABLES: dict[str, type[dy.Schema]] = {
-    "planted_rows": PlantedRows,
-    "planted_scores": PlantedScores,
-    "calibration": Calibration,
-}
-"""Stored tables of a batch that is calibrated, likewise. No other table is made of them."""
-
-STORED_TABLES = TABLES | CALIBRATION_TABLES | {"rank_reference": RankReference}
-"""All tables that are stored by the name of their asset; a rank_reference is of several batches."""
-
-
 class TableError(ValueError):
     """A frame does not fit its table: a fault of the code, raised before anything is written."""
 

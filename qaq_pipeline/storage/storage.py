@@ -43,6 +43,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.schema.row_place import ROW_KEY
@@ -284,12 +285,12 @@ class Storage:
     # --- tables ------------------------------------------------------------------------------------------------
 
     def write_table(self, table: StoredTable, name: str, *partition: str) -> None:
-        """Write a table of `schema.STORED_TABLES`, with its provenance in the footer.
+        """Write a table of the pipeline, with its provenance in the footer.
 
         Raises:
             schema.TableError: the frame does not fit; nothing is written.
         """
-        frame = tables.enforce(tables.STORED_TABLES[name], table.frame)
+        frame = tables.enforce(PIPELINE[name].table, table.frame)
         footer = {"provenance": table.provenance, "data_version": table.data_version}
         self.write_bytes(_parquet_bytes(frame, footer), *_table_path(name, partition))
         if name in _INDEXED:
@@ -310,7 +311,7 @@ class Storage:
             raise StorageError(
                 f"{self.url(*parts)}: cannot be read as a table ({error}); materialise it anew"
             ) from error
-        if dict(table.frame.schema) != tables.dtypes(tables.STORED_TABLES[name]):
+        if dict(table.frame.schema) != tables.dtypes(PIPELINE[name].table):
             raise StorageError(f"{self.url(*parts)}: written by another version of {name}; materialise it anew")
         if _hash_body(data) != table.data_version:
             raise StorageError(f"{self.url(*parts)}: changed since it was written; materialise it anew")
@@ -681,8 +682,8 @@ class Storage:
 
 
 def _table_path(name: str, partition: Sequence[str]) -> tuple[str, ...]:
-    if name not in tables.STORED_TABLES:
-        raise StorageError(f"{name!r} is no table; known: {', '.join(tables.STORED_TABLES)}")
+    if name not in PIPELINE.tables():
+        raise StorageError(f"{name!r} is no table; known: {', '.join(PIPELINE.tables())}")
     for part in partition:
         check_batch_name(part)
     return (name, *partition, _TABLE_FILE)

@@ -17,12 +17,15 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import RuntimeSettings, Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.ingest import landing
-from qaq_pipeline.orchestration.jobs import STAGES
+from qaq_pipeline.orchestration.jobs import CURATING
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import refresh, registration, status
 from qaq_pipeline.runs.job_runs import Events, RunError
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, LockHolder, delivered_rows, write_jsonl
+
+STAGES = PIPELINE.jobs(*CURATING)
 
 SettingsFor = Callable[..., Settings]
 

@@ -21,13 +21,16 @@ import yaml
 from qaq_pipeline.cli import app
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.freshness.staleness import Outdated
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.status import BatchStatus, TableStatus
 from qaq_pipeline.runs.summary import BatchSummary, ModelSummary
-from qaq_pipeline.schema.tables import TABLES, Calibration, dtypes
+from qaq_pipeline.schema.tables import Calibration, dtypes
 from qaq_pipeline.storage.storage import StoredTable, open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, pair_name, store_batch
+
+TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 QAQ = Path(sys.executable).with_name("qaq")
 BRACKETS = "a[bold]b.jsonl"

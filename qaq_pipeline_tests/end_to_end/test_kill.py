@@ -19,12 +19,14 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs import home, registration, run_batch
 from qaq_pipeline.runs.summary import BatchSummary
-from qaq_pipeline.schema.tables import TABLES
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
+
+TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

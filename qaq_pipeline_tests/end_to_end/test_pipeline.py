@@ -25,13 +25,14 @@ from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.assets import build_assets
-from qaq_pipeline.orchestration.jobs import CALIBRATION_STAGES, PAGES, STAGES, build_job_defs
+from qaq_pipeline.orchestration.jobs import CURATING, build_job_defs
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import job_runs, refresh, registration, run_batch, status
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.run_batch import RunError
 from qaq_pipeline.runs.summary import BatchSummary
-from qaq_pipeline.schema.tables import CALIBRATION_TABLES, STORED_TABLES, TABLES, Logprobs, dtypes
+from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
 from qaq_pipeline.scoring.runtime import ScoredPairs
@@ -39,6 +40,13 @@ from qaq_pipeline.screening import contamination
 from qaq_pipeline.storage.storage import Storage, StorageError, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, IDENTITY, pair_name
+
+CALIBRATION_STAGES = PIPELINE.jobs(Purpose.CALIBRATION)
+CALIBRATION_TABLES = PIPELINE.tables(Purpose.CALIBRATION)
+PAGES = PIPELINE.jobs(Purpose.PAGE)
+STAGES = PIPELINE.jobs(*CURATING)
+STORED_TABLES = PIPELINE.tables()
+TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 SettingsFor = Callable[..., Settings]
 Deliver = Callable[..., Path]

@@ -17,9 +17,10 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.orchestration.assets import build_assets
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store
-from qaq_pipeline.schema import column_lineage, tables
+from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.support.browsing import latest_value, metadata_value, row_of, seen, take_picture, watched
 from qaq_pipeline_tests.support.server import NEEDS_CHROMIUM, REPOSITORY, curated_ui, variables_of, write_profile
@@ -168,7 +169,7 @@ def assert_defined(page: Page, spec: dg.AssetSpec) -> None:
 
 def assert_columns(page: Page, name: str) -> None:
     """Every column with its type and its description, none of which is cut."""
-    for column, definition in tables.STORED_TABLES[name].columns().items():
+    for column, definition in PIPELINE.tables()[name].columns().items():
         row = row_of(page, column)
         assert definition.description, f"{name}.{column}"
         expect(row).to_contain_text(definition.description.replace("`", ""))
@@ -184,7 +185,9 @@ def test_a_page_says_of_what_its_columns_are_made(page: Page, site: Site, pictur
     page.goto(f"{site.url}/assets/disagreement_scores?view=partitions&partition={BATCH}")
 
     table = metadata_value(page, "columns_made_of")
-    for column, sources in column_lineage.sources_in("disagreement_scores", {"rmi_scores"}).items():
+    for column, sources in column_lineage.sources_in(
+        PIPELINE.column_sources, "disagreement_scores", {"rmi_scores"}
+    ).items():
         row = table.get_by_role("row").filter(has=page.get_by_text(column, exact=True)).first
         for name, source in sources:
             expect(seen(row, f"{name}.{source}")).to_be_visible()

@@ -21,13 +21,13 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import lineage, trace, verify
 from qaq_pipeline.lineage.lineage import Lineage, LineageError, State, Table
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import registration, run_batch
-from qaq_pipeline.schema import tables
 from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
 
-NUM_TABLES = len(tables.TABLES) + 2
+NUM_TABLES = len(PIPELINE.tables_of_batch(Purpose.CURATION)) + 2
 """Two of them are there for each of two models."""
 
 
@@ -135,7 +135,7 @@ def test_a_version_goes_back_to_every_table_shard_and_delivered_file(walked: Lin
     for batch in walked.batches:
         names = [table.name for table in batch.tables]
         assert len(names) == NUM_TABLES
-        assert set(names) == set(tables.TABLES)
+        assert set(names) == set(PIPELINE.tables_of_batch(Purpose.CURATION))
         assert {table.state for table in batch.tables} == {State.AS_PUBLISHED}
         for table in batch.tables:
             assert storage.table_version(table.name, *table.partition) == table.entered == table.stored
@@ -378,7 +378,7 @@ def test_of_a_saved_folder_only_the_arrow_file_holds_records() -> None:
 def test_a_row_goes_through_its_tables_and_the_shards_of_its_pair(walked: Lineage, storage: Storage) -> None:
     (path,) = trace.trace(storage, walked, "b1/b1.jsonl:1")
     rows = {row.table.name: row for row in path.tables}
-    assert set(tables.TABLES) - {"selected_subset"} <= set(rows)
+    assert set(PIPELINE.tables_of_batch(Purpose.CURATION)) - {"selected_subset"} <= set(rows)
     for row in path.tables:
         frame = storage.read_table(row.table.name, *row.table.partition).frame
         stored = frame.row(row.number - 1, named=True)

@@ -13,7 +13,8 @@ import pytest
 
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings, ScreeningSettings, Settings
 from qaq_pipeline.orchestration.checks import build_checks
-from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, build_job_defs
+from qaq_pipeline.orchestration.jobs import build_job_defs
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import curated_dataset
 from qaq_pipeline.publication.curated_dataset import read_batches
 from qaq_pipeline.publication.versions import FOLDER
@@ -25,6 +26,8 @@ from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.storage import Storage, StoredTable, open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, raw_rows, rejected, rmi_rows, store_batch
+
+REFERENCE_JOB = PIPELINE["rank_reference"].job
 
 SettingsFor = Callable[..., Settings]
 

@@ -13,12 +13,13 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.config.settings import ExportSettings
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import curated_dataset, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.column_lineage import DERIVED, Column
+from qaq_pipeline.schema.column_lineage import Column
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
@@ -29,6 +30,8 @@ from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
 from qaq_pipeline_tests.support.frames import rejected
 from qaq_pipeline_tests.support.server import CHROMIUM, CHROMIUM_OPTIONS, NEEDS_CHROMIUM
+
+DERIVED = PIPELINE.column_sources
 
 MADE = Made("2026-11-25T12:00:00+00:00", "a-run", "1-x")
 EVERY_FORMAT = ("alpaca", "messages", "parquet", "prompt_completion", "sharegpt")
@@ -246,7 +249,7 @@ def test_a_batch_page_says_of_each_column_of_every_stored_table_what_it_is_made_
     found = lineage_of(hostile)
     assert found == {
         table: {column: set(DERIVED[table][column]) for column in stored.columns()}
-        for table, stored in tables.STORED_TABLES.items()
+        for table, stored in PIPELINE.tables().items()
     }
     assert list(found) == list(DERIVED)
     assert f'<h3>raw_data</h3> <span class="muted">{len(tables.RawData.columns())} columns</span>' in hostile.decode()

@@ -22,6 +22,7 @@ from qaq_pipeline.automation import sensors
 from qaq_pipeline.config.load import load_settings, parse_settings
 from qaq_pipeline.config.settings import ReferenceSettings, Settings
 from qaq_pipeline.orchestration import checks
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables, vocabularies
 from qaq_pipeline.storage import storage
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
@@ -99,7 +100,7 @@ def test_every_word_of_a_vocabulary_has_its_meaning_on_the_page() -> None:
 def test_every_declared_table_is_on_the_page() -> None:
     declared = {one for one in vars(tables).values() if isinstance(one, type) and issubclass(one, dy.Schema)}
     public = {one for one in declared if one.__module__ == tables.__name__ and not one.__name__.startswith("_")}
-    assert public == {*tables.STORED_TABLES.values(), *(table for table, _ in generate.OTHER_FILES.values())}
+    assert public == {*PIPELINE.tables().values(), *(table for table, _ in generate.OTHER_FILES.values())}
 
 
 def test_a_page_without_its_markers_is_an_error() -> None:

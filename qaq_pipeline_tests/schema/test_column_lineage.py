@@ -14,21 +14,12 @@ import yaml
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets import build_assets
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import exports
 from qaq_pipeline.runs import registration, run_batch
-from qaq_pipeline.schema.column_lineage import DERIVED, Column, ancestry, derivations, of_records, of_scores, sources_in
+from qaq_pipeline.schema.column_lineage import Column, ancestry, derivations, of_records, of_scores, sources_in
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.tables import (
-    STORED_TABLES,
-    TABLES,
-    Calibration,
-    Contamination,
-    Decisions,
-    Logprobs,
-    RawData,
-    SelectedSubset,
-    dtypes,
-)
+from qaq_pipeline.schema.tables import Calibration, Contamination, Decisions, Logprobs, RawData, SelectedSubset, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.screening import duplicates
@@ -36,6 +27,10 @@ from qaq_pipeline.screening.screen import screen, texts_of
 from qaq_pipeline.selection import decisions, rank_reference, strategies
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected
+
+DERIVED = PIPELINE.column_sources
+STORED_TABLES = PIPELINE.tables()
+TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 SETTINGS = parse_settings(
     yaml.safe_dump(
@@ -53,13 +48,13 @@ SETTINGS = parse_settings(
 def test_every_column_of_every_table_is_declared_and_no_other() -> None:
     declared = {table: set(columns) for table, columns in DERIVED.items()}
     assert declared == {table: set(made.columns()) for table, made in STORED_TABLES.items()}
-    rows = [(row.table, row.column) for row in derivations()]
+    rows = [(row.table, row.column) for row in derivations(DERIVED)]
     assert len(rows) == len(set(rows)) == sum(map(len, declared.values()))
 
 
 def test_every_source_is_a_column_of_a_table_that_is_made_before() -> None:
     order = list(DERIVED)
-    for row in derivations():
+    for row in derivations(DERIVED):
         assert len(set(row.sources)) == len(row.sources)
         for table, column in row.sources:
             assert column in STORED_TABLES[table].columns(), (row, table, column)
@@ -77,7 +72,7 @@ def test_the_sources_of_a_table_are_exactly_the_tables_that_its_asset_depends_on
 
 
 def test_only_what_is_of_the_delivery_the_settings_or_a_partition_has_no_source() -> None:
-    without = {(row.table, row.column) for row in derivations() if not row.sources}
+    without = {(row.table, row.column) for row in derivations(DERIVED) if not row.sources}
     of_raw_data = {("raw_data", column) for column in RawData.columns()}
     assert without == of_raw_data | {
         ("rank_reference", "model"),
@@ -88,7 +83,7 @@ def test_only_what_is_of_the_delivery_the_settings_or_a_partition_has_no_source(
 
 
 def test_ancestry_goes_back_to_the_delivered_text_each_column_once() -> None:
-    rows = ancestry("rmi_scores", "rmi")
+    rows = ancestry(DERIVED, "rmi_scores", "rmi")
     assert (rows[0].table, rows[0].column) == ("rmi_scores", "rmi")
     assert {row.column for row in rows if row.table == "raw_data"} == {"system", "query", "answer"}
     assert len({(row.table, row.column) for row in rows}) == len(rows)
@@ -97,15 +92,17 @@ def test_ancestry_goes_back_to_the_delivered_text_each_column_once() -> None:
 
 def test_a_name_that_is_none_is_refused_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"'scores' is no table; known: raw_data, signatures"):
-        ancestry("scores", "rmi")
-    with pytest.raises(ValueError, match=r"logprobs has no column 'rmi'; it has sum_nll_q"):
-        ancestry("logprobs", "rmi")
+        ancestry(DERIVED, "scores", "rmi")
+    with pytest.raises(ValueError, match=r"logprobs has no column 'rmi'; it has pair_id, sum_nll_q"):
+        ancestry(DERIVED, "logprobs", "rmi")
 
 
 def test_of_tables_that_were_no_input_nothing_comes() -> None:
-    of_batch = sources_in("disagreement_scores", {"rmi_scores"})
+    of_batch = sources_in(DERIVED, "disagreement_scores", {"rmi_scores"})
     assert set(of_batch["rank_strong"]) == {("rmi_scores", name) for name in ("pair_id", "log_ppl_q", "rmi")}
-    assert {table for table, _ in sources_in("disagreement_scores", {"rmi_scores", "rank_reference"})["gap"]} == {
+    assert {
+        table for table, _ in sources_in(DERIVED, "disagreement_scores", {"rmi_scores", "rank_reference"})["gap"]
+    } == {
         "rmi_scores",
         "rank_reference",
     }
@@ -353,4 +350,4 @@ def test_every_materialisation_says_what_its_columns_come_from(
             for column, deps in lineage.deps_by_column.items()
         }
         made_of = set(DERIVED) - {"rank_reference"}
-        assert found == {column: sorted(sources) for column, sources in sources_in(table, made_of).items()}
+        assert found == {column: sorted(sources) for column, sources in sources_in(DERIVED, table, made_of).items()}

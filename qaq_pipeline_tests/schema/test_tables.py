@@ -6,17 +6,9 @@ import dataframely as dy
 import polars as pl
 import pytest
 
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.tables import (
-    STORED_TABLES,
-    CachedScores,
-    Logprobs,
-    RawData,
-    ScreenedData,
-    TableError,
-    dtypes,
-    enforce,
-)
+from qaq_pipeline.schema.tables import CachedScores, Logprobs, RawData, ScreenedData, TableError, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import (
     Decision,
     DuplicateReason,
@@ -26,6 +18,8 @@ from qaq_pipeline.schema.vocabularies import (
     SelectionReason,
     Status,
 )
+
+STORED_TABLES = PIPELINE.tables()
 
 ALL_TABLES = [*STORED_TABLES.values(), CachedScores]
 PAIR_ID = "0123456789abcdef" * 2

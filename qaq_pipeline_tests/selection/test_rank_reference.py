@@ -26,7 +26,8 @@ from qaq_pipeline.config.settings import RankingSettings, Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME
-from qaq_pipeline.orchestration.jobs import REFERENCE_JOB, SELECTING, build_job_defs
+from qaq_pipeline.orchestration.jobs import build_job_defs
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema import vocabularies
@@ -45,6 +46,9 @@ from qaq_pipeline_tests.end_to_end.test_pipeline import (
 )
 from qaq_pipeline_tests.orchestration import test_checks
 from qaq_pipeline_tests.support.frames import pair_name, rmi_rows
+
+REFERENCE_JOB = PIPELINE["rank_reference"].job
+SELECTING = PIPELINE["disagreement_scores"].job
 
 SettingsFor = Callable[..., Settings]
 Deliver = Callable[..., Path]

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.schema.vocabularies import Quantity
@@ -140,10 +141,10 @@ def test_the_footer_of_the_file_says_what_made_it(storage: Storage) -> None:
     assert footer == {"provenance": PROVENANCE, "data_version": table.data_version}
 
 
-@pytest.mark.parametrize("name", list(tables.STORED_TABLES))
+@pytest.mark.parametrize("name", list(PIPELINE.tables()))
 def test_a_table_without_rows_is_stored_too(storage: Storage, name: str) -> None:
-    storage.write_table(StoredTable(empty(tables.STORED_TABLES[name])), name, "b1")
-    assert storage.read_table(name, "b1").frame.equals(empty(tables.STORED_TABLES[name]))
+    storage.write_table(StoredTable(empty(PIPELINE.tables()[name])), name, "b1")
+    assert storage.read_table(name, "b1").frame.equals(empty(PIPELINE.tables()[name]))
 
 
 def test_partitions_of_a_table_do_not_mix(storage: Storage) -> None:
