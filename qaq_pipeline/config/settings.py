@@ -334,7 +334,6 @@ class CalibrationSettings(Closed):
         le=1,
         description="A model's RMI must tell rows from those with another answer with an AUROC of this at least.",
     )
-    bootstrap_samples: int = Field(2000, ge=100, le=100_000, description="Resamples behind an interval.")
 
     @model_validator(mode="after")
     def _defects(self) -> Self:
