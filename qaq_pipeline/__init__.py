@@ -15,7 +15,7 @@ The packages, from the stored tables up; each imports only from those above it i
     publication    versions of the dataset, training files, dataset card, hub
     freshness      which stored tables are stale
     lineage        from a version back to its deliveries
-    reports        summaries, plots, audit pages; pages/ holds their templates
+    reports        summaries, plots, audit pages; pages/ holds their templates, and that of the dataset card
     orchestration  the Dagster definitions (assets, checks, jobs, resources)
     runs           runs started from this process
     automation     sensors and the schedule

@@ -38,6 +38,7 @@ MEASURES = (
 MEASURES_OF_BOTH = ("gap", "rank_sum")
 
 CONFIDENCE = 0.95
+BOOTSTRAP_SAMPLES = 2000
 
 _OF_IFD = ("ifd_ppl", "log_ppl_a_given_q")
 _POOL = "calibration"
@@ -130,7 +131,6 @@ def _unknown(reason: UnknownReason, num_clean: int = 0, num_planted: int = 0) ->
 
 
 def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
-    samples, seed = settings.calibration.bootstrap_samples, settings.calibration.seed
     has_ifd = "ifd" in settings.scoring.quantities
     for defect in settings.calibration.defects:
         twins = None if judged is None else _twins(judged, defect)
@@ -141,7 +141,8 @@ def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str,
                 found = paired = _unknown(UnknownReason.NOT_PLANTED)
             else:
                 clean, planted = (twins[name].cast(pl.Float64).to_numpy() for name in (column, f"{column}:planted"))
-                found, paired = auroc(clean, planted, samples, seed), paired_share(clean, planted)
+                found = auroc(clean, planted, BOOTSTRAP_SAMPLES, settings.calibration.seed)
+                paired = paired_share(clean, planted)
             yield _row(Statistic.AUROC, defect, model, measure, found)
             if measure == "rmi":
                 yield _row(Statistic.PAIRED_SHARE, defect, model, measure, paired)

@@ -1,1 +1,1 @@
-"""The settings file as closed pydantic models, and how it is read. What a setting does is said where it is used."""
+"""The settings file as closed pydantic models, and how it is read. The modules that use a setting say what it does."""

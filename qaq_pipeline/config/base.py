@@ -1,4 +1,4 @@
-"""What every settings model shares: the closed base class, its error, names and hashes.
+"""Parts that the settings models share: the closed base class, the error, the patterns of names, and the hash.
 
 Does not belong here: a setting.
 """
@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_jsonable_python
 
 ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
-SELECTION_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
-CONTROL_STRATEGIES = ("random", "stratified_random")
-CONTROL_PREFIX = "control_"
+NAME = r"^[a-z][a-z0-9_-]{0,63}$"
+"""A selection, a reference or a benchmark."""
 
 
 class SettingsError(ValueError):
@@ -22,9 +21,9 @@ class SettingsError(ValueError):
 
 
 class Closed(BaseModel):
-    """Frozen, and without fields that are not declared."""
+    """A frozen model that refuses fields that are not declared."""
 
-    # SettingsError shows the values that may be shown.
+    # Input is hidden since it may be a secret: SettingsError shows the values that may be shown.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 

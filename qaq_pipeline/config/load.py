@@ -1,4 +1,4 @@
-"""Reads the settings file, and says where QAQ_HOME and DAGSTER_HOME are.
+"""The reading of the settings file, and the folders QAQ_HOME and DAGSTER_HOME.
 
 The file is named by `QAQ_CONFIG`; without it the packaged demo profile is read. `QAQ_HOME` (default `./var`) holds
 the Dagster home, the storage and the model cache unless the file says otherwise. Neither is read at import.
@@ -49,7 +49,7 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
 
 
 def parse_settings(text: str, name: str = "settings") -> Settings:
-    """Settings from YAML text; `name` stands for the file in errors. Raises `SettingsError`."""
+    """Settings from YAML text; `name` is the file's name in errors. Raises `SettingsError`."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -57,12 +57,9 @@ def parse_settings(text: str, name: str = "settings") -> Settings:
     if not isinstance(values, dict):
         raise SettingsError(f"{name}: a mapping of settings is expected, not {type(values).__name__}")
     try:
-        settings = Settings.model_validate(values)
+        return Settings.model_validate(values, context={"home": home_directory()})
     except ValidationError as error:
         raise SettingsError(_describe(error, name)) from error
-    settings._home = home_directory()
-    settings._check_places()
-    return settings
 
 
 def _read_profile(source: str) -> tuple[str, str]:

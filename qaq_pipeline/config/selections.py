@@ -9,7 +9,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qaq_pipeline.config.base import ROLE_NAME, SELECTION_NAME, Closed
+from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed
+
+CONTROL_STRATEGIES = ("random", "stratified_random")
+CONTROL_PREFIX = "control_"
+"""Begins the name of a control: it is followed by the control's strategy."""
 
 
 class Budget(Closed):
@@ -34,7 +38,7 @@ class Budget(Closed):
         return self
 
 
-_NAME = Field(pattern=SELECTION_NAME, description="Name of the selection, as in the decisions and the exports.")
+_NAME = Field(pattern=NAME, description="Name of the selection, as in the decisions and the exports.")
 _ROLE = Field("strong", pattern=ROLE_NAME, description="Role of the model whose score is used.")
 _BUDGET = Field(Budget(fraction=0.25, count=None, answer_tokens=None), description="How much is taken.")
 
@@ -46,7 +50,6 @@ class _Disagreement(Closed):
     rank_strong: tuple[float, float] | None = Field(
         None, description="Take only pairs with lo < rank_strong <= hi: keeps out what both models rank low."
     )
-
     rmi_strong: tuple[float | None, float | None] | None = Field(
         None,
         description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no end. A "
@@ -55,7 +58,7 @@ class _Disagreement(Closed):
 
     @model_validator(mode="after")
     def _range(self) -> Self:
-        check_range("rank_strong", self.rank_strong)
+        _check_range("rank_strong", self.rank_strong)
         low, high = self.rmi_strong or (None, None)
         if low is not None and high is not None and not low < high:
             raise ValueError(f"rmi_strong must be [lo, hi] with lo < hi; got {[low, high]}")
@@ -84,7 +87,7 @@ class RmiBandSelection(Closed):
 
     @model_validator(mode="after")
     def _range(self) -> Self:
-        check_range("band", self.band)
+        _check_range("band", self.band)
         return self
 
 
@@ -153,7 +156,7 @@ Selection = Annotated[
 ]
 
 
-def check_range(field: str, value: tuple[float, float] | None) -> None:
+def _check_range(field: str, value: tuple[float, float] | None) -> None:
     """Raise ValueError where the range is empty."""
     if value is not None and not 0 <= value[0] < value[1] <= 1:
         raise ValueError(f"{field} must be [lo, hi] with 0 <= lo < hi <= 1; got {list(value)}")

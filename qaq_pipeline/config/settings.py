@@ -1,10 +1,7 @@
-"""The settings: one YAML file, read into frozen, closed pydantic models.
+"""The sections of the settings file as frozen, closed pydantic models, and `Settings`, the whole file.
 
-Belongs here: every knob a user can turn, with its description, unit and bounds, and the reading of the file.
-Does not belong here: what a knob does.
-
-The file is named by `QAQ_CONFIG`; without it the packaged demo profile is read. `QAQ_HOME` (default `./var`) holds
-the Dagster home, the storage and the model cache unless the file says otherwise. Neither is read at import.
+Belongs here: every field that a user can set, with its description, unit and bounds. Does not belong here: what a field
+does, the reading of the file (`config.load`), and the fields of a selection (`config.selections`).
 """
 
 from __future__ import annotations
@@ -15,19 +12,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from qaq_pipeline.config.base import (
+from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed
+from qaq_pipeline.config.selections import (
     CONTROL_PREFIX,
     CONTROL_STRATEGIES,
-    ROLE_NAME,
-    SELECTION_NAME,
-    Closed,
-    SettingsError,
+    DiffSelection,
+    IfdSelection,
+    LengthSelection,
+    PplSelection,
+    Selection,
 )
-from qaq_pipeline.config.selections import DiffSelection, IfdSelection, LengthSelection, PplSelection, Selection
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.schema.vocabularies import Defect
-
-DEFAULT_SYSTEM_PROMPT = "You are a helpful coding assistant."
 
 
 class RecordSettings(Closed):
@@ -58,7 +54,7 @@ class DuplicateSettings(Closed):
 class BenchmarkSettings(Closed):
     """A benchmark whose tasks must not be trained on: a file as HumanEval, MBPP or LiveCodeBench are published."""
 
-    name: str = Field(pattern=SELECTION_NAME, description="Name of the benchmark, as in the evidence.")
+    name: str = Field(pattern=NAME, description="Name of the benchmark, as in the evidence.")
     path: str = Field(description="Local path or any fsspec URL of the file: JSONL or JSON, perhaps gzipped.")
 
 
@@ -145,7 +141,6 @@ class LandingSettings(Closed):
         description="Whether only the marker says so; else a delivery whose files stay the same for two looks is.",
     )
     interval_seconds: int = Field(30, ge=1, description="How often is looked, in seconds.")
-    max_deliveries_per_tick: int = Field(25, ge=1, le=25, description="Deliveries that are taken at one look, at most.")
 
 
 class AutomationSettings(Closed):
@@ -196,7 +191,8 @@ class ModelSettings(Closed):
         "the same family. Default: the model's own.",
     )
     system_prompt: str = Field(
-        DEFAULT_SYSTEM_PROMPT, description="The system prompt of every pass; a row's own system text replaces it."
+        "You are a helpful coding assistant.",
+        description="The system prompt of every pass; a row's own system text replaces it.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the weights. `auto`: bfloat16 where natively fast, else float32."
@@ -269,9 +265,7 @@ class RuntimeSettings(Closed):
 class ReferenceSettings(Closed):
     """A frozen pool: the scored pairs of some batches, which ranks and cuts of every batch can be taken against."""
 
-    name: str = Field(
-        pattern=SELECTION_NAME, description="Name of the reference. It is frozen: other batches need another name."
-    )
+    name: str = Field(pattern=NAME, description="Name of the reference. It is frozen: other batches need another name.")
     batches: tuple[str, ...] = Field(
         min_length=1,
         description="Batches whose pairs it holds; a pair of several counts once, as in the first of them.",
@@ -340,7 +334,6 @@ class CalibrationSettings(Closed):
         le=1,
         description="A model's RMI must tell rows from those with another answer with an AUROC of this at least.",
     )
-    bootstrap_samples: int = Field(2000, ge=100, le=100_000, description="Resamples behind an interval.")
 
     @model_validator(mode="after")
     def _defects(self) -> Self:
@@ -359,7 +352,7 @@ class ExportSettings(Closed):
         description="messages, prompt_completion, sharegpt: JSONL. alpaca: JSON. parquet: messages as Parquet. hf: "
         "messages as a folder of `save_to_disk`, with the extra `datasets`.",
     )
-    selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=SELECTION_NAME)], ...] = Field(
+    selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=NAME)], ...] = Field(
         "published",
         description="published: the published selection and its controls. all, or names: these other ones as well.",
     )
@@ -483,6 +476,10 @@ class Settings(Closed):
 
     _home: Path = PrivateAttr(default=Path("var"))
 
+    def model_post_init(self, context: Any, /) -> None:
+        """Take QAQ_HOME from the key `home` of the context, where there is one."""
+        self._home = (context or {}).get("home", self._home)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         missing = [role for role in ("strong", "weak") if role not in self.models]
@@ -518,14 +515,16 @@ class Settings(Closed):
         if query_side and "rmi" not in self.scoring.quantities:
             raise ValueError(f"selections: {selection.name!r} needs `rmi` in scoring.quantities")
 
-    def _check_places(self) -> None:
+    @model_validator(mode="after")
+    def _places(self) -> Self:
         """The landing zone lies neither in the storage nor around it: the pipeline would take its own files in."""
         zone, stored = (f"{url.rstrip('/')}/" for url in (self.landing_url, self.storage_root))
         if zone.startswith(stored) or stored.startswith(zone):
-            raise SettingsError(
+            raise ValueError(
                 f"landing.url: {self.landing_url!r} and storage.root {self.storage_root!r} lie in one another; take "
                 "two folders"
             )
+        return self
 
     @property
     def is_calibrated(self) -> bool:

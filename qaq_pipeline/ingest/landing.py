@@ -32,6 +32,8 @@ _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "l
 """What stores call the signs that a file is another, or was written anew."""
 _MAX_FILES = 10_000
 _MAX_NAME = 200
+_MOST_PER_LOOK = 25
+"""Deliveries that are taken at one look."""
 
 
 class LandingError(ValueError):
@@ -236,7 +238,7 @@ def complete(found: Look, seen: Seen, settings: LandingSettings) -> tuple[list[L
         is_stable = seen.waiting.get(entry) == fingerprint
         is_said = landed.is_marked and (is_stable or entry not in seen.taken)
         is_complete = not landed.is_unfinished and (is_said or (is_stable and not settings.require_marker))
-        if is_complete and len(ready) < settings.max_deliveries_per_tick:
+        if is_complete and len(ready) < _MOST_PER_LOOK:
             ready.append(landed)
             taken[entry] = fingerprint
         else:

@@ -57,7 +57,7 @@ class Alert:
     """Of the Dagster run that it tells of, or that found it."""
 
 
-def gated(batch: str, gate: Gate, run_id: str | None = None) -> Alert:
+def gated(batch: str, gate: Gate, run_id: str) -> Alert:
     """The alert of a batch that goes no further."""
     return Alert(
         subject=f"Batch {batch} is gated ({gate.reason.value})",

@@ -1,6 +1,7 @@
-"""The card of a published version: what lies in it and how it was chosen, as a Hugging Face dataset card.
+"""The card of a published version: its content and how it was chosen, as a Hugging Face dataset card.
 
-Belongs here: the words, and the metadata before them. Does not belong here: what enters a version.
+Belongs here: the numbers, and the metadata before the text. Does not belong here: the text (`pages/dataset_card.md`),
+and what enters a version.
 
 A card is one of the files whose hashes make the version: it holds no time, no run, no path of a machine, and not the
 version itself.
@@ -11,18 +12,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, assert_never
+from typing import Any
 
+import jinja2
 import polars as pl
 import pyarrow as pa
 import yaml
 
 from qaq_pipeline.config.selections import (
     DiffSelection,
-    IfdSelection,
-    LengthSelection,
-    PplSelection,
-    RandomSelection,
     RmiBandSelection,
     RmiTopSelection,
     Selection,
@@ -50,76 +48,19 @@ _IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "p
 
 _OF_RMI = DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection
 
-_INTRODUCTION = """\
-Pairs of a query and an answer, for training code models: {selected:,} of {rows_in:,} delivered rows, {grounds}
-
-`scores.parquet` has the scores, ranks and decision of every delivered row; `manifest.json` has the data versions and
-the settings' hashes, and the hash of it names this version.
-"""
-
-_BY_RMI = """\
-chosen by how well the answer explains the query (QAQ, arXiv:2603.12165):
-
-    RMI = log PPL(Q) - log PPL(Q | A)
-
-RMI is ranked among pairs of like PPL(Q), under each model; """
-
-_BY_IFD = """\
-chosen by instruction-following difficulty under the {model} model, the highest: how little the query helps to predict
-the answer.
-
-    {measure} = {formula}"""
-
-_IFD_FORMULAS = {"ifd_ppl": "PPL(A | Q) / PPL(A)", "ifd_loss": "log PPL(A | Q) / log PPL(A)"}
-
-_PERPLEXITIES = {
-    "log_ppl_q": "log PPL(Q)",
-    "log_ppl_q_given_a": "log PPL(Q | A)",
-    "log_ppl_a": "log PPL(A)",
-    "log_ppl_a_given_q": "log PPL(A | Q)",
-}
-
-_CONTROLS = """\
-What to compare with: {size} of the same pool, in the order of a keyed hash. `control_random` draws from the whole pool,
-`control_stratified_random` the same share from each stratum of PPL(Q).
-"""
-
-_STRATA = """\
-Distinct pairs by their stratum of PPL(Q), under each model, and how many of them this selection keeps. In a batch's own
-pool the strata are the batch's own, so that the ranges of several batches overlap.
-"""
-
-_FILES = """\
-In the folder of each selection, the same columns in every record. `FOLDER` is this folder, or its name on the hub.
-"""
-
-_LOADING = {
-    "json": '`datasets`, and what reads through it: `load_dataset(FOLDER, "{config}", split="train")`.',
-    "prompt_completion": "TRL: the loss of `prompt_completion` is on the completion alone, of `messages` on all text.",
-    "parquet": '`load_dataset(FOLDER, data_files="{selection}/messages.parquet", split="train")`.',
-    "hf": '`load_from_disk("FOLDER/{selection}/hf")`, of a local folder; Axolotl: `path: FOLDER/{selection}/hf`.',
-    "llama_factory": "LLaMA-Factory: `dataset_dir: FOLDER`, `dataset: {entry}`; `dataset_info.json` lists the others.",
-}
-"""A line on each way of loading."""
-
 _PAPER = (
-    "In the paper a quarter of the data, so chosen, trained as well as all of it, within noise: one HumanEval+ task is "
-    "0.61\n  points and a standard error about 3.5."
+    "In the paper a model trained on a quarter of the data, chosen this way, did as well as one trained on all of it, "
+    "within noise: one HumanEval+ task is 0.61 points and a standard error about 3.5."
 )
 
 _LIMITS = (
     "A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.",
-    "Whether this selection trains better than its random controls is an open question until both were trained on.",
-    "A rank compares a row with those of its pool only: its batch, or the reference that it was ranked against.",
+    "Whether this selection trains a better model than its random controls is unknown until both are trained on.",
+    "A rank compares a row only with the rows of its pool: its batch, or the reference that it was ranked against.",
     "Rows were checked for the benchmarks that the card and the page of their batch list, and for no other.",
     "Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.",
 )
 """What the numbers do not promise."""
-
-_LICENCE = """\
-The licence is that of the rows: each inherits it from the data it was delivered in, and, where a model wrote it, the
-terms of that model. This pipeline does not know them, and grants none: find them out before you use or publish it.
-"""
 
 
 def dataset_card(
@@ -142,63 +83,41 @@ def dataset_card(
         decisions: Decisions of the same rows.
         benchmarks: for each batch, the sha256 of the benchmark files that its rows were checked for, by name.
     """
-    rows_in = sum(entry["rows_in"] for entry in entries)
-    sections = {
-        "Selection": _recipe(selection),
-        "Controls": f"{_controls(selection)}\n{_table(('selection', 'rows'), exported.items())}",
-        "Files": _files(selection.name, exported, export),
-        "Batches": _batches(entries),
-        "Models": _models(entries),
-        "Strata": f"{_STRATA}\n{_strata(decisions)}",
-        "Decisions": _decisions(decisions),
-        "Decontamination": _decontamination(benchmarks, _num_flagged(screened, decisions)),
-        "What the numbers do not promise": "".join(f"- {limit}\n" for limit in limits(selection)),
-        "Licence": _LICENCE,
+    page = {
+        "metadata": yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True),
+        "title": _title(selection),
+        "selection": selection,
+        "is_of_rmi": isinstance(selection, _OF_RMI),
+        "is_of_tokens": not isinstance(selection, RmiBandSelection) and selection.budget.answer_tokens is not None,
+        "about": inspect.getdoc(type(selection)),
+        "recipe": yaml.safe_dump(selection.model_dump(mode="json"), sort_keys=False),
+        "exported": exported,
+        "rows_in": sum(entry["rows_in"] for entry in entries),
+        "batches": [(one["batch"], one["rows_in"], one["rows_selected"], one.get("pool", "")) for one in entries],
+        "identity": ("role", *(field.replace("_", " ") for field in _IDENTITY), "batches"),
+        "models": _models(entries),
+        "strata": _strata(decisions),
+        "decisions": _decisions(decisions),
+        "benchmarks": _benchmarks(benchmarks),
+        "unchecked": sorted(batch for batch, checked in benchmarks.items() if not checked),
+        "num_flagged": _num_flagged(screened, decisions),
+        "limits": limits(selection),
+        **_files(exported, export),
     }
-    introduction = _INTRODUCTION.format(selected=exported[selection.name], rows_in=rows_in, grounds=_grounds(selection))
-    body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    front = yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n# {_title(selection)}\n\n{introduction}\n{body}".encode()
+    return _template().render(page).encode()
 
 
-def _grounds(selection: Selection) -> str:
-    """By what the rows were chosen."""
-    match selection:
-        case DiffSelection() | SumSelection() | RmiBandSelection() | RmiTopSelection():
-            return _BY_RMI + _taken_ranks(selection)
-        case IfdSelection():
-            formula = _IFD_FORMULAS[selection.measure]
-            return _BY_IFD.format(model=selection.model, measure=selection.measure, formula=formula)
-        case PplSelection():
-            measure = _PERPLEXITIES[selection.measure]
-            return f"chosen by the {_end(selection.order)}\n{measure} under the {selection.model} model."
-        case LengthSelection():
-            return f"chosen by the\nlength of the answer, the longest first, in tokens of the {selection.model} model."
-        case RandomSelection():
-            share = ", the same share of every stratum of PPL(Q)" if selection.strategy == "stratified_random" else ""
-            return f"chosen at random{share}:\nin the order of a keyed hash, whatever they hold."
-    assert_never(selection)
-
-
-def _taken_ranks(selection: DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection) -> str:
-    match selection:
-        case DiffSelection():
-            return (
-                "the gap is the rank under the strong model less\n"
-                f"that under the weak one: the {_end(selection.strategy)} are taken."
-            )
-        case SumSelection():
-            return f"the {_end(selection.strategy)} sums of the ranks under the\nstrong and the weak one are taken."
-        case RmiBandSelection():
-            low, high = selection.band
-            return f"taken are the ranks in ({low:g}, {high:g}]\nunder the {selection.model} one."
-        case RmiTopSelection():
-            return f"the highest ranks under the\n{selection.model} one are taken."
-    assert_never(selection)
-
-
-def _end(order: str) -> str:
-    return "highest" if order.endswith("high") else "lowest"
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qaq_pipeline", "pages"),
+        autoescape=jinja2.select_autoescape(),  # Of HTML; in Markdown the filter `shown` escapes.
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shown"] = _shown
+    return environment.get_template("dataset_card.md")
 
 
 def _is_the_papers(selection: Selection) -> bool:
@@ -216,11 +135,6 @@ def _is_the_papers(selection: Selection) -> bool:
 def limits(selection: Selection) -> tuple[str, ...]:
     """What the numbers of a selection do not promise, in sentences."""
     return ((_PAPER,) if _is_the_papers(selection) else ()) + _LIMITS
-
-
-def _controls(selection: Selection) -> str:
-    is_of_tokens = not isinstance(selection, RmiBandSelection) and selection.budget.answer_tokens is not None
-    return _CONTROLS.format(size="at most as many answer tokens" if is_of_tokens else "as many rows")
 
 
 def _title(selection: Selection) -> str:
@@ -282,20 +196,22 @@ def _feature(arrow: pa.DataType) -> dict[str, Any]:
     return {"dtype": str(arrow)}
 
 
-def _files(name: str, exported: Mapping[str, int], export: ExportSettings) -> str:
-    """What lies in the folder of a selection, and how it is loaded."""
-    rows = [
+def _files(exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any]:
+    """The files in the folder of a selection, and the names by which readers load the first of them; None: by none."""
+    files = [
         (kind, FORMATS[kind].path, ", ".join(exports.columns(kind, has_meta=export.meta).names))
         for kind in export.formats
     ]
-    configs, entries = _configs(exported, export), exports.llama_factory_entries(exported, export.formats)
-    ways = {"json": bool(_loaded_by_json(export) and configs), "llama_factory": bool(entries)}
-    values = {"selection": name, "config": next(iter(configs), ""), "entry": next(iter(entries), "")}
-    lines = [f"- {line.format(**values)}\n" for way, line in _LOADING.items() if ways.get(way, way in export.formats)]
-    return f"{_FILES}\n{_table(('format', 'file', 'columns'), rows)}\n{''.join(lines)}"
+    json_configs = _configs(exported, export) if _loaded_by_json(export) else {}
+    return {
+        "formats": export.formats,
+        "files": files,
+        "json_config": next(iter(json_configs), None),
+        "llama_factory": next(iter(exports.llama_factory_entries(exported, export.formats)), None),
+    }
 
 
-def _strata(decisions: pl.DataFrame) -> str:
+def _strata(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
     """One row for each model and stratum, apart where a pool was so small that it has fewer strata."""
     scored = decisions.filter(pl.col("decision").is_in([Decision.SELECTED.value, Decision.NOT_SELECTED.value]))
     ranked = (
@@ -310,40 +226,26 @@ def _strata(decisions: pl.DataFrame) -> str:
         pl.col("log_ppl_q").min().alias("lowest"),
         pl.col("log_ppl_q").max().alias("highest"),
     )
-    rows = [
+    return [
         (model, f"{stratum} of {of}", pairs, selected, f"{selected / pairs:.0%}", f"{lowest:.3f} to {highest:.3f}")
         for model, of, stratum, pairs, selected, lowest, highest in strata.sort("model", "num_strata", "stratum").rows()
     ]
-    return _table(("model", "stratum", "pairs", "selected", "share kept", "log PPL(Q) of them, nats/token"), rows)
 
 
-def _recipe(selection: Selection) -> str:
-    values = yaml.safe_dump(selection.model_dump(mode="json"), sort_keys=False)
-    return f"{inspect.getdoc(type(selection))}\n\n```yaml\n{values}```\n"
-
-
-def _batches(entries: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(entry["batch"], entry["rows_in"], entry["rows_selected"], entry.get("pool", "")) for entry in entries]
-    total = ("all", sum(row[1] for row in rows), sum(row[2] for row in rows), "")
-    return _table(("batch", "rows in", "selected", "pool of its ranks"), rows, total)
-
-
-def _models(entries: Sequence[Mapping[str, Any]]) -> str:
+def _models(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str | int, ...]]:
     """One row for each role and identity, with the batches that were scored so."""
     batches: dict[tuple[str | int, ...], list[str]] = {}
     for entry in entries:
         for role, identity in entry["models"].items():
             key = (role, *(identity[field] for field in _IDENTITY))
             batches.setdefault(key, []).append(entry["batch"])
-    rows = [(*key, ", ".join(names)) for key, names in sorted(batches.items())]
-    return _table(("role", *(field.replace("_", " ") for field in _IDENTITY), "batches"), rows)
+    return [(*key, ", ".join(names)) for key, names in sorted(batches.items())]
 
 
-def _decisions(decisions: pl.DataFrame) -> str:
+def _decisions(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
     counts = decisions.group_by("decision", "reason").len().sort("len", "reason", descending=[True, False])
     order = [decision.value for decision in Decision]
-    rows = sorted(counts.rows(), key=lambda row: order.index(row[0]))
-    return _table(("decision", "reason", "rows"), rows, ("all", "", decisions.height))
+    return sorted(counts.rows(), key=lambda row: order.index(row[0]))
 
 
 def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:
@@ -353,32 +255,20 @@ def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:
     return flagged.join(selected, on=ROW_KEY, how="semi").height
 
 
-def _decontamination(benchmarks: Mapping[str, Mapping[str, str]], num_flagged: int) -> str:
+def _benchmarks(benchmarks: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:
+    """One row for each benchmark and sha256 of its file, with the batches that were checked for it."""
     files = sorted({file for of_batch in benchmarks.values() for file in of_batch.items()})
-    rows = [
+    return [
         (name, sha256, ", ".join(batch for batch, checked in sorted(benchmarks.items()) if checked.get(name) == sha256))
         for name, sha256 in files
     ]
-    unchecked = sorted(batch for batch, checked in benchmarks.items() if not checked)
-    listed = _table(("benchmark", "sha256 of its file", "batches"), rows) if rows else ""
-    flagged = f"Selected rows that hold a benchmark's task all the same, flagged in the ledger: {num_flagged:,}.\n"
-    warning = f"Checked for no benchmark: {', '.join(map(_cell, unchecked))}.\n"
-    return "\n".join([listed] * bool(rows) + [flagged] * bool(rows) + [warning] * bool(unchecked))
 
-
-# --- Markdown -----------------------------------------------------------------------------------------------------
 
 _CODE = re.compile(r"[A-Za-z0-9_.:/@+=%-](?:[A-Za-z0-9_.:/@+=%, -]*[A-Za-z0-9_.:/@+=%-])?")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str | int]], total: Sequence[str | int] = ()) -> str:
-    lines = [list(head), ["---:" if title.startswith(("rows", "selected", "pairs")) else "---" for title in head]]
-    lines += [list(map(_cell, row)) for row in [*rows, *([total] if total else [])]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cell(value: str | int) -> str:
-    """A value that reads as itself in a table, whatever it holds: no markup, no link, no HTML, no other cell."""
+def _shown(value: str | int) -> str:
+    """A value that reads as itself in Markdown, whatever it holds: no markup, no link, no HTML, no other cell."""
     if isinstance(value, int):
         return f"{value:,}"
     if _CODE.fullmatch(value):

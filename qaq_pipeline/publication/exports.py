@@ -78,7 +78,7 @@ def messages_folder(rows: pl.DataFrame) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame | None = None) -> pl.DataFrame:
+def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl.DataFrame:
     """The rows with where each comes from, and the delivered record, as the column `meta`: a JSON object as text.
 
     A record holds all turns of a conversation: where one of them may not be published, it is left out of the others.
@@ -86,17 +86,18 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame | None
     Args:
         rows: SelectedSubset.
         raw: RawData of the same batches.
-        barred: keys of the rows whose text may not be published; None: there are none.
+        barred: keys of the rows whose text may not be published.
 
     As text, since its values vary: of a JSON file `datasets` makes dates out of the names of batches that are named by
     their day, and a column of nulls where no row has a source, so that two files would differ in type.
     """
-    records = rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
-    if barred is not None:
-        of_record = [name for name in ROW_KEY if name != "turn_index"]
-        is_barred = barred.select(of_record).unique().with_columns(is_barred=pl.lit(True))
-        known = records.join(is_barred, on=of_record, how="left", validate="m:1", maintain_order="left")
-        records = known.with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record"))
+    of_record = [name for name in ROW_KEY if name != "turn_index"]
+    is_barred = barred.select(of_record).unique().with_columns(is_barred=pl.lit(True))
+    records = (
+        rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
+        .join(is_barred, on=of_record, how="left", validate="m:1", maintain_order="left")
+        .with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record"))
+    )
     values = [json.dumps(value, ensure_ascii=False) for value in records.select(_META).iter_rows(named=True)]
     return rows.with_columns(meta=pl.Series(values, dtype=pl.String))
 

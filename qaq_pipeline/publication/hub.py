@@ -88,7 +88,6 @@ def publish(
     *,
     is_private: bool = False,
     is_dry_run: bool = False,
-    token: str | None = None,
 ) -> Copy:
     """Copy a version to a target; where it is there already, nothing is written.
 
@@ -98,7 +97,6 @@ def publish(
         to: `hf://datasets/ORG/NAME`, perhaps with `@REVISION`; else a folder, or any fsspec URL.
         is_private: whether a repository that is made is private; one that exists must be.
         is_dry_run: whether only to say what would be written.
-        token: of the hub; by default as huggingface_hub finds it: HF_TOKEN, or that of `hf auth login`.
 
     Raises:
         PublishError: there is no such version, it holds what was withdrawn since, or the target cannot be written.
@@ -110,7 +108,7 @@ def publish(
     hub = _parse(to)
     if is_dry_run:
         return Copy(version, to, sizes, is_new=True)
-    target = _Folder(to) if hub is None else _Repository(*hub, is_private=is_private, token=token)
+    target = _Folder(to) if hub is None else _Repository(*hub, is_private=is_private)
     if f"{target.url}/".startswith(f"{storage.url().rstrip('/')}/"):
         raise PublishError(f"{to}: lies in the storage, where versions are never changed; take another folder")
     there = target.manifest()
@@ -211,10 +209,10 @@ class _Repository:
 
     has_history = True
 
-    def __init__(self, repo: str, revision: str, *, is_private: bool, token: str | None) -> None:
+    def __init__(self, repo: str, revision: str, *, is_private: bool) -> None:
         from huggingface_hub import HfApi
 
-        self._api: HfApi = HfApi(token=token)
+        self._api: HfApi = HfApi()  # Its token is HF_TOKEN, or that of `hf auth login`.
         self._repo, self._revision = repo, revision
         self._at: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset", "revision": revision}
         with _naming(repo):

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from qaq_pipeline.config.base import CONTROL_PREFIX
+from qaq_pipeline.config.selections import CONTROL_PREFIX
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision
 
@@ -216,13 +216,13 @@ def has_edges(strata: pl.DataFrame) -> bool:
     return bool((strata["low"][1:] >= strata["high"][:-1]).all())
 
 
-def density(pairs: pl.DataFrame, role: str, num_x: int = 40, num_y: int = 28) -> pl.DataFrame:
+def density(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
     """x, x2, y, y2, rows: pairs by log PPL(Q) and RMI of a model, nats/token; cells without a pair are left out.
 
     A thousandth of the pairs at either end of either axis may lie outside.
     """
     known = pairs.select(x=f"log_ppl_q_{role}", y=f"rmi_{role}").drop_nulls()
-    return _grid(known, _edges(known["x"], num_x), _edges(known["y"], num_y))
+    return _grid(known, _edges(known["x"], 40), _edges(known["y"], 28))
 
 
 def rank_grid(pairs: pl.DataFrame, bins: int = 20) -> pl.DataFrame:
@@ -272,19 +272,19 @@ def _bin(values: pl.Series, edges: np.ndarray | list[float]) -> pl.Series:
     return numbers.select(pl.when("inside").then(pl.col("place").cast(pl.Int64)))["place"]
 
 
-def lengths(groups: dict[str, pl.Series], bins: int = 24) -> tuple[pl.DataFrame, pl.DataFrame]:
+def lengths(groups: dict[str, pl.Series]) -> tuple[pl.DataFrame, pl.DataFrame]:
     """How long the texts of some groups of pairs are.
 
     Args:
         groups: number of tokens of every pair, by the group's name.
-        bins: of equal width on a logarithmic axis, over all groups.
 
     Returns:
-        group, low, high, share: the share of the group's pairs in [low, high) tokens.
+        group, low, high, share: the share of the group's pairs in [low, high) tokens; 24 bins of equal width on a
+            logarithmic axis, the same of all groups.
         group, pairs, p5, median, mean, p95: tokens.
     """
     longest = max((int(values.max() or 0) for values in groups.values() if len(values)), default=0)  # type: ignore[arg-type]
-    edges = np.unique(np.floor(np.geomspace(1, longest + 1, bins + 1))) if longest else np.empty(0)
+    edges = np.unique(np.floor(np.geomspace(1, longest + 1, 25))) if longest else np.empty(0)
     binned, said = [], []
     for group, values in groups.items():
         if values.is_empty():
@@ -317,16 +317,18 @@ def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
     }
 
 
-def spread(groups: Mapping[str, pl.Series], bins: int = 30) -> pl.DataFrame:
-    """group, low, high, share: how a number is spread in some groups of pairs, over the same bins.
+def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
+    """group, low, high, share: the distribution of a number in some groups of pairs.
+
+    The 30 bins are the same for all groups and of equal width, from the lowest number to the highest, but for a
+    thousandth of each group at either end.
 
     Args:
         groups: the number of every pair, by the group's name; nulls count nowhere, and a group without a number is out.
-        bins: of equal width, from the lowest to the highest, but for a thousandth of each group at either end.
     """
     values = {group: of.drop_nulls().cast(pl.Float64) for group, of in groups.items() if of.drop_nulls().len()}
     ends = [_edges(of, 1) for of in values.values()]
-    edges = _edges(pl.Series([end for pair in ends for end in pair], dtype=pl.Float64), bins)
+    edges = _edges(pl.Series([end for pair in ends for end in pair], dtype=pl.Float64), 30)
     rows = [
         (group, float(low), float(high), int(count) / len(of))
         for group, of in values.items()

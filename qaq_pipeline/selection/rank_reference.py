@@ -217,7 +217,8 @@ def _psi(of_reference: np.ndarray, of_batch: np.ndarray) -> float:
 
 
 def _ks(of_reference: np.ndarray, of_batch: np.ndarray) -> float:
-    """The maximum over x of |share of the reference up to x - share of the batch up to x|. Both are sorted."""
-    every = np.concatenate([of_reference, of_batch])
-    r, b = (np.searchsorted(values, every, side="right") / values.size for values in (of_reference, of_batch))
-    return float(np.max(np.abs(r - b)))
+    """The maximum over x of |share of the reference up to x - share of the batch up to x|."""
+    from scipy import stats
+
+    with np.errstate(divide="ignore"):  # In the p-value of one pair against one, which nobody reads.
+        return float(stats.ks_2samp(of_reference, of_batch, method="asymp").statistic)

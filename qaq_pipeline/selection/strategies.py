@@ -21,8 +21,9 @@ from typing import assert_never
 
 import polars as pl
 
-from qaq_pipeline.config.base import CONTROL_PREFIX, CONTROL_STRATEGIES
 from qaq_pipeline.config.selections import (
+    CONTROL_PREFIX,
+    CONTROL_STRATEGIES,
     Budget,
     DiffSelection,
     IfdSelection,

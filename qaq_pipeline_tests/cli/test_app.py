@@ -20,6 +20,7 @@ import yaml
 
 from qaq_pipeline.cli import app
 from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Outdated
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.home import open_instance
@@ -464,9 +465,8 @@ def selected_row(home: Home) -> int:
 
 
 def open_storage_of(home: Home) -> Any:
-    settings = parse_settings(home.config.read_text())
-    settings._home = home.folder
-    return open_storage(settings)
+    values = yaml.safe_load(home.config.read_text())
+    return open_storage(Settings.model_validate(values, context={"home": home.folder}))
 
 
 def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Qaq) -> None:

@@ -237,6 +237,13 @@ def test_home_is_var_here_unless_qaq_home_says_otherwise(tmp_path: Path, monkeyp
     assert dagster_home() == tmp_path / "instance"
 
 
+@pytest.mark.parametrize(("landing", "root"), [("/data", "/data/storage"), ("/data/new/", "/data"), ("/data", "/data")])
+def test_the_landing_zone_and_the_storage_lie_in_two_folders(landing: str, root: str) -> None:
+    with pytest.raises(SettingsError, match=r"landing\.url: '.*' and storage\.root '.*' lie in one another"):
+        settings(landing={"url": landing}, storage={"root": root})
+    assert settings(landing={"url": "/data/new"}, storage={"root": "/data/newer"}).landing_url == "/data/new"
+
+
 def test_the_file_may_place_storage_and_models() -> None:
     placed = settings(storage={"root": "s3://bucket/qaq"}, model_cache="models")
     assert placed.storage_root == "s3://bucket/qaq"

@@ -389,7 +389,7 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 CALIBRATED = {
-    "calibration": {"enabled": True, "max_share": None, "rows_per_defect": 4, "bootstrap_samples": 100},
+    "calibration": {"enabled": True, "max_share": None, "rows_per_defect": 4},
     "selections": [{"name": "diff_high", "strategy": "diff_high"}, {"name": "band", "strategy": "rmi_band"}],
 }
 

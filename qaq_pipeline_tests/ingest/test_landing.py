@@ -267,12 +267,14 @@ def test_the_marker_of_before_does_not_make_a_correction_complete(zone: Path) ->
 
 
 def test_new_deliveries_are_taken_before_corrections(zone: Path) -> None:
-    one = LandingSettings(max_deliveries_per_tick=1)
     land(zone, "a.jsonl")
-    _, seen = looks(zone, one)
+    _, seen = looks(zone, ANY)
     land(zone, "a.jsonl", content=ROW * 2)
-    land(zone, "z.jsonl")
-    assert looks(zone, one, seen=seen)[0] == ["z.jsonl"]
+    new = [f"z{number:02}.jsonl" for number in range(25)]
+    land(zone, *new)
+    taken, seen = looks(zone, ANY, seen=seen)
+    assert taken == new
+    assert looks(zone, ANY, times=1, seen=seen)[0] == ["a.jsonl"]
 
 
 def test_where_the_marker_is_required_nothing_else_will_do(zone: Path) -> None:

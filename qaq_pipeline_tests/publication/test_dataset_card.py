@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import ExportSettings, Settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
@@ -286,7 +287,7 @@ def test_the_benchmarks_are_listed_with_their_hashes_and_who_was_not_checked_is_
         ["humaneval", SHA256, "b1, b2"],
         ["mbpp", "0" * 64, "b1"],
     ]
-    assert "Selected rows that hold a benchmark's task all the same, flagged in the ledger: 0.\n" in card
+    assert "Selected rows that contain a benchmark's task, kept and flagged in the ledger: 0.\n" in card
     assert "Checked for no benchmark: `b3`.\n" in card
     assert "Checked for no benchmark" not in card_of(benchmarks={"b1": {"humaneval": SHA256}})
 
@@ -305,10 +306,14 @@ def test_selected_rows_that_were_flagged_and_not_dropped_are_counted() -> None:
 
 
 GROUNDS: list[tuple[dict[str, Any], str]] = [
-    ({"strategy": "diff_high"}, "the gap is the rank under the strong model less that under the weak one: the highest"),
-    ({"strategy": "diff_low"}, "less that under the weak one: the lowest are taken."),
+    (
+        {"strategy": "diff_high"},
+        "gap is the rank under the strong model less that under the weak one: the highest gaps",
+    ),
+    ({"strategy": "diff_low"}, "less that under the weak one: the lowest gaps are taken."),
     ({"strategy": "sum_low"}, "the lowest sums of the ranks under the strong and the weak one are taken."),
-    ({"strategy": "rmi_band", "model": "weak"}, "taken are the ranks in (0.5, 0.75] under the weak one."),
+    ({"strategy": "sum_high"}, "the highest sums of the ranks under the strong and the weak one are taken."),
+    ({"strategy": "rmi_band", "model": "weak"}, "the ranks in (0.5, 0.75] under the weak one are taken."),
     ({"strategy": "rmi_top"}, "the highest ranks under the strong one are taken."),
     ({"strategy": "ifd", "measure": "ifd_loss"}, "ifd_loss = log PPL(A | Q) / log PPL(A)"),
     ({"strategy": "ppl", "order": "low", "model": "weak"}, "the lowest log PPL(A | Q) under the weak model."),
@@ -316,6 +321,12 @@ GROUNDS: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "random"}, "chosen at random: in the order of a keyed hash, whatever they hold."),
     ({"strategy": "stratified_random"}, "chosen at random, the same share of every stratum of PPL(Q): in the order"),
 ]
+
+
+def test_the_grounds_of_every_strategy_are_known() -> None:
+    kinds = get_args(get_args(Selection)[0])
+    strategies = {name for kind in kinds for name in get_args(kind.model_fields["strategy"].annotation)}
+    assert {selection["strategy"] for selection, _ in GROUNDS} == strategies
 
 
 def chosen_by(**values: Any) -> str:
@@ -346,9 +357,10 @@ def test_the_card_says_by_what_the_rows_were_chosen(selection: dict[str, Any], s
     ],
 )
 def test_the_papers_result_is_told_of_the_papers_selection_alone(changes: dict[str, Any], is_the_papers: bool) -> None:
-    assert ("In the paper a quarter of the data, so chosen" in chosen_by(**{"strategy": "diff_high"} | changes)) == (
-        is_the_papers
-    )
+    assert (
+        "In the paper a model trained on a quarter of the data, chosen this way"
+        in chosen_by(**{"strategy": "diff_high"} | changes)
+    ) == (is_the_papers)
 
 
 def test_the_controls_are_as_large_as_the_budget_says() -> None:

@@ -241,7 +241,7 @@ def test_a_record_of_which_a_turn_is_barred_is_no_meta_of_the_other_turns() -> N
 def test_meta_is_text_with_the_key_the_origin_and_the_record_as_delivered() -> None:
     raw = raw_rows({"record": '{"q": 1}'}, {"record": "x\0", "source": "2026-11-02"}, {})
     rows = selected(("s", "q", "a"), (None, "r", "b")).with_columns(source=pl.Series([None, "2026-11-02"]))
-    found = with_meta(rows, raw)
+    found = with_meta(rows, raw, raw.clear())
     assert found.drop("meta").equals(rows)
     assert [json.loads(text) for text in found["meta"]] == [
         {
@@ -260,7 +260,8 @@ def test_meta_is_text_with_the_key_the_origin_and_the_record_as_delivered() -> N
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "hf"])
 def test_meta_is_the_last_field_of_every_record_of_every_format(name: str) -> None:
-    rows = with_meta(TWO, raw_rows({}, {}))
+    raw = raw_rows({}, {})
+    rows = with_meta(TWO, raw, raw.clear())
     records = read_back(name, rows)
     assert [record.pop("meta") for record in records] == rows["meta"].to_list()
     assert records == read_back(name, TWO)

@@ -157,10 +157,13 @@ def test_a_dry_run_asks_nobody_and_says_what_would_go(
     ("token", "said"),
     [("hf_nobody", "org/name: no valid token: set HF_TOKEN"), (READER, "org/name: the token may not write there")],
 )
-def test_a_token_that_does_not_do_is_named_with_the_remedy(hub: Hub, storage: Storage, token: str, said: str) -> None:
+def test_a_token_that_does_not_do_is_named_with_the_remedy(
+    hub: Hub, storage: Storage, monkeypatch: pytest.MonkeyPatch, token: str, said: str
+) -> None:
     store_version(storage)
+    monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PublishError, match=said):
-        publish(storage, "latest", TO, token=token)
+        publish(storage, "latest", TO)
     assert hub.repositories == {}
 
 

@@ -282,7 +282,10 @@ def test_a_field_of_a_record_changes_with_exactly_the_columns_that_it_is_derived
     column: str, tables: Tables
 ) -> None:
     rows, raw = tables["selected_subset"], tables["raw_data"]
-    before, after = exports.with_meta(rows, raw), exports.with_meta(_another(rows, column), _another(raw, column))
+    before, after = (
+        exports.with_meta(of, records, raw.clear())
+        for of, records in ((rows, raw), (_another(rows, column), _another(raw, column)))
+    )
     for name in JSON_FORMATS:
         fields = exports.columns(name, has_meta=True).names
         derived = {row.column: row.sources for row in of_records("file", fields, "selected_subset")}
