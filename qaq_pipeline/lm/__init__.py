@@ -1,1 +1,1 @@
-"""Prompts, batches and the language models that score them. The only package that imports torch or transformers."""
+"""Prompts, batches and the language models that score them: the only package that imports torch."""

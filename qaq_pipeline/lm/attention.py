@@ -1,13 +1,13 @@
-"""Attention over packed sequences: several in one row of tokens, each seeing itself and its shared prefix only.
+"""Attention over packed rows: several sequences in one row of tokens, each of which attends to itself and its prefix.
 
-Belongs here: how a row is divided into segments, what a prefix keeps of each layer, the attention that respects
-both. Does not belong here: which sequences make a row, positions, the output head.
+Belongs here: the division of a row into segments, the keys and values of a prefix, and the attention over both.
+Does not belong here: the choice of sequences in a row and their positions (`runners`), and the output head (`lm_head`).
 
-    one row     [ segment 0 | segment 1 | segment 2 ]         no padding, one matrix product for all
+    one row     [ segment 0 | segment 1 | segment 2 ]         no padding, one matrix product for all segments
     segment 1 attends to  [ its prefix, computed once ] + [ itself, causally ]
 
-Registered with transformers under `PACKED`, so that every architecture whose attention goes through its interface
-gets it unchanged: rotary positions, grouped heads and norms are applied before, the output projection after.
+It is registered with transformers under `PACKED`, so every architecture that uses transformers' attention interface
+can use it: rotary positions, grouped heads and norms are applied before it, the output projection after it.
 
 Shape suffixes: H heads, K key-value heads, S tokens of a segment, P of its prefix, T of the row, E size of a head.
 """
@@ -26,22 +26,22 @@ PACKED = "qaq_packed"
 
 LONG_ENOUGH_FOR_BLOCKS = 128
 BLOCK_QUERIES = 64
-"""From that many tokens on, attention in blocks of so many queries is faster than torch's kernel is in half precision
-on a CPU; in fp32 it is not."""
+"""For segments of at least `LONG_ENOUGH_FOR_BLOCKS` tokens, attention in blocks of `BLOCK_QUERIES` queries is faster
+than torch's kernel in half precision on a CPU, but not in fp32."""
 
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
 )
-"""What architectures hand to their attention beside its operands, and what changes nothing here."""
+"""Arguments that architectures pass to their attention and that do not affect this one."""
 
 
 class AttentionUnsupportedError(ValueError):
-    """An architecture's attention asks for something that packed rows cannot give. The text names it."""
+    """An architecture needs something that packed rows do not support. The text names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """Keys and values of tokens that many sequences begin with, layer by layer."""
+    """Keys and values of a prefix that many sequences share, layer by layer."""
 
     length: int
     by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class SharedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [start, stop) of the row, which continue the prefix."""
+    """Tokens [start, stop) of the row, which follow the prefix."""
 
     start: int
     stop: int
@@ -59,12 +59,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """How a row of tokens divides. Where `record` is set, the row is a prefix, and its keys and values are kept."""
+    """The division of a row of tokens. If `record` is set, the row is a prefix, and it stores its keys and values."""
 
     segments: tuple[Segment, ...]
     record: SharedPrefix | None = None
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    """Masks of this row by (segment length, prefix length, window that hides something): the layers share them."""
+    """Masks of this row by (segment length, prefix length, effective window), shared by all layers."""
 
 
 def packed_attention(
@@ -80,35 +80,35 @@ def packed_attention(
     packed_row: PackedRow | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one packed row, as transformers' attention interface wants it.
+    """Attention over one packed row, with the signature of transformers' attention interface.
 
     Args:
         module: the attention layer.
-        query: [1, H, T, E]; keys and values are [1, K, T, E].
-        key: see query.
-        value: see query.
-        attention_mask: none; the row's division stands for it.
+        query: [1, H, T, E].
+        key: [1, K, T, E].
+        value: [1, K, T, E].
+        attention_mask: must be None; `packed_row` replaces it.
         scaling: factor of the scores; default 1 / sqrt(E).
-        dropout: none.
-        sliding_window: a token sees itself and the `sliding_window - 1` before it.
-        softcap: scores are bounded to (-softcap, softcap) by tanh.
-        packed_row: how the row divides.
-        **others: whatever else the architecture hands over.
+        dropout: must be 0.
+        sliding_window: number of tokens that a token sees, including itself.
+        softcap: bound of the scores, applied by tanh.
+        packed_row: the division of the row.
+        **others: further arguments of the architecture.
 
     Returns:
-        The output [1, T, H, E], and no weights.
+        The output [1, T, H, E], and None for the weights.
 
     Raises:
-        AttentionUnsupportedError: the architecture hands over something that would have to be respected and is not
-            known here, or does not hand the row's division through.
+        AttentionUnsupportedError: the architecture passes an argument that affects attention and is not supported, or
+            does not pass `packed_row`.
     """
     demands = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
     demands += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
     demands += ["attention to the right"] * (not getattr(module, "is_causal", True))
     if demands:
-        raise AttentionUnsupportedError(f"{type(module).__name__} asks for {', '.join(demands)}")
+        raise AttentionUnsupportedError(f"{type(module).__name__} requires {', '.join(demands)}")
     if packed_row is None:
-        raise AttentionUnsupportedError(f"{type(module).__name__} is not told how its row divides")
+        raise AttentionUnsupportedError(f"{type(module).__name__} does not receive `packed_row`")
     if packed_row.record is not None:
         packed_row.record.by_layer[id(module)] = (key, value)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -143,9 +143,9 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention of one segment, [1, H, S, E]; without a mask it is plain causal.
+    """Attention of one segment, [1, H, S, E]; plain causal if there is no mask.
 
-    With a softcap as Gemma 2 defines it: `softmax(softcap * tanh(q k^T * scaling / softcap)) v`, softmax in fp32.
+    The softcap follows Gemma 2: `softmax(softcap * tanh(q k^T * scaling / softcap)) v`, with the softmax in fp32.
     """
     if softcap is None:
         return scaled_dot_product_attention(
@@ -162,9 +162,9 @@ def _attend(
 def _attend_in_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: int, scaling: float
 ) -> torch.Tensor:
-    """Causal attention of one segment after its prefix, [1, H, S, E], a block of queries at a time; softmax in fp32.
+    """Causal attention of one segment and its prefix, [1, H, S, E], in blocks of queries; softmax in fp32.
 
-    Keys that a block cannot see are not computed, and a mask is needed on its diagonal only. In bfloat16 on a CPU that
+    Scores of hidden keys are not computed, and only the diagonal of a block needs a mask. In bfloat16 on a CPU this
     takes 0.55 to 0.8 of the time of torch's kernel.
     """
     num_kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
@@ -184,7 +184,7 @@ def _attend_in_blocks(
 
 
 def _mask(row: PackedRow, length: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
-    """Mask [S, P + S] to add to the scores; None where plain causal attention says the same."""
+    """Mask [S, P + S] to add to the scores; None if plain causal attention is equivalent."""
     if not prefix and window is None:
         return None
     kept = (length, prefix, window)
@@ -194,7 +194,7 @@ def _mask(row: PackedRow, length: int, prefix: int, window: int | None, like: to
 
 
 def _causal(length: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """0 where query i of the segment sees key j of prefix and segment, -inf elsewhere."""
+    """Mask [S, P + S]: 0 if query i of the segment sees key j of prefix and segment, else -inf."""
     queries = torch.arange(prefix, prefix + length, device=like.device)[:, None]
     keys = torch.arange(prefix + length, device=like.device)[None, :]
     is_hidden = keys > queries

@@ -1,6 +1,7 @@
-"""Token sequences into batches: longest first, cut by a budget of tokens, smaller where memory fell short. No torch.
+"""Divides token sequences into batches: longest first, within a token budget, smaller when memory is short. No torch.
 
-Belongs here: the order and the size of batches. Does not belong here: what is computed on them, or which sequences.
+Belongs here: the order and the size of batches. Does not belong here: computation on them (`runners`), and the choice
+of sequences (`scoring.planner`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ class BatchTooLargeError(MemoryError):
 
 
 def batch_size(lengths: Sequence[int], budget: int, *, is_padded: bool) -> int:
-    """How many of the lengths, from the first, make one batch: as many as the budget allows, and at least one.
+    """How many lengths, from the first on, make one batch: as many as the budget allows, and at least one.
 
-    Padded, a batch of n sequences costs n times its longest, else the sum of its lengths.
+    With padding, a batch of n sequences costs n times its longest length; without, the sum of its lengths.
 
     Args:
-        lengths: in tokens, longest first.
-        budget: tokens that a batch may hold.
+        lengths: lengths in tokens, longest first.
+        budget: largest cost of a batch, in tokens.
         is_padded: whether sequences are padded to the longest of their batch.
     """
     tokens = 0
@@ -36,17 +37,17 @@ def batch_size(lengths: Sequence[int], budget: int, *, is_padded: bool) -> int:
 
 
 class BatchQueue:
-    """Batches of sequences, taken one by one: longest first within each window of sequences.
+    """A queue of batches: longest sequences first within each window of sequences.
 
     The longest batch goes first because it needs the most memory: if it does not fit, that shows in the first
-    second, not in the last hour. A batch that did not fit comes back as two, and those that follow are smaller,
-    until enough have fitted.
+    second, not in the last hour. A batch that does not fit is returned as two halves, and later batches are smaller
+    until enough of them have fitted.
 
     Args:
-        windows: sequences to score, a window at a time; the next is asked for when the last is used up.
-        budget: tokens that a batch may hold.
+        windows: sequences to score, one window at a time; the next window is read when the last one is used up.
+        budget: largest cost of a batch, in tokens.
         is_padded: whether sequences are padded to the longest of their batch.
-        shares_prefixes: whether a prefix they share costs nothing; by default it does where there is no padding.
+        shares_prefixes: whether shared prefixes cost nothing; default: if there is no padding.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class BatchQueue:
         self._num_clean = 0
 
     def take(self) -> list[TokenSequence]:
-        """The next batch; empty where none is left."""
+        """Take the next batch; empty if none is left."""
         if self._halves:
             return self._halves.popleft()
         while self._next >= len(self._window):
@@ -76,7 +77,7 @@ class BatchQueue:
             if window is None:
                 return []
             self._open(window)
-        # No batch has more sequences than tokens.
+        # A batch never has more sequences than tokens.
         lengths = self._lengths[self._next : self._next + self.budget + 1]
         stop = self._next + batch_size(lengths, self.budget, is_padded=self._is_padded)
         batch = list(self._window[self._next : stop])
@@ -84,19 +85,19 @@ class BatchQueue:
         return batch
 
     def tokens(self, batch: Sequence[TokenSequence]) -> int:
-        """What the batch costs, padding included, in tokens."""
+        """The cost of the batch in tokens, including padding."""
         lengths = [self._cost(sequence) for sequence in batch]
         return max(lengths) * len(lengths) if self._is_padded else sum(lengths)
 
     def fitted(self) -> None:
-        """A batch fitted. After enough of them the budget grows again."""
+        """Record that a batch fitted. After enough of them the budget grows again."""
         self._num_clean += 1
         if self._num_clean >= CLEAN_BATCHES_BEFORE_GROWTH and self.budget < self._full_budget:
             self.budget = min(2 * self.budget, self._full_budget)
             self._num_clean = 0
 
     def split(self, batch: Sequence[TokenSequence]) -> bool:
-        """Take back a batch that did not fit, as two. False where it is one sequence, which cannot be split."""
+        """Queue the two halves of a batch that did not fit. Returns False for one sequence, which cannot be split."""
         self._num_clean = 0
         self.budget = max(min(self.budget, self.tokens(batch) // 2), 1)
         middle = len(batch) // 2

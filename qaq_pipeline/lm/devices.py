@@ -1,4 +1,8 @@
-"""Devices: which one scores, in which dtype, with how much memory, at which peak speed (torch)."""
+"""Devices: the choice of device and dtype, its free memory and peak speed, and the lease of a GPU.
+
+Belongs here: everything about the machine that does not depend on the model.
+Does not belong here: the memory that a model's batch takes (`causal_lm`), and scoring processes (`workers`).
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,77 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
-
-from qaq_pipeline.lm.runners import UnsupportedModelError
+from filelock import FileLock, Timeout
 
 _PEAK_SECONDS = 0.2
 
 FREE_SHARE = 0.7
-"""Of free memory, what a batch is planned to take at most: its estimate may be off, and others live here too."""
+"""Largest share of free memory that a batch may use: estimates are inexact, and other processes need memory too."""
 
 LEASES = Path(tempfile.gettempdir()) / f"qaq_pipeline-{os.getuid() if hasattr(os, 'getuid') else 0}"
-"""Locks of this user's GPUs: one scoring process a GPU, whatever its QAQ_HOME."""
+"""Folder of the lock files of this user's GPUs: one scoring process per GPU, across all homes."""
 LEASE_SECONDS = 60.0
+"""Time to wait for a GPU that another process holds."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-def resolve_device(device: str) -> torch.device:
-    """The device that `auto` stands for: a GPU where there is one.
+class DeviceNotFoundError(ValueError):
+    """The configured device does not exist on this machine. The text names it and the remedy."""
+
+
+class DeviceBusyError(RuntimeError):
+    """Another process scores on the device. The text names the device and the remedy."""
+
+
+@contextmanager
+def lease_devices(locks: Mapping[str, str], directory: Path, limit: int, timeout: float) -> Iterator[list[str]]:
+    """Hold at least one and at most `limit` of the free devices until the context ends.
+
+    A device has one holder at a time, through a lock file that the kernel releases when its holder dies.
+
+    Args:
+        locks: lock name by device. The name identifies the hardware, whatever number it has here.
+        directory: folder of the lock files; processes that use the same folder share the devices.
+        limit: largest number of devices.
+        timeout: seconds to wait for the first device if all are held.
 
     Raises:
-        UnsupportedModelError: the named device is not there.
+        DeviceBusyError: all devices are still held after that time.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {device: directory / f"{name}.lock" for device, name in locks.items()}
+    with ExitStack() as leases:
+        held = []
+        for device, file in files.items():
+            with suppress(Timeout):
+                if len(held) < limit:
+                    leases.enter_context(FileLock(file, timeout=0))
+                    held.append(device)
+        if not held:
+            first, file = next(iter(files.items()))
+            try:
+                leases.enter_context(FileLock(file, timeout=timeout))
+            except Timeout as error:
+                raise DeviceBusyError(
+                    f"{', '.join(files)}: in use by other scoring processes (lock {file}); wait for one to end, or set "
+                    "another `device`"
+                ) from error
+            held.append(first)
+        yield held
+
+
+def resolve_device(device: str) -> torch.device:
+    """The named device; for `auto`, a GPU if there is one.
+
+    Raises:
+        DeviceNotFoundError: this machine does not have the named device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -38,12 +89,12 @@ def resolve_device(device: str) -> torch.device:
     has_gpu = torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count()
     available = {"cpu": True, "cuda": has_gpu, "mps": torch.backends.mps.is_available()}
     if not available[kind]:
-        raise UnsupportedModelError(f"device {device!r} is not on this machine; set `device: auto` or `cpu`")
+        raise DeviceNotFoundError(f"this machine has no device {device!r}; set `device: auto` or `cpu`")
     return torch.device(device)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that `auto` stands for: bfloat16 on GPUs and on CPUs with native bfloat16, else float32."""
+    """The named dtype; for `auto`, bfloat16 on GPUs and CPUs with native bfloat16, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
@@ -53,11 +104,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device, num_processes: int = 1) -> float:
-    """Bytes that a batch may take: of the device's free memory the part that stays clear of its end.
+    """Memory that a batch may use, in bytes: `FREE_SHARE` of the device's free memory.
 
     Args:
-        device: whose memory.
-        num_processes: that take of it at once.
+        device: device of the model.
+        num_processes: number of processes that share a CPU's memory.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -66,21 +117,21 @@ def free_memory(device: torch.device, num_processes: int = 1) -> float:
 
 
 def available_memory() -> float:
-    """Bytes of memory that processes may still take: of the machine, or of the container where that is less."""
+    """Free memory in bytes: of the machine, or of the container if that is less."""
     available = float(psutil.virtual_memory().available)
     limit, used = (_control_group(f"memory.{name}") for name in ("max", "current"))
     return available if limit is None or used is None else min(available, max(limit - used, 0.0))
 
 
 def num_cores() -> int:
-    """Cores that this process may use: by its affinity, or by the container's quota where that is less."""
+    """Number of cores that this process may use: by its affinity, or by the container's quota if that is less."""
     number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _control_group("cpu.max")
     return number if quota is None else max(1, min(number, math.floor(quota)))
 
 
 def _control_group(name: str) -> float | None:
-    """A limit of the container this process is in, where it has one: cpu.max as cores, others as they are."""
+    """A limit of this process's container, or None: `cpu.max` in cores, others unchanged."""
     file = CONTROL_GROUP / name
     if not file.exists():
         return None
@@ -89,7 +140,7 @@ def _control_group(name: str) -> float | None:
 
 
 def peak_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """`matmul_flops_per_second`, measured once in a process: a driver loads models batch by batch."""
+    """`matmul_flops_per_second`, measured once per process, since a driver loads models for every batch."""
     return _measured_once(dtype, device, torch.get_num_threads())
 
 
@@ -100,7 +151,7 @@ def _measured_once(dtype: torch.dtype, device: torch.device, _num_threads: int) 
 
 @torch.inference_mode()
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """What a large matrix product reaches, with as many threads as scoring has: the best of those of 0.2 seconds."""
+    """Speed of a large matrix product with this process's threads: the best of the runs within 0.2 seconds."""
     size = 1024 if device.type == "cpu" else 8192
     one = torch.randn(size, size, device=device).to(dtype)
     seconds: list[float] = []

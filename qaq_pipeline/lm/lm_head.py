@@ -1,10 +1,10 @@
-"""Hidden states to log-probabilities of target tokens: the output head. Tensors in, tensors out.
+"""The output head: computes log-probabilities of target tokens from hidden states.
 
 Belongs here: the token shift, the output head on target rows only, log-softmax in fp32.
-Does not belong here: loading a model, attention, prompts, or files.
+Does not belong here: loading a model, attention, prompts, files.
 
-Shape suffixes: F tokens of all rows of a batch, one after another (flat), D hidden size, N target tokens of the
-batch, V vocabulary.
+Shape suffixes: F tokens of all rows of a batch in sequence (flat), D hidden size, N target tokens of the batch,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ CACHED_FLOATS = 1 << 20
 def target_positions(sequences: Sequence[TokenSequence], starts: Sequence[int]) -> torch.Tensor:
     """Flat positions [N] of all target tokens, sequence by sequence, target by target.
 
-    The token shift, drawn once: the hidden state at position p predicts the token at p + 1.
+    The token shift: the hidden state at position p predicts the token at p + 1.
 
         position    0     1     2     3     4
         token      bos   pre    q1    q2    q3        target [2, 5) = q1 q2 q3
         hidden      h0    h1    h2    h3    h4
         predicts   pre    q1    q2    q3     -        rows of the head: h1 h2 h3
 
-    So a target token at p is read from the hidden state at p - 1.
+    So the hidden state at p - 1 predicts a target token at p.
 
     Args:
-        sequences: with their targets.
-        starts: flat position of each sequence's first token; it lies before the row of a sequence whose beginning
-            is a shared prefix.
+        sequences: token sequences with their targets.
+        starts: flat position of each sequence's first token. If the sequence begins with a shared prefix, it lies
+            before the sequence's row.
 
     Raises:
-        ValueError: a target begins at 0, where nothing stands before it.
+        ValueError: a target begins at position 0, and no token before it predicts it.
     """
     if any(target.start < 1 for sequence in sequences for target in sequence.targets):
-        raise ValueError("a target begins at position 0: its first token has no left context to be predicted from")
+        raise ValueError("a target begins at position 0: its first token has no left context that predicts it")
     positions = [
         start + position
         for start, sequence in zip(starts, sequences, strict=True)
@@ -61,7 +61,7 @@ def batch_logprobs(
     """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats.
 
     Equals, sequence by sequence, `log_softmax(head(hidden)[start - 1 : stop - 1])` at the ids [start : stop).
-    The head sees target rows only, in chunks: logits of the whole batch never exist.
+    The head processes target rows only, in chunks, so the logits of a whole batch are never in memory.
     """
     positions_N = target_positions(sequences, starts).to(hidden_FD.device)
     targets = [sequence.token_ids[t.start : t.stop] for sequence in sequences for t in sequence.targets]
@@ -82,8 +82,8 @@ def token_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Te
 def logsumexp_fp32(logits_NV: torch.Tensor) -> torch.Tensor:
     """`logits_NV.float().logsumexp(-1)`: fp32 [N].
 
-    On a CPU a few rows at a time, in place in one buffer that stays in its cache: with 262,144 words in the
-    vocabulary that takes a third of the time, most of which goes into fresh memory.
+    On a CPU it processes a few rows at a time, in place, in one buffer that stays in the CPU's cache. With a vocabulary
+    of 262,144 this takes a third of the time, most of which would go into allocating memory.
     """
     if logits_NV.device.type != "cpu":
         return logits_NV.float().logsumexp(-1)
@@ -98,9 +98,9 @@ def logsumexp_fp32(logits_NV: torch.Tensor) -> torch.Tensor:
 
 
 def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head on chosen hidden states, with what the architecture does to its logits afterwards.
+    """The output head, including the architecture's changes to its logits.
 
-    Known: soft-capping (Gemma 2), a factor (Cohere) and a divisor (Granite). An unknown one shows in the self-test.
+    Supported: soft-capping (Gemma 2), a factor (Cohere) and a divisor (Granite). The self-test detects any other.
     """
     layer, config = model.get_output_embeddings(), model.config
     softcap = getattr(config, "final_logit_softcapping", None)

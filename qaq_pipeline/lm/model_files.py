@@ -1,6 +1,7 @@
-"""Where a model's files come from: hub id, local directory, or GGUF converted once to safetensors.
+"""A model's files: from a hub id, a local directory, or a GGUF file converted once to safetensors.
 
-Belongs here: finding, converting and identifying files. Does not belong here: running the model.
+Belongs here: locating, converting and identifying files, and noticing that they change.
+Does not belong here: loading the model (`causal_lm`) or its tokenizer (`tokenizer`).
 torch and transformers load on first use.
 """
 
@@ -38,19 +39,19 @@ log = logging.getLogger(__name__)
 
 
 class ModelNotFoundError(ValueError):
-    """A model's files cannot be had. The text names the model, the place that was looked at, and the remedy."""
+    """A model's files are missing or cannot be read. The text names the model, the place, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A local folder in Hugging Face layout, and what identifies its content."""
+    """A local folder in Hugging Face layout, and the identity of its content."""
 
     name: str
     folder: Path
     revision: str
-    """Commit of a hub model, `gguf:<sha256>` or `files:<sha256>` of a local one."""
+    """Commit of a hub model; `gguf:<sha256>` or `files:<sha256>` of a local one."""
     stamps: Mapping[str, list[int]] = field(default_factory=dict, compare=False)
-    """Of a local directory: size and time of each file when it was hashed, by its name; else none."""
+    """Size and time of each hashed file of a local directory, by file name; empty for other sources."""
 
     def tokenizer_hash(self) -> str:
         """Hash of the tokenizer's files (16 hex digits)."""
@@ -63,15 +64,15 @@ class ModelFiles:
 
 
 def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> ModelFiles:
-    """The model's files, fetched or converted if need be.
+    """The model's files, downloaded or converted if necessary.
 
     Args:
-        model: the model's settings; relative paths in them are taken from `cache`.
+        model: the model's settings; its relative paths are relative to `cache`.
         cache: folder of local and converted models.
-        download: whether a hub model may be fetched; otherwise it must lie in the hub's cache.
+        download: whether a hub model may be downloaded; otherwise it must be in the hub's cache.
 
     Raises:
-        ModelNotFoundError: a local path does not exist, or the hub cannot give the repository.
+        ModelNotFoundError: a local path does not exist, or the repository cannot be downloaded.
     """
     if model.gguf is not None:
         return _from_gguf(cache / model.gguf, cache)
@@ -81,20 +82,20 @@ def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> Model
 
 
 class FilesWatch:
-    """Whether a model's files still are those that were located: asked while scores are made by them.
+    """Watches a model's files for changes while they are used for scoring.
 
     Only a local directory can change under its name: a hub snapshot is named by its commit, a converted GGUF by its
-    hash. A change that was seen is remembered: the files may be changed back, the scores in between are of either.
+    hash. A change is remembered even if it is undone: either version may have made the scores in between.
     """
 
     def __init__(self, files: ModelFiles) -> None:
         self._files = files
         self._stamps = files.stamps
         self.found: str | None = None
-        """The other revision that was found, or `unreadable`; None: no change so far."""
+        """The new revision, or `unreadable`; None if nothing has changed so far."""
 
     def is_unchanged(self) -> bool:
-        """By sizes and times; the files are hashed again only where one of these differs."""
+        """Compare sizes and times; hash the files again only if one differs."""
         if self.found is None and self._stamps:
             self._look()
         return self.found is None
@@ -103,7 +104,7 @@ class FilesWatch:
         try:
             stamps = _stamps(_directory_files(self._files.folder))
             revision = self._files.revision if stamps == self._stamps else _from_directory(self._files.folder).revision
-        except (ModelNotFoundError, OSError):  # Being replaced just now.
+        except (ModelNotFoundError, OSError):  # They are being replaced at this moment.
             self.found = "unreadable"
             return
         self._stamps = stamps
@@ -112,7 +113,7 @@ class FilesWatch:
 
 
 def chat_template(source: str, cache: Path) -> str:
-    """The text of a borrowed chat template: from a .jinja file, a local directory, or a hub id.
+    """The text of a borrowed chat template, from a .jinja file, a local directory, or a hub id.
 
     Raises:
         ModelNotFoundError: the source does not exist or has no chat template.
@@ -140,8 +141,8 @@ def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFile
         )
     except Exception as error:  # huggingface_hub raises OSError, ValueError and httpx errors alike
         raise ModelNotFoundError(
-            f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be had: {_first_line(error)}. "
-            "Check the id and the network, log in if it is gated, or name a local `directory`"
+            f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be downloaded: {_first_line(error)}. "
+            "Check the id and the network, log in if the model is gated, or set a local `directory`"
         ) from error
     folder = Path(snapshot)
     return ModelFiles(hub_id, folder, folder.name)
@@ -150,7 +151,7 @@ def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFile
 def _from_directory(folder: Path) -> ModelFiles:
     if not (folder / "config.json").exists():
         raise ModelNotFoundError(
-            f"{folder}: no config.json there; a model directory in Hugging Face layout is expected"
+            f"{folder}: has no config.json; set `directory` to a model directory in Hugging Face layout"
         )
     files = _directory_files(folder)
     stamps = _stamps(files)
@@ -165,8 +166,8 @@ def _directory_files(folder: Path) -> list[Path]:
 def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:
     if not gguf.exists():
         raise ModelNotFoundError(
-            f"{gguf}: no such GGUF file. The demo's models are fetched by `make demo`; "
-            "otherwise put the file there, or correct `gguf` or `model_cache` in the settings"
+            f"{gguf}: no such GGUF file. `make demo` downloads the models of the demo; "
+            "for others, put the file there, or correct `gguf` or `model_cache` in the settings"
         )
     sha256 = _remembered_hash([gguf])
     folder = cache / "converted" / f"{gguf.stem}-{sha256[:12]}"
@@ -178,7 +179,7 @@ def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the de-quantised weights (fp32 safetensors) and the tokenizer; the folder appears when it is whole."""
+    """Write the de-quantised weights (fp32 safetensors) and the tokenizer. The folder appears once it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -186,7 +187,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain fp32 by now; the marks of the quantised file would only forbid saving them.
+    # The weights are plain fp32 now, but the attributes of the quantised file would prevent saving them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -200,7 +201,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _remembered_hash(files: list[Path]) -> str:
-    """sha256 over the files' names and bytes, remembered beside them until a size or time changes."""
+    """sha256 of the files' names and bytes, stored beside them until a size or time changes."""
     stamps = _stamps(files)
     memory = files[0].parent / f".{files[0].name}.sha256.json"
     if memory.exists():
@@ -208,22 +209,22 @@ def _remembered_hash(files: list[Path]) -> str:
         if remembered["stamps"] == stamps:
             return remembered["sha256"]
     sha256 = _hash_files(files)
-    partial = memory.with_name(f"{memory.name}.{os.getpid()}")  # Steps in other processes may read it meanwhile.
+    partial = memory.with_name(f"{memory.name}.{os.getpid()}")  # Other processes may read it at the same time.
     try:
         partial.write_text(json.dumps({"stamps": stamps, "sha256": sha256}))
         partial.replace(memory)
     except OSError as error:
-        log.info("%s: the hash cannot be remembered (%s); it is taken again next time", memory, error)
+        log.info("%s: the hash cannot be stored (%s); it is computed again next time", memory, error)
     return sha256
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Size and time of last change, in nanoseconds, of each file."""
+    """Size in bytes and time of last change in nanoseconds of each file."""
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def _hash_files(files: Iterable[Path]) -> str:
-    """sha256 of one file's bytes; of several, of their names and bytes."""
+    """sha256 of a single file's bytes, or of the names and bytes of several files."""
     paths = list(files)
     digest = hashlib.sha256()
     for path in paths:

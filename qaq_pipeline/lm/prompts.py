@@ -1,16 +1,16 @@
-"""A pair (query Q, answer A) as token ids: what stands around Q and A in each pass, and which tokens are scored.
+"""Turns a pair (query Q, answer A) into token sequences: the text around Q and A in each pass, and the scored tokens.
 
 Belongs here: the literal text of every prompt, the chat and plain frames, the priors, the token boundary, BOS and
-truncation. Does not belong here: running a model, or batching.
+truncation. Does not belong here: the Hugging Face tokenizer (`tokenizer`), models, batches.
 
 The two passes of QAQ (arXiv 2603.12165; method of the authors' `rmi_math.py`, wording for code by this project):
 
-    forward    [before Q] Q [between] A         log PPL(A | Q); with A after an empty Q: log PPL(A)
+    forward    [before Q] Q [between] A         log PPL(A | Q); with an empty Q: log PPL(A)
     reverse    [before A] A [between] Q         log PPL(Q | A)
 
-A `Markup` holds the four literal texts; both frames produce one, and everything after it is shared. Prefix, Q,
-middle and A are tokenised separately and their ids concatenated, so that the same ids of Q are the target in both
-passes. Text of Q and A is never read as special tokens.
+A `Markup` holds the four literal texts. Both frames produce one; all later steps are the same. Prefix, Q, middle and A
+are tokenised separately and their ids are concatenated, so both passes score the same ids of Q. Special tokens in the
+text of Q and A are read as ordinary text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PLAIN_QUERY = "\n\nProblem:\n"
 PLAIN_ANSWER = "\n\nAnswer:\n"
 
 MIN_SHARED_TOKENS = 8
-"""A shared prefix costs its sequences a mask in every layer: below this many tokens that costs more than it saves."""
+"""Shortest shared prefix. A prefix needs a mask in every layer, which costs more than a shorter one saves."""
 
 _SLOT = "QAQ6b1fSLOT"
 _SYSTEM_PROBE = "QAQ6b1fSYSTEM"
@@ -48,35 +48,35 @@ QUANTITIES_OF = {
     "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
     "ifd": (Quantity.A, Quantity.A_GIVEN_Q),
 }
-"""Which negative log-likelihoods each score is made of."""
+"""The negative log-likelihoods that each score is computed from."""
 
 
 class TemplateUnusableError(ValueError):
-    """A chat template cannot carry the passes; the text names the model and the remedy."""
+    """A chat template cannot express the prompts. The text names the fault and the remedy."""
 
 
 class Tokenizer(Protocol):
-    """The seam to a real tokenizer."""
+    """The interface to a tokenizer; tests replace it."""
 
     bos_token_id: int | None
     end_of_text_id: int | None
 
     def encode_markup(self, text: str) -> list[int]:
-        """Token ids of prompt text; special tokens in it are recognised, none is added."""
+        """Token ids of prompt text. Special tokens in it are recognised; none is added."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of delivered texts; special tokens in them are ordinary text, none is added."""
+        """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
         ...
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages as the chat template renders them, up to and with the generation prompt."""
+        """The messages as the chat template renders them, with the generation prompt at the end."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query, its answer, and the row's own system text, if it has one."""
+    """A query, its answer, and the row's own system text if it has one."""
 
     pair_id: str
     system: str | None
@@ -101,18 +101,18 @@ class TokenSequence:
     token_ids: list[int]
     targets: tuple[Target, ...]
     num_shared: int = 0
-    """Leading tokens that the sequences of every pair without a system text of its own begin with, so that a runner
-    may compute them once. The last token of the prefix is not among them: what follows is predicted from it."""
+    """Number of leading tokens shared with the sequences of all pairs without their own system text: a runner may
+    compute them once. The last token of the prefix is not included, because it predicts the next token."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a target would be predicted from a shared token, whose hidden state is not kept."""
+        """Raises ValueError if a shared token would predict a target: hidden states of shared tokens are not kept."""
         if self.num_shared and any(target.start <= self.num_shared for target in self.targets):
             raise ValueError(f"a target begins among or right after the {self.num_shared} shared tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """What a model is asked of one pair. Where `null_reasons` names a quantity, no sequence scores it."""
+    """The token sequences and counts of one pair. If `null_reasons` names a quantity, no sequence scores it."""
 
     pair_id: str
     num_q_tokens: int
@@ -139,7 +139,7 @@ def task_text(*, invalid_clause: bool) -> str:
 
 
 def plain_markup(system: str, *, invalid_clause: bool) -> Markup:
-    """The frame `plain`: literal text, for models without a chat template."""
+    """The markup of the frame `plain`: literal text, for models without a chat template."""
     return Markup(
         before_q=system + PLAIN_QUERY,
         between_q_and_a=PLAIN_ANSWER,
@@ -149,10 +149,10 @@ def plain_markup(system: str, *, invalid_clause: bool) -> Markup:
 
 
 def chat_markup(render: Callable[[list[dict[str, str]]], str], system: str, *, invalid_clause: bool) -> Markup:
-    """The frame `chat`: what the template puts around a user turn, up to the generation prompt.
+    """The markup of the frame `chat`: the text that the template puts around a user turn, with the generation prompt.
 
-    The system prompt is always explicit, since templates otherwise inject one of their own; where a template has
-    no system turn, the system text opens the user turn.
+    The system prompt is always explicit, because templates otherwise insert their own. If a template has no system
+    turn, the system text opens the user turn.
 
     Raises:
         TemplateUnusableError: the template fails, or drops or repeats the user's text.
@@ -200,10 +200,10 @@ def _render_or_refuse(render: Callable[[list[dict[str, str]]], str], messages: l
 
 
 class PairEncoder:
-    """Turns pairs into token sequences for one model, in its frame, with the settings' prior and window.
+    """Turns pairs into token sequences for one model, in its frame, with the configured prior and window.
 
     Raises:
-        TemplateUnusableError: from the constructor, where the frame is `chat` and the template cannot be used.
+        TemplateUnusableError: the frame is `chat` and the template cannot be used.
     """
 
     def __init__(self, tokenizer: Tokenizer, model: ModelSettings, scoring: ScoringSettings) -> None:
@@ -222,7 +222,7 @@ class PairEncoder:
         return chat_markup(self._tokenizer.render_chat, system, invalid_clause=clause)
 
     def template_text(self) -> str:
-        """Everything that determines the prompts, as JSON: what the template hash is taken of."""
+        """Everything that determines the prompts, as JSON: the input of the template hash."""
         markups = [self.markup(system) for system in (self._model.system_prompt, "any other system text")]
         return json.dumps(
             {
@@ -239,7 +239,7 @@ class PairEncoder:
         return hashlib.blake2b(self.template_text().encode(), digest_size=8).hexdigest()
 
     def encode(self, pairs: Sequence[Pair], wanted: Collection[Quantity]) -> list[EncodedPair]:
-        """The sequences that give the wanted quantities of each pair, in the order of `pairs`."""
+        """The sequences that yield the wanted quantities of each pair, in the order of `pairs`."""
         query_ids = self._tokenizer.encode_texts([pair.query for pair in pairs])
         answer_ids = self._tokenizer.encode_texts([pair.answer for pair in pairs])
         return [
@@ -269,7 +269,7 @@ class PairEncoder:
         )
 
     def _failure(self, q_ids: list[int], a_ids: list[int], room: int) -> NullReason | None:
-        """Why the pair as a whole cannot be scored: Q is never cut, and at least one token of A must stay."""
+        """The reason why the pair cannot be scored, or None. Q is never cut; at least one token of A must remain."""
         if len(q_ids) <= self._num_dropped or not a_ids:
             return NullReason.NO_TOKENS_TO_SCORE
         if room < 1:
@@ -280,13 +280,13 @@ class PairEncoder:
 
     @property
     def _num_dropped(self) -> int:
-        """Tokens of Q without left context: its first one, where a bare prior has no token to stand before it."""
+        """Number of tokens of Q without left context: 1 if the prior is `bare` and no token can precede Q, else 0."""
         return int(self._scoring.prior == "bare" and self._left_context is None)
 
     def _sequences(
         self, pair_id: str, pieces: _Pieces, q: list[int], a: list[int], wanted: Collection[Quantity]
     ) -> tuple[TokenSequence, ...]:
-        """The cheapest sequences for the wanted quantities: with the prior `user`, Q comes free with A | Q."""
+        """The cheapest sequences for the wanted quantities: with the prior `user`, the pass of A | Q also scores Q."""
         query, answer = _Span(q, self._num_dropped), _Span(a, 0)
         forward: dict[Quantity, _Span] = {Quantity.A_GIVEN_Q: answer}
         plans: list[tuple[list[list[int] | _Span], dict[Quantity, _Span]]] = []
@@ -318,9 +318,9 @@ class PairEncoder:
         )
 
     def _with_left_context(self, ids: list[int]) -> list[int]:
-        """Exactly one BOS where the tokenizer defines one; else, in plain text, the end-of-text token.
+        """The ids with exactly one BOS if the tokenizer has one, else, in the plain frame, an end-of-text token.
 
-        A chat template of a model without BOS begins as its model was trained, with a special token of its own.
+        The chat template of a model without BOS starts with its own special token, as in the model's training.
         """
         bos = self._tokenizer.bos_token_id
         if bos is not None:
@@ -341,7 +341,7 @@ class _Pieces:
 
     @property
     def overhead(self) -> int:
-        """Tokens beside Q and A in the longer pass, so that A is cut alike in all of them."""
+        """Number of tokens besides Q and A in the longer pass, so that A is cut at the same token in every pass."""
         return max(
             len(self.before_q) + len(self.between_q_and_a),
             len(self.before_a) + len(self.between_a_and_q),
@@ -349,7 +349,7 @@ class _Pieces:
 
 
 class _Span:
-    """Token ids that may be a target, less the first `skip` of them. Compared by identity."""
+    """Token ids that may be a target, except the first `skip`. Compared by identity."""
 
     __slots__ = ("ids", "skip")
 
@@ -364,9 +364,9 @@ def _concatenate(
     scored: Mapping[Quantity, _Span],
     wanted: Collection[Quantity],
 ) -> TokenSequence:
-    """The parts one after another, with a target wherever a scored span comes to lie.
+    """Concatenates the parts, with a target at each scored span.
 
-    Where they begin with the template's own text, its tokens are shared with all sequences that do.
+    If the first part is the template's own text, its tokens form a shared prefix.
     """
     token_ids: list[int] = []
     targets = []

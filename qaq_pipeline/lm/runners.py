@@ -1,11 +1,12 @@
-"""The ways through a causal LM: sequences in, log-probabilities of their targets out.
+"""Runners: the ways to compute the log-probabilities of target tokens with a causal LM.
 
 Belongs here: packed rows, padded batches, the model's own logits; the self-test that chooses between them.
-Does not belong here: loading a model, which sequences go together, the output head's arithmetic.
+Does not belong here: loading a model (`causal_lm`), the choice of batches (`batching`), the attention of packed rows
+(`attention`), and the arithmetic of the output head (`lm_head`).
 
     packed        rows without padding; a shared prefix is computed once. Fastest on a CPU.
     padded        right padding without a mask, transformers' own attention. Fastest on a GPU.
-    own_logits    one sequence at a time through the model's own forward. Slow; right for every causal model.
+    own_logits    one sequence at a time through the model's own forward pass. Slow; correct for every causal model.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema.vocabularies import Quantity
 
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Mean difference from the model's own logits that the self-test allows, in nats per token, by dtype: a batch of
-another shape rounds differently (0.03 in bfloat16 at the most, measured), a wrong head or mask is off by more."""
+"""Largest mean difference from the model's own logits in the self-test, in nats per token, by dtype. Batches of another
+shape round differently (measured: at most 0.03 in bfloat16); a wrong head or mask differs by more."""
 
 KEPT_PREFIXES = 8
 TESTED_TOKENS = 32
-"""Of each sequence of the self-test its last tokens are compared: those that a window hides the beginning from."""
+"""Number of tokens compared in the self-test: the last ones of each sequence, whose sliding window hides the first."""
 
 _ROPE_BY_LENGTH = frozenset({"longrope", "dynamic"})
 """Rotary embeddings that depend on the longest sequence of a forward pass."""
@@ -42,15 +43,15 @@ logger = logging.getLogger(__name__)
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be scored right. The text names the model, what differs, and the remedy."""
+    """The model cannot be scored correctly. The text names the model, the fault and the remedy."""
 
 
 class Runner(Protocol):
-    """One way through a model."""
+    """One way to score sequences with a model."""
 
     name: str
     is_padded: bool
-    """Whether a batch costs its longest sequence as often as it has sequences."""
+    """Whether a batch of n sequences costs n times its longest one."""
     shares_prefixes: bool
     """Whether a shared prefix is computed once."""
 
@@ -60,10 +61,10 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Sequences one after another in one row, their shared prefixes computed once.
+    """Puts sequences one after another into one row, and computes shared prefixes once.
 
     Raises:
-        AttentionUnsupportedError: some layer of the model is not plain causal or sliding attention.
+        AttentionUnsupportedError: a layer of the model has neither plain causal nor sliding attention.
     """
 
     name = "packed"
@@ -74,16 +75,16 @@ class PackedRunner:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS
         if kinds or getattr(config, "attention_chunk_size", None):
-            raise AttentionUnsupportedError(f"layers of {', '.join(sorted(kinds)) or 'chunked attention'}")
+            raise AttentionUnsupportedError(f"it has layers of {', '.join(sorted(kinds)) or 'chunked attention'}")
         model.set_attn_implementation(attention.PACKED)
         if model.config._attn_implementation != attention.PACKED:
-            raise AttentionUnsupportedError("attention that does not go through transformers' interface")
+            raise AttentionUnsupportedError("its attention does not use transformers' interface")
         self._model = model
         self._body, self._head = body_of(model), lm_head.head_of(model)
         self._prefixes: OrderedDict[tuple[int, ...], SharedPrefix] = OrderedDict()
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
-        """See `Runner`. The row holds every sequence less its shared prefix and its last token, which predicts none."""
+        """See `Runner`. The row omits each sequence's shared prefix and its last token, which predicts nothing."""
         prefixes = self._shared(sequences)
         skipped = [prefix.length if prefix else 0 for prefix in prefixes]
         lengths = [len(one.token_ids) - 1 - skip for one, skip in zip(sequences, skipped, strict=True)]
@@ -97,7 +98,7 @@ class PackedRunner:
         return lm_head.batch_logprobs(hidden_FD, self._head, sequences, firsts)
 
     def _shared(self, sequences: Sequence[TokenSequence]) -> list[SharedPrefix | None]:
-        """The prefix that each sequence continues: one that is known, or that several of these begin with."""
+        """The prefix of each sequence if it is known or shared by several of these sequences, else None."""
         keys = [tuple(one.token_ids[: one.num_shared]) for one in sequences]
         for key, count in Counter(keys).items():
             if key in self._prefixes:
@@ -128,10 +129,10 @@ class PackedRunner:
 
 
 class PaddedRunner:
-    """Sequences side by side, padded on the right; the attention and its masks are transformers' own.
+    """Pads sequences on the right, and uses transformers' own attention and masks.
 
-    Under causal attention no real token can see what stands to its right, so padding needs no attention mask and
-    its id does not matter.
+    Under causal attention no token sees the tokens to its right, so padding needs no attention mask and its id does
+    not matter.
     """
 
     name = "padded"
@@ -151,7 +152,7 @@ class PaddedRunner:
 
 
 class OwnLogitsRunner:
-    """The model's own forward and head, one sequence at a time: whatever it does to its logits is done."""
+    """Runs the model's own forward pass and head on one sequence at a time, with everything it does to its logits."""
 
     name = "own_logits"
     is_padded = False
@@ -184,9 +185,9 @@ def pad_right(sequences: Sequence[TokenSequence]) -> torch.Tensor:
 
 
 def body_of(model: Any) -> Any:
-    """The model less its head. Raises `AttentionUnsupportedError` where the architecture has no body of its own."""
+    """The model without its head. Raises `AttentionUnsupportedError` if the architecture does not separate them."""
     if model.base_model is model:
-        raise AttentionUnsupportedError("a body that cannot be had without the head")
+        raise AttentionUnsupportedError("the architecture does not separate the body from the head")
     return model.base_model
 
 
@@ -198,20 +199,20 @@ def choose_runner(
     max_tokens: int = 2048,
     wanted: Sequence[type[PackedRunner | PaddedRunner]] | None = None,
 ) -> Runner:
-    """The fastest runner that gives the model's own log-probabilities, within the rounding of its dtype.
+    """The fastest runner that reproduces the model's own log-probabilities, within the rounding of its dtype.
 
-    The packed runner, where it is chosen, replaces the model's attention.
+    If the packed runner is chosen, it replaces the model's attention.
 
     Args:
         model: a transformers causal LM on its device.
-        name: of the model, for messages.
-        sample_ids: token ids of some ordinary text, at least 32: in half precision a model's numbers for it are firm,
-            while those for a random text are mostly rounding. Default: a pattern, for models without a tokenizer.
-        max_tokens: that a sequence may have: what only longer ones would show is not tested.
-        wanted: runners to try, the best first; default: by the device.
+        name: name of the model, for messages.
+        sample_ids: at least 32 token ids of an ordinary text: in half precision its log-probabilities are stable, while
+            those of a random text are mostly rounding. Default: a pattern, for models without a tokenizer.
+        max_tokens: largest length of a sequence; the self-test uses no longer ones.
+        wanted: runners to try, best first; default: by the device.
 
     Raises:
-        UnsupportedModelError: the model's log-probabilities are not finite, or it sees what stands to the right.
+        UnsupportedModelError: the model's log-probabilities are not finite, or depend on tokens to the right.
     """
     own = OwnLogitsRunner(model)
     sequences = _test_sequences(model, sample_ids, max_tokens)
@@ -225,28 +226,28 @@ def choose_runner(
             difference = _mean_difference(runner.score(sequences), expected)
             if difference <= SELF_TEST_TOLERANCE[model.dtype]:
                 return runner
-            reason = f"its log-probabilities would differ by {difference:.2g} nats from the model's own"
-        # Code of any architecture, asked for what it may not do.
+            reason = f"its log-probabilities differ by {difference:.2g} nats from the model's own"
+        # An architecture's code may raise any of these when it is used in a way that it does not support.
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error)
         model.set_attn_implementation(attention_before)
-        logger.warning("%s: not scored %s: %s", label, kind.name, reason)
-    logger.warning("%s: scored by its own logits, one sequence at a time, which is slow", label)
+        logger.warning("%s: the runner '%s' cannot be used: %s", label, kind.name, reason)
+    logger.warning("%s: scored with the model's own logits, one sequence at a time, which is slow", label)
     return own
 
 
 def _check_positions(model: Any, max_tokens: int) -> None:
-    """Raises `AttentionUnsupportedError` where a long sequence would move the positions of those beside it."""
+    """Raise `AttentionUnsupportedError` if a long sequence would change the positions of others in its batch."""
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    # One set for all layers, or one for each kind of layer.
+    # One set of parameters for all layers, or one per kind of layer.
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
         if kind in _ROPE_BY_LENGTH and max_tokens > (original or 0):
             raise AttentionUnsupportedError(
-                f"{kind} positions depend on the longest sequence of a batch; with scoring.max_tokens of {original} at "
-                "most they do not"
+                f"{kind} positions depend on the longest sequence of a batch, unless scoring.max_tokens is at most "
+                f"{original}"
             )
 
 
@@ -255,7 +256,7 @@ def _fastest_first(device: torch.device) -> list[type[PackedRunner | PaddedRunne
 
 
 def _test_sequences(model: Any, sample_ids: Sequence[int], max_tokens: int) -> list[TokenSequence]:
-    """Three sequences with one beginning; one is longer than the attention's window, where sequences may be."""
+    """Three sequences with the same beginning. One exceeds the attention's window, if `max_tokens` does."""
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     num_words = model.get_output_embeddings().weight.shape[0]
     sample = list(sample_ids) or [(7 * i * i + 3 * i + 5) % num_words for i in range(64)]
@@ -274,7 +275,7 @@ def _test_sequence(beginning: list[int], ending: list[int]) -> TokenSequence:
 
 
 def model_context(model: Any) -> int | None:
-    """Longest sequence the model was made for, in tokens; None where it states none."""
+    """Longest sequence that the model supports, in tokens; None if its config does not say."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
@@ -285,27 +286,27 @@ def _check_model(
     name: str,
     tolerance: float,
 ) -> None:
-    """Nothing can be scored with a model whose own numbers are none, or that has seen what it is to predict."""
+    """Raise if the model's own log-probabilities are not finite, or if it sees the tokens that it predicts."""
     if not all(torch.isfinite(values).all() for (values,) in expected):
         raise UnsupportedModelError(
-            f"{name}: its log-probabilities are not finite: its weights are damaged, or its numbers too large for "
-            "this dtype; try `dtype: float32`"
+            f"{name}: its log-probabilities are not finite: its weights are damaged, or its activations exceed the "
+            "range of this dtype; try `dtype: float32`"
         )
     longest = max(sequences, key=lambda one: len(one.token_ids))
     (target,) = longest.targets
-    half = (target.start + target.stop) // 2  # Of what is compared.
+    half = (target.start + target.stop) // 2  # The middle of the compared tokens.
     cut = TokenSequence("", longest.token_ids[:half], (Target(Quantity.Q, target.start, half),))
     (whole,) = expected[sequences.index(longest)]
     difference = _mean_difference(own.score([cut]), [[whole[: half - target.start]]])
     if difference > tolerance:
         raise UnsupportedModelError(
-            f"{name}: what stands to the right of a token moves its log-probability by {difference:.2g} nats: no "
-            "causal model; name one that is"
+            f"{name}: not a causal model: tokens to the right change a token's log-probability by {difference:.2g} "
+            "nats; choose a causal language model"
         )
 
 
 def _mean_difference(one: list[list[torch.Tensor]], other: list[list[torch.Tensor]]) -> float:
-    """Mean over all tokens of the absolute difference; infinite where one is NaN."""
+    """Mean absolute difference over all tokens; infinite if one is NaN."""
     values, others = (torch.cat([values for (values,) in scores]) for scores in (one, other))
     difference = float((values - others).abs().mean())
     return math.inf if math.isnan(difference) else difference

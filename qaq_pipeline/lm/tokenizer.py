@@ -1,4 +1,8 @@
-"""The tokenizer of a model and its chat template, as the prompts need them (transformers)."""
+"""The Hugging Face tokenizer of a model and its chat template.
+
+Belongs here: the adapter from transformers' tokenizers to `prompts.Tokenizer`, and its loading.
+Does not belong here: the text of the prompts (`prompts`), and where the files come from (`model_files`).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.runners import UnsupportedModelError
 
 _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
-"""Put before a template that asks for today's date: prompts, and with them scores, must not change at midnight. The
-date is the one that Llama 3's own templates fall back on."""
+"""Prepended to a template that uses today's date: prompts, and therefore scores, must not change at midnight. The date
+is the default of Llama 3's own templates."""
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
 
@@ -38,25 +42,25 @@ class HfTokenizer:
         self.end_of_text_id = self._find_end_of_text()
 
     def encode_markup(self, text: str) -> list[int]:
-        """Token ids of prompt text; special tokens in it are recognised, none is added."""
+        """Token ids of prompt text. Special tokens in it are recognised; none is added."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of delivered texts; special tokens in them are ordinary text, none is added."""
+        """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages as the chat template renders them, up to and with the generation prompt.
+        """The messages as the chat template renders them, with the generation prompt at the end.
 
         Raises:
-            UnsupportedModelError: the tokenizer has no chat template, and none was borrowed.
+            UnsupportedModelError: the tokenizer has no chat template, and none is borrowed.
         """
         if not self._chat_template:
             raise UnsupportedModelError(
                 f"{self._tokenizer.name_or_path} has no chat template: set `frame: plain`, or `chat_template_from` "
-                "to the instruct sibling of the same family"
+                "to the instruct model of the same family"
             )
         return self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, chat_template=self._chat_template
@@ -69,6 +73,6 @@ class HfTokenizer:
 
 
 def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:
-    """The tokenizer of the model's files, with its own chat template or the borrowed one."""
+    """The tokenizer in the model's files, with its own or a borrowed chat template."""
     borrowed = model_files.chat_template(model.chat_template_from, cache) if model.chat_template_from else None
     return HfTokenizer(AutoTokenizer.from_pretrained(files.folder), borrowed)

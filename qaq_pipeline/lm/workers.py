@@ -1,12 +1,11 @@
-"""Who scores the batches: this process, or several of their own, one for each core or GPU. No torch.
+"""Workers that score batches: this process alone, or one process per core or GPU. No torch.
 
-Belongs here: starting and ending scoring processes, handing batches out and results in, leases of GPUs.
-Does not belong here: what a batch is, or what becomes of its scores.
+Belongs here: the start and end of scoring processes, and the exchange of batches and scores with them.
+Does not belong here: the choice of batches (`batching`), the model in a worker (`causal_lm`), leases of GPUs
+(`devices`), and the use of the scores.
 
-A device has one holder at a time, by a lock file that the kernel frees with its holder (`lease_devices`).
-
-    parent    batches ──► pipe ──► worker   a model of its own, one thread on a CPU
-              results ◄── pipe ◄──          ends when the parent does: its pipe closes, however the parent died
+    parent    batches ──► pipe ──► worker   has its own model, and one thread on a CPU
+              results ◄── pipe ◄──          ends with its parent: the pipe closes, however the parent died
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.lm.prompts import TokenSequence
@@ -37,42 +34,42 @@ _END_SECONDS = 5.0
 
 
 class WorkerDiedError(RuntimeError):
-    """A scoring process ended on its own. The text says how, and what to do."""
+    """A scoring process ended unexpectedly. The text names the cause and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScorerFacts:
-    """What a loaded model says of itself."""
+    """Properties of a loaded model that the planning of batches and the report need."""
 
     runner: str
-    """Name of the way through the model (see `runner`)."""
+    """Name of the runner (see `runners`)."""
     is_padded: bool
     shares_prefixes: bool
     """Whether a shared prefix is computed once."""
     batch_tokens: int
-    """Tokens of a batch that its device does best with, and that its memory holds."""
+    """Tokens of a batch that is fast on the device and fits into its memory."""
     flops_per_token: float = 0.0
-    """Floating-point operations of the body for one token, without attention; 0: not known."""
+    """Floating-point operations of the body for one token, without attention; 0 if unknown."""
     flops_per_target: float = 0.0
-    """Floating-point operations of the head for one target token; 0: not known."""
+    """Floating-point operations of the head for one target token; 0 if unknown."""
     peak_flops_per_second: float = 0.0
-    """Of a large matrix product in the model's dtype on its device, measured when it was loaded; 0: not known."""
+    """Speed of a large matrix product in the model's dtype on its device, measured after loading; 0 if unknown."""
 
     def flops(self, num_tokens: int, num_targets: int) -> float:
-        """Floating-point operations of body and head for so many tokens, so many of them targets."""
+        """Floating-point operations of body and head for `num_tokens` tokens with `num_targets` target tokens."""
         return num_tokens * self.flops_per_token + num_targets * self.flops_per_target
 
 
 class SequenceScorer(Protocol):
-    """The seam to a model."""
+    """The interface to a loaded model; tests replace it."""
 
     @property
     def facts(self) -> ScorerFacts:
-        """What it says of itself."""
+        """The properties of the model."""
         ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> Scores:
-        """The batch's log-probabilities.
+        """Returns the batch's log-probabilities.
 
         Raises:
             BatchTooLargeError: the batch does not fit into memory.
@@ -83,68 +80,29 @@ class SequenceScorer(Protocol):
 Load = Callable[[], SequenceScorer]
 
 
-class DeviceBusyError(RuntimeError):
-    """Another process scores on the device. The text names it and the remedy."""
-
-
-@contextmanager
-def lease_devices(locks: Mapping[str, str], directory: Path, most: int, timeout: float) -> Iterator[list[str]]:
-    """Hold those devices that nobody else holds, at most so many and at least one, until the context ends.
-
-    Args:
-        locks: name of the lock by device: what identifies the device itself, whatever it is called here.
-        directory: of the lock files; whoever shares it shares the devices.
-        most: devices wanted.
-        timeout: seconds to wait for the first, where all are held.
-
-    Raises:
-        DeviceBusyError: all are held for longer.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {device: directory / f"{name}.lock" for device, name in locks.items()}
-    with ExitStack() as leases:
-        held = []
-        for device, file in files.items():
-            with suppress(Timeout):
-                if len(held) < most:
-                    leases.enter_context(FileLock(file, timeout=0))
-                    held.append(device)
-        if not held:
-            first, file = next(iter(files.items()))
-            try:
-                leases.enter_context(FileLock(file, timeout=timeout))
-            except Timeout as error:
-                raise DeviceBusyError(
-                    f"{', '.join(files)}: held by other scoring processes (lock {file}); wait for one to end, or set "
-                    "another `device`"
-                ) from error
-            held.append(first)
-        yield held
-
-
 class Workers(Protocol):
     """One or several models that score batches."""
 
     @property
     def facts(self) -> list[ScorerFacts]:
-        """Of each worker."""
+        """The properties of each worker's model."""
         ...
 
     def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Scores | None]]:
-        """Every batch of the queue with its scores, in the order they come; None where it did not fit.
+        """Every batch of the queue with its scores, in the order of completion; None if a batch did not fit.
 
-        A batch that is put back into the queue before the next is asked for is run again.
+        The caller may split a batch that did not fit: the queue then returns its halves.
         """
         ...
 
 
 @contextmanager
 def open_workers(loads: Sequence[Load]) -> Iterator[Workers]:
-    """Load the models: one in this process, several in processes of their own.
+    """Load the models: a single one in this process, several in one process each.
 
     Raises:
-        WorkerDiedError: a process ended before it could say why.
-        Exception: what loading the model raised, from a worker too.
+        WorkerDiedError: a process ended without reporting an error.
+        Exception: raised while a model was loaded, here or in a worker.
     """
     if len(loads) == 1:
         yield _InProcess(loads[0]())
@@ -155,7 +113,7 @@ def open_workers(loads: Sequence[Load]) -> Iterator[Workers]:
         yield _Processes(processes)
     finally:
         for process in processes:
-            process.connection.close()  # All at once, so that they end side by side.
+            process.connection.close()  # All at once, so that they end in parallel.
         deadline = time.monotonic() + _END_SECONDS
         for process in processes:
             process.end(deadline)
@@ -179,7 +137,7 @@ class _Processes:
 
     def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Scores | None]]:
         if self._busy:
-            raise RuntimeError("an earlier queue was left before its end: its scores would be taken for this one's")
+            raise RuntimeError("the previous queue was not run to its end: its scores would be mixed with this one's")
         idle, busy = list(self._processes), self._busy
         while True:
             while idle and (batch := queue.take()):
@@ -194,7 +152,7 @@ class _Processes:
                 process, batch = busy.pop(connection)
                 try:
                     scores = process.receive()
-                except Exception as error:  # noqa: BLE001 - raised below: what others have finished comes first.
+                except Exception as error:  # noqa: BLE001 - raised below, after the scores that other workers have finished.
                     errors.append(error)
                     continue
                 idle.append(process)
@@ -204,7 +162,7 @@ class _Processes:
 
 
 class _Process:
-    """A process with a model in it, and the pipe to it."""
+    """A scoring process and the pipe to it."""
 
     def __init__(self, load: Load) -> None:
         context = multiprocessing.get_context("spawn")
@@ -239,14 +197,14 @@ class _Process:
         code = self._process.exitcode
         cause = "killed, as the kernel does when memory runs out" if code == -signal.SIGKILL else f"exit code {code}"
         return WorkerDiedError(
-            f"a scoring process ended ({cause}); what it had finished is stored: run again, with a smaller "
+            f"a scoring process ended ({cause}); finished scores are stored: run again, with a smaller "
             "runtime.processes or runtime.batch_tokens if memory was short"
         )
 
 
 def _serve(connection: Connection, load: Load) -> None:
-    """A worker's life: load, say so, score what comes, end with the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers.
+    """Run a worker: load the model, send its properties, score every batch received, end when the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers.
     with suppress(_PipeClosedError):
         try:
             scorer = load()
@@ -255,12 +213,12 @@ def _serve(connection: Connection, load: Load) -> None:
                 _send(connection, _try_to_score(scorer, _receive(connection)))
         except _PipeClosedError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent raises it.
+        except Exception as error:  # noqa: BLE001 - the parent raises it, whatever it is.
             _send(connection, _portable(error))
 
 
 class _PipeClosedError(Exception):
-    """The parent has ended, or wants its worker to."""
+    """The parent has ended, or has asked its worker to end."""
 
 
 def _send(connection: Connection, value: object) -> None:
@@ -285,11 +243,11 @@ def _try_to_score(scorer: SequenceScorer, batch: Batch) -> Scores | None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, if it survives the way to another process, else its traceback as text."""
+    """The error if it can be pickled and rebuilt, else a RuntimeError with its traceback as text."""
     try:
-        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - made here.
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled in this line.
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except Exception:  # noqa: BLE001, S110 - an exception that cannot be pickled or built again.
+    except Exception:  # noqa: BLE001, S110 - an exception that cannot be pickled or rebuilt.
         pass
     return RuntimeError("".join(traceback.format_exception(error)))

@@ -1,7 +1,7 @@
-"""attention: a packed row equals a softmax attention written out for each token alone; what is unknown is refused.
+"""attention: a packed row equals softmax attention computed token by token; unsupported arguments are refused.
 
 Tolerances: the reference computes in fp64; numbers of size 1 to 3 summed in fp32 in another order differ by 1e-6, and
-the bound is 1e-5. Where nothing may have changed at all, results are compared bit for bit.
+the bound is 1e-5. Results that must not change at all are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADS, SIZE = 4, 8
 LENGTHS = (18, 1, 7)
-"""Of the segments of a row: longer and shorter than the windows."""
+"""Lengths of the segments of a row, longer and shorter than the windows."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Operands:
         return Operands(self.query[:, :, rows], self.key[:, :, rows], self.value[:, :, rows])
 
     def before(self, other: Operands) -> Operands:
-        """These tokens, and the other ones after them."""
+        """These tokens, followed by the other ones."""
         pairs = zip((self.query, self.key, self.value), (other.query, other.key, other.value), strict=True)
         return Operands(*(torch.cat(pair, dim=2) for pair in pairs))
 
@@ -60,14 +60,14 @@ def attend(given: Operands, row: PackedRow, module: torch.nn.Module, **others: A
 
 
 def recorded(given: Operands, module: torch.nn.Module, **others: Any) -> SharedPrefix:
-    """The prefix as a runner computes it: a row of its own."""
+    """The prefix as a runner computes it: in a separate row."""
     prefix = SharedPrefix(given.query.shape[2])
     attend(given, PackedRow((Segment(0, prefix.length),), record=prefix), module, **others)
     return prefix
 
 
 def packed_row(prefix: SharedPrefix | None) -> PackedRow:
-    """Segments of LENGTHS; the first and the last continue the prefix, the one between has none."""
+    """Segments of LENGTHS; the first and the last follow the prefix, the middle one has none."""
     stops = [sum(LENGTHS[: number + 1]) for number in range(len(LENGTHS))]
     starts = [stop - length for stop, length in zip(stops, LENGTHS, strict=True)]
     return PackedRow(tuple(map(Segment, starts, stops, (prefix, None, prefix))))
@@ -93,7 +93,7 @@ def naive_attention(
 
 
 def naive_row(prefix: Operands | None, given: Operands, **others: Any) -> torch.Tensor:
-    """What a row of LENGTHS must give: each segment as a sequence of its own, after the prefix if it has one."""
+    """The expected output of a row of LENGTHS: each segment as a separate sequence, after its prefix if it has one."""
     outputs = []
     for segment in packed_row(None).segments:
         alone = given.rows(segment.start, segment.stop)
@@ -156,7 +156,7 @@ def test_values_may_have_another_size_than_keys(softcap: float | None) -> None:
 def test_half_precision_stays_half_precision_and_right(
     dtype: torch.dtype, softcap: float | None, window: int | None, prefix_length: int
 ) -> None:
-    """bfloat16 has 8 bits: scores of size 10 are off by 0.04, and with them a value of size 4 by 0.2."""
+    """bfloat16 has 8 bits: scores of size 10 have errors of 0.04, which change a value of size 4 by 0.2."""
     module = torch.nn.Identity()
     options: dict[str, Any] = {"sliding_window": window, "softcap": softcap}
 
@@ -246,7 +246,7 @@ def test_two_segments_may_continue_two_prefixes() -> None:
 
 
 class SinkAttention(torch.nn.Module):
-    """An attention layer by name only: what it asks for is given in each test."""
+    """An attention layer in name only: each test sets its arguments."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__()
@@ -260,12 +260,12 @@ ROW = PackedRow((Segment(0, 3),))
 @pytest.mark.parametrize(
     ("attributes", "arguments", "reason"),
     [
-        pytest.param({}, {"s_aux": torch.zeros(HEADS)}, "asks for s_aux$", id="sinks"),
-        pytest.param({}, {"z": 1, "alibi": False}, "asks for alibi, z$", id="two unknown ones"),
-        pytest.param({}, {"attention_mask": torch.zeros(1, 1, 3, 3)}, "asks for a mask", id="mask"),
-        pytest.param({}, {"dropout": 0.1}, "asks for .*dropout", id="dropout"),
-        pytest.param({"is_causal": False}, {}, "asks for .*attention to the right", id="bidirectional"),
-        pytest.param({}, {"packed_row": None}, "is not told how its row divides$", id="no row"),
+        pytest.param({}, {"s_aux": torch.zeros(HEADS)}, "requires s_aux$", id="sinks"),
+        pytest.param({}, {"z": 1, "alibi": False}, "requires alibi, z$", id="two unknown ones"),
+        pytest.param({}, {"attention_mask": torch.zeros(1, 1, 3, 3)}, "requires a mask", id="mask"),
+        pytest.param({}, {"dropout": 0.1}, "requires .*dropout", id="dropout"),
+        pytest.param({"is_causal": False}, {}, "requires .*attention to the right", id="bidirectional"),
+        pytest.param({}, {"packed_row": None}, "does not receive `packed_row`$", id="no row"),
     ],
 )
 def test_what_a_packed_row_cannot_give_is_refused_by_name(

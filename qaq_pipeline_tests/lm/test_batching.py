@@ -1,4 +1,4 @@
-"""batching: every sequence once, longest first, within the budget; smaller where memory falls short, and back again.
+"""batching: every sequence once, longest first, within the budget; smaller when memory is short, and larger again.
 
 No tolerances: counts of tokens are compared exactly.
 """
@@ -23,7 +23,7 @@ Fits = Callable[[Window], bool]
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 WINDOWS = st.lists(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 40)), max_size=25), max_size=5)
-"""For each sequence of each window: its own tokens, and those it shares."""
+"""For each sequence of each window: its own tokens, and its shared tokens."""
 BUDGETS = st.integers(1, 2000)
 PADDED = st.booleans()
 MEMORIES = st.integers(1, 3000)
@@ -36,7 +36,7 @@ def sequence(number: int, own: int, shared: int = 0) -> TokenSequence:
 
 
 def build(windows: Sequence[Sequence[tuple[int, int]]]) -> list[Window]:
-    """Sequences numbered in the order in which they are given."""
+    """Sequences numbered in the order of the arguments."""
     numbers = itertools.count()
     return [[sequence(next(numbers), own, shared) for own, shared in window] for window in windows]
 
@@ -50,7 +50,7 @@ def number_of(one: TokenSequence) -> int:
 
 
 def cost(batch: Sequence[TokenSequence], *, is_padded: bool) -> int:
-    """Padded, every row is as long as the longest; packed, each costs what is its own."""
+    """With padding, every row is as long as the longest; packed, each costs its own tokens."""
     if is_padded:
         return len(batch) * max(len(one.token_ids) for one in batch)
     return sum(len(one.token_ids) - one.num_shared for one in batch)
@@ -66,7 +66,7 @@ def numbers(batches: Sequence[Window]) -> list[list[int]]:
 
 @dataclass
 class Outcome:
-    """What became of a queue's sequences, by their numbers, and its budget after each batch."""
+    """The outcome of a queue's sequences, by their numbers, and its budget after each batch."""
 
     scored: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Outcome:
 
 
 def work_off(windows: Sequence[Window], queue: BatchQueue, fits: Fits, num_workers: int, random: Random) -> Outcome:
-    """Run every batch as several workers do: each has one at a time, and they end in any order."""
+    """Run every batch as several workers do: each has one batch at a time, and they finish in any order."""
     # Halving n sequences down to single ones takes n - 1 splits.
     most_batches = 2 * sum(map(len, windows)) + 1
     outcome, running = Outcome(), list[Window]()
@@ -214,7 +214,7 @@ def test_no_batch_has_room_for_the_next_sequence(lengths: list[int], budget: int
 
 @given(LENGTHS, BUDGETS)
 def test_padding_is_bounded_by_the_largest_batch_times_the_range_of_lengths(lengths: list[int], budget: int) -> None:
-    """Sorted batches cover disjoint ranges of lengths, so that their paddings add up to one range at most."""
+    """Sorted batches cover disjoint ranges of lengths, so their padding sums to at most one range."""
     batches = drain(BatchQueue(one_window(lengths), budget, is_padded=True))
     largest = max(map(len, batches), default=0)
     spread = max(lengths, default=0) - min(lengths, default=0)

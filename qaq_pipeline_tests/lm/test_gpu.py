@@ -1,6 +1,6 @@
-"""The same path on a CUDA device: scores equal the CPU's, memory that runs out is halved, a GPU has one holder.
+"""The same path on a CUDA device: scores equal the CPU's, a batch that does not fit is halved, a GPU has one holder.
 
-Run by `pytest -m gpu` where there is one; elsewhere they are not collected into `make test`.
+`pytest -m gpu` runs these tests on a machine with a GPU; `make test` does not collect them.
 Tolerance: 1e-3 nats per token in fp32 without TF32 (another order of the same sums), 0.05 on the mean in bfloat16.
 """
 

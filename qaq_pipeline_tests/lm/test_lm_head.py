@@ -1,7 +1,7 @@
-"""logprobs: equal to the naive formulas of the docstrings, over dtypes; the head sees target rows only.
+"""lm_head: equal to the naive formulas of the docstrings, over dtypes; the head processes target rows only.
 
-Hidden states come flat, as padded rows, as one packed row, or as a packed row that lacks the shared prefixes: each
-test that scores a batch does so in all three layouts.
+Hidden states come as padded rows, as one packed row, or as a packed row without the shared prefixes. Each test that
+scores a batch does so in all three layouts.
 
 Tolerances: fp32 has 24 bits, so a logit of size s is known to s * 2**-24. The fast path may be as far from the fp64
 value as the naive path is, plus a few such units: both sum the same numbers in another order.
@@ -40,7 +40,7 @@ def sequence(ids: list[int], *spans: tuple[int, int]) -> TokenSequence:
 
 
 def hidden_bounds(sequences: list[TokenSequence], layout: Layout) -> list[tuple[int, int]]:
-    """Of each sequence, the hidden states [first, stop) that the layout has; beyond its end stands padding."""
+    """For each sequence, the hidden states [first, stop) in the layout; padding follows its end."""
     lengths = [len(one.token_ids) for one in sequences]
     if layout == "padded":
         return [(0, max(lengths))] * len(lengths)
@@ -117,7 +117,7 @@ def test_token_logprobs_are_no_worse_than_the_naive_log_softmax(dtype: torch.dty
     exact_N = torch.log_softmax(logits_NV.double(), -1)[rows, targets_N]
 
     assert fast_N.dtype == torch.float32
-    # Of what is rounded: logits, and their logsumexp, which is log 5000 and more even where they are small.
+    # The rounded numbers: logits, and their logsumexp, which is at least log 5000 even if they are small.
     largest = max(float(logits_NV.float().abs().max()), float(exact_N.abs().max()))
     assert (fast_N - exact_N).abs().max() <= (naive_N - exact_N).abs().max() + 8 * UNIT * largest
     assert (fast_N - naive_N).abs().max() <= 16 * UNIT * largest
@@ -161,7 +161,7 @@ def test_token_logprobs_leave_their_input_alone() -> None:
 )
 def test_what_is_not_finite_stays_visibly_so(logits: list[float], target: int, expected: float) -> None:
     value = token_logprobs(torch.tensor([logits]), torch.tensor([target])).item()
-    # An infinite logit gives -inf or NaN; either way no number.
+    # An infinite logit yields -inf or NaN, never a finite number.
     assert value == expected or (math.isnan(expected) and not math.isfinite(value))
 
 
@@ -184,7 +184,7 @@ def test_target_positions_are_flat_sequence_by_sequence_target_by_target(
 
 
 def test_a_target_token_is_read_from_the_hidden_state_before_it() -> None:
-    """The drawing in `target_positions`: q1 q2 q3 at 2, 3, 4 are read from h1 h2 h3."""
+    """The diagram in `target_positions`: h1 h2 h3 predict q1 q2 q3 at 2, 3, 4."""
     model = ToyModel()
     ids = [1, 2, 3, 4, 5]
     model.batch_logprobs([sequence(ids, (2, 5))])

@@ -1,4 +1,4 @@
-"""model_files: where files come from, what identifies them, and errors that name the path and the remedy."""
+"""model_files: the sources of files, their identity, and errors that name the path and the remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refusal(cache: Path, **source: str) -> str:
 
 
 def hashes_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The files that are read to be hashed, call by call."""
+    """The files that are hashed, call by call."""
     calls: list[list[str]] = []
     take = model_files._hash_files
 
@@ -63,7 +63,7 @@ def hashes_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def rewrite(path: Path, data: bytes) -> None:
-    """Write with a later time of change, which the next moment may not bring by itself."""
+    """Write with a later time of change: the clock may not have advanced since the last write."""
     later = path.stat().st_mtime_ns + 1_000_000_000
     path.write_bytes(data)
     os.utime(path, ns=(later, later))
@@ -74,7 +74,7 @@ def rewrite(path: Path, data: bytes) -> None:
 
 @pytest.fixture
 def directory(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> Path:
-    """A copy of the tiny model, to change at will."""
+    """A copy of the tiny model that a test may change."""
     return shutil.copytree(tiny_model_dir(), tmp_path / "tiny", ignore=shutil.ignore_patterns(".*"))
 
 
@@ -87,7 +87,7 @@ def test_a_directory_is_found_in_the_cache_folder_or_by_its_own_path(directory: 
 
 def test_a_missing_directory_is_an_error_that_names_it_and_what_is_expected(tmp_path: Path) -> None:
     assert refusal(tmp_path, directory="absent") == (
-        f"{tmp_path / 'absent'}: no config.json there; a model directory in Hugging Face layout is expected"
+        f"{tmp_path / 'absent'}: has no config.json; set `directory` to a model directory in Hugging Face layout"
     )
 
 
@@ -151,7 +151,7 @@ def test_where_the_hash_cannot_be_remembered_it_is_taken_again(
     with caplog.at_level(logging.INFO):
         assert found(tmp_path, directory="tiny").revision == found(tmp_path, directory="tiny").revision == before
     assert len(taken) == 2
-    assert "cannot be remembered (read-only)" in caplog.text
+    assert "the hash cannot be stored (read-only)" in caplog.text
 
 
 def test_the_tokenizer_hash_changes_with_the_tokenizer_alone(directory: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def write_gguf_header(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def write_gguf_tokenizer(writer: gguf.GGUFWriter, token_of: dict[int, str]) -> None:
-    """Bytes and special tokens, and one merge, since a GGUF tokenizer must have some."""
+    """Bytes, special tokens and one merge, since a GGUF tokenizer needs at least one."""
     tokens = [token_of.get(token_id, f"<unused{token_id}>") for token_id in range(VOCABULARY_SIZE)]
     tokens[-1] = "zz"
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -259,7 +259,7 @@ def write_gguf_tokenizer(writer: gguf.GGUFWriter, token_of: dict[int, str]) -> N
 
 
 def interleaved(weight: Any, num_heads: int | None) -> Any:
-    """A query or key projection in GGUF's order of rotary dimensions; any other weight as it is."""
+    """A query or key projection in GGUF's order of rotary dimensions; any other weight unchanged."""
     if num_heads is None:
         return weight
     halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
@@ -332,8 +332,8 @@ def test_a_hub_model_that_cannot_be_had_is_an_error_that_names_it_and_the_remedy
     hub_cache: Path, tmp_path: Path
 ) -> None:
     message = refusal(tmp_path, hub="nobody/nothing", revision="abc")
-    assert message.startswith("hub model 'nobody/nothing' (revision abc) cannot be had: ")
-    assert message.endswith("Check the id and the network, log in if it is gated, or name a local `directory`")
+    assert message.startswith("hub model 'nobody/nothing' (revision abc) cannot be downloaded: ")
+    assert message.endswith("Check the id and the network, log in if the model is gated, or set a local `directory`")
     assert "(revision newest)" in refusal(tmp_path, hub="nobody/nothing")
 
 

@@ -1,4 +1,4 @@
-"""prompts: the ids of every pass against contexts written by hand, BOS, truncation, and what is never scored."""
+"""prompts: the ids of every pass against contexts written by hand, BOS, truncation, and pairs that cannot be scored."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def encode(encoder: PairEncoder, query: str, answer: str, system: str | None = N
 
 
 def scored(encoded: EncodedPair) -> dict[Quantity, tuple[list[int], list[int]]]:
-    """Context and scored ids of each quantity that some sequence scores; none is scored twice."""
+    """Context and scored ids of each quantity of the sequences; none is scored twice."""
     found = {}
     for sequence in encoded.sequences:
         for target in sequence.targets:

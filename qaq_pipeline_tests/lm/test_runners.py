@@ -1,10 +1,10 @@
-"""runner: every way through a model gives the model's own log-probabilities, and the fastest right one is chosen.
+"""runners: every runner reproduces the model's own log-probabilities, and the fastest correct one is chosen.
 
-The models are tiny and random, with weights wide enough that a wrong mask, position or head moves a log-probability
-by tenths of a nat. Their windows have 16 tokens; prefixes and sequences are longer.
+The models are tiny and random. Their weights are large enough that a wrong mask, position or head changes a
+log-probability by tenths of a nat. Their windows have 16 tokens; prefixes and sequences are longer.
 
-Tolerances: the same sums in another order move a log-probability of these models by about 1e-6, a Granite's by 1e-5,
-whose logits are large; the bound is 1e-4 against the naive result. Between two batches of one runner it is 1e-5.
+Tolerances: the same sums in another order change a log-probability of these models by about 1e-6, and by 1e-5 for
+Granite, whose logits are large. The bound is 1e-4 against the naive result, and 1e-5 between batches of one runner.
 """
 
 from __future__ import annotations
@@ -81,21 +81,21 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 PADDED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "bloom": ("bloom", EARLY_GPT | {"hidden_size": 32}, "attention that does not go through transformers' interface"),
-    "mamba": ("mamba", TINY | {"state_size": 8}, "layers of linear_attention"),
+    "bloom": ("bloom", EARLY_GPT | {"hidden_size": 32}, "its attention does not use transformers' interface"),
+    "mamba": ("mamba", TINY | {"state_size": 8}, "it has layers of linear_attention"),
     "qwen3_next": (
         "qwen3_next",
         TINY | LINEAR | EXPERTS | {"num_hidden_layers": 4, "shared_expert_intermediate_size": 16},
-        "layers of linear_attention",
+        "it has layers of linear_attention",
     ),
-    "gpt_oss": ("gpt_oss", TINY | EXPERTS | WINDOW, "GptOssAttention asks for s_aux"),
+    "gpt_oss": ("gpt_oss", TINY | EXPERTS | WINDOW, "GptOssAttention requires s_aux"),
     "qwen2_moe_window": (
         "qwen2_moe",
         TINY | EXPERTS | BOTH_LAYERS | {"use_sliding_window": True, "shared_expert_intermediate_size": 16},
-        r"its log-probabilities would differ by [\d.]+ nats from the model's own",
+        r"its log-probabilities differ by [\d.]+ nats from the model's own",
     ),
 }
-"""Architectures that need transformers' own attention, and why. Qwen2-MoE's window is in its masks alone."""
+"""Architectures that need transformers' own attention, and why. Qwen2-MoE's window is only in its masks."""
 
 FAMILIES = {
     **PACKED,
@@ -104,11 +104,11 @@ FAMILIES = {
 }
 
 PREFIX = 24
-"""Length of the test's prefixes, wider than every window."""
+"""Length of the test's prefixes, longer than every window."""
 
 
 class ScaledLlama(LlamaForCausalLM):
-    """Scales its logits where no config field says so."""
+    """Scales its logits, although no config field says so."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -124,7 +124,7 @@ def _built(family: str, dtype: torch.dtype) -> Any:
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The seeded model of a family: a copy of its own, since a packed runner replaces the model's attention."""
+    """A new copy of a family's seeded model, since a packed runner replaces the model's attention."""
     return copy.deepcopy(_built(family, dtype))
 
 
@@ -145,14 +145,14 @@ def sequence(ids: list[int], *spans: tuple[int, int], num_shared: int = 0) -> To
 
 
 def continued(prefix: int, length: int) -> TokenSequence:
-    """So many tokens after the prefix of that number, all of them targets: of one, or of two if they are enough."""
+    """A sequence of a numbered prefix and further tokens, all of them in one target, or in two if there are enough."""
     ids = random_ids(PREFIX, 1000 + prefix) + random_ids(length, 100 * prefix + length)
     spans = [(PREFIX, PREFIX + length // 2), (PREFIX + length // 2, PREFIX + length)][0 if length > 1 else 1 :]
     return sequence(ids, *spans, num_shared=PREFIX - 1)
 
 
 def mixed_sequences() -> list[TokenSequence]:
-    """Sequences of two prefixes, of one that no other has, and of none; targets in either order."""
+    """Sequences with two shared prefixes, with a unique one, and with none; targets in either order."""
     alone = random_ids(45, 5)
     return [
         *(continued(0, length) for length in (60, 1, 17)),
@@ -168,7 +168,7 @@ def unshared(sequences: list[TokenSequence]) -> list[TokenSequence]:
 
 
 def naive_scores(model: Any, sequences: list[TokenSequence]) -> list[list[torch.Tensor]]:
-    """Each target alone, from the model's own full logits; without a cache, which linear attention is inexact with."""
+    """Each target alone, from the model's own full logits, without a cache, which makes linear attention inexact."""
     model.config.use_cache = False
     return [
         [naive_logprobs(model, one.token_ids[: t.start], one.token_ids[t.start : t.stop]) for t in one.targets]
@@ -198,7 +198,7 @@ def assert_same(scores: Any, expected: Any, atol: float = 1e-4) -> None:
 @pytest.mark.parametrize("family", PACKED)
 def test_packed_rows_with_shared_prefixes_give_the_models_own_full_logits(family: str) -> None:
     score = runner_of(PackedRunner, tiny(family))
-    for _ in range(2):  # The second time, the prefixes are known.
+    for _ in range(2):  # The second time, the prefixes are already computed.
         assert_same(score(mixed_sequences()), naive_mixed(family))
 
 
@@ -269,7 +269,7 @@ def test_the_models_own_head_sees_target_rows_only() -> None:
 
 
 class Counted:
-    """A packed runner of a tiny llama, and the rows of tokens that its model has seen since it was last asked.
+    """A packed runner of a tiny llama, and the rows of tokens that its model has processed since the last call.
 
     A row has one token of each prefix, which what follows is predicted from, and no sequence's last token.
     """
@@ -329,7 +329,7 @@ def test_sharing_a_prefix_moves_no_score(family: str) -> None:
 
 
 def test_the_tokens_that_count_as_shared_decide_not_their_number(counted: Counted) -> None:
-    """Prefixes of one length, and one that begins as another does, are different prefixes."""
+    """Two prefixes of equal length, or of which one starts with the other, are different prefixes."""
     longer, shorter = continued(0, 12), dataclasses.replace(continued(0, 5), num_shared=PREFIX - 4)
     sequences = [longer, continued(0, 9), shorter, dataclasses.replace(shorter), continued(1, 6), continued(1, 7)]
     scores = counted.score(sequences)
@@ -365,7 +365,7 @@ def test_a_row_may_need_more_prefixes_than_are_kept(counted: Counted) -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What the package itself has logged."""
+    """The log messages of the package."""
     return [record for record in caplog.records if record.name == runners.__name__]
 
 
@@ -383,7 +383,7 @@ def test_what_cannot_be_packed_is_padded_and_the_reason_logged(family: str, capl
     assert_same(torch.inference_mode()(chosen.score)(mixed_sequences()), naive_mixed(family))
     (record,) = logged(caplog)
     assert record.levelno == logging.WARNING
-    label, _, reason = record.getMessage().partition(": not scored packed: ")
+    label, _, reason = record.getMessage().partition(": the runner 'packed' cannot be used: ")
     assert label == f"some/{family} ({type(model).__name__})"
     assert re.fullmatch(PADDED[family][2], reason)
 
@@ -403,12 +403,12 @@ def assert_falls_back_to_own_logits(model: Any, caplog: pytest.LogCaptureFixture
     packed, padded, slow = logged(caplog)
     assert {record.levelno for record in (packed, padded, slow)} == {logging.WARNING}
     for record, kind, reason in zip((packed, padded), ("packed", "padded"), reasons, strict=True):
-        assert record.getMessage().startswith(f"{label}: not scored {kind}: {reason}")
-    assert slow.getMessage() == f"{label}: scored by its own logits, one sequence at a time, which is slow"
+        assert record.getMessage().startswith(f"{label}: the runner '{kind}' cannot be used: {reason}")
+    assert slow.getMessage() == f"{label}: scored with the model's own logits, one sequence at a time, which is slow"
 
 
 def test_a_model_that_scales_its_logits_in_code_is_scored_by_its_own_logits(caplog: pytest.LogCaptureFixture) -> None:
-    differs = "its log-probabilities would differ by "
+    differs = "its log-probabilities differ by "
     assert_falls_back_to_own_logits(scaled_llama(), caplog, differs, differs)
 
 
@@ -417,7 +417,7 @@ def test_a_model_whose_body_cannot_be_had_without_the_head_is_scored_by_its_own_
 ) -> None:
     model = tiny("llama")
     model.base_model_prefix = ""
-    no_body = "a body that cannot be had without the head"
+    no_body = "the architecture does not separate the body from the head"
     assert_falls_back_to_own_logits(model, caplog, no_body, no_body)
 
 
@@ -465,7 +465,7 @@ def test_the_self_test_finds_a_mask_that_is_wrong(
 ) -> None:
     monkeypatch.setattr(attention, "_mask", fault(attention._mask))
     assert choose_runner(tiny(family), family).name == "padded"
-    assert "not scored packed: its log-probabilities would differ by" in caplog.text
+    assert "the runner 'packed' cannot be used: its log-probabilities differ by" in caplog.text
 
 
 def test_the_self_test_reads_the_sample_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,7 +486,7 @@ def test_the_self_test_reads_the_sample_it_is_given(monkeypatch: pytest.MonkeyPa
 
 
 def longrope(original: int) -> Any:
-    """A tiny Phi-3 whose rotary embeddings change for all where one sequence is longer than that."""
+    """A tiny Phi-3 whose rotary embeddings change for all sequences if one exceeds that length."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "factor": 8.0}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": original} | factors
     values = TINY | {"max_position_embeddings": 2048, "original_max_position_embeddings": original}
@@ -530,7 +530,7 @@ def test_a_runner_that_an_architecture_breaks_is_passed_over(
 
     monkeypatch.setattr(PackedRunner, "score", broken)
     assert choose_runner(tiny("llama"), "odd").name == "padded"
-    assert "odd (LlamaForCausalLM): not scored packed: view size is not compatible" in caplog.text
+    assert "odd (LlamaForCausalLM): the runner 'packed' cannot be used: view size is not compatible" in caplog.text
 
 
 @pytest.mark.parametrize("start", [3, 20])
@@ -543,7 +543,7 @@ def test_no_runner_is_asked_for_a_body_that_is_the_whole_model() -> None:
     model = tiny("llama")
     model.base_model_prefix = ""
     for kind in (PackedRunner, PaddedRunner):
-        with pytest.raises(AttentionUnsupportedError, match="a body that cannot be had without the head"):
+        with pytest.raises(AttentionUnsupportedError, match="does not separate the body from the head"):
             kind(model)
 
 
@@ -557,7 +557,7 @@ def test_a_model_that_sees_what_stands_to_the_right_is_refused(dtype: torch.dtyp
         config = AutoConfig.for_model("gemma3_text", **TINY, use_bidirectional_attention=True)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with pytest.raises(
-        UnsupportedModelError, match=r"^both/ways: what stands to the right .* by [\d.]+ nats: no causal model; name"
+        UnsupportedModelError, match=r"^both/ways: not a causal model: tokens to the right .* by [\d.]+ nats; choose"
     ):
         choose_runner(model, "both/ways")
 

@@ -1,6 +1,6 @@
-"""workers: every batch once with its own scores, here or in processes, and what becomes of those that fail or die.
+"""workers: every batch once with its own scores, in this process or others, and workers that fail or die.
 
-No tolerances: the scorer's numbers are exact. Real processes throughout; none has torch in it.
+No tolerances: the scorer's numbers are exact. All processes are real; none imports torch.
 """
 
 from __future__ import annotations
@@ -27,28 +27,26 @@ from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.lm.workers import (
     Batch,
-    DeviceBusyError,
     ScorerFacts,
     Scores,
     WorkerDiedError,
     Workers,
-    lease_devices,
     open_workers,
 )
 from qaq_pipeline.schema.vocabularies import Quantity
 
 BATCH_TOKENS = 40
 MEMORY_TOKENS = 100
-"""What the scorer's memory holds."""
+"""Number of tokens that fit into the scorer's memory."""
 PATIENCE = 60.0
-"""Seconds after which a process that should have ended counts as an orphan."""
+"""Seconds to wait for a process to end."""
 
 NAP, SLEEP, DIE, EXIT, WHO = range(-5, 0)
-"""Token ids on which the scorer does something else first."""
+"""Token ids that make the scorer do something else first."""
 
 
 class TwoPartError(Exception):
-    """Can be pickled, but not built again: its one argument is not what it was made of."""
+    """Can be pickled, but not rebuilt: its only argument is not one of the constructor's."""
 
     def __init__(self, path: str, line: int) -> None:
         super().__init__(f"{path}, line {line}: torn")
@@ -63,7 +61,7 @@ class HoldingError(Exception):
 
 
 class RewordingError(Exception):
-    """Can be pickled and built again, but then says something else."""
+    """Can be pickled and rebuilt, but then has another message."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"cannot find {name}")
@@ -77,11 +75,11 @@ ERRORS: dict[int, Callable[[], Exception]] = {
     -14: lambda: ConnectionResetError("the hub hung up"),
     -15: lambda: RewordingError("config.json"),
 }
-"""By the token id on which the scorer raises them."""
+"""Errors by the token id that makes the scorer raise them."""
 
 
 class FakeScorer:
-    """A model as `workers` knows one: ln p of a token is its id over -8. A class is a picklable way to load it."""
+    """A fake model: ln p of a token is its id over -8. The class itself is a picklable loader."""
 
     def __init__(self) -> None:
         self.facts = ScorerFacts(
@@ -110,12 +108,12 @@ class FakeScorer:
 
 
 def load_or_fail(deed: int) -> FakeScorer:
-    """A load that raises."""
+    """A loader that raises."""
     raise ERRORS[deed]()
 
 
 def scores_of(sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
-    """The scorer's numbers; of a sequence that asks who scored it, the id of the process."""
+    """The expected scores; for a sequence with WHO, the id of the process."""
     return [
         [
             np.array([os.getpid()] if one.token_ids[0] == WHO else one.token_ids[t.start : t.stop]) / -8
@@ -126,7 +124,7 @@ def scores_of(sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
 
 
 def sequence(number: int, length: int = 8, deed: int | None = None) -> TokenSequence:
-    """A sequence whose scores no other has."""
+    """A sequence with unique scores."""
     token_ids = [number * 1000 + position for position in range(length)]
     if deed is not None:
         token_ids[0] = deed
@@ -143,7 +141,7 @@ def number_of(one: TokenSequence) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs: a dead one that nobody has waited for yet does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -172,7 +170,7 @@ def assert_scored(batch: Batch, scores: Scores | None) -> None:
 
 @pytest.fixture(autouse=True)
 def processes_left() -> Iterator[Callable[[], set[Any]]]:
-    """The processes that the test started and that still run; at its end, none does."""
+    """The processes that the test started and that still run; none may be left at its end."""
     before = set(multiprocessing.active_children())
 
     def new() -> set[Any]:
@@ -186,7 +184,7 @@ def processes_left() -> Iterator[Callable[[], set[Any]]]:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["in_this_process", "in_two_processes"])
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
-    """Workers that several tests use one after another."""
+    """Workers shared by several tests."""
     with open_workers([FakeScorer] * request.param) as opened:
         yield opened
 
@@ -227,7 +225,7 @@ def test_every_worker_gets_batches(workers: Workers) -> None:
 
 
 def test_a_batch_that_does_not_fit_gives_none_and_comes_again_when_it_was_split(workers: Workers) -> None:
-    """Twenty sequences of 16 tokens by up to 12: over 100 tokens they do not fit. The last is too long alone."""
+    """Twenty sequences of 16 tokens in batches of up to 12; 100 tokens fit. The last one alone is too long."""
     queue = queue_of(*(sequence(number, 16) for number in range(20)), sequence(20, 101), budget=200)
     scored, failed, num_splits = [], [], 0
     for batch, scores in workers.run(queue):
@@ -262,7 +260,7 @@ def test_a_ctrl_c_is_the_parent_s_to_answer(workers: Workers) -> None:
 def test_a_run_that_nobody_finished_leaves_no_scores_to_the_next() -> None:
     with open_workers([FakeScorer, FakeScorer]) as workers:
         next(workers.run(queue_of(*map(sequence, range(4)), budget=8)))
-        with pytest.raises(RuntimeError, match="an earlier queue was left before its end"):
+        with pytest.raises(RuntimeError, match="the previous queue was not run to its end"):
             next(workers.run(queue_of(*map(sequence, range(10, 16)), budget=8)))
 
 
@@ -343,7 +341,7 @@ def test_leaving_ends_all_workers_for_whatever_reason_and_even_one_amid_a_batch(
 def test_a_worker_that_cannot_be_started_ends_those_that_were(processes_left: Callable[[], set[Any]]) -> None:
     with (
         pytest.raises((AttributeError, pickle.PicklingError)),
-        open_workers([FakeScorer, lambda: load_or_fail(-10)]),  # A function without a name cannot be pickled.
+        open_workers([FakeScorer, lambda: load_or_fail(-10)]),  # A lambda cannot be pickled.
     ):
         pass
     assert processes_left() == set()
@@ -358,7 +356,7 @@ with open_workers([FakeScorer, FakeScorer]) as workers:
     for _ in workers.run(queue_of(sequence(0, 8, NAP))):
         print("not killed", flush=True)
 """
-"""One of its workers is amid a batch of one second, the other has nothing to do."""
+"""A parent with one worker in the middle of a batch of one second, and one idle worker."""
 
 
 def test_workers_end_by_themselves_when_their_parent_is_killed() -> None:
@@ -377,59 +375,9 @@ def test_workers_end_by_themselves_when_their_parent_is_killed() -> None:
             parent.kill()
             assert parent.wait(PATIENCE) == -signal.SIGKILL
             wait_until_dead(pids)
-            output, errors = parent.communicate(timeout=PATIENCE)  # Ends when nobody holds the pipes any more.
+            output, errors = parent.communicate(timeout=PATIENCE)  # Ends when no process holds the pipes.
         finally:
             parent.kill()
             for pid in filter(is_alive, pids):
                 os.kill(pid, signal.SIGKILL)
     assert (output, errors) == ("", "")
-
-
-# --- leases ----------------------------------------------------------------------------------------------------------
-
-
-GPUS = {"cuda:0": "gpu-a", "cuda:1": "gpu-b"}
-
-
-def free(directory: Path) -> list[str]:
-    """The GPUs that nobody holds."""
-    try:
-        with lease_devices(GPUS, directory, most=9, timeout=0) as held:
-            return held
-    except DeviceBusyError:
-        return []
-
-
-def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path) -> None:
-    with lease_devices(GPUS, tmp_path, most=1, timeout=0) as first:
-        assert first == ["cuda:0"]
-        assert free(tmp_path) == ["cuda:1"]
-        with lease_devices(GPUS, tmp_path, most=9, timeout=0) as second:
-            assert second == ["cuda:1"]
-            with (
-                pytest.raises(DeviceBusyError, match=r"cuda:0, cuda:1: held by other scoring .*gpu-a\.lock"),
-                lease_devices(GPUS, tmp_path, most=1, timeout=0.1),
-            ):
-                pass
-    assert free(tmp_path) == ["cuda:0", "cuda:1"]
-
-
-def test_a_device_is_the_same_whatever_it_is_called(tmp_path: Path) -> None:
-    with lease_devices({"cuda:0": "gpu-b"}, tmp_path, most=1, timeout=0):
-        assert free(tmp_path) == ["cuda:0"]  # gpu-a, by its name here.
-
-
-def test_a_device_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
-    hold = (
-        "import sys, time; from pathlib import Path; from qaq_pipeline.lm.workers import lease_devices\n"
-        "with lease_devices({'cuda:0': 'gpu-a', 'cuda:1': 'gpu-b'}, Path(sys.argv[1]), 9, 0): "
-        "print('held', flush=True); time.sleep(600)"
-    )
-    command = [sys.executable, "-c", hold, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        assert free(tmp_path) == []
-        holder.kill()
-    assert free(tmp_path) == ["cuda:0", "cuda:1"]

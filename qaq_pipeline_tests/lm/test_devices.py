@@ -1,0 +1,175 @@
+"""devices: the choice of device and dtype, the limits of a container, the measured speed, and leases of GPUs.
+
+No tolerances: machines and their limits are simulated, and the measured speed has only a rough range.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qaq_pipeline.lm import devices
+from qaq_pipeline.lm.devices import (
+    DeviceBusyError,
+    DeviceNotFoundError,
+    free_memory,
+    lease_devices,
+    matmul_flops_per_second,
+    peak_flops_per_second,
+    resolve_device,
+    resolve_dtype,
+)
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- device and dtype ------------------------------------------------------------------------------------------------
+
+
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_missing_device_is_an_error_that_names_the_remedy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_accelerator(monkeypatch)
+    with pytest.raises(DeviceNotFoundError, match=f"this machine has no device '{device}'; set `device: auto`"):
+        resolve_device(device)
+
+
+def test_a_gpu_number_that_is_not_there_is_a_missing_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("auto") == torch.device("cuda")
+    with pytest.raises(DeviceNotFoundError, match="this machine has no device 'cuda:2'"):
+        resolve_device("cuda:2")
+
+
+def test_device_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_accelerator(monkeypatch)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_is_bfloat16_only_where_it_is_natively_fast(
+    is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: is_native)
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype
+    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+# --- memory and cores ------------------------------------------------------------------------------------------------
+
+
+def test_memory_for_a_batch_is_less_than_what_is_free() -> None:
+    psutil = devices.psutil
+    assert 0 < free_memory(CPU) < psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("files_of_the_group", "num_cores", "available"),
+    [
+        ({}, 6, 8e9),
+        ({"cpu.max": "250000 100000", "memory.max": "4000000000", "memory.current": "1500000000"}, 2, 2.5e9),
+        ({"cpu.max": "50000 100000", "memory.max": "max", "memory.current": "5"}, 1, 8e9),
+        ({"cpu.max": "max 100000", "memory.max": "1000", "memory.current": "5000"}, 6, 0.0),
+    ],
+)
+def test_the_limits_of_a_container_count(
+    files_of_the_group: dict[str, str],
+    num_cores: int,
+    available: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, content in files_of_the_group.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)), raising=False)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    assert devices.num_cores() == num_cores
+    assert devices.available_memory() == available
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_speed_of_a_matrix_product_is_measured() -> None:
+    assert 1e8 < matmul_flops_per_second(torch.float32, CPU) < 1e14
+
+
+def test_it_is_measured_once_in_a_process_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(devices, "_measured_once", functools.cache(devices._measured_once.__wrapped__))
+    monkeypatch.setattr(devices, "matmul_flops_per_second", lambda dtype, _device: measured.append(dtype) or 1e9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        assert peak_flops_per_second(dtype, CPU) == 1e9
+    assert measured == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    peak_flops_per_second(torch.float32, CPU)
+    assert len(measured) == 3
+
+
+# --- leases ----------------------------------------------------------------------------------------------------------
+
+
+GPUS = {"cuda:0": "gpu-a", "cuda:1": "gpu-b"}
+
+
+def free(directory: Path) -> list[str]:
+    """The GPUs that nobody holds."""
+    try:
+        with lease_devices(GPUS, directory, limit=9, timeout=0) as held:
+            return held
+    except DeviceBusyError:
+        return []
+
+
+def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path) -> None:
+    with lease_devices(GPUS, tmp_path, limit=1, timeout=0) as first:
+        assert first == ["cuda:0"]
+        assert free(tmp_path) == ["cuda:1"]
+        with lease_devices(GPUS, tmp_path, limit=9, timeout=0) as second:
+            assert second == ["cuda:1"]
+            with (
+                pytest.raises(DeviceBusyError, match=r"cuda:0, cuda:1: in use by other scoring .*gpu-a\.lock"),
+                lease_devices(GPUS, tmp_path, limit=1, timeout=0.1),
+            ):
+                pass
+    assert free(tmp_path) == ["cuda:0", "cuda:1"]
+
+
+def test_a_device_is_the_same_whatever_it_is_called(tmp_path: Path) -> None:
+    with lease_devices({"cuda:0": "gpu-b"}, tmp_path, limit=1, timeout=0):
+        assert free(tmp_path) == ["cuda:0"]  # The device that is called gpu-a elsewhere.
+
+
+def test_a_device_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from qaq_pipeline.lm.devices import lease_devices\n"
+        "with lease_devices({'cuda:0': 'gpu-a', 'cuda:1': 'gpu-b'}, Path(sys.argv[1]), 9, 0): "
+        "print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert free(tmp_path) == []
+        holder.kill()
+    assert free(tmp_path) == ["cuda:0", "cuda:1"]

@@ -1,0 +1,86 @@
+"""tokenizer: special tokens in prompts and in delivered text, BOS, and the model's own or a borrowed chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from qaq_pipeline.lm.runners import UnsupportedModelError
+from qaq_pipeline.lm.tokenizer import HfTokenizer, load_tokenizer
+from qaq_pipeline_tests.conftest import TEMPLATES
+from qaq_pipeline_tests.lm.test_causal_lm import files, model_settings
+from qaq_pipeline_tests.support.naive import BOS, END_OF_TEXT, IM_END, IM_START, text
+
+
+def tokenizer_of(folder: Path, template: str | None = None) -> HfTokenizer:
+    return HfTokenizer(AutoTokenizer.from_pretrained(folder), template)
+
+
+def test_markup_reads_special_tokens_and_delivered_text_does_not(tiny_model_dir: Callable[..., Path]) -> None:
+    tokenizer = tokenizer_of(tiny_model_dir())
+    source = "<|im_start|>user\nhé<|im_end|>"
+    assert tokenizer.encode_markup(source) == [IM_START, *text("user\nhé"), IM_END]
+    assert tokenizer.encode_texts([source, "", " a"]) == [text(source), [], text(" a")]
+    assert tokenizer.encode_markup(source) == [IM_START, *text("user\nhé"), IM_END]
+    assert tokenizer.encode_texts([]) == []
+
+
+def test_bos_and_end_of_text_are_those_of_the_tokenizer(tiny_model_dir: Callable[..., Path]) -> None:
+    with_bos, without = (tokenizer_of(tiny_model_dir(has_bos=has_bos)) for has_bos in (True, False))
+    assert (with_bos.bos_token_id, without.bos_token_id) == (BOS, None)
+    assert with_bos.end_of_text_id == without.end_of_text_id == END_OF_TEXT
+
+
+@pytest.mark.parametrize("eos_token_id", [7, None])
+def test_without_a_named_end_of_text_token_the_end_of_sequence_token_stands_for_it(eos_token_id: int | None) -> None:
+    tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=eos_token_id)
+    tokenizer.get_vocab = lambda: {"<|im_end|>": 7, "a": 1}
+    assert HfTokenizer(tokenizer).end_of_text_id == eos_token_id
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="old/model: a fast tokenizer"):
+        HfTokenizer(SimpleNamespace(is_fast=False, name_or_path="old/model"))
+
+
+def test_a_model_without_a_chat_template_is_an_error_that_names_the_remedy(
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    tokenizer = tokenizer_of(tiny_model_dir(template="none"))
+    with pytest.raises(UnsupportedModelError, match="set `frame: plain`, or `chat_template_from`"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_borrowed_template_replaces_the_models_own(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "sibling.jinja").write_text("[{{ messages[0]['content'] }}]{{ bos_token }}")
+    borrowing = model_settings(chat_template_from="sibling.jinja")
+    tokenizer = load_tokenizer(borrowing, files(tiny_model_dir()), tmp_path)
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "[x]<s>"
+    own = load_tokenizer(model_settings(), files(tiny_model_dir()), tmp_path)
+    assert (
+        own.render_chat([{"role": "user", "content": "x"}]) == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_of_several_named_templates_the_default_one_is_taken(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    several: Any = AutoTokenizer.from_pretrained(tiny_model_dir())
+    several.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ raise_exception('no tools here') }}"}
+    several.save_pretrained(tmp_path)
+    message = [{"role": "user", "content": "x"}]
+    assert tokenizer_of(tmp_path).render_chat(message) == tokenizer_of(tiny_model_dir()).render_chat(message)
+
+
+def test_a_template_that_asks_for_todays_date_renders_the_same_tomorrow(tiny_model_dir: Callable[..., Path]) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}no clock{% endif %}" + str(
+        TEMPLATES["chatml"]
+    )
+    message = [{"role": "user", "content": "x"}]
+    plain = tokenizer_of(tiny_model_dir()).render_chat(message)
+    assert tokenizer_of(tiny_model_dir(), dated).render_chat(message) == "26 Jul 2024" + plain
