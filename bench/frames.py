@@ -146,7 +146,7 @@ def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
 
 def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
     """RmiScores of the rows under a model."""
-    storage, runtime = open_storage(settings), ModelRuntime(settings)
+    storage, runtime = open_storage(settings), _runtime(settings)
     pairs = [Pair(*row) for row in rows.sort("pair_id").select("pair_id", "system", "query", "answer").iter_rows()]
     logprobs = runtime.score(role, pairs, storage, on_shard=lambda _: None).frame
     limits = settings.eligibility
@@ -185,7 +185,11 @@ def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
 
 
 def _identity(settings: Settings, role: str) -> Any:
-    return ModelRuntime(settings)._prepare(role).identity
+    return _runtime(settings)._prepare(role).identity
+
+
+def _runtime(settings: Settings) -> ModelRuntime:
+    return ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
 
 
 def pooled(

@@ -298,11 +298,11 @@ def process_rows(rotations: int) -> list[Row]:
 
 def shard_rows(rotations: int) -> list[Row]:
     """What storing a shard costs, as a share of the 20 seconds in which its 5,000 scores were made."""
-    identity = ScoreIdentity("m", "r", "t", "h", "bare", "bfloat16", 2048, "truncate_answer", token_logprobs=False)
+    identity = ScoreIdentity("m", "r", "t", "h", "bare", "bfloat16", 2048, "truncate_answer")
     sequences = workload.two_passes(workload.draw(SHORT, 1250))
     shares = []
     with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Storage(folder, Path(folder)), identity, 20.0, keep_tokens=False)
+        writer = ShardWriter(Storage(folder, Path(folder)), identity, 20.0)
         for _ in range(rotations):
             started = time.perf_counter()
             for sequence in sequences:

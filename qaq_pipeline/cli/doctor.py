@@ -19,7 +19,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.publication import exports
-from qaq_pipeline.scoring.runtime import LIBRARIES
+from qaq_pipeline.scoring.runtime import SCORING_LIBRARIES
 from qaq_pipeline.storage.storage import open_storage
 
 
@@ -44,7 +44,8 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def _versions() -> Finding:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    libraries = (*SCORING_LIBRARIES, "polars", "dagster")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     return Finding("versions", is_ok=True, text=f"Python {platform.python_version()}, {versions}")
 
 

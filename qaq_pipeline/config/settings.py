@@ -228,7 +228,6 @@ class ScoringSettings(Closed):
     too_long: Literal["truncate_answer", "leave_unscored"] = Field(
         "truncate_answer", description="A pair over max_tokens: A loses its tail, or the pair is left unscored."
     )
-    token_logprobs: bool = Field(False, description="Store the log-probability of every scored token as well.")
 
 
 class EligibilitySettings(Closed):

@@ -42,7 +42,9 @@ def build_job_defs(
     resources: dict[str, object] = {
         "storage": storage,
         "io_manager": TableIOManager(storage),
-        "model_runtime": ModelRuntime(settings, on_progress),
+        "model_runtime": ModelRuntime(
+            settings.models, settings.scoring, settings.runtime, settings.model_cache_dir, on_progress
+        ),
     }
     return dg.Definitions(
         assets=conditions.automate(build_assets(settings, pipeline), pipeline),

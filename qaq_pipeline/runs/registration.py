@@ -79,7 +79,7 @@ def estimate(settings: Settings, files: Sequence[Path]) -> list[ScoringCost]:
 
     Raises:
         RunError: a file is missing or cannot be read at all.
-        ValueError: a model cannot be had or scored.
+        ValueError: a model's files cannot be found, or it cannot be scored.
     """
     try:
         frames = [records.read_file(data, name, "b", settings.records) for name, data in read_files(files).items()]
@@ -87,7 +87,8 @@ def estimate(settings: Settings, files: Sequence[Path]) -> list[ScoringCost]:
         raise RunError(str(error)) from error
     raw = pl.concat(frames)
     pairs = accepted_pairs(raw, screen.screen_alone(raw, settings.screening))
-    storage, runtime = open_storage(settings), ModelRuntime(settings)
+    storage = open_storage(settings)
+    runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
     return [runtime.estimate(role, pairs, storage) for role in settings.models]
 
 

@@ -86,11 +86,7 @@ def screened_data() -> dict[str, Sources]:
 
 def logprobs() -> dict[str, Sources]:
     """Of distinct accepted pairs. Whether the window holds a pair is a matter of all its texts, for every quantity."""
-    scored = {
-        f"{column}_{quantity}": _CONTENT
-        for quantity in Quantity
-        for column in ("sum_nll", "null_reason", "token_logprobs")
-    }
+    scored = {f"{column}_{quantity}": _CONTENT for quantity in Quantity for column in ("sum_nll", "null_reason")}
     return scored | {
         "pair_id": _merged(_of("raw_data", "pair_id"), _of("screened_data", "status", "batch_gate")),
         "num_q_tokens": _of("raw_data", "query"),

@@ -208,9 +208,6 @@ class CachedScores(dy.Schema):
     sum_nll = dy.Float64(nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL; null: see reason.")
     num_tokens = _count("Scored tokens: the divisor of the mean.")
     null_reason = _null_reason("the sum")
-    token_logprobs = dy.List(
-        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each scored token, if asked for."
-    )
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:
@@ -233,18 +230,6 @@ class Logprobs(dy.Schema):
     num_a_tokens = _count("Scored tokens of A, after truncation: the divisor of both means.")
     num_a_tokens_untruncated = _count("All tokens of A.")
     is_truncated = dy.Bool(description="Whether the tail of A was cut to fit the model's window. Q never is.")
-    token_logprobs_q = dy.List(
-        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each token of Q; null unless asked."
-    )
-    token_logprobs_q_given_a = dy.List(
-        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each token of Q given A; likewise."
-    )
-    token_logprobs_a = dy.List(
-        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each scored token of A; likewise."
-    )
-    token_logprobs_a_given_q = dy.List(
-        dy.Float32(), nullable=True, metadata={"unit": NATS}, description="ln p of each such token given Q; likewise."
-    )
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:

@@ -1,1 +1,1 @@
-"""From pairs to log-probabilities, through the score cache, and from log-probabilities to RMI and IFD."""
+"""Scores pairs under a model, with a score cache, and derives RMI and IFD from the log-probabilities."""

@@ -1,7 +1,8 @@
-"""From pairs to their sums of NLL under one model: what is cached is read, the rest is scored and cached by shards.
+"""Sums the NLL of pairs under one model: reads the cached scores, scores the rest, and caches them in shards.
 
-Belongs here: the course of one scoring, its progress and its report, and the assembly of the Logprobs table.
-Does not belong here: prompts, sequences (planner), batches, models (workers, runner), shards, or the ranks.
+Belongs here: the sequence of steps of one scoring, its progress and its report, and the assembly of the Logprobs table.
+Does not belong here: prompts, batches and models (`lm`), the choice of sequences (`planner`), the rows of a shard
+(`shards`), and ranks (`selection`).
 """
 
 from __future__ import annotations
@@ -29,37 +30,37 @@ from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import UNKNOWN_SCORER, Storage
 
 WORTH_ANOTHER_PROCESS = 5e12
-"""Bytes of weights times tokens below which one process scores: about 20 seconds of a CPU core, and a process takes
-some to start."""
+"""Weight bytes x tokens that justify one more process: about 20 seconds of a CPU core. A process takes some seconds
+to start."""
 
-MOST_MISFITS = 16
+MAX_MISFITS = 16
+"""Sequences in a row that may fail to fit into memory before a scoring stops."""
 
 TYPICAL_SHARE = 0.55
-"""Of the matmul peak, what scoring reaches: attention, norms and the head's log-sum-exp take the rest."""
+"""Share of the matmul peak that scoring reaches. Attention, norms and the head's log-sum-exp take the rest."""
 
 _QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringModel:
-    """A model as scoring needs it; it is loaded only if something has to be scored."""
+    """A model that can score pairs. It is loaded only if something has to be scored."""
 
     role: str
     encoder: PairEncoder
     identity: ScoreIdentity
     loads: Callable[[int], AbstractContextManager[Sequence[Load]]]
-    """How to load the model in each of several processes: as many as there are cores or devices, at most so many.
-    Within the context the devices are held."""
+    """Returns one loader per scoring process, at most the given number. Within the context the devices are held."""
     num_weight_bytes: int = 0
     scored_with: Mapping[str, Any] | None = None
-    """The libraries and the device that score; None: not known."""
+    """The libraries and the device that score; None if unknown."""
     is_identity_true: Callable[[], bool] = lambda: True
-    """Whether its files still are those that its identity names."""
+    """Returns whether the model's files still match its identity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the scoring of one partition is. Totals are forecasts until every pair is tokenised."""
+    """The progress of one scoring. Totals are forecasts until every pair is tokenised."""
 
     model: str
     done_tokens: int
@@ -70,30 +71,30 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens, padding not counted, shared prefixes counted for each sequence."""
+        """Tokens per second, without padding; a shared prefix counts once per sequence."""
         return self.done_tokens / self.seconds if self.seconds > 0 else math.nan
 
     @property
     def seconds_left(self) -> float:
-        """At the rate so far; NaN before the first batch."""
+        """Seconds left at the rate so far; NaN before the first batch."""
         rate = self.tokens_per_second
         return (self.total_tokens - self.done_tokens) / rate if rate > 0 else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a scoring will take, before it begins: from the tokens of the first window, and the matmul peak."""
+    """A forecast of a scoring's cost, from the tokens of the first window and the matmul peak."""
 
     num_sequences: int
     num_tokens: int
     flops: float
-    """Floating-point operations of body and head; 0: not known."""
+    """Floating-point operations of body and head; 0 if unknown."""
     seconds: float
-    """At `TYPICAL_SHARE` of the matmul peak that the loaded models measured; NaN: not known."""
+    """Time at `TYPICAL_SHARE` of the measured matmul peak; NaN if unknown."""
 
     @classmethod
     def of(cls, plan: Plan, facts: Sequence[ScorerFacts]) -> Estimate:
-        """For what is left of the plan, with these workers."""
+        """The estimate for the whole plan with these workers."""
         computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
         flops = facts[0].flops(computed, plan.expected_targets)
         peak = sum(fact.peak_flops_per_second for fact in facts)
@@ -103,34 +104,34 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class ScoringReport:
-    """What one scoring did, beside the table."""
+    """Counts and times of one scoring."""
 
     num_pairs: int
     num_cached_quantities: int
     num_scored_quantities: int
     num_scored_pairs: int
-    """Pairs of which some quantity was scored."""
+    """Pairs with at least one quantity that was scored."""
     num_sequences: int
     num_tokens: int
     num_computed_tokens: int
-    """Tokens that went through the model: padding counts, a shared prefix that was computed before does not."""
+    """Tokens that the model computed, including padding. A shared prefix counts only when it is computed."""
     num_splits: int
     """Batches that did not fit into memory and were halved."""
     seconds: float
     runner: str | None = None
-    """The way through the model; None where nothing was scored."""
+    """The name of the runner (see `lm.runners`); None if nothing was scored."""
     num_workers: int = 0
     peak_share: float | None = None
-    """Floating-point operations of a second, as a share of what a large matrix product reached when the model was
-    loaded; None where nothing was scored or the peak is not known."""
+    """Floating-point operations per second, as a share of the matmul peak measured when the model was loaded; None if
+    nothing was scored or the peak is unknown."""
     scored_with: Sequence[Mapping[str, Any]] = ()
-    """The libraries and devices that scored what the table holds, now or before, each once."""
+    """The distinct libraries and devices that made the table's scores, in this run or an earlier one."""
     estimate: Estimate | None = None
-    """Made before the first batch; None where nothing was scored."""
+    """The forecast before the first batch; None if nothing was scored."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Real tokens a second of scoring; None where nothing was scored."""
+        """Tokens per second, without padding; None if nothing was scored."""
         return self.num_tokens / self.seconds if self.num_tokens else None
 
 
@@ -145,16 +146,16 @@ def score_pairs(
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_shard: Callable[[Progress], None] = lambda _: None,
 ) -> tuple[pl.DataFrame, ScoringReport]:
-    """The Logprobs table of the pairs, and what it took.
+    """The Logprobs table of the pairs, and a report of the scoring.
 
-    Finished scores are added to the cache every `runtime.shard_seconds`, so that a kill loses at most the open
-    shard, and a signal or an error not even that; what the cache holds is not scored again.
+    Finished scores are added to the cache every `runtime.shard_seconds`. A kill therefore loses at most the open
+    shard; an error or another signal loses nothing. Cached quantities are not scored again.
 
     Args:
         pairs: distinct pairs.
-        model: whose log-probabilities are taken.
+        model: the model that scores.
         storage: holds the cache.
-        scoring: what is wanted.
+        scoring: the wanted quantities.
         runtime: batch and shard size, processes.
         on_start: called once the model is loaded, before the first batch.
         on_progress: called after every batch.
@@ -162,8 +163,8 @@ def score_pairs(
 
     Raises:
         workers.WorkerDiedError: a scoring process was killed.
-        MemoryError: sequence after sequence did not fit.
-        Exception: what the model raised while it was loaded or run.
+        MemoryError: `MAX_MISFITS` sequences in a row did not fit into memory.
+        Exception: raised by the model while it was loaded or run.
     """
     plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
     run = _Run(plan, model, runtime, on_start, on_progress, on_shard)
@@ -171,7 +172,6 @@ def score_pairs(
         storage,
         model.identity,
         runtime.shard_seconds,
-        keep_tokens=scoring.token_logprobs,
         scored_with=model.scored_with,
         is_identity_true=model.is_identity_true,
     )
@@ -182,12 +182,11 @@ def score_pairs(
     now = pl.lit(json.dumps(model.scored_with or UNKNOWN_SCORER, sort_keys=True)).alias("scored_with")
     scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
     report = replace(run.report(len(pairs)), scored_with=_scorers(scores, scoring))
-    table = logprobs_table(plan.encoded, scores.drop("scored_with"), token_logprobs=scoring.token_logprobs)
-    return table, report
+    return _logprobs_table(plan.encoded, scores), report
 
 
 def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, Any]]:
-    """What scored the wanted scores, each once, in a fixed order."""
+    """The distinct scorers of the wanted scores, in a fixed order."""
     wanted = [quantity.value for quantity in wanted_quantities(scoring)]
     used = scores.filter(pl.col("quantity").is_in(wanted), pl.col("null_reason").is_null())
     return [json.loads(scorer) for scorer in sorted(used["scored_with"].unique())]
@@ -196,13 +195,13 @@ def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, A
 def plan_scoring(
     pairs: Sequence[Pair], encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
 ) -> Plan:
-    """What has to be scored of the pairs: the wanted quantities, less what the cache has under the identity."""
+    """The plan of a scoring: the wanted quantities, minus those cached under the identity."""
     pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
     return Plan(pairs, encoder, wanted_quantities(scoring), storage.read_scores_by_scorer(identity, pair_ids))
 
 
-def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, token_logprobs: bool) -> pl.DataFrame:
-    """The Logprobs table, sorted by pair_id: counts and reasons of the encoding beside the `CachedScores`."""
+def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.DataFrame:
+    """The Logprobs table, sorted by pair_id, from the token counts of the encoding and the `CachedScores`."""
     table = _counts_and_refusals(encoded)
     for quantity in Quantity:
         num_tokens = "num_q_tokens" if quantity in _QUERY_SIDE else "num_a_tokens"
@@ -212,26 +211,24 @@ def logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame, *, toke
             is_found=pl.lit(value=True),
             sum_nll="sum_nll",
             failure="null_reason",
-            tokens="token_logprobs" if token_logprobs else pl.lit(None),
         )
         table = table.join(found, on=["pair_id", num_tokens], how="left", validate="1:1")
         refusal = pl.col(f"null_reason_{quantity}")
         lost = table.filter(refusal.is_null() & pl.col("is_found").is_null())
         if not lost.is_empty():
             raise AssertionError(f"pair {lost['pair_id'][0]}: {quantity.value} was neither scored nor refused")
-        # A score that the cache has of something not wanted now is not shown.
+        # The cache may hold a score that is not wanted now: it stays out of the table.
         table = table.with_columns(
             pl.when(refusal.is_null()).then("sum_nll").alias(f"sum_nll_{quantity}"),
-            pl.when(refusal.is_null()).then("tokens").alias(f"token_logprobs_{quantity}"),
             pl.coalesce(refusal, "failure").alias(f"null_reason_{quantity}"),
-        ).drop("is_found", "sum_nll", "failure", "tokens")
+        ).drop("is_found", "sum_nll", "failure")
     return table.select(pl.col(name).cast(dtype) for name, dtype in tables.dtypes(tables.Logprobs).items()).sort(
         "pair_id"
     )
 
 
 def _counts_and_refusals(encoded: Sequence[EncodedPair]) -> pl.DataFrame:
-    """Token counts of each pair, and why a quantity was not asked of the model; null where it was."""
+    """Token counts of each pair, and why a quantity was not sent to the model; null if it was."""
     reasons = {
         f"null_reason_{quantity}": [pair.null_reasons.get(quantity) for pair in encoded] for quantity in Quantity
     }
@@ -247,7 +244,7 @@ def _counts_and_refusals(encoded: Sequence[EncodedPair]) -> pl.DataFrame:
 
 
 class _Run:
-    """The batches of one plan through the workers, and the counts of it."""
+    """Runs the batches of one plan through the workers, and counts them."""
 
     def __init__(
         self,
@@ -274,12 +271,12 @@ class _Run:
         self._seconds = 0.0
 
     def score(self, shards: ShardWriter) -> None:
-        """Score every sequence of the plan; the model is loaded when the first one is known."""
+        """Score every sequence of the plan. The model is loaded only if there is one."""
         windows = self._plan.windows()
         first = next((window for window in windows if window), None)
         if first is None:
             return
-        with self._model.loads(self._most_workers()) as loads, open_workers(loads) as self._workers:
+        with self._model.loads(self._max_workers()) as loads, open_workers(loads) as self._workers:
             facts = self._workers.facts
             budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
             is_padded = any(fact.is_padded for fact in facts)
@@ -310,7 +307,7 @@ class _Run:
             self._on_shard(self._progress())
 
     def report(self, num_pairs: int) -> ScoringReport:
-        """What was done."""
+        """The report of this run."""
         facts = self._workers.facts if self._workers else []
         return ScoringReport(
             num_pairs=num_pairs,
@@ -329,16 +326,16 @@ class _Run:
         )
 
     def _count_misfit(self) -> None:
-        """A sequence may be too long for the memory; many on end are a memory that others have taken."""
+        """Stop after many misfits in a row: one sequence may be too long, but many mean that memory is short."""
         self._misfits += 1
-        if self._misfits >= MOST_MISFITS:
+        if self._misfits >= MAX_MISFITS:
             raise MemoryError(
-                f"{self._misfits} sequences on end did not fit into memory, each alone; what was finished is stored: "
-                "free memory and run again, or lower scoring.max_tokens"
+                f"{self._misfits} sequences in a row did not fit into memory, even one at a time; finished scores are "
+                "stored: free memory and run again, or lower scoring.max_tokens"
             )
 
-    def _most_workers(self) -> int:
-        """The processes asked for; by default as many as the work is worth."""
+    def _max_workers(self) -> int:
+        """The number of processes in the settings; by default as many as the work justifies."""
         wanted = self._runtime.processes or round(
             self._plan.expected_tokens * self._model.num_weight_bytes / WORTH_ANOTHER_PROCESS
         )

@@ -1,7 +1,7 @@
-"""Which sequences have to be scored: the wanted quantities of the pairs, less what the cache has. No torch.
+"""Plans which sequences to score: the wanted quantities of the pairs, minus the cached ones. No torch.
 
-Belongs here: windows of pairs, tokenised ahead of the model, and the forecast of what is still to come.
-Does not belong here: what a sequence consists of (prompts), or which of them go together (batching).
+Belongs here: windows of pairs, tokenised ahead of the model, and the forecast of the remaining work.
+Does not belong here: the content of a sequence (`lm.prompts`), and the choice of batches (`lm.batching`).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ T = TypeVar("T")
 
 
 def wanted_quantities(scoring: ScoringSettings) -> frozenset[Quantity]:
-    """The negative log-likelihoods that the wanted scores are made of."""
+    """The negative log-likelihoods that the wanted scores are computed from."""
     return frozenset(quantity for score in scoring.quantities for quantity in QUANTITIES_OF[score])
 
 
 class Plan:
-    """The sequences that give the wanted quantities of some pairs, window by window, and their counts so far.
+    """The sequences that yield the wanted quantities of some pairs, window by window, and their counts so far.
 
-    The longest pairs come first, by their characters: a window holds sequences of like length, and what does not fit
-    into memory shows at once. Counts grow as windows are taken; at the end they are exact.
+    The longest pairs come first, by number of characters. A window then holds sequences of similar length, and
+    sequences that do not fit into memory show at once. Counts grow as windows are taken; at the end they are exact.
 
     Args:
         pairs: distinct pairs.
         encoder: turns them into sequences.
-        wanted: quantities.
+        wanted: the quantities to score.
         cached: `CachedScores` of the pairs.
-        window_pairs: pairs tokenised at once.
+        window_pairs: number of pairs tokenised at once.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Plan:
         self._encoder = encoder
         self._wanted = frozenset(wanted)
         self.cached = cached
-        """`CachedScores` of the pairs, wanted or not; with `scored_with`, where the cache told."""
+        """The argument `cached`: scores of the pairs, wanted or not."""
         self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
         self._window_pairs = window_pairs
         known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}
@@ -64,23 +64,23 @@ class Plan:
         self._pairs_left, self._characters_left = len(unfinished), sum(map(_num_characters, unfinished))
         self._pairs_planned = self._characters_planned = 0
         self.encoded: list[EncodedPair] = []
-        """Every pair planned so far, less its sequences."""
+        """All pairs planned so far, without their sequences."""
         self.num_cached = 0
-        """Quantities that the cache has."""
+        """Wanted quantities found in the cache."""
         self.num_quantities = 0
         """Quantities to score."""
         self.num_pairs_to_score = 0
-        """Pairs of which a sequence is to be scored."""
+        """Pairs with at least one sequence to score."""
         self.num_sequences = 0
         self.num_tokens = 0
         """Tokens of the sequences to score, shared prefixes included."""
         self.num_shared_tokens = 0
-        """Of these, tokens of shared prefixes."""
+        """The part of `num_tokens` that lies in shared prefixes."""
         self.num_targets = 0
-        """Of these, tokens whose log-probability is wanted."""
+        """The part of `num_tokens` whose log-probability is wanted."""
 
     def windows(self) -> Iterator[list[TokenSequence]]:
-        """The sequences to score, each window tokenised while the one before it is scored."""
+        """The sequences to score. Each window is tokenised while the previous one is scored."""
         windows = (
             self._pairs[start : start + self._window_pairs] for start in range(0, len(self._pairs), self._window_pairs)
         )
@@ -89,26 +89,26 @@ class Plan:
 
     @property
     def expected_tokens(self) -> int:
-        """Tokens to score in all: those planned, and for the rest as many to a character as so far."""
+        """Forecast of all tokens to score, from the tokens per character of the pairs planned so far."""
         return _extrapolate(self.num_tokens, self._characters_planned, self._characters_left)
 
     @property
     def expected_shared_tokens(self) -> int:
-        """Of the tokens to score, those of shared prefixes, as `expected_tokens`."""
+        """Forecast of the tokens in shared prefixes, made as `expected_tokens` is."""
         return _extrapolate(self.num_shared_tokens, self._characters_planned, self._characters_left)
 
     @property
     def expected_targets(self) -> int:
-        """Tokens whose log-probability is wanted, as `expected_tokens`."""
+        """Forecast of the tokens whose log-probability is wanted, made as `expected_tokens` is."""
         return _extrapolate(self.num_targets, self._characters_planned, self._characters_left)
 
     @property
     def expected_sequences(self) -> int:
-        """Sequences to score in all: those planned, and for the rest as many to a pair as so far."""
+        """Forecast of all sequences to score, from the sequences per pair planned so far."""
         return _extrapolate(self.num_sequences, self._pairs_planned, self._pairs_left)
 
     def _unfinished(self, pairs: Iterable[Pair]) -> list[Pair]:
-        """Those that the cache does not hold whole."""
+        """The pairs that have wanted quantities outside the cache."""
         return [pair for pair in pairs if pair.pair_id not in self._finished]
 
     def _plan(self, pairs: Sequence[Pair], encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
@@ -132,9 +132,9 @@ class Plan:
         return sequences
 
     def _not_cached(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
-        """The sequences, each without the targets that the cache has; those left without a target are dropped.
+        """The sequences without their cached targets. A sequence without any target left is dropped.
 
-        A cached sum over another number of tokens is of another segmentation, and is scored anew.
+        A cached sum over another number of tokens comes from another segmentation, so its quantity is scored again.
         """
         for sequence in sequences:
             targets = tuple(
@@ -155,7 +155,7 @@ def _extrapolate(count: int, done: int, left: int) -> int:
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each made in a thread while its predecessor is used."""
+    """The items, each computed in a thread while the caller uses the previous one."""
     with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:

@@ -1,7 +1,7 @@
-"""From stored sums and counts to rank-free scores: log PPL, RMI, IFD.
+"""Derives the rank-free scores log PPL, RMI and IFD from stored sums and token counts.
 
-Belongs here: the formulas, as Polars expressions over whole tables, in which a pair without a number keeps null and a
-reason. Does not belong here: strata and ranks (`strata`), models, files, Dagster.
+Belongs here: the formulas, as Polars expressions over whole tables. A pair without a score has null and a reason.
+Does not belong here: strata and ranks (`selection.ranks`), models, files, Dagster.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tok
     ifd_ppl   = exp(log_ppl_a_given_q - log_ppl_a)
     ifd_loss  = log_ppl_a_given_q / log_ppl_a
 
-    A score is null, with a reason, where a sum is null (the sum's reason), where Q has fewer tokens than
-    `min_query_tokens`, and where the formula has no finite value; both IFDs are null where either is.
+    A score is null, with a reason, if a sum is null (the sum's reason), if Q has fewer tokens than
+    `min_query_tokens`, or if the formula has no finite value. If one of the two IFDs is null, so is the other.
     """
     few = pl.col("num_q_tokens") < min_query_tokens
     scored = logprobs.lazy().sort("pair_id").with_columns(*_log_ppl_columns())
@@ -47,7 +47,7 @@ def _log_ppl_columns() -> list[pl.Expr]:
 
 
 def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple[str, ...]) -> pl.Expr:
-    """First that holds: a sum's reason (a failure before not_wanted), too few tokens, a value that is not finite."""
+    """The first reason that applies: a sum's (failures before not_wanted), too few tokens, no finite value."""
     sums = [pl.col(f"null_reason_{part}") for part in parts]
     failures = [pl.when(reason != NullReason.NOT_WANTED.value).then(reason) for reason in sums]
     non_finite = pl.any_horizontal(~pl.col(value).is_finite() for value in values)

@@ -1,19 +1,22 @@
-"""The models of the settings, ready to score pairs: loaded once, with their identity.
+"""Scores pairs under a configured model: locates its files, identifies it, and loads it only if necessary.
 
-Belongs here: from settings to a scoring. Does not belong here: how a batch is scored (`lm`), and the score cache
-(`logprobs`).
+Belongs here: the step from the settings of a model to a scoring, its provenance and its estimated cost.
+Does not belong here: how a batch is scored (`lm`), and the use of the score cache (`logprobs`).
 """
+
+from __future__ import annotations
 
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.config.settings import ModelSettings, Settings
+from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import Pair, PairEncoder
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
@@ -21,26 +24,35 @@ from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 
 SCORING_LIBRARIES = ("torch", "transformers", "tokenizers")
-LIBRARIES = (*SCORING_LIBRARIES, "polars", "dagster")
+"""Libraries whose versions are stored with every score."""
 
 
 @dataclass(frozen=True)
 class ScoringCost:
-    """What scoring some pairs under one model would take on this machine."""
+    """The estimated cost of scoring some pairs under one model on this machine."""
 
     role: str
     model: str
     device: str
     num_pairs: int
     num_cached: int
-    """Quantities that the score cache has."""
+    """Quantities found in the score cache."""
     num_sequences: int
     num_tokens: int
     num_shared_tokens: int
-    """Of these, tokens of shared prefixes."""
+    """The part of `num_tokens` that lies in shared prefixes."""
     flops: float
     peak_flops_per_second: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """A Logprobs table, the report of its scoring, and its provenance."""
+
+    frame: pl.DataFrame
+    report: ScoringReport
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,28 +62,32 @@ class _PreparedModel:
     encoder: PairEncoder
     identity: ScoreIdentity
     sample_ids: Sequence[int]
-    """Of an ordinary text, for the self-test of each process."""
-
-
-@dataclass(frozen=True)
-class ScoredPairs:
-    """A Logprobs frame, what its scoring took, and what it rests on."""
-
-    frame: pl.DataFrame
-    report: ScoringReport
-    provenance: dict[str, Any]
+    """Token ids of an ordinary text, for the self-test of each process."""
 
 
 class ModelRuntime:
-    """Scores pairs under a model of the settings. torch and transformers load on first use.
+    """Scores pairs under one of the configured models. torch and transformers load on first use.
 
     Args:
-        settings: models, prompts, window.
+        models: settings of each model, by role.
+        scoring: prior, wanted quantities, window.
+        runtime: batch and shard size, processes.
+        model_cache: folder of local and converted models.
         on_progress: called after every batch.
     """
 
-    def __init__(self, settings: Settings, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        models: Mapping[str, ModelSettings],
+        scoring: ScoringSettings,
+        runtime: RuntimeSettings,
+        model_cache: Path,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self._models = models
+        self._scoring = scoring
+        self._runtime = runtime
+        self._model_cache = model_cache
         self._on_progress = on_progress
 
     def score(
@@ -82,52 +98,33 @@ class ModelRuntime:
         on_shard: Callable[[Progress], None],
         on_start: Callable[[Estimate], None] = lambda _: None,
     ) -> ScoredPairs:
-        """The Logprobs of the pairs under the model of that role; the cache spares what was scored before.
+        """The Logprobs table of the pairs under the model of that role. Cached quantities are not scored again.
 
-        Where the model's files changed meanwhile, `identity_after` stands in the provenance, by which the batch is
-        gated, and what was scored since then is not cached: it may be of either model.
+        If the model's files change during the scoring, the provenance contains `identity_after`, which fails the
+        batch's gate. Scores made after the change are not cached, since either model may have made them.
 
         Raises:
-            model_files.ModelNotFoundError: the model's files cannot be had.
-            causal_lm.UnsupportedModelError: the model cannot be scored right.
-            prompts.TemplateUnusableError: its chat template cannot carry the passes.
+            model_files.ModelNotFoundError: the model's files are missing or cannot be read.
+            runners.UnsupportedModelError: the model cannot be scored correctly.
+            prompts.TemplateUnusableError: the chat template cannot express the prompts.
         """
-        from qaq_pipeline.lm import causal_lm, devices
-
-        settings, prepared = self._settings, self._prepare(role)
-        model, files, encoder, identity = prepared.model, prepared.files, prepared.encoder, prepared.identity
-        loads = functools.partial(
-            causal_lm.loaders, model, files, settings.scoring.max_tokens, sample_ids=prepared.sample_ids
-        )
-        watch = model_files.FilesWatch(files)
-        scored_with = {
-            "libraries": {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES},
-            "device": devices.resolve_device(model.device).type,
-        }
+        prepared = self._prepare(role)
+        watch = model_files.FilesWatch(prepared.files)
         frame, report = score_pairs(
             pairs,
-            ScoringModel(role, encoder, identity, loads, files.num_weight_bytes(), scored_with, watch.is_unchanged),
+            self._scoring_model(role, prepared, watch),
             storage,
-            settings.scoring,
-            settings.runtime,
+            self._scoring,
+            self._runtime,
             on_start=on_start,
             on_progress=self._on_progress,
             on_shard=on_shard,
         )
         is_changed = report.num_scored_quantities > 0 and not watch.is_unchanged()
-        provenance = {
-            "identity": asdict(identity),
-            **({"identity_after": asdict(identity) | {"revision": watch.found}} if is_changed else {}),
-            "identity_hash": identity.digest(),
-            "frame": model.frame,
-            "scoring": settings.scoring.model_dump(mode="json", exclude={"quantities", "token_logprobs"}),
-            "template": json.loads(encoder.template_text()),
-            "scored_with": list(report.scored_with),
-        }
-        return ScoredPairs(frame, report, provenance)
+        return ScoredPairs(frame, report, self._provenance(prepared, report, watch.found if is_changed else None))
 
     def estimate(self, role: str, pairs: Sequence[Pair], storage: Storage) -> ScoringCost:
-        """What scoring the pairs under the model of that role would take: every pair is tokenised, no weights loaded.
+        """The cost of scoring the pairs under the model of that role. It tokenises every pair, but loads no weights.
 
         Raises:
             Exception: as `score`.
@@ -135,7 +132,7 @@ class ModelRuntime:
         from qaq_pipeline.lm import causal_lm, devices
 
         prepared = self._prepare(role)
-        plan = plan_scoring(pairs, prepared.encoder, prepared.identity, storage, self._settings.scoring)
+        plan = plan_scoring(pairs, prepared.encoder, prepared.identity, storage, self._scoring)
         for _ in plan.windows():
             pass
         device = devices.resolve_device(prepared.model.device)
@@ -159,25 +156,59 @@ class ModelRuntime:
         from qaq_pipeline.lm import causal_lm, devices
         from qaq_pipeline.lm.tokenizer import load_tokenizer
 
-        settings, model = self._settings, self._settings.models[role]
-        files = model_files.locate(model, settings.model_cache_dir)
-        tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
-        encoder = PairEncoder(tokenizer, model, settings.scoring)
+        model = self._models[role]
+        files = model_files.locate(model, self._model_cache)
+        tokenizer = load_tokenizer(model, files, self._model_cache)
+        encoder = PairEncoder(tokenizer, model, self._scoring)
         device = devices.resolve_device(model.device)
         dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
         sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
         return _PreparedModel(model, files, encoder, self._identity(files, encoder, dtype), sample_ids)
 
     def _identity(self, files: model_files.ModelFiles, encoder: PairEncoder, dtype: str) -> ScoreIdentity:
-        scoring = self._settings.scoring
         return ScoreIdentity(
             model=files.name,
             revision=files.revision,
             tokenizer_hash=files.tokenizer_hash(),
             template_hash=encoder.template_hash(),
-            prior=scoring.prior,
+            prior=self._scoring.prior,
             dtype=dtype,
-            max_tokens=scoring.max_tokens,
-            too_long=scoring.too_long,
-            token_logprobs=scoring.token_logprobs,
+            max_tokens=self._scoring.max_tokens,
+            too_long=self._scoring.too_long,
         )
+
+    def _scoring_model(self, role: str, prepared: _PreparedModel, watch: model_files.FilesWatch) -> ScoringModel:
+        from qaq_pipeline.lm import causal_lm, devices
+
+        return ScoringModel(
+            role=role,
+            encoder=prepared.encoder,
+            identity=prepared.identity,
+            loads=functools.partial(
+                causal_lm.loaders,
+                prepared.model,
+                prepared.files,
+                self._scoring.max_tokens,
+                sample_ids=prepared.sample_ids,
+            ),
+            num_weight_bytes=prepared.files.num_weight_bytes(),
+            scored_with={
+                "libraries": {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES},
+                "device": devices.resolve_device(prepared.model.device).type,
+            },
+            is_identity_true=watch.is_unchanged,
+        )
+
+    def _provenance(
+        self, prepared: _PreparedModel, report: ScoringReport, revision_after: str | None
+    ) -> dict[str, Any]:
+        identity = asdict(prepared.identity)
+        return {
+            "identity": identity,
+            **({} if revision_after is None else {"identity_after": identity | {"revision": revision_after}}),
+            "identity_hash": prepared.identity.digest(),
+            "frame": prepared.model.frame,
+            "scoring": self._scoring.model_dump(mode="json", exclude={"quantities"}),
+            "template": json.loads(prepared.encoder.template_text()),
+            "scored_with": list(report.scored_with),
+        }

@@ -1,6 +1,7 @@
-"""Finished scores into shards: stored every few seconds, so that the end of a run loses at most the open one.
+"""Groups finished scores into shards and stores one every few seconds, so that a killed run loses at most the open one.
 
-Belongs here: the rows of a shard, and when it is closed. Does not belong here: where shards lie (storage), or scoring.
+Belongs here: the rows of a shard, and when it is closed. Does not belong here: where shards are kept (storage), and
+scoring itself (lm).
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from qaq_pipeline.storage.storage import Storage
 
 
 class ShardWriter:
-    """Collects scores and adds them to the cache, shard by shard; on leaving it, for whatever reason, the last one.
+    """Collects scores and adds them to the cache, shard by shard. On exit, for any reason, it stores the last shard.
 
     Args:
         storage: holds the cache.
-        identity: under which they are cached.
+        identity: the key that the scores are cached under.
         seconds: how often a shard is closed.
-        keep_tokens: whether log-probabilities of single tokens are kept.
-        scored_with: the libraries and the device that score; None: not known.
-        is_identity_true: whether the identity still is the model's; asked before a shard is cached. Scores that may be
-            another model's are kept for this run's table, and not cached.
+        scored_with: the libraries and the device that score; None if unknown.
+        is_identity_true: returns whether the model's files still match the identity; called before a shard is cached.
+            Scores that another model may have made enter this run's table, but not the cache.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class ShardWriter:
         identity: ScoreIdentity,
         seconds: float,
         *,
-        keep_tokens: bool,
         scored_with: Mapping[str, Any] | None = None,
         is_identity_true: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -49,11 +48,10 @@ class ShardWriter:
         self._storage = storage
         self._identity = identity
         self._seconds = seconds
-        self._keep_tokens = keep_tokens
         self._open_rows: list[dict[str, Any]] = []
         self._opened = time.monotonic()
         self.closed: list[pl.DataFrame] = []
-        """Every shard so far, failures included, as `CachedScores`."""
+        """All shards so far, as `CachedScores`, including failures."""
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -61,29 +59,28 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """A signal, an error or the end: what is finished is stored."""
+        """Store the finished scores, whether the run ends normally, by an error or by a signal."""
         self.close()
 
     def add(self, sequence: TokenSequence, logprobs: Sequence[np.ndarray]) -> None:
         """Add a sequence's scores: for each of its targets, ln p of the target's tokens."""
         self._open_rows += [
-            _scored(sequence.pair_id, target, values, keep_tokens=self._keep_tokens)
-            for target, values in zip(sequence.targets, logprobs, strict=True)
+            _scored(sequence.pair_id, target, values) for target, values in zip(sequence.targets, logprobs, strict=True)
         ]
 
     def add_failure(self, sequence: TokenSequence, reason: NullReason) -> None:
-        """Add a sequence that could not be scored: null, with its reason."""
+        """Add a sequence that could not be scored, as nulls with a reason."""
         self._open_rows += [_failed(sequence.pair_id, target, reason) for target in sequence.targets]
 
     def close_if_due(self) -> bool:
-        """Store the open shard if it has been open long enough; whether it was stored."""
+        """Store the open shard if it has been open long enough. Returns whether it was stored."""
         is_due = bool(self._open_rows) and time.monotonic() - self._opened >= self._seconds
         if is_due:
             self.close()
         return is_due
 
     def close(self) -> None:
-        """Store the open shard. A failure is not cached: its cause may be mended by the next run."""
+        """Store the open shard. Failures are not cached: the next run may succeed."""
         self._opened = time.monotonic()
         if not self._open_rows:
             return
@@ -95,13 +92,12 @@ class ShardWriter:
         self._open_rows = []
 
 
-def _scored(pair_id: str, target: Target, logprobs: np.ndarray, *, keep_tokens: bool) -> dict[str, Any]:
-    """A row of CachedScores; the sum is taken in fp64. What is not finite is null, with its reason."""
+def _scored(pair_id: str, target: Target, logprobs: np.ndarray) -> dict[str, Any]:
+    """A row of CachedScores, summed in fp64. A sum that is not finite becomes null with a reason."""
     row = _failed(pair_id, target, NullReason.NON_FINITE)
     sum_nll = -float(logprobs.sum(dtype=np.float64))
     if math.isfinite(sum_nll):
-        tokens = logprobs.tolist() if keep_tokens else None
-        row |= {"sum_nll": max(sum_nll, 0.0), "null_reason": None, "token_logprobs": tokens}
+        row |= {"sum_nll": max(sum_nll, 0.0), "null_reason": None}
     return row
 
 
@@ -112,5 +108,4 @@ def _failed(pair_id: str, target: Target, reason: NullReason) -> dict[str, Any]:
         "sum_nll": None,
         "num_tokens": target.stop - target.start,
         "null_reason": reason.value,
-        "token_logprobs": None,
     }

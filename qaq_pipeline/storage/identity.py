@@ -31,11 +31,11 @@ class ScoreIdentity:
     dtype: str
     max_tokens: int
     too_long: str
-    token_logprobs: bool
     engine: str = ENGINE
     engine_version: str = ENGINE_VERSION
 
     def digest(self) -> str:
         """Hash of all fields (32 hex digits): names the folder of the score cache."""
-        fields = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        # The constant is part of the digest of every score in a cache: without it, none of them would be found.
+        fields = json.dumps(dataclasses.asdict(self) | {"token_logprobs": False}, sort_keys=True)
         return hashlib.blake2b(fields.encode(), digest_size=16).hexdigest()

@@ -748,8 +748,10 @@ def _read_shard(data: bytes) -> pl.DataFrame:
     footer = json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
     if _hash_body(data) != footer["data_version"]:
         raise ValueError("it was changed since it was written")
-    frame = _read_parquet(data)  # Its rows were checked when it was written, and there may be thousands of shards.
-    if dict(frame.schema) != tables.dtypes(tables.CachedScores):
+    columns = tables.dtypes(tables.CachedScores)
+    # Its rows were checked when it was written, and there may be thousands of shards.
+    frame = _read_parquet(data).select(list(columns))  # Columns that are not read may stand beside these.
+    if dict(frame.schema) != columns:
         raise ValueError("it was written by another version")
     return _labelled(frame, footer.get("scored_with", UNKNOWN_SCORER))
 

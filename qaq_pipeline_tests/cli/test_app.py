@@ -451,7 +451,7 @@ def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dic
     assert shown.code == 1
     assert "│ ok │ model strong │" in shown.out
     assert "│ no │ model weak │" in shown.out
-    assert "no config.json there" in shown.out
+    assert "has no config.json" in shown.out
     assert "│ no │ storage │" in shown.out
     assert "cannot be written" in shown.out
 
@@ -687,7 +687,7 @@ def test_a_missing_model_fails_its_stage_and_says_what_stays(
     delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
     error = qaq(empty_home, "run", delivery, "--batch", "b1").error(lines=2)
     assert "score_batch of b1|strong failed: step logprobs: " in error
-    assert "nowhere: no config.json there" in error
+    assert "nowhere: has no config.json" in error
     assert "what was made before it stays. Mend the cause and run again." in error
 
 

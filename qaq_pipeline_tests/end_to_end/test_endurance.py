@@ -35,9 +35,9 @@ MOST_BATCH_TOKENS = 256
 _SCRIPT = """
 import json, signal, sys
 from pathlib import Path
-from qaq_pipeline.config import settings as config
+from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.orchestration.resources import ModelRuntime
+from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage
 
 
@@ -48,10 +48,11 @@ def main(settings_file, pairs_file, folder, role):
     def write(kind):
         return lambda progress: journal.write(json.dumps([kind, progress.done_tokens]) + "\\n")
 
-    settings = config.load_settings(settings_file)
+    settings = load_settings(settings_file)
     pairs = [Pair(*row) for row in json.loads(Path(pairs_file).read_text())]
     storage = Storage(str(Path(folder) / "storage"), Path(folder) / "locks")
-    runtime = ModelRuntime(settings, on_progress=write("batch"))
+    sections = (settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
+    runtime = ModelRuntime(*sections, on_progress=write("batch"))
     started = lambda estimate: journal.write(json.dumps(["start", estimate.num_tokens]) + "\\n")
     scored = runtime.score(role, pairs, storage, write("shard"), started)
     scored.frame.write_parquet(Path(folder) / "scored.parquet")

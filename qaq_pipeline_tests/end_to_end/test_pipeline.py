@@ -156,7 +156,6 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "device": ({"strong": {"device": "auto"}}, set()),
     "prior": ({"scoring": {"prior": "user"}}, {"logprobs"}),
     "window": ({"scoring": {"max_tokens": 256}}, {"logprobs"}),
-    "token_logprobs": ({"scoring": {"token_logprobs": True}}, {"logprobs"}),
     "eligibility": ({"eligibility": {"min_query_tokens": 3}}, {"rmi_scores"}),
     "ranking": ({"ranking": {"num_strata": 3}}, {"disagreement_scores"}),
     "reference": ({"ranking": {"reference": {"name": "r1", "batches": ["b1"]}}}, set()),
@@ -359,19 +358,6 @@ def test_two_homes_hold_the_same_bytes_and_publish_the_same_version(
     assert here.storage_root != there.storage_root
     assert stored_tables(here) == stored_tables(there)
     assert latest(here) == latest(there)
-
-
-def test_the_log_probability_of_every_token_is_kept_if_asked_for(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
-) -> None:
-    settings = settings_for(scoring={"token_logprobs": True})
-    curate(settings, instance, delivered)
-    logprobs = table(settings, "logprobs", "b1", "weak")
-    for quantity, count in {"q": "q", "q_given_a": "q", "a": "a", "a_given_q": "a"}.items():
-        tokens = logprobs[f"token_logprobs_{quantity}"]
-        assert tokens.list.len().to_list() == logprobs[f"num_{count}_tokens"].to_list()
-        gaps = (tokens.list.sum().cast(pl.Float64) + logprobs[f"sum_nll_{quantity}"]).abs()
-        assert (gaps < 1e-3).all()
 
 
 def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(

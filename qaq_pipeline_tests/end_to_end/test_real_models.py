@@ -193,7 +193,8 @@ def compare(
 
     model, naive = real_model
     settings = demo_settings(**scoring)
-    scored = ModelRuntime(settings).score(model.role(settings), pairs, storage, lambda _: None)
+    runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
+    scored = runtime.score(model.role(settings), pairs, storage, lambda _: None)
     rows = {row["pair_id"]: row for row in scored.frame.iter_rows(named=True)}
     assert not any(row["is_truncated"] for row in rows.values())
 

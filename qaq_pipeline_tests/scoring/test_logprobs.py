@@ -1,14 +1,13 @@
-"""scoring: the Logprobs table against the naive reference, its invariances, the cache, and what cannot be scored.
+"""logprobs: the Logprobs table against the naive reference, its invariances, the cache, and pairs without scores.
 
 Tolerances: 1e-4 nats per token against the naive path (two different orders of the same fp32 sums); 1e-5 nats per
-token between two runs of the fast path, which differ by the shape of their batches alone.
+token between two runs of the fast path, which differ only in the shape of their batches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-import torch
 from polars.testing import assert_frame_equal
 from transformers import AutoModelForCausalLM
 
@@ -31,10 +29,9 @@ from qaq_pipeline.schema.tables import Logprobs
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, score_pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
-from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline_tests.support.naive import BOS, FRAMES, PRIORS, SYSTEM, contexts, naive_logprobs, naive_nll, text
+from qaq_pipeline_tests.support.naive import BOS, FRAMES, PRIORS, SYSTEM, contexts, naive_nll, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +42,7 @@ SUMS = [f"sum_nll_{quantity}" for quantity in Quantity]
 
 
 class Scorings:
-    """Scorings of one test: settings to a table, with a count of how often a model was loaded and what it scored."""
+    """Runs the scorings of one test, counts how often a model is loaded, and records the batches that it scores."""
 
     def __init__(self, settings_for: Callable[..., Settings], storage: Storage) -> None:
         self._settings_for = settings_for
@@ -68,7 +65,6 @@ class Scorings:
             dtype=section.dtype,
             max_tokens=settings.scoring.max_tokens,
             too_long=settings.scoring.too_long,
-            token_logprobs=settings.scoring.token_logprobs,
         )
 
         def load() -> SequenceScorer:
@@ -102,7 +98,7 @@ class Scorings:
 
 
 class Wrapped:
-    """Hands on to a scorer."""
+    """Delegates to a scorer."""
 
     def __init__(self, scorer: SequenceScorer) -> None:
         self._scorer = scorer
@@ -113,7 +109,7 @@ class Wrapped:
 
 
 class Recorder(Wrapped):
-    """Hands on to a scorer and keeps what it was asked."""
+    """Delegates to a scorer and records the batches."""
 
     def __init__(self, scorer: SequenceScorer, seen: list[list[TokenSequence]]) -> None:
         super().__init__(scorer)
@@ -183,7 +179,7 @@ def test_all_four_nlls_equal_the_naive_ones(
 def test_the_comparison_would_notice_a_missing_or_a_second_bos(
     beginning: list[int], twenty_samples: list[Pair], tiny_model_dir: Callable[..., Path]
 ) -> None:
-    """The faintest fault of a context, far from the scored tokens, still moves some score far beyond the tolerance."""
+    """Even the smallest fault of a context, far from the scored tokens, exceeds the tolerance in some score by far."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir()).eval()
     for prior in ("null_answer", "user"):
         differences = []
@@ -193,30 +189,6 @@ def test_the_comparison_would_notice_a_missing_or_a_second_bos(
             wrong = [*beginning, *right[1:]]
             differences.append(abs(naive_nll(model, right, q) - naive_nll(model, wrong, q)) / len(q))
         assert max(differences) > 100 * NAIVE_TOLERANCE
-
-
-def test_token_logprobs_are_the_naive_ones_and_sum_to_the_nlls(
-    scorings: Scorings, twenty_samples: list[Pair], tiny_model_dir: Callable[..., Path]
-) -> None:
-    pairs = twenty_samples[:6]
-    scored, _ = scorings(pairs, strong={"system_prompt": SYSTEM}, scoring={"token_logprobs": True})
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir()).eval()
-    for pair, row in zip(pairs, scored.iter_rows(named=True), strict=True):
-        before = contexts("chat", "null_answer", text(pair.query), text(pair.answer))
-        for quantity in Quantity:
-            target = text(pair.query if quantity in QUERY_SIDE else pair.answer)
-            tokens = row[f"token_logprobs_{quantity}"]
-            naive = naive_logprobs(model, before[quantity], target)
-            torch.testing.assert_close(torch.tensor(tokens), naive, atol=NAIVE_TOLERANCE, rtol=0)
-            assert row[f"sum_nll_{quantity}"] == pytest.approx(-math.fsum(tokens), rel=1e-12)
-    again, _ = scorings(pairs, strong={"system_prompt": SYSTEM}, scoring={"token_logprobs": True})
-    assert_frame_equal(again, scored)
-
-
-def test_without_the_setting_no_token_logprobs_are_kept(scorings: Scorings, twenty_samples: list[Pair]) -> None:
-    scored, _ = scorings(twenty_samples[:3])
-    kept = scored.select(f"token_logprobs_{quantity}" for quantity in Quantity)
-    assert kept.null_count().row(0) == (3, 3, 3, 3)
 
 
 def test_the_two_models_give_their_own_scores(scorings: Scorings, twenty_samples: list[Pair]) -> None:
@@ -234,7 +206,7 @@ def test_the_two_models_give_their_own_scores(scorings: Scorings, twenty_samples
 def reference(
     settings_for: Callable[..., Settings], new_storage: Callable[[], Storage], twenty_samples: list[Pair]
 ) -> pl.DataFrame:
-    """The twenty samples scored in one go, in one shard."""
+    """The twenty samples, scored in one run and one shard."""
     frame, _ = Scorings(settings_for, new_storage())(twenty_samples, runtime={"shard_seconds": 1000})
     return frame
 
@@ -346,7 +318,7 @@ def test_asked_for_one_score_first_and_then_for_both_only_the_rest_is_scored(
 
 
 class KilledError(Exception):
-    """Stands for a run that ends in the middle."""
+    """Simulates a run that ends in the middle."""
 
 
 class Killed(Wrapped):
@@ -409,11 +381,10 @@ def test_whatever_makes_another_score_is_scored_anew(scorings: Scorings, twenty_
         {"scoring": {"invalid_clause": False}},
         {"scoring": {"max_tokens": 500}},
         {"scoring": {"too_long": "leave_unscored"}},
-        {"scoring": {"token_logprobs": True}},
     ]
     for number, change in enumerate(changes, start=1):
         _, report = scorings(pairs, **change)
-        # What changes the text of no prompt (a template that trims) still has an identity by its files' hash.
+        # A change that affects no prompt (a template that trims) still changes the hash of the files.
         assert (scorings.num_loads, report.num_cached_quantities) == (number, 0), change
     for change in changes:
         scorings(pairs, **change)
@@ -423,7 +394,7 @@ def test_whatever_makes_another_score_is_scored_anew(scorings: Scorings, twenty_
 def test_a_cached_sum_over_another_number_of_tokens_is_scored_anew(
     settings_for: Callable[..., Settings], scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
 ) -> None:
-    stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "null_reason": None, "token_logprobs": None}
+    stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "null_reason": None}
     rows = [stale | {"pair_id": pair.pair_id} for pair in twenty_samples[:3]]
     identity = scorings.model(settings_for()).identity
     scorings.storage.append_scores(identity, pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores)))
@@ -474,7 +445,7 @@ def test_no_pairs_make_an_empty_table(scorings: Scorings) -> None:
 
 
 class Spoiling(Wrapped):
-    """A scorer whose log-probabilities of one quantity of one pair are spoiled."""
+    """A scorer that replaces a log-probability of one quantity of one pair."""
 
     def __init__(self, scorer: SequenceScorer, pair_id: str, quantity: Quantity, value: float) -> None:
         super().__init__(scorer)
@@ -497,29 +468,27 @@ def test_fault_5_a_score_that_is_not_finite_is_null_with_a_reason_and_harms_no_o
 ) -> None:
     spoiled = twenty_samples[3].pair_id
     scorings.wrap = lambda scorer: Spoiling(scorer, spoiled, quantity, value)
-    keep = {"token_logprobs": True}
-    scored, _ = scorings(twenty_samples, scoring=keep)
+    scored, _ = scorings(twenty_samples)
     row = scored.row(3, named=True)
     assert row["pair_id"] == spoiled
-    assert (row[f"sum_nll_{quantity}"], row[f"token_logprobs_{quantity}"]) == (None, None)
-    assert row[f"null_reason_{quantity}"] == NullReason.NON_FINITE
+    assert (row[f"sum_nll_{quantity}"], row[f"null_reason_{quantity}"]) == (None, NullReason.NON_FINITE)
     reasons = scored.select(f"null_reason_{q}" for q in Quantity)
     assert reasons.null_count().sum_horizontal().item() == 4 * 20 - 1
     others = pl.col("pair_id") != spoiled
     assert_frame_equal(means(scored).filter(others), means(reference).filter(others), abs_tol=RUN_TOLERANCE, rel_tol=0)
 
-    again, report = scorings(twenty_samples, scoring=keep)
+    again, report = scorings(twenty_samples)
     assert_frame_equal(again, scored)
     assert (report.num_cached_quantities, report.num_scored_quantities) == (79, 1), "a failure is not cached"
     scorings.wrap = lambda scorer: scorer
-    mended, _ = scorings(twenty_samples, scoring=keep)
-    assert_frame_equal(means(mended), means(reference), abs_tol=RUN_TOLERANCE, rel_tol=0)
+    repaired, _ = scorings(twenty_samples)
+    assert_frame_equal(means(repaired), means(reference), abs_tol=RUN_TOLERANCE, rel_tol=0)
 
 
 def test_fault_6_every_pair_asked_for_is_in_the_table_once_whatever_became_of_it(
     scorings: Scorings, twenty_samples: list[Pair]
 ) -> None:
-    """Rows in are rows out: none is skipped uncounted, and no number stands for a failure."""
+    """Every input pair is an output row: none is dropped silently, and no number represents a failure."""
     pairs = [*twenty_samples, Pair("f" * 32, None, "", ""), Pair("e" * 32, None, "q" * 9999, "a")]
     scored, report = scorings(pairs, scoring={"max_tokens": 300})
     assert scored["pair_id"].to_list() == sorted(pair.pair_id for pair in pairs)
@@ -533,7 +502,7 @@ def test_fault_6_every_pair_asked_for_is_in_the_table_once_whatever_became_of_it
 
 
 class Cramped(Wrapped):
-    """A scorer that holds so many tokens at once."""
+    """A scorer that fits `room` tokens at once."""
 
     def __init__(self, scorer: SequenceScorer, room: int) -> None:
         super().__init__(scorer)
@@ -568,22 +537,9 @@ def test_a_sequence_that_fits_nowhere_is_null_with_its_reason_and_is_tried_again
     assert set(reasons["pair_id"]) == too_long
     assert set(reasons["value"]) == {NullReason.OUT_OF_MEMORY.value}
     scorings.wrap = lambda scorer: scorer
-    mended, report = scorings(twenty_samples, storage=elsewhere)
+    repaired, report = scorings(twenty_samples, storage=elsewhere)
     assert report.num_scored_quantities == reasons.height
-    assert_same_scores(mended, reference)
-
-
-def test_two_processes_give_the_scores_of_one(
-    settings_for: Callable[..., Settings],
-    new_storage: Callable[[], Storage],
-    twenty_samples: list[Pair],
-    reference: pl.DataFrame,
-) -> None:
-    settings = settings_for(runtime={"processes": 2, "batch_tokens": 300})
-    runtime = ModelRuntime(settings)
-    scored = runtime.score("strong", twenty_samples, new_storage(), lambda _: None)
-    assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
-    assert_same_scores(scored.frame, reference)
+    assert_same_scores(repaired, reference)
 
 
 def test_an_error_of_the_model_ends_the_run_and_becomes_no_score(

@@ -1,6 +1,6 @@
-"""planner: windows made one ahead, longest pairs first, what the cache has left out, and counts that add up.
+"""planner: windows prepared in advance, longest pairs first, cached quantities left out, and counts that add up.
 
-Tolerance: after the first window of pairs of varied length the forecast is within 30 % of what it turns out to be.
+Tolerance: after the first window of pairs of varied length, the forecast is within 30 % of the final count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Key = tuple[str, str, int]
 
 FORECAST_TOLERANCE = 0.3
 PATIENCE = 10.0
-"""Seconds after which what another thread should have done counts as not done."""
+"""Seconds to wait for another thread."""
 
 
 class ByteTokenizer:
@@ -51,7 +51,7 @@ class ByteTokenizer:
 
 
 class WatchedEncoder(PairEncoder):
-    """A real encoder that says when a window was begun, and waits or fails where a test wants it to."""
+    """A real encoder that reports the start of a window, and waits or fails if a test wants it to."""
 
     def __init__(self, *, prior: str = "null_answer", max_tokens: int = 4096) -> None:
         model = ModelSettings.model_validate({"hub": "tiny/tiny", "frame": "plain", "system_prompt": "S"})
@@ -61,7 +61,7 @@ class WatchedEncoder(PairEncoder):
         """The ids of each window's pairs."""
         self.threads: set[str] = set()
         self.gates = [threading.Event() for _ in range(20)]
-        """One for each window, opened unless a test closes it."""
+        """One gate per window, open unless a test closes it."""
         for gate in self.gates:
             gate.set()
         self.failing_window: int | None = None
@@ -75,11 +75,11 @@ class WatchedEncoder(PairEncoder):
             self._has_begun.notify_all()
         assert self.gates[number].wait(PATIENCE), f"nobody opened the gate of window {number}"
         if number == self.failing_window:
-            raise UnicodeError(f"window {number} is not to the tokenizer's taste")
+            raise UnicodeError(f"window {number} cannot be tokenised")
         return super().encode(pairs, wanted)
 
     def wait_for(self, num_windows: int) -> None:
-        """Wait until so many windows were begun."""
+        """Wait until so many windows have started."""
         with self._has_begun:
             assert self._has_begun.wait_for(lambda: len(self.begun) >= num_windows, PATIENCE)
 
@@ -102,14 +102,14 @@ def cached_scores(keys: Iterable[Key] = ()) -> pl.DataFrame:
 
 
 def keys_of(sequences: Iterable[TokenSequence]) -> list[Key]:
-    """What the sequences score, in the form of the cache's keys."""
+    """The cache keys of the quantities that the sequences score."""
     return [
         (one.pair_id, target.quantity.value, target.stop - target.start) for one in sequences for target in one.targets
     ]
 
 
 def all_keys(encoder: PairEncoder, pairs: Sequence[Pair], wanted: Collection[Quantity]) -> list[Key]:
-    """Every wanted quantity that can be scored, straight from the encoder."""
+    """Every wanted quantity that can be scored, directly from the encoder."""
     return sorted(keys_of(itertools.chain(*(one.sequences for one in encoder.encode(pairs, wanted)))))
 
 
@@ -197,7 +197,7 @@ def test_an_exception_in_the_encoder_reaches_whoever_asks_for_that_window(failin
     encoder.failing_window = failing
     windows = Plan(varied_pairs(8), encoder, RMI, cached_scores(), window_pairs=2).windows()
     assert all(len(next(windows)) == 4 for _ in range(failing))
-    with pytest.raises(UnicodeError, match=f"window {failing} is not to the tokenizer's taste"):
+    with pytest.raises(UnicodeError, match=f"window {failing} cannot be tokenised"):
         next(windows)
     assert not any(thread.name.startswith("tokenise") for thread in threading.enumerate())
 
@@ -213,7 +213,7 @@ def test_a_sequence_whose_targets_are_all_cached_is_dropped() -> None:
 
 
 def test_a_cached_target_is_dropped_from_a_sequence_that_has_another() -> None:
-    """With the prior `user`, one sequence gives Q and A | Q."""
+    """With the prior `user`, one sequence scores Q and A | Q."""
     encoder, pairs = WatchedEncoder(prior="user"), [pair(1, "abc", "defgh")]
     (whole,) = (one for one in planned(Plan(pairs, encoder, ALL, cached_scores())) if len(one.targets) == 2)
     plan = Plan(pairs, encoder, ALL, cached_scores([(f"{1:032x}", "a_given_q", 5)]))
@@ -252,7 +252,7 @@ def test_where_all_is_cached_nothing_is_left_but_the_encodings() -> None:
 
 
 PAIRS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 60)), max_size=12)
-"""Bytes of query and answer: some pairs have nothing to score, some are too long for 256 tokens."""
+"""Sizes of query and answer in bytes: some pairs have nothing to score, some exceed 256 tokens."""
 
 
 @given(
@@ -317,7 +317,7 @@ def test_the_forecast_is_fair_after_the_first_window_and_exact_after_the_last() 
 
 
 def test_the_forecast_of_a_run_taken_up_again_is_fair_when_the_first_sequences_are_known() -> None:
-    """A killed run leaves the longest pairs cached; scoring starts as many processes as the forecast is worth."""
+    """A killed run leaves the longest pairs cached; the number of processes depends on the forecast."""
     pairs, encoder = varied_pairs(64), WatchedEncoder()
     longest = sorted(pairs, key=lambda one: -len(one.query) - len(one.answer))[:36]
     plan = Plan(pairs, encoder, ALL, cached_scores(all_keys(encoder, longest, ALL)), window_pairs=8)

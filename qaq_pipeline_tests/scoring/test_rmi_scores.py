@@ -1,4 +1,4 @@
-"""scores: the naive formulas in plain Python, the edges of strata and ranks, and the reasons of what is null."""
+"""rmi_scores: the naive formulas in plain Python, the edges of strata and ranks, and the reasons of nulls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pair_id(number: int) -> str:
 
 
 def logprobs(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """A Logprobs frame; what a row leaves out is 10 nats, 10 tokens, no reason."""
+    """A Logprobs frame. Defaults of a row: 10 nats, 10 tokens, no reason."""
     full = []
     for number, row in enumerate(rows):
         values: dict[str, Any] = dict.fromkeys(dtypes(Logprobs))
@@ -47,7 +47,7 @@ def scored(rows: list[dict[str, Any]], min_query_tokens: int = 1, short_query_to
 
 
 def model_scores(pairs: Pairs) -> pl.DataFrame:
-    """RmiScores of pairs (log PPL(Q), RMI); a null RMI is a pair that was too long."""
+    """RmiScores of pairs (log PPL(Q), RMI); a null RMI means that the pair is too long."""
     empty = dict.fromkeys(dtypes(RmiScores))
     rows = [
         empty
@@ -80,7 +80,7 @@ def settings(num_strata: int = 10, min_rows: int = 1, **values: Any) -> RankingS
 def naive_ranks(
     pairs: Sequence[tuple[float, Any]], pool: list[int], ranking: RankingSettings
 ) -> dict[int, tuple[int, float]]:
-    """Stratum and rank of each pair of the pool, by the formulas of method.md, readings 9 and 10."""
+    """Stratum and rank of each pair of the pool, by the formulas in readings 9 and 10 of method.md."""
     n = len(pool)
     bins = max(1, min(ranking.num_strata, n // ranking.min_rows_per_stratum))
     by_ppl = sorted(pool, key=lambda number: (pairs[number][0], pair_id(number)))

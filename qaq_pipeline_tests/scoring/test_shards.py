@@ -1,4 +1,4 @@
-"""shards: the rows of finished scores, when they are stored, and what is stored whatever ends the run.
+"""shards: the rows of finished scores, when they are stored, and that any end of a run stores them.
 
 No tolerances: every sum here is exact in fp64.
 """
@@ -22,13 +22,13 @@ from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 
-IDENTITY = ScoreIdentity("tiny", "r1", "t1", "p1", "bare", "float32", 128, "leave_unscored", token_logprobs=False)
+IDENTITY = ScoreIdentity("tiny", "r1", "t1", "p1", "bare", "float32", 128, "leave_unscored")
 SECONDS = 5.0
 Open = Callable[..., ShardWriter]
 
 
 class FlakyStorage(Storage):
-    """A storage that fails to keep the first shard it is given, as a full disk does or a connection that breaks."""
+    """A storage that fails on the first shard, like a full disk or a broken connection."""
 
     has_failed = False
 
@@ -42,7 +42,7 @@ class FlakyStorage(Storage):
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -66,12 +66,12 @@ def storage(tmp_path: Path) -> Storage:
 @pytest.fixture
 def open_writer(storage: Storage, clock: Clock) -> Open:
     """Factory: a writer to the storage, which closes a shard every `SECONDS`."""
-    return lambda *, keep_tokens=False: ShardWriter(storage, IDENTITY, SECONDS, keep_tokens=keep_tokens)
+    return lambda: ShardWriter(storage, IDENTITY, SECONDS)
 
 
 @pytest.fixture
 def num_files(storage: Storage) -> Callable[[], int]:
-    """How many shards lie in the cache."""
+    """Factory: counts the shards in the cache."""
     return lambda: len(list(Path(storage.path("score_cache")).glob("*/*.parquet")))
 
 
@@ -87,7 +87,7 @@ def cached(storage: Storage) -> Callable[[], list[str]]:
 
 
 def sequence(number: int, *lengths: int) -> TokenSequence:
-    """A sequence with a target of each of the lengths."""
+    """A sequence with one target of each length."""
     targets, stop = [], 3
     for quantity, length in zip(Quantity, lengths, strict=False):
         targets.append(Target(quantity, stop, stop + length))
@@ -100,7 +100,7 @@ def fp32(*values: float) -> np.ndarray:
 
 
 def rows(frame: pl.DataFrame) -> list[tuple[object, ...]]:
-    return frame.drop("pair_id", "token_logprobs").rows()
+    return frame.drop("pair_id").rows()
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -113,9 +113,9 @@ def test_each_target_is_a_row_of_its_own_with_its_count_of_tokens(open_writer: O
     (shard,) = writer.closed
     first, second = f"{1:032x}", f"{2:032x}"
     assert shard.rows() == [
-        (first, "q", 0.75, 2, None, None),
-        (first, "q_given_a", 7.0, 3, None, None),
-        (second, "q", 8.0, 1, None, None),
+        (first, "q", 0.75, 2, None),
+        (first, "q_given_a", 7.0, 3, None),
+        (second, "q", 8.0, 1, None),
     ]
     assert tables.enforce(tables.CachedScores, shard).equals(shard)
     assert storage.read_scores(IDENTITY, pl.Series([first, second])).equals(shard)
@@ -136,18 +136,6 @@ def test_a_probability_rounded_to_over_one_gives_no_negative_sum(open_writer: Op
     assert writer.closed[0]["sum_nll"].to_list() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("keep_tokens", [True, False])
-def test_log_probabilities_of_tokens_are_kept_where_asked_for(
-    keep_tokens: bool, open_writer: Open, storage: Storage
-) -> None:
-    with open_writer(keep_tokens=keep_tokens) as writer:
-        writer.add(sequence(1, 2, 1), [fp32(-0.1, -0.25), fp32(-1)])
-    expected = [fp32(-0.1, -0.25).tolist(), [-1.0]] if keep_tokens else [None, None]
-    assert writer.closed[0]["token_logprobs"].to_list() == expected
-    stored = storage.read_scores(IDENTITY, pl.Series([f"{1:032x}"]))
-    assert stored["token_logprobs"].to_list() == expected
-
-
 def test_scores_that_are_not_one_for_each_target_are_refused(open_writer: Open) -> None:
     with open_writer() as writer:
         with pytest.raises(ValueError, match=r"zip\(\)"):
@@ -164,10 +152,9 @@ def test_scores_that_are_not_one_for_each_target_are_refused(open_writer: Open) 
 def test_what_is_not_finite_is_null_with_its_reason_and_never_cached(
     value: float, open_writer: Open, cached: Callable[[], list[str]]
 ) -> None:
-    with open_writer(keep_tokens=True) as writer:
+    with open_writer() as writer:
         writer.add(sequence(1, 3, 2), [fp32(-1, value, -2), fp32(-1, -2)])
     assert rows(writer.closed[0]) == [("q", None, 3, "non_finite"), ("q_given_a", 3.0, 2, None)]
-    assert writer.closed[0]["token_logprobs"].to_list() == [None, [-1.0, -2.0]]
     assert cached() == ["1 q_given_a"]
 
 
@@ -234,7 +221,7 @@ def test_what_is_finished_after_the_model_changed_is_kept_for_the_table_and_not_
     storage: Storage, cached: Callable[[], list[str]]
 ) -> None:
     truths = iter([True, False])
-    with ShardWriter(storage, IDENTITY, SECONDS, keep_tokens=False, is_identity_true=lambda: next(truths)) as writer:
+    with ShardWriter(storage, IDENTITY, SECONDS, is_identity_true=lambda: next(truths)) as writer:
         writer.add(sequence(1, 1), [fp32(-0.5)])
         writer.close()
         writer.add(sequence(2, 1), [fp32(-0.25)])
@@ -260,7 +247,7 @@ def test_nothing_is_stored_where_nothing_was_added(
 def test_the_open_shard_is_stored_whatever_ends_the_run(
     error: type[BaseException], open_writer: Open, cached: Callable[[], list[str]]
 ) -> None:
-    with pytest.raises(error), open_writer() as writer:  # noqa: PT012 - what is left open is the point.
+    with pytest.raises(error), open_writer() as writer:  # noqa: PT012 - the test is about the open shard.
         writer.add(sequence(0, 1), [fp32(-1)])
         writer.close()
         writer.add(sequence(1, 1, 1), [fp32(-1), fp32(-2)])
@@ -272,9 +259,9 @@ def test_the_open_shard_is_stored_whatever_ends_the_run(
 
 def test_a_shard_that_could_not_be_stored_is_stored_on_leaving(tmp_path: Path, cached: Callable[[], list[str]]) -> None:
     flaky = FlakyStorage(str(tmp_path / "storage"), tmp_path / "locks")
-    with (  # noqa: PT012 - what is left open is the point.
+    with (  # noqa: PT012 - the test is about the open shard.
         pytest.raises(OSError, match="no space left"),
-        ShardWriter(flaky, IDENTITY, SECONDS, keep_tokens=False) as writer,
+        ShardWriter(flaky, IDENTITY, SECONDS) as writer,
     ):
         writer.add(sequence(0, 1), [fp32(-1)])
         writer.close()

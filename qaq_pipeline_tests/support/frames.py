@@ -32,7 +32,6 @@ IDENTITY = ScoreIdentity(
     dtype="float32",
     max_tokens=512,
     too_long="truncate_answer",
-    token_logprobs=False,
 )
 
 

@@ -1,0 +1,98 @@
+"""runtime: configured models score pairs in one process or several; the provenance and the estimate are correct.
+
+Tolerance: 1e-5 nats per token between one process and two, whose batches differ in shape.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.scoring.logprobs import Estimate
+from qaq_pipeline.scoring.runtime import ModelRuntime
+from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline_tests.scoring.test_logprobs import assert_same_scores
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SettingsFor = Callable[..., Settings]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "storage"), tmp_path / "locks")
+
+
+def runtime_of(settings: Settings) -> ModelRuntime:
+    return ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
+
+
+def test_two_processes_give_the_scores_of_one(
+    settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
+) -> None:
+    one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
+    reference = runtime_of(one).score("strong", twenty_samples, storage, lambda _: None)
+    elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
+    scored = runtime_of(two).score("strong", twenty_samples, elsewhere, lambda _: None)
+    assert reference.report.num_workers == 1
+    assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
+    assert_same_scores(scored.frame, reference.frame)
+
+
+def test_the_provenance_states_what_the_scores_rest_on(
+    settings_for: SettingsFor, storage: Storage, twenty_samples: list[Pair]
+) -> None:
+    settings = settings_for(scoring={"prior": "user"})
+    provenance = runtime_of(settings).score("weak", twenty_samples[:2], storage, lambda _: None).provenance
+    identity = ScoreIdentity(**provenance["identity"])
+    assert (identity.prior, identity.dtype, identity.max_tokens) == ("user", "float32", settings.scoring.max_tokens)
+    assert provenance["identity_hash"] == identity.digest()
+    assert provenance["scoring"] == {
+        "prior": "user",
+        "invalid_clause": True,
+        "max_tokens": settings.scoring.max_tokens,
+        "too_long": "truncate_answer",
+    }
+    (scorer,) = provenance["scored_with"]
+    assert (scorer["device"], sorted(scorer["libraries"])) == ("cpu", ["tokenizers", "torch", "transformers"])
+    assert "identity_after" not in provenance
+
+
+def test_where_the_models_files_change_meanwhile_both_identities_are_stated_and_nothing_is_cached(
+    settings_for: SettingsFor, storage: Storage, twenty_samples: list[Pair], tmp_path: Path
+) -> None:
+    source = Path(str(settings_for().models["strong"].directory))
+    shutil.copytree(source, model := tmp_path / "model")
+    settings = settings_for(strong={"directory": str(model)})
+
+    def change(_: Estimate) -> None:
+        config = model / "config.json"
+        config.write_text(config.read_text() + "\n")
+
+    scored = runtime_of(settings).score("strong", twenty_samples[:2], storage, lambda _: None, change)
+    before, after = scored.provenance["identity"], scored.provenance["identity_after"]
+    assert {name for name in before if before[name] != after[name]} == {"revision"}
+    assert scored.frame.height == 2
+    assert not storage.exists("score_cache")
+
+
+def test_the_estimate_counts_what_the_scoring_then_computes(
+    settings_for: SettingsFor, storage: Storage, twenty_samples: list[Pair]
+) -> None:
+    runtime = runtime_of(settings_for())
+    runtime.score("strong", twenty_samples[:5], storage, lambda _: None)
+    cost = runtime.estimate("strong", twenty_samples, storage)
+    report = runtime.score("strong", twenty_samples, storage, lambda _: None).report
+    assert (cost.role, cost.device, cost.num_pairs) == ("strong", "cpu", 20)
+    assert (cost.num_cached, cost.num_sequences, cost.num_tokens) == (20, report.num_sequences, report.num_tokens)
+    assert 0 < cost.num_shared_tokens < cost.num_tokens
+    assert cost.flops > 0
+    assert cost.seconds > 0
+    assert runtime.estimate("strong", twenty_samples, storage).seconds == 0.0
