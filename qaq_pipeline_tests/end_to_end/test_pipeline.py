@@ -806,7 +806,7 @@ def test_what_the_stages_before_a_failure_made_stays(
     settings = settings_for(strong={"directory": "no/such/model"})
     registration.register(settings, instance, "b1", [delivered], None)
     stages: list[str] = []
-    with pytest.raises(RunError, match=r"score_batch of b1\|strong failed: step logprobs: .*no config\.json there"):
+    with pytest.raises(RunError, match=r"score_batch of b1\|strong failed: step logprobs: .*has no config\.json"):
         run_batch.run_batch(
             settings, instance, "b1", run_batch.Events(on_stage=lambda job, of: stages.append(f"{job} {of}"))
         )
