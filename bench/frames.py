@@ -177,11 +177,11 @@ def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
     scoring = settings.scoring.model_copy(update={"prior": PRIORS[0]})
     source = _identity(settings.model_copy(update={"scoring": scoring}), role)
     storage, identity = open_storage(settings), _identity(settings, role)
-    known = storage.read_scores(source, pair_ids).filter(pl.col("quantity") == Quantity.Q_GIVEN_A.value)
-    has = storage.read_scores(identity, pair_ids)
+    known = storage.scores.read(source, pair_ids).filter(pl.col("quantity") == Quantity.Q_GIVEN_A.value)
+    has = storage.scores.read(identity, pair_ids)
     new = known.join(has, on=["pair_id", "quantity", "num_tokens"], how="anti")
     if not new.is_empty():
-        storage.append_scores(identity, new)
+        storage.scores.append(identity, new, {"libraries": {}, "device": "cpu"})
 
 
 def _identity(settings: Settings, role: str) -> Any:

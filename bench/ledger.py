@@ -25,8 +25,9 @@ from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.storage import Storage, _parquet_bytes, hash_json, open_storage
+from qaq_pipeline.storage import parquet_file, row_lookup
+from qaq_pipeline.storage.files import hash_json
+from qaq_pipeline.storage.storage import Storage, open_storage
 
 BATCH_ROWS, LARGE_ROWS = 310_000, 1_010_000
 VERSION, SHA256 = "0" * 32, "1" * 64
@@ -77,15 +78,15 @@ def _timed(call: Callable[[], row_history.Answer]) -> str:
 def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     """Store the ledger and the version; some rows to ask for: batch, row, pair_id."""
     asked, keys, entries = [], [], []
-    scores = Path(storage.path(versions.FOLDER, VERSION, "scores.parquet"))
+    scores = Path(storage.files.path(versions.FOLDER, VERSION, "scores.parquet"))
     scores.parent.mkdir(parents=True)
     writer = None
     for batch, decisions in _batches(num_rows):
         made_of = _provenance(batch)
         version = hash_json(batch)
-        data = _parquet_bytes(decisions, {"provenance": made_of, "data_version": version})
-        storage.write_bytes(data, "decisions", batch, "table.parquet")
-        storage.write_pair_index(decisions, version, "decisions", batch, "pair_index.parquet")
+        data = parquet_file.encode(decisions, {"provenance": made_of, "data_version": version})
+        storage.files.write_bytes(data, "decisions", batch, "table.parquet")
+        storage.tables.write_pair_index(decisions, version, "decisions", batch, "pair_index.parquet")
         flat = exports.flat_scores(decisions).to_arrow()
         writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
         writer.write_table(flat, row_group_size=row_lookup.rows_per_group(num_rows))
@@ -95,11 +96,11 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
         asked.append((batch, place + 1, decisions["pair_id"][place]))
     assert writer is not None
     writer.close()
-    storage.write_provenance(_provenance("b"), "run")
+    storage.provenance.write(_provenance("b"), "run")
     manifest = {"batches": entries, "files": {"scores.parquet": SHA256}}
-    storage.write_json(manifest, versions.FOLDER, VERSION, "manifest.json")
-    storage.write_json([VERSION], versions.FOLDER, "history.json")
-    storage.write_pair_index(pl.concat(keys), SHA256, *versions.pair_index(VERSION))
+    storage.files.write_json(manifest, versions.FOLDER, VERSION, "manifest.json")
+    storage.files.write_json([VERSION], versions.FOLDER, "history.json")
+    storage.tables.write_pair_index(pl.concat(keys), SHA256, *versions.pair_index(VERSION))
     return [asked[0], asked[len(asked) // 2]]
 
 

@@ -302,7 +302,9 @@ def shard_rows(rotations: int) -> list[Row]:
     sequences = workload.two_passes(workload.draw(SHORT, 1250))
     shares = []
     with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Storage(folder, Path(folder)), identity, 20.0)
+        writer = ShardWriter(
+            Storage(folder, Path(folder)), identity, 20.0, scored_with={"libraries": {}, "device": "cpu"}
+        )
         for _ in range(rotations):
             started = time.perf_counter()
             for sequence in sequences:

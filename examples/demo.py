@@ -20,6 +20,7 @@ from rich.table import Table
 
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.lm import model_files
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 
 HERE = Path(__file__).parent
@@ -73,7 +74,7 @@ def convert_model(role: str) -> None:
 def print_defects(batches: list[Path]) -> None:
     """The share of each planted kind that each selection keeps, beside the share of all rows."""
     storage = open_storage(load_settings("demo"))
-    decisions = pl.concat([storage.read_table("decisions", batch_name(path)).frame for path in batches])
+    decisions = pl.concat([storage.tables.read("decisions", Partition(batch_name(path))).frame for path in batches])
     labels = [json.loads(line) for path in sorted((HERE / "planted").iterdir()) for line in path.open(encoding="utf-8")]
     rows = decisions.join(pl.DataFrame(labels), on=["source_file", "source_row"], how="left")
     rows = rows.with_columns(pl.col("defect").fill_null("clean")).with_columns(

@@ -280,7 +280,7 @@ _HOLDER = """
 import sys, time
 from pathlib import Path
 from qaq_pipeline.storage.storage import Storage
-with Storage("memory://", Path(sys.argv[1])).lock(*sys.argv[2:]):
+with Storage("memory://", Path(sys.argv[1])).locks.hold(*sys.argv[2:]):
     print("held", flush=True)
     time.sleep(600)
 """

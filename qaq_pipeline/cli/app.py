@@ -26,7 +26,7 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import dagster_home, home_directory, load_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.schema.partition import Partition, check_batch_name
 
 if TYPE_CHECKING:
     import polars as pl
@@ -70,7 +70,7 @@ def main() -> None:
     except OSError as error:  # A disk that is full, a folder that cannot be made: it names the path.
         _fail(str(error))
     except Exception as error:
-        from qaq_pipeline.storage.storage import StorageError
+        from qaq_pipeline.storage.files import StorageError
 
         if not isinstance(error, StorageError):
             raise
@@ -89,7 +89,7 @@ def run(
     """Register files as a batch, run every stage, publish, and print a summary that adds up."""
     from qaq_pipeline.runs import registration, run_batch
     from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.storage.storage import PartitionBusyError
+    from qaq_pipeline.storage.locks import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
@@ -143,7 +143,7 @@ def recurate(config_file: ConfigOption = None) -> None:
     """Make anew what is out of date, in every batch, and publish if something changed: what the nightly job does."""
     from qaq_pipeline.runs import refresh, run_batch
     from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.storage.storage import PartitionBusyError
+    from qaq_pipeline.storage.locks import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
@@ -167,7 +167,7 @@ def withdraw(
     from qaq_pipeline.runs import refresh, run_batch
     from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.runs.status import dataset_folder, kept_versions
-    from qaq_pipeline.storage.storage import PartitionBusyError
+    from qaq_pipeline.storage.locks import PartitionBusyError
 
     settings = _settings(config_file)
     _quiet_logs()
@@ -206,7 +206,8 @@ def publish(
 ) -> None:
     """Copy a version to the Hugging Face hub, in one commit, or to a folder. The same version twice is copied once."""
     from qaq_pipeline.publication import hub
-    from qaq_pipeline.storage.storage import StorageError, open_storage
+    from qaq_pipeline.storage.files import StorageError
+    from qaq_pipeline.storage.storage import open_storage
 
     storage = open_storage(_settings(config_file))
     _quiet_logs()
@@ -250,7 +251,8 @@ def explain(
     from qaq_pipeline.cli import explain as dossier
     from qaq_pipeline.lineage import row_history
     from qaq_pipeline.publication.versions import find_version
-    from qaq_pipeline.storage.storage import StorageError, open_storage
+    from qaq_pipeline.storage.files import StorageError
+    from qaq_pipeline.storage.storage import open_storage
 
     storage = open_storage(_settings(config_file))
     try:
@@ -301,7 +303,8 @@ def lineage(
     from qaq_pipeline.lineage import trace
     from qaq_pipeline.lineage import verify as verification
     from qaq_pipeline.publication.versions import find_version
-    from qaq_pipeline.storage.storage import StorageError, open_storage
+    from qaq_pipeline.storage.files import StorageError
+    from qaq_pipeline.storage.storage import open_storage
 
     if columns is not None:
         _print_columns_lineage(columns, as_json=as_json)
@@ -341,7 +344,7 @@ def report(
     """Print where the audit page of a batch or a version lies, and make it anew where it is missing or out of date."""
     from qaq_pipeline.runs import run_batch
     from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.storage.storage import PartitionBusyError
+    from qaq_pipeline.storage.locks import PartitionBusyError
 
     if (batch is None) == (version is None):
         _fail("name a batch, or a version by --version: one of them", code=2)
@@ -367,7 +370,7 @@ def table(
     """Write a stored table to a file. Per-model tables get a column `model`, all others stay as they are."""
     from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.runs.status import collect_table
-    from qaq_pipeline.storage.storage import StorageError
+    from qaq_pipeline.storage.files import StorageError
 
     settings = _settings(config_file)
     if name not in PIPELINE.tables_of_batch():
@@ -392,12 +395,13 @@ def calibration(
     from qaq_pipeline.freshness import staleness
     from qaq_pipeline.reports import calibration_page, check_metrics, page_store
     from qaq_pipeline.screening import gates
-    from qaq_pipeline.storage.storage import StorageError, open_storage
+    from qaq_pipeline.storage.files import StorageError
+    from qaq_pipeline.storage.storage import open_storage
 
     settings = _settings(config_file)
     storage = open_storage(settings)
     try:
-        stored = storage.read_table("calibration", check_batch_name(batch))
+        stored = storage.tables.read("calibration", Partition(check_batch_name(batch)))
     except (StorageError, ValueError) as error:
         _fail(f"{error}. Calibration follows the publication of a batch, where `calibration.enabled` is true")
     if (gate := gates.of_provenance(stored.provenance)) is not None:
@@ -421,8 +425,10 @@ def calibration(
     if offered is not None:
         console.print(offered, markup=False, highlight=False, soft_wrap=True)
     page = page_store.calibration_page(batch)
-    if storage.exists(*page):
-        console.print(f"With plots and examples: {storage.url(*page)}", markup=False, highlight=False, soft_wrap=True)
+    if storage.files.exists(*page):
+        console.print(
+            f"With plots and examples: {storage.files.url(*page)}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -465,23 +471,24 @@ def cache(
     config_file: ConfigOption = None,
 ) -> None:
     """Show what the score cache holds, by model, and how often it was used."""
-    from qaq_pipeline.storage.storage import PartitionBusyError, open_storage
+    from qaq_pipeline.storage.locks import PartitionBusyError
+    from qaq_pipeline.storage.storage import open_storage
 
     storage = open_storage(_settings(config_file))
     if prune is not None:
-        found = [one for one in storage.cached_models() if one.identity["model"] == prune or _is_key(one.digest, prune)]
+        found = [one for one in storage.scores.models() if one.identity["model"] == prune or _is_key(one.digest, prune)]
         if not found:
             _fail(f"the cache holds nothing of {prune!r}; `qaq cache` lists what it holds")
         for one in found:
             try:
-                storage.prune_scores(one.digest)
+                storage.scores.prune(one.digest)
             except PartitionBusyError as error:
                 _fail(str(error))
             console.print(
                 f"removed {one.num_scores:,} scores of {one.identity['model']}", markup=False, highlight=False
             )
         return
-    models = storage.cached_models()
+    models = storage.scores.models()
     if not models:
         console.print("The score cache is empty.")
         return
@@ -766,10 +773,10 @@ def _find(
 
 
 def _no_such_row(storage: Storage, batch: str, row: str) -> str:
-    footer = storage.read_footer("raw_data", batch)
+    footer = storage.tables.footer("raw_data", Partition(batch))
     if not footer.num_rows:
         return f"batch {batch!r} has no rows"
-    first = next(iter(storage.scan_table("raw_data", batch, columns=["source_file"])))["source_file"][0]
+    first = next(iter(storage.tables.scan("raw_data", Partition(batch), columns=["source_file"])))["source_file"][0]
     return f"batch {batch!r} has no row {row!r}; it has {footer.num_rows} rows, the first of file {first!r}"
 
 
@@ -777,7 +784,7 @@ def _rows_with_text(storage: Storage, text: str, batch: str | None) -> tuple[lis
     """The first rows that hold the text, and how many do, with progress while they are looked for."""
     from qaq_pipeline.lineage import row_history
 
-    batches = storage.batches_with("raw_data") if batch is None else [check_batch_name(batch)]
+    batches = storage.tables.batches_with("raw_data") if batch is None else [check_batch_name(batch)]
     found: list[dict[str, Any]] = []
     number = 0
     with Progress(console=errors, transient=True) as bars:

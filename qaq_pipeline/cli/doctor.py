@@ -71,8 +71,8 @@ def _storage(settings: Settings) -> Finding:
     name = f".doctor-{uuid.uuid4().hex}"
     try:
         storage = open_storage(settings)
-        storage.write_bytes(b"qaq", name)
-        storage.remove(name)
+        storage.files.write_bytes(b"qaq", name)
+        storage.files.remove(name)
     except (OSError, SettingsError) as error:
         return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
     return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")

@@ -21,7 +21,9 @@ from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.reports.summaries import visible
 from qaq_pipeline.schema.row_place import RowPlace
 from qaq_pipeline.selection import explanations
-from qaq_pipeline.storage.storage import Provenance, Storage, StorageError
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.provenance import Provenance
+from qaq_pipeline.storage.storage import Storage
 
 _SHOWN_CHARACTERS = 160
 

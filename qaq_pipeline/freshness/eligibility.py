@@ -16,10 +16,13 @@ from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
-from qaq_pipeline.screening import gates, withdrawals
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.screening import batch_order, gates, withdrawals
 from qaq_pipeline.screening.withdrawals import Withdrawals
 from qaq_pipeline.selection import rank_reference
-from qaq_pipeline.storage.storage import Footer, Storage, StorageError, empty
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import Footer, empty
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,11 @@ def sort_out(
     By the tables' footers alone: what a publication would do, without reading a row.
     """
     included, excluded = {}, {}
-    order = storage.batches_in_order()
+    order = batch_order.batches_in_order(storage)
     standing = standing_batches(storage, order, set(registered))
     withdrawn = withdrawals.read(storage)
     named = settings.ranking.reference
-    reference_version = None if named is None else storage.table_version("rank_reference", named.name)
+    reference_version = None if named is None else storage.tables.version("rank_reference", Partition(named.name))
     for batch in sorted(registered):
         try:
             footers = _read_footers(storage, batch)
@@ -72,10 +75,10 @@ def sort_out(
 
 
 def _read_footers(storage: Storage, batch: str) -> _Footers:
-    missing = [name for name in ENTERING if not storage.has_table(name, batch)]
+    missing = [name for name in ENTERING if not storage.tables.has(name, Partition(batch))]
     if missing:
         raise StorageError(f"not materialised: {', '.join(missing)}")
-    return _Footers(*(storage.read_footer(name, batch) for name in ENTERING))
+    return _Footers(*(storage.tables.footer(name, Partition(batch)) for name in ENTERING))
 
 
 def _inconsistency(tables: _Footers, settings: Settings, pool: str) -> str | None:
@@ -116,12 +119,18 @@ def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[s
         if batch not in registered:
             continue
         try:
-            signed, screened = (storage.read_footer(name, batch) for name in ("signatures", "screened_data"))
-            decisions = storage.read_footer("decisions", batch) if storage.has_table("decisions", batch) else None
+            signed, screened = (
+                storage.tables.footer(name, Partition(batch)) for name in ("signatures", "screened_data")
+            )
+            decisions = (
+                storage.tables.footer("decisions", Partition(batch))
+                if storage.tables.has("decisions", Partition(batch))
+                else None
+            )
         except StorageError:
             continue
         is_current = screened.provenance["inputs"] == {
-            "raw_data": storage.table_version("raw_data", batch),
+            "raw_data": storage.tables.version("raw_data", Partition(batch)),
             "signatures": signed.data_version,
         }
         gated = [gates.of_provenance(screened.provenance)]
@@ -161,4 +170,4 @@ def not_withdrawn(storage: Storage, batch: str, made_of: Mapping[str, Any], with
 
 def signatures_if_withdrawn(storage: Storage, batch: str, withdrawn: Withdrawals) -> pl.DataFrame:
     """Of the batch, where a row of any batch was withdrawn; else there is nothing to look for."""
-    return storage.read_table("signatures", batch).frame if withdrawn.contents else empty(tables.Signatures)
+    return storage.tables.read("signatures", Partition(batch)).frame if withdrawn.contents else empty(tables.Signatures)

@@ -17,8 +17,10 @@ from typing import Any
 from qaq_pipeline.freshness import eligibility
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
-from qaq_pipeline.screening import withdrawals
-from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.screening import batch_order, withdrawals
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline 
         StorageError: the table is not stored.
     """
     found = []
-    for name, version in storage.read_footer(table, batch).provenance["inputs"].items():
+    for name, version in storage.tables.footer(table, Partition(batch)).provenance["inputs"].items():
         input_table, *model = name.split("|")
         is_of_batch = input_table in pipeline.tables_of_batch()
-        if is_of_batch and storage.table_version(input_table, batch, *model) != version:
+        if is_of_batch and storage.tables.version(input_table, Partition(batch, *model)) != version:
             found.append(name)
     return found
 
@@ -85,7 +87,7 @@ class Review:
         self._pipeline = pipeline
         self._registered = set(registered)
         self._present = present
-        self._order = storage.batches_in_order()
+        self._order = batch_order.batches_in_order(storage)
 
     def batches(self) -> list[str]:
         """Every batch that was delivered: in the order in which they were screened, then the new ones by name."""
@@ -127,7 +129,7 @@ class Review:
 
     def _is_delivered(self, batch: str) -> bool:
         try:
-            return landing.is_announced(self._storage, batch) or self._storage.has_delivery(batch)
+            return landing.is_announced(self._storage, batch) or self._storage.deliveries.has(batch)
         except ValueError:  # A name that the UI let pass.
             return False
 
@@ -157,7 +159,7 @@ class Review:
     def _delivery_reason(self, batch: str, made_of: Mapping[str, Any]) -> str | None:
         if landing.is_announced(self._storage, batch):
             return "a delivery has landed"
-        if made_of["delivery"] != self._storage.current_delivery(batch).content_hash:
+        if made_of["delivery"] != self._storage.deliveries.current(batch).content_hash:
             return "it was delivered anew"
         return None
 
@@ -167,13 +169,13 @@ class Review:
         if table not in self._pipeline.tables_of_batch():
             return self._present.shared_inputs.get(name)
         of_batch = [partition[0], *([model] if model else [])]
-        return self._storage.table_version(
-            table, *(partition if self._pipeline[table].has_models and not model else of_batch)
+        return self._storage.tables.version(
+            table, Partition(*(partition if self._pipeline[table].has_models and not model else of_batch))
         )
 
     def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
         try:
-            return self._storage.read_footer(table, *partition).provenance
+            return self._storage.tables.footer(table, Partition(*partition)).provenance
         except StorageError:
             return None
 

@@ -23,7 +23,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from qaq_pipeline.config.settings import LandingSettings
 from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.storage.storage import Delivery, Storage, StorageError, hash_json
+from qaq_pipeline.storage.deliveries import Delivery
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
 
 _FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
@@ -267,27 +269,28 @@ def announce(storage: Storage, url: str, landed: Landed) -> str | None:
     settled = _settled(storage, landed.batch)
     if settled["note"] == json.loads(json.dumps(note)):
         return None
-    storage.write_json(note, "deliveries", check_batch_name(landed.batch), _ANNOUNCED)
+    storage.deliveries.write_note(note, landed.batch, _ANNOUNCED)
     return f"{path}|{landed.num_bytes} bytes|{landed.fingerprint}|{settled['number']}"
 
 
 def is_announced(storage: Storage, batch: str) -> bool:
     """Whether a delivery of the batch lies in the zone that was not copied yet."""
-    return storage.exists("deliveries", check_batch_name(batch), _ANNOUNCED)
+    return storage.deliveries.has_note(batch, _ANNOUNCED)
 
 
 def settle(storage: Storage, batch: str) -> None:
     """The announced delivery was copied, or the batch was delivered otherwise since: it is asked for no more."""
     if is_announced(storage, batch):
-        note = storage.read_json("deliveries", batch, _ANNOUNCED)
+        note = storage.deliveries.read_note(batch, _ANNOUNCED)
         number = _settled(storage, batch)["number"] + 1
-        storage.write_json({"note": note, "number": number}, "deliveries", batch, _SETTLED)
-        storage.remove("deliveries", batch, _ANNOUNCED)
+        storage.deliveries.write_note({"note": note, "number": number}, batch, _SETTLED)
+        storage.deliveries.remove_note(batch, _ANNOUNCED)
 
 
 def _settled(storage: Storage, batch: str) -> dict[str, Any]:
-    parts = ("deliveries", check_batch_name(batch), _SETTLED)
-    return storage.read_json(*parts) if storage.exists(*parts) else {"note": None, "number": 0}
+    if not storage.deliveries.has_note(batch, _SETTLED):
+        return {"note": None, "number": 0}
+    return storage.deliveries.read_note(batch, _SETTLED)
 
 
 def receive(storage: Storage, batch: str) -> Delivery:
@@ -298,10 +301,10 @@ def receive(storage: Storage, batch: str) -> Delivery:
         StorageError: the batch was never delivered.
     """
     if not is_announced(storage, batch):
-        return storage.current_delivery(batch)
-    note = storage.read_json("deliveries", batch, _ANNOUNCED)
-    delivery = storage.store_delivery(batch, _read_files(note))
-    if storage.read_json("deliveries", batch, _ANNOUNCED) == note:  # Else another delivery was announced meanwhile.
+        return storage.deliveries.current(batch)
+    note = storage.deliveries.read_note(batch, _ANNOUNCED)
+    delivery = storage.deliveries.store(batch, _read_files(note))
+    if storage.deliveries.read_note(batch, _ANNOUNCED) == note:  # Else another delivery was announced meanwhile.
         settle(storage, batch)
     return delivery
 
@@ -339,12 +342,12 @@ _REFUSED = ("landing", "refused.json")
 def record_refused(storage: Storage, refused: Mapping[str, str]) -> None:
     """Keep what lies in the zone and is refused, for `qaq status`; nothing is written where nothing changed."""
     if dict(refused) != read_refused(storage):
-        storage.write_json(dict(refused), *_REFUSED)
+        storage.files.write_json(dict(refused), *_REFUSED)
 
 
 def read_refused(storage: Storage) -> dict[str, str]:
     """What was refused at the last look, and why, by name in the zone."""
     try:
-        return storage.read_json(*_REFUSED)
+        return storage.files.read_json(*_REFUSED)
     except StorageError:
         return {}

@@ -22,17 +22,19 @@ from typing import Any
 
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.publication.versions import FOLDER
-from qaq_pipeline.schema.partition import Input
+from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.storage.deliveries import Delivery
+from qaq_pipeline.storage.files import StorageError, hash_json, json_bytes
 from qaq_pipeline.storage.identity import ScoreIdentity
-from qaq_pipeline.storage.storage import Delivery, Footer, Storage, StorageError, hash_json, json_bytes
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import Footer
 
 _VERSION = re.compile(r"^[0-9a-f]{32}$")
 MANIFEST_REMEDY = (
     "restore it from a backup; or remove it, and the next `qaq recurate` publishes what stands now, under the same "
     "hash if that is the same"
 )
-SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 
 class LineageError(ValueError):
@@ -131,14 +133,15 @@ def walk(storage: Storage, version: str, pipeline: Pipeline = PIPELINE) -> Linea
     Raises:
         LineageError: its manifest is missing, or is not the one that was published.
     """
-    is_kept = storage.exists(FOLDER, version, "manifest.json")
+    is_kept = storage.files.exists(FOLDER, version, "manifest.json")
     parts = (FOLDER, version, "manifest.json") if is_kept else (FOLDER, "retired", f"{version}.json")
     manifest = _read_manifest(storage, version, parts)
     files = tuple(
-        File(name, storage.url(FOLDER, version, *name.split("/")), sha256) for name, sha256 in manifest["files"].items()
+        File(name, storage.files.url(FOLDER, version, *name.split("/")), sha256)
+        for name, sha256 in manifest["files"].items()
     )
     batches = tuple(_batch(storage, entry, pipeline) for entry in manifest["batches"])
-    return Lineage(version, storage.url(*parts), is_kept, files, batches)
+    return Lineage(version, storage.files.url(*parts), is_kept, files, batches)
 
 
 def only(lineage: Lineage, name: str) -> Lineage:
@@ -155,9 +158,9 @@ def only(lineage: Lineage, name: str) -> Lineage:
 
 
 def _read_manifest(storage: Storage, version: str, parts: tuple[str, ...]) -> dict[str, Any]:
-    path = storage.url(*parts)
+    path = storage.files.url(*parts)
     try:
-        data = storage.read_bytes(*parts)
+        data = storage.files.read_bytes(*parts)
         manifest = json.loads(data)
     except StorageError as error:
         raise LineageError(f"{path}: it is missing; {MANIFEST_REMEDY}") from error
@@ -201,7 +204,9 @@ def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> t
                 state = State.SAME_CONTENT
             footers[key] = footer
         stored = None if footer is None else footer.data_version
-        tables.append(Table(name, partition, storage.table_url(name, *partition), entered.get(key), stored, state))
+        tables.append(
+            Table(name, partition, storage.tables.url(name, Partition(*partition)), entered.get(key), stored, state)
+        )
     return footers, tables
 
 
@@ -239,15 +244,14 @@ def _state(footer: Footer | None, entered: str | None) -> State:
 
 def _footer(storage: Storage, name: str, partition: tuple[str, ...]) -> Footer | None:
     try:
-        return storage.read_footer(name, *partition)
+        return storage.tables.footer(name, Partition(*partition))
     except StorageError:
         return None
 
 
 def _shards(storage: Storage, role: str, identity: Mapping[str, Any]) -> Shards:
     digest = ScoreIdentity(**identity).digest()
-    names = tuple(name for name in storage.names("score_cache", digest) if name.endswith(".parquet"))
-    return Shards(role, digest, storage.url("score_cache", digest), names)
+    return Shards(role, digest, storage.files.url(*storage.scores.place(digest)), tuple(storage.scores.shards(digest)))
 
 
 def _delivery(storage: Storage, entry: Mapping[str, Any], raw_data: Footer | None) -> DeliveredFiles:
@@ -255,16 +259,15 @@ def _delivery(storage: Storage, entry: Mapping[str, Any], raw_data: Footer | Non
     batch, files = entry["batch"], entry["files"]
     named = None if raw_data is None else raw_data.provenance.get("delivery")
     folder = named or _copy_of(storage, batch, files)
-    path = None if folder is None else storage.url("deliveries", batch, folder)
+    path = None if folder is None else storage.files.url(*storage.deliveries.place(batch, folder))
     return DeliveredFiles(path, tuple(File(name, f"{path}/{name}", sha256) for name, sha256 in files.items()))
 
 
 def _copy_of(storage: Storage, batch: str, files: Mapping[str, str]) -> str | None:
     whole = Delivery(batch, dict(files)).content_hash
-    folders = [name for name in storage.names("deliveries", batch) if _VERSION.match(name)]
-    for folder in sorted(folders, key=lambda name: name != whole):
-        parts = ("deliveries", batch, folder)
-        if all(storage.exists(*parts, *name.split("/")) for name in files) and (
+    for folder in sorted(storage.deliveries.copies(batch), key=lambda name: name != whole):
+        parts = storage.deliveries.place(batch, folder)
+        if all(storage.files.exists(*parts, *name.split("/")) for name in files) and (
             folder == whole or all(sha256_of(storage, *parts, *name.split("/")) == files[name] for name in files)
         ):
             return folder
@@ -273,4 +276,4 @@ def _copy_of(storage: Storage, batch: str, files: Mapping[str, str]) -> str | No
 
 def sha256_of(storage: Storage, *parts: str) -> str:
     """Hash of a stored file (64 hex digits)."""
-    return hashlib.sha256(storage.read_bytes(*parts)).hexdigest()
+    return hashlib.sha256(storage.files.read_bytes(*parts)).hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import polars as pl
@@ -19,9 +18,13 @@ import polars as pl
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.storage import Provenance, Storage, StorageError, hash_json
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.provenance import Provenance
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import FoundRows
 
 MOST_ROWS = 20
 """Rows of one answer, at most."""
@@ -98,7 +101,7 @@ def find_row(storage: Storage, batch: str, row: str, version: Published | None =
         if answer.rows:
             return answer
     if version is None:
-        storage.read_footer("decisions", batch)
+        storage.tables.footer("decisions", Partition(batch))
     return Answer([])
 
 
@@ -114,11 +117,14 @@ def find_pair(
         where = _scores_of(storage, version)
         sha256 = _manifest(storage, version.version)["files"]["scores.parquet"]
         index = versions.pair_index(version.version)
-        found = storage.find_pair_in_file(start, where, index, sha256, MOST_ROWS, batches)
+        found = storage.tables.find_pair_in_file(start, where, index, sha256, MOST_ROWS, batches)
         return Answer(_nested(found.frame), () if found.is_indexed else (f"version {version.number}",))
     rows, unindexed = [], []
-    asked = storage.batches_with("decisions") if batches is None else batches
-    find = partial(storage.find_pair_in_table, start, "decisions", most=MOST_ROWS)
+    asked = storage.tables.batches_with("decisions") if batches is None else batches
+
+    def find(batch: str) -> FoundRows:
+        return storage.tables.find_pair(start, "decisions", Partition(batch), most=MOST_ROWS)
+
     with ThreadPoolExecutor(_READERS) as readers:  # Of a remote storage each batch takes some round trips.
         answers = list(readers.map(find, asked))
     for batch, found in zip(asked, answers, strict=True):
@@ -129,8 +135,8 @@ def find_pair(
 
 def _rows(storage: Storage, where: row_lookup.Where, version: Published | None, batch: str) -> list[dict[str, Any]]:
     if version is not None:
-        return _nested(storage.find_in_file(where, *_scores_of(storage, version)))[:MOST_ROWS]
-    return _dicts(storage.find_in_table(where, "decisions", batch))[:MOST_ROWS]
+        return _nested(storage.tables.find_in_file(where, *_scores_of(storage, version)))[:MOST_ROWS]
+    return _dicts(storage.tables.find(where, "decisions", Partition(batch)))[:MOST_ROWS]
 
 
 def _dicts(frame: pl.DataFrame) -> list[dict[str, Any]]:
@@ -186,7 +192,7 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
     where = row_lookup.of_key([row[name] for name in ROW_KEY])
     columns = ("pair_id", "query", "answer", "record")
     try:
-        found = storage.find_in_table(where, "raw_data", row["batch"], columns=columns)
+        found = storage.tables.find(where, "raw_data", Partition(row["batch"]), columns=columns)
     except StorageError:
         return {}
     same = found.filter(pl.col("pair_id").eq_missing(pl.lit(row["pair_id"], pl.String)))
@@ -208,10 +214,10 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
     columns = [*ROW_KEY, "pair_id", "query", "answer", "record"]
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))
-    for batch in storage.batches_with("raw_data") if batches is None else batches:
+    for batch in storage.tables.batches_with("raw_data") if batches is None else batches:
         rows: list[dict[str, Any]] = []
         number = 0
-        for chunk in storage.scan_table("raw_data", batch, columns=columns):
+        for chunk in storage.tables.scan("raw_data", Partition(batch), columns=columns):
             found = chunk.filter(holds).drop("record")
             number += found.height
             rows += found[: MOST_ROWS - len(rows)].iter_rows(named=True)
@@ -229,12 +235,12 @@ def fates(storage: Storage, row: dict[str, Any]) -> list[Fate]:
 
 def _fate(storage: Storage, published: Published, key: Sequence[Any]) -> Fate:
     where = _scores(published)
-    if not storage.exists(*where):
+    if not storage.files.exists(*where):
         return Fate(published, "its files were not kept", has_batch=False, left_out=None, row=None)
     try:
         entries = _manifest(storage, published.version)["batches"]
         has_batch = any(entry["batch"] == key[0] for entry in entries)
-        found = _dicts(storage.find_in_file(row_lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
+        found = _dicts(storage.tables.find_in_file(row_lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
         left_out = None if has_batch else (versions.left_out(storage, published) or {}).get(key[0])
     except StorageError as error:
         return Fate(published, str(error), has_batch=False, left_out=None, row=None)
@@ -243,7 +249,7 @@ def _fate(storage: Storage, published: Published, key: Sequence[Any]) -> Fate:
 
 def _scores_of(storage: Storage, published: Published) -> tuple[str, ...]:
     parts = _scores(published)
-    if not storage.exists(*parts):
+    if not storage.files.exists(*parts):
         raise StorageError(
             f"version {published.number} ({published.version}): its files were not kept (publication.keep_versions); "
             "its manifest is in retired/"
@@ -256,7 +262,7 @@ def _scores(published: Published) -> tuple[str, ...]:
 
 
 def _manifest(storage: Storage, version: str) -> dict[str, Any]:
-    return storage.read_json(versions.FOLDER, version, "manifest.json")
+    return storage.files.read_json(versions.FOLDER, version, "manifest.json")
 
 
 # --- provenance ------------------------------------------------------------------------------------------------------
@@ -264,8 +270,8 @@ def _manifest(storage: Storage, version: str) -> dict[str, Any]:
 
 def provenance(storage: Storage, provenance_id: str, batch: str) -> Provenance:
     """What made the rows that bear the id; of a table of before there were records, by its own footer."""
-    found = storage.read_provenance(provenance_id)
-    if found.made_of is not None or not storage.has_table("decisions", batch):
+    found = storage.provenance.read(provenance_id)
+    if found.made_of is not None or not storage.tables.has("decisions", Partition(batch)):
         return found
-    made_of = storage.read_footer("decisions", batch).provenance
+    made_of = storage.tables.footer("decisions", Partition(batch)).provenance
     return replace(found, made_of=made_of) if hash_json(made_of) == provenance_id else found

@@ -10,6 +10,7 @@ import polars as pl
 
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
 from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import Storage
@@ -86,7 +87,7 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
 
 def _scores(storage: Storage, lineage: Lineage) -> pl.DataFrame:
     """The version's own ledger, rows in the order of the batches in it."""
-    return storage.read_frame(FOLDER, lineage.version, "scores.parquet")
+    return storage.files.read_frame(FOLDER, lineage.version, "scores.parquet")
 
 
 def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
@@ -118,7 +119,7 @@ def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRo
     """The table's row for each key, where it has one and still is of the version."""
     if table.name not in _SHOWN or table.state not in (State.AS_PUBLISHED, State.SAME_CONTENT):
         return [None] * keys.height
-    frame = storage.read_table(table.name, *table.partition).frame
+    frame = storage.tables.read(table.name, Partition(*table.partition)).frame
     on, shown = [name for name in ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
     numbered = frame.select(*on, *shown, number=pl.int_range(1, pl.len() + 1))
     found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1")
@@ -152,6 +153,6 @@ def _path(
 def _holding(storage: Storage, scores: Iterable[Shards], pair_id: str | None) -> Iterator[str]:
     for shards in scores:
         for name in shards.names if pair_id else ():
-            held = storage.read_frame("score_cache", shards.digest, name, columns=["pair_id"])["pair_id"]
+            held = storage.files.read_frame(*storage.scores.place(shards.digest, name), columns=["pair_id"])["pair_id"]
             if held.is_in([pair_id]).any():
                 yield f"{shards.path}/{name}"

@@ -6,9 +6,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qaq_pipeline.lineage.lineage import SHA256, Batch, Lineage, Shards, Table, sha256_of
+from qaq_pipeline.lineage.lineage import Batch, Lineage, Shards, Table, sha256_of
 from qaq_pipeline.publication.versions import FOLDER
-from qaq_pipeline.storage.storage import Storage, StorageError, file_fault, hash_json
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.parquet_file import file_fault
+from qaq_pipeline.storage.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +69,22 @@ def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
             yield Finding(file.path, f"{fault}: it is not what was published as {lineage.version}", remedy)
     if lineage.is_kept and lineage.is_whole:
         known = {"manifest.json", *(file.name for file in lineage.files)}
-        for name in sorted(set(storage.files_below(FOLDER, lineage.version)) - known):
-            path = storage.url(FOLDER, lineage.version, *name.split("/"))
+        for name in sorted(set(storage.files.files_below(FOLDER, lineage.version)) - known):
+            path = storage.files.url(FOLDER, lineage.version, *name.split("/"))
             yield Finding(path, f"it is no file of version {lineage.version}", "move it elsewhere, or remove it")
 
 
 def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Finding]:
     remedy = _REFERENCE_REMEDY if table.name == "rank_reference" else _TABLE_REMEDY
     try:
-        fault = file_fault(storage.read_bytes(table.name, *table.partition, "table.parquet"))
+        fault = file_fault(storage.files.read_bytes(table.name, *table.partition, "table.parquet"))
     except StorageError:
         yield Finding(table.path, f"it is missing: the lineage of batch {batch.name} breaks off here", remedy)
         return
     if fault:
         yield Finding(table.path, f"{fault}: what was made from it cannot be traced through it", remedy)
     elif table.name == "decisions" and table.stored == table.entered:
-        found = storage.read_footer(table.name, *table.partition).provenance
+        found = storage.tables.footer(table.name, Partition(*table.partition)).provenance
         if hash_json(found) != batch.provenance_id:
             yield Finding(table.path, f"what it says it was made of is not what was published of {batch.name}", remedy)
 
@@ -89,7 +92,9 @@ def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Find
 def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:
     for name in shards.names:
         try:
-            fault = _shard_fault(name.removesuffix(".parquet"), storage.read_bytes("score_cache", shards.digest, name))
+            fault = _shard_fault(
+                name.removesuffix(".parquet"), storage.files.read_bytes(*storage.scores.place(shards.digest, name))
+            )
         except StorageError:  # Set aside, or pruned, since the walk.
             continue
         if fault:
@@ -97,17 +102,15 @@ def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:
 
 
 def _shard_fault(stem: str, data: bytes) -> str | None:
-    """A shard is named by the sha256 of its bytes; one of before, at random."""
-    if SHA256.match(stem):
-        return None if hashlib.sha256(data).hexdigest() == stem else "it was changed since it was written"
-    return file_fault(data)
+    """A shard is named by the sha256 of its bytes."""
+    return None if hashlib.sha256(data).hexdigest() == stem else "it was changed since it was written"
 
 
 def _verify_provenance(storage: Storage, batch: Batch) -> Iterator[Finding]:
     try:
-        storage.read_provenance(batch.provenance_id)
+        storage.provenance.read(batch.provenance_id)
     except StorageError:
-        path = storage.url("provenance", f"{batch.provenance_id}.json")
+        path = storage.files.url(*storage.provenance.place(batch.provenance_id))
         fault = "it was changed since it was written, and nothing it says can be trusted"
         yield Finding(path, fault, _TABLE_REMEDY)
 
@@ -115,12 +118,12 @@ def _verify_provenance(storage: Storage, batch: Batch) -> Iterator[Finding]:
 def _verify_delivery(storage: Storage, batch: Batch) -> Iterator[Finding]:
     remedy = f"deliver the same files again (`qaq run FILE --batch {batch.name}`), which mends the copy"
     if batch.delivery.path is None:
-        where = storage.url("deliveries", batch.name)
+        where = storage.files.url(*storage.deliveries.place(batch.name))
         yield Finding(where, f"no copy of {', '.join(file.name for file in batch.delivery.files)} is here", remedy)
         return
     folder = batch.delivery.path.rsplit("/", 1)[-1]
     for file in batch.delivery.files:
-        fault = _differs(storage, file.sha256, "deliveries", batch.name, folder, *file.name.split("/"))
+        fault = _differs(storage, file.sha256, *storage.deliveries.place(batch.name, folder, *file.name.split("/")))
         if fault:
             yield Finding(file.path, f"{fault}: it is not what was delivered as batch {batch.name}", remedy)
 

@@ -23,9 +23,11 @@ from qaq_pipeline.orchestration.partitions import BATCHES, batch_by_model
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import rank_reference
-from qaq_pipeline.storage.storage import Storage, StorageError
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
 
 Findings = dict[str, Finding | StorageError]
 """By the name of the check; the error of what it alone reads, where that is torn or gone."""
@@ -47,7 +49,7 @@ def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
 
 def _raw_data(settings: Settings) -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str) -> Findings:
-        raw = storage.read_table("raw_data", batch).frame
+        raw = storage.tables.read("raw_data", Partition(batch)).frame
         return {"rows_can_be_read": check_metrics.rejected_rows(raw, settings.gates.max_rejected_share)}
 
     descriptions = {"rows_can_be_read": "The share of rejected rows is at most gates.max_rejected_share."}
@@ -56,7 +58,7 @@ def _raw_data(settings: Settings) -> dg.AssetChecksDefinition:
 
 def _screened_data() -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str) -> Findings:
-        screened = storage.read_table("screened_data", batch)
+        screened = storage.tables.read("screened_data", Partition(batch))
         gate = gates.of_provenance(screened.provenance)
         return {"passes_gate": check_metrics.screened_rows(screened.frame, gate.sentence if gate else None)}
 
@@ -70,7 +72,7 @@ def _logprobs(settings: Settings) -> dg.AssetChecksDefinition:
     limits = settings.checks
 
     def find(storage: Storage, batch: str, model: str) -> Findings:
-        logprobs = storage.read_table("logprobs", batch, model).frame
+        logprobs = storage.tables.read("logprobs", Partition(batch, model)).frame
         return {
             "few_nulls": check_metrics.null_quantities(logprobs, limits.max_null_share),
             "few_truncated": check_metrics.truncated_answers(logprobs, limits.max_truncated_share),
@@ -85,7 +87,7 @@ def _logprobs(settings: Settings) -> dg.AssetChecksDefinition:
 
 def _rmi_scores(settings: Settings) -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str, model: str) -> Findings:
-        scores = storage.read_table("rmi_scores", batch, model).frame
+        scores = storage.tables.read("rmi_scores", Partition(batch, model)).frame
         return {"answers_explain_queries": check_metrics.mean_rmi(scores, settings.checks.min_mean_rmi)}
 
     descriptions = {
@@ -110,7 +112,7 @@ def _disagreement_scores(settings: Settings) -> dg.AssetChecksDefinition:
         )
 
     def find(storage: Storage, batch: str) -> Findings:
-        frame = storage.read_table("disagreement_scores", batch).frame
+        frame = storage.tables.read("disagreement_scores", Partition(batch)).frame
         found: Findings = {"models_differ": check_metrics.rank_correlation(frame, settings.checks.max_rank_correlation)}
         if settings.ranking.pool == "batch":
             found["strata_are_filled"] = check_metrics.filled_strata(frame, settings.ranking)
@@ -122,10 +124,10 @@ def _disagreement_scores(settings: Settings) -> dg.AssetChecksDefinition:
 
 
 def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Finding:
-    if not storage.has_table(NAME, name):
+    if not storage.tables.has(NAME, Partition(name)):
         return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
-    frozen = storage.read_table(NAME, name)
-    scores = {role: storage.read_table("rmi_scores", batch, role) for role in sorted(settings.models)}
+    frozen = storage.tables.read(NAME, Partition(name))
+    scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
     if differing := differently_scored(frozen, scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
     found = rank_reference.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
@@ -134,7 +136,7 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
 
 def _calibration(settings: Settings) -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str) -> Findings:
-        calibration = storage.read_table("calibration", batch)
+        calibration = storage.tables.read("calibration", Partition(batch))
         gate = gates.of_provenance(calibration.provenance)
         if gate is not None:
             return {"models_can_tell": Finding(True, f"The batch is gated, and not calibrated: {gate.sentence}.")}
@@ -150,11 +152,11 @@ def _calibration(settings: Settings) -> dg.AssetChecksDefinition:
 
 def _decisions() -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str) -> Findings:
-        decisions = storage.read_table("decisions", batch)
+        decisions = storage.tables.read("decisions", Partition(batch))
         gate = gates.of_provenance(decisions.provenance)
         return {
             "every_row_is_decided": check_metrics.decided_rows(
-                storage.read_footer("raw_data", batch).num_rows, decisions.frame
+                storage.tables.footer("raw_data", Partition(batch)).num_rows, decisions.frame
             ),
             "passes_gates": check_metrics.ungated(gate.sentence if gate else None),
             "same_models_as_published": _same_models(storage, decisions.provenance["models"]),
@@ -171,7 +173,7 @@ def _decisions() -> dg.AssetChecksDefinition:
 def _same_models(storage: Storage, models: Mapping[str, Mapping[str, Any]]) -> Finding | StorageError:
     try:
         version = versions.latest(storage)
-        manifest = None if version is None else storage.read_json(versions.FOLDER, version, "manifest.json")
+        manifest = None if version is None else storage.files.read_json(versions.FOLDER, version, "manifest.json")
     except StorageError as error:
         return error
     return check_metrics.same_models(models, manifest)
@@ -194,9 +196,9 @@ def _curated_dataset() -> dg.AssetChecksDefinition:
 
 
 def _of_dataset(storage: Storage, registered: Sequence[str]) -> Findings:
-    latest = storage.read_json(versions.FOLDER, "latest.json")
+    latest = storage.files.read_json(versions.FOLDER, "latest.json")
     folder = (versions.FOLDER, latest["version"])
-    manifest = storage.read_json(*folder, "manifest.json")
+    manifest = storage.files.read_json(*folder, "manifest.json")
     entered = {entry["batch"] for entry in manifest["batches"]}
     since = "registered or completed since; publish again"
     reasons = {
@@ -206,7 +208,7 @@ def _of_dataset(storage: Storage, registered: Sequence[str]) -> Findings:
     num_bytes = 0
     for name in manifest["files"]:
         parts = (*folder, *name.split("/"))
-        data = storage.read_bytes(*parts) if storage.exists(*parts) else None
+        data = storage.files.read_bytes(*parts) if storage.files.exists(*parts) else None
         hashes[name] = None if data is None else hashlib.sha256(data).hexdigest()
         num_bytes += len(data or b"")
     return {

@@ -2,8 +2,9 @@
 
 import dagster as dg
 
-from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.storage.storage import Storage, StoredTable
+from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 
 def partition_parts(partition_key: str) -> tuple[str, ...]:
@@ -27,13 +28,13 @@ class TableIOManager(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: StoredTable) -> None:
         name, parts = context.asset_key.path[-1], partition_parts(context.partition_key)
-        with self._storage.lock(name, *parts):
-            self._storage.write_table(obj, name, *parts)
+        with self._storage.locks.hold(name, *parts):
+            self._storage.tables.write(obj, name, Partition(*parts))
 
     def load_input(self, context: dg.InputContext) -> StoredTable | dict[str, StoredTable]:
         name = context.asset_key.path[-1]
         partitions = sorted(partition_parts(key) for key in context.asset_partition_keys)
-        tables = {parts: self._storage.read_table(name, *parts) for parts in partitions}
+        tables = {parts: self._storage.tables.read(name, Partition(*parts)) for parts in partitions}
         has_models = any(len(parts) > 1 for parts in partitions)
         if has_models and not isinstance(context.partition_key, dg.MultiPartitionKey):
             return {parts[1]: table for parts, table in tables.items()}

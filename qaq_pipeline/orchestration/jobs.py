@@ -14,6 +14,7 @@ from qaq_pipeline.orchestration.assets import build_assets, wanted_purposes
 from qaq_pipeline.orchestration.checks import build_checks
 from qaq_pipeline.orchestration.io_manager import TableIOManager
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
@@ -67,7 +68,7 @@ def _shared_inputs(settings: Settings, storage: Storage) -> dict[str, str]:
     wanted = settings.ranking.reference
     if settings.ranking.pool != "reference" or wanted is None:
         return {}
-    version = storage.table_version("rank_reference", wanted.name)
+    version = storage.tables.version("rank_reference", Partition(wanted.name))
     return {} if version is None else {"rank_reference": version}
 
 

@@ -17,9 +17,12 @@ from qaq_pipeline.orchestration.io_manager import partition_parts
 from qaq_pipeline.orchestration.metadata import lineage_of_columns
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.storage.storage import Footer, Storage, StorageError, StoredTable
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import Footer, StoredTable
 
 
 def table_result(
@@ -99,7 +102,7 @@ def stored_gate(gate: Gate | None) -> dict[str, Any]:
 def footer_before(context: dg.AssetExecutionContext, storage: Storage) -> Footer | None:
     """What made the partition as it is stored, before it is made anew; None where it is not, or is torn."""
     try:
-        return storage.read_footer(context.asset_key.path[-1], context.partition_key)
+        return storage.tables.footer(context.asset_key.path[-1], Partition(context.partition_key))
     except StorageError:
         return None
 

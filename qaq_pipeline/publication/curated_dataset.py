@@ -26,9 +26,12 @@ from qaq_pipeline.publication.versions import (
     read_manifest,
     retire,
 )
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
-from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, empty, hash_json
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable, empty
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def read_batches(
     batches = []
     for batch in included:
         try:
-            batches.append(BatchTables(batch, *(storage.read_table(name, batch) for name in ENTERING)))
+            batches.append(BatchTables(batch, *(storage.tables.read(name, Partition(batch)) for name in ENTERING)))
         except StorageError as error:  # Changed since it was written.
             excluded[batch] = str(error)
     return batches, excluded
@@ -90,20 +93,20 @@ def publish(
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     version = hash_json(manifest)
-    is_new = not storage.exists(FOLDER, version, "manifest.json")
+    is_new = not storage.files.exists(FOLDER, version, "manifest.json")
     if is_new:
         for name, data in files.items():
-            storage.write_bytes(data, FOLDER, version, *name.split("/"))
-        storage.write_json(manifest, FOLDER, version, "manifest.json")
+            storage.files.write_bytes(data, FOLDER, version, *name.split("/"))
+        storage.files.write_json(manifest, FOLDER, version, "manifest.json")
     index_pairs(storage, version, manifest, _decisions(batches))
     log_publication(storage, version, run_id)
     previous = latest(storage)
     difference = None
-    if previous is not None and storage.exists(FOLDER, previous, "manifest.json"):
+    if previous is not None and storage.files.exists(FOLDER, previous, "manifest.json"):
         difference = store_difference(storage, previous, version)
-    storage.write_json({"version": version, "excluded_batches": excluded}, FOLDER, "latest.json")
+    storage.files.write_json({"version": version, "excluded_batches": excluded}, FOLDER, "latest.json")
     retired = retire(storage, version, settings.publication.keep_versions)
-    return Publication(version, manifest, storage.url(FOLDER, version), is_new, previous, difference, retired)
+    return Publication(version, manifest, storage.files.url(FOLDER, version), is_new, previous, difference, retired)
 
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:

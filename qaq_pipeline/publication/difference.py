@@ -17,12 +17,12 @@ def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
     before, after = (_read_scores(storage, version) for version in (older, newer))
     found = difference(before, after)
     if older != newer:
-        storage.write_bytes(exports.parquet(found), FOLDER, "differences", f"{newer}_from_{older}.parquet")
+        storage.files.write_bytes(exports.parquet(found), FOLDER, "differences", f"{newer}_from_{older}.parquet")
     return found
 
 
 def _read_scores(storage: Storage, version: str) -> pl.DataFrame:
-    return storage.read_frame(FOLDER, version, "scores.parquet")
+    return storage.files.read_frame(FOLDER, version, "scores.parquet")
 
 
 def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:

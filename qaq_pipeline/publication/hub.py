@@ -26,7 +26,8 @@ from qaq_pipeline.publication.versions import (
     latest,
     published_withdrawn,
 )
-from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -109,7 +110,7 @@ def publish(
     if is_dry_run:
         return Copy(version, to, sizes, is_new=True)
     target = _Folder(to) if hub is None else _Repository(*hub, is_private=is_private)
-    if f"{target.url}/".startswith(f"{storage.url().rstrip('/')}/"):
+    if f"{target.url}/".startswith(f"{storage.files.url().rstrip('/')}/"):
         raise PublishError(f"{to}: lies in the storage, where versions are never changed; take another folder")
     there = target.manifest()
     if there is not None and hash_json(there) == version:
@@ -127,7 +128,7 @@ def publish(
 def _existing_version(storage: Storage, version: str) -> str:
     found = find_version(storage, version).version
     kept = kept_versions(storage)
-    if found not in kept or not storage.exists(FOLDER, found, _MANIFEST):
+    if found not in kept or not storage.files.exists(FOLDER, found, _MANIFEST):
         raise PublishError(f"{version!r} is no version whose files are kept; these are: {', '.join(kept)}")
     if batches := published_withdrawn(storage, found):
         newer = "`qaq recurate` makes one" if found == latest(storage) else "`latest` is newer"
@@ -141,14 +142,14 @@ def _read_files(storage: Storage, version: str) -> dict[str, bytes]:
     """The files of a version by their path, the manifest last; each is what was published."""
     folder = (FOLDER, version)
     files = {}
-    for name, sha256 in storage.read_json(*folder, _MANIFEST)["files"].items():
-        files[name] = storage.read_bytes(*folder, *name.split("/"))
+    for name, sha256 in storage.files.read_json(*folder, _MANIFEST)["files"].items():
+        files[name] = storage.files.read_bytes(*folder, *name.split("/"))
         if hashlib.sha256(files[name]).hexdigest() != sha256:
             raise StorageError(
-                f"{storage.url(*folder, name)}: changed since it was published; restore it, or remove the version's "
-                "folder and run `qaq recurate`"
+                f"{storage.files.url(*folder, name)}: changed since it was published; restore it, or remove the "
+                "version's folder and run `qaq recurate`"
             )
-    return files | {_MANIFEST: storage.read_bytes(*folder, _MANIFEST)}
+    return files | {_MANIFEST: storage.files.read_bytes(*folder, _MANIFEST)}
 
 
 def _parse(to: str) -> tuple[str, str] | None:
@@ -186,22 +187,22 @@ class _Folder:
 
     @property
     def url(self) -> str:
-        return self._storage.url().rstrip("/")
+        return self._storage.files.url().rstrip("/")
 
     def manifest(self) -> Any:
-        return self._storage.read_json(_MANIFEST) if self._storage.exists(_MANIFEST) else None
+        return self._storage.files.read_json(_MANIFEST) if self._storage.files.exists(_MANIFEST) else None
 
     def existing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self._storage.exists(*name.split("/"))]
+        return [name for name in names if self._storage.files.exists(*name.split("/"))]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
         """Until the manifest, which is last, says that all went well, another says that it is being written."""
         begun = {"format": MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
-        self._storage.write_json(begun, _MANIFEST)
+        self._storage.files.write_json(begun, _MANIFEST)
         for name in obsolete:
-            self._storage.remove(*name.split("/"))
+            self._storage.files.remove(*name.split("/"))
         for name, data in files.items():
-            self._storage.write_bytes(data, *name.split("/"))
+            self._storage.files.write_bytes(data, *name.split("/"))
 
 
 class _Repository:

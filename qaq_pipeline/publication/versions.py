@@ -24,8 +24,10 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.freshness.eligibility import signatures_if_withdrawn
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import withdrawals
-from qaq_pipeline.storage.storage import Storage, StorageError
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
 
 FOLDER = "curated_dataset"
 MANIFEST_FORMAT = 2
@@ -47,9 +49,9 @@ class Published:
 def read_manifest(storage: Storage, version: str | None = None) -> dict[str, Any] | None:
     """Of a version, by default the newest; None where there is none, or its files are gone."""
     found = version or latest(storage)
-    if found is None or not storage.exists(FOLDER, found, "manifest.json"):
+    if found is None or not storage.files.exists(FOLDER, found, "manifest.json"):
         return None
-    return storage.read_json(FOLDER, found, "manifest.json")
+    return storage.files.read_json(FOLDER, found, "manifest.json")
 
 
 def _withdrawn_since(storage: Storage, version: str | None) -> withdrawals.Withdrawals:
@@ -70,7 +72,7 @@ def published_withdrawn(storage: Storage, version: str | None = None) -> list[st
     for entry in [] if published is None else published["batches"]:
         batch = entry["batch"]
         concerned = withdrawn.of_batch(batch, signatures_if_withdrawn(storage, batch, withdrawn))
-        screened = storage.read_footer("screened_data", batch)
+        screened = storage.tables.footer("screened_data", Partition(batch))
         entered = screened.data_version == entry["data_versions"]["screened_data"]
         if entered and screened.provenance.get("withdrawn", {}) == concerned:
             continue
@@ -81,12 +83,16 @@ def published_withdrawn(storage: Storage, version: str | None = None) -> list[st
 
 def latest(storage: Storage) -> str | None:
     """The version published last; None: nothing was."""
-    return storage.read_json(FOLDER, "latest.json")["version"] if storage.exists(FOLDER, "latest.json") else None
+    return (
+        storage.files.read_json(FOLDER, "latest.json")["version"]
+        if storage.files.exists(FOLDER, "latest.json")
+        else None
+    )
 
 
 def kept_versions(storage: Storage) -> list[str]:
     """The versions whose files are kept, the one published last at the end."""
-    return storage.read_json(FOLDER, "history.json") if storage.exists(FOLDER, "history.json") else []
+    return storage.files.read_json(FOLDER, "history.json") if storage.files.exists(FOLDER, "history.json") else []
 
 
 def publications(storage: Storage) -> list[Published]:
@@ -101,9 +107,9 @@ def run_record(run_id: str) -> tuple[str, ...]:
 
 def left_out(storage: Storage, published: Published) -> dict[str, str] | None:
     """The registered batches that a version was published without, and why; None: that is not recorded."""
-    if published.run_id is None or not storage.exists(*run_record(published.run_id)):
+    if published.run_id is None or not storage.files.exists(*run_record(published.run_id)):
         return None
-    return storage.read_json(*run_record(published.run_id))["excluded_batches"]
+    return storage.files.read_json(*run_record(published.run_id))["excluded_batches"]
 
 
 def find_version(storage: Storage, name: str) -> Published:
@@ -133,26 +139,26 @@ def pair_index(version: str) -> tuple[str, ...]:
 
 def _logged(storage: Storage) -> list[Published]:
     """The log, oldest first; of a storage of before there was one, what its history knows."""
-    if storage.exists(*_LOG):
-        return [Published(**entry) for entry in storage.read_json(*_LOG)]
+    if storage.files.exists(*_LOG):
+        return [Published(**entry) for entry in storage.files.read_json(*_LOG)]
     return [Published(number, version, None, None) for number, version in enumerate(kept_versions(storage), start=1)]
 
 
 def log_publication(storage: Storage, version: str, run_id: str | None) -> None:
     """Add a publication, unless it is the same version as the last one."""
     logged = _logged(storage)
-    if logged and logged[-1].version == version and storage.exists(*_LOG):
+    if logged and logged[-1].version == version and storage.files.exists(*_LOG):
         return
     numbers = {entry.version: entry.number for entry in logged}
     number = numbers.get(version, max(numbers.values(), default=0) + 1)
     entry = Published(number, version, datetime.now(UTC).isoformat(timespec="seconds"), run_id)
-    storage.write_json([asdict(one) for one in [*logged, entry]], *_LOG)
+    storage.files.write_json([asdict(one) for one in [*logged, entry]], *_LOG)
 
 
 def index_pairs(storage: Storage, version: str, manifest: Mapping[str, Any], decisions: pl.DataFrame) -> None:
     """Write the index from pair_ids to the rows of a version, once."""
-    if not storage.exists(*pair_index(version)):
-        storage.write_pair_index(decisions, manifest["files"]["scores.parquet"], *pair_index(version))
+    if not storage.files.exists(*pair_index(version)):
+        storage.tables.write_pair_index(decisions, manifest["files"]["scores.parquet"], *pair_index(version))
 
 
 def retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]:
@@ -160,14 +166,14 @@ def retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]:
     ordered = [*(known for known in kept_versions(storage) if known != version), version]
     surplus = ordered[:-keep] if keep else []
     for retired in surplus:
-        if storage.exists(FOLDER, retired, "manifest.json"):
-            manifest = storage.read_json(FOLDER, retired, "manifest.json")
-            storage.write_json(manifest, FOLDER, "retired", f"{retired}.json")
+        if storage.files.exists(FOLDER, retired, "manifest.json"):
+            manifest = storage.files.read_json(FOLDER, retired, "manifest.json")
+            storage.files.write_json(manifest, FOLDER, "retired", f"{retired}.json")
             for name in manifest["files"]:  # The manifest goes last: until then the next publication goes on here.
-                if storage.exists(FOLDER, retired, *name.split("/")):
-                    storage.remove(FOLDER, retired, *name.split("/"))
-            storage.remove_folder(FOLDER, retired)
-            if storage.exists(*pair_index(retired)):
-                storage.remove(*pair_index(retired))
-    storage.write_json(ordered[len(surplus) :], FOLDER, "history.json")
+                if storage.files.exists(FOLDER, retired, *name.split("/")):
+                    storage.files.remove(FOLDER, retired, *name.split("/"))
+            storage.files.remove_folder(FOLDER, retired)
+            if storage.files.exists(*pair_index(retired)):
+                storage.files.remove(*pair_index(retired))
+    storage.files.write_json(ordered[len(surplus) :], FOLDER, "history.json")
     return tuple(surplus)

@@ -23,7 +23,9 @@ from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
-from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
 
 FOLDER = "reports"
 _INPUTS = [name for name in PIPELINE["batch_report"].inputs if not PIPELINE[name].has_models]
@@ -46,8 +48,8 @@ def forget(storage: Storage, batches: Sequence[str]) -> None:
     """Remove the pages of batches, which show texts as they stood; they are made again, where they are wanted."""
     for batch in batches:
         for page in (batch_page(batch), calibration_page(batch)):
-            if storage.exists(*page):
-                storage.remove(*page)
+            if storage.files.exists(*page):
+                storage.files.remove(*page)
 
 
 def version_page(version: str) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ def version_page(version: str) -> tuple[str, ...]:
 
 def made_of(storage: Storage, batch: str, code_version: str | None) -> dict[str, Any] | None:
     """What the page of a batch would be made of now; None: a table is missing, so there is nothing to show yet."""
-    versions = {name: storage.table_version(name, batch) for name in _INPUTS}
+    versions = {name: storage.tables.version(name, Partition(batch)) for name in _INPUTS}
     return None if None in versions.values() else {"code_version": code_version, "inputs": versions}
 
 
@@ -67,7 +69,9 @@ def is_outdated(storage: Storage, batch: str, code_version: str | None) -> bool:
     if wanted is None:
         return False
     try:
-        return storage.read_json(FOLDER, batch, "made_of.json") != wanted or not storage.exists(*batch_page(batch))
+        return storage.files.read_json(FOLDER, batch, "made_of.json") != wanted or not storage.files.exists(
+            *batch_page(batch)
+        )
     except StorageError:
         return True
 
@@ -81,8 +85,8 @@ def write_batch_page(
     page = pages.batch_page(tables, scorings, settings.published, frozen, made, settings.reports.examples, calibration)
     versions = {name: getattr(tables, name).data_version for name in _INPUTS}
     stands = {"code_version": made.code_version, "inputs": versions}
-    storage.write_bytes(page, *batch_page(tables.batch))
-    storage.write_json(stands, FOLDER, tables.batch, "made_of.json")
+    storage.files.write_bytes(page, *batch_page(tables.batch))
+    storage.files.write_json(stands, FOLDER, tables.batch, "made_of.json")
     return hash_json(stands)
 
 
@@ -93,30 +97,30 @@ def write_version_page(storage: Storage, settings: Settings, version: str, made:
         StorageError: there is no such version, or its files were not kept.
     """
     folder = (versions.FOLDER, version)
-    if not storage.exists(*folder, "manifest.json"):
+    if not storage.files.exists(*folder, "manifest.json"):
         raise StorageError(f"version {version!r} is not kept; kept are {', '.join(versions.kept_versions(storage))}")
-    manifest = storage.read_json(*folder, "manifest.json")
-    flat = storage.read_frame(*folder, "scores.parquet")
+    manifest = storage.files.read_json(*folder, "manifest.json")
+    flat = storage.files.read_frame(*folder, "scores.parquet")
     page = pages.version_page(
         version,
         manifest,
         flat,
         TypeAdapter(Selection).validate_python(manifest["selection"]),
         _neighbours(storage, version, manifest),
-        {name: storage.size(*folder, *name.split("/")) for name in manifest["files"]},
+        {name: storage.files.size(*folder, *name.split("/")) for name in manifest["files"]},
         read_reference(storage, settings),
         made,
     )
-    storage.write_bytes(page, *version_page(version))
+    storage.files.write_bytes(page, *version_page(version))
     return flat
 
 
 def read_reference(storage: Storage, settings: Settings) -> Frozen | None:
     """The reference that drift is measured against; None: none is configured, or it is not made yet."""
     wanted = settings.ranking.reference
-    if wanted is None or not storage.has_table(_REFERENCE, wanted.name):
+    if wanted is None or not storage.tables.has(_REFERENCE, Partition(wanted.name)):
         return None
-    return wanted.name, storage.read_table(_REFERENCE, wanted.name).frame
+    return wanted.name, storage.tables.read(_REFERENCE, Partition(wanted.name)).frame
 
 
 def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,9 +130,9 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
     previous = kept[place - 1] if place else None
     difference = None
     stored = (versions.FOLDER, "differences", f"{version}_from_{previous}.parquet")
-    if previous is not None and storage.exists(*stored):
-        difference = storage.read_frame(*stored)
-    newest = storage.read_json(versions.FOLDER, "latest.json")
+    if previous is not None and storage.files.exists(*stored):
+        difference = storage.files.read_frame(*stored)
+    newest = storage.files.read_json(versions.FOLDER, "latest.json")
     is_newest = newest["version"] == version
     excluded = newest["excluded_batches"] if is_newest else _left_out(storage, version)
     batches = [*(entry["batch"] for entry in manifest["batches"]), *(excluded or {})]
@@ -146,4 +150,4 @@ def _left_out(storage: Storage, version: str) -> dict[str, str] | None:
 
 
 def _has_page(storage: Storage, batch: str) -> bool:
-    return storage.exists(*batch_page(batch))
+    return storage.files.exists(*batch_page(batch))

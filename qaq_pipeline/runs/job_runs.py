@@ -123,11 +123,17 @@ def _is_reference_missing(settings: Settings) -> bool:
         RunError: it is not, and a batch of it is not scored.
     """
     storage, wanted = open_storage(settings), settings.ranking.reference
-    if settings.ranking.pool != "reference" or wanted is None or storage.has_table("rank_reference", wanted.name):
+    if (
+        settings.ranking.pool != "reference"
+        or wanted is None
+        or storage.tables.has("rank_reference", Partition(wanted.name))
+    ):
         return False
     roles = settings.models
     unscored = [
-        name for name in wanted.batches if not all(storage.has_table("rmi_scores", name, role) for role in roles)
+        name
+        for name in wanted.batches
+        if not all(storage.tables.has("rmi_scores", Partition(name, role)) for role in roles)
     ]
     if unscored:
         raise RunError(

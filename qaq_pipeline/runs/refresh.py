@@ -21,12 +21,13 @@ from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
 from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, materialisation_metadata, running
-from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.schema.row_place import row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.storage import PartitionBusyError, Storage, open_storage
+from qaq_pipeline.storage.locks import PartitionBusyError
+from qaq_pipeline.storage.storage import Storage, open_storage
 
 _MOST_TRIES = 3
 """Of one partition of a stage: more would mean that it never comes up to date."""
@@ -113,9 +114,9 @@ def withdraw(
 
 def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     """The content hash of the row that is meant, with its place."""
-    if not storage.has_table("signatures", batch):
+    if not storage.tables.has("signatures", Partition(batch)):
         raise RunError(f"batch {batch!r} was not screened yet, so its rows are not known; withdraw the batch, or wait")
-    signatures = storage.read_table("signatures", batch).frame
+    signatures = storage.tables.read("signatures", Partition(batch)).frame
     found = row_lookup.find_rows(signatures, row, batch)
     if found.is_empty():
         raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
@@ -130,8 +131,8 @@ def near_rows(settings: Settings, instance: dg.DagsterInstance, batch: str, row:
     place = next(iter(_contents(storage, batch, row).values()))
     found = []
     for name in instance.get_dynamic_partitions("batch"):
-        if storage.has_table("screened_data", name):
-            rows = storage.read_table("screened_data", name).frame.filter(
+        if storage.tables.has("screened_data", Partition(name)):
+            rows = storage.tables.read("screened_data", Partition(name)).frame.filter(
                 (pl.col("duplicate_of") == place) & (pl.col("reason") == DuplicateReason.NEAR_DUPLICATE.value)
             )
             found += rows.select(row_place()).to_series().to_list()
@@ -178,7 +179,7 @@ def _run_again(storage: Storage, run: Runner, one: staleness.Outdated, remade: l
     if remade.count(label) >= _MOST_TRIES:
         return f"{label} stays out of date ({one.reason}): report this fault"
     try:
-        with storage.lock("batch", one.batch):
+        with storage.locks.hold("batch", one.batch):
             run(one.job, one.partition)
     except InterruptedRunError:
         raise

@@ -19,7 +19,8 @@ from qaq_pipeline.runs.job_runs import (
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoringCost
 from qaq_pipeline.screening import screen
-from qaq_pipeline.storage.storage import Delivery, open_storage
+from qaq_pipeline.storage.deliveries import Delivery
+from qaq_pipeline.storage.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def register(
         except records.UnreadableFileError as error:
             raise RunError(str(error)) from error
     storage = open_storage(settings)
-    previous = storage.current_delivery(batch) if storage.has_delivery(batch) else None
-    delivery = storage.store_delivery(batch, contents, limit)
+    previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
+    delivery = storage.deliveries.store(batch, contents, limit)
     landing.settle(storage, batch)
     instance.add_dynamic_partitions("batch", [batch])
     return Registration(delivery, previous)
@@ -98,4 +99,4 @@ def batch_lock(settings: Settings, batch: str) -> AbstractContextManager[None]:
     Raises:
         PartitionBusyError: another driver holds it; ValueError: the name cannot be used.
     """
-    return open_storage(settings).lock("batch", check_batch_name(batch))
+    return open_storage(settings).locks.hold("batch", check_batch_name(batch))

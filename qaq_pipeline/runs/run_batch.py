@@ -33,7 +33,8 @@ from qaq_pipeline.runs.job_runs import (
 from qaq_pipeline.runs.refresh import renew
 from qaq_pipeline.runs.summary import BatchSummary, summarise
 from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.storage.storage import StorageError, open_storage
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import open_storage
 
 
 def run_batch(
@@ -113,10 +114,10 @@ def find_page(
         except StorageError as error:
             raise RunError(str(error)) from error
         place, faults, missing = page_store.version_page(version), [], f"version {version!r} has no page"
-        if not storage.exists(*place):
+        if not storage.files.exists(*place):
             made = Made(datetime.now(UTC).isoformat(timespec="seconds"), "qaq report", "")
             page_store.write_version_page(storage, settings, version, made)
-    if faults or not storage.exists(*place):
+    if faults or not storage.files.exists(*place):
         off = "" if settings.reports.pages else " (reports.pages is false)"
         raise RunError("; ".join(faults) or f"{missing}{off}")
-    return storage.url(*place)
+    return storage.files.url(*place)

@@ -14,8 +14,9 @@ from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
-from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.storage.storage import Storage, StorageError, open_storage
+from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage, open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,9 @@ def collect_table(settings: Settings, instance: dg.DagsterInstance, name: str, b
     storage = open_storage(settings)
     partitions = [parts for name_of in batches for parts in table_partitions(settings, name, name_of)]
     frames = [
-        storage.read_table(name, *parts).frame.select(*_labels(parts), pl.all().exclude("batch"))
+        storage.tables.read(name, Partition(*parts)).frame.select(*_labels(parts), pl.all().exclude("batch"))
         for parts in partitions
-        if batch or storage.has_table(name, *parts)
+        if batch or storage.tables.has(name, Partition(*parts))
     ]
     if not frames:
         raise StorageError(f"no batch has {name} yet; run one with `qaq run FILE --batch NAME`")
@@ -148,14 +149,18 @@ def kept_versions(settings: Settings) -> list[str]:
 
 def dataset_folder(settings: Settings) -> str:
     """Where the versions of the dataset lie."""
-    return open_storage(settings).url(versions.FOLDER)
+    return open_storage(settings).files.url(versions.FOLDER)
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:
     num_wanted = len(settings.models) if PIPELINE[name].has_models else 1
     try:
         partitions = table_partitions(settings, name, batch)
-        rows = [storage.read_table(name, *p).frame.height for p in partitions if storage.has_table(name, *p)]
+        rows = [
+            storage.tables.read(name, Partition(*p)).frame.height
+            for p in partitions
+            if storage.tables.has(name, Partition(*p))
+        ]
     except ValueError:  # A StorageError, or a name that the UI let pass.
         return TableStatus(None, 0, num_wanted, is_readable=False)
     return TableStatus(rows[0] if rows else None, len(rows), num_wanted)

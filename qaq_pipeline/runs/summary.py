@@ -16,6 +16,7 @@ from qaq_pipeline.runs.job_runs import (
     RunError,
 )
 from qaq_pipeline.schema import vocabularies
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 
 
@@ -77,8 +78,8 @@ def summarise(
         RunError: rows by decision do not add up to the rows in.
     """
     storage = open_storage(settings)
-    decisions = storage.read_table("decisions", batch)
-    raw = storage.read_table("raw_data", batch)
+    decisions = storage.tables.read("decisions", Partition(batch))
+    raw = storage.tables.read("raw_data", Partition(batch))
     by_decision = Counter(decisions.frame["decision"].to_list())
     if by_decision.total() != raw.frame.height:
         raise RunError(
@@ -95,16 +96,16 @@ def summarise(
         selected_by_selection=dict(decided["selected_by_selection"]),
         models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
         warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *unpassed, *_exclusions(batch, published)],
-        dataset_url=storage.url(versions.FOLDER, published["version"]),
+        dataset_url=storage.files.url(versions.FOLDER, published["version"]),
         is_new_version=published["is_new_version"],
-        tables={name: storage.table_url(name, batch) for name in ("decisions", "selected_subset")},
+        tables={name: storage.tables.url(name, Partition(batch)) for name in ("decisions", "selected_subset")},
         pages={
-            name: storage.url(*parts)
+            name: storage.files.url(*parts)
             for name, parts in {
                 "Report of the batch": page_store.batch_page(batch),
                 "Report of the version": page_store.version_page(published["version"]),
             }.items()
-            if storage.exists(*parts)
+            if storage.files.exists(*parts)
         },
     )
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -27,7 +27,7 @@ from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
-from qaq_pipeline.storage.storage import UNKNOWN_SCORER, Storage
+from qaq_pipeline.storage.storage import Storage
 
 WORTH_ANOTHER_PROCESS = 5e12
 """Weight bytes x tokens that justify one more process: about 20 seconds of a CPU core. A process takes some seconds
@@ -52,7 +52,7 @@ class ScoringModel:
     loads: Callable[[int], AbstractContextManager[Sequence[Load]]]
     """Returns one loader per scoring process, at most the given number. Within the context the devices are held."""
     num_weight_bytes: int = 0
-    scored_with: Mapping[str, Any] | None = None
+    scored_with: Mapping[str, Any] = field(default_factory=dict)
     """The libraries and the device that score; None if unknown."""
     is_identity_true: Callable[[], bool] = lambda: True
     """Returns whether the model's files still match its identity."""
@@ -178,8 +178,8 @@ def score_pairs(
     with shards:
         run.score(shards)
     if plan.num_cached:
-        storage.count_hits(model.identity, plan.num_cached)
-    now = pl.lit(json.dumps(model.scored_with or UNKNOWN_SCORER, sort_keys=True)).alias("scored_with")
+        storage.scores.count_hits(model.identity, plan.num_cached)
+    now = pl.lit(json.dumps(dict(model.scored_with), sort_keys=True)).alias("scored_with")
     scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
     report = replace(run.report(len(pairs)), scored_with=_scorers(scores, scoring))
     return _logprobs_table(plan.encoded, scores), report
@@ -197,7 +197,7 @@ def plan_scoring(
 ) -> Plan:
     """The plan of a scoring: the wanted quantities, minus those cached under the identity."""
     pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
-    return Plan(pairs, encoder, wanted_quantities(scoring), storage.read_scores_by_scorer(identity, pair_ids))
+    return Plan(pairs, encoder, wanted_quantities(scoring), storage.scores.read(identity, pair_ids))
 
 
 def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.DataFrame:

@@ -29,7 +29,7 @@ class ShardWriter:
         storage: holds the cache.
         identity: the key that the scores are cached under.
         seconds: how often a shard is closed.
-        scored_with: the libraries and the device that score; None if unknown.
+        scored_with: the libraries and the device that score.
         is_identity_true: returns whether the model's files still match the identity; called before a shard is cached.
             Scores that another model may have made enter this run's table, but not the cache.
     """
@@ -40,7 +40,7 @@ class ShardWriter:
         identity: ScoreIdentity,
         seconds: float,
         *,
-        scored_with: Mapping[str, Any] | None = None,
+        scored_with: Mapping[str, Any],
         is_identity_true: Callable[[], bool] = lambda: True,
     ) -> None:
         self._scored_with = scored_with
@@ -87,7 +87,7 @@ class ShardWriter:
         shard = pl.DataFrame(self._open_rows, schema=tables.dtypes(tables.CachedScores), orient="row")
         scores = shard.filter(pl.col("null_reason").is_null())
         if not scores.is_empty() and self._is_identity_true():
-            self._storage.append_scores(self._identity, scores, self._scored_with)
+            self._storage.scores.append(self._identity, scores, self._scored_with)
         self.closed.append(shard)
         self._open_rows = []
 

@@ -91,9 +91,9 @@ def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, i
         )
         for content, row in meant
     ]
-    with storage.lock("withdrawals"):
-        storage.write_json([*_record(storage), *entries], *_RECORD)
+    with storage.locks.hold("withdrawals"):
+        storage.files.write_json([*_record(storage), *entries], *_RECORD)
 
 
 def _record(storage: Storage) -> list[_Entry]:
-    return storage.read_json(*_RECORD) if storage.exists(*_RECORD) else []
+    return storage.files.read_json(*_RECORD) if storage.files.exists(*_RECORD) else []

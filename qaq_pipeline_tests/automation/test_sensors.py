@@ -22,7 +22,9 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import refresh, registration, status
 from qaq_pipeline.runs.job_runs import Events, RunError
-from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline.storage.tables import Tables
 from qaq_pipeline_tests.conftest import SAMPLES, LockHolder, delivered_rows, write_jsonl
 
 STAGES = PIPELINE.jobs(*CURATING)
@@ -120,7 +122,7 @@ def test_a_delivery_becomes_a_batch_when_it_is_complete_and_once(
     [request] = daemon.tick("landing_zone").run_requests or []
     assert request.partition_key == "week-1"
     assert instance.get_dynamic_partitions("batch") == ["week-1"]
-    assert open_storage(settings).read_table("raw_data", "week-1").frame.height == 20
+    assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 20
     assert not daemon.tick("landing_zone").run_requests
     assert daemon.events("raw_data") == 1
 
@@ -142,7 +144,7 @@ def test_a_corrected_delivery_is_read_again_and_a_touched_one_leaves_everything_
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     assert daemon.events("raw_data") == 2
-    assert open_storage(settings).read_table("raw_data", "week-1").frame.height == 3
+    assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 3
 
 
 def test_a_lost_cursor_repeats_no_run(settings_for: SettingsFor, instance: dg.DagsterInstance) -> None:
@@ -208,7 +210,7 @@ def test_a_file_that_cannot_be_read_gates_its_batch_and_a_mended_delivery_is_cur
     broken.write_bytes(b"PAR1 torn")
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("week-1")
-    decisions = open_storage(settings).read_table("decisions", "week-1").frame
+    decisions = open_storage(settings).tables.read("decisions", Partition("week-1")).frame
     assert decisions.height == 21
     assert set(decisions["decision"]) == {"batch_gated"}
     assert "bad.parquet" in status.batches_left_out(settings, instance)["week-1"]
@@ -227,10 +229,10 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     registration.register(settings, instance, "week-1", [delivered], None)
     assert daemon.materialise("raw_data", partition="week-1")
-    assert open_storage(settings).read_table("raw_data", "week-1").frame.height == 20
+    assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 20
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
-    assert open_storage(settings).read_table("raw_data", "week-1").frame.height == 3
+    assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 3
 
 
 # --- screening anew ------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def two_batches(settings_for: SettingsFor, instance: dg.DagsterInstance) -> Daem
 
 
 def statuses(daemon: Daemon, batch: str) -> list[str]:
-    return open_storage(daemon.settings).read_table("screened_data", batch).frame["status"].to_list()
+    return open_storage(daemon.settings).tables.read("screened_data", Partition(batch)).frame["status"].to_list()
 
 
 def test_a_newer_batch_is_screened_anew_when_an_older_one_changed(two_batches: Daemon) -> None:
@@ -289,7 +291,7 @@ def test_a_screening_anew_that_failed_is_tried_again_and_not_for_ever(two_batche
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
-    signatures = Path(open_storage(daemon.settings).path("signatures", "b2", "table.parquet"))
+    signatures = Path(open_storage(daemon.settings).files.path("signatures", "b2", "table.parquet"))
     kept = signatures.read_bytes()
     signatures.write_bytes(kept[:-40] + bytes(40))
     review_of = [len(daemon.tick("screening_anew").run_requests or []) for _ in range(5)]
@@ -314,14 +316,14 @@ def test_a_process_that_died_between_table_and_event_is_made_up_for(
     settings = settings_for()
     daemon = Daemon(settings, instance)
     land(settings, "b1.jsonl")
-    write = Storage.write_table
+    write = Tables.write
 
     def write_and_die(*arguments: Any) -> None:
         write(*arguments)
         raise RuntimeError("the process is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "write_table", write_and_die)
+        patch.setattr(Tables, "write", write_and_die)
         daemon.tick("landing_zone"), daemon.tick("landing_zone")
     assert daemon.events("raw_data") == 0
     assert daemon.materialise("raw_data", partition="b1", tags={"qaq/delivery": "b1.jsonl"})
@@ -363,7 +365,7 @@ def test_the_nightly_job_follows_changed_settings_and_scores_nothing_for_them(
     with monkeypatch.context() as patch:
         patch.setattr("qaq_pipeline.lm.causal_lm.loaders", lambda *_, **__: pytest.fail("a model was loaded"))
         assert night(daemon)
-    strata = open_storage(daemon.settings).read_table("disagreement_scores", "b1").frame["num_strata"]
+    strata = open_storage(daemon.settings).tables.read("disagreement_scores", Partition("b1")).frame["num_strata"]
     assert set(strata) == {1}
     assert len(kept(daemon)) == 2
 
@@ -427,7 +429,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
 def published_text(daemon: Daemon) -> str:
     """All that the newest version exports."""
     storage = open_storage(daemon.settings)
-    folder = Path(storage.path(versions.FOLDER, versions.latest(storage) or ""))
+    folder = Path(storage.files.path(versions.FOLDER, versions.latest(storage) or ""))
     return "".join(path.read_text() for path in folder.rglob("*.json*"))
 
 
@@ -448,7 +450,7 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
     assert json.dumps(SAMPLES[3][0])[1:-1] not in published_text(daemon)
     for batch in ("b1", "b2"):
         assert statuses(daemon, batch)[2] == "withdrawn"
-        decision = open_storage(daemon.settings).read_table("decisions", batch).frame.row(2, named=True)
+        decision = open_storage(daemon.settings).tables.read("decisions", Partition(batch)).frame.row(2, named=True)
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
         assert decision["explanation"] == "Withdrawn, so it is not published any more: its licence forbids training."
     assert status.batches_left_out(daemon.settings, daemon.instance) == {}
@@ -521,7 +523,7 @@ def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_re
     left_out = status.batches_left_out(daemon.settings, daemon.instance)
     assert left_out == {"b1": "gated (batch_withdrawn): it was withdrawn: a claim of its owner"}
     assert statuses(daemon, "b2")[2] == "accepted"
-    rows = open_storage(daemon.settings).read_table("decisions", "b1").frame
+    rows = open_storage(daemon.settings).tables.read("decisions", Partition("b1")).frame
     assert rows.height == 5
     assert set(rows["reason"]) == {"batch_withdrawn"}
     back = refresh.Withdrawal("b1", None, "the claim was dropped", is_withdrawn=False)
@@ -530,7 +532,7 @@ def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_re
     assert statuses(daemon, "b2")[2] == "duplicate"
     # The same content as before all this, so the same version, and the history of what lay between.
     assert len(kept(daemon)) == 2
-    record = open_storage(daemon.settings).read_json("withdrawals.json")
+    record = open_storage(daemon.settings).files.read_json("withdrawals.json")
     assert [(entry["is_withdrawn"], entry["reason"]) for entry in record] == [
         (True, "a claim of its owner"),
         (False, "the claim was dropped"),
@@ -542,7 +544,7 @@ def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches
     for batch in ("b1", "b2"):
         refresh.withdraw(daemon.settings, daemon.instance, refresh.Withdrawal(batch, None, "a claim"))
     storage = open_storage(daemon.settings)
-    manifest = storage.read_json(versions.FOLDER, versions.latest(storage) or "", "manifest.json")
+    manifest = storage.files.read_json(versions.FOLDER, versions.latest(storage) or "", "manifest.json")
     assert manifest["batches"] == []
 
 
@@ -556,7 +558,7 @@ def test_what_is_not_there_cannot_be_withdrawn(two_batches: Daemon) -> None:
     for why, what in faults.items():
         with pytest.raises((RunError, ValueError), match=why):
             refresh.withdraw(two_batches.settings, two_batches.instance, what)
-    assert not open_storage(two_batches.settings).exists("withdrawals.json")
+    assert not open_storage(two_batches.settings).files.exists("withdrawals.json")
 
 
 # --- what runs from the start --------------------------------------------------------------------------------------

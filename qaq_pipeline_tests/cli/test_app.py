@@ -26,8 +26,10 @@ from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.status import BatchStatus, TableStatus
 from qaq_pipeline.runs.summary import BatchSummary, ModelSummary
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Calibration, dtypes
-from qaq_pipeline.storage.storage import StoredTable, open_storage
+from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, LockHolder, delivered_rows, write_jsonl
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, pair_name, store_batch
 
@@ -284,7 +286,7 @@ def test_the_cache_is_shown_by_model_and_pruned_by_name(empty_home: Home, qaq: Q
     assert "scores │ 72 │ 72" in shown.out
     assert "hits │ 72 │ 72" in shown.out
     assert "set aside │ 0 │ 0" in shown.out
-    (strong, weak) = open_storage(parse_settings(empty_home.config.read_text(), "s")).cached_models()
+    (strong, weak) = open_storage(parse_settings(empty_home.config.read_text(), "s")).scores.models()
     assert (
         qaq(empty_home, "cache", "--prune", "nobody").error().startswith("error: the cache holds nothing of 'nobody'")
     )
@@ -309,8 +311,8 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     ]
     frame = pl.DataFrame(rows, schema=dtypes(Calibration))
     storage = open_storage_of(home)
-    scores = storage.table_version("rmi_scores", "b1", "strong")
-    storage.write_table(StoredTable(frame, {"inputs": {"rmi_scores|strong": scores}}), "calibration", "b1")
+    scores = storage.tables.version("rmi_scores", Partition("b1", "strong"))
+    storage.tables.write(StoredTable(frame, {"inputs": {"rmi_scores|strong": scores}}), "calibration", Partition("b1"))
     shown = qaq(home, "calibration", "b1")
     assert shown.code == 0
     assert "older scores" not in shown.out
@@ -318,9 +320,11 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     assert "│ low cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
     offered = yaml.safe_load(shown.lines[shown.lines.index("- name: ") :])
     assert offered[0]["rmi_strong"] == [0.25, None]
-    storage.write_table(StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", "b1")
+    storage.tables.write(
+        StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", Partition("b1")
+    )
     assert "This is of older scores: since then rmi_scores|strong changed" in qaq(home, "calibration", "b1").out
-    storage.remove("calibration", "b1", "table.parquet")
+    storage.files.remove("calibration", "b1", "table.parquet")
 
 
 def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq) -> None:
@@ -460,7 +464,7 @@ def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dic
 
 
 def selected_row(home: Home) -> int:
-    decisions = open_storage_of(home).read_table("decisions", "b1").frame
+    decisions = open_storage_of(home).tables.read("decisions", Partition("b1")).frame
     return int(decisions.filter(decision="selected")["source_row"][0])
 
 
@@ -506,7 +510,7 @@ def test_explain_says_of_what_a_row_is_a_duplicate(home: Home, qaq: Qaq) -> None
 
 
 def test_a_row_can_be_named_in_several_ways(home: Home, qaq: Qaq) -> None:
-    decisions = open_storage_of(home).read_table("decisions", "b1").frame
+    decisions = open_storage_of(home).tables.read("decisions", Partition("b1")).frame
     pair_id = decisions.filter(source_row=3)["pair_id"][0]
     first = qaq(home, "explain", "b1", 3)
     for name in ("rows.jsonl:3", "rows.jsonl:3.0", "b1/rows.jsonl:3.0", pair_id, pair_id[:8]):
@@ -514,7 +518,7 @@ def test_a_row_can_be_named_in_several_ways(home: Home, qaq: Qaq) -> None:
 
 
 def test_a_row_is_named_by_its_pair_or_its_place_alone_and_by_a_version(home: Home, qaq: Qaq) -> None:
-    decisions = open_storage_of(home).read_table("decisions", "b1").frame
+    decisions = open_storage_of(home).tables.read("decisions", Partition("b1")).frame
     pair_id = decisions.filter(source_row=3)["pair_id"][0]
     first = qaq(home, "explain", "b1", 3)
     for name in (pair_id, pair_id[:8], "b1/rows.jsonl:3", "b1/rows.jsonl:3.0"):

@@ -22,6 +22,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs import home, registration, run_batch
 from qaq_pipeline.runs.summary import BatchSummary
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
@@ -106,7 +107,7 @@ def tables(settings: Settings) -> dict[str, pl.DataFrame]:
     storage = open_storage(settings)
     partitions = {name: sorted(settings.models) if name in MODEL_TABLES else [None] for name in TABLES}
     return {
-        f"{name}|{model}": storage.read_table(name, *(part for part in ("b1", model) if part)).frame
+        f"{name}|{model}": storage.tables.read(name, Partition(*(part for part in ("b1", model) if part))).frame
         for name, models in partitions.items()
         for model in models
     }
@@ -135,7 +136,7 @@ def test_a_killed_run_is_taken_up_where_it_fell(
         settings = slow_settings()
         root = Path(settings.storage_root)
         kill_once(is_due, delivery, settings_file(settings), root)
-        assert not open_storage(settings).has_table("logprobs", "b1", "weak"), moment
+        assert not open_storage(settings).tables.has("logprobs", Partition("b1", "weak")), moment
         saved = num_cached(root)
         assert 0 < saved < 2 * NUM_QUANTITIES, moment
 

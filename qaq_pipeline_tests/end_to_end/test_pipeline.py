@@ -32,12 +32,14 @@ from qaq_pipeline.runs import job_runs, refresh, registration, run_batch, status
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.run_batch import RunError
 from qaq_pipeline.runs.summary import BatchSummary
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
-from qaq_pipeline.storage.storage import Storage, StorageError, open_storage
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, IDENTITY, pair_name
 
@@ -81,11 +83,11 @@ def curate(settings: Settings, instance: dg.DagsterInstance, *files: Path, batch
 
 
 def table(settings: Settings, name: str, *partition: str) -> pl.DataFrame:
-    return open_storage(settings).read_table(name, *(partition or ("b1",))).frame
+    return open_storage(settings).tables.read(name, Partition(*(partition or ("b1",)))).frame
 
 
 def latest(settings: Settings) -> dict[str, Any]:
-    return open_storage(settings).read_json(versions.FOLDER, "latest.json")
+    return open_storage(settings).files.read_json(versions.FOLDER, "latest.json")
 
 
 def stored_tables(settings: Settings) -> dict[str, bytes]:
@@ -327,13 +329,13 @@ def test_every_table_of_a_batch_is_stored_and_says_what_made_it(
     for name, partitions in PARTITIONS_OF_TABLE.items():
         models = sorted(settings.models) if partitions == 2 else [None]
         for model in models:
-            stored = storage.read_table(name, *(part for part in ("b1", model) if part))
+            stored = storage.tables.read(name, Partition(*(part for part in ("b1", model) if part)))
             assert stored.provenance["table"] == name
             assert stored.provenance["partition"] == [part for part in ("b1", model) if part]
             assert stored.provenance["code_version"] == code_versions(settings)[name]
-    decisions = storage.read_table("decisions", "b1")
+    decisions = storage.tables.read("decisions", Partition("b1"))
     assert decisions.frame["provenance_id"].unique().to_list() == [decisions.provenance_id]
-    raw_data = storage.read_table("raw_data", "b1")
+    raw_data = storage.tables.read("raw_data", Partition("b1"))
     assert decisions.provenance["inputs"]["raw_data"] == raw_data.data_version
     assert decisions.provenance["models"]["strong"]["revision"].startswith("files:")
     event = instance.get_latest_materialization_event(dg.AssetKey("decisions"))
@@ -464,7 +466,7 @@ def test_a_gated_batch_is_not_calibrated_and_says_so(
     with pytest.raises(RunError, match="b2 was left out"):
         curate(settings, instance, bad, batch="b2")
     for name in ("planted_rows", "calibration"):
-        stored = open_storage(settings).read_table(name, "b2")
+        stored = open_storage(settings).tables.read(name, Partition("b2"))
         assert stored.frame.is_empty()
         assert stored.provenance["gate"]["reason"] == "too_many_rejected"
 
@@ -479,7 +481,7 @@ def test_ranks_against_a_reference_calibrate_against_it(
     ranking = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1"]}}
     settings = settings_for(ranking=ranking, **CALIBRATED)
     curate(settings, instance, delivered)
-    stored = open_storage(settings).read_table("calibration", "b1")
+    stored = open_storage(settings).tables.read("calibration", Partition("b1"))
     assert "rank_reference" in stored.provenance["inputs"]
     assert_frame_equal(stored.frame, alone)
 
@@ -695,7 +697,7 @@ class HandMadeRuntime:
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
         report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
-        provenance |= {"frame": "chat", "scoring": self._scoring, "scored_with": []}
+        provenance |= {"frame": "chat", "template": "chat", "scoring": self._scoring, "scored_with": []}
         return ScoredPairs(frame, report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
@@ -772,7 +774,7 @@ def test_a_fault_of_the_code_is_raised_before_the_write_and_the_old_file_stands(
     settings = settings_for()
     registration.register(settings, instance, "b1", [delivered], None)
     run_stages(settings, instance, "b1", "ingest_batch", "score_batch", model_runtime=HandMadeRuntime())
-    file = Path(open_storage(settings).table_url("logprobs", "b1", "strong"))
+    file = Path(open_storage(settings).tables.url("logprobs", Partition("b1", "strong")))
     before = file.read_bytes()
     with pytest.raises(dg.Failure, match=said) as caught:
         run_stages(settings, instance, "b1", "score_batch", model_runtime=HandMadeRuntime(**fault))
@@ -812,8 +814,8 @@ def test_what_the_stages_before_a_failure_made_stays(
         )
     assert stages == ["ingest_batch b1", "score_batch b1|strong"]
     storage = open_storage(settings)
-    assert storage.has_table("screened_data", "b1")
-    assert not storage.has_table("logprobs", "b1", "strong")
+    assert storage.tables.has("screened_data", Partition("b1"))
+    assert not storage.tables.has("logprobs", Partition("b1", "strong"))
 
 
 def test_a_partition_that_another_process_writes_is_left_to_it(
@@ -851,8 +853,8 @@ def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
         patch.setattr(job_runs, "_run_job", run_and_be_told_to_end)
         with pytest.raises(RunError, match="interrupted by a signal after ingest_batch of b1; run again to go on"):
             run_batch.run_batch(settings, instance, "b1")
-    assert open_storage(settings).has_table("screened_data", "b1")
-    assert not open_storage(settings).has_table("logprobs", "b1", "strong")
+    assert open_storage(settings).tables.has("screened_data", Partition("b1"))
+    assert not open_storage(settings).tables.has("logprobs", Partition("b1", "strong"))
 
 
 def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
@@ -904,8 +906,8 @@ def test_rows_that_an_older_batch_has_are_duplicates_of_its_rows_and_are_not_sco
     of = table(settings, "screened_data", "b2")["duplicate_of"].drop_nulls().to_list()
     assert of == [f"b1/first.jsonl:{row}.0" for row in range(5, 11)]
     stored = open_storage(settings)
-    inputs = stored.read_table("screened_data", "b2").provenance["compared_with"]
-    assert inputs == {"b1": stored.read_table("screened_data", "b1").data_version}
+    inputs = stored.tables.read("screened_data", Partition("b2")).provenance["compared_with"]
+    assert inputs == {"b1": stored.tables.read("screened_data", Partition("b1")).data_version}
     # Materialised again, the older batch is not compared with the newer one, nor with itself.
     again = curate(settings, instance, deliver(*SAMPLES[:10], name="first.jsonl"))
     assert again.rows_by_decision["duplicate"] == 0
@@ -1000,7 +1002,7 @@ NEW = [("What is a tuple?", "An immutable sequence."), ("And a set?", "No repeti
 
 def published_pairs(settings: Settings) -> list[str]:
     version = latest(settings)["version"]
-    scores = open_storage(settings).read_bytes(versions.FOLDER, version, "scores.parquet")
+    scores = open_storage(settings).files.read_bytes(versions.FOLDER, version, "scores.parquet")
     return pl.read_parquet(scores)["pair_id"].drop_nulls().to_list()
 
 
@@ -1119,7 +1121,7 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
     with pytest.raises(RunError, match=r"no batch can be published; b1: gated \(model_changed\): the files of the"):
         run_batch.run_batch(settings, instance, "b1", run_batch.Events(on_progress=replace_weights))
     assert set(table(settings, "decisions")["reason"]) == {"model_changed"}
-    provenance = {role: storage.read_table("rmi_scores", "b1", role).provenance for role in settings.models}
+    provenance = {role: storage.tables.read("rmi_scores", Partition("b1", role)).provenance for role in settings.models}
     assert "identity_after" not in provenance["strong"]
     before, after = provenance["weak"]["identity"], provenance["weak"]["identity_after"]
     assert {name for name in before if before[name] != after[name]} == {"revision"}
@@ -1141,7 +1143,7 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
 
 
 def _num_cached(storage: Storage, model: str) -> int:
-    return sum(one.num_scores for one in storage.cached_models() if one.identity["model"] == model)
+    return sum(one.num_scores for one in storage.scores.models() if one.identity["model"] == model)
 
 
 def _counted(instance: dg.DagsterInstance, batch: str, role: str) -> dict[str, Any]:

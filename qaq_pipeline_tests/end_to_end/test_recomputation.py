@@ -15,7 +15,10 @@ from qaq_pipeline.config.load import load_settings, parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.runs import registration, run_batch
-from qaq_pipeline.storage.storage import Storage, StoredTable, hash_json, open_storage
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import hash_json
+from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import NO_REPORTS, SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.recomputation import check_batch
 
@@ -44,7 +47,7 @@ def test_every_number_of_an_explanation_follows_from_the_sums_and_every_row_from
     curated: tuple[Settings, Storage],
 ) -> None:
     settings, storage = curated
-    decisions = storage.read_table("decisions", "b1")
+    decisions = storage.tables.read("decisions", Partition("b1"))
     fates = set(decisions.frame["reason"])
     assert fates >= {"within_budget", "below_cut", "query_too_long", "exact_duplicate", "near_duplicate", "empty_query"}
     assert any("of which only the first" in said for said in decisions.frame["explanation"])
@@ -85,8 +88,8 @@ def test_every_number_of_the_demo_follows_from_the_sums(
 
 def test_a_number_that_does_not_follow_is_found(curated: tuple[Settings, Storage]) -> None:
     settings, storage = curated
-    logprobs = storage.read_table("logprobs", "b1", "weak")
+    logprobs = storage.tables.read("logprobs", Partition("b1", "weak"))
     moved = logprobs.frame.with_columns(sum_nll_q=pl.col("sum_nll_q") * (1 + pl.int_range(pl.len()) % 3))
-    storage.write_table(StoredTable(moved, logprobs.provenance), "logprobs", "b1", "weak")
+    storage.tables.write(StoredTable(moved, logprobs.provenance), "logprobs", Partition("b1", "weak"))
     with pytest.raises(AssertionError):
         check_batch(storage, settings, "b1")

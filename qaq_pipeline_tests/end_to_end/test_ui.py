@@ -23,6 +23,7 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import home, registration
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, write_jsonl
 from qaq_pipeline_tests.support.browsing import VIEWPORT, metadata_value, seen, take_picture
@@ -89,7 +90,7 @@ def test_partitions_are_batches_by_models(page: Page, site: Site, pictures: Path
 
 
 def test_partition_tells_model_prompt_speed_and_provenance(page: Page, site: Site, pictures: Path):
-    provenance = open_storage(site.settings).read_table("logprobs", "b1", "strong").provenance
+    provenance = open_storage(site.settings).tables.read("logprobs", Partition("b1", "strong")).provenance
     identity = provenance["identity"]
     page.set_viewport_size({"width": VIEWPORT[0], "height": 1150})
     page.goto(f"{site.url}/assets/logprobs?view=partitions&partition={quote('b1|strong')}")
@@ -129,11 +130,11 @@ def test_overview_shows_description_row_count_and_columns(page: Page, site: Site
 
 def test_batch_is_materialised_by_clicking(page: Page, site: Site, pictures: Path):
     storage = open_storage(site.settings)
-    assert not storage.has_table("raw_data", "b2")
+    assert not storage.tables.has("raw_data", Partition("b2"))
 
     for number, asset in enumerate(STAGES["ingest_batch"]):
         materialise(page, site, asset, "b2", pictures / f"materialise_{number}.png")
-    assert storage.read_table("screened_data", "b2").frame.height == 20
+    assert storage.tables.read("screened_data", Partition("b2")).frame.height == 20
 
     page.goto(f"{site.url}/assets/raw_data?view=partitions&partition=b2")
     expect(metadata_value(page, "dagster/row_count")).to_have_text("20")
@@ -157,7 +158,7 @@ def materialise(page: Page, site: Site, asset: str, partition: str, picture: Pat
 
 
 def test_curated_dataset_shows_version_and_excluded_batches(page: Page, site: Site, pictures: Path):
-    latest = open_storage(site.settings).read_json(versions.FOLDER, "latest.json")
+    latest = open_storage(site.settings).files.read_json(versions.FOLDER, "latest.json")
     assert set(latest["excluded_batches"]) == {"b2"}
     page.goto(f"{site.url}/assets/curated_dataset?view=events")
 

@@ -21,6 +21,7 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.schema import column_lineage
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.support.browsing import latest_value, metadata_value, row_of, seen, take_picture, watched
 from qaq_pipeline_tests.support.server import NEEDS_CHROMIUM, REPOSITORY, curated_ui, variables_of, write_profile
@@ -60,7 +61,7 @@ class Site:
     """As the definitions have them, by asset."""
 
     def version(self) -> str:
-        return self.storage.read_json(versions.FOLDER, "latest.json")["version"]
+        return self.storage.files.read_json(versions.FOLDER, "latest.json")["version"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_clicks_lead_from_the_dataset_to_the_delivery(page: Page, site: Site, pi
     assert_defined(page, site.specs["curated_dataset"])
     version = site.version()
     expect(latest_value(page, "version")).to_have_text(version)
-    manifest = site.storage.read_json(versions.FOLDER, version, "manifest.json")
+    manifest = site.storage.files.read_json(versions.FOLDER, version, "manifest.json")
     (entered,) = manifest["batches"]
     for table, data_version in entered["data_versions"].items():
         row = latest_value(page, "made_from").get_by_role("row").filter(has=page.get_by_text(table, exact=True))
@@ -132,13 +133,13 @@ def test_clicks_lead_from_the_dataset_to_the_delivery(page: Page, site: Site, pi
         expect(page).to_have_url(re.compile(f"/assets/{name}\\b"))
         assert_defined(page, site.specs[name])
         assert_columns(page, name)
-        rows = site.storage.read_footer(name, BATCH, *model_of(site, name)).num_rows
+        rows = site.storage.tables.footer(name, Partition(BATCH, *model_of(site, name))).num_rows
         expect(seen(page, "Row count")).to_be_visible()
         expect(seen(page, f"{rows:,}")).to_be_visible()
         take_picture(page, pictures / f"audit_{name}.png")
 
     expect(latest_value(page, "files")).to_contain_text(DELIVERY.name)
-    (file_hash,) = site.storage.read_footer("raw_data", BATCH).provenance["files"].values()
+    (file_hash,) = site.storage.tables.footer("raw_data", Partition(BATCH)).provenance["files"].values()
     expect(latest_value(page, "files")).to_contain_text(file_hash)
 
 
@@ -238,7 +239,7 @@ def test_calibration_says_what_the_scores_can_tell(page: Page, site: Site, pictu
     page.goto(f"{site.url}/assets/calibration?view=partitions&partition={BATCH}")
 
     expect(metadata_value(page, "finding")).to_have_text(re.compile(r"\w.*\.$"))
-    expect(metadata_value(page, "page")).to_contain_text(site.storage.url(*page_store.calibration_page(BATCH)))
+    expect(metadata_value(page, "page")).to_contain_text(site.storage.files.url(*page_store.calibration_page(BATCH)))
     take_picture(page, pictures / "audit_calibration.png")
 
 

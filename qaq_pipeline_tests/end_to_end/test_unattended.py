@@ -19,6 +19,7 @@ from qaq_pipeline.config import load
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import status
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.server import assert_nothing_runs, processes_of, running_ui, write_profile
@@ -95,8 +96,8 @@ def latest(place: Place) -> dict[str, Any]:
     storage = open_storage(place.settings)
     if versions.latest(storage) is None:
         return {"batches": [], "excluded_batches": {}}
-    pointer = storage.read_json(versions.FOLDER, "latest.json")
-    manifest = storage.read_json(versions.FOLDER, pointer["version"], "manifest.json")
+    pointer = storage.files.read_json(versions.FOLDER, "latest.json")
+    manifest = storage.files.read_json(versions.FOLDER, pointer["version"], "manifest.json")
     return pointer | {"batches": [entry["batch"] for entry in manifest["batches"]]}
 
 
@@ -105,7 +106,7 @@ def is_published(place: Place, *batches: str) -> bool:
 
 
 def decisions(place: Place, batch: str) -> Counter[str]:
-    return Counter(open_storage(place.settings).read_table("decisions", batch).frame["decision"].to_list())
+    return Counter(open_storage(place.settings).tables.read("decisions", Partition(batch)).frame["decision"].to_list())
 
 
 def test_three_deliveries_land_and_two_are_published_and_one_is_listed(place: Place, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_daemon_killed_in_the_middle_of_the_chain_neither_loses_nor_repeats_a_
         write_jsonl(place.landing / "b1.jsonl", rows(0, 20))
         write_jsonl(place.landing / "b2.jsonl", rows(20, 20))
         storage = open_storage(place.settings)
-        wait_until(place, "b1 screened", lambda: storage.has_table("screened_data", "b1"), first)
+        wait_until(place, "b1 screened", lambda: storage.tables.has("screened_data", Partition("b1")), first)
         if moment == "in a run":
             wait_until(place, "scoring", lambda: is_scoring(place), first, every=0.1)
         for pid in processes_of(place.home):

@@ -75,7 +75,7 @@ def test_a_year_of_weekly_batches_is_no_slower_at_its_end_and_the_ui_answers(
     storage = open_storage(settings)
     version = versions.latest(storage)
     assert version is not None
-    manifest = storage.read_json(versions.FOLDER, version, "manifest.json")
+    manifest = storage.files.read_json(versions.FOLDER, version, "manifest.json")
     assert sum(entry["rows_in"] for entry in manifest["batches"]) == WEEKS * ROWS
     sizes = {
         name: sum(path.stat().st_size for path in (home / name).rglob("*") if path.is_file()) / 1e6

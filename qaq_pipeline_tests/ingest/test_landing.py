@@ -17,7 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from qaq_pipeline.config.settings import LandingSettings
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.ingest.landing import Landed, LandingError, Look, Seen
-from qaq_pipeline.storage.storage import Storage, StorageError
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
 
 ROW = b'{"query": "q", "response": "a"}\n'
 ANY = LandingSettings()
@@ -132,7 +133,7 @@ def test_any_fsspec_url_serves(storage: Storage) -> None:
     found = landing.look("memory://zone", ANY)
     assert entries(found) == {"week": "week"}
     landing.announce(storage, "memory://zone", found.deliveries[0])
-    assert storage.read_delivery(landing.receive(storage, "week")) == {"a.jsonl": ROW}
+    assert storage.deliveries.read(landing.receive(storage, "week")) == {"a.jsonl": ROW}
 
 
 def test_an_object_stores_sign_of_a_folder_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,11 +337,11 @@ def test_an_announced_delivery_is_copied_when_it_is_received_and_kept(zone: Path
     land(zone, "week/a.jsonl")
     land(zone, "week/deep/b.jsonl.gz", content=packed)
     announce(zone, storage)
-    assert not storage.has_delivery("week")
+    assert not storage.deliveries.has("week")
     delivery = landing.receive(storage, "week")
     (zone / "week" / "a.jsonl").unlink()
-    assert landing.receive(storage, "week") == delivery == storage.current_delivery("week")
-    assert storage.read_delivery(delivery) == {"a.jsonl": ROW, "deep/b.jsonl.gz": packed}
+    assert landing.receive(storage, "week") == delivery == storage.deliveries.current("week")
+    assert storage.deliveries.read(delivery) == {"a.jsonl": ROW, "deep/b.jsonl.gz": packed}
     assert not landing.is_announced(storage, "week")
 
 
@@ -350,7 +351,7 @@ def test_a_delivery_that_changed_since_it_was_complete_is_not_copied(zone: Path,
     land(zone, "week.jsonl", content=ROW * 2)
     with pytest.raises(LandingError, match=r"week.jsonl was changed after the delivery was taken as complete"):
         landing.receive(storage, "week")
-    assert not storage.has_delivery("week")
+    assert not storage.deliveries.has("week")
 
 
 def test_a_delivery_that_is_gone_is_named(zone: Path, storage: Storage) -> None:
@@ -364,7 +365,7 @@ def test_a_delivery_that_is_gone_is_named(zone: Path, storage: Storage) -> None:
 def test_a_delivery_by_hand_takes_the_place_of_an_announced_one(zone: Path, storage: Storage) -> None:
     land(zone, "week.jsonl")
     announce(zone, storage)
-    by_hand = storage.store_delivery("week", {"other.jsonl": ROW})
+    by_hand = storage.deliveries.store("week", {"other.jsonl": ROW})
     landing.settle(storage, "week")
     assert landing.receive(storage, "week") == by_hand
     assert announce(zone, storage) is None, "a lost cursor brings no old delivery back"
@@ -381,7 +382,7 @@ def test_a_run_key_holds_path_size_times_and_how_many_there_were(zone: Path, sto
         landing.receive(storage, "week")
     assert len(set(keys)) == 3
     assert keys[0].startswith(f"{zone}/week.jsonl|{len(ROW)} bytes|")
-    assert storage.read_delivery(storage.current_delivery("week")) == {"week.jsonl": ROW}
+    assert storage.deliveries.read(storage.deliveries.current("week")) == {"week.jsonl": ROW}
 
 
 def test_a_batch_that_was_never_delivered_cannot_be_received(storage: Storage) -> None:

@@ -24,7 +24,10 @@ from qaq_pipeline.lineage.lineage import Lineage, LineageError, State, Table
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import registration, run_batch
-from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, open_storage
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
 
 NUM_TABLES = len(PIPELINE.tables_of_batch(Purpose.CURATION)) + 2
@@ -138,7 +141,7 @@ def test_a_version_goes_back_to_every_table_shard_and_delivered_file(walked: Lin
         assert set(names) == set(PIPELINE.tables_of_batch(Purpose.CURATION))
         assert {table.state for table in batch.tables} == {State.AS_PUBLISHED}
         for table in batch.tables:
-            assert storage.table_version(table.name, *table.partition) == table.entered == table.stored
+            assert storage.tables.version(table.name, Partition(*table.partition)) == table.entered == table.stored
         assert [shards.model for shards in batch.scores] == ["strong", "weak"]
         (delivered,) = batch.delivery.files
         assert hashlib.sha256(Path(delivered.path).read_bytes()).hexdigest() == delivered.sha256
@@ -163,7 +166,7 @@ def test_a_changed_byte_anywhere_is_found_and_its_file_named(kind: str, walked: 
 
 def test_a_changed_byte_of_the_manifest_is_found_before_anything_is_read_of_it(storage: Storage) -> None:
     version = versions.find_version(storage, "latest").version
-    path = Path(storage.url(versions.FOLDER, version, "manifest.json"))
+    path = Path(storage.files.url(versions.FOLDER, version, "manifest.json"))
     for offset in range(0, path.stat().st_size, 31):
         with flipped(path, offset), pytest.raises(LineageError) as error:
             lineage.walk(storage, version)
@@ -173,20 +176,20 @@ def test_a_changed_byte_of_the_manifest_is_found_before_anything_is_read_of_it(s
 
 def test_a_changed_record_of_what_made_the_rows_is_found_and_not_believed(walked: Lineage, storage: Storage) -> None:
     ident = walked.batches[0].provenance_id
-    path = Path(storage.url("provenance", f"{ident}.json"))
+    path = Path(storage.files.url("provenance", f"{ident}.json"))
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"settings_hash": "', b'"settings_hash": "f', 1))
     assert path.read_bytes() != data
     try:
         assert found(storage) == [str(path)]
         with pytest.raises(StorageError, match="was changed since it was written"):
-            storage.read_provenance(ident)
+            storage.provenance.read(ident)
     finally:
         path.write_bytes(data)
 
 
 def test_a_file_that_is_none_of_the_version_is_named(walked: Lineage, storage: Storage) -> None:
-    stranger = Path(storage.url(versions.FOLDER, walked.version, "diff_high", "extra.jsonl"))
+    stranger = Path(storage.files.url(versions.FOLDER, walked.version, "diff_high", "extra.jsonl"))
     stranger.write_text("{}")
     try:
         assert found(storage) == [str(stranger)]
@@ -196,7 +199,7 @@ def test_a_file_that_is_none_of_the_version_is_named(walked: Lineage, storage: S
 
 def test_white_space_in_the_manifest_is_a_changed_byte_too(storage: Storage) -> None:
     version = versions.find_version(storage, "latest").version
-    path = Path(storage.url(versions.FOLDER, version, "manifest.json"))
+    path = Path(storage.files.url(versions.FOLDER, version, "manifest.json"))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"  ", b" \n", 1))
     try:
@@ -276,37 +279,44 @@ def test_a_frozen_reference_is_on_the_way_and_a_changed_byte_of_it_is_named(
 
 
 def test_a_table_that_was_made_anew_since_is_no_fault_and_is_said_to_be_another(storage: Storage) -> None:
-    table = storage.read_table("rmi_scores", "b1", "strong")
-    with restored(Path(storage.table_url("rmi_scores", "b1", "strong"))):
-        storage.write_table(StoredTable(table.frame.head(3), table.provenance), "rmi_scores", "b1", "strong")
+    table = storage.tables.read("rmi_scores", Partition("b1", "strong"))
+    with restored(Path(storage.tables.url("rmi_scores", Partition("b1", "strong")))):
+        storage.tables.write(
+            StoredTable(table.frame.head(3), table.provenance), "rmi_scores", Partition("b1", "strong")
+        )
         now = state_of(storage, "rmi_scores")
         assert now.state is State.REPLACED
-        assert (now.entered, now.stored) == (table.data_version, storage.table_version("rmi_scores", "b1", "strong"))
+        assert (now.entered, now.stored) == (
+            table.data_version,
+            storage.tables.version("rmi_scores", Partition("b1", "strong")),
+        )
         assert state_of(storage, "logprobs").state is State.UNKNOWN  # Only that table's footer said of which.
         assert found(storage) == []
 
 
 def test_the_same_content_of_other_inputs_is_told_apart(storage: Storage) -> None:
-    table = storage.read_table("selected_subset", "b1")
+    table = storage.tables.read("selected_subset", Partition("b1"))
     other = {**table.provenance, "inputs": {**table.provenance["inputs"], "decisions": "0" * 32}}
-    with restored(Path(storage.table_url("selected_subset", "b1"))):
-        storage.write_table(StoredTable(table.frame, other), "selected_subset", "b1")
+    with restored(Path(storage.tables.url("selected_subset", Partition("b1")))):
+        storage.tables.write(StoredTable(table.frame, other), "selected_subset", Partition("b1"))
         assert state_of(storage, "selected_subset").state is State.SAME_CONTENT
         assert found(storage) == []
 
 
 def test_decisions_that_claim_another_origin_are_found(storage: Storage) -> None:
-    table = storage.read_table("decisions", "b1")
-    path = Path(storage.table_url("decisions", "b1"))
+    table = storage.tables.read("decisions", Partition("b1"))
+    path = Path(storage.tables.url("decisions", Partition("b1")))
     with restored(path):
-        storage.write_table(StoredTable(table.frame, table.provenance | {"pool_id": "batch:b9"}), "decisions", "b1")
+        storage.tables.write(
+            StoredTable(table.frame, table.provenance | {"pool_id": "batch:b9"}), "decisions", Partition("b1")
+        )
         assert found(storage) == [str(path)]
 
 
 def test_a_delivery_is_found_where_raw_data_was_replaced(walked: Lineage, storage: Storage) -> None:
-    raw = storage.read_table("raw_data", "b1")
-    with restored(Path(storage.table_url("raw_data", "b1"))):
-        storage.write_table(StoredTable(raw.frame.head(2), raw.provenance), "raw_data", "b1")
+    raw = storage.tables.read("raw_data", Partition("b1"))
+    with restored(Path(storage.tables.url("raw_data", Partition("b1")))):
+        storage.tables.write(StoredTable(raw.frame.head(2), raw.provenance), "raw_data", Partition("b1"))
         again = lineage.walk(storage, walked.version)
         assert again.batches[0].delivery == walked.batches[0].delivery
         with flipped(files_of(walked, "delivery")[0], 9):
@@ -319,10 +329,10 @@ def test_a_delivery_is_found_where_raw_data_was_replaced(walked: Lineage, storag
 def test_of_a_retired_version_the_manifest_and_what_it_was_made_from_are_left(
     walked: Lineage, storage: Storage, tmp_path: Path
 ) -> None:
-    copy = Storage(str(shutil.copytree(storage.url(), tmp_path / "copy")), tmp_path)
-    manifest = copy.read_json(versions.FOLDER, walked.version, "manifest.json")
-    copy.write_json(manifest, versions.FOLDER, "retired", f"{walked.version}.json")
-    copy.remove_folder(versions.FOLDER, walked.version)
+    copy = Storage(str(shutil.copytree(storage.files.url(), tmp_path / "copy")), tmp_path)
+    manifest = copy.files.read_json(versions.FOLDER, walked.version, "manifest.json")
+    copy.files.write_json(manifest, versions.FOLDER, "retired", f"{walked.version}.json")
+    copy.files.remove_folder(versions.FOLDER, walked.version)
     retired = lineage.walk(copy, versions.find_version(copy, walked.version[:8]).version)
     assert not retired.is_kept
     assert [batch.tables[0].entered for batch in retired.batches] == [b.tables[0].entered for b in walked.batches]
@@ -341,7 +351,7 @@ def test_one_file_of_a_version_alone(walked: Lineage) -> None:
 
 
 def test_each_exported_record_is_the_row_that_is_said_to_stand_there(walked: Lineage, storage: Storage) -> None:
-    root = Path(storage.url(versions.FOLDER, walked.version))
+    root = Path(storage.files.url(versions.FOLDER, walked.version))
     held = dict.fromkeys(("diff_high", "control_random", "control_stratified_random"), 0)
     for batch in walked.batches:
         rows = [json.loads(line) for line in Path(batch.delivery.files[0].path).read_text("utf-8").splitlines()]
@@ -380,7 +390,7 @@ def test_a_row_goes_through_its_tables_and_the_shards_of_its_pair(walked: Lineag
     rows = {row.table.name: row for row in path.tables}
     assert set(PIPELINE.tables_of_batch(Purpose.CURATION)) - {"selected_subset"} <= set(rows)
     for row in path.tables:
-        frame = storage.read_table(row.table.name, *row.table.partition).frame
+        frame = storage.tables.read(row.table.name, Partition(*row.table.partition)).frame
         stored = frame.row(row.number - 1, named=True)
         assert stored["pair_id"] == path.pair_id
         assert row.facts == {name: stored[name] for name in row.facts}

@@ -17,7 +17,10 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
-from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, hash_json
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
 
 SETTINGS = """
@@ -82,7 +85,7 @@ def test_a_pair_is_found_in_any_batch_by_its_first_digits(storage: Storage, sett
 
 def test_what_is_found_is_what_the_whole_table_has(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
-    whole = storage.read_table("decisions", "b1").frame.filter(source_row=3).row(0, named=True)
+    whole = storage.tables.read("decisions", Partition("b1")).frame.filter(source_row=3).row(0, named=True)
     assert row_history.find_row(storage, "b1", "3").rows == [whole]
     assert row_history.find_pair(storage, pair_name(3)).rows == [whole]
 
@@ -91,14 +94,14 @@ def test_an_index_of_another_table_than_the_stored_one_is_not_used_and_named(
     storage: Storage, settings: Settings
 ) -> None:
     store_batch(storage, settings)
-    stale = storage.read_bytes("decisions", "b1", "pair_index.parquet")
+    stale = storage.files.read_bytes("decisions", "b1", "pair_index.parquet")
     store_batch(storage, settings, queries=("a", "b", "c", "changed"))
-    storage.write_bytes(stale, "decisions", "b1", "pair_index.parquet")
+    storage.files.write_bytes(stale, "decisions", "b1", "pair_index.parquet")
     found = row_history.find_pair(storage, pair_name(3))
     assert (rows_of(found), found.unindexed) == ([("b1", 3)], ("decisions of b1",))
-    storage.write_bytes(b"torn", "decisions", "b1", "pair_index.parquet")
+    storage.files.write_bytes(b"torn", "decisions", "b1", "pair_index.parquet")
     assert row_history.find_pair(storage, pair_name(3)).unindexed == ("decisions of b1",)
-    storage.remove("decisions", "b1", "pair_index.parquet")
+    storage.files.remove("decisions", "b1", "pair_index.parquet")
     assert row_history.find_pair(storage, pair_name(3)).unindexed == ("decisions of b1",)
 
 
@@ -225,7 +228,7 @@ def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(
 def test_what_left_the_ledger_is_found_in_the_newest_version_that_had_it(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     version = publish_all(storage, settings, "b1")
-    storage.remove("decisions", "b1", "table.parquet")
+    storage.files.remove("decisions", "b1", "table.parquet")
     answer, found_in = row_history.find_anywhere(
         storage, lambda version: row_history.find_row(storage, "b1", "3", version)
     )
@@ -243,14 +246,14 @@ def test_of_a_version_whose_files_are_gone_nothing_is_claimed(storage: Storage) 
     assert (first.fault, first.row, second.fault) == ("its files were not kept", None, None)
     with pytest.raises(StorageError, match=r"version 1 \(.*its files were not kept"):
         row_history.find_row(storage, "b1", "3", first.published)
-    assert not storage.exists(*versions.pair_index(first.published.version))
+    assert not storage.files.exists(*versions.pair_index(first.published.version))
 
 
 def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice: Storage) -> None:
     row = row_history.find_row(thrice, "b1", "3").rows[0]
     second = versions.find_version(thrice, "2")
     parts = (versions.FOLDER, second.version, "scores.parquet")
-    thrice.write_bytes(thrice.read_bytes(*parts)[:-9], *parts)
+    thrice.files.write_bytes(thrice.files.read_bytes(*parts)[:-9], *parts)
     first, torn, third = row_history.fates(thrice, row)
     assert (first.fault, third.fault) == (None, None)
     assert third.row is not None
@@ -265,10 +268,10 @@ def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice:
 def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     version = publish_all(storage, settings, "b1")
-    scores = Path(storage.url(versions.FOLDER, version, "scores.parquet"))
+    scores = Path(storage.files.url(versions.FOLDER, version, "scores.parquet"))
     old = pl.read_parquet(scores).drop("explanation", "similarity", "evidence", "reason:diff_high")
     old.write_parquet(scores)
-    storage.remove(*versions.pair_index(version))
+    storage.files.remove(*versions.pair_index(version))
     (fate,) = row_history.fates(storage, row_history.find_row(storage, "b1", "4").rows[0])
     assert fate.is_published
     found = row_history.find_pair(storage, pair_name(4), fate.published)
@@ -281,9 +284,9 @@ def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, s
 
 def test_an_id_resolves_after_the_batch_was_decided_anew(storage: Storage) -> None:
     old, new = {"files": {"a": "0"}, "models": {}}, {"files": {"a": "1"}, "models": {}}
-    first = storage.write_provenance(old, "run-1")
-    storage.write_provenance(new, "run-2")
-    storage.write_provenance(old, "run-3")
+    first = storage.provenance.write(old, "run-1")
+    storage.provenance.write(new, "run-2")
+    storage.provenance.write(old, "run-3")
     found = row_history.provenance(storage, first, "b1")
     assert found.made_of == old
     assert sorted(run["run_id"] for run in found.runs) == ["run-1", "run-3"]
@@ -292,7 +295,7 @@ def test_an_id_resolves_after_the_batch_was_decided_anew(storage: Storage) -> No
 
 def test_an_id_of_before_there_were_records_resolves_by_the_tables_footer(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
-    decisions = storage.read_table("decisions", "b1")
+    decisions = storage.tables.read("decisions", Partition("b1"))
     assert row_history.provenance(storage, decisions.provenance_id, "b1").made_of == decisions.provenance
-    storage.write_table(StoredTable(decisions.frame, {"other": 1}), "decisions", "b1")
+    storage.tables.write(StoredTable(decisions.frame, {"other": 1}), "decisions", Partition("b1"))
     assert row_history.provenance(storage, decisions.provenance_id, "b1").made_of is None

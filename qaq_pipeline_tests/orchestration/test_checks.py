@@ -21,9 +21,11 @@ from qaq_pipeline.publication.versions import FOLDER
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, dtypes
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.storage.storage import Storage, StoredTable, open_storage
+from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, raw_rows, rejected, rmi_rows, store_batch
 
@@ -351,7 +353,7 @@ def test_a_run_makes_every_check_once_for_its_partition_and_none_blocks(
         "num_strata": 2,
         "fewest_rows_in_a_stratum": 10,
     }
-    scores = open_storage(settings).read_table("rmi_scores", "b1", "weak").frame["rmi"]
+    scores = open_storage(settings).tables.read("rmi_scores", Partition("b1", "weak")).frame["rmi"]
     mean = numbers(found["rmi_scores.answers_explain_queries|b1|weak"])
     assert mean["mean_rmi_weak"] == pytest.approx(scores.mean(), rel=1e-3)
     assert mean["scorable_pairs_weak"] == 20
@@ -404,7 +406,7 @@ def test_a_torn_table_makes_its_checks_errors_that_say_so_and_the_run_goes_on(
     store_batch(storage, settings)
     instance.add_dynamic_partitions("batch", ["b1", "b2"])
     store_batch(storage, settings, "b2")
-    storage.write_bytes(b"PAR1torn", "raw_data", "b1", "table.parquet")
+    storage.files.write_bytes(b"PAR1torn", "raw_data", "b1", "table.parquet")
     found = check_only(settings, instance, "decisions", "b1")
     for name in ("every_row_is_decided", "passes_gates", "same_models_as_published"):
         one = found[f"decisions.{name}|b1"]
@@ -425,9 +427,9 @@ def test_a_published_version_that_is_gone_or_torn_is_an_error_of_what_reads_it_a
     instance.add_dynamic_partitions("batch", ["b1"])
     version = publish(storage, settings, "b1")
     if fault == "gone":
-        storage.remove_folder(FOLDER, version)
+        storage.files.remove_folder(FOLDER, version)
     else:
-        storage.write_bytes(b'{"batches": [', FOLDER, version, "manifest.json")
+        storage.files.write_bytes(b'{"batches": [', FOLDER, version, "manifest.json")
     found = check_only(settings, instance, "decisions", "b1")
     assert found["decisions.every_row_is_decided|b1"].passed
     assert found["decisions.passes_gates|b1"].passed
@@ -448,10 +450,12 @@ def test_a_model_that_moved_since_the_publication_is_a_warning(
     assert (first.passed, first.description) == (True, "No version is published yet.")
     publish(storage, settings, "b1")
     assert check_only(settings, instance, "decisions", "b1")[name].passed
-    decisions = storage.read_table("decisions", "b1")
+    decisions = storage.tables.read("decisions", Partition("b1"))
     models = decisions.provenance["models"]
     moved = models | {"weak": models["weak"] | {"revision": "another"}}
-    storage.write_table(StoredTable(decisions.frame, decisions.provenance | {"models": moved}), "decisions", "b1")
+    storage.tables.write(
+        StoredTable(decisions.frame, decisions.provenance | {"models": moved}), "decisions", Partition("b1")
+    )
     after = check_only(settings, instance, "decisions", "b1")[name]
     assert (after.passed, after.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert "weak, revision was files:0, is another: b1." in (after.description or "")
@@ -536,9 +540,9 @@ def test_drift_from_the_reference_is_measured_once_it_is_made(
     ]
     assert numbers(found) == dict.fromkeys(statistics, 0.0)
     other = open_storage(settings)
-    scores = other.read_table("rmi_scores", "b1", "weak")
+    scores = other.tables.read("rmi_scores", Partition("b1", "weak"))
     moved = scores.frame.with_columns(rmi=pl.col("rmi") + 100.0)
-    other.write_table(StoredTable(moved, scores.provenance), "rmi_scores", "b1", "weak")
+    other.tables.write(StoredTable(moved, scores.provenance), "rmi_scores", Partition("b1", "weak"))
     drifted = check_only(settings, instance, "disagreement_scores", "b1")["disagreement_scores.is_near_reference|b1"]
     assert (drifted.description or "").startswith("Too few pairs to judge: n m / (n + m) is 10,")
     assert numbers(drifted)["ks_rmi_weak"] == 1.0

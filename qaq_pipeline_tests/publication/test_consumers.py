@@ -21,6 +21,7 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import curated_dataset
 from qaq_pipeline.publication.exports import FORMATS
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.publication.test_exports import as_pair
 from qaq_pipeline_tests.support.frames import store_batch
@@ -86,7 +87,7 @@ def load(version: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 def expected(storage: Storage, selection: str) -> list[tuple[str, str, str]]:
     """(system, query, answer) of a selection's rows by the ledger, best first."""
-    decisions = storage.read_table("decisions", BATCH).frame
+    decisions = storage.tables.read("decisions", Partition(BATCH)).frame
     verdicts = decisions.explode("verdicts").filter(
         pl.col("verdicts").struct.field("selection") == selection, pl.col("verdicts").struct.field("is_selected")
     )

@@ -384,7 +384,9 @@ def test_the_same_content_has_the_same_card_which_holds_no_version_time_or_path(
         manifest = json.loads((folder / "manifest.json").read_bytes())
         assert manifest["files"]["README.md"] == hashlib.sha256(cards[-1].encode()).hexdigest()
     assert cards[0] == cards[1]
-    assert storage.read_json(versions.FOLDER, "latest.json") == elsewhere.read_json(versions.FOLDER, "latest.json")
+    assert storage.files.read_json(versions.FOLDER, "latest.json") == elsewhere.files.read_json(
+        versions.FOLDER, "latest.json"
+    )
 
 
 # --- hostile text -----------------------------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ from qaq_pipeline.cli.app import app
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.publication.hub import Copy, PublishError, publish
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import withdrawals
-from qaq_pipeline.storage.storage import Storage, StorageError, hash_json
+from qaq_pipeline.storage.files import Files, StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import store_batch
 from qaq_pipeline_tests.support.hub_server import READER, WRITER, Hub, running_hub
 
@@ -59,15 +61,15 @@ def store_version(storage: Storage, files: Mapping[str, bytes] = FILES) -> str:
     manifest = {"format": versions.MANIFEST_FORMAT, "batches": [], "files": hashes}
     version = hash_json(manifest)
     for name, data in files.items():
-        storage.write_bytes(data, versions.FOLDER, version, *name.split("/"))
-    storage.write_json(manifest, versions.FOLDER, version, "manifest.json")
-    storage.write_json({"version": version, "excluded_batches": {}}, versions.FOLDER, "latest.json")
-    storage.write_json([*versions.kept_versions(storage), version], versions.FOLDER, "history.json")
+        storage.files.write_bytes(data, versions.FOLDER, version, *name.split("/"))
+    storage.files.write_json(manifest, versions.FOLDER, version, "manifest.json")
+    storage.files.write_json({"version": version, "excluded_batches": {}}, versions.FOLDER, "latest.json")
+    storage.files.write_json([*versions.kept_versions(storage), version], versions.FOLDER, "history.json")
     return version
 
 
 def files_of(storage: Storage, version: str) -> dict[str, bytes]:
-    folder = Path(storage.url(versions.FOLDER, version))
+    folder = Path(storage.files.url(versions.FOLDER, version))
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -234,7 +236,7 @@ def test_a_withdrawn_row_does_not_leave_though_its_batch_was_delivered_without_i
     store_batch(storage, settings)
     curated_dataset.publish(storage, settings, *curated_dataset.read_batches(storage, ["b1"], settings))
     assert publish(storage, "1", str(tmp_path / "before")).is_new
-    (content,) = storage.read_table("signatures", "b1").frame.filter(source_row=4)["content_hash"]
+    (content,) = storage.tables.read("signatures", Partition("b1")).frame.filter(source_row=4)["content_hash"]
     withdrawals.add(storage, "b1", {content: "a.jsonl:4"}, "a secret", is_withdrawn=True)
     for queries in (("a", "b", "c", "d"), ("a", "b", "c")):
         store_batch(storage, settings, queries=queries)
@@ -250,14 +252,14 @@ def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage) -
     for unknown in ("0" * 32, "../evil", ""):
         with pytest.raises(StorageError, match=rf"published were: 1 \({version[:8]}\)"):
             publish(storage, unknown, TO)
-    storage.remove_folder(versions.FOLDER, version)
+    storage.files.remove_folder(versions.FOLDER, version)
     with pytest.raises(PublishError, match=f"no version whose files are kept; these are: {version}"):
         publish(storage, "1", TO)
 
 
 def test_a_file_that_was_changed_does_not_leave(storage: Storage, tmp_path: Path) -> None:
     version = store_version(storage)
-    storage.write_bytes(b"changed", versions.FOLDER, version, "README.md")
+    storage.files.write_bytes(b"changed", versions.FOLDER, version, "README.md")
     with pytest.raises(StorageError, match=r"README\.md: changed since it was published; restore it"):
         publish(storage, version, str(tmp_path / "there"))
     assert not (tmp_path / "there").exists()
@@ -285,18 +287,18 @@ def test_a_folder_that_was_left_half_written_is_not_called_done(
     first = store_version(storage)
     publish(storage, first, str(to))
     second = store_version(storage, OTHER_FILES)
-    write, written = Storage.write_bytes, list[tuple[str, ...]]()
+    write, written = Files.write_bytes, list[tuple[str, ...]]()
 
-    def fail_at_the_third(self: Storage, data: bytes, *parts: str) -> None:
+    def fail_at_the_third(self: Files, data: bytes, *parts: str) -> None:
         written.append(parts)
         if len(written) > 2:
             raise OSError("no space left")
         write(self, data, *parts)
 
-    monkeypatch.setattr(Storage, "write_bytes", fail_at_the_third)
+    monkeypatch.setattr(Files, "write_bytes", fail_at_the_third)
     with pytest.raises(OSError, match="no space"):
         publish(storage, second, str(to))
-    monkeypatch.setattr(Storage, "write_bytes", write)
+    monkeypatch.setattr(Files, "write_bytes", write)
     assert publish(storage, first, str(to)).is_new
     found = {str(path.relative_to(to)): path.read_bytes() for path in to.rglob("*") if path.is_file()}
     assert found == files_of(storage, first)
@@ -329,7 +331,7 @@ def test_no_version_is_written_into_the_storage(storage: Storage) -> None:
     old, _ = store_version(storage), store_version(storage, OTHER_FILES)
     for folder in ((versions.FOLDER, old), ("elsewhere",), ()):
         with pytest.raises(PublishError, match="lies in the storage, where versions are never changed"):
-            publish(storage, "latest", storage.url(*folder))
+            publish(storage, "latest", storage.files.url(*folder))
     assert files_of(storage, old).keys() == {*FILES, "manifest.json"}
 
 

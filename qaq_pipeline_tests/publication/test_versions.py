@@ -20,7 +20,10 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_curated_dataset
 from qaq_pipeline.publication import curated_dataset, difference, versions
 from qaq_pipeline.publication.curated_dataset import BatchTables, Publication, publish, read_batches
-from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable, hash_json
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.support.frames import store_batch, store_selection
 
 SETTINGS = """
@@ -41,7 +44,7 @@ def publish_registered(storage: Storage, settings: Settings, *registered: str) -
 
 
 def version_files(storage: Storage, version: str) -> dict[str, bytes]:
-    folder = Path(storage.url(versions.FOLDER, version))
+    folder = Path(storage.files.url(versions.FOLDER, version))
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -63,7 +66,7 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
         "manifest.json",
         "scores.parquet",
     ]
-    assert published.url == storage.url(versions.FOLDER, published.version)
+    assert published.url == storage.files.url(versions.FOLDER, published.version)
     assert published.is_new
 
 
@@ -76,7 +79,7 @@ def test_the_manifest_hashes_the_files_and_names_what_entered(storage: Storage, 
     assert manifest["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     assert published.version == hash_json(manifest)
     (entry,) = manifest["batches"]
-    tables = {name: storage.read_table(name, "b1") for name in ("raw_data", "decisions", "selected_subset")}
+    tables = {name: storage.tables.read(name, Partition("b1")) for name in ("raw_data", "decisions", "selected_subset")}
     assert {name: entry["data_versions"][name] for name in tables} == {n: t.data_version for n, t in tables.items()}
     assert (entry["batch"], entry["rows_in"], entry["rows_selected"]) == ("b1", 5, 1)
     assert entry["models"] == tables["decisions"].provenance["models"]
@@ -96,7 +99,7 @@ def test_the_manifest_holds_no_time_no_run_and_no_path(storage: Storage, setting
 def test_publishing_the_same_content_again_writes_no_version(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     first = publish_registered(storage, settings, "b1")
-    folder = Path(storage.url(versions.FOLDER, first.version))
+    folder = Path(storage.files.url(versions.FOLDER, first.version))
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     store_batch(storage, settings)
     second = publish_registered(storage, settings, "b1")
@@ -113,7 +116,7 @@ def test_equal_content_has_an_equal_version_in_another_storage(
         store_batch(place, settings, "b1")
     here, there = (publish_registered(place, settings, "b2", "b1") for place in (storage, elsewhere))
     assert here.version == there.version
-    assert elsewhere.read_json(versions.FOLDER, there.version, "manifest.json") == here.manifest
+    assert elsewhere.files.read_json(versions.FOLDER, there.version, "manifest.json") == here.manifest
     fsspec.filesystem("memory").store.clear()
 
 
@@ -126,7 +129,7 @@ def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage
     assert new.version != old.version
     assert new.is_new
     assert version_files(storage, old.version) == before
-    assert storage.read_json(versions.FOLDER, "latest.json")["version"] == new.version
+    assert storage.files.read_json(versions.FOLDER, "latest.json")["version"] == new.version
 
 
 @pytest.mark.parametrize("change", ["selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]"])
@@ -168,8 +171,10 @@ def test_other_selections_are_exported_where_they_are_asked_for(
     published = publish_registered(storage, settings, "b1")
     folders = {name.partition("/")[0] for name in published.manifest["files"] if "/" in name}
     assert folders == {"diff_high", "control_random", "control_stratified_random", *others}
-    lines = storage.read_bytes(versions.FOLDER, published.version, "diff_high", "messages.jsonl")
-    top = storage.read_bytes(versions.FOLDER, published.version, others[-1], "messages.jsonl") if others else lines
+    lines = storage.files.read_bytes(versions.FOLDER, published.version, "diff_high", "messages.jsonl")
+    top = (
+        storage.files.read_bytes(versions.FOLDER, published.version, others[-1], "messages.jsonl") if others else lines
+    )
     assert len(top.splitlines()) == len(lines.splitlines()) == 1
 
 
@@ -199,7 +204,7 @@ def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     older = {key: value for key, value in published.manifest.items() if key != "export"} | {"format": 1}
-    storage.write_json(older, versions.FOLDER, published.version, "manifest.json")
+    storage.files.write_json(older, versions.FOLDER, published.version, "manifest.json")
     assert not curated_dataset.is_current(storage, ["b1"], settings)
 
 
@@ -215,9 +220,9 @@ def test_meta_leads_back_to_the_delivered_row(storage: Storage) -> None:
     settings = parse_settings(SETTINGS + "export: {formats: [messages], meta: true}")
     store_batch(storage, settings)
     version = publish_registered(storage, settings, "b1").version
-    raw = storage.read_table("raw_data", "b1").frame.rows_by_key(["source_row"], named=True, unique=True)
+    raw = storage.tables.read("raw_data", Partition("b1")).frame.rows_by_key(["source_row"], named=True, unique=True)
     for selection in ("diff_high", "control_random"):
-        (line,) = storage.read_bytes(versions.FOLDER, version, selection, "messages.jsonl").splitlines()
+        (line,) = storage.files.read_bytes(versions.FOLDER, version, selection, "messages.jsonl").splitlines()
         record = json.loads(line)
         meta = json.loads(record["meta"])
         row = raw[meta["source_row"]]
@@ -240,7 +245,7 @@ def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Set
 def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1", "b2")
-    assert storage.read_json(versions.FOLDER, "latest.json") == {
+    assert storage.files.read_json(versions.FOLDER, "latest.json") == {
         "version": published.version,
         "excluded_batches": {"b2": "not materialised: raw_data, screened_data, decisions, selected_subset"},
     }
@@ -250,8 +255,8 @@ def test_a_version_that_was_left_half_written_is_finished(storage: Storage, sett
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     whole = version_files(storage, published.version)
-    storage.remove(versions.FOLDER, published.version, "manifest.json")
-    storage.write_bytes(b"[", versions.FOLDER, published.version, "diff_high", "alpaca.json")
+    storage.files.remove(versions.FOLDER, published.version, "manifest.json")
+    storage.files.write_bytes(b"[", versions.FOLDER, published.version, "diff_high", "alpaca.json")
     assert publish_registered(storage, settings, "b1").is_new
     assert version_files(storage, published.version) == whole
 
@@ -260,7 +265,7 @@ def test_a_version_that_was_left_half_written_is_finished(storage: Storage, sett
 
 
 def _lose_table(storage: Storage, _: Settings) -> None:
-    storage.remove("decisions", "b1", "table.parquet")
+    storage.files.remove("decisions", "b1", "table.parquet")
 
 
 def _select_otherwise(storage: Storage, _: Settings) -> None:
@@ -274,18 +279,18 @@ def _change_the_budget(storage: Storage, _: Settings) -> None:
 
 
 def _tear(storage: Storage, _: Settings) -> None:
-    storage.write_bytes(b"torn", "decisions", "b1", "table.parquet")
+    storage.files.write_bytes(b"torn", "decisions", "b1", "table.parquet")
 
 
 def _decide_anew(storage: Storage, _: Settings) -> None:
-    table = storage.read_table("decisions", "b1")
+    table = storage.tables.read("decisions", Partition("b1"))
     changed = table.frame.with_columns(explanation=pl.lit("Otherwise."))
-    storage.write_table(StoredTable(changed, table.provenance), "decisions", "b1")
+    storage.tables.write(StoredTable(changed, table.provenance), "decisions", Partition("b1"))
 
 
 def _read_anew(storage: Storage, _: Settings) -> None:
-    table = storage.read_table("raw_data", "b1")
-    storage.write_table(StoredTable(table.frame[:3], table.provenance), "raw_data", "b1")
+    table = storage.tables.read("raw_data", Partition("b1"))
+    storage.tables.write(StoredTable(table.frame[:3], table.provenance), "raw_data", Partition("b1"))
 
 
 def _no_change(storage: Storage, settings: Settings) -> None:
@@ -294,8 +299,8 @@ def _no_change(storage: Storage, settings: Settings) -> None:
 
 def _rank_otherwise(of: str, value: str) -> Callable[[Storage, Settings], None]:
     def change(storage: Storage, settings: Settings) -> None:
-        table = storage.read_table("decisions", "b1")
-        storage.write_table(StoredTable(table.frame, table.provenance | {of: value}), "decisions", "b1")
+        table = storage.tables.read("decisions", Partition("b1"))
+        storage.tables.write(StoredTable(table.frame, table.provenance | {of: value}), "decisions", Partition("b1"))
 
     return change
 
@@ -309,7 +314,7 @@ LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
         "in the pool reference:r1:0, not in batch:b1; `qaq rec",
     ),
     "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq recurate`"),
-    "torn": (_tear, r"decisions/b1/table.parquet: cannot be read as a table"),
+    "torn": (_tear, r"decisions/b1/table.parquet: it cannot be read"),
     "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
     "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),
 }
@@ -387,7 +392,7 @@ def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
     assert (first.previous, first.difference) == (None, None)
     again = publish_registered(storage, settings, "b1")
     assert (again.previous, changes(again)) == (first.version, [])
-    assert not storage.exists(versions.FOLDER, "differences")
+    assert not storage.files.exists(versions.FOLDER, "differences")
 
 
 def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage, settings: Settings) -> None:
@@ -399,7 +404,7 @@ def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage
     third = publish_registered(storage, settings, "b2")
     assert changes(third) == [("b1", 4, False, "batch_left", "selected", None)]
     stored = f"{third.version}_from_{second.version}.parquet"
-    data = storage.read_bytes(versions.FOLDER, "differences", stored)
+    data = storage.files.read_bytes(versions.FOLDER, "differences", stored)
     assert third.difference is not None
     assert third.difference.equals(pl.read_parquet(data))
     assert first.version != third.version
@@ -456,14 +461,14 @@ def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(stora
         published.append(publish_registered(storage, settings, "b1"))
     first, second, third = (one.version for one in published)
     assert published[2].retired == (first,)
-    assert not storage.exists(versions.FOLDER, first)
-    assert storage.read_json(versions.FOLDER, "retired", f"{first}.json") == published[0].manifest
-    assert all(storage.exists(versions.FOLDER, version, "scores.parquet") for version in (second, third))
+    assert not storage.files.exists(versions.FOLDER, first)
+    assert storage.files.read_json(versions.FOLDER, "retired", f"{first}.json") == published[0].manifest
+    assert all(storage.files.exists(versions.FOLDER, version, "scores.parquet") for version in (second, third))
     # The content of the retired one comes back: its files are written again, and the oldest of the others goes.
     store_batch(storage, settings, queries=("a", "b", "c", "x"))
     back = publish_registered(storage, settings, "b1")
     assert (back.version, back.is_new, back.retired) == (first, True, (second,))
-    assert storage.read_json(versions.FOLDER, "history.json") == [third, first]
+    assert storage.files.read_json(versions.FOLDER, "history.json") == [third, first]
     assert back.previous == third
 
 
@@ -471,8 +476,8 @@ def test_without_a_limit_every_version_keeps_its_files(storage: Storage, setting
     for last in ("x", "y", "z"):
         store_batch(storage, settings, queries=("a", "b", "c", last))
         assert publish_registered(storage, settings, "b1").retired == ()
-    history = storage.read_json(versions.FOLDER, "history.json")
-    assert [storage.exists(versions.FOLDER, version, "manifest.json") for version in history] == [True] * 3
+    history = storage.files.read_json(versions.FOLDER, "history.json")
+    assert [storage.files.exists(versions.FOLDER, version, "manifest.json") for version in history] == [True] * 3
 
 
 # --- numbers for people ---------------------------------------------------------------------------------------------
@@ -488,7 +493,7 @@ def test_a_version_keeps_the_number_of_its_first_publication(storage: Storage, s
         store_batch(storage, settings, queries=("a", "b", "c", last))
         made.append(publish_registered(storage, settings, "b1").version)
     assert numbers(storage) == [(1, made[0]), (2, made[1])]
-    logged = storage.read_json(versions.FOLDER, "publications.json")
+    logged = storage.files.read_json(versions.FOLDER, "publications.json")
     assert [entry["number"] for entry in logged] == [1, 2, 1]
     assert logged[0]["published_at"].startswith("20")
 
@@ -498,7 +503,7 @@ def test_a_storage_of_before_the_log_gets_its_numbers_from_its_history(storage: 
     for last in ("x", "y"):
         store_batch(storage, settings, queries=("a", "b", "c", last))
         made.append(publish_registered(storage, settings, "b1").version)
-    storage.remove(versions.FOLDER, "publications.json")
+    storage.files.remove(versions.FOLDER, "publications.json")
     assert numbers(storage) == [(1, made[0]), (2, made[1])]
     store_batch(storage, settings, queries=("a", "b", "c", "z"))
     made.append(publish_registered(storage, settings, "b1").version)
@@ -511,7 +516,7 @@ def test_the_newest_version_of_a_publication_that_was_cut_off_is_said_to_be_none
 ) -> None:
     store_batch(storage, settings)
     publish_registered(storage, settings, "b1")
-    storage.remove(versions.FOLDER, "latest.json")
+    storage.files.remove(versions.FOLDER, "latest.json")
     with pytest.raises(StorageError, match="the first publication was cut off before it ended; `qaq recurate` ends it"):
         versions.find_version(storage, "latest")
 

@@ -25,7 +25,7 @@ from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import rank_reference
-from qaq_pipeline.storage.storage import StoredTable
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
 from qaq_pipeline_tests.support.frames import rejected

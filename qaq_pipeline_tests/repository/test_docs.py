@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -24,10 +25,10 @@ from qaq_pipeline.config.settings import ReferenceSettings, Settings
 from qaq_pipeline.orchestration import checks
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables, vocabularies
-from qaq_pipeline.storage import storage
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 
 REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "qaq_pipeline"
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([REPOSITORY / "README.md", *DOCS.rglob("*.md")])
 PAGES = [page for page in PAGES if "_build" not in page.parts]
@@ -194,9 +195,11 @@ def test_every_check_gate_and_sensor_is_in_the_operating_guide() -> None:
 
 def test_every_place_in_the_storage_is_in_the_operating_guide() -> None:
     guide = (DOCS / "operating.md").read_text(encoding="utf-8")
-    places = re.findall(r"<root>/([^/\s]+)", storage.__doc__ or "")
-    assert len(places) > 5
-    assert [place for place in places if f"<storage>/{place}" not in guide] == []
+    sources = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in PACKAGE.rglob("*.py")]
+    places = {place for source in sources for place in re.findall(r"(?m)^ {4}([a-z_]+(?:/|\.json))", source or "")}
+    assert len(places) > 8
+    places = {place.rstrip("/") for place in places}
+    assert [place for place in sorted(places) if f"<storage>/{place}" not in guide] == []
 
 
 def test_every_decision_is_in_their_index() -> None:

@@ -397,7 +397,9 @@ def test_a_cached_sum_over_another_number_of_tokens_is_scored_anew(
     stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "null_reason": None}
     rows = [stale | {"pair_id": pair.pair_id} for pair in twenty_samples[:3]]
     identity = scorings.model(settings_for()).identity
-    scorings.storage.append_scores(identity, pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores)))
+    scorings.storage.scores.append(
+        identity, pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores)), {"libraries": {}, "device": "cpu"}
+    )
     scored, report = scorings(twenty_samples)
     assert report.num_cached_quantities == 0
     assert_same_scores(scored, reference)
@@ -530,7 +532,7 @@ def test_a_sequence_that_fits_nowhere_is_null_with_its_reason_and_is_tried_again
     scorings(twenty_samples)
     longest = max(len(one.token_ids) for batch in scorings.scored for one in batch)
     too_long = {one.pair_id for batch in scorings.scored for one in batch if len(one.token_ids) == longest}
-    elsewhere = Storage(scorings.storage.path("elsewhere"), Path(scorings.storage.path("locks")))
+    elsewhere = Storage(scorings.storage.files.path("elsewhere"), Path(scorings.storage.files.path("locks")))
     scorings.wrap = lambda scorer: Cramped(scorer, room=longest - 1)
     scored, _ = scorings(twenty_samples, storage=elsewhere)
     reasons = scored.unpivot([f"null_reason_{q}" for q in Quantity], index="pair_id").drop_nulls()

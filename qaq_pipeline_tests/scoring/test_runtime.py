@@ -80,7 +80,7 @@ def test_where_the_models_files_change_meanwhile_both_identities_are_stated_and_
     before, after = scored.provenance["identity"], scored.provenance["identity_after"]
     assert {name for name in before if before[name] != after[name]} == {"revision"}
     assert scored.frame.height == 2
-    assert not storage.exists("score_cache")
+    assert not storage.files.exists("score_cache")
 
 
 def test_the_estimate_counts_what_the_scoring_then_computes(

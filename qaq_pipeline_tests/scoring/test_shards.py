@@ -20,25 +20,26 @@ from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring import shards
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.score_cache import ScoreCache
 from qaq_pipeline.storage.storage import Storage
+
+SCORED_WITH = {"libraries": {"torch": "2.13.0"}, "device": "cpu"}
 
 IDENTITY = ScoreIdentity("tiny", "r1", "t1", "p1", "bare", "float32", 128, "leave_unscored")
 SECONDS = 5.0
 Open = Callable[..., ShardWriter]
 
 
-class FlakyStorage(Storage):
-    """A storage that fails on the first shard, like a full disk or a broken connection."""
+class FlakyCache(ScoreCache):
+    """A cache that fails on the first shard, like a full disk or a broken connection."""
 
     has_failed = False
 
-    def append_scores(
-        self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any] | None = None
-    ) -> None:
+    def append(self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> None:
         if not self.has_failed:
             self.has_failed = True
             raise OSError("no space left on device")
-        super().append_scores(identity, scores, scored_with)
+        super().append(identity, scores, scored_with)
 
 
 class Clock:
@@ -66,13 +67,13 @@ def storage(tmp_path: Path) -> Storage:
 @pytest.fixture
 def open_writer(storage: Storage, clock: Clock) -> Open:
     """Factory: a writer to the storage, which closes a shard every `SECONDS`."""
-    return lambda: ShardWriter(storage, IDENTITY, SECONDS)
+    return lambda: ShardWriter(storage, IDENTITY, SECONDS, scored_with=SCORED_WITH)
 
 
 @pytest.fixture
 def num_files(storage: Storage) -> Callable[[], int]:
     """Factory: counts the shards in the cache."""
-    return lambda: len(list(Path(storage.path("score_cache")).glob("*/*.parquet")))
+    return lambda: len(list(Path(storage.files.path("score_cache")).glob("*/*.parquet")))
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def cached(storage: Storage) -> Callable[[], list[str]]:
     """The cached scores of the sequences 0 to 9, each as "pair quantity"."""
 
     def read() -> list[str]:
-        frame = storage.read_scores(IDENTITY, pl.Series([f"{number:032x}" for number in range(10)]))
+        frame = storage.scores.read(IDENTITY, pl.Series([f"{number:032x}" for number in range(10)]))
         return [f"{int(row['pair_id'], 16)} {row['quantity']}" for row in frame.iter_rows(named=True)]
 
     return read
@@ -118,7 +119,7 @@ def test_each_target_is_a_row_of_its_own_with_its_count_of_tokens(open_writer: O
         (second, "q", 8.0, 1, None),
     ]
     assert tables.enforce(tables.CachedScores, shard).equals(shard)
-    assert storage.read_scores(IDENTITY, pl.Series([first, second])).equals(shard)
+    assert storage.scores.read(IDENTITY, pl.Series([first, second])).drop("scored_with").equals(shard)
 
 
 def test_the_sum_is_taken_in_fp64(open_writer: Open) -> None:
@@ -221,7 +222,9 @@ def test_what_is_finished_after_the_model_changed_is_kept_for_the_table_and_not_
     storage: Storage, cached: Callable[[], list[str]]
 ) -> None:
     truths = iter([True, False])
-    with ShardWriter(storage, IDENTITY, SECONDS, is_identity_true=lambda: next(truths)) as writer:
+    with ShardWriter(
+        storage, IDENTITY, SECONDS, scored_with=SCORED_WITH, is_identity_true=lambda: next(truths)
+    ) as writer:
         writer.add(sequence(1, 1), [fp32(-0.5)])
         writer.close()
         writer.add(sequence(2, 1), [fp32(-0.25)])
@@ -240,7 +243,7 @@ def test_nothing_is_stored_where_nothing_was_added(
         writer.add(TokenSequence(f"{1:032x}", [0], ()), [])
     assert writer.closed == []
     assert num_files() == 0
-    assert not storage.exists("score_cache")
+    assert not storage.files.exists("score_cache")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError, MemoryError])
@@ -258,10 +261,11 @@ def test_the_open_shard_is_stored_whatever_ends_the_run(
 
 
 def test_a_shard_that_could_not_be_stored_is_stored_on_leaving(tmp_path: Path, cached: Callable[[], list[str]]) -> None:
-    flaky = FlakyStorage(str(tmp_path / "storage"), tmp_path / "locks")
+    flaky = Storage(str(tmp_path / "storage"), tmp_path / "locks")
+    flaky.scores = FlakyCache(flaky.files, flaky.locks)
     with (  # noqa: PT012 - the test is about the open shard.
         pytest.raises(OSError, match="no space left"),
-        ShardWriter(flaky, IDENTITY, SECONDS) as writer,
+        ShardWriter(flaky, IDENTITY, SECONDS, scored_with=SCORED_WITH) as writer,
     ):
         writer.add(sequence(0, 1), [fp32(-1)])
         writer.close()

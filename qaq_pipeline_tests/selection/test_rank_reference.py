@@ -31,10 +31,12 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema import vocabularies
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import DisagreementScores, RankReference, RmiScores, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.selection import disagreement_scores, rank_reference, ranks, strategies
-from qaq_pipeline.storage.storage import StorageError, open_storage
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.end_to_end.test_pipeline import (
     HandMadeRuntime,
@@ -556,21 +558,21 @@ def test_a_batch_that_is_the_reference_is_decided_as_in_its_own_pool_and_the_nex
     curate(settings, instance, deliver(FIRST))
     assert_frame_equal(table(settings, "decisions").select(SELECTED), before, check_exact=True)
     storage = open_storage(settings)
-    frozen = storage.read_table(NAME, "r1")
+    frozen = storage.tables.read(NAME, Partition("r1"))
     assert frozen.frame.height == 2 * 12
 
     curate(settings, instance, deliver(SECOND, "second.jsonl"), batch="b2")
-    ranked = storage.read_table("disagreement_scores", "b2")
+    ranked = storage.tables.read("disagreement_scores", Partition("b2"))
     pool_id = rank_reference.pool_id("r1", frozen.data_version)
     assert ranked.frame["pool_id"].unique().to_list() == [pool_id]
     assert ranked.provenance["inputs"][NAME] == frozen.data_version
     scored = {role: table(settings, "rmi_scores", "b2", role) for role in ROLES}
     expected = rank_reference.disagreement_scores(scored, frozen.frame, settings.ranking, pool_id)
     assert_frame_equal(ranked.frame, expected, check_exact=True)
-    decisions = storage.read_table("decisions", "b2")
+    decisions = storage.tables.read("decisions", Partition("b2"))
     assert decisions.provenance["inputs"][NAME] == frozen.data_version
     assert decisions.provenance["pool_id"] == pool_id
-    manifest = storage.read_json("curated_dataset", latest(settings)["version"], "manifest.json")
+    manifest = storage.files.read_json("curated_dataset", latest(settings)["version"], "manifest.json")
     assert [entry["data_versions"][NAME] for entry in manifest["batches"]] == [frozen.data_version] * 2
     cut = table(settings, "decisions")["verdicts"][0][0]["cut"]
     for gap, verdicts, said in decisions.frame.select("gap", "verdicts", "explanation").iter_rows():
@@ -579,7 +581,7 @@ def test_a_batch_that_is_the_reference_is_decided_as_in_its_own_pool_and_the_nex
         assert "among pairs of like query perplexity of the reference r1: the strong model ranks it " in said
         assert f"of 8; the last pair taken of the reference r1 has {cut:.3f}" in said
     # A batch that is not of it leaves it as it is.
-    assert storage.read_table(NAME, "r1").data_version == frozen.data_version
+    assert storage.tables.read(NAME, Partition("r1")).data_version == frozen.data_version
 
 
 def test_a_new_reference_ranks_every_batch_anew_without_scoring_and_its_difference_is_published(
@@ -597,8 +599,8 @@ def test_a_new_reference_ranks_every_batch_anew_without_scoring_and_its_differen
     assert done.remade == ["select_from_batch b1", "select_from_batch b2"]
     assert refresh.recurate(new, instance).remade == []
     storage = open_storage(new)
-    assert storage.read_table("disagreement_scores", "b1").frame["pool_id"][0].startswith("reference:r2:")
-    assert storage.has_table(NAME, "r1")
+    assert storage.tables.read("disagreement_scores", Partition("b1")).frame["pool_id"][0].startswith("reference:r2:")
+    assert storage.tables.has(NAME, Partition("r1"))
     now = {batch: set(table(new, "selected_subset", batch)["pair_id"]) for batch in ("b1", "b2")}
     assert now != chosen
     assert done.version == latest(new)["version"] != published
@@ -612,7 +614,7 @@ def test_made_again_it_is_the_same_and_other_content_needs_another_name(
 ) -> None:
     settings = referring(settings_for)
     curate(settings, instance, deliver(FIRST))
-    file = Path(open_storage(settings).table_url(NAME, "r1"))
+    file = Path(open_storage(settings).tables.url(NAME, Partition("r1")))
     before = file.read_bytes()
     materialise_reference(settings, instance)
     assert file.read_bytes() == before
@@ -632,11 +634,11 @@ def test_a_damaged_reference_is_written_anew_as_it_was_or_refused(
 ) -> None:
     settings = referring(settings_for)
     curate(settings, instance, deliver(FIRST))
-    file = Path(open_storage(settings).table_url(NAME, "r1"))
+    file = Path(open_storage(settings).tables.url(NAME, Partition("r1")))
     good = file.read_bytes()
     file.write_bytes(good[:40] + bytes([good[40] ^ 255]) + good[41:])
     with pytest.raises(StorageError):
-        open_storage(settings).read_table(NAME, "r1")
+        open_storage(settings).tables.read(NAME, Partition("r1"))
     materialise_reference(settings, instance)
     assert file.read_bytes() == good
     file.write_bytes(good[: len(good) // 2])
@@ -714,7 +716,7 @@ def test_batches_that_were_scored_under_different_eligibility_make_no_reference(
         materialise_reference(settings, instance)
     run_stages(settings, instance, "b2", "score_batch")
     materialise_reference(settings, instance)
-    assert open_storage(settings).has_table(NAME, "r1")
+    assert open_storage(settings).tables.has(NAME, Partition("r1"))
 
 
 def test_a_batch_that_is_missing_or_gated_or_out_of_date_makes_no_reference(
@@ -737,7 +739,7 @@ def test_a_batch_that_is_missing_or_gated_or_out_of_date_makes_no_reference(
     run_stages(settings, instance, "b2", "score_batch", model_runtime=HandMadeRuntime(**nothing, **reasons))
     with pytest.raises(dg.Failure, match="batch b2 is gated: the strong model could score 0 of its 8 pairs"):
         materialise_reference(settings, instance)
-    assert not open_storage(settings).has_table(NAME, "r1")
+    assert not open_storage(settings).tables.has(NAME, Partition("r1"))
 
 
 def test_the_driver_makes_the_reference_when_its_batches_are_scored_and_says_which_are_not(

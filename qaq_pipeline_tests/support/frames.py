@@ -10,6 +10,7 @@ import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import RankingSettings, Settings
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
 from qaq_pipeline.screening import duplicates
@@ -17,8 +18,10 @@ from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import strategies
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.identity import ScoreIdentity
-from qaq_pipeline.storage.storage import Storage, StoredTable, hash_json
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 HOSTILE_NAMES = ["../evil", "a/b", "[x]", "x|y", "", "x" * 300, ".hidden", "a..b", "a\n", "b 1", "~", "-rf"]
 """Names that would leave a folder, be a pattern, break a partition key, or be no name at all."""
@@ -152,17 +155,20 @@ def store_batch(
         settings.published,
         hash_json(made_of),
     )
-    storage.write_table(raw_data, "raw_data", batch)
-    storage.write_table(StoredTable(duplicates.signatures(raw)), "signatures", batch)
-    storage.write_table(screened, "screened_data", batch)
-    storage.write_table(StoredTable(frame, made_of), "decisions", batch)
+    storage.tables.write(raw_data, "raw_data", Partition(batch))
+    storage.tables.write(StoredTable(duplicates.signatures(raw)), "signatures", Partition(batch))
+    storage.tables.write(screened, "screened_data", Partition(batch))
+    storage.tables.write(StoredTable(frame, made_of), "decisions", Partition(batch))
     store_selection(storage, settings, batch)
 
 
 def store_selection(storage: Storage, settings: Settings, batch: str = "b1") -> None:
     """selected_subset of a batch, as the asset leaves it."""
-    raw, decisions = storage.read_table("raw_data", batch), storage.read_table("decisions", batch)
+    raw, decisions = (
+        storage.tables.read("raw_data", Partition(batch)),
+        storage.tables.read("decisions", Partition(batch)),
+    )
     rows = selected_rows(settings.published.name, raw.frame, decisions.frame)
     inputs = {"raw_data": raw.data_version, "decisions": decisions.data_version}
     table = StoredTable(rows, {"selection": settings.published.name, "inputs": inputs})
-    storage.write_table(table, "selected_subset", batch)
+    storage.tables.write(table, "selected_subset", Partition(batch))

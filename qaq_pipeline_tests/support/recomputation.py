@@ -13,6 +13,7 @@ import polars as pl
 
 from qaq_pipeline.config.selections import DiffSelection
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.storage.storage import Storage
 
@@ -37,7 +38,7 @@ def check_batch(storage: Storage, settings: Settings, batch: str) -> int:
     num_taken = math.floor((published.budget.fraction or 0) * len(order) + 0.5)
     texts = _texts(storage, batch)
     num_ranked = 0
-    for row in storage.read_table("decisions", batch).frame.iter_rows(named=True):
+    for row in storage.tables.read("decisions", Partition(batch)).frame.iter_rows(named=True):
         if row["decision"] in ("selected", "not_selected"):
             _check_ranked(row, sums, ranks, settings)
             place = order.index(row["pair_id"]) + 1
@@ -56,7 +57,10 @@ def check_batch(storage: Storage, settings: Settings, batch: str) -> int:
 
 
 def _sums(storage: Storage, batch: str, role: str) -> dict[str, dict[str, Any]]:
-    return {row["pair_id"]: row for row in storage.read_table("logprobs", batch, role).frame.iter_rows(named=True)}
+    return {
+        row["pair_id"]: row
+        for row in storage.tables.read("logprobs", Partition(batch, role)).frame.iter_rows(named=True)
+    }
 
 
 def _ranks(sums: dict[str, dict[str, Any]], settings: Settings) -> dict[str, tuple[float, int, int]]:
@@ -122,7 +126,7 @@ def _close(shown: str, value: float) -> bool:
 
 
 def _texts(storage: Storage, batch: str) -> dict[str, str]:
-    rows = storage.read_table("raw_data", batch).frame.iter_rows(named=True)
+    rows = storage.tables.read("raw_data", Partition(batch)).frame.iter_rows(named=True)
     return {_reference(row): f"{row['query']}\n{row['answer']}" for row in rows}
 
 

@@ -17,7 +17,8 @@ from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import strategies
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
-from qaq_pipeline.storage.storage import StoredTable, hash_json
+from qaq_pipeline.storage.files import hash_json
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, rejected
 
 LANGUAGES = ["python", "javascript", "java", "c++", "go", "rust", "sql", "bash", None]

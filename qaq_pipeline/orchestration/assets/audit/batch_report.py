@@ -15,7 +15,8 @@ from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import page_store, pages, plots, summaries
 from qaq_pipeline.reports.pages import Made, Scoring
-from qaq_pipeline.storage.storage import Storage, StoredTable
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "3"
 _MOST_MATERIALISATIONS = 20
@@ -73,7 +74,7 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version),
             metadata={
-                "page": dg.MetadataValue.path(storage.url(*page_store.batch_page(batch))),
+                "page": dg.MetadataValue.path(storage.files.url(*page_store.batch_page(batch))),
                 **pictures(context, settings, lambda: _drawn(tables)),
             },
         )

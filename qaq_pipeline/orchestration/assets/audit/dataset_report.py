@@ -44,7 +44,7 @@ def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(version),
             metadata={
                 "version": version,
-                "page": dg.MetadataValue.path(storage.url(*page_store.version_page(version))),
+                "page": dg.MetadataValue.path(storage.files.url(*page_store.version_page(version))),
                 **pictures(context, settings, draw),
             },
         )

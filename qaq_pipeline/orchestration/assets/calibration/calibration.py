@@ -17,7 +17,8 @@ from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 from qaq_pipeline.schema.tables import Calibration
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import rank_reference
-from qaq_pipeline.storage.storage import Storage, StoredTable, empty
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable, empty
 
 VERSION = "3"
 
@@ -76,10 +77,10 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         if settings.reports.pages:
             batch, made = context.partition_key, made_by(context)
             place = page_store.calibration_page(batch)
-            storage.write_bytes(
+            storage.files.write_bytes(
                 calibration_page.page(batch, frame, judged, planted_rows.frame, settings, finding, gate, made), *place
             )
-            metadata["page"] = dg.MetadataValue.path(storage.url(*place))
+            metadata["page"] = dg.MetadataValue.path(storage.files.url(*place))
         return table_result(context, frame, inputs, metadata, **stored_gate(gate))
 
     return calibration

@@ -14,7 +14,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import PlantedRows
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening import gates
-from qaq_pipeline.storage.storage import StoredTable, empty
+from qaq_pipeline.storage.tables import StoredTable, empty
 
 VERSION = "1"
 

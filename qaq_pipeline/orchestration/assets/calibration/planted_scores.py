@@ -12,7 +12,8 @@ from qaq_pipeline.orchestration.results import stored_gate, table_result
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
-from qaq_pipeline.storage.storage import Storage, StoredTable
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "1"
 
@@ -39,7 +40,7 @@ def build_planted_scores(settings: Settings) -> dg.AssetsDefinition:
         batch, role = partition_parts(context.partition_key)
         columns = ("pair_id", "system", "query", "answer")
         pairs = [Pair(*row) for row in planted_rows.frame.select(columns).iter_rows()]
-        with storage.lock("planted_scores", batch, role):
+        with storage.locks.hold("planted_scores", batch, role):
             scored = model_runtime.score(role, pairs, storage, logger(context), start_logger(context))
         frame = rmi_scores.rmi_scores(
             scored.frame,

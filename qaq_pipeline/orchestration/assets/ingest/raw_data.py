@@ -12,7 +12,9 @@ from qaq_pipeline.orchestration.partitions import BATCHES, LANDED_TAG
 from qaq_pipeline.orchestration.results import footer_before, table_result, unless_same
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.schema import tables
-from qaq_pipeline.storage.storage import Delivery, Storage, empty
+from qaq_pipeline.storage.deliveries import Delivery
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import empty
 
 VERSION = "1"
 
@@ -36,7 +38,7 @@ def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
             delivery = landing.receive(storage, context.partition_key)
         except landing.LandingError as error:
             raise dg.Failure(str(error), allow_retries=False) from error
-        frame = read_delivery(storage.read_delivery(delivery), delivery, settings)
+        frame = read_delivery(storage.deliveries.read(delivery), delivery, settings)
         metadata = {
             "accepted": int((frame["status"] == "accepted").sum()),
             "rejected": int((frame["status"] == "rejected").sum()),

@@ -21,11 +21,23 @@ from qaq_pipeline.orchestration.results import (
 )
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.screening import benchmarks, contamination, duplicates, gates, screen, withdrawals
+from qaq_pipeline.screening import (
+    batch_order,
+    benchmarks,
+    contamination,
+    contamination_cache,
+    duplicates,
+    gates,
+    screen,
+    withdrawals,
+)
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.storage.storage import Storage, StoredTable, empty, hash_json
+from qaq_pipeline.storage.files import hash_json
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable, empty
 
 VERSION = "2"
 
@@ -53,12 +65,12 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         require_inputs("signatures", signatures, {"raw_data": raw_data}, signatures.provenance["inputs"])
         found = _contamination(storage, batch, raw_data, settings.screening.contamination)
         # One batch at a time: each is compared with all before it, and the next must find this one's rows.
-        with storage.lock("batch_order", waits=True):
+        with storage.locks.hold("batch_order", waits=True):
             result, gate = _screen(context, storage, settings, raw_data, signatures, found)
             assert result.value is not None
-            storage.write_table(result.value, "screened_data", batch)
+            storage.tables.write(result.value, "screened_data", Partition(batch))
             if gate is None:
-                storage.take_place(batch)
+                batch_order.take_place(storage, batch)
         yield from unless_same(context, result, stored, RESCREENING_TAG, "compared_with", "withdrawn")
         report_gate(context, settings.alerts, gate, is_new=is_new_verdict(gate, stored))
 
@@ -84,10 +96,12 @@ def _screen(
     """What is made of the batch beside the older ones, and whether it goes any further."""
     batch, duplicates_of = context.partition_key, settings.screening.duplicates
     withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
-    before = storage.batches_before(batch) if duplicates_of.across_batches else []
+    before = batch_order.batches_before(storage, batch) if duplicates_of.across_batches else []
     older = _older(context, storage, before, signatures.frame)
     related = {name: one.related for name, one in older.items()}
-    raws = [storage.read_table("raw_data", name).frame for name, rows in related.items() if not rows.is_empty()]
+    raws = [
+        storage.tables.read("raw_data", Partition(name)).frame for name, rows in related.items() if not rows.is_empty()
+    ]
     frame = screen.screen(
         raw_data.frame,
         signatures.frame,
@@ -143,7 +157,7 @@ def _older(
     older = {}
     registered = set(context.instance.get_dynamic_partitions(str(BATCHES.name)))
     for batch in eligibility.standing_batches(storage, batches, registered):
-        signed, screened = (storage.read_table(name, batch) for name in ("signatures", "screened_data"))
+        signed, screened = (storage.tables.read(name, Partition(batch)) for name in ("signatures", "screened_data"))
         if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
             raise dg.Failure(
                 f"signatures of batch {batch} are of another version; materialise signatures, then screened_data, of "
@@ -171,10 +185,10 @@ def _contamination(storage: Storage, batch: str, raw_data: StoredTable, settings
         how = settings.model_dump(mode="json", exclude={"benchmarks", "action"})
         made_of = [raw_data.data_version, source.name, benchmark.sha256, how, contamination.VERSION]
         key = hash_json(made_of)
-        known = storage.read_contamination(batch, key)
+        known = contamination_cache.read_contamination(storage, batch, key)
         if known is None:
             known = contamination.find(accepted, benchmark, settings)
-            storage.write_contamination(known, batch, key)
+            contamination_cache.write_contamination(storage, known, batch, key)
         found.append(known)
         hashes[source.name] = benchmark.sha256
     return _Found(pl.concat(found), hashes)

@@ -7,7 +7,7 @@ from qaq_pipeline.orchestration.metadata import code_version, definition
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.results import table_result
 from qaq_pipeline.screening import duplicates
-from qaq_pipeline.storage.storage import StoredTable
+from qaq_pipeline.storage.tables import StoredTable
 
 
 def build_signatures(_: Settings) -> dg.AssetsDefinition:

@@ -37,14 +37,14 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     )
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
-        with storage.lock(versions.FOLDER, waits=True):
+        with storage.locks.hold(versions.FOLDER, waits=True):
             batches, excluded = read_batches(storage, registered, settings)
             # What was withdrawn must go, and be it that nothing is left.
             if not batches and not versions.published_withdrawn(storage):
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
             published = publish(storage, settings, batches, excluded, context.run.run_id)
-            storage.write_json(_sidecar(context, excluded), *versions.run_record(context.run.run_id))
+            storage.files.write_json(_sidecar(context, excluded), *versions.run_record(context.run.run_id))
         return _result(context, published, excluded)
 
     return curated_dataset

@@ -17,7 +17,8 @@ from qaq_pipeline.schema.vocabularies import Quantity, Status
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoredPairs
 from qaq_pipeline.screening import gates
-from qaq_pipeline.storage.storage import Storage, StoredTable
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "2"
 GPU_POOL = "gpu"
@@ -47,7 +48,7 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         if gate is not None:
             context.log.warning("batch %s is not scored: %s", batch, gate.sentence)
         pairs = [] if gate is not None else accepted_pairs(raw_data.frame, screened_data.frame)
-        with storage.lock("logprobs", batch, role):
+        with storage.locks.hold("logprobs", batch, role):
             scored = model_runtime.score(role, pairs, storage, logger(context), start_logger(context))
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         metadata = {**scoring_metadata(scored), **gate_metadata(gate)}

@@ -11,7 +11,7 @@ from qaq_pipeline.orchestration.results import table_result
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.scoring import rmi_scores as formulas
-from qaq_pipeline.storage.storage import StoredTable
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "2"
 

@@ -26,7 +26,8 @@ from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import rank_reference, strategies
 from qaq_pipeline.selection.decisions import decide
-from qaq_pipeline.storage.storage import UNKNOWN_SCORER, Storage, StoredTable
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "3"
 
@@ -90,7 +91,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             disagreement_scores.frame,
             verdicts,
             settings.published,
-            storage.write_provenance(provenance_of(context, inputs, **facts), context.run.run_id),
+            storage.provenance.write(provenance_of(context, inputs, **facts), context.run.run_id),
             gate,
         )
         _require_every_row(raw_data, frame.height)
@@ -109,11 +110,11 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
 
 
 def _scored_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """How a model was asked, and with what it answered; of scores of before it was recorded, that it is not known."""
+    """How a model was asked, and with which libraries and devices it answered."""
     return {
         "frame": made_of["frame"],
-        "template": made_of.get("template", "unknown"),
-        "scored_with": made_of.get("scored_with", [UNKNOWN_SCORER]),
+        "template": made_of["template"],
+        "scored_with": made_of["scored_with"],
     }
 
 

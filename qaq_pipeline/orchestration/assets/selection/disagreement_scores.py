@@ -11,7 +11,8 @@ from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.results import by_model, table_result
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.selection import disagreement_scores, rank_reference
-from qaq_pipeline.storage.storage import Storage, StoredTable
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "1"
 

@@ -9,9 +9,12 @@ from qaq_pipeline.config.settings import ReferenceSettings, Settings
 from qaq_pipeline.orchestration.metadata import code_version, definition, lineage_of_columns
 from qaq_pipeline.orchestration.results import require_inputs
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection.rank_reference import freeze
-from qaq_pipeline.storage.storage import Storage, StorageError, StoredTable
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "1"
 NAME = "rank_reference"
@@ -53,7 +56,7 @@ def build_rank_reference(settings: Settings) -> dg.AssetsDefinition:
             context.log.warning(warning)
         version = context.assets_def.code_versions_by_key[context.asset_key]
         made = StoredTable(checked, _provenance(settings, batches, version))
-        with storage.lock(NAME, wanted.name):
+        with storage.locks.hold(NAME, wanted.name):
             table = _freeze(storage, wanted.name, made)
         return _result(storage, wanted, table, warnings)
 
@@ -89,7 +92,7 @@ def read_reference(storage: Storage, settings: Settings) -> StoredTable:
         dg.Failure: it is frozen with other settings.
     """
     wanted = _wanted(settings)
-    table = storage.read_table(NAME, wanted.name)
+    table = storage.tables.read(NAME, Partition(wanted.name))
     if table.provenance["frozen_with"] != frozen_with(settings):
         raise dg.Failure(
             f"the reference {wanted.name} is frozen with {table.provenance['frozen_with']}, the settings ask for "
@@ -107,15 +110,15 @@ def differently_scored(table: StoredTable, scores: Scores) -> list[str]:
 
 def _read_batch(storage: Storage, batch: str, settings: Settings) -> Scores:
     """The batch's rmi_scores, up to date and not gated."""
-    missing = [role for role in settings.models if not storage.has_table("rmi_scores", batch, role)]
+    missing = [role for role in settings.models if not storage.tables.has("rmi_scores", Partition(batch, role))]
     if missing:
         raise dg.Failure(
             f"{NAME}: batch {batch} has no rmi_scores of the models {missing}; materialise them first, or `qaq run` "
             "the batch with ranking.pool: batch",
             allow_retries=False,
         )
-    scores = {role: storage.read_table("rmi_scores", batch, role) for role in sorted(settings.models)}
-    screened = storage.read_table("screened_data", batch)
+    scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
+    screened = storage.tables.read("screened_data", Partition(batch))
     for role, table in scores.items():
         require_inputs(f"rmi_scores|{role}", table, {"screened_data": screened}, table.provenance["scored_from"])
     gate = gates.of_provenance(screened.provenance) or gates.after_scoring(
@@ -185,19 +188,19 @@ def _freeze(storage: Storage, name: str, made: StoredTable) -> StoredTable:
     Raises:
         dg.Failure: another one stands there.
     """
-    if not storage.has_table(NAME, name):
-        storage.write_table(made, NAME, name)
+    if not storage.tables.has(NAME, Partition(name)):
+        storage.tables.write(made, NAME, Partition(name))
         return made
     try:
-        frozen = storage.read_table(NAME, name)
+        frozen = storage.tables.read(NAME, Partition(name))
     except StorageError as error:
-        if storage.table_version(NAME, name) != made.data_version:
+        if storage.tables.version(NAME, Partition(name)) != made.data_version:
             raise dg.Failure(
                 f"the reference {name} is damaged, and cannot be made again as it was ({error}); restore the file, or "
                 "give ranking.reference a name that is new",
                 allow_retries=False,
             ) from error
-        storage.write_table(made, NAME, name)
+        storage.tables.write(made, NAME, Partition(name))
         return made
     if not frozen.frame.equals(made.frame) or any(
         frozen.provenance[key] != made.provenance[key] for key in ("frozen_with", "scored_by")
@@ -221,7 +224,7 @@ def _result(
             "batches": list(wanted.batches),
             "pairs": table.frame["pair_id"].n_unique(),
             "num_strata": dict(table.frame.select("model", "num_strata").unique().sort("model").iter_rows()),
-            "path": dg.MetadataValue.path(storage.table_url(NAME, wanted.name)),
+            "path": dg.MetadataValue.path(storage.tables.url(NAME, Partition(wanted.name))),
             "warnings": warnings,
             **lineage_of_columns(NAME, table.provenance["inputs"]),
             "provenance": dg.JsonMetadataValue(table.provenance),

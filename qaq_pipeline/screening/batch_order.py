@@ -1,0 +1,29 @@
+"""The order in which batches were first screened: a batch is compared with the batches before it.
+
+batch_order.json     names of the batches
+"""
+
+from __future__ import annotations
+
+from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.storage.storage import Storage
+
+_PLACE = "batch_order.json"
+
+
+def batches_in_order(storage: Storage) -> list[str]:
+    """The batches that were ever screened, oldest first: a batch keeps its place."""
+    return storage.files.read_json(_PLACE) if storage.files.exists(_PLACE) else []
+
+
+def batches_before(storage: Storage, batch: str) -> list[str]:
+    """The batches screened before this one: all of them, where it has no place yet."""
+    known = batches_in_order(storage)
+    return known[: known.index(batch)] if batch in known else known
+
+
+def take_place(storage: Storage, batch: str) -> None:
+    """Give a screened batch its place in the order, for good. Call it under a lock."""
+    known = batches_in_order(storage)
+    if batch not in known:
+        storage.files.write_json([*known, check_batch_name(batch)], _PLACE)

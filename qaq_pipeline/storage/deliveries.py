@@ -1,0 +1,103 @@
+"""Deliveries: immutable copies of what was delivered, and a pointer to the current one.
+
+deliveries/<batch>/<hash>/<file>       the copy, written once
+deliveries/<batch>/current.json        the current delivery; written last
+deliveries/<batch>/<note>.json         notes of the landing zone
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.storage.files import Files, StorageError, hash_json
+
+_FOLDER = "deliveries"
+_COPY = re.compile(r"^[0-9a-f]{32}$")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One delivery of a batch: its files with their sha256, and how many rows of them are read."""
+
+    batch: str
+    files: dict[str, str]
+    """sha256 of each file, by its name in the delivery."""
+    limit: int | None = None
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of files, names and limit (32 hex digits): the folder of the copy."""
+        return hash_json({"files": self.files, "limit": self.limit})
+
+
+class Deliveries:
+    """The deliveries of all batches."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def store(self, batch: str, files: Mapping[str, bytes], limit: int | None = None) -> Delivery:
+        """Keep an immutable copy of a delivery; the same content is stored once."""
+        check_batch_name(batch)
+        delivery = Delivery(batch, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, limit)
+        for name, data in files.items():
+            copy = (_FOLDER, batch, delivery.content_hash, name)
+            if not (self._files.exists(*copy) and self._files.read_bytes(*copy) == data):  # Replace a damaged copy.
+                self._files.write_bytes(data, *copy)
+        self._files.write_json({"files": delivery.files, "limit": limit}, _FOLDER, batch, "current.json")
+        return delivery
+
+    def has(self, batch: str) -> bool:
+        """Whether the batch was ever delivered."""
+        return self._files.exists(_FOLDER, check_batch_name(batch), "current.json")
+
+    def current(self, batch: str) -> Delivery:
+        """The newest delivery of a batch. Raises `StorageError` where there is none."""
+        if not self.has(batch):
+            raise StorageError(f"batch {batch!r} was never delivered; register it with `qaq run FILE --batch {batch}`")
+        pointer = self._files.read_json(_FOLDER, batch, "current.json")
+        return Delivery(batch, pointer["files"], pointer["limit"])
+
+    def read(self, delivery: Delivery) -> dict[str, bytes]:
+        """The delivered bytes by file name. Raises `StorageError` where a copy was changed."""
+        check_batch_name(delivery.batch)
+        contents = {}
+        for name, sha256 in delivery.files.items():
+            parts = self.place(delivery.batch, delivery.content_hash, name)
+            contents[name] = self._files.read_bytes(*parts)
+            if hashlib.sha256(contents[name]).hexdigest() != sha256:
+                raise StorageError(
+                    f"{self._files.url(*parts)}: changed since it was delivered; deliver the batch again"
+                )
+        return contents
+
+    def copies(self, batch: str) -> list[str]:
+        """Names of the folders with copies of a batch's deliveries."""
+        return [name for name in self._files.names(_FOLDER, batch) if _COPY.match(name)]
+
+    def place(self, batch: str, *inside: str) -> tuple[str, ...]:
+        """Parts of the path of a batch's deliveries, or of something in them."""
+        return (_FOLDER, batch, *inside)
+
+    # --- notes of the landing zone -------------------------------------------------------------------------------
+
+    def write_note(self, note: Any, batch: str, name: str) -> None:
+        """Keep a note about a batch's deliveries."""
+        self._files.write_json(note, _FOLDER, check_batch_name(batch), name)
+
+    def has_note(self, batch: str, name: str) -> bool:
+        """Whether there is a note of that name."""
+        return self._files.exists(_FOLDER, check_batch_name(batch), name)
+
+    def read_note(self, batch: str, name: str) -> Any:
+        """A note. Raises `StorageError` where there is none."""
+        return self._files.read_json(_FOLDER, check_batch_name(batch), name)
+
+    def remove_note(self, batch: str, name: str) -> None:
+        """Remove a note."""
+        self._files.remove(_FOLDER, check_batch_name(batch), name)

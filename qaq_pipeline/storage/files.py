@@ -1,0 +1,150 @@
+"""Bytes, JSON and Parquet files under one root, on a local disk or an object store.
+
+Belongs here: atomic writes, listings, URLs. Does not belong here: what a file means (the other stores).
+
+Every write is atomic: on a local disk a temporary name in the same folder, then a rename; on an object store one PUT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import polars as pl
+from fsspec.implementations.local import LocalFileSystem
+
+
+class StorageError(ValueError):
+    """A stored file is missing, torn or foreign. The text names the path and the remedy."""
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON value as it is stored: the one way to write it, so that its bytes can be compared."""
+    return json.dumps(value, indent=2, sort_keys=True).encode()
+
+
+def hash_json(value: Any) -> str:
+    """Hash of a JSON value (32 hex digits)."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Files:
+    """Files under a root. A place is given by its parts, as `files.read_json("reports", "b1", "made_of.json")`.
+
+    Args:
+        root: local path or any fsspec URL.
+
+    Raises:
+        ValueError, ImportError: the URL is of an unknown kind, or its fsspec package is not installed.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(root)
+
+    def path(self, *parts: str) -> str:
+        """Full path below the root."""
+        return "/".join([self._root.rstrip("/"), *parts])
+
+    def url(self, *parts: str) -> str:
+        """The full path with its protocol, as other tools need it."""
+        return self._fs.unstrip_protocol(self.path(*parts)).removeprefix("file://")
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Write atomically: readers see the old content or the new, never a part of it."""
+        path = self.path(*parts)
+        if not isinstance(self._fs, LocalFileSystem):
+            self._fs.pipe_file(path, data)
+            return
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            _write_through(data, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_bytes(self, *parts: str) -> bytes:
+        """Raises `StorageError` where there is no file."""
+        try:
+            return self._fs.cat_file(self.path(*parts))
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
+
+    def open(self, *parts: str) -> BinaryIO:
+        """A stream that reads the file. Raises FileNotFoundError where there is none."""
+        return self._fs.open(self.path(*parts), "rb")
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        """Write a JSON value atomically."""
+        self.write_bytes(json_bytes(value), *parts)
+
+    def read_json(self, *parts: str) -> Any:
+        """Raises `StorageError` where there is no file, or a torn one."""
+        data = self.read_bytes(*parts)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"{self.url(*parts)}: not JSON ({error}); restore the file, or remove it") from error
+
+    def read_frame(self, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """Rows of a Parquet file that is no stored table.
+
+        Raises:
+            StorageError: it is missing, or torn.
+        """
+        data = self.read_bytes(*parts)
+        try:
+            return pl.read_parquet(io.BytesIO(data), columns=None if columns is None else list(columns), glob=False)
+        except pl.exceptions.PolarsError as error:
+            raise StorageError(f"{self.url(*parts)}: it cannot be read: {error}; restore it from a backup") from error
+
+    def exists(self, *parts: str) -> bool:
+        """Whether there is a file or a folder."""
+        return self._fs.exists(self.path(*parts))
+
+    def size(self, *parts: str) -> int:
+        """Size of a file in bytes."""
+        return int(self._fs.size(self.path(*parts)))
+
+    def names(self, *parts: str) -> list[str]:
+        """Names in a folder, sorted; empty where there is no folder."""
+        folder = self.path(*parts)
+        if not self._fs.exists(folder):
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(folder, detail=False))
+
+    def files_below(self, *parts: str) -> list[str]:
+        """Paths of all files in a folder and its subfolders, relative to it."""
+        start = self.path(*parts)
+        return sorted(path.removeprefix(start).lstrip("/") for path in self._fs.find(start))
+
+    def move(self, source: Sequence[str], target: Sequence[str]) -> None:
+        """Move a file or a folder. Raises FileNotFoundError where it is gone."""
+        if isinstance(self._fs, LocalFileSystem):
+            Path(self.path(*target)).parent.mkdir(parents=True, exist_ok=True)
+        self._fs.mv(self.path(*source), self.path(*target), recursive=True)
+
+    def remove(self, *parts: str) -> None:
+        """Remove one file."""
+        self._fs.rm_file(self.path(*parts))
+
+    def remove_folder(self, *parts: str) -> None:
+        """Remove a folder and everything in it."""
+        self._fs.rm(self.path(*parts), recursive=True)
+
+
+def _write_through(data: bytes, path: Path) -> None:
+    """Write and flush to the disk, so that a rename cannot come before the content."""
+    import os
+
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

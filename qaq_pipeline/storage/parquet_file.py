@@ -1,0 +1,94 @@
+"""Parquet files with a footer of our own: provenance, the hash of the columns, and the hash of the whole file.
+
+Belongs here: encoding, decoding and hashing. Does not belong here: paths, and what a table means (`tables`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qaq_pipeline.storage import row_lookup
+
+_FOOTER_KEY = "qaq_pipeline"
+_FILE_HASH = "file_hash"
+_NO_HASH = "0" * 32
+"""Fills the place of a file's own hash while the hash is computed."""
+_FOOTER_TAIL_BYTES = 8
+_KNOWN_FIELDS = {"provenance", "data_version", "scored_with", _FILE_HASH}
+
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, KeyError, TypeError, ValueError)
+"""Raised while rows and footer are read from bytes that are no file of ours, or a damaged one."""
+NO_FOOTER = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
+"""Raised while a footer alone is read; pyarrow raises OSError for some damage."""
+
+
+def encode(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
+    """The frame as a Parquet file. A footer that is not empty also gets the hash of the whole file."""
+    buffer = io.BytesIO()
+    metadata = {_FOOTER_KEY: json.dumps({**footer, _FILE_HASH: _NO_HASH}, sort_keys=True)} if footer else None
+    rows = row_lookup.rows_per_group(frame.height)
+    frame.rechunk().write_parquet(buffer, compression="zstd", row_group_size=rows, metadata=metadata)
+    data = buffer.getvalue()
+    if metadata is None:
+        return data
+    mark = f'"{_FILE_HASH}": "'.encode()
+    before, _, after = data.rpartition(mark + _NO_HASH.encode())
+    return b"".join([before, mark, _hash(data).encode(), after])
+
+
+def decode(data: bytes) -> pl.DataFrame:
+    """The rows. Raises one of `UNREADABLE`."""
+    return pl.read_parquet(io.BytesIO(data), glob=False)
+
+
+def footer_of(data: bytes) -> dict[str, Any]:
+    """The footer of a file in memory. Raises one of `UNREADABLE`."""
+    return json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
+
+
+def read_footer(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The footer of a file, and the number of its rows, without its rows. Raises one of `NO_FOOTER`."""
+    metadata = pq.read_metadata(stream)
+    return json.loads((metadata.metadata or {})[_FOOTER_KEY.encode()]), metadata.num_rows
+
+
+def content_hash(data: bytes) -> str:
+    """Hash of the columns' bytes, without the footer, which names its writer (32 hex digits)."""
+    # A Parquet file ends: …columns | footer | length of the footer, 4 bytes little-endian | PAR1
+    footer_bytes = int.from_bytes(data[-_FOOTER_TAIL_BYTES:-4], "little")
+    return _hash(data[: -(footer_bytes + _FOOTER_TAIL_BYTES)])
+
+
+def file_fault(data: bytes) -> str | None:
+    """The fault of a table or a shard of which a byte changed since it was written, as a sentence; None: no fault."""
+    try:
+        footer = read_footer(io.BytesIO(data))[0]
+        version, file_hash = footer["data_version"], footer[_FILE_HASH]
+    except NO_FOOTER as error:
+        return f"it cannot be read ({error})"
+    is_whole = _hash_without(data, file_hash) == file_hash
+    is_ours = footer.keys() <= _KNOWN_FIELDS and content_hash(data) == version
+    return None if is_whole and is_ours else "it was changed since it was written"
+
+
+def _hash_without(data: bytes, file_hash: str) -> str | None:
+    """Hash of a file in which its own hash is zeros; None where the file does not contain it."""
+    start = data.rfind(file_hash.encode())
+    view = memoryview(data)
+    return None if start < 0 else _hash(view[:start], _NO_HASH.encode(), view[start + len(file_hash) :])
+
+
+def _hash(*parts: bytes | memoryview) -> str:
+    """Hash of bytes (32 hex digits), in parts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()

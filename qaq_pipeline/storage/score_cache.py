@@ -1,0 +1,172 @@
+"""Cached scores, by the identity that makes a score what it is.
+
+score_cache/<identity>/identity.json            its fields
+score_cache/<identity>/<sha256>.parquet         a shard: written once, never changed
+score_cache/<identity>/hits.json                how many scores runs have taken from it
+score_cache/<identity>/set_aside/               files that are no shards
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.schema.tables import CachedScores, TableError, dtypes, enforce
+from qaq_pipeline.storage import parquet_file
+from qaq_pipeline.storage.files import Files
+from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.locks import Locks, PartitionBusyError
+from qaq_pipeline.storage.tables import StoredTable, empty
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "score_cache"
+_IDENTITY, _HITS, _SET_ASIDE = "identity.json", "hits.json", "set_aside"
+_NO_SHARD = (*parquet_file.UNREADABLE, TableError)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """The content of the score cache under one identity."""
+
+    digest: str
+    identity: dict[str, Any]
+    """Fields of the `ScoreIdentity`."""
+    num_shards: int
+    num_set_aside: int
+    num_scores: int
+    num_bytes: int
+    num_hits: int
+    """Scores that runs have taken from it."""
+
+
+class ScoreCache:
+    """The cached scores of all models."""
+
+    def __init__(self, files: Files, locks: Locks) -> None:
+        self._files = files
+        self._locks = locks
+
+    def read(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
+        """Every cached score of the pairs, once for each number of tokens, as `CachedScores` with `scored_with`.
+
+        `scored_with` is JSON: the libraries and the device that scored it. Where two writers cached a score, the lower
+        sum counts, whatever the shards are named. A file that is no shard, torn or changed is set aside with a warning
+        and never read: its pairs are scored again.
+        """
+        key = [*CachedScores.primary_key(), "num_tokens"]
+        wanted = pl.col("pair_id").is_in(pair_ids.implode())
+        digest = identity.digest()
+        shards = [self._shard_or_aside(digest, name).filter(wanted) for name in self.shards(digest)]
+        scores = pl.concat([_no_scores(), *shards])
+        order = [*key, "sum_nll", "scored_with"]
+        return scores.sort(order, nulls_last=True).unique(key, keep="first", maintain_order=True)
+
+    def append(self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> None:
+        """Add a shard of scores, under the hash of its bytes: an equal one is the same file.
+
+        Shards are never changed, so writers cannot disturb each other.
+
+        Args:
+            identity: what makes the scores what they are.
+            scores: as `CachedScores`.
+            scored_with: the libraries and the device that scored them.
+        """
+        folder = (_FOLDER, identity.digest())
+        if not self._files.exists(*folder, _IDENTITY):
+            self._files.write_json(dataclasses.asdict(identity), *folder, _IDENTITY)
+        frame = enforce(CachedScores, scores)
+        footer = {"data_version": StoredTable(frame).data_version, "scored_with": scored_with}
+        data = parquet_file.encode(frame, footer)
+        self._files.write_bytes(data, *folder, f"{hashlib.sha256(data).hexdigest()}.parquet")
+
+    def count_hits(self, identity: ScoreIdentity, number: int) -> None:
+        """Add to the count of scores that runs have taken from the cache."""
+        parts = (_FOLDER, identity.digest(), _HITS)
+        # A statistic: no scoring fails for it.
+        with contextlib.suppress(PartitionBusyError), self._locks.hold(_FOLDER, identity.digest()):
+            before = self._files.read_json(*parts) if self._files.exists(*parts) else 0
+            self._files.write_json(before + number, *parts)
+
+    def models(self) -> list[CachedModel]:
+        """The content of the cache, by model."""
+        digests = [name for name in self._files.names(_FOLDER) if self._files.exists(_FOLDER, name, _IDENTITY)]
+        return sorted(map(self._model, digests), key=lambda cached: (cached.identity["model"], cached.digest))
+
+    def prune(self, digest: str) -> None:
+        """Remove everything under an identity."""
+        removed = (_FOLDER, f".{uuid.uuid4().hex}.pruned")
+        with self._locks.hold(_FOLDER, digest):
+            # Moved in one step: a shard that is being written goes with it, or starts a new folder.
+            self._files.move((_FOLDER, digest), removed)
+        self._files.remove_folder(*removed)
+
+    def shards(self, digest: str) -> list[str]:
+        """File names of the shards under an identity."""
+        return [name for name in self._files.names(_FOLDER, digest) if name.endswith(".parquet")]
+
+    def place(self, digest: str, *inside: str) -> tuple[str, ...]:
+        """Parts of the path of an identity's folder, or of something in it."""
+        return (_FOLDER, digest, *inside)
+
+    def _model(self, digest: str) -> CachedModel:
+        hits = (_FOLDER, digest, _HITS)
+        contents = [self._files.read_bytes(_FOLDER, digest, name) for name in self.shards(digest)]
+        return CachedModel(
+            digest=digest,
+            identity=self._files.read_json(_FOLDER, digest, _IDENTITY),
+            num_shards=len(contents),
+            num_set_aside=len(self._files.names(_FOLDER, digest, _SET_ASIDE)),
+            num_scores=sum(map(_num_rows, contents)),
+            num_bytes=sum(map(len, contents)),
+            num_hits=self._files.read_json(*hits) if self._files.exists(*hits) else 0,
+        )
+
+    def _shard_or_aside(self, digest: str, name: str) -> pl.DataFrame:
+        """The shard; no scores where the file is none and is set aside, or is gone since it was listed."""
+        parts = (_FOLDER, digest, name)
+        if not self._files.exists(*parts):
+            return _no_scores()
+        data = self._files.read_bytes(*parts)
+        try:
+            return _read_shard(data)
+        except _NO_SHARD as error:
+            path = self._files.path(*parts)
+            logger.warning("%s: no shard of scores (%s); set aside, its pairs are scored again", path, error)
+        with contextlib.suppress(FileNotFoundError):  # Another reader was faster.
+            self._files.move(parts, (_FOLDER, digest, _SET_ASIDE, name))
+        return _no_scores()
+
+
+def _read_shard(data: bytes) -> pl.DataFrame:
+    """The scores of a shard, labelled. Raises one of `_NO_SHARD` where it is none."""
+    footer = parquet_file.footer_of(data)
+    if parquet_file.content_hash(data) != footer["data_version"]:
+        raise ValueError("it was changed since it was written")
+    columns = dtypes(CachedScores)
+    # Its rows were checked when it was written, and there may be thousands of shards.
+    frame = parquet_file.decode(data).select(list(columns))  # A shard may have more columns.
+    if dict(frame.schema) != columns:
+        raise ValueError("its columns have other types")
+    return frame.with_columns(scored_with=pl.lit(json.dumps(footer["scored_with"], sort_keys=True)))
+
+
+def _no_scores() -> pl.DataFrame:
+    return empty(CachedScores).with_columns(scored_with=pl.lit(None, pl.String))
+
+
+def _num_rows(data: bytes) -> int:
+    """Rows of a shard; 0 where it is none."""
+    try:
+        return _read_shard(data).height
+    except _NO_SHARD:
+        return 0

@@ -1,0 +1,255 @@
+"""Stored tables: schema-checked frames with their provenance in the file's footer.
+
+Belongs here: writing, reading and searching the tables of the pipeline. Does not belong here: what they mean
+(`schema.tables`), or which there are (`pipeline`).
+
+    <table>/<batch>[/<model>]/table.parquet
+    decisions/<batch>/pair_index.parquet      from pair_ids to keys, for one version of the table
+    rank_reference/<name>/table.parquet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import dataframely as dy
+import polars as pl
+import pyarrow as pa
+
+from qaq_pipeline.pipeline import PIPELINE, Pipeline
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import dtypes, enforce
+from qaq_pipeline.storage import parquet_file, row_lookup
+from qaq_pipeline.storage.files import Files, StorageError, hash_json
+from qaq_pipeline.storage.row_lookup import Where
+
+_TABLE_FILE = "table.parquet"
+_INDEX_FILE = "pair_index.parquet"
+_INDEXED = ("decisions",)
+_UNREADABLE_ROWS = (pa.ArrowException, KeyError)
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A frame and its provenance: inputs with their versions, settings hash, code version, model identity."""
+
+    frame: pl.DataFrame
+    provenance: dict[str, Any] = field(default_factory=dict)
+    stored_version: str | None = None
+    """The data version under which it was stored: a newer Parquet writer must not change it. None: not stored yet."""
+
+    @cached_property
+    def data_version(self) -> str:
+        """Hash of the content alone (32 hex digits): equal content has equal versions, whenever it was made."""
+        return self.stored_version or parquet_file.content_hash(parquet_file.encode(self.frame, {}))
+
+    @cached_property
+    def provenance_id(self) -> str:
+        """Hash of the provenance (32 hex digits); it has no run id and no time."""
+        return hash_json(self.provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """Provenance of a stored table, the hash of its content, and its size."""
+
+    provenance: dict[str, Any]
+    data_version: str
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRows:
+    """Rows that were looked for."""
+
+    frame: pl.DataFrame
+    is_indexed: bool
+    """Whether an index led to them; else every row group was read."""
+
+
+class Tables:
+    """The stored tables.
+
+    Args:
+        files: the root of the storage.
+        pipeline: the tables and their schemas.
+    """
+
+    def __init__(self, files: Files, pipeline: Pipeline = PIPELINE) -> None:
+        self._files = files
+        self._pipeline = pipeline
+
+    def write(self, table: StoredTable, name: str, partition: Partition) -> None:
+        """Write a table of the pipeline, with its provenance in the footer.
+
+        Raises:
+            TableError: the frame does not fit its schema; nothing is written.
+        """
+        frame = enforce(self._pipeline[name].table, table.frame)
+        footer = {"provenance": table.provenance, "data_version": table.data_version}
+        self._files.write_bytes(parquet_file.encode(frame, footer), *self._place(name, partition))
+        if name in _INDEXED:
+            self.write_pair_index(frame, table.data_version, *self._folder(name, partition), _INDEX_FILE)
+
+    def read(self, name: str, partition: Partition) -> StoredTable:
+        """Read a table and its provenance.
+
+        Raises:
+            StorageError: it is missing, torn, changed since it was written, or has other columns.
+        """
+        parts = self._existing(name, partition)
+        data = self._files.read_bytes(*parts)
+        try:
+            footer = parquet_file.footer_of(data)
+            table = StoredTable(parquet_file.decode(data), footer["provenance"], footer["data_version"])
+        except parquet_file.UNREADABLE as error:
+            raise self._unreadable(parts, error) from error
+        if dict(table.frame.schema) != dtypes(self._pipeline[name].table):
+            raise StorageError(f"{self._files.url(*parts)}: it has other columns than {name} has now; {_AGAIN}")
+        if parquet_file.content_hash(data) != table.data_version:
+            raise StorageError(f"{self._files.url(*parts)}: changed since it was written; {_AGAIN}")
+        return table
+
+    def footer(self, name: str, partition: Partition) -> Footer:
+        """Provenance, data version and number of rows of a stored table, without its rows.
+
+        Raises:
+            StorageError: it is missing, or torn.
+        """
+        parts = self._existing(name, partition)
+        try:
+            with self._files.open(*parts) as stream:
+                footer, num_rows = parquet_file.read_footer(stream)
+            return Footer(footer["provenance"], footer["data_version"], num_rows)
+        except parquet_file.NO_FOOTER as error:
+            raise self._unreadable(parts, error) from error
+
+    def version(self, name: str, partition: Partition) -> str | None:
+        """Data version of a stored table, from its footer alone; None where it is missing or cannot be read."""
+        try:
+            return self.footer(name, partition).data_version
+        except StorageError:
+            return None
+
+    def has(self, name: str, partition: Partition) -> bool:
+        """Whether the partition of the table is stored."""
+        return self._files.exists(*self._place(name, partition))
+
+    def url(self, name: str, partition: Partition) -> str:
+        """URL of the partition of the table."""
+        return self._files.url(*self._place(name, partition))
+
+    def batches_with(self, name: str) -> list[str]:
+        """Names of the batches that have a table of one partition per batch."""
+        return [batch for batch in self._files.names(name) if self._files.exists(name, batch, _TABLE_FILE)]
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def find(self, where: Where, name: str, partition: Partition, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """Rows of a stored table, without reading the others: quick where it is sorted by the columns of `where`.
+
+        Raises:
+            StorageError: the table is missing, or torn.
+        """
+        return self.find_in_file(where, *self._existing(name, partition), columns=columns)
+
+    def find_in_file(self, where: Where, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """Rows of any Parquet file under the root, as `find`."""
+        try:
+            with self._files.open(*parts) as stream:
+                return row_lookup.read_rows(stream, where, columns)
+        except _UNREADABLE_ROWS as error:
+            raise self._unreadable(parts, error) from error
+
+    def scan(self, name: str, partition: Partition, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """Columns of a stored table, some thousand rows at a time.
+
+        Raises:
+            StorageError: the table is missing, or torn.
+        """
+        parts = self._existing(name, partition)
+        try:
+            with self._files.open(*parts) as stream:
+                yield from row_lookup.scan(stream, columns)
+        except _UNREADABLE_ROWS as error:
+            raise self._unreadable(parts, error) from error
+
+    def find_pair(self, start: str, name: str, partition: Partition, most: int | None = None) -> FoundRows:
+        """Rows of a table by the first digits of their pair_id, through its index where the index is current.
+
+        Args:
+            start: the digits.
+            name: of the table.
+            partition: of the table.
+            most: how many rows at most; None: all.
+
+        Raises:
+            StorageError: the table is missing, or torn.
+        """
+        version = self.footer(name, partition).data_version
+        index = (*self._folder(name, partition), _INDEX_FILE)
+        return self.find_pair_in_file(start, self._place(name, partition), index, version, most)
+
+    def find_pair_in_file(
+        self,
+        start: str,
+        parts: Sequence[str],
+        index: Sequence[str],
+        version: str,
+        most: int | None = None,
+        batches: Sequence[str] | None = None,
+    ) -> FoundRows:
+        """The same for any Parquet file of that version and its index, in these batches or in all."""
+        where = row_lookup.of_pair(start)
+        of_batch = pl.lit(True) if batches is None else pl.col("batch").is_in(list(batches))
+        if self._index_version(*index) != version:
+            return FoundRows(self.find_in_file(where, *parts).filter(of_batch)[:most], is_indexed=False)
+        keys = self.find_in_file(where, *index).filter(of_batch).select(ROW_KEY)
+        found = [self.find_in_file(row_lookup.of_key(key), *parts) for key in keys[:most].rows()]
+        return FoundRows(pl.concat(found) if found else pl.DataFrame(), is_indexed=True)
+
+    def write_pair_index(self, rows: pl.DataFrame, version: str, *parts: str) -> None:
+        """Write the index of a table of that version, or of another file of decided rows."""
+        index = parquet_file.encode(row_lookup.pair_index(rows), {"data_version": version})
+        self._files.write_bytes(index, *parts)
+
+    def _index_version(self, *parts: str) -> str | None:
+        """The version of the table that an index is of; None where there is no index, or it cannot be read."""
+        try:
+            with self._files.open(*parts) as stream:
+                return parquet_file.read_footer(stream)[0]["data_version"]
+        except parquet_file.NO_FOOTER:
+            return None
+
+    # --- places --------------------------------------------------------------------------------------------------
+
+    def _folder(self, name: str, partition: Partition) -> tuple[str, ...]:
+        known = self._pipeline.tables()
+        if name not in known:
+            raise StorageError(f"{name!r} is no table; known: {', '.join(known)}")
+        return (name, *partition.parts)
+
+    def _place(self, name: str, partition: Partition) -> tuple[str, ...]:
+        return (*self._folder(name, partition), _TABLE_FILE)
+
+    def _existing(self, name: str, partition: Partition) -> tuple[str, ...]:
+        """The place of a table that must be there."""
+        parts = self._place(name, partition)
+        if not self._files.exists(*parts):
+            raise StorageError(f"{self._files.url(*parts)}: not stored yet; materialise {name} first")
+        return parts
+
+    def _unreadable(self, parts: Sequence[str], error: Exception) -> StorageError:
+        return StorageError(f"{self._files.url(*parts)}: it cannot be read ({error}); {_AGAIN}")
+
+
+_AGAIN = "materialise it again"
+
+
+def empty(table: type[dy.Schema]) -> pl.DataFrame:
+    """A frame of the table with no row."""
+    return pl.DataFrame(schema=dtypes(table))
