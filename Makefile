@@ -1,7 +1,8 @@
-# Everything a person types. `make` alone lists it. Needs Python 3.11 and a package registry; no GPU.
+# Everything a person types. `make` alone lists it. Needs Python 3.11, 3.12 or 3.13 and a package registry; no GPU.
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 VENV ?= .venv
+PYTHONS ?= python3.11 python3.12 python3.13
 QAQ_HOME ?= var
 PORT ?= 3000
 
@@ -9,10 +10,10 @@ BIN := $(VENV)/bin
 export QAQ_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-consumers bench docs docs-links pictures check format clean
+.PHONY: help install demo ui test test-pythons test-slow test-consumers bench docs docs-links pictures check format clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-23s%s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## Make the virtual environment and install the project into it
 
@@ -31,6 +32,18 @@ ui: install ## Open the pipeline in the Dagster UI on 127.0.0.1 (PORT=3000)
 
 test: install ## Run the tests in two processes: no network, no GPU, nothing slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal
+
+# pyenv's shim of an interpreter answers only where its version is selected.
+test-pythons: ## Run the fast tests on each Python of PYTHONS that is installed, each in its own environment
+	@tested=; for python in $(PYTHONS); do \
+		selected=$$(pyenv latest "$${python#python}" 2>/dev/null || true); \
+		export PYENV_VERSION="$${selected:-$(PYENV_VERSION)}"; \
+		if ! $$python -c "" 2>/dev/null; then echo "== $$python: not installed, skipped"; continue; fi; \
+		echo "== $$python"; tested="$$tested $$python"; \
+		$(MAKE) --no-print-directory test PYTHON=$$python VENV=$(VENV)-$$python || exit 1; \
+	done; \
+	test -n "$$tested" || { echo "None of $(PYTHONS) is installed." >&2; exit 1; }; \
+	echo "== passed:$$tested"
 
 test-slow: install ## Run the slow tests: real models (fetched first), a killed run, the UI in a browser
 	$(BIN)/python examples/fetch_models.py
@@ -69,7 +82,7 @@ check: install ## Lint, format, types, import contracts, definitions
 .PHONY: check-definitions
 check-definitions: install
 	home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && cp qaq_pipeline/dagster.yaml "$$home"/ && \
-	DAGSTER_HOME="$$home" $(BIN)/dagster definitions validate -w workspace.yaml
+	DAGSTER_HOME="$$home" $(BIN)/dg check defs
 
 format: install ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix

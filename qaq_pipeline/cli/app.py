@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -523,18 +524,21 @@ def doctor(config_file: ConfigOption = None) -> None:
 @app.command()
 def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 3000,
-    workspace: Annotated[Path, typer.Option("--workspace", help="Dagster workspace file.")] = Path("workspace.yaml"),
+    workspace: Annotated[
+        Path | None, typer.Option("--workspace", help="Dagster workspace file. Default: the packaged one.")
+    ] = None,
     config_file: ConfigOption = None,
 ) -> None:
     """Open the Dagster UI and its daemon on 127.0.0.1, over the same home as `qaq run`."""
     from qaq_pipeline.runs.home import prepare_home
 
     _settings(config_file)
+    workspace = workspace or Path(str(resources.files("qaq_pipeline") / "workspace.yaml"))
     if not workspace.exists():
-        _fail(f"{workspace}: no such file; run this in the project's folder, or pass --workspace", code=2)
+        _fail(f"{workspace}: no such file; without --workspace the packaged one is used", code=2)
     home = prepare_home()
-    dagster = Path(sys.executable).with_name("dagster")
-    command = [str(dagster), "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
+    dagster = [sys.executable, "-m", "dagster"]
+    command = [*dagster, "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
     console.print(f"Dagster UI: http://127.0.0.1:{port} (Dagster home {home}); Ctrl-C ends it", highlight=False)
     # A shell that starts this in the background makes it ignore Ctrl-C's signal, and with it dagster's own shutdown.
     signal.signal(signal.SIGINT, signal.default_int_handler)

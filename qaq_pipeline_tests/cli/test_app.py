@@ -745,4 +745,4 @@ def test_a_command_that_is_not_one_is_explained_by_its_usage(empty_home: Home, q
 
 def test_the_ui_needs_its_workspace(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
     error = qaq(empty_home, "ui", "--workspace", tmp_path / "none.yaml").error(code=2)
-    assert "none.yaml: no such file; run this in the project's folder, or pass --workspace" in error
+    assert "none.yaml: no such file; without --workspace the packaged one is used" in error

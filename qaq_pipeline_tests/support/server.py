@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,15 +74,17 @@ def curated_ui(variables: dict[str, str], batch: str, file: Path, log: Path) -> 
 
 
 @contextlib.contextmanager
-def running_ui(environment: dict[str, str], log: Path) -> Iterator[str]:
-    """`qaq ui` on a free port, until it answers; ended by Ctrl-C's signal, which its whole process group gets."""
+def running_ui(
+    environment: dict[str, str], log: Path, command: Sequence[str] = (str(QAQ), "ui"), folder: Path = REPOSITORY
+) -> Iterator[str]:
+    """Start `qaq ui`, or another command, on a free port; Ctrl-C's signal ends its whole process group."""
     with socket.create_server((LOOPBACK, 0)) as server:
         port = server.getsockname()[1]
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [str(QAQ), "ui", "--port", str(port)],
+            [*command, "--port", str(port)],
             env=environment,
-            cwd=REPOSITORY,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -93,6 +96,16 @@ def running_ui(environment: dict[str, str], log: Path) -> Iterator[str]:
         yield url
     finally:
         interrupt(process)
+
+
+def code_locations(url: str) -> dict[str, str]:
+    """The names of the code locations that the UI shows, with the type of what each was loaded as."""
+    query = "{workspaceOrError {... on Workspace {locationEntries {name locationOrLoadError {__typename}}}}}"
+    body = json.dumps({"query": query}).encode()
+    request = urllib.request.Request(f"{url}/graphql", data=body, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+        entries = json.load(answer)["data"]["workspaceOrError"]["locationEntries"]
+    return {entry["name"]: entry["locationOrLoadError"]["__typename"] for entry in entries}
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
