@@ -1,4 +1,4 @@
-"""What is out of date, by the provenance of the stored tables alone: what re-curation has to make anew. No Dagster.
+"""Find stale tables by the provenance of the stored tables alone: what a refresh has to rebuild. No Dagster.
 
 Belongs here: the stages of a batch in their order, and whether one is to be run again. Does not belong here: who runs
 it, and when (`driver`, `automation`).
