@@ -28,32 +28,32 @@ _SHOWN_CHARACTERS = 160
 
 @dataclass(frozen=True)
 class Dossier:
-    """What is known of one row."""
+    """Everything known about one row."""
 
     row: dict[str, Any]
     """As in decisions."""
     found_in: Published | None
-    """The version that says so; None: the ledger as it stands."""
+    """The version with that decision; None: the ledger."""
     text: dict[str, str | None]
-    """Query, answer, record; empty where the delivery that stands now has no such row."""
+    """Query, answer, record; empty if the current delivery has no such row."""
     representative: dict[str, Any] | None
-    """Of a duplicate, the row that stands for it."""
+    """The row that is kept instead of a duplicate."""
     fates: list[Fate]
     provenance: Provenance
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: all of it."""
+        """The dossier as JSON."""
         return asdict(self)
 
 
 def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *, with_versions: bool) -> Dossier:
-    """All about a row that was found.
+    """Collect everything about a row that was found.
 
     Args:
-        storage: where everything lies.
-        row: as in decisions.
-        found_in: the version that it was found in; None: the ledger.
-        with_versions: whether every version is asked for its fate.
+        storage: the storage of the pipeline.
+        row: the row of decisions.
+        found_in: the version it was found in; None: the ledger.
+        with_versions: collect the row's fate in every version.
     """
     return Dossier(
         row,
@@ -80,11 +80,11 @@ def _representative(storage: Storage, row: dict[str, Any], found_in: Published |
 
 
 def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
-    """Print a dossier: the fate first."""
+    """Print a dossier, the decision first."""
     row = dossier.row
     now = "" if dossier.found_in is None else f" in {_version(dossier.found_in)}"
     _line(console, f"{RowPlace.of(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
-    _line(console, row.get("explanation") or "This version holds no sentence; its numbers follow.")
+    _line(console, row.get("explanation") or "This version has no explanation of the row; its numbers follow.")
     if row["duplicate_of"] is not None:
         _line(console, _said_of(dossier.representative))
     for line in _history(dossier):
@@ -113,9 +113,9 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 
 def _said_of(representative: Mapping[str, Any] | None) -> str:
     if representative is None:
-        return "That row is not in the ledger any more."
+        return "That row is no longer in the ledger."
     own = representative.get("explanation")
-    said = f" Of it: {own}" if own else ""
+    said = f" Its explanation: {own}" if own else ""
     return f"That row is {representative['decision'].replace('_', ' ')}.{said}"
 
 
@@ -125,7 +125,7 @@ def _version(published: Published) -> str:
 
 
 def _history(dossier: Dossier) -> Iterator[str]:
-    """A line for each version, one for several in a row that say the same."""
+    """One line per version; consecutive versions with the same fate share one."""
     for said, group in itertools.groupby(dossier.fates, key=lambda fate: _fate(dossier, fate)):
         versions = [fate.published for fate in group]
         first, last = versions[0], versions[-1]
@@ -135,9 +135,9 @@ def _history(dossier: Dossier) -> Iterator[str]:
 
 def _fate(dossier: Dossier, fate: Fate) -> str:
     if fate.fault is not None:
-        return f"nothing is known of the row there: {fate.fault}"
+        return f"the row's fate is unknown: {fate.fault}"
     if fate.row is not None and fate.row["pair_id"] != dossier.row["pair_id"]:
-        other = f"another text then stood at this place (pair_id {fate.row['pair_id']})"
+        other = f"this place then held another text (pair_id {fate.row['pair_id']})"
         return f"{other}: {fate.row['decision']}"
     before = dossier.fates[dossier.fates.index(fate) - 1] if dossier.fates[0] is not fate else None
     is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]
@@ -150,17 +150,17 @@ def _fate(dossier: Dossier, fate: Fate) -> str:
 
 def _texts(dossier: Dossier) -> list[tuple[str, str]]:
     if not dossier.text:
-        return [("text", "not in the batch as it stands delivered now")]
+        return [("text", "not in the current delivery of the batch")]
     if dossier.text["query"] is None and dossier.text["answer"] is None:
         return [("record", shorten(dossier.text["record"]))]
     return [(label, shorten(dossier.text[label])) for label in ("query", "answer")]
 
 
 def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
-    """What made the row's decision, line by line."""
+    """The provenance of the row's decision, line by line."""
     made_of, row = dossier.provenance.made_of, dossier.row
     if made_of is None:
-        yield "what made it is not recorded: it was decided before records were kept"
+        yield "its provenance is not recorded: the row was decided before records were kept"
         return
     yield f"input: {row['source_file']}, row {row['source_row']}, sha256 {made_of['files'].get(row['source_file'])}"
     scored_by = made_of.get("scored_by", {})
@@ -187,7 +187,7 @@ def _libraries(libraries: Mapping[str, str] | str) -> str:
 
 
 def _print_scores(console: Console, scores: Sequence[Mapping[str, Any]]) -> None:
-    """One column a model, one row a number."""
+    """Print one column per model and one row per number."""
     shown = Table("", *(of_model["model"] for of_model in scores))
     for field in scores[0]:
         if field != "model":
@@ -196,7 +196,7 @@ def _print_scores(console: Console, scores: Sequence[Mapping[str, Any]]) -> None
 
 
 def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """One row a selection: a name is folded, never cut."""
+    """Print one row per selection; long names are folded, never cut."""
     shown = Table(
         *(Column(head, overflow="fold") for head in ("selection", "selected", "reason", "score", "place", "cut"))
     )
@@ -208,7 +208,7 @@ def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> 
 
 
 def _cut(verdict: Mapping[str, Any]) -> str:
-    """The cut, with the side of it that is taken, where the pair's own place tells: a draw takes the lowest."""
+    """The cut, and the side that is taken if the pair's own place shows it: a draw takes the lowest."""
     score, cut = verdict["score"], verdict.get("cut")
     if score is None or cut is None or score == cut or verdict.get("position") is None:
         return _cell(cut)
@@ -225,12 +225,12 @@ def _cell(value: object) -> str:
 
 
 def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) -> None:
-    """The first rows that hold a text, of that number, one a line, and how to ask for one."""
+    """Print the first of the rows that contain a text, one per line, and the command that explains one."""
     for row in rows:
         _line(console, f"{RowPlace.of(row)}: {shorten(row['query'] or '')}")
     if number > len(rows):
         _line(console, f"… and {number - len(rows):,} more")
-    _line(console, f"{number:,} rows hold that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")
+    _line(console, f"{number:,} rows contain that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[str, str]:

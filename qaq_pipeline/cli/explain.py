@@ -125,5 +125,5 @@ def _rows_with_text(storage: Storage, text: str, batch: str | None) -> tuple[lis
             number += matches.number
             bars.update(task, advance=1, description=f"read {matches.batch}: {number:,} found")
     if not found:
-        fail(f"no row of {batch or 'any batch'}, as delivered now, holds {text!r}")
+        fail(f"no row in the current delivery of {batch or 'any batch'} contains {text!r}")
     return found, number

@@ -188,7 +188,7 @@ def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, se
         dossier.gather(storage, row, None, with_versions=True),
         with_template=False,
     )
-    assert "another text then stood at this place" in stream.getvalue()
+    assert "this place then held another text" in stream.getvalue()
     assert "dropped, had been in" not in stream.getvalue()
 
 
@@ -259,7 +259,7 @@ def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice:
     stream = io.StringIO()
     gathered = dossier.gather(thrice, row, None, with_versions=True)
     dossier.show(Console(file=stream, width=200), gathered, with_template=False)
-    assert "nothing is known of the row there" in stream.getvalue()
+    assert "the row's fate is unknown" in stream.getvalue()
 
 
 def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:
