@@ -17,13 +17,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.jobs import CURATING
 from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Purpose
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
-from qaq_pipeline.runs.job_runs import (
-    Events,
-    InterruptedRunError,
-    RunError,
-    Runner,
-    running,
-)
+from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, running
 from qaq_pipeline.runs.refresh import refresh_stale
 from qaq_pipeline.runs.run_results import failed_checks, materialisation_metadata
 from qaq_pipeline.runs.summary import BatchSummary, summarise

@@ -535,7 +535,8 @@ def test_a_row_is_found_by_its_text(home: Home, qaq: Qaq) -> None:
     several = qaq(home, "explain", "--text", "def").out
     assert "b1/rows.jsonl:1.0: Reverse a string in Python." in several
     assert re.search(r"\d rows contain that text; explain one: `qaq explain b1/rows\.jsonl:1\.0`", several)
-    assert "no row in the current delivery of any batch contains 'nowhere'" in qaq(home, "explain", "--text", "nowhere").err
+    missing = qaq(home, "explain", "--text", "nowhere").err
+    assert "no row in the current delivery of any batch contains 'nowhere'" in missing
 
 
 def test_explain_gives_all_of_it_as_json_and_the_templates_if_asked(home: Home, qaq: Qaq) -> None:
