@@ -38,7 +38,7 @@ def failed_run(context: dg.RunFailureSensorContext) -> Alert:
     reason = cause([*context.get_step_failure_events(), context.failure_event])
     return Alert(
         subject=f"{what} failed",
-        text=f"{what} failed: {reason}\nRun {run.run_id}; what was made before it stays. Mend the cause and run again.",
+        text=f"{what} failed: {reason}\nRun {run.run_id}; earlier results are kept. Fix the cause and run again.",
         kind="run_failed",
         batch=partition.partition("|")[0] if partition else None,
         run_id=run.run_id,

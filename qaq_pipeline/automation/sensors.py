@@ -1,7 +1,7 @@
-"""What runs without a hand: landing, the evaluation of conditions, screening anew, ending dead runs, the nightly job.
+"""Everything that runs unattended: the sensors, the nightly job and its schedule.
 
-Belongs here: when something is run. Does not belong here: what is out of date (`recuration`), when a delivery is
-complete (`landing`), the assets' conditions (`conditions`), and what is done (`assets`, `renewal`).
+Belongs here: when something is run. Does not belong here: what is stale (`freshness.staleness`), when a delivery is
+complete (`ingest.landing`), the assets' conditions (`orchestration.conditions`), and the work itself (`runs.refresh`).
 """
 
 import dagster as dg

@@ -1,4 +1,4 @@
-"""Whether the daemon and the nightly run are alive, as sentences."""
+"""Sentences about the daemon and the last nightly refresh."""
 
 from datetime import UTC, datetime
 
@@ -10,11 +10,8 @@ _HEARTBEAT_PATIENCE_S = 120.0
 """A daemon gives a sign of life every 30 seconds."""
 
 
-# --- what a person is told of it ---------------------------------------------------------------------------------
-
-
 def unattended(instance: dg.DagsterInstance, now: datetime) -> list[str]:
-    """Whether the daemon runs, and how the last night ended, as sentences."""
+    """Say whether the daemon runs, and how the last nightly refresh ended."""
     return [_daemon_sentence(instance, now), _night_sentence(instance)]
 
 
@@ -30,9 +27,9 @@ def _daemon_sentence(instance: dg.DagsterInstance, now: datetime) -> str:
 def _night_sentence(instance: dg.DagsterInstance) -> str:
     records = instance.get_run_records(dg.RunsFilter(job_name=NIGHTLY), limit=1)
     if not records:
-        return "No nightly re-curation has run yet."
+        return "No nightly refresh has run yet."
     record = records[0]
-    return f"Last nightly re-curation: {record.dagster_run.status.value}, {_time(record.create_timestamp.timestamp())}."
+    return f"Last nightly refresh: {record.dagster_run.status.value}, {_time(record.create_timestamp.timestamp())}."
 
 
 def _time(timestamp: float) -> str:

@@ -1,7 +1,7 @@
-"""What stands in the way of a run on this machine: models, devices, storage, Dagster home, versions.
+"""Check whether this machine can run the pipeline: models, devices, storage, Dagster home, versions.
 
-Belongs here: one check a function, each with what was found and, where it fails, the remedy.
-Does not belong here: mending anything; nothing is downloaded, though a GGUF file is converted on the way.
+Belongs here: one function per check, with its finding and, if it fails, the remedy.
+Does not belong here: fixing anything; nothing is downloaded, though a GGUF file is converted on the way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qaq_pipeline.storage.storage import open_storage
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     is_ok: bool
@@ -33,7 +33,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Every check, in the order in which a run would meet them."""
+    """Run every check, in the order in which a run would depend on them."""
     return [
         _versions(),
         *_models(settings),

@@ -1,241 +1,129 @@
-"""All that is known of a row, as `qaq explain` shows it: its fate and why, its numbers, its versions, its origin.
+"""The command that explains the decision on a row.
 
-Belongs here: what a dossier consists of, and its words and tables in a terminal. Does not belong here: how rows are
-found (`audit`), and the sentences of the decision (`ledger`). No Dagster: it takes
-longer to import than this to answer.
+Belongs here: finding the row that is meant. Does not belong here: what is known of it, and how that is printed
+(`dossier`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.table import Column, Table
+import typer
+from rich.progress import Progress
 
-from qaq_pipeline.lineage import row_history
-from qaq_pipeline.lineage.row_history import Fate
-from qaq_pipeline.publication.versions import Published
-from qaq_pipeline.reports.summaries import visible
-from qaq_pipeline.schema.row_place import RowPlace
-from qaq_pipeline.selection import explanations
-from qaq_pipeline.storage.files import StorageError
-from qaq_pipeline.storage.provenance import Provenance
-from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.cli.options import ConfigOption, read_settings
+from qaq_pipeline.cli.terminal import console, errors, fail, warn
+from qaq_pipeline.schema.partition import Partition, check_batch_name
 
-_SHOWN_CHARACTERS = 160
+if TYPE_CHECKING:
+    from qaq_pipeline.lineage import row_history
+    from qaq_pipeline.publication.versions import Published
+    from qaq_pipeline.storage.storage import Storage
 
 
-@dataclass(frozen=True)
-class Dossier:
-    """What is known of one row."""
+def explain(
+    what: Annotated[
+        str | None, typer.Argument(metavar="BATCH", help="The batch. Without ROW: a pair_id, or BATCH/FILE:ROW.")
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Argument(metavar="ROW", help="Row number, file:row, file:row.turn, or a pair_id (or its first digits)."),
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Find the rows that contain this text.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", help="With --text: only in this batch.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="A published version, by number or hash. Default: the ledger.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    provenance: Annotated[bool, typer.Option("--provenance", help="Print the text of the templates too.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Explain the decision on a row: its reason, its scores, its fate in every version, and its provenance."""
+    if (what is None) == (text is None) or (what is not None and row is None and not _names_a_row(what)):
+        raise typer.BadParameter("give BATCH ROW, a pair_id, BATCH/FILE:ROW, or --text")
+    from qaq_pipeline.cli import dossier
+    from qaq_pipeline.lineage import row_history
+    from qaq_pipeline.publication.versions import find_version
+    from qaq_pipeline.storage.storage import open_storage
 
-    row: dict[str, Any]
-    """As in decisions."""
-    found_in: Published | None
-    """The version that says so; None: the ledger as it stands."""
-    text: dict[str, str | None]
-    """Query, answer, record; empty where the delivery that stands now has no such row."""
-    representative: dict[str, Any] | None
-    """Of a duplicate, the row that stands for it."""
-    fates: list[Fate]
-    provenance: Provenance
-
-    def as_json(self) -> dict[str, Any]:
-        """For machines: all of it."""
-        return asdict(self)
-
-
-def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *, with_versions: bool) -> Dossier:
-    """All about a row that was found.
-
-    Args:
-        storage: where everything lies.
-        row: as in decisions.
-        found_in: the version that it was found in; None: the ledger.
-        with_versions: whether every version is asked for its fate.
-    """
-    return Dossier(
-        row,
-        found_in,
-        row_history.text_of(storage, row),
-        _representative(storage, row, found_in),
-        row_history.fates(storage, row) if with_versions else [],
-        row_history.provenance(storage, row["provenance_id"], row["batch"]),
-    )
-
-
-def _representative(storage: Storage, row: dict[str, Any], found_in: Published | None) -> dict[str, Any] | None:
-    if row["duplicate_of"] is None:
-        return None
-    place = RowPlace.parse(row["duplicate_of"])
+    storage = open_storage(read_settings(config_file))
     try:
-        rows = row_history.find_row(storage, place.batch, place.in_batch, found_in).rows
-    except StorageError:
-        return None
-    return rows[0] if rows else None
-
-
-# --- in a terminal ---------------------------------------------------------------------------------------------------
-
-
-def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
-    """Print a dossier: the fate first."""
-    row = dossier.row
-    now = "" if dossier.found_in is None else f" in {_version(dossier.found_in)}"
-    _line(console, f"{RowPlace.of(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
-    _line(console, row.get("explanation") or "This version holds no sentence; its numbers follow.")
-    if row["duplicate_of"] is not None:
-        _line(console, _said_of(dossier.representative))
-    for line in _history(dossier):
-        _line(console, line)
-    for label, text in _texts(dossier):
-        _line(console, f"  {label}: {text}", style="dim")
-    if row["scores"]:
-        _print_scores(console, row["scores"])
-    if row["verdicts"]:
-        _print_verdicts(console, row["verdicts"])
-    pair = "no pair" if row["pair_id"] is None else f"pair_id {row['pair_id']}"
-    _line(console, f"{pair}, provenance {row['provenance_id']}", style="dim")
-    for line in _origin(dossier, with_template=with_template):
-        _line(console, f"  {line}", style="dim")
-
-
-def shorten(text: str | None) -> str:
-    """The beginning of a text, on one line."""
-    line = " ".join((text or "").split())
-    return f"{line[:_SHOWN_CHARACTERS]}{'…' if len(line) > _SHOWN_CHARACTERS else ''}"
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _said_of(representative: Mapping[str, Any] | None) -> str:
-    if representative is None:
-        return "That row is not in the ledger any more."
-    own = representative.get("explanation")
-    said = f" Of it: {own}" if own else ""
-    return f"That row is {representative['decision'].replace('_', ' ')}.{said}"
-
-
-def _version(published: Published) -> str:
-    day = "" if published.published_at is None else f", {published.published_at[:10]}"
-    return f"version {published.number} ({published.version[:8]}{day})"
-
-
-def _history(dossier: Dossier) -> Iterator[str]:
-    """A line for each version, one for several in a row that say the same."""
-    for said, group in itertools.groupby(dossier.fates, key=lambda fate: _fate(dossier, fate)):
-        versions = [fate.published for fate in group]
-        first, last = versions[0], versions[-1]
-        several = f"versions {first.number} to {last.number} ({first.version[:8]} to {last.version[:8]})"
-        yield f"{_version(first) if first is last else several}: {said}"
-
-
-def _fate(dossier: Dossier, fate: Fate) -> str:
-    if fate.fault is not None:
-        return f"nothing is known of the row there: {fate.fault}"
-    if fate.row is not None and fate.row["pair_id"] != dossier.row["pair_id"]:
-        other = f"another text then stood at this place (pair_id {fate.row['pair_id']})"
-        return f"{other}: {fate.row['decision']}"
-    before = dossier.fates[dossier.fates.index(fate) - 1] if dossier.fates[0] is not fate else None
-    is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]
-    was_in = before.published.number if before is not None and before.is_published and is_same else None
-    told = dossier.row.get("explanation")
-    return explanations.explain_in_version(
-        fate.row, has_batch=fate.has_batch, left_out=fate.left_out, was_in=was_in, told=told
-    )
-
-
-def _texts(dossier: Dossier) -> list[tuple[str, str]]:
-    if not dossier.text:
-        return [("text", "not in the batch as it stands delivered now")]
-    if dossier.text["query"] is None and dossier.text["answer"] is None:
-        return [("record", shorten(dossier.text["record"]))]
-    return [(label, shorten(dossier.text[label])) for label in ("query", "answer")]
-
-
-def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
-    """What made the row's decision, line by line."""
-    made_of, row = dossier.provenance.made_of, dossier.row
-    if made_of is None:
-        yield "what made it is not recorded: it was decided before records were kept"
+        published = None if version is None else find_version(storage, version)
+        if text is not None:
+            found, number = _rows_with_text(storage, text, batch)
+            if number > 1:
+                dossier.matches(console, found, number)
+                return
+            what, row = dossier.key_of(found[0])
+            if published is not None and found[0]["pair_id"] is not None:  # Another text may have stood there then.
+                row = found[0]["pair_id"]
+        assert what is not None
+        answer, found_in = _find(storage, what, row, published)
+        gathered = [dossier.gather(storage, one, found_in, with_versions=published is None) for one in answer.rows]
+    except ValueError as error:
+        fail(f"{error}. Known batches: `qaq status`")
+    if as_json:
+        print(json.dumps([one.as_json() for one in gathered], ensure_ascii=False))
         return
-    yield f"input: {row['source_file']}, row {row['source_row']}, sha256 {made_of['files'].get(row['source_file'])}"
-    scored_by = made_of.get("scored_by", {})
-    is_scored = bool(row["scores"]) or with_template
-    for role, identity in sorted(made_of["models"].items()) if is_scored else ():
-        asked = scored_by.get(role, {})
-        yield (
-            f"{role}: {identity['model']} ({identity['revision']}), {identity['dtype']}, "
-            f"{asked.get('frame', 'unknown')} frame, prior {identity['prior']}, template {identity['template_hash']}"
-        )
-        for scorer in asked.get("scored_with", []):
-            yield f"  scored with {_libraries(scorer['libraries'])}, on {scorer['device']}"
-        if with_template:
-            yield f"  template: {asked.get('template', 'unknown')}"
-    yield f"pool {made_of['pool_id']}, settings {made_of['settings_hash']}, code {made_of['code_version']}"
-    for run in dossier.provenance.runs:
-        yield f"decided by run {run['run_id']} at {run['time']}"
+    for unindexed in answer.unindexed:
+        warn(f"{unindexed}: its index is missing or stale, so the whole table was read; `qaq refresh` rebuilds it")
+    if len(gathered) == row_history.MOST_ROWS:
+        warn(f"There may be more: the first {row_history.MOST_ROWS} rows follow.")
+    for one in gathered:
+        dossier.show(console, one, with_template=provenance)
 
 
-def _libraries(libraries: Mapping[str, str] | str) -> str:
-    if isinstance(libraries, str):
-        return f"{libraries} libraries"
-    return ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
+def _names_a_row(what: str) -> bool:
+    """True if the text alone names a row: BATCH/FILE:ROW, or a pair_id."""
+    from qaq_pipeline.storage import row_lookup
+
+    return "/" in what or row_lookup.is_pair(what)
 
 
-def _print_scores(console: Console, scores: Sequence[Mapping[str, Any]]) -> None:
-    """One column a model, one row a number."""
-    shown = Table("", *(of_model["model"] for of_model in scores))
-    for field in scores[0]:
-        if field != "model":
-            shown.add_row(field, *(_cell(of_model[field]) for of_model in scores))
-    console.print(shown)
+def _find(
+    storage: Storage, what: str, row: str | None, version: Published | None
+) -> tuple[row_history.Answer, Published | None]:
+    """Find the rows in the version; by default in the ledger, else in the newest version that has them."""
+    from qaq_pipeline.lineage import row_history
+
+    batch, slash, place = (what, "/", row) if row is not None else what.partition("/")
+    if slash:
+        check_batch_name(batch)
+
+    def find(version: Published | None) -> row_history.Answer:
+        if not slash:
+            return row_history.find_pair(storage, what, version)
+        return row_history.find_row(storage, batch, place, version)
+
+    found = (find(version), version) if version is not None else row_history.find_anywhere(storage, find)
+    if not found[0].rows:
+        where = " in the ledger of any batch, nor in a version" if version is None else f" in version {version.number}"
+        fail(_no_such_row(storage, batch, place) if slash and version is None else f"no row {row or what!r}{where}")
+    return found
 
 
-def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """One row a selection: a name is folded, never cut."""
-    shown = Table(
-        *(Column(head, overflow="fold") for head in ("selection", "selected", "reason", "score", "place", "cut"))
-    )
-    for verdict in verdicts:
-        place = " of ".join(_cell(verdict[name]) for name in ("position", "pool_size") if name in verdict)
-        numbers = [_cell(verdict["score"]), place, _cut(verdict)]
-        shown.add_row(verdict["selection"], _cell(verdict["is_selected"]), verdict["reason"], *numbers)
-    console.print(shown)
+def _no_such_row(storage: Storage, batch: str, row: str) -> str:
+    footer = storage.tables.footer("raw_data", Partition(batch))
+    if not footer.num_rows:
+        return f"batch {batch!r} has no rows"
+    first = next(iter(storage.tables.scan("raw_data", Partition(batch), columns=["source_file"])))["source_file"][0]
+    return f"batch {batch!r} has no row {row!r}; it has {footer.num_rows} rows, the first of file {first!r}"
 
 
-def _cut(verdict: Mapping[str, Any]) -> str:
-    """The cut, with the side of it that is taken, where the pair's own place tells: a draw takes the lowest."""
-    score, cut = verdict["score"], verdict.get("cut")
-    if score is None or cut is None or score == cut or verdict.get("position") is None:
-        return _cell(cut)
-    takes_low = (score < cut) == verdict["is_selected"]
-    return f"{'≤' if takes_low else '≥'} {_cell(cut)}"
+def _rows_with_text(storage: Storage, text: str, batch: str | None) -> tuple[list[dict[str, Any]], int]:
+    """The first rows that contain the text, and the number of all; a progress bar is shown meanwhile."""
+    from qaq_pipeline.lineage import row_history
 
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) -> None:
-    """The first rows that hold a text, of that number, one a line, and how to ask for one."""
-    for row in rows:
-        _line(console, f"{RowPlace.of(row)}: {shorten(row['query'] or '')}")
-    if number > len(rows):
-        _line(console, f"… and {number - len(rows):,} more")
-    _line(console, f"{number:,} rows hold that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")
-
-
-def key_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Batch, and the place in it, as `audit.find_row` takes them."""
-    place = RowPlace.of(row)
-    return place.batch, place.in_batch
+    batches = storage.tables.batches_with("raw_data") if batch is None else [check_batch_name(batch)]
+    found: list[dict[str, Any]] = []
+    number = 0
+    with Progress(console=errors, transient=True) as bars:
+        task = bars.add_task("reading raw_data", total=len(batches))
+        for matches in row_history.find_text(storage, text, batches):
+            found += matches.rows[: row_history.MOST_ROWS - len(found)]
+            number += matches.number
+            bars.update(task, advance=1, description=f"read {matches.batch}: {number:,} found")
+    if not found:
+        fail(f"no row in the current delivery of {batch or 'any batch'} contains {text!r}")
+    return found, number

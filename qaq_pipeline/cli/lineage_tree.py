@@ -1,7 +1,7 @@
-"""Lineage as trees for the terminal.
+"""Draw lineage as trees for the terminal.
 
-Belongs here: words and branches. Does not belong here: the walk (`lineage`), and what columns come from
-(`column_lineage`).
+Belongs here: words and branches. Does not belong here: the walk (`lineage.lineage`), and the sources of columns
+(`schema.column_lineage`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _add_delivery(tree: Tree, delivery: DeliveredFiles) -> None:
 
 
 def of_row(path: RowPath) -> Tree:
-    """A row: where it stands in the version, then back to the line that was delivered."""
+    """A row: its place in the version, then back to the delivered line."""
     tree = Tree(_line(path.row, f"pair_id {path.pair_id}"))
     exported = tree.add(_line("exported as" if path.exported else "in no exported file"))
     for name, number in sorted(path.exported.items()):
@@ -65,7 +65,7 @@ def of_row(path: RowPath) -> Tree:
 
 
 def of_columns(rows: Iterable[Derivation]) -> Tree:
-    """A column back to raw_data: under each what it is derived from. What was shown before is only named again."""
+    """A column back to raw_data, with the sources under each column. A repeated column is only named."""
     derivations = list(rows)
     first = derivations[0]
     sources = {(row.table, row.column): row.sources for row in derivations}
@@ -75,7 +75,7 @@ def of_columns(rows: Iterable[Derivation]) -> Tree:
 
 
 def of_table(table: str, rows: Iterable[Derivation]) -> Tree:
-    """The columns of a table, each with what it is directly derived from."""
+    """The columns of a table, each with its direct sources."""
     tree = Tree(_line(table))
     for row in rows:
         branch = tree.add(_line(row.column, "" if row.sources else UNDERIVED))
@@ -98,7 +98,7 @@ def _column(column: Column, note: str = "") -> Text:
 
 
 def _table(table: Table) -> Text:
-    version = table.entered or "version not to be told"
+    version = table.entered or "unknown version"
     now = f", by {table.stored}" if table.state is State.REPLACED else ""
     said = "" if table.state is State.AS_PUBLISHED else f" ({table.state.value}{now})"
     return _line(f"{_partition(table)}: {version}{said}", table.path)

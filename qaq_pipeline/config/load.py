@@ -16,6 +16,9 @@ from pydantic import ValidationError
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
 
+_RENAMED_FIELDS = {"automation.recuration_cron": "automation.refresh_cron"}
+"""The new name of each renamed field: the error of an unknown field gives it."""
+
 
 def home_directory() -> Path:
     """QAQ_HOME as an absolute path; default `./var`."""
@@ -82,5 +85,6 @@ def _describe(error: ValidationError, name: str) -> str:
         value = fault["input"]
         is_secret = fault["loc"][:1] == ("alerts",)  # Perhaps a password, where the name of its variable belongs.
         shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
-        lines.append(f"  {field}: {fault['msg']}{shown}")
+        message = f"is now {_RENAMED_FIELDS[field]}" if field in _RENAMED_FIELDS else fault["msg"]
+        lines.append(f"  {field}: {message}{shown}")
     return f"{name}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)

@@ -150,7 +150,7 @@ class AutomationSettings(Closed):
         False, description="Whether sensors and schedules run from the start; the UI starts and stops each of them."
     )
     interval_seconds: int = Field(30, ge=1, description="How often the assets' conditions are evaluated, in seconds.")
-    recuration_cron: str = Field("0 3 * * *", description="When what is out of date is curated again, as cron.")
+    refresh_cron: str = Field("0 3 * * *", description="When stale tables are rebuilt, as cron.")
     timezone: str = Field("UTC", description="Time zone of the cron, such as Europe/Berlin.")
     stale_after_hours: float = Field(
         192.0, gt=0, description="The dataset is stale when nothing was published for longer, in hours."

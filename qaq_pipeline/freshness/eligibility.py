@@ -97,15 +97,15 @@ def _inconsistency(tables: _Footers, settings: Settings, pool: str) -> str | Non
 def _decided_otherwise(decided: Mapping[str, Any], selection: str, settings: Settings, pool: str) -> str | None:
     """Whether a batch was selected from or ranked under other settings, or in another pool, than are in force now."""
     if selection != settings.published.name:
-        return f"selected by {selection}, not by {settings.published.name}; `qaq recurate` selects again"
+        return f"selected by {selection}, not by {settings.published.name}; `qaq refresh` selects again"
     if decided["published_hash"] != settings_hash(settings.published):
-        return f"decided under other settings of {settings.published.name}; `qaq recurate` decides again"
+        return f"decided under other settings of {settings.published.name}; `qaq refresh` decides again"
     if settings.export.selections != "published" and decided["settings_hash"] != settings_hash(settings.selections):
-        return "decided under other settings of the exported selections; `qaq recurate` decides again"
+        return "decided under other settings of the exported selections; `qaq refresh` decides again"
     if decided.get("pool_id") != pool:
-        return f"ranked in the pool {decided.get('pool_id')}, not in {pool}; `qaq recurate` ranks it again"
+        return f"ranked in the pool {decided.get('pool_id')}, not in {pool}; `qaq refresh` ranks it again"
     if decided.get("ranking_hash") != settings_hash(settings.ranking.without_pool()):
-        return "ranked under other settings of ranking; `qaq recurate` ranks it again"
+        return "ranked under other settings of ranking; `qaq refresh` ranks it again"
     return None
 
 
@@ -149,7 +149,7 @@ def screened_otherwise(
     Otherwise rows could be published twice, or nowhere: the row that stood for them is gone.
     """
     if "compared_with" not in made_of:
-        return "screened by an older version; `qaq recurate` screens it again"
+        return "screened by an older version; `qaq refresh` screens it again"
     if not made_of["across_batches"] or batch not in order:
         return None
     before = order[: order.index(batch)]
@@ -158,14 +158,14 @@ def screened_otherwise(
     if not differing:
         return None
     names = ", ".join(sorted({batch for batch, _ in differing}))
-    return f"screened against another state of batch {names}; `qaq recurate` screens it again"
+    return f"screened against another state of batch {names}; `qaq refresh` screens it again"
 
 
 def not_withdrawn(storage: Storage, batch: str, made_of: Mapping[str, Any], withdrawn: Withdrawals) -> str | None:
     """Whether something of a batch was withdrawn, or is so no longer, since it was screened."""
     if withdrawn.of_batch(batch, signatures_if_withdrawn(storage, batch, withdrawn)) == made_of.get("withdrawn", {}):
         return None
-    return "withdrawals changed since it was screened; `qaq recurate` screens it again"
+    return "withdrawals changed since it was screened; `qaq refresh` screens it again"
 
 
 def signatures_if_withdrawn(storage: Storage, batch: str, withdrawn: Withdrawals) -> pl.DataFrame:

@@ -1,7 +1,7 @@
-"""What is out of date, by the provenance of the stored tables alone: what re-curation has to make anew. No Dagster.
+"""Find stale tables by the provenance of the stored tables alone: what a refresh has to rebuild. No Dagster.
 
 Belongs here: the stages of a batch in their order, and whether one is to be run again. Does not belong here: who runs
-it, and when (`driver`, `automation`).
+it, and when (`runs`, `automation`).
 
 A table is up to date where the present code and settings (its code version) made it of exactly the inputs that stand
 beside it now. Scores are cached by what they are made of, so a stage that is run again scores only what it must.

@@ -32,7 +32,7 @@ from qaq_pipeline.storage.tables import Footer
 
 _VERSION = re.compile(r"^[0-9a-f]{32}$")
 MANIFEST_REMEDY = (
-    "restore it from a backup; or remove it, and the next `qaq recurate` publishes what stands now, under the same "
+    "restore it from a backup; or remove it, and the next `qaq refresh` publishes what stands now, under the same "
     "hash if that is the same"
 )
 

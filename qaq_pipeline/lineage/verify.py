@@ -31,7 +31,7 @@ class Finding:
 
 # --- the comparison -------------------------------------------------------------------------------------------------
 
-_TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq recurate`, which makes it anew"
+_TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq refresh`, which makes it anew"
 _REFERENCE_REMEDY = (
     "restore it from a backup, or remove it and materialise rank_reference, which makes the same of the same scores"
 )
@@ -61,7 +61,7 @@ def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
 def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
     remedy = (
         "do not train on it; restore it from a backup, or remove the version's manifest.json, and the next `qaq "
-        "recurate` writes what stands now, under the same hash if that is the same"
+        "refresh` writes what stands now, under the same hash if that is the same"
     )
     for file in lineage.files if lineage.is_kept else ():
         fault = _differs(storage, file.sha256, FOLDER, lineage.version, *file.name.split("/"))

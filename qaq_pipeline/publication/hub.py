@@ -131,7 +131,7 @@ def _existing_version(storage: Storage, version: str) -> str:
     if found not in kept or not storage.files.exists(FOLDER, found, _MANIFEST):
         raise PublishError(f"{version!r} is no version whose files are kept; these are: {', '.join(kept)}")
     if batches := published_withdrawn(storage, found):
-        newer = "`qaq recurate` makes one" if found == latest(storage) else "`latest` is newer"
+        newer = "`qaq refresh` makes one" if found == latest(storage) else "`latest` is newer"
         raise PublishError(
             f"version {found} holds what was withdrawn since of {', '.join(batches)}; publish one without it: {newer}"
         )
@@ -147,7 +147,7 @@ def _read_files(storage: Storage, version: str) -> dict[str, bytes]:
         if hashlib.sha256(files[name]).hexdigest() != sha256:
             raise StorageError(
                 f"{storage.files.url(*folder, name)}: changed since it was published; restore it, or remove the "
-                "version's folder and run `qaq recurate`"
+                "version's folder and run `qaq refresh`"
             )
     return files | {_MANIFEST: storage.files.read_bytes(*folder, _MANIFEST)}
 

@@ -123,7 +123,7 @@ def find_version(storage: Storage, name: str) -> Published:
         raise StorageError("nothing was published yet; `qaq run FILE --batch NAME` makes a version")
     digits = latest(storage) if name == "latest" else name
     if digits is None:
-        raise StorageError("the first publication was cut off before it ended; `qaq recurate` ends it")
+        raise StorageError("the first publication was cut off before it ended; `qaq refresh` ends it")
     by_number = [one for one in known if digits == str(one.number)]
     found = by_number or [one for one in known if len(digits) >= _SHORTEST_HASH and one.version.startswith(digits)]
     if len(found) != 1:

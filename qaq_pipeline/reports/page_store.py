@@ -1,7 +1,7 @@
 """The audit pages in the storage: what each is made of, where it lies, and whether it is still of what stands now.
 
 Belongs here: reading the tables that a page shows, storing it. Does not belong here: what stands on it (`report`), who
-asks for it (assets, `renewal`), and Dagster.
+asks for it (assets, `runs.audit_pages`), and Dagster.
 
     reports/<batch>/report.html                  and made_of.json: versions of what it was made of
     reports/<batch>/calibration.html             written with the table

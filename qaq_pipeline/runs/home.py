@@ -11,7 +11,7 @@ from qaq_pipeline.config.load import dagster_home, home_directory
 
 
 def prepare_home() -> Path:
-    """DAGSTER_HOME, with the packaged instance settings in it if it has none of its own."""
+    """Create DAGSTER_HOME and the landing zone, with the packaged instance settings unless it has its own."""
     home = dagster_home()
     home.mkdir(parents=True, exist_ok=True)
     (home_directory() / "landing").mkdir(parents=True, exist_ok=True)

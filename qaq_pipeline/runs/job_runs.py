@@ -1,7 +1,7 @@
-"""Running a job of the pipeline in this process, and what of it a person or a program is told.
+"""Run a job of the pipeline from this process.
 
-Belongs here: one run of one job, its failure in words, signals between runs. Does not belong here: which jobs run in
-which order (`driver`).
+Belongs here: one run of one job, its failure in words, signals between runs. Does not belong here: the order of jobs
+(`run_batch`, `refresh`), and the results of a run (`run_results`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.storage.storage import open_storage
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-"""The console shows this driver's own words; Dagster keeps all of its own in the event log."""
+"""Keeps Dagster's log off the console; the event log has all of it."""
 
 
 class RunError(RuntimeError):
-    """A stage failed. The text says which, on what partition, why, and what to do."""
+    """A stage failed. The text names the stage, the partition, the cause and the remedy."""
 
 
 class InterruptedRunError(RunError):
@@ -40,36 +40,36 @@ class InterruptedRunError(RunError):
 
 
 def _ignore(*_: object) -> None:
-    """Nobody watches."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Events:
-    """Callbacks of a run, for whoever shows its progress."""
+    """Callbacks that report the progress of runs."""
 
     on_stage: Callable[[str, str], None] = _ignore
     """Called with the job and the partition when a stage begins."""
     on_progress: Callable[[Progress], None] = _ignore
     """Called after every scored batch, where steps run in this process."""
     on_notice: Callable[[str], None] = _ignore
-    """Called with what a person should know at once."""
+    """Called with a message for the user."""
 
 
 Runner = Callable[[str, str | None], str]
-"""Runs a job of a partition, and gives the run's id. Raises `RunError`."""
+"""Runs a job on a partition, and returns the run's id. Raises `RunError`."""
 
 
 def lock_directory() -> Path:
-    """Where drivers show that they live."""
+    """The folder with a lock file for each living driver."""
     return dagster_home() / "driver_locks"
 
 
 @contextmanager
 def running(settings: Settings, instance: dg.DagsterInstance, events: Events) -> Iterator[Runner]:
-    """A driver's life: what runs in it carries its tag, and shows to be dead when this process is.
+    """Yield the function that runs jobs. Its runs carry a tag that tells whether this process still lives.
 
-    Runs of dead processes are ended first. A signal between two runs ends the driver as one inside a run does. What is
-    ranked against a reference is preceded by the making of it, where it is not stored yet.
+    Runs of dead processes are ended first. A signal between two runs ends the driver, as one inside a run does. The
+    rank reference is built before the first job that needs it.
     """
     jobs = build_job_defs(settings, on_progress=events.on_progress)
     liveness.end_dead_runs(instance, lock_directory())
@@ -93,7 +93,7 @@ def running(settings: Settings, instance: dg.DagsterInstance, events: Events) ->
 
 @contextmanager
 def _signals_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C's or SIGTERM's signal has come: Dagster raises one inside a step, and drops one between steps."""
+    """Yield a test for SIGINT and SIGTERM: Dagster raises them inside a step, and drops them between steps."""
     if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread only.
         yield lambda: False
         return
@@ -109,7 +109,7 @@ def _signals_to_end() -> Iterator[Callable[[], bool]]:
 
 
 def _received(reader: socket.socket) -> bytes:
-    """The numbers of the signals that have come since the last look."""
+    """The numbers of the signals since the last call."""
     try:
         return reader.recv(4096)
     except BlockingIOError:
@@ -117,10 +117,10 @@ def _received(reader: socket.socket) -> bytes:
 
 
 def _is_reference_missing(settings: Settings) -> bool:
-    """Whether the reference that ranks are taken against is not stored yet.
+    """Tell whether the rank reference is configured and not stored yet.
 
     Raises:
-        RunError: it is not, and a batch of it is not scored.
+        RunError: it is not stored, and one of its batches is not scored.
     """
     storage, wanted = open_storage(settings), settings.ranking.reference
     if (
@@ -137,7 +137,7 @@ def _is_reference_missing(settings: Settings) -> bool:
     ]
     if unscored:
         raise RunError(
-            f"the reference {wanted.name} is not made yet, and its batches {', '.join(unscored)} are not scored; run "
+            f"the reference {wanted.name} is not built yet, and its batches {', '.join(unscored)} are not scored; run "
             "them first, with ranking.pool: batch"
         )
     return True
@@ -170,14 +170,14 @@ def _run_in_processes(
 ) -> dg.JobExecutionResult:
     if settings != load_settings():
         raise RunError(
-            "executor multiprocess: its processes read QAQ_CONFIG, which names other settings; set it to these"
+            "executor multiprocess: its processes read QAQ_CONFIG, which names other settings; set it to this file"
         )
     job = dg.build_reconstructable_job("qaq_pipeline.runs.job_runs", "resolve_job", reconstructable_args=(job_name,))
     return dg.execute_job(job, instance, run_config=_QUIET, tags=tags)
 
 
 def resolve_job(job_name: str) -> dg.JobDefinition:
-    """The job by its name, for the settings of the environment: how another process finds it."""
+    """The job of this name, under the settings of the environment: another process finds it by this function."""
     return build_job_defs(load_settings()).resolve_job_def(job_name)
 
 
@@ -189,7 +189,7 @@ def _partition_key(partition: str | None) -> str | None:
 
 
 def _partition_tags(partition: str | None) -> dict[str, str]:
-    """Tags by which Dagster knows the partition of a run, and its dimensions where there are two."""
+    """Dagster's tags of the partition of a run, and of its dimensions if there are two."""
     if partition is None:
         return {}
     tags, parsed = {"dagster/partition": partition}, Partition.parse(partition)
@@ -205,35 +205,5 @@ def _require_success(result: Any, job_name: str, partition: str | None) -> None:
     where = f"{job_name} of {partition}" if partition else job_name
     raise RunError(
         f"{where} failed: {cause(failures)}\n"
-        f"Run {result.run_id}; what was made before it stays. Mend the cause and run again."
+        f"Run {result.run_id}; earlier results are kept. Fix the cause and run again."
     )
-
-
-SAID_OTHERWISE = (("disagreement_scores", "strata_are_filled"), ("curated_dataset", "every_batch_is_in_it"))
-"""Checks whose sentences the warnings of their assets say as well."""
-
-
-def failed_checks(instance: dg.DagsterInstance, run_id: str) -> list[str]:
-    """A sentence for each asset check that did not pass in that run, but for those in `SAID_OTHERWISE`."""
-    events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
-    found = []
-    for record in events:
-        event = record.event_log_entry.dagster_event
-        evaluation = event.asset_check_evaluation_data if event else None
-        if evaluation is None or evaluation.passed:
-            continue
-        asset = evaluation.asset_key.to_user_string()
-        if (asset, evaluation.check_name) not in SAID_OTHERWISE:
-            where = f"{asset} of {evaluation.partition}" if evaluation.partition else asset
-            found.append(f"check {evaluation.check_name} of {where}: {evaluation.description}")
-    return found
-
-
-def materialisation_metadata(instance: dg.DagsterInstance, run_id: str, asset: str) -> dict[str, Any]:
-    """The metadata of the asset's materialisation in that run."""
-    events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
-    for record in events:
-        materialisation = record.asset_materialization
-        if materialisation and materialisation.asset_key == dg.AssetKey(asset):
-            return {name: value.value for name, value in materialisation.metadata.items()}
-    raise RunError(f"run {run_id} succeeded without materialising {asset}; see its log in the UI")

@@ -1,4 +1,4 @@
-"""Files a person delivers: their copy, their partition, and an estimate of what scoring them takes."""
+"""Register files as a batch: keep a copy of them, and add its partition."""
 
 from __future__ import annotations
 
@@ -8,31 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
-import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest import landing, records
-from qaq_pipeline.orchestration.assets.scoring.logprobs import accepted_pairs
-from qaq_pipeline.runs.job_runs import (
-    RunError,
-)
+from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.scoring.runtime import ModelRuntime, ScoringCost
-from qaq_pipeline.screening import screen
 from qaq_pipeline.storage.deliveries import Delivery
 from qaq_pipeline.storage.storage import open_storage
 
 
 @dataclass(frozen=True)
 class Registration:
-    """A delivery, and what the batch was delivered as before."""
+    """A delivery, and the previous delivery of the batch."""
 
     delivery: Delivery
     previous: Delivery | None
 
     @property
     def replaces_other_content(self) -> bool:
-        """Whether the batch was delivered before as something else."""
+        """True if the batch was delivered before with other content."""
         return self.previous is not None and self.previous.content_hash != self.delivery.content_hash
 
 
@@ -73,30 +67,11 @@ def read_files(files: Sequence[Path]) -> dict[str, bytes]:
     return contents
 
 
-def estimate(settings: Settings, files: Sequence[Path]) -> list[ScoringCost]:
-    """What scoring the files would take, model by model; nothing is registered.
-
-    At most: rows that older batches or benchmarks hold as well are counted.
-
-    Raises:
-        RunError: a file is missing or cannot be read at all.
-        ValueError: a model's files cannot be found, or it cannot be scored.
-    """
-    try:
-        frames = [records.read_file(data, name, "b", settings.records) for name, data in read_files(files).items()]
-    except records.UnreadableFileError as error:
-        raise RunError(str(error)) from error
-    raw = pl.concat(frames)
-    pairs = accepted_pairs(raw, screen.screen_alone(raw, settings.screening))
-    storage = open_storage(settings)
-    runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
-    return [runtime.estimate(role, pairs, storage) for role in settings.models]
-
-
 def batch_lock(settings: Settings, batch: str) -> AbstractContextManager[None]:
-    """Hold a batch from its registration to its publication, so that two drivers cannot mix their deliveries.
+    """Lock a batch from its registration to its publication, so that two drivers cannot mix their deliveries.
 
     Raises:
-        PartitionBusyError: another driver holds it; ValueError: the name cannot be used.
+        PartitionBusyError: another driver holds it.
+        ValueError: the name cannot be used.
     """
     return open_storage(settings).locks.hold("batch", check_batch_name(batch))

@@ -1,4 +1,4 @@
-"""The summary of a batch after its run, from its stored tables and the metadata of its runs."""
+"""Summarise a batch after its run, from its stored tables and the metadata of its runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import polars as pl
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store
-from qaq_pipeline.runs.job_runs import (
-    RunError,
-)
+from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
@@ -41,7 +39,7 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """What became of a batch. Rows by decision add up to the rows in."""
+    """The decisions on a batch, and the work of its run. Rows by decision add up to the rows in."""
 
     batch: str
     rows_in: int
@@ -56,7 +54,7 @@ class BatchSummary:
     is_new_version: bool
     tables: dict[str, str]
     pages: dict[str, str]
-    """Audit pages that were made, by what they are of."""
+    """URLs of the audit pages, by name."""
 
     @property
     def scored(self) -> int:

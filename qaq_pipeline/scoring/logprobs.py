@@ -1,6 +1,7 @@
 """Sums the NLL of pairs under one model: reads the cached scores, scores the rest, and caches them in shards.
 
-Belongs here: the sequence of steps of one scoring, its progress and its report, and the assembly of the Logprobs table.
+Belongs here: the pairs to score, the sequence of steps of one scoring, its progress and its report, and the assembly
+of the Logprobs table.
 Does not belong here: prompts, batches and models (`lm`), the choice of sequences (`planner`), the rows of a shard
 (`shards`), and ranks (`selection`).
 """
@@ -23,7 +24,7 @@ from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import Load, ScorerFacts, Workers, open_workers
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Status
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -133,6 +134,15 @@ class ScoringReport:
     def tokens_per_second(self) -> float | None:
         """Tokens per second, without padding; None if nothing was scored."""
         return self.num_tokens / self.seconds if self.num_tokens else None
+
+
+def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
+    """The distinct pairs to score, in the order of their ids."""
+    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(
+        "batch", "source_file", "source_row", "turn_index"
+    )
+    rows = raw.join(accepted, on=accepted.columns, how="semi").sort("pair_id")
+    return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
 def score_pairs(

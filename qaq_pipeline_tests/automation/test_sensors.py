@@ -20,7 +20,7 @@ from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import CURATING
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import refresh, registration, status
+from qaq_pipeline.runs import refresh, registration, status, withdrawal
 from qaq_pipeline.runs.job_runs import Events, RunError
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
@@ -334,7 +334,7 @@ def test_a_process_that_died_between_table_and_event_is_made_up_for(
 
 
 def night(daemon: Daemon) -> bool:
-    job = daemon.defs.resolve_job_def("recurate")
+    job = daemon.defs.resolve_job_def("refresh")
     return job.execute_in_process(instance=daemon.instance, raise_on_error=False).success
 
 
@@ -385,8 +385,8 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(two
     path.unlink()
     daemon.instance.add_dynamic_partitions("batch", ["bad"])
     daemon.tick("landing_zone")
-    with pytest.raises(RunError, match=r"not brought up to date:\nbatch bad: .*gone from the landing zone"):
-        refresh.recurate(daemon.settings, daemon.instance)
+    with pytest.raises(RunError, match=r"not refreshed:\nbatch bad: .*gone from the landing zone"):
+        refresh.refresh_all(daemon.settings, daemon.instance)
     assert set(status.batches_left_out(daemon.settings, daemon.instance)) == {"bad"}
     assert len(kept(daemon)) == 2
     assert not night(daemon)
@@ -405,7 +405,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     notices: list[str] = []
-    done = refresh.recurate(daemon.settings, daemon.instance, Events(on_notice=notices.append))
+    done = refresh.refresh_all(daemon.settings, daemon.instance, Events(on_notice=notices.append))
     assert statuses(daemon, "b2")[2] == "accepted"
     assert done.failed == {}
     assert done.version in kept(daemon)
@@ -437,15 +437,15 @@ def everything_selected(daemon: Daemon, settings_for: SettingsFor) -> None:
     """The daemon's batches, decided and published so that every row that is scored is selected."""
     all_rows = [{"name": "all", "strategy": "diff_high", "budget": {"fraction": 1.0}}]
     daemon.use(settings_for(gates={"max_rejected_share": None}, selections=all_rows))
-    refresh.recurate(daemon.settings, daemon.instance)
+    refresh.refresh_all(daemon.settings, daemon.instance)
 
 
 def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, settings_for: SettingsFor) -> None:
     daemon = two_batches
     everything_selected(daemon, settings_for)
     assert json.dumps(SAMPLES[3][0])[1:-1] in published_text(daemon)
-    what = refresh.Withdrawal("b1", "b1.jsonl:3", "its licence forbids training")
-    done = refresh.withdraw(daemon.settings, daemon.instance, what)
+    what = withdrawal.Withdrawal("b1", "b1.jsonl:3", "its licence forbids training")
+    done = withdrawal.withdraw(daemon.settings, daemon.instance, what)
     assert done.failed == {}
     assert json.dumps(SAMPLES[3][0])[1:-1] not in published_text(daemon)
     for batch in ("b1", "b2"):
@@ -454,7 +454,7 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
         assert decision["explanation"] == "Withdrawn, so it is not published any more: its licence forbids training."
     assert status.batches_left_out(daemon.settings, daemon.instance) == {}
-    assert status.published_withdrawn(daemon.settings) == []
+    assert versions.published_withdrawn(open_storage(daemon.settings)) == []
 
 
 def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_screened_again(
@@ -463,17 +463,17 @@ def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_scre
     daemon = two_batches
     everything_selected(daemon, settings_for)
     holder = lock_holder(daemon.settings.home / "locks", "batch", "b1")
-    what = refresh.Withdrawal("b1", "b1.jsonl:1", "a leaked key")
+    what = withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key")
     impatient = daemon.settings.model_copy(update={"runtime": RuntimeSettings(lock_timeout_seconds=0.1)})
-    with pytest.raises(RunError, match=r"not brought up to date:\nbatch b1: batch/b1 is being written"):
-        refresh.withdraw(impatient, daemon.instance, what)
+    with pytest.raises(RunError, match=r"not refreshed:\nbatch b1: batch/b1 is being written"):
+        withdrawal.withdraw(impatient, daemon.instance, what)
     assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
     assert (
         "withdrawals changed since it was screened" in status.batches_left_out(daemon.settings, daemon.instance)["b1"]
     )
     holder.kill()
     holder.wait()
-    refresh.recurate(daemon.settings, daemon.instance)
+    refresh.refresh_all(daemon.settings, daemon.instance)
     assert status.batches_left_out(daemon.settings, daemon.instance) == {}
 
 
@@ -487,7 +487,7 @@ def test_a_withdrawn_batch_goes_though_no_other_can_be_published(
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1"), daemon.curate("gated")
     assert daemon.materialise("curated_dataset", partition=None)
-    refresh.withdraw(settings, instance, refresh.Withdrawal("b1", None, "a claim"))
+    withdrawal.withdraw(settings, instance, withdrawal.Withdrawal("b1", None, "a claim"))
     assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
     assert night(daemon)
 
@@ -503,14 +503,14 @@ def test_near_rows_of_a_withdrawn_one_are_named_before_they_come_back(
     )
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
-    assert refresh.near_rows(settings, instance, "b1", "b1.jsonl:1") == ["b1/b1.jsonl:2.0"]
-    refresh.withdraw(settings, instance, refresh.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
+    assert withdrawal.near_rows(settings, instance, "b1", "b1.jsonl:1") == ["b1/b1.jsonl:2.0"]
+    withdrawal.withdraw(settings, instance, withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
     assert statuses(daemon, "b1") == ["withdrawn", "accepted"]
 
 
 def test_a_withdrawn_row_is_withdrawn_from_what_lands_later_too(two_batches: Daemon) -> None:
     daemon = two_batches
-    refresh.withdraw(daemon.settings, daemon.instance, refresh.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
+    withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
     land(daemon.settings, "b3.jsonl", some_rows(14, 0, 15))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b3")
@@ -519,15 +519,15 @@ def test_a_withdrawn_row_is_withdrawn_from_what_lands_later_too(two_batches: Dae
 
 def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_restored(two_batches: Daemon) -> None:
     daemon = two_batches
-    refresh.withdraw(daemon.settings, daemon.instance, refresh.Withdrawal("b1", None, "a claim of its owner"))
+    withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal("b1", None, "a claim of its owner"))
     left_out = status.batches_left_out(daemon.settings, daemon.instance)
     assert left_out == {"b1": "gated (batch_withdrawn): it was withdrawn: a claim of its owner"}
     assert statuses(daemon, "b2")[2] == "accepted"
     rows = open_storage(daemon.settings).tables.read("decisions", Partition("b1")).frame
     assert rows.height == 5
     assert set(rows["reason"]) == {"batch_withdrawn"}
-    back = refresh.Withdrawal("b1", None, "the claim was dropped", is_withdrawn=False)
-    refresh.withdraw(daemon.settings, daemon.instance, back)
+    back = withdrawal.Withdrawal("b1", None, "the claim was dropped", is_withdrawn=False)
+    withdrawal.withdraw(daemon.settings, daemon.instance, back)
     assert status.batches_left_out(daemon.settings, daemon.instance) == {}
     assert statuses(daemon, "b2")[2] == "duplicate"
     # The same content as before all this, so the same version, and the history of what lay between.
@@ -542,7 +542,7 @@ def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_re
 def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches: Daemon) -> None:
     daemon = two_batches
     for batch in ("b1", "b2"):
-        refresh.withdraw(daemon.settings, daemon.instance, refresh.Withdrawal(batch, None, "a claim"))
+        withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal(batch, None, "a claim"))
     storage = open_storage(daemon.settings)
     manifest = storage.files.read_json(versions.FOLDER, versions.latest(storage) or "", "manifest.json")
     assert manifest["batches"] == []
@@ -550,14 +550,14 @@ def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches
 
 def test_what_is_not_there_cannot_be_withdrawn(two_batches: Daemon) -> None:
     faults = {
-        "there is no batch 'nope'": refresh.Withdrawal("nope", None, "r"),
-        "b1 is not withdrawn: nothing to take back": refresh.Withdrawal("b1", None, "r", is_withdrawn=False),
-        "has no readable row 'b1.jsonl:99'": refresh.Withdrawal("b1", "b1.jsonl:99", "r"),
-        "cannot be used": refresh.Withdrawal("../b1", None, "r"),
+        "there is no batch 'nope'": withdrawal.Withdrawal("nope", None, "r"),
+        "b1 is not withdrawn: nothing to take back": withdrawal.Withdrawal("b1", None, "r", is_withdrawn=False),
+        "has no readable row 'b1.jsonl:99'": withdrawal.Withdrawal("b1", "b1.jsonl:99", "r"),
+        "cannot be used": withdrawal.Withdrawal("../b1", None, "r"),
     }
     for why, what in faults.items():
         with pytest.raises((RunError, ValueError), match=why):
-            refresh.withdraw(two_batches.settings, two_batches.instance, what)
+            withdrawal.withdraw(two_batches.settings, two_batches.instance, what)
     assert not open_storage(two_batches.settings).files.exists("withdrawals.json")
 
 
@@ -574,14 +574,14 @@ def test_sensors_and_schedule_start_where_the_settings_say_so_and_state_it(
     always = {part.name for part in parts if part.default_status.value == "RUNNING"} - {"alert_of_failed_run"}
     assert "dead_runs" in always
     mine = [part for part in parts if part.name not in ("alert_of_failed_run", "dead_runs")]
-    assert {part.name for part in mine} == {"landing_zone", "curation", "screening_anew", "nightly_recuration"}
+    assert {part.name for part in mine} == {"landing_zone", "curation", "screening_anew", "nightly_refresh"}
     assert {part.default_status.value == "RUNNING" for part in mine} == {is_started}
     assert {"Runs from the start" in (part.description or "") for part in mine} == {is_started}
 
 
 def test_a_cron_that_is_none_is_named_with_its_field(settings_for: SettingsFor) -> None:
-    with pytest.raises(SettingsError, match=r"automation.recuration_cron: 'every night' is no cron"):
-        build_defs(settings_for(automation={"recuration_cron": "every night"}))
+    with pytest.raises(SettingsError, match=r"automation.refresh_cron: 'every night' is no cron"):
+        build_defs(settings_for(automation={"refresh_cron": "every night"}))
 
 
 # --- what a person is told -----------------------------------------------------------------------------------------
@@ -591,7 +591,7 @@ def test_a_person_is_told_whether_the_daemon_runs_and_how_the_last_night_ended(i
     now = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
     daemon, night = unattended.unattended(instance, now)
     assert "No daemon ever ran here" in daemon
-    assert night == "No nightly re-curation has run yet."
+    assert night == "No nightly refresh has run yet."
 
     instance.add_daemon_heartbeat(DaemonHeartbeat(now.timestamp() - 40, "SENSOR", "id", []))
     assert unattended.unattended(instance, now)[0] == "The daemon runs."
@@ -605,4 +605,4 @@ def test_a_person_is_told_of_the_newest_night(settings_for: SettingsFor, instanc
     job = build_defs(settings_for()).resolve_job_def(nightly.NIGHTLY)
     assert job.execute_in_process(instance=instance).success
     told = unattended.unattended(instance, datetime.now(UTC))[1]
-    assert re.fullmatch(r"Last nightly re-curation: SUCCESS, \d{4}-\d\d-\d\d \d\d:\d\d UTC\.", told)
+    assert re.fullmatch(r"Last nightly refresh: SUCCESS, \d{4}-\d\d-\d\d \d\d:\d\d UTC\.", told)

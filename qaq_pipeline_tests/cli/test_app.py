@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.cli import app
+from qaq_pipeline.cli import app, render
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Outdated
@@ -211,7 +211,7 @@ def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home
     shown = qaq(empty_home, "run", delivery, "--batch", "odd")
     assert shown.code == 0
     assert "sum │ 1 │" in shown.out
-    assert "note: batch odd was delivered before as something else, which this replaces" in shown.out
+    assert "note: this replaces the earlier delivery of batch odd, which had other content" in shown.out
     assert "is left out" not in qaq(empty_home, "status").out
     repeated = qaq(empty_home, "run", delivery, "--batch", "again")
     assert repeated.code == 0
@@ -228,7 +228,7 @@ def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixt
         [model("strong", 0.0, rmi=0.5), model("weak", 2.0)],
         [model("strong", 2.0), model("weak", 0.0, rmi=0.5)],
     ):
-        app._print_summary(
+        render.print_summary(
             BatchSummary(
                 "b1",
                 0,
@@ -315,7 +315,7 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     storage.tables.write(StoredTable(frame, {"inputs": {"rmi_scores|strong": scores}}), "calibration", Partition("b1"))
     shown = qaq(home, "calibration", "b1")
     assert shown.code == 0
-    assert "older scores" not in shown.out
+    assert "used older scores" not in shown.out
     assert "│ RMI │ other_answer │ 0.938 [0.88, 0.99] │" in shown.out
     assert "│ low cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
     offered = yaml.safe_load(shown.lines[shown.lines.index("- name: ") :])
@@ -323,7 +323,7 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     storage.tables.write(
         StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", Partition("b1")
     )
-    assert "This is of older scores: since then rmi_scores|strong changed" in qaq(home, "calibration", "b1").out
+    assert "It used older scores: rmi_scores|strong changed since; `qaq refresh`" in qaq(home, "calibration", "b1").out
     storage.files.remove("calibration", "b1", "table.parquet")
 
 
@@ -377,7 +377,7 @@ def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be(
     assert status_of({"rmi_scores": torn, "decisions": nothing}) == "rmi_scores unreadable"
     assert status_of({"logprobs": TableStatus(5, 1, 2)}) == "logprobs: 1 of 2 models"
     renewed = Outdated("ingest_batch", "b1", None, "raw_data", "it was delivered anew")
-    assert status_of({}, "decisions are older than raw_data", renewed) == "raw_data out of date"
+    assert status_of({}, "decisions are older than raw_data", renewed) == "raw_data stale"
     assert status_of({}, "gated (empty_batch): it has no row", renewed) == "gated"
     assert status_of({}, "selected by another") == "left out"
 
@@ -386,8 +386,8 @@ def test_status_says_what_other_settings_make_out_of_date(home: Home, qaq: Qaq, 
     values = yaml.safe_load(home.config.read_text()) | {"eligibility": {"min_query_tokens": 2}}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(values))
     shown = qaq(home, "status", "--config", tmp_path / "other.yaml")
-    assert "b1 20 5 rmi_scores out of date" in shown.out
-    assert "b1, rmi_scores: rmi_scores was made by other code, or under other settings; `qaq recurate`" in shown.out
+    assert "b1 20 5 rmi_scores stale" in shown.out
+    assert "b1, rmi_scores: rmi_scores was made by other code, or under other settings; `qaq refresh`" in shown.out
 
 
 def test_status_without_a_batch_says_what_to_type(empty_home: Home, qaq: Qaq) -> None:
@@ -538,8 +538,9 @@ def test_a_row_is_found_by_its_text(home: Home, qaq: Qaq) -> None:
     assert shown.out == qaq(home, "explain", "b1", 2).out
     several = qaq(home, "explain", "--text", "def").out
     assert "b1/rows.jsonl:1.0: Reverse a string in Python." in several
-    assert re.search(r"\d rows hold that text; explain one: `qaq explain b1/rows\.jsonl:1\.0`", several)
-    assert "no row of any batch, as delivered now, holds 'nowhere'" in qaq(home, "explain", "--text", "nowhere").err
+    assert re.search(r"\d rows contain that text; explain one: `qaq explain b1/rows\.jsonl:1\.0`", several)
+    missing = qaq(home, "explain", "--text", "nowhere").err
+    assert "no row in the current delivery of any batch contains 'nowhere'" in missing
 
 
 def test_explain_gives_all_of_it_as_json_and_the_templates_if_asked(home: Home, qaq: Qaq) -> None:
@@ -562,6 +563,11 @@ def test_markup_in_names_and_texts_is_shown_as_it_is(empty_home: Home, qaq: Qaq)
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_a_renamed_command_gives_its_new_name(empty_home: Home, qaq: Qaq) -> None:
+    for options in ([], ["--unknown"]):
+        assert qaq(empty_home, "recurate", *options).error(code=2) == "error: recurate is now `qaq refresh`\n"
 
 
 @pytest.mark.parametrize(
@@ -692,7 +698,7 @@ def test_a_missing_model_fails_its_stage_and_says_what_stays(
     error = qaq(empty_home, "run", delivery, "--batch", "b1").error(lines=2)
     assert "score_batch of b1|strong failed: step logprobs: " in error
     assert "nowhere: has no config.json" in error
-    assert "what was made before it stays. Mend the cause and run again." in error
+    assert "earlier results are kept. Fix the cause and run again." in error
 
 
 @pytest.mark.parametrize("root", ["nosuch://bucket/qaq", "oci://bucket/qaq"])

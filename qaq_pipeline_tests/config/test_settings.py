@@ -82,6 +82,10 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
         ({"scorring": {}}, ["scorring", "not permitted"]),
+        (
+            {"automation": {"recuration_cron": "0 3 * * *"}},
+            ["automation.recuration_cron: is now automation.refresh_cron", "got '0 3 * * *'"],
+        ),
         ({"models": MODELS | {"Third": {"directory": "x"}}}, ["models.Third", "pattern", "got 'Third'"]),
         ({"models": {"strong": {"directory": "big"}}}, ["weak", "required"]),
         ({"models": MODELS | {"third": {}}}, ["models.third", "exactly one of hub, directory, gguf", "none"]),

@@ -28,7 +28,7 @@ from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.orchestration.jobs import CURATING, build_job_defs
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import job_runs, refresh, registration, run_batch, status
+from qaq_pipeline.runs import audit_pages, job_runs, refresh, registration, run_batch, status
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.run_batch import RunError
 from qaq_pipeline.runs.summary import BatchSummary
@@ -130,7 +130,7 @@ def _partitions(partitions_def: dg.PartitionsDefinition | None) -> Any:
 def test_the_definitions_load_and_have_every_job() -> None:
     defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     dg.Definitions.validate_loadable(defs)
-    assert [job.name for job in defs.jobs or []] == [*STAGES, *CALIBRATION_STAGES, "recurate"]
+    assert [job.name for job in defs.jobs or []] == [*STAGES, *CALIBRATION_STAGES, "refresh"]
     pages = {"batch_report", "dataset_report"}
     made = [asset for assets in STAGES.values() for asset in assets]
     assert [asset for asset in made if asset not in pages] == [*TABLES, "curated_dataset"]
@@ -257,14 +257,14 @@ def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
     again = curate(settings, instance, delivered)
     assert any("the audit page of batch b1 was not made" in warning for warning in again.warnings)
     with pytest.raises(run_batch.RunError, match="audit page"):
-        run_batch.find_page(settings, instance, "b1", None, run_batch.Events())
+        audit_pages.find_batch_page(settings, instance, "b1")
     of_batch.rmdir()
-    assert run_batch.find_page(settings, instance, "b1", None, run_batch.Events()) == str(of_batch)
-    assert run_batch.find_page(settings, instance, None, "latest", run_batch.Events()) == str(of_version)
+    assert audit_pages.find_batch_page(settings, instance, "b1") == str(of_batch)
+    assert audit_pages.find_version_page(settings, "latest") == str(of_version)
     with pytest.raises(run_batch.RunError, match="there is no batch"):
-        run_batch.find_page(settings, instance, "b9", None, run_batch.Events())
+        audit_pages.find_batch_page(settings, instance, "b9")
     with pytest.raises(run_batch.RunError, match="no one version 'v9' was published"):
-        run_batch.find_page(settings, instance, None, "v9", run_batch.Events())
+        audit_pages.find_version_page(settings, "v9")
 
 
 # --- one batch ------------------------------------------------------------------------------------------------------
@@ -446,12 +446,12 @@ def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
     summary = curate(settings, instance, delivered)
     assert summary.is_new_version
     (said,) = [warning for warning in summary.warnings if "not calibrated" in warning]
-    assert said.startswith("batch b1 was published, and not calibrated: ")
+    assert said.startswith("batch b1 was published but not calibrated: ")
     assert "planted_scores/b1/strong is being written by another process" in said
     holder.kill()
     holder.wait()
-    done = refresh.recurate(settings, instance)
-    assert done.remade == ["score_planted b1|strong", "score_planted b1|weak", "calibrate_batch b1"]
+    done = refresh.refresh_all(settings, instance)
+    assert done.rebuilt == ["score_planted b1|strong", "score_planted b1|weak", "calibrate_batch b1"]
     assert done.version is None
 
 
@@ -1029,7 +1029,7 @@ def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_screened_agai
     registration.register(settings, instance, "b1", [deliver(*SAMPLES[:3])], None)
     for stage in ("ingest_batch", "score_batch", "select_from_batch"):
         run_stages(settings, instance, "b1", stage)
-    why = "screened against another state of batch b1; `qaq recurate` screens it again"
+    why = "screened against another state of batch b1; `qaq refresh` screens it again"
     assert status.batches_left_out(settings, instance) == {"b2": why}
     run_batch.run_batch(settings, instance, "b1")
     assert latest(settings)["excluded_batches"] == {}

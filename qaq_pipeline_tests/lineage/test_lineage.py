@@ -223,7 +223,7 @@ def test_every_finding_says_the_remedy(walked: Lineage, storage: Storage) -> Non
         "version": "do not train on it",
         "delivery": "deliver the same files again (`qaq run FILE --batch b1`)",
         "shard": "remove it: the scores in it are made again",
-        "table": "remove it and run `qaq recurate`",
+        "table": "remove it and run `qaq refresh`",
     }
     for kind, remedy in remedies.items():
         path = files_of(walked, kind)[0]
@@ -443,7 +443,7 @@ def qaq(published: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
 def test_the_command_prints_the_tree_and_verifies(qaq: Callable[..., tuple[int, str]], walked: Lineage) -> None:
     code, said = qaq(walked.version[:8], "--verify")
     assert code == 0
-    assert f"Verified: every file of {walked.version} is what it was." in said
+    assert f"Verified: every file of {walked.version} is unchanged." in said
     for text in ("batch b1: ", "rmi_scores[b1|weak]: ", "raw_data[b2]: ", walked.files[0].sha256, "delivered files"):
         assert text in said
     path = files_of(walked, "table")[3]

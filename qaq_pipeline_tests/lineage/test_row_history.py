@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from qaq_pipeline.cli import explain
+from qaq_pipeline.cli import dossier
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import row_history
@@ -151,10 +151,10 @@ def test_every_version_says_what_became_of_a_row(thrice: Storage) -> None:
 def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal(thrice: Storage) -> None:
     second = versions.find_version(thrice, "2")
     (row,) = row_history.find_row(thrice, "b1", "3", second).rows
-    gathered = explain.gather(thrice, row, second, with_versions=False)
+    gathered = dossier.gather(thrice, row, second, with_versions=False)
     gathered.text["query"] = "hi\x1b[2J\x1b]0;owned"
     stream = io.StringIO()
-    explain.show(Console(file=stream, width=80), gathered, with_template=True)
+    dossier.show(Console(file=stream, width=80), gathered, with_template=True)
     shown = stream.getvalue()
     assert "in version 2" in shown
     assert "\x1b" not in shown
@@ -175,7 +175,7 @@ def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal
     ],
 )
 def test_a_cut_is_shown_with_the_side_that_is_taken(verdict: dict[str, Any], shown: str) -> None:
-    assert explain._cut(verdict) == shown
+    assert dossier._cut(verdict) == shown
 
 
 def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, settings: Settings) -> None:
@@ -186,12 +186,12 @@ def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, se
     publish_all(storage, settings, "b1")
     row = row_history.find_row(storage, "b1", "3").rows[0]
     stream = io.StringIO()
-    explain.show(
+    dossier.show(
         Console(file=stream, width=200),
-        explain.gather(storage, row, None, with_versions=True),
+        dossier.gather(storage, row, None, with_versions=True),
         with_template=False,
     )
-    assert "another text then stood at this place" in stream.getvalue()
+    assert "this place then held another text" in stream.getvalue()
     assert "dropped, had been in" not in stream.getvalue()
 
 
@@ -201,8 +201,8 @@ def test_versions_in_a_row_that_say_the_same_of_a_row_are_one_line(thrice: Stora
         publish_all(thrice, settings, *(name for name in ("b0", "b1", "b2", "b3") if name <= batch))
     row = row_history.find_row(thrice, "b1", "3").rows[0]
     stream = io.StringIO()
-    gathered = explain.gather(thrice, row, None, with_versions=True)
-    explain.show(Console(file=stream, width=200), gathered, with_template=False)
+    gathered = dossier.gather(thrice, row, None, with_versions=True)
+    dossier.show(Console(file=stream, width=200), gathered, with_template=False)
     lines = [line for line in stream.getvalue().splitlines() if line.startswith("version")]
     assert len(lines) == 4
     assert lines[0].endswith("its batch was not in it")
@@ -260,9 +260,9 @@ def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice:
     assert torn.fault is not None
     assert second.version in torn.fault
     stream = io.StringIO()
-    gathered = explain.gather(thrice, row, None, with_versions=True)
-    explain.show(Console(file=stream, width=200), gathered, with_template=False)
-    assert "nothing is known of the row there" in stream.getvalue()
+    gathered = dossier.gather(thrice, row, None, with_versions=True)
+    dossier.show(Console(file=stream, width=200), gathered, with_template=False)
+    assert "the row's fate is unknown" in stream.getvalue()
 
 
 def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:

@@ -496,7 +496,7 @@ def test_the_alert_of_a_failed_run_says_which_step_failed_on_what_and_why(
         Alert(
             subject="rmi_scores of b1|weak failed",
             text=f"rmi_scores of b1|weak failed: step rmi_scores: {words}\n"
-            f"Run {run.run_id}; what was made before it stays. Mend the cause and run again.",
+            f"Run {run.run_id}; earlier results are kept. Fix the cause and run again.",
             kind="run_failed",
             batch="b1",
             run_id=run.run_id,
@@ -506,12 +506,12 @@ def test_the_alert_of_a_failed_run_says_which_step_failed_on_what_and_why(
 
 def test_a_run_that_died_without_a_failed_step_says_what_is_known(instance: dg.DagsterInstance) -> None:
     @dg.op
-    def recurate() -> None:
+    def refresh() -> None:
         """Never runs."""
 
     @dg.job
     def nightly() -> None:
-        recurate()
+        refresh()
 
     run = instance.create_run_for_job(nightly)
     event = instance.report_run_failed(run, "its process 4711 is gone")

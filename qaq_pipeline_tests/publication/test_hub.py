@@ -219,7 +219,7 @@ def test_a_version_that_holds_what_was_withdrawn_stays(storage: Storage, tmp_pat
     store_batch(storage, settings)
     old, to = publish_version(), str(tmp_path / "there")
     withdrawals.add(storage, "b1", {}, "a claim", is_withdrawn=True)
-    with pytest.raises(PublishError, match=f"version {old} holds what was withdrawn since of b1; .*`qaq recurate`"):
+    with pytest.raises(PublishError, match=f"version {old} holds what was withdrawn since of b1; .*`qaq refresh`"):
         publish(storage, "latest", to)
     newer = publish_version()
     assert newer != old
@@ -391,7 +391,7 @@ def test_the_command_says_what_it_would_do_and_what_it_removed(home: Storage, tm
     assert f"{version} published to {to}" in CliRunner().invoke(app, ["publish", "latest", "--to", to]).output
     store_version(home, OTHER_FILES)
     newer = CliRunner().invoke(app, ["publish", "latest", "--to", to]).output
-    assert "removed, of an earlier version: mine/hf/data.arrow" in newer
+    assert "removed file of an earlier version: mine/hf/data.arrow" in newer
     assert "is already at" in CliRunner().invoke(app, ["publish", "latest", "--to", to]).output
 
 

@@ -186,7 +186,7 @@ def test_a_batch_whose_other_selections_were_decided_otherwise_is_left_out_where
     assert read_batches(storage, ["b1"], alone)[1] == {}
     every = parse_settings(f"{SETTINGS}{THREE}export: {{selections: all}}")
     _, excluded = read_batches(storage, ["b1"], every)
-    assert "other settings of the exported selections; `qaq recurate`" in excluded["b1"]
+    assert "other settings of the exported selections; `qaq refresh`" in excluded["b1"]
 
 
 @pytest.mark.parametrize("export", ["meta: true", "formats: [alpaca]", "formats: [alpaca, messages]"])
@@ -307,13 +307,13 @@ def _rank_otherwise(of: str, value: str) -> Callable[[Storage, Settings], None]:
 
 LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
     "missing": (_lose_table, "not materialised: decisions"),
-    "other_selection": (_select_otherwise, "selected by other, not by diff_high; `qaq recurate` selects again"),
-    "other_budget": (_change_the_budget, "decided under other settings of diff_high; `qaq recurate` decides again"),
+    "other_selection": (_select_otherwise, "selected by other, not by diff_high; `qaq refresh` selects again"),
+    "other_budget": (_change_the_budget, "decided under other settings of diff_high; `qaq refresh` decides again"),
     "other_pool": (
         _rank_otherwise("pool_id", "reference:r1:0"),
         "in the pool reference:r1:0, not in batch:b1; `qaq rec",
     ),
-    "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq recurate`"),
+    "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq refresh`"),
     "torn": (_tear, r"decisions/b1/table.parquet: it cannot be read"),
     "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
     "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),
@@ -517,7 +517,7 @@ def test_the_newest_version_of_a_publication_that_was_cut_off_is_said_to_be_none
     store_batch(storage, settings)
     publish_registered(storage, settings, "b1")
     storage.files.remove(versions.FOLDER, "latest.json")
-    with pytest.raises(StorageError, match="the first publication was cut off before it ended; `qaq recurate` ends it"):
+    with pytest.raises(StorageError, match="the first publication was cut off before it ended; `qaq refresh` ends it"):
         versions.find_version(storage, "latest")
 
 

@@ -143,7 +143,7 @@ def test_commands_and_options_in_pages_exist(page: Path) -> None:
 
 def test_pages_name_commands() -> None:
     named = {name for page in PAGES for name, _ in _qaq_commands(page)}
-    assert named >= {"run", "explain", "withdraw", "recurate"}
+    assert named >= {"run", "explain", "withdraw", "refresh"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

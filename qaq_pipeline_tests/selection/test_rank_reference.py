@@ -595,9 +595,9 @@ def test_a_new_reference_ranks_every_batch_anew_without_scoring_and_its_differen
     chosen = {batch: set(table(old, "selected_subset", batch)["pair_id"]) for batch in ("b1", "b2")}
     no_model(monkeypatch)
     new = referring(settings_for, "r2", ["b1", "b2"])
-    done = refresh.recurate(new, instance)
-    assert done.remade == ["select_from_batch b1", "select_from_batch b2"]
-    assert refresh.recurate(new, instance).remade == []
+    done = refresh.refresh_all(new, instance)
+    assert done.rebuilt == ["select_from_batch b1", "select_from_batch b2"]
+    assert refresh.refresh_all(new, instance).rebuilt == []
     storage = open_storage(new)
     assert storage.tables.read("disagreement_scores", Partition("b1")).frame["pool_id"][0].startswith("reference:r2:")
     assert storage.tables.has(NAME, Partition("r1"))
@@ -747,7 +747,7 @@ def test_the_driver_makes_the_reference_when_its_batches_are_scored_and_says_whi
 ) -> None:
     settings = referring(settings_for, batches=["b1", "b2"])
     said = (
-        "the reference r1 is not made yet, and its batches b2 are not scored; run them first, with ranking.pool: batch"
+        "the reference r1 is not built yet, and its batches b2 are not scored; run them first, with ranking.pool: batch"
     )
     with pytest.raises(RunError, match=said):
         curate(settings, instance, deliver(FIRST))

@@ -61,7 +61,7 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         if decisions.provenance["published_hash"] != settings_hash(settings.published):
             raise dg.Failure(
                 f"batch {context.partition_key} was decided by another published selection than the settings name; run "
-                "`qaq recurate`",
+                "`qaq refresh`",
                 allow_retries=False,
             )
         batch = context.partition_key

@@ -4,17 +4,15 @@ import math
 from collections.abc import Callable
 
 import dagster as dg
-import polars as pl
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.io_manager import partition_parts
 from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
 from qaq_pipeline.orchestration.partitions import batch_by_model
 from qaq_pipeline.orchestration.results import table_result
 from qaq_pipeline.reports.check_metrics import count_by
-from qaq_pipeline.schema.vocabularies import Quantity, Status
-from qaq_pipeline.scoring.logprobs import Estimate, Progress
+from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.scoring.logprobs import Estimate, Progress, accepted_pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoredPairs
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage
@@ -55,15 +53,6 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         return table_result(context, scored.frame, inputs, metadata, **scored.provenance)
 
     return logprobs
-
-
-def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
-    """The distinct pairs to score, in the order of their ids."""
-    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(
-        "batch", "source_file", "source_row", "turn_index"
-    )
-    rows = raw.join(accepted, on=accepted.columns, how="semi").sort("pair_id")
-    return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
 def logger(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:

@@ -1,0 +1,134 @@
+"""Commands that show stored results: status, report, table, calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qaq_pipeline.cli import render
+from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
+from qaq_pipeline.cli.terminal import expected, fail, say, warn
+from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.schema.partition import Partition, check_batch_name
+
+
+def status(
+    tables: Annotated[bool, typer.Option("--tables", help="Show the number of rows of every table.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Show the state of every batch, why one is left out of the published dataset, and whether the daemon runs."""
+    from datetime import UTC, datetime
+
+    from qaq_pipeline.automation import unattended
+    from qaq_pipeline.publication import versions
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.status import batch_status, refused_deliveries
+    from qaq_pipeline.storage.storage import open_storage
+
+    settings = read_settings(config_file)
+    with open_instance() as instance:
+        batches = batch_status(settings, instance)
+        for sentence in unattended.unattended(instance, datetime.now(UTC)):
+            say(sentence)
+    for entry, reason in refused_deliveries(settings).items():
+        warn(f"{entry} is refused: {reason}")
+    render.warn_of_withdrawn(versions.published_withdrawn(open_storage(settings)))
+    if not batches:
+        say("No batch yet: register one with `qaq run FILE --batch NAME`.")
+    elif tables:
+        render.print_tables(batches)
+    else:
+        render.print_states(batches)
+    for one in batches:
+        if one.left_out is not None:
+            warn(f"{one.batch} is left out: {one.left_out}")
+        elif one.outdated is not None:
+            warn(f"{one.batch}, {one.outdated.table}: {one.outdated.reason}; `qaq refresh` rebuilds it")
+
+
+def report(
+    batch: Annotated[str | None, typer.Argument(help="Name of the batch.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="A published version, or `latest`, instead of a batch.")
+    ] = None,
+    opens: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Print the URL of the audit page of a batch or a version; the page is made if it is missing or stale."""
+    from qaq_pipeline.runs import audit_pages
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.job_runs import RunError
+    from qaq_pipeline.storage.locks import PartitionBusyError
+
+    if (batch is None) == (version is None):
+        fail("name either a batch, or a version with --version", code=2)
+    settings = read_settings(config_file)
+    quiet_logs()
+    with open_instance() as instance, expected(RunError, PartitionBusyError, ValueError):
+        if batch is not None:
+            url = audit_pages.find_batch_page(settings, instance, batch)
+        else:
+            url = audit_pages.find_version_page(settings, version or "latest")
+    print(url)
+    if opens:
+        typer.launch(url)
+
+
+def table(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PIPELINE.tables_of_batch())}.")],
+    to: Annotated[Path, typer.Option("--to", help="File to write: .parquet, .csv or .jsonl.")],
+    batch: Annotated[str | None, typer.Option("--batch", help="Only this batch. Default: all.")] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write a stored table to a file. A per-model table gets a column `model`."""
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.tables import collect_table, write_frame
+
+    settings = read_settings(config_file)
+    if name not in PIPELINE.tables_of_batch():
+        fail(f"{name!r} is no table; known: {', '.join(PIPELINE.tables_of_batch())}", code=2)
+    with expected(ValueError, OSError):
+        with open_instance() as instance:
+            frame = collect_table(settings, instance, name, batch)
+        write_frame(frame, to)
+    say(f"{frame.height:,} rows of {name} written to {to}")
+
+
+def calibration(
+    batch: Annotated[str, typer.Argument(help="Name of the batch.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Show how well the scores separate good rows from bad ones in a batch, and the cuts of RMI that follow."""
+    from qaq_pipeline.calibration import calibration as judging
+    from qaq_pipeline.calibration import planting
+    from qaq_pipeline.freshness import staleness
+    from qaq_pipeline.reports import calibration_page, check_metrics, page_store
+    from qaq_pipeline.screening import gates
+    from qaq_pipeline.storage.storage import open_storage
+
+    settings = read_settings(config_file)
+    storage = open_storage(settings)
+    try:
+        stored = storage.tables.read("calibration", Partition(check_batch_name(batch)))
+    except ValueError as error:
+        fail(f"{error}. Calibration follows the publication of a batch if `calibration.enabled` is true")
+    if (gate := gates.of_provenance(stored.provenance)) is not None:
+        fail(f"batch {batch} is gated and therefore not calibrated: {gate.sentence}")
+    if changed := staleness.changed_inputs(storage, "calibration", batch):
+        warn(f"It used older scores: {', '.join(changed)} changed since; `qaq refresh` calibrates again.")
+    finding = check_metrics.discrimination(stored.frame, settings.calibration.min_auc, planting.ENOUGH)
+    say(finding.sentence, style=None if finding.passed else "yellow")
+    render.print_page_tables(calibration_page.tables(stored.frame))
+    for sentence in calibration_page.missing(stored.frame):
+        say(sentence)
+    offered = judging.offered_yaml(stored.frame, settings.published)
+    if offered is not None and not finding.passed:
+        warn(calibration_page.BLIND)
+    say("No cut is offered." if offered is None else "Offered as a replacement for the selection of the same name:")
+    if offered is not None:
+        say(offered)
+    page = page_store.calibration_page(batch)
+    if storage.files.exists(*page):
+        say(f"With plots and examples: {storage.files.url(*page)}")

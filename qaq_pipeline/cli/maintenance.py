@@ -1,0 +1,138 @@
+"""Commands that change what is stored or published, and the check of the machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qaq_pipeline.cli import render
+from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
+from qaq_pipeline.cli.terminal import expected, fail, fail_with, say, warn
+
+_SHORTEST_KEY = 6
+
+
+def refresh(config_file: ConfigOption = None) -> None:
+    """Rebuild what is stale in every batch, and publish if something changed. The nightly job does the same."""
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.job_runs import RunError
+    from qaq_pipeline.runs.refresh import refresh_all
+    from qaq_pipeline.storage.locks import PartitionBusyError
+
+    settings = read_settings(config_file)
+    quiet_logs()
+    with (
+        open_instance() as instance,
+        expected(RunError, PartitionBusyError, ValueError),
+        render.progress_display() as events,
+    ):
+        done = refresh_all(settings, instance, events)
+    say(f"{done.sentence}.")
+
+
+def withdraw(
+    what: Annotated[str, typer.Argument(help="A batch, or one of its rows: BATCH/FILE:ROW, BATCH/FILE:ROW.TURN.")],
+    reason: Annotated[str, typer.Option("--reason", help="The reason; it is kept for good, and shown for every row.")],
+    restore: Annotated[bool, typer.Option("--restore", help="Revoke the withdrawal.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Publish without a batch, or without the text of a row wherever it occurs. Older versions stay."""
+    from qaq_pipeline.publication import versions
+    from qaq_pipeline.runs import withdrawal
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.runs.job_runs import RunError
+    from qaq_pipeline.storage.locks import PartitionBusyError
+    from qaq_pipeline.storage.storage import open_storage
+
+    settings = read_settings(config_file)
+    quiet_logs()
+    batch, slash, row = what.partition("/")
+    if slash and not row:
+        fail(f"{what!r} names no row after the '/'; the whole batch is {batch!r}", code=2)
+    meant = withdrawal.Withdrawal(batch, row or None, reason, is_withdrawn=not restore)
+    storage = open_storage(settings)
+    with open_instance() as instance:
+        try:
+            near = withdrawal.near_rows(settings, instance, batch, row) if row and not restore else []
+            with render.progress_display() as events:
+                done = withdrawal.withdraw(settings, instance, meant, events)
+        except (RunError, PartitionBusyError, ValueError) as error:
+            render.warn_of_withdrawn(versions.published_withdrawn(storage))
+            fail_with(error)
+    say(f"{done.sentence}.")
+    if near:
+        warn(f"Near duplicates of that row, no longer removed: {', '.join(near)}. Withdraw them too if necessary.")
+    render.warn_of_withdrawn(versions.published_withdrawn(storage))
+    older = versions.kept_versions(storage)[:-1]
+    if older and not restore:
+        warn(
+            f"Older versions may still contain it: {', '.join(older)}, in {storage.files.url(versions.FOLDER)}. "
+            "Remove their folders if they must not be kept; the delivery itself is in deliveries/."
+        )
+
+
+def publish(
+    version: Annotated[str, typer.Argument(help="A published version: number, first digits of its hash, or `latest`.")],
+    to: Annotated[str, typer.Option("--to", help="hf://datasets/ORG/NAME[@REVISION], a folder, or any fsspec URL.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is created, make it private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be written.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Copy a version to the Hugging Face hub in one commit, or to a folder. A second copy of a version does nothing."""
+    from qaq_pipeline.publication import hub
+    from qaq_pipeline.storage.files import StorageError
+    from qaq_pipeline.storage.storage import open_storage
+
+    storage = open_storage(read_settings(config_file))
+    quiet_logs()
+    with expected(hub.PublishError, StorageError):
+        copy = hub.publish(storage, version, to, is_private=private, is_dry_run=dry_run)
+    if dry_run:
+        for name, size in copy.sizes.items():
+            say(f"{size:>12,} {name}")
+    done = "would be published to" if dry_run else "published to" if copy.is_new else "is already at"
+    say(f"{copy.version} {done} {copy.url}: {len(copy.sizes):,} files, {sum(copy.sizes.values()):,} bytes")
+    for name in copy.removed:
+        say(f"removed file of an earlier version: {name}")
+    for name in copy.replaced:
+        warn(f"replaced a file that `qaq publish` had not written: {name}; the repository's history has it")
+
+
+def cache(
+    prune: Annotated[
+        str | None,
+        typer.Option("--prune", help="Remove the scores of this model: its name, or the first digits of its key."),
+    ] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Show the contents of the score cache by model, and how often they were used."""
+    from qaq_pipeline.storage.locks import PartitionBusyError
+    from qaq_pipeline.storage.storage import open_storage
+
+    storage = open_storage(read_settings(config_file))
+    models = storage.scores.models()
+    if prune is None:
+        render.print_cache(models)
+        return
+    found = [one for one in models if one.identity["model"] == prune or _is_key(one.digest, prune)]
+    if not found:
+        fail(f"the cache holds nothing of {prune!r}; `qaq cache` lists what it holds")
+    for one in found:
+        with expected(PartitionBusyError):
+            storage.scores.prune(one.digest)
+        say(f"removed {one.num_scores:,} scores of {one.identity['model']}")
+
+
+def _is_key(digest: str, start: str) -> bool:
+    return len(start) >= _SHORTEST_KEY and digest.startswith(start)
+
+
+def doctor(config_file: ConfigOption = None) -> None:
+    """Check models, devices, storage, Dagster home and versions; exit 1 if something is missing."""
+    from qaq_pipeline.cli.doctor import examine
+
+    findings = examine(read_settings(config_file))
+    render.print_findings(findings)
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,82 @@
+"""Commands that run the pipeline, or prepare to: run, estimate, ui."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qaq_pipeline.cli import render
+from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
+from qaq_pipeline.cli.terminal import expected, fail, say
+from qaq_pipeline.config.load import home_directory
+
+
+def run(
+    files: Annotated[list[Path], typer.Argument(help="Delivered files: JSON, JSONL, Parquet; .gz and .zst too.")],
+    batch: Annotated[str, typer.Option("--batch", help="Name of the batch: letters, digits, '_', '-', '.'.")],
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Read only the first N rows of the delivery.")
+    ] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Register files as a batch, run every stage, publish, and print a summary."""
+    from qaq_pipeline.runs import registration, run_batch
+    from qaq_pipeline.runs.home import open_instance
+    from qaq_pipeline.storage.locks import PartitionBusyError
+
+    settings = read_settings(config_file)
+    quiet_logs()
+    with (
+        open_instance() as instance,
+        expected(run_batch.RunError, PartitionBusyError, ValueError),
+        registration.batch_lock(settings, batch),
+        render.progress_display() as events,
+    ):
+        if registration.register(settings, instance, batch, files, limit).replaces_other_content:
+            events.on_notice(f"this replaces the earlier delivery of batch {batch}, which had other content")
+        summary = run_batch.run_batch(settings, instance, batch, events)
+    render.print_summary(summary)
+
+
+def estimate(
+    files: Annotated[list[Path], typer.Argument(help="Files as `qaq run` takes them.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Estimate the cost of scoring files: tokens, operations, time on this machine, and what the cache saves."""
+    from qaq_pipeline.runs import estimate as estimation
+    from qaq_pipeline.runs.job_runs import RunError
+
+    settings = read_settings(config_file)
+    quiet_logs()
+    with expected(RunError, ValueError):
+        costs = estimation.estimate(settings, files)
+    render.print_costs(costs)
+
+
+def ui(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 3000,
+    workspace: Annotated[
+        Path | None, typer.Option("--workspace", help="Dagster workspace file. Default: the packaged one.")
+    ] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Open the Dagster UI and its daemon on 127.0.0.1, with the same home as `qaq run`."""
+    from qaq_pipeline.runs.home import prepare_home
+
+    read_settings(config_file)
+    workspace = workspace or Path(str(resources.files("qaq_pipeline") / "workspace.yaml"))
+    if not workspace.exists():
+        fail(f"{workspace}: no such file; without --workspace the packaged one is used", code=2)
+    home = prepare_home()
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
+    say(f"Dagster UI: http://127.0.0.1:{port} (Dagster home {home}); Ctrl-C ends it")
+    # A shell that starts this in the background makes it ignore Ctrl-C's signal, and with it dagster's own shutdown.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "QAQ_HOME": str(home_directory())}
+    os.execve(command[0], command, environment)  # noqa: S606

@@ -1,0 +1,87 @@
+"""Withdraw a batch or a row from the published dataset, or restore it.
+
+Belongs here: what a person withdraws, and the screening and publication that follow. Does not belong here: the record
+of withdrawals (`screening.withdrawals`), and the refresh itself (`refresh`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import dagster as dg
+import polars as pl
+
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.reports import page_store
+from qaq_pipeline.runs.job_runs import Events, RunError, running
+from qaq_pipeline.runs.refresh import Refreshed, publish, refresh_stale
+from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.schema.row_place import row_place
+from qaq_pipeline.schema.vocabularies import DuplicateReason
+from qaq_pipeline.screening import withdrawals
+from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage.storage import Storage, open_storage
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A batch or a row that a person withdraws, and the reason."""
+
+    batch: str
+    row: str | None
+    """`file:row`, `file:row.turn`, a row's number, or the first digits of a pair_id; None: the batch."""
+    reason: str
+    is_withdrawn: bool = True
+    """False: the withdrawal is revoked."""
+
+
+def withdraw(
+    settings: Settings, instance: dg.DagsterInstance, what: Withdrawal, events: Events | None = None
+) -> Refreshed:
+    """Withdraw a batch, or the text of a row wherever it occurs, and publish without it; or revoke that.
+
+    Raises:
+        RunError: there is no such batch or row, or a stage that follows failed.
+        ValueError: the name of the batch cannot be used.
+    """
+    storage = open_storage(settings)
+    check_batch_name(what.batch)
+    if what.batch not in instance.get_dynamic_partitions("batch"):
+        raise RunError(f"there is no batch {what.batch!r}; `qaq status` lists the batches")
+    rows = {} if what.row is None else _contents(storage, what.batch, what.row)
+    known = withdrawals.read(storage)
+    if not what.is_withdrawn and not (set(rows) & set(known.contents) if rows else what.batch in known.batches):
+        raise RunError(f"{what.batch}{'/' + what.row if what.row else ''} is not withdrawn: nothing to take back")
+    withdrawals.add(storage, what.batch, rows, what.reason, is_withdrawn=what.is_withdrawn)
+    events = events or Events()
+    with running(settings, instance, events) as run:
+        done = refresh_stale(settings, instance, run, only_screening=True)
+        page_store.forget(storage, done.batches)
+        return publish(settings, instance, run, done, done.batches, events)
+
+
+def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
+    """The content hash of the row, and its place."""
+    if not storage.tables.has("signatures", Partition(batch)):
+        raise RunError(f"batch {batch!r} is not screened yet, so its rows are unknown; withdraw the batch, or wait")
+    signatures = storage.tables.read("signatures", Partition(batch)).frame
+    found = row_lookup.find_rows(signatures, row, batch)
+    if found.is_empty():
+        raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
+    if found["content_hash"].n_unique() > 1:
+        raise RunError(f"batch {batch!r} has {found.height} rows {row!r} of different text; name one: file:row.turn")
+    return {found["content_hash"][0]: found.select(row_place()).item(0, 0)}
+
+
+def near_rows(settings: Settings, instance: dg.DagsterInstance, batch: str, row: str) -> list[str]:
+    """Rows that were removed as near duplicates of this row: they come back when it is withdrawn."""
+    storage = open_storage(settings)
+    place = next(iter(_contents(storage, batch, row).values()))
+    found = []
+    for name in instance.get_dynamic_partitions("batch"):
+        if storage.tables.has("screened_data", Partition(name)):
+            rows = storage.tables.read("screened_data", Partition(name)).frame.filter(
+                (pl.col("duplicate_of") == place) & (pl.col("reason") == DuplicateReason.NEAR_DUPLICATE.value)
+            )
+            found += rows.select(row_place()).to_series().to_list()
+    return found
