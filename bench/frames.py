@@ -36,7 +36,9 @@ from qaq_pipeline.schema.tables import CLEAN
 from qaq_pipeline.schema.vocabularies import Quantity, Statistic
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.runtime import ModelRuntime
-from qaq_pipeline.selection import disagreement_scores, ranks, strategies
+from qaq_pipeline.selection import disagreement_scores, ranks
+from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.strategies import select
 from qaq_pipeline.storage.storage import open_storage
 
 PRIORS = ("null_answer", "user", "bare")
@@ -136,9 +138,8 @@ def frame_of(name: str) -> dict[str, Any]:
 def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
     """PlantedRows, in the strata of the strong model of the default."""
     of_strong = score(settings, "strong", pairs)
-    ranked = ranks.rank_pool(
-        ranks.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)["strong"], settings.ranking
-    )
+    pools = ranks.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)
+    ranked = ranks.rank_pools({"strong": pools["strong"]}, settings.ranking)
     columns = ("pair_id", "system", "query", "answer", "language", "stratum")
     scorable = pairs.join(ranked.drop_nulls("stratum"), on="pair_id", validate="1:1").select(columns)
     return planting.plant(scorable, settings.calibration)
@@ -208,8 +209,8 @@ def pooled(
         drawn = label.filter(pl.Series(np.isin(np.arange(label.height), random.permutation(label.height)[:number])))
         pool = {role: pl.concat([clean[role], bad[role].join(drawn, on="pair_id", how="semi")]) for role in ROLES}
         ranked, _ = disagreement_scores.disagreement_scores(pool, settings.ranking, "pool")
-        candidates = strategies.candidates(ranked, pool)
-        verdicts = [strategies.select(candidates, one, ROLES) for one in settings.selections]
+        pairs = candidates(ranked, pool)
+        verdicts = [select(pairs, one) for one in settings.selections]
         kept.append(pl.concat(verdicts).join(drawn, on="pair_id", how="left").fill_null(CLEAN))
     shares = (
         pl.concat(kept)

@@ -13,7 +13,9 @@ from qaq_pipeline.config.selections import DiffSelection
 from qaq_pipeline.config.settings import RankingSettings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.scoring import rmi_scores
-from qaq_pipeline.selection import disagreement_scores, strategies
+from qaq_pipeline.selection import disagreement_scores
+from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.strategies import select
 
 
 def logprobs(number: int, seed: int) -> pl.DataFrame:
@@ -46,8 +48,7 @@ def main(number: int) -> None:
 
     def work() -> None:
         ranked, _ = disagreement_scores.disagreement_scores(tables, RankingSettings(), "bench")
-        candidates = strategies.candidates(ranked, tables)
-        verdicts = strategies.select(candidates, chosen, ["strong", "weak"])
+        verdicts = select(candidates(ranked, tables), chosen)
         if int(verdicts["is_selected"].sum()) != round(number / 4):
             raise RuntimeError("the budget was not met")
 

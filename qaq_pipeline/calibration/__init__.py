@@ -1,1 +1,1 @@
-"""Validates the scores on pairs that are made bad on purpose."""
+"""Validates the scores by planted defects: pairs that are made bad on purpose and scored like the others."""

@@ -1,7 +1,11 @@
-"""Whether the scores tell good from bad on a batch: from its own and its planted pairs' scores to Calibration.
+"""Calibration: a validation of the scores by planted defects, which measures how well they tell good pairs from bad.
+
+It is not the calibration of probabilities: there are no reliability curves. Some pairs of a batch are made bad on
+purpose and scored like the rest; the AUROC of each score, and what each selection keeps of them, follow from that.
 
 Belongs here: the AUROCs and shares with their intervals, the cuts of RMI and the settings that they offer; frames in,
-frames out. Does not belong here: what is planted (`defects`, `planting`), how it is scored, what warns (`measures`).
+frames out. Does not belong here: what is planted (`defects`, `planting`), how it is scored, and the warnings
+(`check_metrics`).
 
 A planted pair is ranked as a new pair would be: against the batch's own pairs, or against the reference where ranks
 are taken against one. It changes no rank and no verdict of the batch.
@@ -22,7 +26,9 @@ from qaq_pipeline.config.selections import DiffSelection, Selection, SumSelectio
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, dtypes
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
-from qaq_pipeline.selection import rank_reference, strategies
+from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.strategies import select
 
 MEASURES = (
     "rmi",
@@ -33,7 +39,7 @@ MEASURES = (
     "log_ppl_a_given_q",
     "num_a_tokens_untruncated",
 )
-"""Scores of one model that are judged; the length is the opponent that costs nothing."""
+"""Scores of one model that are judged; the answer's length is the baseline that costs nothing."""
 
 MEASURES_OF_BOTH = ("gap", "rank_sum")
 
@@ -47,7 +53,7 @@ _DECIMALS = 4
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number, its interval and what it rests on; where it is not known, the reason."""
+    """A number, its interval and the rows that it rests on; or the reason why it is unknown."""
 
     value: float | None
     lower: float | None = None
@@ -60,13 +66,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The pairs of a batch and its planted pairs, as `selection.candidates`, and who of them is taken."""
+    """The pairs of a batch and its planted pairs, both as `candidates`, and which of them each selection takes."""
 
     clean: pl.DataFrame
     planted: pl.DataFrame
     """With `defect` and `original_pair_id`."""
-    kept: Mapping[str, tuple[pl.Series, pl.Series]]
-    """By named selection, whether each clean and each planted pair is taken, by the cuts of the batch or reference."""
+    kept: Mapping[str, tuple[pl.DataFrame, pl.DataFrame]]
+    """The verdicts of each named selection on the clean and on the planted pairs, by the cuts of batch or reference."""
 
 
 def judge(
@@ -81,8 +87,8 @@ def judge(
 
     Args:
         planted: PlantedRows, at least one.
-        planted_scores: PlantedScores by role.
-        scores: RmiScores of the batch by role.
+        planted_scores: PlantedScores by model.
+        scores: RmiScores of the batch by model.
         disagreement: DisagreementScores of the batch.
         settings: `ranking` and `selections` are read.
         frozen: RankReference, where ranks are taken against one; None: the batch itself is the pool.
@@ -90,25 +96,24 @@ def judge(
     Raises:
         ValueError: the frames are not of the same pairs.
     """
-    roles = sorted(scores)
     pool = rank_reference.freeze([scores], settings.ranking)[0] if frozen is None else frozen
-    of_pool = rank_reference.candidates(pool, roles)
-    clean = strategies.candidates(disagreement, scores)
+    of_pool = rank_reference.reference_candidates(pool, list(scores))
+    clean = candidates(disagreement, scores)
     ranked = rank_reference.disagreement_scores(planted_scores, pool, settings.ranking, _POOL)
-    bad = strategies.candidates(ranked, planted_scores)
+    bad = candidates(ranked, planted_scores)
+    of_row = planted.select("pair_id", "defect", "original_pair_id")
     kept = {
         one.name: (
-            strategies.select(clean, one, roles, None if frozen is None else of_pool)["is_selected"],
-            strategies.select(bad, one, roles, of_pool)["is_selected"],
+            select(clean, one, None if frozen is None else of_pool),
+            select(bad, one, of_pool).join(of_row, on="pair_id", validate="1:1"),
         )
         for one in settings.selections
     }
-    of_row = planted.select("pair_id", "defect", "original_pair_id")
-    return Judged(clean, bad.join(of_row, on="pair_id", validate="1:1", maintain_order="left"), kept)
+    return Judged(clean, bad.join(of_row, on="pair_id", validate="m:1", maintain_order="left"), kept)
 
 
 def calibrate(judged: Judged | None, settings: Settings) -> pl.DataFrame:
-    """The Calibration of a batch. None: nothing was planted, and every number is null."""
+    """The Calibration of a batch; None: nothing was planted, and every number is null."""
     rows = [*_auroc_rows(judged, settings), *_kept_rows(judged, settings), *_cut_rows(judged, settings)]
     return pl.DataFrame(rows, schema=dtypes(Calibration))
 
@@ -127,20 +132,23 @@ def _unknown(reason: UnknownReason, num_clean: int = 0, num_planted: int = 0) ->
     return Estimate(None, num_clean=num_clean, num_planted=num_planted, null_reason=reason)
 
 
-# --- does a score tell planted rows from their twins? -----------------------------------------------------------------
+# --- AUROC: does a score tell planted rows from their twins? ----------------------------------------------------------
 
 
 def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
     has_ifd = "ifd" in settings.scoring.quantities
     for defect in settings.calibration.defects:
         twins = None if judged is None else _twins(judged, defect)
-        for model, measure, column in _measures(sorted(settings.models)):
+        for model, measure in _measures(sorted(settings.models)):
             if measure in _OF_IFD and not has_ifd:
                 found = paired = _unknown(UnknownReason.NOT_WANTED)
             elif twins is None or twins.is_empty():
                 found = paired = _unknown(UnknownReason.NOT_PLANTED)
             else:
-                clean, planted = (twins[name].cast(pl.Float64).to_numpy() for name in (column, f"{column}:planted"))
+                of_model = twins.filter(pl.col("model") == ("strong" if model == BOTH_MODELS else model))
+                clean, planted = (
+                    of_model[name].cast(pl.Float64).to_numpy() for name in (measure, f"{measure}:planted")
+                )
                 found = auroc(clean, planted, BOOTSTRAP_SAMPLES, settings.calibration.seed)
                 paired = paired_share(clean, planted)
             yield _row(Statistic.AUROC, defect, model, measure, found)
@@ -148,22 +156,26 @@ def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str,
                 yield _row(Statistic.PAIRED_SHARE, defect, model, measure, paired)
 
 
-def _measures(roles: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Model, measure, and the column of candidates that has it."""
-    of_both = [(BOTH_MODELS, measure, measure) for measure in MEASURES_OF_BOTH]
-    return [(role, measure, f"{measure}:{role}") for role in roles for measure in MEASURES] + of_both
+def _measures(roles: Sequence[str]) -> list[tuple[str, str]]:
+    """Model and measure; the column of candidates has the measure's name."""
+    of_both = [(BOTH_MODELS, measure) for measure in MEASURES_OF_BOTH]
+    return [(role, measure) for role in roles for measure in MEASURES] + of_both
 
 
 def _twins(judged: Judged, defect: Defect) -> pl.DataFrame:
     """The clean pairs that the defect was made of; beside each number the planted pair's, as `<column>:planted`."""
-    planted = judged.planted.filter(pl.col("defect") == defect.value).rename(lambda column: f"{column}:planted")
     return judged.clean.join(
-        planted, left_on="pair_id", right_on="original_pair_id:planted", validate="1:1", maintain_order="left"
+        judged.planted.filter(pl.col("defect") == defect.value),
+        left_on=["pair_id", "model"],
+        right_on=["original_pair_id", "model"],
+        suffix=":planted",
+        validate="1:1",
+        maintain_order="left",
     )
 
 
 def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Estimate:
-    """P(a clean value > a planted one of another row), ties half; NaN: not scored, left out.
+    """P(a clean value > a planted one of another row), ties count half; NaN: not scored, left out.
 
     A row is never compared with its own twin: that is the paired share, and each resample would hold more of it than
     the rows do, since a row drawn twice meets its twin four times. The interval is the percentile bootstrap over rows,
@@ -199,9 +211,9 @@ def auroc(clean: np.ndarray, planted: np.ndarray, samples: int, seed: int) -> Es
 
 
 def paired_share(clean: np.ndarray, planted: np.ndarray) -> Estimate:
-    """The share of rows whose value is above that of what was made of them, of those scored both times.
+    """The share of rows whose value is above that of their planted twin, among rows scored both times.
 
-    The prior of Q cancels in it where Q is the same, so that with the AUROC it tells which side is broken.
+    The prior of Q cancels where Q is the same, so together with the AUROC the share shows which side is broken.
     """
     both = ~(np.isnan(clean) | np.isnan(planted))
     if not both.any():
@@ -218,7 +230,7 @@ def share(kept: int, of: int, *, num_clean: int = 0, num_planted: int = 0) -> Es
     return Estimate(kept / of, float(interval.low), float(interval.high), num_clean, num_planted, kept)
 
 
-# --- what do the selections keep of it? -------------------------------------------------------------------------------
+# --- kept shares: how many planted rows do the selections keep? -------------------------------------------------------
 
 
 def _kept_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -232,45 +244,48 @@ def _model_of(one: Selection) -> str:
 
 
 def _kept_share(judged: Judged | None, name: str, defect: str) -> Estimate:
-    """Of all distinct pairs of the batch, or all planted pairs of a defect: what cannot be scored is not kept."""
+    """The kept share of all distinct pairs of the batch, or of all planted pairs of a defect, scored or not."""
     if judged is None:
         return _unknown(UnknownReason.NOT_PLANTED)
     of_clean, of_planted = judged.kept[name]
     if defect == CLEAN:
-        return share(int(of_clean.sum()), len(of_clean), num_clean=len(of_clean))
-    kept = of_planted.filter(judged.planted["defect"] == defect)
-    if kept.is_empty():
+        return share(int(of_clean["is_selected"].sum()), of_clean.height, num_clean=of_clean.height)
+    verdicts = of_planted.filter(pl.col("defect") == defect)
+    if verdicts.is_empty():
         return _unknown(UnknownReason.NOT_PLANTED)
-    return share(int(kept.sum()), len(kept), num_planted=len(kept))
+    return share(int(verdicts["is_selected"].sum()), verdicts.height, num_planted=verdicts.height)
 
 
-# --- where could RMI be cut? ------------------------------------------------------------------------------------------
+# --- cuts: where could RMI be cut? ------------------------------------------------------------------------------------
 
 
 def _cut_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
     rate, quantile = settings.calibration.false_discovery_rate, settings.calibration.echo_quantile
     for role in sorted(settings.models):
-        clean = np.empty(0) if judged is None else judged.clean[f"rmi:{role}"].drop_nulls().to_numpy()
-        mismatches, echoes = (_planted_rmi(judged, role, of) for of in (Defect.OTHER_ANSWER, Defect.ECHO))
+        clean, mismatches, echoes = (_rmi(judged, role, of) for of in (CLEAN, Defect.OTHER_ANSWER, Defect.ECHO))
         yield _row(Statistic.LOW_CUT, Defect.OTHER_ANSWER, role, "rmi", low_cut(clean, mismatches, rate))
         yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, quantile))
 
 
-def _planted_rmi(judged: Judged | None, role: str, defect: Defect) -> np.ndarray:
-    if judged is None:
-        return np.empty(0)
-    return judged.planted.filter(pl.col("defect") == defect.value)[f"rmi:{role}"].drop_nulls().to_numpy()
+def _rmi(judged: Judged | None, role: str, defect: str) -> np.ndarray:
+    return np.empty(0) if judged is None else rmi_of(judged, role, defect).drop_nulls().to_numpy()
+
+
+def rmi_of(judged: Judged, role: str, defect: str) -> pl.Series:
+    """RMI under a model, of the clean pairs or of those planted with a defect."""
+    rows = judged.clean if defect == CLEAN else judged.planted.filter(pl.col("defect") == str(defect))
+    return rows.filter(pl.col("model") == role)["rmi"]
 
 
 def low_cut(clean: np.ndarray, null: np.ndarray, rate: float) -> Estimate:
     """The RMI above which, of the batch's rows, a share of at most `rate` is expected to be mismatches.
 
     p_i = (1 + #{null >= x_i}) / (m + 1) of each row's RMI x_i, m the rows of the null: the RMI of queries with the
-    answer to another query of their stratum. Rows that Benjamini and Hochberg's procedure at `rate` takes for no
-    mismatch lie above all others; the cut is the largest RMI of the others, so that `cut < RMI` keeps exactly those.
+    answer to another query of their stratum. The rows that Benjamini and Hochberg's procedure at `rate` tells from the
+    null lie above all others; the cut is the largest RMI of the others, so that `cut < RMI` keeps exactly the former.
 
-    It assumes that a mismatch of the batch scores as one of the null does. The p-values share the null, by which they
-    depend on one another positively, and the procedure allows that (Bates et al. 2023, arXiv 2104.08279). It needs
+    It assumes that a mismatch in the batch scores like one of the null. The p-values share the null, so they depend on
+    one another positively, which the procedure allows (Bates et al. 2023, arXiv 2104.08279). It needs
     m >= 1 / rate - 1: p is never below 1 / (m + 1).
     """
     from scipy import stats
@@ -288,10 +303,10 @@ def low_cut(clean: np.ndarray, null: np.ndarray, rate: float) -> Estimate:
 
 
 def high_cut(clean: np.ndarray, echoes: np.ndarray, quantile: float) -> Estimate:
-    """The RMI up to which a share of `quantile` of the echoes lies: `RMI <= cut` keeps out the others.
+    """The RMI up to which a share of `quantile` of the echoes lies: `RMI <= cut` excludes the others.
 
-    The quantile is interpolated linearly between the echoes. It assumes that an echo of the batch scores as one that
-    says the whole query again; how many rows of the batch it keeps says what that costs.
+    The quantile is interpolated linearly between the echoes. It assumes that an echo in the batch scores like one that
+    repeats the whole query. The number of the batch's rows that it keeps shows its cost.
     """
     if not echoes.size:
         return _unknown(UnknownReason.NOT_PLANTED, clean.size)
@@ -303,7 +318,7 @@ def high_cut(clean: np.ndarray, echoes: np.ndarray, quantile: float) -> Estimate
 def offered_range(calibration: pl.DataFrame) -> tuple[float | None, float | None]:
     """The cuts of the strong model's RMI as `rmi_strong` of a selection: (lo, hi], to 4 decimals; None: no end.
 
-    They are rounded towards each other, so that nothing is kept that the cuts keep out.
+    They are rounded towards each other, so that the range keeps nothing that the cuts exclude.
     """
     cuts = calibration.filter(pl.col("model") == "strong", pl.col("measure") == "rmi")
     values = dict(cuts.select("statistic", "value").iter_rows())
@@ -317,7 +332,7 @@ def offered_range(calibration: pl.DataFrame) -> tuple[float | None, float | None
 def offered_yaml(calibration: pl.DataFrame, published: Selection) -> str | None:
     """A selection with the offered cuts, to be pasted into `selections`; None: no cut, or the cuts leave nothing.
 
-    It is the published selection where that can have them, else one by the gap.
+    It is the published selection if that can have cuts, else one by the gap.
     """
     low, high = offered_range(calibration)
     if (low is None and high is None) or (low is not None and high is not None and low >= high):

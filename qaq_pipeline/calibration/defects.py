@@ -1,9 +1,9 @@
-"""Making a good pair bad: each defect is one small function of a pair, deterministic for a seed.
+"""Defects that make a good pair bad: each is one small function of a pair, deterministic for a seed.
 
-Belongs here: what is done to the text of a pair, and the cheap look at a text's programming language that some of it
-needs. Does not belong here: which rows get which defect (`planting`).
+Belongs here: the changes to the text of a pair, and the cheap guess of a text's programming language that some of them
+need. Does not belong here: which rows get which defect (`planting`).
 
-A defect that cannot be made of a pair gives None: no pair is ever passed for defective that is not.
+A defect that is impossible in a pair gives None, so no pair is labelled defective that is not.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from qaq_pipeline.schema.vocabularies import Defect
 
 VERSION = "3"
-"""Part of the code version of what is planted: another one plants anew."""
+"""Part of the code version of planted_rows: a new value plants again."""
 
 CUT_TO = 0.25
-"""Of the answer's characters, what `cut_answer` leaves."""
+"""The share of the answer's characters that `cut_answer` keeps."""
 
 _ALIASES = {
     "c": "cpp",
@@ -36,26 +36,26 @@ _ALIASES = {
     "golang": "go",
     "rb": "ruby",
 }
-"""Names that deliveries have for languages, and what `guess_language` calls them."""
+"""Names of languages in deliveries, and the names that `guess_language` gives them."""
 _SHORTEST_TO_CUT = 40
 _MOST_CANDIDATES = 2000
 _LOOKED_AT = 4000
-"""Characters of an answer by which its language is guessed."""
+"""Characters of an answer from which its language is guessed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What of a row a defect sees."""
+    """The part of a row that a defect reads."""
 
     query: str
     answer: str
     language: str | None = None
-    """The programming language of the answer; None: not known."""
+    """The programming language of the answer; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """Other rows of the batch, which a defect may take an answer of: the first that fits is taken."""
+    """Other rows of the batch, from which a defect may take an answer: it takes the first one that fits."""
 
     of_stratum: Sequence[Text]
     """Those of the same stratum of PPL(Q)."""
@@ -63,13 +63,13 @@ class Others:
 
 
 def make(defect: Defect, text: Text, others: Others, seed: str) -> Text | None:
-    """The text with the defect; None where it cannot be made of it.
+    """The text with the defect; None where the defect is impossible in it.
 
     Args:
-        defect: what is done.
+        defect: to be made.
         text: of a row as delivered.
-        others: rows that an answer may be taken of.
-        seed: of every choice that is made.
+        others: rows from which an answer may be taken.
+        seed: of every random choice.
     """
     made = _MAKERS[defect](text, others, random.Random(f"{defect}:{seed}"))  # noqa: S311
     is_defective = made is not None and made.query.strip() and made.answer.strip() and made != text
@@ -77,7 +77,7 @@ def make(defect: Defect, text: Text, others: Others, seed: str) -> Text | None:
 
 
 def _other_answer(text: Text, others: Others, _: random.Random) -> Text | None:
-    """The answer to another query, of the same stratum of PPL(Q)."""
+    """The answer to another query of the same stratum of PPL(Q)."""
     for other in others.of_stratum:
         if other.query != text.query and other.answer.strip() != text.answer.strip():
             return Text(text.query, other.answer)
@@ -85,7 +85,7 @@ def _other_answer(text: Text, others: Others, _: random.Random) -> Text | None:
 
 
 def _echo(text: Text, _: Others, __: random.Random) -> Text:
-    """The query said again."""
+    """The query, repeated as the answer."""
     return Text(text.query, text.query)
 
 
@@ -94,7 +94,7 @@ def _refusal(text: Text, _: Others, choice: random.Random) -> Text:
 
 
 def _filler(text: Text, _: Others, choice: random.Random) -> Text:
-    """Fluent words that fit any query, and answer none."""
+    """Fluent text that fits every query and answers none."""
     return Text(text.query, choice.choice(FILLERS))
 
 
@@ -107,7 +107,7 @@ def _cut_answer(text: Text, _: Others, __: random.Random) -> Text | None:
 
 
 def _invented_terms(text: Text, _: Others, choice: random.Random) -> Text | None:
-    """Half of the query's content words, rounded up, replaced by words that no language has; equal words alike."""
+    """Half of the query's content words, rounded up, are replaced by invented words, equal words by the same one."""
     words = sorted({word.lower() for word in _CONTENT_WORD.findall(text.query)} - _FUNCTION_WORDS)
     if not words:
         return None
@@ -131,7 +131,7 @@ def _nonsense(choice: random.Random) -> str:
 
 
 def _wrong_language(text: Text, others: Others, _: random.Random) -> Text | None:
-    """An answer in another programming language, to the query that has most words in common with this one."""
+    """An answer in another programming language, to the query that shares most words with this one."""
     if text.language is None:
         return None
     words = _words(text)
@@ -153,7 +153,7 @@ def _words(text: Text) -> set[str]:
 
 
 def _one_token_bug(text: Text, _: Others, choice: random.Random) -> Text | None:
-    """One operator, constant or number of the code changed: what no likelihood should be credited for noticing."""
+    """One operator, constant or number of the code is changed: a likelihood that notices it deserves no credit."""
     if text.language is None:
         return None
     places = list(_BUGGY.finditer(text.answer))
@@ -166,7 +166,7 @@ def _one_token_bug(text: Text, _: Others, choice: random.Random) -> Text | None:
 
 
 def language_of(delivered: str | None, answer: str) -> str | None:
-    """The programming language that a row names, else that of its answer: `en` says nothing about code."""
+    """The programming language that the row names, else that of its answer: `en` says nothing about code."""
     named = None if delivered is None else delivered.strip().lower()
     return named if named is not None and _is_known(named) else guess_language(answer)
 
@@ -176,7 +176,7 @@ def _is_known(language: str) -> bool:
 
 
 def guess_language(answer: str) -> str | None:
-    """The programming language of an answer by tell-tale tokens of its beginning; None: not known, or no code."""
+    """The programming language of an answer by typical tokens of its beginning; None: unknown, or no code."""
     beginning = answer[:_LOOKED_AT]
     return next((name for name, tokens in _LANGUAGES if tokens.search(beginning)), None)
 
@@ -251,7 +251,7 @@ _LANGUAGES = tuple(
         ("shell", r"^#!/bin/(ba)?sh|^[ \t]*(sudo|grep|awk|sed|find|echo|chmod|git) "),
     )
 )
-"""By tokens that the others hardly have, the most telling first. A wrong guess costs a planted row, never a score."""
+"""Tokens that the other languages hardly have, the safest first. A wrong guess costs a planted row, never a score."""
 
 _NOT_GUESSED = re.compile(
     r"clojure|cobol|dart|elixir|erlang|fortran|f#|groovy|haskell|julia|kotlin|lisp|lua|matlab|objective-c|ocaml|pascal|"

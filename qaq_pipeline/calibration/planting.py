@@ -1,11 +1,10 @@
-"""Which rows of a batch are made bad on purpose, and in which way: from pairs with their strata to PlantedRows.
+"""The draw of the rows of a batch that are made bad on purpose: from pairs with their strata to PlantedRows.
 
-Belongs here: how many rows each defect gets, the draw of the rows, and the keys of what is made of them. Does not
-belong here: what is done to a text (`defects`), and what is said of the scores (`calibration`).
+Belongs here: how many rows each defect gets, the draw of the rows, and the keys of the planted rows. Does not belong
+here: the change of a text (`defects`), and the validation of the scores (`calibration`).
 
-The rows that defects are made of are drawn evenly from the strata of PPL(Q), by a keyed hash of pair_id; every defect
-takes the first of them that it can be made of. So defects share their clean twins as far as they can, and differ in
-nothing but the defect.
+Rows are drawn evenly from the strata of PPL(Q), by a keyed hash of pair_id. Every defect takes the first of them in
+which it is possible. So defects share their clean twins as far as they can, and differ in nothing but the defect.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
-from qaq_pipeline.selection.strategies import draws
+from qaq_pipeline.selection.random_order import draws
 
 ENOUGH = 20
-"""Planted rows of a defect below which nothing is said of it: the interval of an AUROC of 0.9 is then 0.2 wide."""
+"""Fewest planted rows from which a defect is judged: the interval of an AUROC of 0.9 is then 0.2 wide."""
 
 _LEAST_LOOKED_AT = 2000
 _LOOKED_AT_FOR_EACH = 20
-"""Rows that are drawn for each row of a defect, at most: some defects cannot be made of most rows."""
+"""Most rows that are drawn for each row of a defect: some defects are impossible in most rows."""
 
 
 def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
-    """Planted rows of each defect of a batch with that many scorable pairs.
+    """The number of planted rows of each defect in a batch with so many scorable pairs.
 
-    In the order of the settings each gets `ENOUGH`, as far as floor(max_share * num_pairs) goes; what is left is dealt
-    evenly up to `rows_per_defect` each, the odd ones to the first.
+    In the order of the settings each gets `ENOUGH`, up to floor(max_share * num_pairs) in all. The rest is dealt evenly
+    up to `rows_per_defect` each; remainders go to the first.
     """
     cap, wanted = settings.rows_per_defect, settings.defects
     left = len(wanted) * cap if settings.max_share is None else math.floor(_exact(settings.max_share) * num_pairs)
@@ -84,7 +83,7 @@ def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
 
 
 def draw(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
-    """The rows that defects may be made of, in order: one of every stratum by turns, each query once."""
+    """The rows that may get a defect, in order: one of every stratum by turns, each query once."""
     most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.rows_per_defect)
     drawn = pairs.sort("pair_id").with_columns(draw=draws(pairs["pair_id"].sort(), settings.seed))
     distinct = drawn.sort("draw").unique(["system", "query"], keep="first", maintain_order=True)
@@ -93,10 +92,10 @@ def draw(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
 
 
 def _others(strata: pl.Series, texts: Sequence[Text]) -> list[Others]:
-    """For each row those of its stratum, from the next one on and round, and those of the batch.
+    """For each row the others of its stratum, from the next one on and round, and those of the batch.
 
-    Where texts are distinct the next ones are a derangement inside the stratum: no row keeps its answer, and each is
-    given once.
+    Where texts are distinct, taking the next one is a derangement of the stratum: no row keeps its answer, and each
+    answer is given once.
     """
     places: dict[int, list[int]] = {}
     for place, stratum in enumerate(strata):

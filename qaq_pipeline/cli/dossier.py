@@ -35,7 +35,7 @@ class Dossier:
     row: dict[str, Any]
     """As in decisions."""
     found_in: Published | None
-    """The version with that decision; None: the ledger."""
+    """The version with that decision; None: the current decisions."""
     text: dict[str, str | None]
     """Query, answer, record; empty if the current delivery has no such row."""
     representative: dict[str, Any] | None
@@ -54,7 +54,7 @@ def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *,
     Args:
         storage: the storage of the pipeline.
         row: the row of decisions.
-        found_in: the version it was found in; None: the ledger.
+        found_in: the version it was found in; None: the current decisions.
         with_versions: collect the row's fate in every version.
     """
     return Dossier(
@@ -115,7 +115,7 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 
 def _said_of(representative: Mapping[str, Any] | None) -> str:
     if representative is None:
-        return "That row is no longer in the ledger."
+        return "That row is no longer in the decisions."
     own = representative.get("explanation")
     said = f" Its explanation: {own}" if own else ""
     return f"That row is {representative['decision'].replace('_', ' ')}.{said}"

@@ -33,7 +33,7 @@ def explain(
     text: Annotated[str | None, typer.Option("--text", help="Find the rows that contain this text.")] = None,
     batch: Annotated[str | None, typer.Option("--batch", help="With --text: only in this batch.")] = None,
     version: Annotated[
-        str | None, typer.Option("--version", help="A published version, by number or hash. Default: the ledger.")
+        str | None, typer.Option("--version", help="A published version, by number or hash. Default: the decisions.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     provenance: Annotated[bool, typer.Option("--provenance", help="Print the text of the templates too.")] = False,
@@ -84,7 +84,7 @@ def _names_a_row(what: str) -> bool:
 def _find(
     storage: Storage, what: str, row: str | None, version: Published | None
 ) -> tuple[row_history.Answer, Published | None]:
-    """Find the rows in the version; by default in the ledger, else in the newest version that has them."""
+    """Find the rows in the version; by default in the decisions, else in the newest version that has them."""
     from qaq_pipeline.lineage import row_history
 
     batch, slash, place = (what, "/", row) if row is not None else what.partition("/")
@@ -98,7 +98,7 @@ def _find(
 
     found = (find(version), version) if version is not None else row_history.find_anywhere(storage, find)
     if not found[0].rows:
-        where = " in the ledger of any batch, nor in a version" if version is None else f" in version {version.number}"
+        where = " in the decisions of any batch or a version" if version is None else f" in version {version.number}"
         fail(_no_such_row(storage, batch, place) if slash and version is None else f"no row {row or what!r}{where}")
     return found
 

@@ -93,7 +93,7 @@ class ScreeningSettings(Closed):
 
 
 class GateSettings(Closed):
-    """What a batch must be like to be scored and published; its rows are in the ledger in any case."""
+    """What a batch must be like to be scored and published; its rows are in `decisions` in any case."""
 
     max_rejected_share: float | None = Field(
         0.2, ge=0, le=1, description="Share of rows that may be rejected; null: any. Above it, nothing is scored."
@@ -308,9 +308,9 @@ class RankingSettings(Closed):
 
 
 class CalibrationSettings(Closed):
-    """Whether the scores tell good from bad on a batch: some of its rows are made bad on purpose, and scored too."""
+    """A validation of the scores by planted defects: some rows of a batch are made bad on purpose, and scored too."""
 
-    enabled: bool = Field(True, description="Whether batches are calibrated, after they were published.")
+    enabled: bool = Field(True, description="Whether the scores of a batch are validated, after it was published.")
     defects: tuple[Defect, ...] = Field(
         tuple(Defect),
         min_length=1,
@@ -466,7 +466,9 @@ class Settings(Closed):
         min_length=1,
         description="Named selections; the first is published, and random controls of its size come with it.",
     )
-    calibration: CalibrationSettings = Field(CalibrationSettings(), description="Do the scores tell good from bad?")
+    calibration: CalibrationSettings = Field(
+        CalibrationSettings(), description="Validation of the scores by planted defects."
+    )
     export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
     publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
     reports: ReportSettings = Field(ReportSettings(), description="Audit pages and plots.")

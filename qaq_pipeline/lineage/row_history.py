@@ -1,7 +1,7 @@
 """What became of a row, now and in every published version, and what made it so. Reading only; no Dagster.
 
 Belongs here: finding rows by place, pair or text, their fates, and the record behind a provenance id.
-Does not belong here: words for people (`ledger`, `cli`), and why a row was decided as it was.
+Does not belong here: words for people (`explanations`, `cli`), and why a row was decided as it was.
 
 Rows are found without reading whole tables, but for a search by text.
 """
@@ -80,13 +80,13 @@ class Answer:
 
 
 def find_row(storage: Storage, batch: str, row: str, version: Published | None = None) -> Answer:
-    """The rows of a batch that a person means, in the ledger as it stands or in a published version.
+    """The rows of a batch that a person means, in the current decisions or in a published version.
 
     Args:
         storage: where they lie.
         batch: name of the batch.
         row: as `lookup.meant` reads it.
-        version: None: the ledger.
+        version: None: the current decisions.
 
     Raises:
         StorageError: the batch has no decisions, or the version's files are gone.
@@ -165,10 +165,10 @@ def _nested(flat: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def find_anywhere(storage: Storage, find: Callable[[Published | None], Answer]) -> tuple[Answer, Published | None]:
-    """What the ledger has as it stands, else what the newest version has that has anything; and which that is.
+    """The rows of the current decisions, else of the newest version that has any; and which that is.
 
     Raises:
-        StorageError: none has anything, and the ledger could not be asked.
+        StorageError: none has anything, and the decisions could not be read.
     """
     failure = None
     for version in [None, *reversed(versions.publications(storage))]:

@@ -10,6 +10,7 @@ import polars as pl
 
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
 from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
@@ -20,7 +21,7 @@ from qaq_pipeline.storage.storage import Storage
 _SHOWN = {
     "selected_subset": ("position",),
     "decisions": ("decision", "reason"),
-    "disagreement_scores": ("rank_strong", "rank_weak", "gap"),
+    "disagreement_scores": ("gap", "ranks"),
     "rmi_scores": ("rmi", "log_ppl_q", "log_ppl_q_given_a"),
     "logprobs": ("sum_nll_q", "sum_nll_q_given_a", "num_q_tokens"),
     "screened_data": ("status", "reason", "duplicate_of"),
@@ -86,7 +87,7 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
 
 
 def _scores(storage: Storage, lineage: Lineage) -> pl.DataFrame:
-    """The version's own ledger, rows in the order of the batches in it."""
+    """The version's own decisions, rows in the order of the batches in it."""
     return storage.files.read_frame(FOLDER, lineage.version, "scores.parquet")
 
 
@@ -122,12 +123,13 @@ def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRo
     frame = storage.tables.read(table.name, Partition(*table.partition)).frame
     on, shown = [name for name in ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
     numbered = frame.select(*on, *shown, number=pl.int_range(1, pl.len() + 1))
-    found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1")
+    found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1").drop(on)
+    if "ranks" in shown:
+        found = to_columns(found, "ranks", fields=["rank"])
     return [
-        None
-        if row["number"] is None
-        else TableRow(table, row["number"], {name: row[name] for name in _SHOWN[table.name]})
-        for row in found.iter_rows(named=True)
+        None if number is None else TableRow(table, number, facts)
+        for facts in found.iter_rows(named=True)
+        for number in [facts.pop("number")]
     ]
 
 

@@ -25,7 +25,7 @@ from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection import drift
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 
@@ -130,7 +130,7 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
     scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
     if differing := differently_scored(frozen, scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
-    found = rank_reference.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
+    found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
     return check_metrics.drift(found.statistics, found.evidence, settings.checks)
 
 

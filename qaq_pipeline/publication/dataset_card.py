@@ -29,6 +29,7 @@ from qaq_pipeline.config.selections import (
 from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.exports import FORMATS
+from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Status
 
@@ -214,12 +215,7 @@ def _files(exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any
 def _strata(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
     """One row for each model and stratum, apart where a pool was so small that it has fewer strata."""
     scored = decisions.filter(pl.col("decision").is_in([Decision.SELECTED.value, Decision.NOT_SELECTED.value]))
-    ranked = (
-        scored.select("decision", "scores")
-        .explode("scores", empty_as_null=False)
-        .unnest("scores")
-        .drop_nulls("stratum")
-    )
+    ranked = to_long(scored, "scores", "decision").drop_nulls("stratum")
     strata = ranked.group_by("model", "num_strata", "stratum").agg(
         pl.len().alias("pairs"),
         (pl.col("decision") == Decision.SELECTED.value).sum().alias("selected"),

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 
@@ -178,30 +179,8 @@ def parquet(rows: pl.DataFrame) -> bytes:
 
 def flat_scores(decisions: pl.DataFrame) -> pl.DataFrame:
     """Decisions with a column for each score and model (`rmi_strong`) and each selection (`is_selected:diff_high`)."""
-    rows = decisions.with_row_index("row")
-    keep = rows.drop("scores", "verdicts")
-    scores = _spread(rows, "scores", "model", lambda field, role: f"{field}_{role}")
-    verdicts = _spread(
-        rows,
-        "verdicts",
-        "selection",
-        lambda field, name: f"{field}:{name}",
-        fields=("is_selected", "reason", "score", "position"),
-    )
-    return keep.join(scores, on="row", how="left").join(verdicts, on="row", how="left").sort("row").drop("row")
-
-
-def _spread(
-    rows: pl.DataFrame, column: str, name: str, rename: Callable[[str, str], str], fields: tuple[str, ...] = ()
-) -> pl.DataFrame:
-    """A list of structs as columns: for each value of `name` in it, one column for each of its other fields."""
-    long = rows.select("row", column).explode(column, empty_as_null=False).unnest(column)
-    values = fields or tuple(field for field in long.columns if field not in ("row", name))
-    spread = rows.select("row")
-    for value in long[name].unique(maintain_order=True):
-        part = long.filter(pl.col(name) == value).select("row", *(pl.col(f).alias(rename(f, value)) for f in values))
-        spread = spread.join(part, on="row", how="left", validate="1:1")
-    return spread
+    scored = to_columns(decisions, "scores")
+    return to_columns(scored, "verdicts", ":", ("is_selected", "reason", "score", "position"))
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -230,13 +230,7 @@ def _in_words() -> pl.Expr:
 
 
 def _spread(judged: Judged, role: str) -> pl.DataFrame:
-    column = f"rmi:{role}"
-    planted = {
-        said: judged.planted.filter(pl.col("defect") == defect)[column]
-        for said, defect in _GROUPS.items()
-        if defect != CLEAN
-    }
-    return summaries.spread({next(iter(_GROUPS)): judged.clean[column], **planted})
+    return summaries.spread({label: calibration.rmi_of(judged, role, defect) for label, defect in _GROUPS.items()})
 
 
 def _marks(frame: pl.DataFrame, role: str) -> list[float]:
@@ -278,7 +272,7 @@ def page(
             "gate": gate,
             "finding": finding,
             "num_planted": planted.height,
-            "num_pairs": 0 if judged is None else judged.clean.height,
+            "num_pairs": 0 if judged is None else judged.clean["pair_id"].n_unique(),
             "defects": Table(
                 "The defects that were planted",
                 ("defect", "rows", "what is done"),
@@ -309,10 +303,11 @@ def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list
     An echo is told by scoring above its twin, every other defect by scoring below it.
     """
     roles = sorted(settings.models)
-    clean = judged.clean.select("pair_id", *(f"rmi:{role}" for role in roles))
-    beside = judged.planted.join(clean, left_on="original_pair_id", right_on="pair_id", how="left", suffix=":twin")
-    texts = beside.join(planted.select("pair_id", "query", "answer"), on="pair_id", validate="1:1")
-    below = pl.col(f"rmi:{roles[0]}:twin") - pl.col(f"rmi:{roles[0]}")
+    after = planted.select("pair_id", "defect", "original_pair_id", "query", "answer")
+    texts = after.join(_rmi_columns(judged.planted, ""), on="pair_id", validate="1:1").join(
+        _rmi_columns(judged.clean, ":twin"), left_on="original_pair_id", right_on="pair_id", how="left"
+    )
+    below = pl.col(f"{roles[0]}:twin") - pl.col(roles[0])
     told = texts.with_columns(told=pl.when(pl.col("defect") == Defect.ECHO.value).then(-below).otherwise(below))
     found = []
     for defect in settings.calibration.defects:
@@ -325,11 +320,17 @@ def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list
     return found
 
 
+def _rmi_columns(pairs: pl.DataFrame, suffix: str) -> pl.DataFrame:
+    """pair_id and the RMI under each model, `<model><suffix>`."""
+    columns = pairs.pivot("model", index="pair_id", values="rmi")
+    return columns.rename({role: f"{role}{suffix}" for role in columns.columns[1:]})
+
+
 def _example(row: Mapping[str, Any], roles: Sequence[str]) -> Example:
     numbers = [
         f"{role}: RMI {before:.3f} as delivered, {after:.3f} planted"
         for role in roles
-        if (before := row[f"rmi:{role}:twin"]) is not None and (after := row[f"rmi:{role}"]) is not None
+        if (before := row[f"{role}:twin"]) is not None and (after := row[role]) is not None
     ]
     side = "above" if row["defect"] == Defect.ECHO.value else "below"
     verdict = f"{side} its twin" if row["told"] > 0 else f"not {side} its twin"

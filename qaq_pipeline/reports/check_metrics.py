@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings
+from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
 
@@ -125,11 +126,11 @@ def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
 
 def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Finding:
     """Whether every model of DisagreementScores has the wanted strata, each of enough rows."""
-    by_pair = disagreement.select(pl.col("ranks").explode(empty_as_null=False)).unnest("ranks")
-    ranks = by_pair.drop_nulls("stratum")
+    by_model = to_long(disagreement, "ranks")
+    ranks = by_model.drop_nulls("stratum")
     if ranks.is_empty():
         return Finding(False, f"None of {disagreement.height} pairs is ranked: there is no stratum.", {"num_strata": 0})
-    unranked = sorted(set(by_pair["model"]) - set(ranks["model"]))
+    unranked = sorted(set(by_model["model"]) - set(ranks["model"]))
     if unranked:
         return Finding(
             False,
@@ -140,10 +141,10 @@ def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Findi
     strata = rows.group_by("model").agg(num_strata=pl.len(), fewest=pl.col("len").min()).sort("model")
     num_strata, fewest = int(strata["num_strata"].min()), int(strata["fewest"].min())  # type: ignore[arg-type]
     wanted, least = ranking.num_strata, ranking.min_rows_per_stratum
-    by_model = ", ".join(f"{model}: {number} of at least {few} rows" for model, number, few in strata.iter_rows())
+    numbers = ", ".join(f"{model}: {number} of at least {few} rows" for model, number, few in strata.iter_rows())
     return Finding(
         num_strata >= wanted and fewest >= least,
-        f"Strata by model: {by_model}; expected are {wanted} (ranking.num_strata) of at least {least} "
+        f"Strata by model: {numbers}; expected are {wanted} (ranking.num_strata) of at least {least} "
         "(ranking.min_rows_per_stratum).",
         {"num_strata": num_strata, "fewest_rows_in_a_stratum": fewest},
     )
@@ -151,9 +152,11 @@ def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Findi
 
 def rank_correlation(disagreement: pl.DataFrame, maximum: float) -> Finding:
     """Spearman's correlation of the strong and the weak model's ranks: near 1, the gap between them is mostly noise."""
-    ranks = disagreement.select("rank_strong", "rank_weak").drop_nulls()
+    by_model = to_long(disagreement, "ranks")
+    of_both = {role: by_model.filter(pl.col("model") == role)["rank"] for role in ("strong", "weak")}
+    ranks = pl.DataFrame(of_both).drop_nulls()
     numbers: dict[str, float | int] = {"pairs_ranked_by_both": ranks.height}
-    correlation = ranks.select(pl.corr("rank_strong", "rank_weak", method="spearman")).item() if ranks.height else None
+    correlation = ranks.select(pl.corr("strong", "weak", method="spearman")).item() if ranks.height else None
     if correlation is None or math.isnan(correlation):
         return Finding(
             False,

@@ -30,7 +30,7 @@ from qaq_pipeline.schema.column_lineage import Column, Derivation
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection import drift
 
 MOST_EXAMPLES = 10
 _CLIPPED = 280
@@ -449,7 +449,7 @@ def _drift(scorings: Sequence[Scoring], frozen: tuple[str, pl.DataFrame] | None)
         return "No reference is configured, or it is not made yet (ranking.reference): the drift is unknown."
     name, rows = frozen
     try:
-        found = rank_reference.drift({scoring.role: scoring.scores for scoring in scorings}, rows)
+        found = drift.drift({scoring.role: scoring.scores for scoring in scorings}, rows)
     except ValueError as error:
         return f"The drift from the reference {name} is unknown: {error}."
     if not found.statistics:
@@ -468,7 +468,7 @@ def _drift_by_batch(flat: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None)
         columns = {role: {q: f"{q}_{role}" for q in ("log_ppl_q", "rmi")} for role in roles}
         scores = {role: of_batch.select(**of_role) for role, of_role in columns.items()}
         try:
-            found[str(batch)] = rank_reference.drift(scores, rows).statistics
+            found[str(batch)] = drift.drift(scores, rows).statistics
         except ValueError as error:
             return f"The drift from the reference {name} is unknown: {error}."
     names = list(dict.fromkeys(statistic for one in found.values() for statistic in one))

@@ -125,8 +125,7 @@ def _score(log_ppl: Mapping[Quantity, tuple[Column, ...]], *parts: Quantity) -> 
 _BINNED = _of("rmi_scores", "pair_id", "log_ppl_q", "rmi")
 """What strata are made of: pairs with an RMI, in the order of (log PPL(Q), pair_id)."""
 _EDGES = _of("rank_reference", "pair_id", "model", "stratum_log_ppl_q", "stratum", "num_strata")
-_STRATUM = _merged(_BINNED, _EDGES)
-_RANK = _merged(_STRATUM, _of("rank_reference", "rmi", "rank"))
+_RANK = _merged(_BINNED, _EDGES, _of("rank_reference", "rmi", "rank"))
 
 
 def rank_reference() -> dict[str, Sources]:
@@ -146,11 +145,6 @@ def disagreement_scores() -> dict[str, Sources]:
     return {
         "pair_id": _of("rmi_scores", "pair_id"),
         "pool_id": (),
-        "stratum_strong": _STRATUM,
-        "rank_strong": _RANK,
-        "stratum_weak": _STRATUM,
-        "rank_weak": _RANK,
-        "num_strata": _merged(_of("rmi_scores", "rmi"), _of("rank_reference", "num_strata")),
         "gap": _RANK,
         "rank_sum": _RANK,
         "null_reason": _of("rmi_scores", "null_reason_rmi"),
@@ -200,7 +194,7 @@ def planted_rows() -> dict[str, Sources]:
         _CONTENT,
         _of("screened_data", "status", "batch_gate"),
         _of("rmi_scores", "rmi"),
-        _of("disagreement_scores", "pair_id", "gap", "stratum_strong"),
+        _of("disagreement_scores", "pair_id", "gap", "ranks"),
     )
     return dict.fromkeys(tables.PlantedRows.columns(), made)
 

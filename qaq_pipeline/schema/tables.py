@@ -284,21 +284,16 @@ MODEL_RANK = dy.Struct(
 
 
 class DisagreementScores(dy.Schema):
-    """Strata, ranks and the gap between the strong and the weak model: what depends on a pool, and on which."""
+    """Strata, ranks and the gap between the strong and the weak model, and the pool on which all of them depend."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     pool_id = dy.String(description="The pool in which ranks were taken: batch:<name> or reference:<name>:<version>.")
-    stratum_strong = dy.Int64(nullable=True, min=1, description="Stratum of the strong model's PPL(Q), from 1.")
-    rank_strong = _nullable_rank("under the strong model")
-    stratum_weak = dy.Int64(nullable=True, min=1, description="Stratum of the weak model's PPL(Q), from 1.")
-    rank_weak = _nullable_rank("under the weak model")
-    num_strata = dy.Int64(min=0, description="Strata of the strong model's pool; 0 where nothing was scorable.")
     gap = dy.Float64(
         nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
     )
     rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
     null_reason = _null_reason("the gap")
-    ranks = dy.List(MODEL_RANK, description="Stratum and rank of every model, in long form.")
+    ranks = dy.List(MODEL_RANK, description="Stratum and rank under each model, models in alphabetical order.")
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:
@@ -372,7 +367,7 @@ MODEL_SCORE = dy.Struct(
 
 
 class Decisions(_RowKey):
-    """The ledger: the fate of every input row under every named selection, with its reason and its numbers."""
+    """The decision about every delivered row under every named selection, with its reason and its numbers."""
 
     pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="Content hash; null where rejected.")
     decision = _closed(Decision, description="Fate under the published selection.")
@@ -407,7 +402,7 @@ class Decisions(_RowKey):
 
 
 class PlantedRows(dy.Schema):
-    """Pairs of the batch made bad on purpose, to see whether the scores tell. They enter no decision and no dataset."""
+    """Pairs of the batch made bad on purpose, to validate the scores. They enter no decision and no dataset."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of the defective pair.")
     defect = _closed(Defect, description="What was done to it.")
@@ -422,14 +417,14 @@ class PlantedScores(RmiScores):
 
 
 CLEAN = "clean"
-"""Stands for a defect where rows as they were delivered are meant."""
+"""The value of `defect` for rows as delivered."""
 
 BOTH_MODELS = "strong-weak"
-"""Stands for a model where a number is of both; no role can be called so."""
+"""The value of `model` for a number of both models; no model can have this name."""
 
 
 class Calibration(dy.Schema):
-    """Whether the scores tell good from bad on this batch, with these models: one number a row, with its interval."""
+    """A validation of the scores by planted defects: how well they tell good pairs from bad, one number a row."""
 
     statistic = dy.String(
         primary_key=True,

@@ -1,19 +1,16 @@
-"""The ledger: for every input row its decision, the reason, a sentence, and the numbers behind it. Polars only.
+"""decisions: for every delivered row its decision, the reason, a sentence, and the numbers behind it.
 
-Belongs here: joining what screening, scoring and selection said of a row, and saying it in words.
-Does not belong here: the selection itself.
+Belongs here: joining the results of screening, scoring and selection for each row, and the rows that a selection takes.
+Does not belong here: the selection itself (`strategies`), and the words (`explanations`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import polars as pl
 
-from qaq_pipeline.config.selections import (
-    Selection,
-)
+from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema.long_form import to_lists, to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, NullReason, SelectionReason, Status
 from qaq_pipeline.screening.gates import Gate
@@ -23,8 +20,7 @@ from qaq_pipeline.selection.explanations import explain
 def decide(
     raw: pl.DataFrame,
     screened: pl.DataFrame,
-    scores: Mapping[str, pl.DataFrame],
-    disagreement: pl.DataFrame,
+    candidates: pl.DataFrame,
     verdicts: pl.DataFrame,
     published: Selection,
     provenance_id: str,
@@ -35,17 +31,15 @@ def decide(
     Args:
         raw: RawData.
         screened: ScreenedData of the same rows.
-        scores: RmiScores by role.
-        disagreement: DisagreementScores of the same pairs.
-        verdicts: of `selection.select_all`, every selection of every pair.
+        candidates: of `candidates.candidates`, the scores and ranks of every distinct pair.
+        verdicts: of `strategies.select_all`, of the same pairs.
         published: the selection that decides.
         provenance_id: of the table that is made.
-        gate: why the batch goes no further, where it does not: every row is decided by it, and none has a verdict.
+        gate: why the batch is held back; every row then has its reason and no verdict. None: it is not.
     """
     pairs = (
-        _model_scores(scores, disagreement)
-        .join(disagreement.select("pair_id", "pool_id", "gap", "rank_sum"), on="pair_id", validate="1:1")
-        .join(_verdict_lists(verdicts), on="pair_id", how="left", validate="1:1")
+        _scores(candidates)
+        .join(to_lists(verdicts, tables.VERDICT, "verdicts"), on="pair_id", how="left", validate="1:1")
         .join(_published_verdict(verdicts, published), on="pair_id", how="left", validate="1:1")
     )
     rows = (
@@ -66,14 +60,14 @@ def decide(
     )
     if gate is not None:
         return _gated(decided, gate)
-    told = decided.drop("verdicts", "provenance_id", *ROW_KEY)
-    sentences = [explain(row, published) for row in told.iter_rows(named=True)]
+    explained_by = decided.drop("verdicts", "provenance_id", *ROW_KEY)
+    sentences = [explain(row, published) for row in explained_by.iter_rows(named=True)]
     explained = decided.with_columns(explanation=pl.Series(sentences, dtype=pl.String))
     return explained.select(list(tables.dtypes(tables.Decisions)))
 
 
 def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
-    """The Decisions of a batch that goes no further; what more was found of a row itself is said after that."""
+    """The Decisions of a batch that is held back. A fault of the row itself follows the gate's sentence."""
     fault = pl.coalesce("evidence", "detail").str.strip_chars_end(" .")
     is_said = pl.lit(gate.sentence).str.contains(fault, literal=True)
     own = pl.when(is_said | fault.is_null()).then(pl.lit("")).otherwise(pl.format(" Of the row itself: {}.", fault))
@@ -87,12 +81,7 @@ def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
 
 def selected_rows(selection: str, raw: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
     """The rows that a named selection or control takes, best first, as SelectedSubset."""
-    verdicts = (
-        decisions.select(*ROW_KEY, "verdicts")
-        .explode("verdicts", empty_as_null=False)
-        .unnest("verdicts")
-        .filter(pl.col("selection") == selection, "is_selected")
-    )
+    verdicts = to_long(decisions, "verdicts", *ROW_KEY).filter(pl.col("selection") == selection, "is_selected")
     rows = raw.join(verdicts.select(*ROW_KEY, "position"), on=ROW_KEY, validate="1:1")
     return rows.sort("position").select(list(tables.dtypes(tables.SelectedSubset)))
 
@@ -116,30 +105,21 @@ def _decision() -> pl.Expr:
 
 
 def _null_reason() -> pl.Expr:
-    """The first model's reason, models in the order of their roles."""
+    """The reason of the first model that has one."""
     return pl.col("scores").list.eval(pl.element().struct.field("null_reason").drop_nulls()).list.first()
 
 
-def _model_scores(scores: Mapping[str, pl.DataFrame], disagreement: pl.DataFrame) -> pl.DataFrame:
-    ranks = disagreement.select("pair_id", "ranks").explode("ranks").unnest("ranks")
-    frames = [
-        frame.with_columns(model=pl.lit(role), null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")))
-        .join(ranks, on=["pair_id", "model"], validate="1:1")
-        .select("pair_id", pl.struct(list(tables.MODEL_SCORE.inner)).alias("scores"))
-        for role, frame in sorted(scores.items())
-    ]
-    return pl.concat(frames).group_by("pair_id", maintain_order=True).agg("scores")
+def _scores(candidates: pl.DataFrame) -> pl.DataFrame:
+    """pair_id, pool_id, gap, rank_sum and `scores` of each pair."""
+    of_pair = candidates.filter(pl.col("model") == "strong").select("pair_id", "pool_id", "gap", "rank_sum")
+    with_reasons = candidates.with_columns(null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")))
+    return of_pair.join(to_lists(with_reasons, tables.MODEL_SCORE, "scores"), on="pair_id", validate="1:1")
 
 
 def _fault(score: str) -> pl.Expr:
-    """Why a wanted score is null; that it was not wanted is no fault."""
+    """Why a wanted score is null. A score that was not wanted is no fault."""
     reason = pl.col(f"null_reason_{score}")
     return pl.when(reason != NullReason.NOT_WANTED.value).then(reason)
-
-
-def _verdict_lists(verdicts: pl.DataFrame) -> pl.DataFrame:
-    lists = verdicts.group_by("pair_id", maintain_order=True)
-    return lists.agg(pl.struct(list(tables.VERDICT.inner)).alias("verdicts"))
 
 
 def _published_verdict(verdicts: pl.DataFrame, published: Selection) -> pl.DataFrame:

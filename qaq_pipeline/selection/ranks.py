@@ -1,7 +1,8 @@
-"""Strata of PPL(Q), the rank of RMI inside them, and the gap between the strong and the weak model's ranks.
+"""Strata of similar PPL(Q) and the rank of RMI inside each stratum, for every model.
 
-Belongs here: everything that depends on a pool of pairs. Does not belong here: the scores themselves (`scores`), and
-what is selected by them (`selection`).
+Belongs here: everything that depends on a pool of pairs, one model at a time. Does not belong here: the scores
+themselves (`scoring`), the gap between two models' ranks (`disagreement_scores`), and what a selection takes
+(`strategies`).
 
 Frames are sorted by pair_id before anything depends on order, so no result depends on the order of the input.
 """
@@ -16,7 +17,7 @@ from qaq_pipeline.config.settings import RankingSettings
 
 
 def count_strata(num_rows: int, ranking: RankingSettings) -> int:
-    """Number of strata of a pool: max(1, min(num_strata, num_rows // min_rows_per_stratum)); 0 of an empty pool."""
+    """Number of strata in a pool: max(1, min(num_strata, num_rows // min_rows_per_stratum)); 0 in an empty pool."""
     if num_rows == 0:
         return 0
     return max(1, min(ranking.num_strata, num_rows // ranking.min_rows_per_stratum))
@@ -25,28 +26,32 @@ def count_strata(num_rows: int, ranking: RankingSettings) -> int:
 def stratum(log_ppl_q: pl.Expr, num_rows: int, num_strata: int) -> pl.Expr:
     """floor(i * num_strata / num_rows) + 1 for the 0-based position i in (log_ppl_q, row); null stays null.
 
-    The frame is sorted by pair_id, so equal PPLs are told apart by pair_id and no bin edge can fall on two bins.
+    The frame is sorted by pair_id, so pair_id decides between equal PPLs, and no bin edge can fall into two bins.
     """
     position = log_ppl_q.rank("ordinal").cast(pl.Int64) - 1
     return position * num_strata // num_rows + 1
 
 
 def rank_in_stratum(rmi: pl.Expr, stratum_column: str) -> pl.Expr:
-    """(rows of the stratum below + (equal rows + 1) / 2) / rows of the stratum: pandas `rank(pct=True)`; null stays.
+    """(smaller RMIs of the stratum + (equal ones + 1) / 2) / RMIs of the stratum: pandas `rank(pct=True)`.
 
-    The count is spread over the rows before the division: Polars divides by a scalar as a product with its
-    reciprocal, and 49 * (1 / 49) < 1.
+    Null stays null. The count is repeated for every row before the division: Polars divides by a scalar as a product
+    with its reciprocal, and 49 * (1 / 49) < 1.
     """
     return rmi.rank("average").over(stratum_column) / rmi.count().over(stratum_column)
 
 
 def pools(scores: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> dict[str, pl.DataFrame]:
-    """What is ranked of each role's RmiScores, roles in order: pair_id (sorted), log_ppl_q, rmi, null_reason.
+    """The pairs to be ranked under each model, models in order: pair_id (sorted), log_ppl_q, rmi, null_reason.
 
-    log_ppl_q is that which the strata are made of. Where the pair is not ranked, it and rmi are null.
+    log_ppl_q is the one that makes the strata. It and rmi are null where the pair cannot be ranked.
+
+    Args:
+        scores: RmiScores by model.
+        ranking: which model's PPL(Q) makes the strata.
 
     Raises:
-        ValueError: `strong` or `weak` is missing, or the roles' frames do not hold the same pairs.
+        ValueError: `strong` or `weak` is missing, or the models' frames do not hold the same pairs.
     """
     ordered = {role: scores[role].sort("pair_id") for role in sorted(scores)}
     check_same_pairs(ordered)
@@ -60,8 +65,12 @@ def _pool(frame: pl.DataFrame, binned_by: pl.DataFrame) -> pl.DataFrame:
     return pooled.with_columns(pl.when(in_pool).then(name).alias(name) for name in ("log_ppl_q", "rmi"))
 
 
-def rank_pool(pool: pl.DataFrame, ranking: RankingSettings) -> pl.DataFrame:
-    """A pool of `pools` with stratum, num_strata and rank, taken in the pool itself."""
+def rank_pools(pools: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> pl.DataFrame:
+    """The pools in long form, with model, stratum, num_strata and rank: each pair among the pairs of its own pool."""
+    return pl.concat([_rank(pool, ranking).with_columns(model=pl.lit(role)) for role, pool in pools.items()])
+
+
+def _rank(pool: pl.DataFrame, ranking: RankingSettings) -> pl.DataFrame:
     num_rows = pool["rmi"].count()
     num_strata = count_strata(num_rows, ranking)
     return pool.with_columns(
@@ -70,7 +79,7 @@ def rank_pool(pool: pl.DataFrame, ranking: RankingSettings) -> pl.DataFrame:
 
 
 def few_strata_warnings(pools: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> list[str]:
-    """A sentence for every role whose pool gets fewer strata than the settings ask for."""
+    """A sentence for every model whose pool gets fewer strata than the settings ask for."""
     return [warning for role, pool in pools.items() for warning in _warn(role, pool, ranking)]
 
 
@@ -92,8 +101,8 @@ def check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
     """Raise ValueError where the models did not score the same pairs."""
     missing = [role for role in ("strong", "weak") if role not in scores]
     if missing:
-        raise ValueError(f"scores of the roles {missing} are missing; given: {list(scores)}")
+        raise ValueError(f"scores of the models {missing} are missing; given: {list(scores)}")
     strong = scores["strong"]["pair_id"]
     if not all(frame["pair_id"].equals(strong) for frame in scores.values()):
         counts = ", ".join(f"{role}: {frame.height} pairs" for role, frame in scores.items())
-        raise ValueError(f"the models' scores are not of the same pairs ({counts}); score the batch again under each")
+        raise ValueError(f"the models did not score the same pairs ({counts}); score the batch again under each model")

@@ -22,6 +22,7 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import refresh, registration, status, withdrawal
 from qaq_pipeline.runs.job_runs import Events, RunError
+from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline.storage.tables import Tables
@@ -365,7 +366,8 @@ def test_the_nightly_job_follows_changed_settings_and_scores_nothing_for_them(
     with monkeypatch.context() as patch:
         patch.setattr("qaq_pipeline.lm.causal_lm.loaders", lambda *_, **__: pytest.fail("a model was loaded"))
         assert night(daemon)
-    strata = open_storage(daemon.settings).tables.read("disagreement_scores", Partition("b1")).frame["num_strata"]
+    ranks = open_storage(daemon.settings).tables.read("disagreement_scores", Partition("b1")).frame
+    strata = to_long(ranks, "ranks")["num_strata"]
     assert set(strata) == {1}
     assert len(kept(daemon)) == 2
 
@@ -452,7 +454,7 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
         assert statuses(daemon, batch)[2] == "withdrawn"
         decision = open_storage(daemon.settings).tables.read("decisions", Partition(batch)).frame.row(2, named=True)
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
-        assert decision["explanation"] == "Withdrawn, so it is not published any more: its licence forbids training."
+        assert decision["explanation"].endswith(": its licence forbids training.")
     assert status.batches_left_out(daemon.settings, daemon.instance) == {}
     assert versions.published_withdrawn(open_storage(daemon.settings)) == []
 

@@ -26,10 +26,12 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
-from qaq_pipeline.selection import rank_reference, strategies
+from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.selection.strategies import select
 from qaq_pipeline_tests.support.frames import pair_name, rmi_rows
 
 SAMPLES = 400
@@ -244,19 +246,21 @@ def test_the_rank_of_a_planted_pair_is_that_of_a_new_pair_against_the_batch(judg
     low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
     planted = {role: pl.concat([low[role], high[role]]) for role in low}
     ranks = rank_reference.disagreement_scores(planted, pool, settings().ranking, "p")
-    assert judged.planted["rank:strong"].to_list() == ranks["rank_strong"].to_list()
-    assert judged.planted["gap"].to_list() == ranks["gap"].to_list()
+    of_strong = judged.planted.filter(model="strong")
+    assert of_strong["rank"].to_list() == to_columns(ranks, "ranks")["rank_strong"].to_list()
+    assert of_strong["gap"].to_list() == ranks["gap"].to_list()
     alone, _ = disagreement_scores(clean, settings().ranking, "batch:b1")
-    assert judged.clean["rank:weak"].to_list() == alone["rank_weak"].to_list()
+    assert judged.clean.filter(model="weak")["rank"].to_list() == to_columns(alone, "ranks")["rank_weak"].to_list()
 
 
 def test_the_auroc_compares_with_the_twins_alone(judged: calibration.Judged) -> None:
     frame = calibrate(judged, settings())
     twins = judged.clean.filter(pl.col("pair_id").is_in([pair_name(n) for n in range(1, 21)]))
     echoes = judged.planted.filter(pl.col("defect") == "echo")
-    for measure, model, column in (("gap", BOTH_MODELS, "gap"), ("rank", "weak", "rank:weak")):
-        beside = twins.join(echoes, left_on="pair_id", right_on="original_pair_id", suffix=":planted")
-        values = beside.select(column, f"{column}:planted").rows()
+    for measure, model in (("gap", BOTH_MODELS), ("rank", "weak")):
+        of_clean, of_echoes = (pairs.filter(model="weak") for pairs in (twins, echoes))
+        beside = of_clean.join(of_echoes, left_on="pair_id", right_on="original_pair_id", suffix=":planted")
+        values = beside.select(measure, f"{measure}:planted").rows()
         naive = np.mean(
             [(c > p) + (c == p) / 2 for i, (c, _) in enumerate(values) for j, (_, p) in enumerate(values) if i != j]
         )
@@ -269,9 +273,9 @@ def test_kept_shares_are_by_the_cut_of_the_batch_and_clean_rows_are_taken_as_the
     frame = calibrate(judged, settings())
     clean = number_of(frame, Statistic.KEPT_SHARE, CLEAN, BOTH_MODELS, "diff_high")
     assert (clean["value"], clean["num_kept"], clean["num_clean"]) == (0.25, 10, 40)
-    verdicts = strategies.select(judged.clean, settings().selections[0], ["strong", "weak"])
+    verdicts = select(judged.clean, settings().selections[0])
     cut = verdicts.filter("is_selected")["score"].min()
-    mismatches = judged.planted.filter(pl.col("defect") == "other_answer")
+    mismatches = judged.planted.filter(defect="other_answer", model="strong")
     above = int((mismatches["gap"] > cut).sum())  # type: ignore[operator]
     row = number_of(frame, Statistic.KEPT_SHARE, Defect.OTHER_ANSWER, BOTH_MODELS, "diff_high")
     wilson = stats.binomtest(row["num_kept"], 20).proportion_ci(0.95, "wilson")

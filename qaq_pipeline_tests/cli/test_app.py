@@ -477,12 +477,8 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
     row = selected_row(home)
     shown = qaq(home, "explain", "b1", row)
     assert shown.code == 0
-    assert shown.out.startswith(f"b1/rows.jsonl:{row}.0: selected (within_budget) Ranked by RMI, ")
-    assert re.search(
-        r"Selected by diff_high, which takes the highest 25% of the pool by the gap, .*: this one, with 0\.\d{3}, is "
-        r"number \d of 18; the last pair taken has 0",
-        shown.out,
-    )
+    assert shown.out.startswith(f"b1/rows.jsonl:{row}.0: selected (within_budget) ")
+    assert re.search(r" by diff_high, .* 25% .* 0\.\d{3} and is number \d of 18; .* 0\.\d", shown.out)
     for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "of 18", "provenance"):
         assert word in shown.out
     assert "strong: chatml-0 (files:" in shown.out
@@ -503,9 +499,9 @@ def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
 def test_explain_says_of_what_a_row_is_a_duplicate(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "explain", "b1", REPEATED_ROW)
     assert shown.out.startswith(
-        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate. Equal to b1/rows.jsonl:1.0, "
-        "which stands for it: equal system text, query and answer. That row is "
+        f"b1/rows.jsonl:{REPEATED_ROW}.0: duplicate (exact_duplicate) Duplicate of b1/rows.jsonl:1.0, "
     )
+    assert ": equal system text, query and answer. That row is " in shown.out
     assert "query: Reverse a string in Python." in shown.out
 
 

@@ -32,6 +32,7 @@ from qaq_pipeline.runs import audit_pages, job_runs, refresh, registration, run_
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.run_batch import RunError
 from qaq_pipeline.runs.summary import BatchSummary
+from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
@@ -554,8 +555,9 @@ def test_fewer_rows_than_strata_are_fewer_strata_with_a_warning(
     rows = [(f"query {n}", f"answer {n}") for n in range(7)]
     summary = curate(settings, instance, deliver(*rows))
     scores = table(settings, "disagreement_scores")
-    assert scores["num_strata"].unique().to_list() == [3]
-    assert scores["stratum_strong"].value_counts(sort=True)["count"].to_list() in ([3, 2, 2], [3, 3, 1])
+    of_strong = to_long(scores, "ranks").filter(model="strong")
+    assert of_strong["num_strata"].unique().to_list() == [3]
+    assert of_strong["stratum"].value_counts(sort=True)["count"].to_list() in ([3, 2, 2], [3, 3, 1])
     assert any("7 of 7 pairs can be ranked, so 3 strata instead of 10" in warning for warning in summary.warnings)
 
 
@@ -926,9 +928,9 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     dropped = curate(settings_for(screening={"contamination": checked}), instance, rows)
     assert dropped.reasons_by_decision["contaminated"] == {"benchmark_prompt": 2}
     decisions = table(settings_for(), "decisions")
-    assert decisions["explanation"][5] == (
-        "Contaminated, and not scored: it holds 100% of the prompt of task T/1 of mine, among it: return the longest "
-        "word of a sentence of two that are equally long the one that comes first."
+    assert decisions["explanation"][5].endswith(
+        " 100% of the prompt of task T/1 of mine, among it: return the longest word of a sentence of two that are "
+        "equally long the one that comes first."
     )
     assert decisions["scores"].list.len().to_list() == [2] * 5 + [0, 0]
     flagged = settings_for(screening={"contamination": checked | {"action": "flag"}})
@@ -939,9 +941,7 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     assert (screened["reason"][5], screened["similarity"][5]) == ("benchmark_prompt", 1.0)
     decisions = table(flagged, "decisions")
     assert set(decisions["reason"][:6]) <= {"within_budget", "below_cut"}
-    assert (
-        "Flagged, and kept all the same: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][5]
-    )
+    assert "Flagged but kept: it contains 100% of the prompt of task T/1 of mine" in decisions["explanation"][5]
     assert "flagged: it holds 100% of the prompt of task T/1 of mine" in decisions["explanation"][6]
     assert not any("lagged" in sentence for sentence in decisions["explanation"][:5])
     benchmark.unlink()

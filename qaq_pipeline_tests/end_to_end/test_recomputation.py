@@ -50,8 +50,8 @@ def test_every_number_of_an_explanation_follows_from_the_sums_and_every_row_from
     decisions = storage.tables.read("decisions", Partition("b1"))
     fates = set(decisions.frame["reason"])
     assert fates >= {"within_budget", "below_cut", "query_too_long", "exact_duplicate", "near_duplicate", "empty_query"}
-    assert any("of which only the first" in said for said in decisions.frame["explanation"])
-    assert any("which makes scores noisy" in said for said in decisions.frame["explanation"])
+    for pattern in (r"Only the first \d+ of the answer's \d+ tokens", r"The query has only \d+ tokens"):
+        assert decisions.frame["explanation"].str.contains(pattern).any()
     assert check_batch(storage, settings, "b1") > 20
 
     made_of = row_history.provenance(storage, decisions.frame["provenance_id"][0], "b1")

@@ -57,8 +57,6 @@ def ranked(strong: Sequence[float | None], weak: Sequence[float | None], strata:
         {
             "pair_id": pair_name(number),
             "pool_id": "batch:b1",
-            "rank_strong": of_strong,
-            "rank_weak": of_weak,
             "ranks": [
                 {"model": "strong", "stratum": stratum, "num_strata": 2, "rank": of_strong},
                 {"model": "weak", "stratum": stratum, "num_strata": 2, "rank": of_weak},

@@ -24,7 +24,9 @@ from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen, texts_of
-from qaq_pipeline.selection import decisions, rank_reference, strategies
+from qaq_pipeline.selection import decisions, rank_reference
+from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected
 
@@ -99,7 +101,7 @@ def test_a_name_that_is_none_is_refused_with_those_that_are() -> None:
 
 def test_of_tables_that_were_no_input_nothing_comes() -> None:
     of_batch = sources_in(DERIVED, "disagreement_scores", {"rmi_scores"})
-    assert set(of_batch["rank_strong"]) == {("rmi_scores", name) for name in ("pair_id", "log_ppl_q", "rmi")}
+    assert set(of_batch["ranks"]) == {("rmi_scores", name) for name in ("pair_id", "log_ppl_q", "rmi")}
     assert {
         table for table, _ in sources_in(DERIVED, "disagreement_scores", {"rmi_scores", "rank_reference"})["gap"]
     } == {
@@ -158,11 +160,11 @@ def _rank(tables: Tables) -> pl.DataFrame:
 
 def _decide(tables: Tables) -> pl.DataFrame:
     by_role, disagreement = _by_role(tables), tables["disagreement_scores"]
-    candidates = strategies.candidates(disagreement, by_role)
-    frozen = rank_reference.candidates(tables["rank_reference"], ["strong", "weak"])
-    verdicts = strategies.select_all(candidates, SETTINGS.selections, ["strong", "weak"], frozen)
+    pairs = candidates(disagreement, by_role)
+    frozen = rank_reference.reference_candidates(tables["rank_reference"], ["strong", "weak"])
+    verdicts = select_all(pairs, SETTINGS.selections, frozen)
     raw, screened = tables["raw_data"], tables["screened_data"]
-    return decisions.decide(raw, screened, by_role, disagreement, verdicts, SETTINGS.published, pair_name(0))
+    return decisions.decide(raw, screened, pairs, verdicts, SETTINGS.published, pair_name(0))
 
 
 def _select(tables: Tables) -> pl.DataFrame:
@@ -248,7 +250,7 @@ SPOT_CHECKS: list[tuple[Column, Column]] = [
     (("rmi_scores", "ifd_loss"), ("logprobs", "num_a_tokens")),
     (("rank_reference", "rank"), ("rmi_scores", "rmi")),
     (("disagreement_scores", "gap"), ("rmi_scores", "rmi")),
-    (("disagreement_scores", "rank_strong"), ("rank_reference", "rmi")),
+    (("disagreement_scores", "ranks"), ("rank_reference", "rmi")),
     (("decisions", "gap"), ("disagreement_scores", "gap")),
     (("decisions", "decision"), ("disagreement_scores", "gap")),
     (("decisions", "verdicts"), ("disagreement_scores", "gap")),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, RmiScores, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring.rmi_scores import rmi_scores
@@ -69,8 +70,10 @@ def model_scores(pairs: Pairs) -> pl.DataFrame:
 
 
 def ranked(ranking: RankingSettings, **pairs: Pairs) -> tuple[pl.DataFrame, list[str]]:
+    """DisagreementScores, with the ranks in columns as well (`rank_strong`), and warnings."""
     frame, warnings = disagreement_scores({role: model_scores(rows) for role, rows in pairs.items()}, ranking, POOL)
-    return enforce(DisagreementScores, frame), warnings
+    ranks = to_columns(enforce(DisagreementScores, frame).select("ranks"), "ranks")
+    return pl.concat([frame, ranks], how="horizontal"), warnings
 
 
 def settings(num_strata: int = 10, min_rows: int = 1, **values: Any) -> RankingSettings:
@@ -336,7 +339,7 @@ def test_no_stratum_is_smaller_than_the_minimum(rows: int, strata: int):
 def test_fewer_strata_come_with_a_warning():
     pairs = [(float(number), 1.0 if number < 34 else None) for number in range(130)]
     frame, warnings = ranked(RankingSettings(), strong=pairs, weak=[(1.0, 1.0)] * 130)
-    assert frame["num_strata"].unique().to_list() == [1]
+    assert frame["num_strata_strong"].unique().to_list() == [1]
     assert warnings == [
         "model 'strong': 34 of 130 pairs can be ranked, so 1 stratum instead of 10: a stratum holds at least 20 pairs",
         "model 'weak': 130 of 130 pairs can be ranked, so 6 strata instead of 10: a stratum holds at least 20 pairs",
@@ -345,7 +348,7 @@ def test_fewer_strata_come_with_a_warning():
 
 def test_nothing_scorable_has_no_strata():
     frame, warnings = ranked(settings(), strong=[(1.0, None)] * 2, weak=[(1.0, 1.0)] * 2)
-    assert (frame["num_strata"].to_list(), frame["rank_strong"].to_list()) == ([0, 0], [None, None])
+    assert (frame["num_strata_strong"].to_list(), frame["rank_strong"].to_list()) == ([0, 0], [None, None])
     assert warnings[0] == "model 'strong': none of 2 pairs can be ranked"
 
 

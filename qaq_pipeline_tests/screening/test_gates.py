@@ -14,8 +14,9 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import decisions
+from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
-from qaq_pipeline.selection.strategies import candidates, select_all
+from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
 UNSCORED = {"rmi": None, "log_ppl_q": None, "log_ppl_q_given_a": None, "null_reason_rmi": "query_too_long"}
@@ -98,12 +99,11 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
     scores = {role: rmi_rows({}, {}) for role in ("strong", "weak")}
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, "batch:b1")
     published = DiffSelection(name="mine", strategy="diff_high")
-    verdicts = select_all(candidates(disagreement, scores), [published], ["strong", "weak"])
+    pairs = candidates(disagreement, scores)
+    verdicts = select_all(pairs, [published])
     gate = Gate(GateReason.TOO_MANY_REJECTED, "so it is")
     screened = screen_alone(raw, ScreeningSettings())
-    frame = enforce(
-        Decisions, decisions.decide(raw, screened, scores, disagreement, verdicts, published, pair_name(0), gate)
-    )
+    frame = enforce(Decisions, decisions.decide(raw, screened, pairs, verdicts, published, pair_name(0), gate))
     assert frame["decision"].to_list() == ["batch_gated"] * 4
     assert frame["reason"].to_list() == ["too_many_rejected"] * 4
     assert frame["explanation"].to_list() == [
@@ -114,7 +114,7 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
     ]
     assert frame["verdicts"].list.len().to_list() == [0] * 4
     same = Gate(GateReason.UNREADABLE_FILE, "a file of it cannot be read: `query` is blank; deliver it again")
-    said = decisions.decide(raw, screened, scores, disagreement, verdicts, published, pair_name(0), same)["explanation"]
+    said = decisions.decide(raw, screened, pairs, verdicts, published, pair_name(0), same)["explanation"]
     assert said[1] == f"No row of the batch is published: {same.sentence}."
     assert decisions.selected_rows("mine", raw, frame).is_empty()
 

@@ -31,10 +31,15 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema import vocabularies
+from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import DisagreementScores, RankReference, RmiScores, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import NullReason
-from qaq_pipeline.selection import disagreement_scores, rank_reference, ranks, strategies
+from qaq_pipeline.selection import disagreement_scores, rank_reference, ranks
+from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.drift import Drift, drift
+from qaq_pipeline.selection.rank_reference import reference_candidates
+from qaq_pipeline.selection.strategies import select, select_all
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
@@ -98,6 +103,11 @@ def against(batch: Scores, frozen: pl.DataFrame, how: RankingSettings | None = N
     return enforce(DisagreementScores, rank_reference.disagreement_scores(batch, frozen, how or ranking(), POOL))
 
 
+def wide(ranked: pl.DataFrame) -> pl.DataFrame:
+    """The ranks in columns: `rank_strong`."""
+    return to_columns(ranked, "ranks")
+
+
 def choose(**values: Any) -> Selection:
     return TypeAdapter(Selection).validate_python({"name": "mine"} | values)
 
@@ -152,9 +162,9 @@ def test_its_own_batch_has_its_in_batch_ranks_and_verdicts_to_the_last_bit(batch
     in_batch, _ = disagreement_scores.disagreement_scores(batch, how, POOL)
     ranked = against(batch, frozen, how)
     assert_frame_equal(ranked, in_batch, check_exact=True)
-    own = rank_reference.candidates(frozen, ROLES)
-    expected = strategies.select_all(strategies.candidates(in_batch, batch), SELECTIONS, ROLES)
-    found = strategies.select_all(strategies.candidates(ranked, batch), SELECTIONS, ROLES, own)
+    own = reference_candidates(frozen, ROLES)
+    expected = select_all(candidates(in_batch, batch), SELECTIONS)
+    found = select_all(candidates(ranked, batch), SELECTIONS, own)
     assert_frame_equal(found, expected, check_exact=True)
 
 
@@ -163,8 +173,8 @@ def test_its_own_batch_has_its_in_batch_ranks_and_verdicts_to_the_last_bit(batch
 def test_a_reference_that_took_nothing_takes_nothing(batch: Scores) -> None:
     frozen = freeze_or_skip(batch, ranking())
     nothing = choose(strategy="rmi_top", **budget(answer_tokens=1))
-    candidates = strategies.candidates(against(batch, frozen), batch)
-    verdicts = strategies.select(candidates, nothing, ROLES, rank_reference.candidates(frozen, ROLES))
+    pairs = candidates(against(batch, frozen), batch)
+    verdicts = select(pairs, nothing, reference_candidates(frozen, ROLES))
     assert not verdicts["is_selected"].any()
     assert verdicts["cut"].null_count() == verdicts.height
 
@@ -205,16 +215,16 @@ def test_other_pairs_have_the_ranks_of_the_naive_formula(
     own: list[tuple[float, float]], rows: list[tuple[float, float]], first: int, num_strata: int
 ) -> None:
     how = ranking(num_strata)
-    found = against(alike(*rows, first=first), freeze(alike(*own), how=how), how)
+    found = wide(against(alike(*rows, first=first), freeze(alike(*own), how=how), how))
     bins = min(num_strata, len(own))
     expected = [naive_against(own, row, pair_name(first + number), bins) for number, row in enumerate(rows)]
     assert list(zip(found["stratum_strong"], found["rank_strong"], strict=True)) == expected
-    assert found["num_strata"].unique().to_list() == [bins]
+    assert found["num_strata_strong"].unique().to_list() == [bins]
 
 
 def test_rows_beyond_every_edge_and_every_rmi_of_the_reference_have_a_stratum_and_a_rank() -> None:
     frozen = freeze(alike((1.0, 0.1), (1.5, 0.2), (2.0, 0.3), (2.5, 0.4)), how=ranking(2))
-    ranked = against(alike((0.2, -9.0), (9.0, 9.0), (1.7, 0.25), (9.0, 0.35), first=11), frozen, ranking(2))
+    ranked = wide(against(alike((0.2, -9.0), (9.0, 9.0), (1.7, 0.25), (9.0, 0.35), first=11), frozen, ranking(2)))
     assert ranked["stratum_strong"].to_list() == [1, 2, 2, 2]
     assert ranked["rank_strong"].to_list() == [0.25, 1.0, 0.25, 0.75]
     assert ranked["gap"].to_list() == [0.0] * 4
@@ -224,13 +234,13 @@ def test_an_equal_edge_is_told_apart_by_pair_id() -> None:
     frozen = freeze(alike(*[(1.0, 0.1 * number) for number in range(4)], first=10), how=ranking(2))
     # The edge of the first stratum is (1.0, pair 11).
     assert frozen.filter(model="weak", stratum=1)["pair_id"].to_list() == [pair_name(10), pair_name(11)]
-    below, beyond = (against(alike((1.0, 0.0), first=number), frozen, ranking(2)) for number in (9, 12))
+    below, beyond = (wide(against(alike((1.0, 0.0), first=number), frozen, ranking(2))) for number in (9, 12))
     assert (below["stratum_weak"].item(), beyond["stratum_weak"].item()) == (1, 2)
 
 
 def test_what_a_model_could_not_score_is_in_no_stratum_and_has_its_reason() -> None:
     frozen = freeze(alike((1.0, 0.1), (2.0, 0.2)))
-    ranked = against(scores([(1.0, None), (1.0, 0.1)], [(1.0, 0.3), (1.0, None)]), frozen)
+    ranked = wide(against(scores([(1.0, None), (1.0, 0.1)], [(1.0, 0.3), (1.0, None)]), frozen))
     assert ranked["rank_strong"].null_count() == ranked["rank_weak"].null_count() == 1
     assert ranked["gap"].to_list() == [None, None]
     assert ranked["null_reason"].to_list() == ["non_finite"] * 2
@@ -239,7 +249,7 @@ def test_what_a_model_could_not_score_is_in_no_stratum_and_has_its_reason() -> N
 def test_a_batch_without_pairs_has_no_ranks_and_no_drift() -> None:
     frozen = freeze(alike((1.0, 0.1), (2.0, 0.2)))
     assert against(alike(), frozen).is_empty()
-    assert rank_reference.drift(alike(), frozen) == rank_reference.Drift({}, 0.0)
+    assert drift(alike(), frozen) == Drift({}, 0.0)
 
 
 def test_with_the_strata_of_the_strong_model_so_are_those_of_the_reference() -> None:
@@ -247,7 +257,7 @@ def test_with_the_strata_of_the_strong_model_so_are_those_of_the_reference() -> 
     rows = [(1.0, 0.1), (2.0, 0.2), (3.0, 0.3), (4.0, 0.4)]
     frozen = freeze(scores(rows, rows[::-1]), how=how)
     assert frozen.filter(model="weak")["stratum_log_ppl_q"].to_list() == [1.0, 2.0, 3.0, 4.0]
-    ranked = against(scores([(1.5, 0.1), (3.5, 0.1)], [(9.0, 0.1), (0.1, 0.1)], first=11), frozen, how)
+    ranked = wide(against(scores([(1.5, 0.1), (3.5, 0.1)], [(9.0, 0.1), (0.1, 0.1)], first=11), frozen, how))
     assert ranked["stratum_weak"].to_list() == ranked["stratum_strong"].to_list() == [1, 2]
 
 
@@ -258,9 +268,7 @@ def test_a_frozen_cut_decides_and_not_a_top_k() -> None:
     # The last of the reference's upper quarter has the rank 7 / 8.
     batch = alike((1.0, 5.5), (1.0, 6.5), (1.0, 7), (1.0, 9.5), (1.0, 1), first=21)
     ranked = against(batch, frozen, ranking(1))
-    verdicts = strategies.select(
-        strategies.candidates(ranked, batch), top, ROLES, rank_reference.candidates(frozen, ROLES)
-    )
+    verdicts = select(candidates(ranked, batch), top, reference_candidates(frozen, ROLES))
     assert verdicts["is_selected"].to_list() == [False, True, True, True, False]
     assert verdicts["position"].to_list() == [4, 3, 1, 2, 5]
     assert (verdicts["cut"].unique().to_list(), verdicts["pool_size"].unique().to_list()) == ([0.875], [5])
@@ -271,8 +279,8 @@ def test_equal_scores_are_taken_up_to_the_pair_id_of_the_cut() -> None:
     frozen = freeze(alike(*[(1.0, 0.5)] * 4, first=10), how=ranking(1))
     top = choose(strategy="rmi_top", **budget(count=2))
     batch = alike(*[(1.0, 0.5)] * 4, first=9)
-    candidates = strategies.candidates(against(batch, frozen, ranking(1)), batch)
-    verdicts = strategies.select(candidates, top, ROLES, rank_reference.candidates(frozen, ROLES))
+    pairs = candidates(against(batch, frozen, ranking(1)), batch)
+    verdicts = select(pairs, top, reference_candidates(frozen, ROLES))
     assert verdicts["is_selected"].to_list() == [True, True, True, False]
 
 
@@ -284,10 +292,10 @@ def test_a_budget_that_cut_nothing_off_refuses_no_pair_of_a_worse_batch(values: 
     frozen = freeze(alike(*[(1.0, 0.1 * number) for number in range(8)]), how=ranking(1))
     all_of_it = choose(strategy="diff_high", **values)
     batch = scores([(1.0, 0.45), (1.0, -5.0)], [(1.0, 9.0)] * 2, first=21)
-    candidates = strategies.candidates(against(batch, frozen, ranking(1)), batch)
-    own = rank_reference.candidates(frozen, ROLES)
-    assert candidates["gap"].max() < own["gap"].min()  # type: ignore[operator]
-    verdicts = strategies.select(candidates, all_of_it, ROLES, own)
+    pairs = candidates(against(batch, frozen, ranking(1)), batch)
+    own = reference_candidates(frozen, ROLES)
+    assert pairs["gap"].max() < own["gap"].min()  # type: ignore[operator]
+    verdicts = select(pairs, all_of_it, own)
     expected = [True, all_of_it.rank_strong is None]  # type: ignore[union-attr]
     assert verdicts["is_selected"].to_list() == expected
     assert verdicts["cut"].to_list() == [None, None]
@@ -296,36 +304,36 @@ def test_a_budget_that_cut_nothing_off_refuses_no_pair_of_a_worse_batch(values: 
 def test_a_changed_budget_needs_no_new_reference() -> None:
     batch = alike(*[(1.0, 0.1 * number) for number in range(10)])
     frozen = freeze(batch, how=ranking(1))
-    candidates = strategies.candidates(against(batch, frozen, ranking(1)), batch)
-    own = rank_reference.candidates(frozen, ROLES)
+    pairs = candidates(against(batch, frozen, ranking(1)), batch)
+    own = reference_candidates(frozen, ROLES)
     for count in (1, 4, 10):
         top = choose(strategy="rmi_top", **budget(count=count))
-        assert strategies.select(candidates, top, ROLES, own)["is_selected"].sum() == count
+        assert select(pairs, top, own)["is_selected"].sum() == count
 
 
 def test_random_selections_and_controls_are_as_large_in_a_batch_as_its_share_asks_for() -> None:
     frozen = freeze(alike(*[(0.1 * number, 0.1 * number) for number in range(20)]), how=ranking(2))
-    own = rank_reference.candidates(frozen, ROLES)
+    own = reference_candidates(frozen, ROLES)
     batch = alike(*[(0.2 * number, 0.2 * number) for number in range(10)], first=100)
-    candidates = strategies.candidates(against(batch, frozen, ranking(2)), batch)
+    pairs = candidates(against(batch, frozen, ranking(2)), batch)
     for strategy in ("random", "stratified_random"):
         for values in ({"fraction": 0.3}, {"count": 6}):
-            drawn = strategies.select(candidates, choose(strategy=strategy, **budget(**values)), ROLES, own)
+            drawn = select(pairs, choose(strategy=strategy, **budget(**values)), own)
             assert drawn["is_selected"].sum() == 3
     published = choose(name="top", strategy="rmi_top", **budget(count=5))
-    sizes = strategies.select_all(candidates, [published], ROLES, own).group_by("selection").agg(pl.sum("is_selected"))
+    sizes = select_all(pairs, [published], own).group_by("selection").agg(pl.sum("is_selected"))
     # The two best of five in each stratum of the batch rank as high as the fifth best of the reference.
     assert sizes["is_selected"].to_list() == [2, 2, 2]
 
 
 def test_a_control_has_the_answer_tokens_that_were_taken_and_not_the_budget_of_the_reference() -> None:
     frozen = freeze(alike(*[(1.0, 0.1 * number) for number in range(40)]), how=ranking(1))
-    own = rank_reference.candidates(frozen, ROLES)
+    own = reference_candidates(frozen, ROLES)
     batch = alike(*[(1.0, 0.4 * number + 0.05) for number in range(10)], first=100)
-    candidates = strategies.candidates(against(batch, frozen, ranking(1)), batch)
+    pairs = candidates(against(batch, frozen, ranking(1)), batch)
     published = choose(name="top", strategy="rmi_top", **budget(answer_tokens=60))
-    verdicts = strategies.select_all(candidates, [published], ROLES, own).join(
-        candidates.select("pair_id", tokens="num_a_tokens_untruncated:strong"), on="pair_id"
+    verdicts = select_all(pairs, [published], own).join(
+        pairs.filter(model="strong").select("pair_id", tokens="num_a_tokens_untruncated"), on="pair_id"
     )
     taken = dict(verdicts.filter("is_selected").group_by("selection").agg(pl.sum("tokens")).iter_rows())
     assert 0 < taken["top"] < 60
@@ -355,13 +363,13 @@ def test_two_batches_are_ranked_as_their_union(first: Scores, second: Scores, ho
 
 
 def test_a_reference_without_a_pair_that_can_be_ranked_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no pair can be ranked under the models \['weak'\]"):
+    with pytest.raises(ValueError, match=r"the models \['weak'\] can rank no pair"):
         freeze(scores([(1.0, 0.1)], [(1.0, None)]))
 
 
 def test_a_model_that_the_reference_does_not_know_is_refused() -> None:
     batch = alike((1.0, 0.1))
-    with pytest.raises(ValueError, match=r"knows the models \['strong', 'weak'\], not \['third'\]; make a new one"):
+    with pytest.raises(ValueError, match=r"has the models \['strong', 'weak'\], not \['third'\]; make a new one"):
         against(batch | {"third": batch["weak"]}, freeze(batch))
 
 
@@ -385,9 +393,9 @@ def test_a_batch_has_no_drift_from_itself_and_a_shifted_one_has() -> None:
     values = np.random.default_rng(1).normal(2.0, 0.3, size=(400, 2)).tolist()
     frozen = freeze(alike(*values))
     names = {f"{m}_{q}_{role}" for m in ("psi", "ks") for q in ("log_ppl_q", "rmi") for role in ROLES}
-    assert rank_reference.drift(alike(*values), frozen) == rank_reference.Drift(dict.fromkeys(names, 0.0), 200.0)
+    assert drift(alike(*values), frozen) == Drift(dict.fromkeys(names, 0.0), 200.0)
     shifted = alike(*[(log_ppl_q, rmi - 1.0) for log_ppl_q, rmi in values])
-    found = rank_reference.drift(shifted, frozen).statistics
+    found = drift(shifted, frozen).statistics
     assert found["psi_log_ppl_q_strong"] == 0.0
     assert found["psi_rmi_strong"] > 2.0
     assert found["ks_rmi_weak"] > 0.8
@@ -396,7 +404,7 @@ def test_a_batch_has_no_drift_from_itself_and_a_shifted_one_has() -> None:
 def test_psi_is_that_of_its_formula() -> None:
     frozen = freeze(alike(*[(1.0, 0.1 * number) for number in range(20)]))
     # Two rows of the reference in each of ten bins; of the batch all five in the last.
-    found = rank_reference.drift(alike(*[(1.0, 1.85)] * 5, first=50), frozen)
+    found = drift(alike(*[(1.0, 1.85)] * 5, first=50), frozen)
     share, empty, full = 2.5 / 25, 0.5 / 10, 5.5 / 10
     expected = 9 * (empty - share) * math.log(empty / share) + (full - share) * math.log(full / share)
     assert found.statistics["psi_rmi_strong"] == pytest.approx(expected, rel=1e-12)
@@ -406,7 +414,7 @@ def test_psi_is_that_of_its_formula() -> None:
 @given(own=st.lists(SCORED, min_size=1, max_size=30), rows=st.lists(SCORED, min_size=1, max_size=30))
 @effort(max_examples=100)
 def test_ks_is_the_largest_distance_of_the_two_distributions(own: list[Any], rows: list[Any]) -> None:
-    found = rank_reference.drift(alike(*rows), freeze(alike(*own))).statistics
+    found = drift(alike(*rows), freeze(alike(*own))).statistics
     for column, quantity in enumerate(("log_ppl_q", "rmi")):
         r, b = ([row[column] for row in sample] for sample in (own, rows))
         distances = [abs(sum(v <= x for v in r) / len(r) - sum(v <= x for v in b) / len(b)) for x in [*r, *b]]
@@ -416,9 +424,9 @@ def test_ks_is_the_largest_distance_of_the_two_distributions(own: list[Any], row
 
 def test_pairs_without_an_rmi_have_no_part_in_drift() -> None:
     frozen = freeze(alike((1.0, 0.1), (2.0, 0.2)))
-    found = rank_reference.drift(scores([(1.0, 0.1), (2.0, 0.2), (9.0, None)], [(9.0, None)] * 3), frozen)
+    found = drift(scores([(1.0, 0.1), (2.0, 0.2), (9.0, None)], [(9.0, None)] * 3), frozen)
     names = {"psi_log_ppl_q_strong", "ks_log_ppl_q_strong", "psi_rmi_strong", "ks_rmi_strong"}
-    assert found == rank_reference.Drift(dict.fromkeys(names, 0.0), 0.0)
+    assert found == Drift(dict.fromkeys(names, 0.0), 0.0)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -578,7 +586,7 @@ def test_a_batch_that_is_the_reference_is_decided_as_in_its_own_pool_and_the_nex
     for gap, verdicts, said in decisions.frame.select("gap", "verdicts", "explanation").iter_rows():
         assert (verdicts[0]["cut"], verdicts[0]["pool_size"]) == (cut, 8)
         assert verdicts[0]["is_selected"] or gap <= cut
-        assert "among pairs of like query perplexity of the reference r1: the strong model ranks it " in said
+        assert "of the reference r1, this pair has rank " in said
         assert f"of 8; the last pair taken of the reference r1 has {cut:.3f}" in said
     # A batch that is not of it leaves it as it is.
     assert storage.tables.read(NAME, Partition("r1")).data_version == frozen.data_version
@@ -807,9 +815,7 @@ def test_a_history_of_310_000_pairs_is_ranked_against_a_reference_in_seconds() -
     frozen, _ = rank_reference.freeze([frozen_of], how)
     started = time.perf_counter()
     ranked = rank_reference.disagreement_scores(history, frozen, how, POOL)
-    verdicts = strategies.select_all(
-        strategies.candidates(ranked, history), SELECTIONS[:1], ROLES, rank_reference.candidates(frozen, ROLES)
-    )
+    verdicts = select_all(candidates(ranked, history), SELECTIONS[:1], reference_candidates(frozen, ROLES))
     seconds = time.perf_counter() - started
     print(f"{rows} pairs ranked and selected against {rows}: {seconds:.2f} s")
     assert verdicts.filter(pl.col("selection") == "diff_high")["is_selected"].mean() == pytest.approx(0.4, abs=0.01)

@@ -15,9 +15,10 @@ from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection import strategies
+from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
@@ -128,8 +129,8 @@ def store_batch(
     rmi = {"strong": [0.1 * n for n in range(len(queries))], "weak": [-0.1 * n for n in range(len(queries))]}
     scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, f"batch:{batch}")
-    candidates = strategies.candidates(disagreement, scores)
-    verdicts = strategies.select_all(candidates, settings.selections, ["strong", "weak"])
+    pairs = candidates(disagreement, scores)
+    verdicts = select_all(pairs, settings.selections)
     files = {source_file: hashlib.sha256(repr(queries).encode()).hexdigest()}
     raw_data = StoredTable(raw, {"files": files})
     screened = StoredTable(
@@ -149,8 +150,7 @@ def store_batch(
     frame = decide(
         raw,
         screened.frame,
-        scores,
-        disagreement,
+        pairs,
         verdicts,
         settings.published,
         hash_json(made_of),

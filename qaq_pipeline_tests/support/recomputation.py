@@ -17,10 +17,10 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.storage.storage import Storage
 
-_TEXT = re.compile(r"from 0 to 1 among|where 1 is equal|highest [\d.]+% of")
-_RANK = re.compile(r"the (\w+) model ranks it ([\d.]+) in the (?:only stratum|(\d+)\w\w of (\d+) strata)")
-_PLACE = re.compile(r"with (-?[\d.]+), is number (\d+) of (\d+); the last pair taken has (-?[\d.]+\d)")
-_CUT = re.compile(r"The answer has (\d+) tokens, of which only the first (\d+) were read by ([\w ]+)\.")
+_TEXT = re.compile(r"from 0 to 1 by|where 1 is equal|highest [\d.]+% of")
+_RANK = re.compile(r"rank ([\d.]+) under the (\w+) model \((?:the only stratum|stratum (\d+) of (\d+))\)")
+_PLACE = re.compile(r"has (-?[\d.]+) and is number (\d+) of (\d+); the last pair taken has (-?[\d.]+\d)")
+_CUT = re.compile(r"Only the first (\d+) of the answer's (\d+) tokens were read by ([\w ]+)\.")
 _SHORT = re.compile(r"The query has only (\d+) tokens for ([\w ]+),")
 
 
@@ -92,13 +92,13 @@ def _check_ranked(
     settings: Settings,
 ) -> None:
     pair, said = row["pair_id"], row["explanation"]
-    found = {role: (rank, stratum, count) for role, rank, stratum, count in _RANK.findall(said)}
+    found = {role: (rank, stratum, count) for rank, role, stratum, count in _RANK.findall(said)}
     assert set(found) == set(ranks), row
     for role, (rank, stratum, count) in found.items():
         expected = ranks[role][pair]
         assert _close(rank, expected[0]), (row, expected)
         assert (int(stratum or 1), int(count or 1)) == expected[1:], (row, expected)
-    cut = {role: (int(kept), int(whole)) for whole, kept, models in _CUT.findall(said) for role in _roles(models)}
+    cut = {role: (int(kept), int(whole)) for kept, whole, models in _CUT.findall(said) for role in _roles(models)}
     counts = ("num_a_tokens", "num_a_tokens_untruncated")
     of_pair = {role: of_role[pair] for role, of_role in sums.items()}
     assert cut == {role: tuple(one[n] for n in counts) for role, one in of_pair.items() if one["is_truncated"]}, row

@@ -14,9 +14,10 @@ from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.schema.tables import RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection import strategies
+from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, rejected
@@ -50,7 +51,8 @@ def batch(
     pair_ids = screened.filter(pl.col("status") == Status.ACCEPTED.value)["pair_id"].sort()
     scores = _scores(pair_ids, rng)
     disagreement, _ = disagreement_scores(scores, settings.ranking, f"batch:{name}")
-    verdicts = strategies.select_all(strategies.candidates(disagreement, scores), settings.selections, sorted(scores))
+    pairs = candidates(disagreement, scores)
+    verdicts = select_all(pairs, settings.selections)
     raw_data = StoredTable(raw, {"files": {"rows.jsonl": "f" * 64}, "delivery": "d" * 32})
     screened_data = StoredTable(
         screened, {"inputs": {}, "across_batches": False, "compared_with": {}, "benchmarks": {"humaneval": "e" * 64}}
@@ -64,7 +66,7 @@ def batch(
         "ranking_hash": settings_hash(settings.ranking.without_pool()),
         "files": raw_data.provenance["files"],
     }
-    decided = decide(raw, screened, scores, disagreement, verdicts, settings.published, hash_json(made_of))
+    decided = decide(raw, screened, pairs, verdicts, settings.published, hash_json(made_of))
     decisions = StoredTable(decided, made_of)
     selected = StoredTable(
         selected_rows(settings.published.name, raw, decided),

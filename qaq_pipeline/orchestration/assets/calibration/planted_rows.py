@@ -10,6 +10,7 @@ from qaq_pipeline.orchestration.metadata import code_version, definition, gate_m
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.results import by_model, stored_gate, table_result
 from qaq_pipeline.reports.check_metrics import count_by
+from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import PlantedRows
 from qaq_pipeline.schema.vocabularies import Status
@@ -64,8 +65,8 @@ def build_planted_rows(settings: Settings) -> dg.AssetsDefinition:
 def scorable_pairs(raw: pl.DataFrame, screened: pl.DataFrame, disagreement: pl.DataFrame) -> pl.DataFrame:
     """The distinct pairs that both models rank, with their texts and the strong model's stratum."""
     accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(ROW_KEY)
-    ranked = disagreement.drop_nulls("gap").select("pair_id", stratum="stratum_strong")
+    ranked = to_long(disagreement.drop_nulls("gap"), "ranks", "pair_id").filter(pl.col("model") == "strong")
     texts = raw.join(accepted, on=ROW_KEY, how="semi")
-    return texts.join(ranked, on="pair_id", validate="1:1").select(
+    return texts.join(ranked.select("pair_id", "stratum"), on="pair_id", validate="1:1").select(
         "pair_id", "system", "query", "answer", "language", "stratum"
     )

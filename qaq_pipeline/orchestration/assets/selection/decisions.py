@@ -1,4 +1,4 @@
-"""The asset decisions[batch]: the ledger."""
+"""The asset decisions[batch]."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +24,10 @@ from qaq_pipeline.orchestration.results import (
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.reports.check_metrics import count_by
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection import rank_reference, strategies
+from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.decisions import decide
+from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
@@ -60,9 +62,9 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         frozen = read_reference(storage, settings) if cut_by else None
         pool = rank_reference.pool_of(context.partition_key, ranking, None if frozen is None else frozen.data_version)
         _require_pool(disagreement_scores, pool)
-        candidates = strategies.candidates(disagreement_scores.frame, scores)
-        of_reference = None if frozen is None else rank_reference.candidates(frozen.frame, roles)
-        verdicts = strategies.select_all(candidates, settings.selections, roles, of_reference)
+        pairs = candidates(disagreement_scores.frame, scores)
+        of_reference = None if frozen is None else rank_reference.reference_candidates(frozen.frame, roles)
+        verdicts = select_all(pairs, settings.selections, of_reference)
         before_scoring = gates.of_provenance(screened_data.provenance)
         gate = before_scoring or gates.after_scoring(scores, scored_by, settings.gates)
         is_new = before_scoring is None and is_new_verdict(gate, footer_before(context, storage))
@@ -87,8 +89,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         frame = decide(
             raw_data.frame,
             screened_data.frame,
-            scores,
-            disagreement_scores.frame,
+            pairs,
             verdicts,
             settings.published,
             storage.provenance.write(provenance_of(context, inputs, **facts), context.run.run_id),

@@ -9,12 +9,13 @@ from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME, Sco
 from qaq_pipeline.orchestration.metadata import code_version, definition, pictures
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.results import by_model, table_result
-from qaq_pipeline.reports import plots, summaries
+from qaq_pipeline.reports import check_metrics, plots, summaries
+from qaq_pipeline.schema.long_form import to_columns, to_long
 from qaq_pipeline.selection import disagreement_scores, rank_reference
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
-VERSION = "1"
+VERSION = "2"
 
 
 def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
@@ -51,7 +52,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
             context,
             frame,
             inputs,
-            _metadata(frame, warnings) | pictures(context, settings, lambda: [plots.ranks(summaries.rank_grid(frame))]),
+            _metadata(frame, warnings, settings) | pictures(context, settings, lambda: _plots(frame)),
             pool_id=pool_id,
             ranking_hash=settings_hash(ranking.without_pool()),
             models=models,
@@ -103,12 +104,16 @@ def frame_warnings(tables: dict[str, StoredTable]) -> list[str]:
     return [f"the models' frames differ ({said}): the gap measures the frame too"]
 
 
-def _metadata(frame: pl.DataFrame, warnings: list[str]) -> dict[str, object]:
-    correlation = frame.select(pl.corr("rank_strong", "rank_weak", method="spearman")).item()
-    finite = {} if correlation is None or correlation != correlation else {"spearman_of_ranks": round(correlation, 4)}  # noqa: PLR0124
+def _metadata(frame: pl.DataFrame, warnings: list[str], settings: Settings) -> dict[str, object]:
+    both = check_metrics.rank_correlation(frame, settings.checks.max_rank_correlation).numbers
+    num_strata = to_long(frame, "ranks").filter(pl.col("model") == "strong")["num_strata"]
     return {
-        "ranked_by_both": frame.height - frame["gap"].null_count(),
-        "num_strata": int(frame["num_strata"].max() or 0),  # type: ignore[arg-type]
+        "ranked_by_both": both["pairs_ranked_by_both"],
+        "num_strata": 0 if num_strata.is_empty() else num_strata[0],
         "warnings": warnings,
-        **finite,
+        **({"spearman_of_ranks": round(both["spearman"], 4)} if "spearman" in both else {}),
     }
+
+
+def _plots(frame: pl.DataFrame) -> list[plots.Plot]:
+    return [plots.ranks(summaries.rank_grid(to_columns(frame, "ranks", fields=["rank"])))]

@@ -1,0 +1,66 @@
+"""Random orders that are the same on every machine: a draw for each pair, and stratified places by quota."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import polars as pl
+
+
+def draws(pair_ids: pl.Series, seed: int) -> pl.Series:
+    """floor(h / 2**11) / 2**53, in [0, 1), of h = the 64-bit big-endian blake2b of pair_id under the key of `seed`.
+
+    hashlib, since Series.hash is not stable across versions of Polars.
+    """
+    key = hashlib.blake2b(str(seed).encode()).digest()
+    digests = [hashlib.blake2b(pair_id.encode(), key=key, digest_size=8).digest() for pair_id in pair_ids]
+    hashed = pl.Series(digests, dtype=pl.Binary).bin.reinterpret(dtype=pl.UInt64, endianness="big")
+    return (hashed // 2**11).cast(pl.Float64) / 2**53
+
+
+def draw_column(seed: int) -> str:
+    """The name of the column that `with_draws` adds."""
+    return f"draw:{seed}"
+
+
+def with_draws(candidates: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The candidates with the draw of each pair; unchanged where they have it already."""
+    name = draw_column(seed)
+    if name in candidates.columns:
+        return candidates
+    pair_ids = candidates["pair_id"].unique()
+    drawn = pl.DataFrame({"pair_id": pair_ids, name: draws(pair_ids, seed)})
+    return candidates.join(drawn, on="pair_id", how="left", maintain_order="left", validate="m:1")
+
+
+def stratified_places(stratum: pl.Series, draw: pl.Expr, num_rows: int | None) -> pl.Expr:
+    """(i - 1/2) / q for the i-th draw of a stratum, from 1, whose quota is q; beyond it 1 + (i - q - 1/2) / (n - q).
+
+    Sorted by it, the first `num_rows` pairs are exactly the quotas, spread evenly. Without a number of rows (a token
+    budget) the quota is the whole stratum n, and a prefix of k rows of S strata holds k * n / N of it, give or take
+    1/2 + S * n / (2 * N): one row where strata are of equal size.
+
+    Args:
+        stratum: of each pair; null: not in the pool. The frame of the result has it as a column, too.
+        draw: of each pair.
+        num_rows: how many are taken; None: a token budget.
+    """
+    sizes = dict(stratum.drop_nulls().value_counts().iter_rows())
+    total = sum(sizes.values())
+    taken = quotas(sizes, total if num_rows is None else min(num_rows, total))
+    place = pl.when(pl.col("stratum").is_not_null()).then(draw).rank("ordinal").over("stratum").cast(pl.Float64) - 0.5
+    quota, size = (
+        pl.col("stratum").replace_strict(list(of), list(of.values()), default=None, return_dtype=pl.Float64)
+        for of in (taken, sizes)
+    )
+    return pl.when(place < quota).then(place / quota).otherwise(1 + (place - quota) / (size - quota))
+
+
+def quotas(sizes: Mapping[int, int], num_rows: int) -> dict[int, int]:
+    """floor(k * n_s / n), and one more for the largest remainders until k are given; ties to the lower stratum."""
+    total = sum(sizes.values())
+    shares = {stratum: divmod(num_rows * size, total) for stratum, size in sorted(sizes.items())}
+    left = num_rows - sum(whole for whole, _ in shares.values())
+    larger = set(sorted(shares, key=lambda stratum: (-shares[stratum][1], stratum))[:left])
+    return {stratum: whole + (stratum in larger) for stratum, (whole, _) in shares.items()}

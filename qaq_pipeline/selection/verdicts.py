@@ -1,0 +1,143 @@
+"""Verdicts of one selection: from an order of the candidates, and a limit on how many are taken, to VERDICT.
+
+Belongs here: rules and limits as values, and what follows from them. Does not belong here: the rule of each strategy
+(`strategies`) and random orders (`random_order`).
+
+A candidate is a distinct pair. Frames are sorted by pair_id first, and pair_id decides between equal scores, so no
+verdict depends on the order of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import polars as pl
+
+from qaq_pipeline.config.selections import Budget
+from qaq_pipeline.schema.tables import VERDICT
+from qaq_pipeline.schema.vocabularies import SelectionReason
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A strategy's pool, order and filters, as expressions over the candidates of one model."""
+
+    in_pool: pl.Expr
+    score: pl.Expr
+    descending: bool = True
+    barriers: tuple[tuple[pl.Expr, SelectionReason], ...] = ()
+    """In priority order, why a pooled pair is excluded."""
+    taken: SelectionReason = SelectionReason.WITHIN_BUDGET
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The number of rows, or of answer tokens, that are taken; both None: every pair that no filter excludes."""
+
+    num_rows: int | None = None
+    answer_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The last pair taken of a reference: pairs after it in the selection's order are not taken."""
+
+    score: float
+    pair_id: str
+
+
+def limit_of(budget: Budget, pool_size: int) -> Limit:
+    """Rows: floor(f * n + 1/2) or the count; else answer tokens. f is the decimal as written: 0.29 * 50 is 14.5."""
+    if budget.fraction is not None:
+        return Limit(num_rows=math.floor(Fraction(str(budget.fraction)) * pool_size + Fraction(1, 2)))
+    return Limit(num_rows=budget.count, answer_tokens=budget.answer_tokens)
+
+
+def last_taken(verdicts: pl.DataFrame) -> Cut | Limit:
+    """The cut that verdicts on a reference's pairs make for other batches.
+
+    Where they took every pair that they could, the budget excluded none, and excludes no worse pair of a batch either.
+    """
+    taken = verdicts.filter("is_selected").sort("position")
+    if taken.is_empty():
+        return Limit(num_rows=0)
+    if taken.height == verdicts["position"].count():
+        return Limit()
+    return Cut(taken["score"][-1], taken["pair_id"][-1])
+
+
+def judge(rows: pl.LazyFrame, rule: Rule) -> pl.DataFrame:
+    """pair_id, answer_tokens, barrier, score, pool_size and position of each pair.
+
+    The position, from 1, is among the pairs without a barrier, by score and then by place in the frame; else null.
+
+    Args:
+        rows: candidates of one model, sorted by pair_id.
+        rule: of the selection.
+    """
+    in_pool = flag(rule.in_pool)
+    barriers = ((~in_pool, SelectionReason.NOT_IN_POOL), *rule.barriers)
+    ascending = -pl.col("score") if rule.descending else pl.col("score")
+    return (
+        rows.select(
+            "pair_id",
+            "answer_tokens",
+            pl.coalesce(pl.when(flag(holds)).then(pl.lit(why.value)) for holds, why in barriers).alias("barrier"),
+            pl.when(in_pool).then(rule.score).cast(pl.Float64).alias("score"),
+            in_pool.sum().cast(pl.Int64).alias("pool_size"),
+        )
+        .with_columns(position=pl.when(pl.col("barrier").is_null()).then(ascending).rank("ordinal").cast(pl.Int64))
+        .collect()
+    )
+
+
+def flag(condition: pl.Expr) -> pl.Expr:
+    """The condition, which does not hold where a number is missing."""
+    return condition.fill_null(False)
+
+
+def pool_size(judged: pl.DataFrame) -> int:
+    """The number of pairs in the selection's pool."""
+    return 0 if judged.is_empty() else int(judged["pool_size"][0])
+
+
+def verdicts(judged: pl.DataFrame, name: str, rule: Rule, limit: Limit | Cut) -> pl.DataFrame:
+    """The verdict on every judged pair, in their order: pair_id and the fields of VERDICT.
+
+    Args:
+        judged: of `judge`.
+        name: of the selection.
+        rule: of the selection.
+        limit: where taking ends.
+    """
+    if isinstance(limit, Cut):
+        num_taken = judged.select(flag(_up_to(limit, rule.descending)).sum()).item()
+        cut = pl.lit(limit.score)
+    else:
+        num_taken = _num_taken(judged, limit)
+        last = pl.col("score").filter(pl.col("position") == num_taken).first()
+        cut = pl.when(pl.col("position").count() > num_taken).then(last)
+    is_selected = flag(pl.col("position") <= num_taken)
+    below, taken = pl.lit(SelectionReason.BELOW_CUT.value), pl.when(is_selected).then(pl.lit(rule.taken.value))
+    return judged.with_columns(
+        selection=pl.lit(name), is_selected=is_selected, reason=pl.coalesce("barrier", taken, below), cut=cut
+    ).select("pair_id", *VERDICT.inner)
+
+
+def _up_to(cut: Cut, descending: bool) -> pl.Expr:
+    """Whether a pair with a position does not come after the cut. Such pairs are the first ones in the order."""
+    score = pl.col("score")
+    before = score > cut.score if descending else score < cut.score
+    equal = (score == cut.score) & (pl.col("pair_id") <= cut.pair_id)
+    return pl.col("position").is_not_null() & (before | equal)
+
+
+def _num_taken(judged: pl.DataFrame, limit: Limit) -> int:
+    """The length of the longest prefix of the order that is within the limit."""
+    num_placed = int(judged["position"].count())
+    if limit.answer_tokens is None:
+        return num_placed if limit.num_rows is None else min(limit.num_rows, num_placed)
+    in_order = judged.filter(pl.col("position").is_not_null()).sort("position")["answer_tokens"]
+    return int((in_order.cum_sum() <= limit.answer_tokens).sum())
