@@ -15,6 +15,11 @@ import dataframely as dy
 import polars as pl
 
 
+def by_pair(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame sorted by pair_id. Looking first is cheap: most tables are stored in that order."""
+    return frame if frame["pair_id"].is_sorted() else frame.sort("pair_id")
+
+
 def to_lists(long: pl.DataFrame, struct: dy.Struct, column: str) -> pl.DataFrame:
     """One row for each pair: pair_id and `column`, a list with one struct for each model or selection.
 

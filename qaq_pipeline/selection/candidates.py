@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from qaq_pipeline.schema.long_form import to_long
+from qaq_pipeline.schema.long_form import by_pair, to_long
 from qaq_pipeline.schema.vocabularies import NullReason
 
 
@@ -24,8 +24,8 @@ def candidates(disagreement: pl.DataFrame, scores: Mapping[str, pl.DataFrame]) -
     Raises:
         ValueError: the ranks or scores of a model are not those of the pairs of `disagreement`.
     """
-    pairs = disagreement.sort("pair_id")
-    ordered = {role: scores[role].sort("pair_id") for role in sorted(scores)}
+    pairs = by_pair(disagreement)
+    ordered = {role: by_pair(scores[role]) for role in sorted(scores)}
     ranks = _ranks(pairs, list(ordered))
     for role, frame in ordered.items():
         if not frame["pair_id"].equals(pairs["pair_id"]):

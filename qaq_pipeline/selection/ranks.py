@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import polars as pl
 
 from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.schema.long_form import by_pair
 
 
 def count_strata(num_rows: int, ranking: RankingSettings) -> int:
@@ -53,7 +54,7 @@ def pools(scores: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> dict[
     Raises:
         ValueError: `strong` or `weak` is missing, or the models' frames do not hold the same pairs.
     """
-    ordered = {role: scores[role].sort("pair_id") for role in sorted(scores)}
+    ordered = {role: by_pair(scores[role]) for role in sorted(scores)}
     check_same_pairs(ordered)
     binned_by = {role: ordered["strong"] if ranking.strata_from == "strong" else ordered[role] for role in ordered}
     return {role: _pool(frame, binned_by[role]) for role, frame in ordered.items()}

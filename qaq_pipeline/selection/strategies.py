@@ -96,7 +96,9 @@ def model_of(selection: Selection) -> str:
 
 def _of_model(candidates: pl.DataFrame, selection: Selection) -> pl.LazyFrame:
     """One row for each pair, sorted by pair_id. Lazy: only the columns that the selection reads are copied."""
-    return candidates.lazy().filter(pl.col("model") == model_of(selection)).sort("pair_id")
+    rows = candidates.lazy().filter(pl.col("model") == model_of(selection))
+    is_sorted = rows.select("pair_id").collect()["pair_id"].is_sorted()  # As `candidates` makes them.
+    return rows if is_sorted else rows.sort("pair_id")
 
 
 def _rule(selection: _ScoredSelection) -> Rule:

@@ -287,7 +287,7 @@ def test_the_benchmarks_are_listed_with_their_hashes_and_who_was_not_checked_is_
         ["humaneval", SHA256, "b1, b2"],
         ["mbpp", "0" * 64, "b1"],
     ]
-    assert "Selected rows that contain a benchmark's task, kept and flagged in the ledger: 0.\n" in card
+    assert "Selected rows that contain a benchmark's task, kept and flagged in the decisions: 0.\n" in card
     assert "Checked for no benchmark: `b3`.\n" in card
     assert "Checked for no benchmark" not in card_of(benchmarks={"b1": {"humaneval": SHA256}})
 
@@ -299,7 +299,7 @@ def test_selected_rows_that_were_flagged_and_not_dropped_are_counted() -> None:
         NO_SCORES, decision=pl.Series(["selected", "not_selected", "selected"]), reason=pl.lit("within_budget")
     )
     card = card_of(screened=screened, decisions=decisions, benchmarks={"b1": {"humaneval": SHA256}})
-    assert "flagged in the ledger: 1.\n" in card
+    assert "flagged in the decisions: 1.\n" in card
 
 
 # --- what is promised -------------------------------------------------------------------------------------------------
