@@ -34,7 +34,7 @@ VERSION, SHA256 = "0" * 32, "1" * 64
 _EXPLAIN = """
 import atexit, sys
 atexit.register(lambda: sys.stderr.writelines(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-from qaq_pipeline.cli import main
+from qaq_pipeline.cli.app import main
 main()
 """
 """The command, and what it took of memory: a child's own peak, where that of `getrusage` is its parent's as well."""

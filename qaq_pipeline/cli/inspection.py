@@ -11,7 +11,7 @@ from qaq_pipeline.cli import render
 from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
 from qaq_pipeline.cli.terminal import expected, fail, say, warn
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.schema.partition import Partition
 
 
 def status(
@@ -111,7 +111,7 @@ def calibration(
     settings = read_settings(config_file)
     storage = open_storage(settings)
     try:
-        stored = storage.tables.read("calibration", Partition(check_batch_name(batch)))
+        stored = storage.tables.read("calibration", Partition(batch))
     except ValueError as error:
         fail(f"{error}. Calibration follows the publication of a batch if `calibration.enabled` is true")
     if (gate := gates.of_provenance(stored.provenance)) is not None:

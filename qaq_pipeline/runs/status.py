@@ -12,8 +12,6 @@ from qaq_pipeline.freshness import eligibility, staleness
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.pipeline import PIPELINE, Purpose
-from qaq_pipeline.runs.tables import table_partitions
-from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage, open_storage
 
 
@@ -110,12 +108,8 @@ def refused_deliveries(settings: Settings) -> dict[str, str]:
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:
     num_wanted = len(settings.models) if PIPELINE[name].has_models else 1
     try:
-        partitions = table_partitions(settings, name, batch)
-        rows = [
-            storage.tables.read(name, Partition(*p)).frame.height
-            for p in partitions
-            if storage.tables.has(name, Partition(*p))
-        ]
+        partitions = PIPELINE[name].partitions(batch, list(settings.models))
+        rows = [storage.tables.read(name, one).frame.height for one in partitions if storage.tables.has(name, one)]
     except ValueError:  # A StorageError, or a name that the UI let pass.
         return TableStatus(None, 0, num_wanted, is_readable=False)
     return TableStatus(rows[0] if rows else None, len(rows), num_wanted)

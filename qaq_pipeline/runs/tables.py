@@ -23,24 +23,19 @@ def collect_table(settings: Settings, instance: dg.DagsterInstance, name: str, b
     """
     batches = [check_batch_name(batch)] if batch else sorted(instance.get_dynamic_partitions("batch"))
     storage = open_storage(settings)
-    partitions = [parts for name_of in batches for parts in table_partitions(settings, name, name_of)]
+    partitions = [one for name_of in batches for one in PIPELINE[name].partitions(name_of, list(settings.models))]
     frames = [
-        storage.tables.read(name, Partition(*parts)).frame.select(*_labels(parts), pl.all().exclude("batch"))
-        for parts in partitions
-        if batch or storage.tables.has(name, Partition(*parts))
+        storage.tables.read(name, partition).frame.select(*_labels(partition), pl.all().exclude("batch"))
+        for partition in partitions
+        if batch or storage.tables.has(name, partition)
     ]
     if not frames:
         raise StorageError(f"no batch has {name} yet; run one with `qaq run FILE --batch NAME`")
     return pl.concat(frames)
 
 
-def _labels(partition: tuple[str, ...]) -> list[pl.Expr]:
-    return [pl.lit(value).alias(label) for label, value in zip(("batch", "model"), partition, strict=False)]
-
-
-def table_partitions(settings: Settings, name: str, batch: str) -> list[tuple[str, ...]]:
-    """The partitions of a table that belong to a batch."""
-    return [partition.parts for partition in PIPELINE[name].partitions(batch, list(settings.models))]
+def _labels(partition: Partition) -> list[pl.Expr]:
+    return [pl.lit(value).alias(label) for label, value in zip(("batch", "model"), partition.parts, strict=False)]
 
 
 def write_frame(frame: pl.DataFrame, to: Path) -> None:

@@ -311,7 +311,7 @@ LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
     "other_budget": (_change_the_budget, "decided under other settings of diff_high; `qaq refresh` decides again"),
     "other_pool": (
         _rank_otherwise("pool_id", "reference:r1:0"),
-        "in the pool reference:r1:0, not in batch:b1; `qaq rec",
+        "in the pool reference:r1:0, not in batch:b1; `qaq refresh`",
     ),
     "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq refresh`"),
     "torn": (_tear, r"decisions/b1/table.parquet: it cannot be read"),
