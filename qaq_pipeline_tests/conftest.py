@@ -31,6 +31,8 @@ from qaq_pipeline_tests.support.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+    from qaq_pipeline_tests.support.daemon import Daemon
+
 # Read when the libraries are imported, which test modules do: no test asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -304,6 +306,23 @@ def lock_holder() -> Iterator[LockHolder]:
             return process
 
         yield start
+
+
+@pytest.fixture
+def two_batches(settings_for: Callable[..., Settings], instance: dg.DagsterInstance) -> Daemon:
+    """Two published batches; row 3 of the second repeats row 3 of the first."""
+    from qaq_pipeline_tests.support.daemon import Daemon, land, some_rows
+
+    settings = settings_for(gates={"max_rejected_share": None})
+    daemon = Daemon(settings, instance)
+    land(settings, "b1.jsonl", some_rows(0, 1, 3, 4, 5))
+    land(settings, "b2.jsonl", some_rows(10, 11, 3, 12, 13))
+    daemon.tick("landing_zone"), daemon.tick("landing_zone")
+    daemon.curate("b1"), daemon.curate("b2")
+    assert daemon.materialise("curated_dataset", partition=None)
+    daemon.tick("screening_anew")
+    assert daemon.statuses("b2")[2] == "duplicate"
+    return daemon
 
 
 # --- a browser, for the tests of pages ------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ def status(
     from datetime import UTC, datetime
 
     from qaq_pipeline.automation import unattended
+    from qaq_pipeline.ingest import landing
     from qaq_pipeline.publication import versions
     from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.runs.status import batch_status, refused_deliveries
+    from qaq_pipeline.runs.status import batch_status
     from qaq_pipeline.storage.storage import open_storage
 
     settings = read_settings(config_file)
@@ -32,9 +33,10 @@ def status(
         batches = batch_status(settings, instance)
         for sentence in unattended.unattended(instance, datetime.now(UTC)):
             say(sentence)
-    for entry, reason in refused_deliveries(settings).items():
+    storage = open_storage(settings)
+    for entry, reason in landing.read_refused(storage).items():
         warn(f"{entry} is refused: {reason}")
-    render.warn_of_withdrawn(versions.published_withdrawn(open_storage(settings)))
+    render.warn_of_withdrawn(versions.published_withdrawn(storage))
     if not batches:
         say("No batch yet: register one with `qaq run FILE --batch NAME`.")
     elif tables:

@@ -9,7 +9,6 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import eligibility, staleness
-from qaq_pipeline.ingest import landing
 from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.storage.storage import Storage, open_storage
@@ -98,11 +97,6 @@ def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[s
     """The registered batches that a publication would leave out now, and why."""
     registered = instance.get_dynamic_partitions("batch")
     return eligibility.sort_out(open_storage(settings), registered, settings)[1]
-
-
-def refused_deliveries(settings: Settings) -> dict[str, str]:
-    """Entries of the landing zone that were refused at the last look, and why."""
-    return landing.read_refused(open_storage(settings))
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import dagster as dg
 import polars as pl
 import pytest
 import yaml
-from dagster._utils.interrupts import capture_interrupts
 from polars.testing import assert_frame_equal
 from syrupy.assertion import SnapshotAssertion
 
@@ -28,7 +25,7 @@ from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.orchestration.jobs import CURATING, build_job_defs
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import audit_pages, job_runs, refresh, registration, run_batch, status
+from qaq_pipeline.runs import audit_pages, refresh, registration, run_batch, status
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.runs.run_batch import RunError
 from qaq_pipeline.runs.summary import BatchSummary
@@ -42,7 +39,7 @@ from qaq_pipeline.screening import contamination
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
-from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, IDENTITY, pair_name
+from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
 
 CALIBRATION_STAGES = PIPELINE.jobs(Purpose.CALIBRATION)
 CALIBRATION_TABLES = PIPELINE.tables(Purpose.CALIBRATION)
@@ -582,24 +579,6 @@ def test_equal_pairs_are_scored_once_and_reported_as_often_as_they_came(
     assert representatives == ["b1/a.jsonl:1.0"]
 
 
-def test_only_the_first_rows_are_read_where_a_limit_says_so(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
-) -> None:
-    settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], 3)
-    assert run_batch.run_batch(settings, instance, "b1").rows_in == 3
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_hostile_batch_name_is_refused_before_anything_is_kept(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, name: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match="batch name"):
-        registration.register(settings_for(), instance, name, [delivered], None)
-    assert instance.get_dynamic_partitions("batch") == []
-    assert not (tmp_path / "home").exists()
-
-
 @pytest.mark.parametrize("name", ["../evil", "a/b", "[x]"])
 def test_a_hostile_partition_that_the_ui_registered_fails_and_writes_nothing(
     settings_for: SettingsFor, instance: dg.DagsterInstance, name: str, tmp_path: Path
@@ -831,32 +810,6 @@ def test_a_partition_that_another_process_writes_is_left_to_it(
     holder.kill()
     holder.wait()
     assert run_batch.run_batch(settings, instance, "b1").rows_by_decision["selected"] == 5
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
-    settings_for: SettingsFor,
-    instance: dg.DagsterInstance,
-    delivered: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-) -> None:
-    settings = settings_for()
-    run_job = job_runs._run_job
-
-    def run_and_be_told_to_end(*arguments: Any) -> str:
-        with capture_interrupts():  # As Dagster's executor does around its steps.
-            run_id = run_job(*arguments)
-            os.kill(os.getpid(), number)
-        return run_id
-
-    registration.register(settings, instance, "b1", [delivered], None)
-    with monkeypatch.context() as patch:
-        patch.setattr(job_runs, "_run_job", run_and_be_told_to_end)
-        with pytest.raises(RunError, match="interrupted by a signal after ingest_batch of b1; run again to go on"):
-            run_batch.run_batch(settings, instance, "b1")
-    assert open_storage(settings).tables.has("screened_data", Partition("b1"))
-    assert not open_storage(settings).tables.has("logprobs", Partition("b1", "strong"))
 
 
 def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(

@@ -17,8 +17,8 @@ import pytest
 
 from qaq_pipeline.config import load
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.ingest import landing
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import status
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
@@ -131,7 +131,7 @@ def test_three_deliveries_land_and_two_are_published_and_one_is_listed(place: Pl
         )
         print(f"second and third: published and listed {seconds:.0f} s after they landed")
         wait_until(place, "at rest", lambda: not unfinished(place), log)
-        refused = status.refused_deliveries(place.settings)
+        refused = landing.read_refused(open_storage(place.settings))
     states = run_states(place)
     for (name, state), number in sorted(states.items()):
         print(f"{number} x {name}: {state}")

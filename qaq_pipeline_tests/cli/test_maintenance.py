@@ -1,0 +1,54 @@
+"""The commands that keep what is stored in order: cache, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qaq_pipeline.config.load import parse_settings
+from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline_tests.cli.conftest import Home, Qaq, write_settings
+from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
+
+
+@pytest.mark.slow
+def test_the_cache_is_shown_by_model_and_pruned_by_name(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    assert qaq(empty_home, "cache").out == "The score cache is empty."
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    for _ in range(2):
+        assert qaq(empty_home, "run", delivery, "--batch", "b1").code == 0
+    shown = qaq(empty_home, "cache")
+    assert "scores │ 72 │ 72" in shown.out
+    assert "hits │ 72 │ 72" in shown.out
+    assert "set aside │ 0 │ 0" in shown.out
+    (strong, weak) = open_storage(parse_settings(empty_home.config.read_text(), "s")).scores.models()
+    assert (
+        qaq(empty_home, "cache", "--prune", "nobody").error().startswith("error: the cache holds nothing of 'nobody'")
+    )
+    removed = qaq(empty_home, "cache", "--prune", strong.digest[:8])
+    assert f"removed 72 scores of {strong.identity['model']}" in removed.out
+    assert weak.digest[:8] in qaq(empty_home, "cache").out
+    assert strong.digest[:8] not in qaq(empty_home, "cache").out
+
+
+def test_doctor_finds_a_home_that_works(home: Home, qaq: Qaq) -> None:
+    shown = qaq(home, "doctor")
+    assert shown.code == 0
+    assert "│ no │" not in shown.out
+    for check in ("versions", "model strong", "model weak", "storage", "exports", "Dagster home"):
+        assert f"│ ok │ {check} │" in shown.out
+    assert not list((home.folder / "storage").glob(".doctor*"))
+
+
+def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    models = tiny_models | {"weak": tmp_path / "nowhere"}
+    (tmp_path / "file").write_text("no folder")
+    config = write_settings(tmp_path / "settings.yaml", models, storage={"root": str(tmp_path / "file" / "storage")})
+    shown = qaq(Home(tmp_path / "home", config), "doctor")
+    assert shown.code == 1
+    assert "│ ok │ model strong │" in shown.out
+    assert "│ no │ model weak │" in shown.out
+    assert "has no config.json" in shown.out
+    assert "│ no │ storage │" in shown.out
+    assert "cannot be written" in shown.out

@@ -1,0 +1,153 @@
+"""The commands that run the pipeline: run, estimate, ui."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qaq_pipeline_tests.cli.conftest import Home, Qaq, write_settings
+from qaq_pipeline_tests.conftest import LockHolder, delivered_rows, write_jsonl
+
+
+def test_the_console_script_curates_a_delivery_and_its_summary_adds_up(
+    curated: tuple[Home, subprocess.CompletedProcess[str]],
+) -> None:
+    home, run = curated
+    assert (run.returncode, run.stderr) == (0, ""), run.stderr
+    counts = dict(re.findall(r"(selected|not_selected|rejected|duplicate|unscorable|in|sum) +│ +(\d+) ", run.stdout))
+    assert counts == {
+        "in": "20",
+        "selected": "5",
+        "not_selected": "13",
+        "rejected": "1",
+        "duplicate": "1",
+        "unscorable": "0",
+        "sum": "20",
+    }
+    assert "below_cut 13" in run.stdout
+    assert "empty_query 1" in run.stdout
+    for stage in ("ingest_batch b1", "score_batch b1|strong", "score_batch b1|weak", "select_from_batch b1"):
+        assert stage in run.stdout
+    assert "Published selection diff_high: 5 of 18 pairs in its pool, 25.0% of all rows" in run.stdout
+    assert "control_random 5" in run.stdout
+    (dataset,) = re.findall(r"^Dataset: (.*)$", run.stdout, re.MULTILINE)
+    assert (Path(dataset) / "diff_high" / "messages.jsonl").exists()
+    assert (home.folder / "dagster" / "dagster.yaml").exists()
+
+
+def test_a_second_run_says_that_nothing_was_scored(home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    shown = qaq(home, "run", delivery, "--batch", "b1")
+    assert (shown.code, shown.err) == (0, "")
+    assert "Nothing was scored: every score was in the cache." in shown.out
+    assert "Dataset (unchanged): " in shown.out
+
+
+@pytest.mark.slow
+def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    delivery = tmp_path / "odd.json"
+    delivery.write_text("[]")
+    gated = qaq(empty_home, "run", delivery, "--batch", "odd")
+    assert gated.code == 1
+    assert "no batch can be published; odd: gated (empty_batch): it has no row; deliver it again" in gated.err
+    status = qaq(empty_home, "status")
+    assert "odd is left out: gated (empty_batch): it has no row; deliver it again with some" in status.out
+    delivery.write_text(json.dumps(delivered_rows()[:1]))
+    shown = qaq(empty_home, "run", delivery, "--batch", "odd")
+    assert shown.code == 0
+    assert "sum │ 1 │" in shown.out
+    assert "note: this replaces the earlier delivery of batch odd, which had other content" in shown.out
+    assert "is left out" not in qaq(empty_home, "status").out
+    repeated = qaq(empty_home, "run", delivery, "--batch", "again")
+    assert repeated.code == 0
+    assert "duplicate │ 1 │ exact_duplicate 1" in repeated.out
+    assert "Nothing was scored: no pair was left to score." in repeated.out
+    assert "note:" not in repeated.out
+
+
+def test_an_estimate_counts_what_the_cache_lacks_and_registers_nothing(
+    home: Home, empty_home: Home, qaq: Qaq, tmp_path: Path
+) -> None:
+    new = {"query": "Name a prime.", "response": "Seven is one."}
+    delivery = write_jsonl(tmp_path / "rows.jsonl", [*delivered_rows(), new])
+    for place, counts in ((home, "4 │ 4"), (empty_home, "76 │ 76")):
+        shown = qaq(place, "estimate", delivery)
+        assert shown.code == 0, shown
+        assert "distinct pairs │ 19 │ 19" in shown.out
+        assert f"sequences │ {counts}" in shown.out
+        assert re.search(r"matmul peak │ 0\.\d\d TFLOP/s, cpu", shown.out)
+        assert "In all about 0 s" in shown.out
+    assert "No batch yet" in qaq(empty_home, "status").out
+
+
+def test_an_estimate_of_a_file_that_cannot_be_read_is_one_line(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text("")
+    assert "empty.json" in qaq(empty_home, "estimate", tmp_path / "empty.json").error()
+    assert "missing.json" in qaq(empty_home, "estimate", tmp_path / "missing.json").error()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"rows\.jsonl: cannot be read \(No such file or directory\); check the path"),
+        (b"", r"rows\.jsonl: is empty\. Write its rows into it, or `\[\]`"),
+        (b"\x1f\x8b\x08\x00", r"rows\.jsonl: the compressed data are cut off or damaged"),
+        (b"PAR1 torn", r"rows\.jsonl: is no complete Parquet file"),
+        (b'[{"query": "q"', r"rows\.jsonl: line 1, column \d+: the JSON array cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    delivery = tmp_path / "rows.jsonl"
+    if content is not None:
+        delivery.write_bytes(content)
+    shown = qaq(empty_home, "run", delivery, "--batch", "b1")
+    assert re.search(said, shown.error())
+    assert not (empty_home.folder / "storage").exists()
+
+
+def test_a_folder_is_no_delivery(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    assert "cannot be read (Is a directory)" in qaq(empty_home, "run", tmp_path, "--batch", "b1").error()
+
+
+def test_a_batch_that_another_process_runs_is_left_to_it(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], lock_holder: LockHolder
+) -> None:
+    write_settings(empty_home.config, tiny_models, runtime={"lock_timeout_seconds": 0.1})
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    lock_holder(empty_home.folder / "locks", "batch", "b1")
+    error = qaq(empty_home, "run", delivery, "--batch", "b1").error()
+    assert "batch/b1 is being written by another process" in error
+    assert "wait for it to end, then run again" in error
+    assert not (empty_home.folder / "storage").exists()
+
+
+def test_two_files_of_one_name_are_refused(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a" / "rows.jsonl", delivered_rows())
+    other = write_jsonl(tmp_path / "b" / "rows.jsonl", delivered_rows())
+    shown = qaq(empty_home, "run", one, other, "--batch", "b1")
+    assert "two files of the delivery are named 'rows.jsonl'; rename one" in shown.error()
+
+
+def test_a_missing_model_fails_its_stage_and_says_what_stays(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    write_settings(empty_home.config, tiny_models | {"strong": tmp_path / "nowhere"})
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
+    error = qaq(empty_home, "run", delivery, "--batch", "b1").error(lines=2)
+    assert "score_batch of b1|strong failed: step logprobs: " in error
+    assert "nowhere: has no config.json" in error
+    assert "earlier results are kept. Fix the cause and run again." in error
+
+
+def test_the_ui_needs_its_workspace(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    error = qaq(empty_home, "ui", "--workspace", tmp_path / "none.yaml").error(code=2)
+    assert "none.yaml: no such file; without --workspace the packaged one is used" in error
