@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from qaq_pipeline.cli.options import ConfigOption, read_settings
-from qaq_pipeline.cli.terminal import console, errors, fail, warn
+from qaq_pipeline.cli.terminal import ConfigOption, console, errors, fail, read_settings, warn
 from qaq_pipeline.schema.partition import Partition, check_batch_name
 
 if TYPE_CHECKING:

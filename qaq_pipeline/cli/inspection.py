@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
-from qaq_pipeline.cli.terminal import expected, fail, say, warn
+from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, quiet_logs, read_settings, say, warn
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema.partition import Partition
 

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.options import ConfigOption, read_settings
-from qaq_pipeline.cli.terminal import complain, expected, fail, say
+from qaq_pipeline.cli.terminal import ConfigOption, complain, expected, fail, read_settings, say
 from qaq_pipeline.pipeline import PIPELINE
 
 

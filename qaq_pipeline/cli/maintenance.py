@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
-from qaq_pipeline.cli.terminal import expected, fail, fail_with, say, warn
+from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, fail_with, quiet_logs, read_settings, say, warn
 
 _SHORTEST_KEY = 6
 

@@ -12,8 +12,7 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.options import ConfigOption, quiet_logs, read_settings
-from qaq_pipeline.cli.terminal import expected, fail, say
+from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, quiet_logs, read_settings, say
 from qaq_pipeline.config.load import home_directory
 
 
@@ -49,13 +48,13 @@ def estimate(
     config_file: ConfigOption = None,
 ) -> None:
     """Estimate the cost of scoring files: tokens, operations, time on this machine, and what the cache saves."""
-    from qaq_pipeline.runs import estimate as estimation
+    from qaq_pipeline.runs import registration
     from qaq_pipeline.runs.job_runs import RunError
 
     settings = read_settings(config_file)
     quiet_logs()
     with expected(RunError, ValueError):
-        costs = estimation.estimate(settings, files)
+        costs = registration.estimate(settings, files)
     render.print_costs(costs)
 
 

@@ -1,17 +1,28 @@
-"""Print to the terminal, and end a command with an exit code.
+"""What every command shares: printing, exit codes, the option --config and the settings it names.
 
 Exit codes: 0 the command succeeded, 1 the work failed, 2 the command or the settings cannot be used.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn
 
+import typer
 from rich.console import Console
 
 from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.load import dagster_home, load_settings
+from qaq_pipeline.config.settings import Settings
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file or packaged profile (demo, paper). Default: QAQ_CONFIG, else demo."),
+]
 
 console = Console()
 errors = Console(stderr=True)
@@ -50,3 +61,22 @@ def expected(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         fail_with(error)
+
+
+def read_settings(config_file: Path | None) -> Settings:
+    """Load the settings. Processes that steps start find the named file in QAQ_CONFIG."""
+    if config_file is not None:
+        os.environ["QAQ_CONFIG"] = str(config_file)
+    settings = load_settings()
+    os.environ.setdefault("DAGSTER_HOME", str(dagster_home()))
+    return settings
+
+
+def quiet_logs() -> None:
+    """Keep progress bars and debug lines of other libraries out of the display; Dagster's event log has them."""
+    import logging
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("dagster").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="dagster.*")
