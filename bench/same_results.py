@@ -84,7 +84,7 @@ def report(comparison: Comparison) -> int:
     for difference in comparison.differences:
         console.print(difference, style="red")
     for name in sorted(comparison.reworded):
-        console.print(f"{name}: text that differs, as it may")
+        console.print(f"{name}: differs, as the map says it may")
     console.print(
         f"{comparison.num_tables} tables and manifests with {comparison.num_columns} columns and "
         f"{comparison.num_values:,} values, and {comparison.num_files} other files of versions were compared: "
@@ -140,13 +140,14 @@ class Names:
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    hashes: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read the map from YAML."""
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return cls(values["renamed"], tuple(values["removed"]), tuple(values["text"]))
+        return cls(values["renamed"], *(tuple(values[name]) for name in ("removed", "hashes", "text")))
 
     def new_name(self, name: str) -> str | None:
         """Return the new name of what had this name, None if it was removed; the longest entry decides."""
@@ -157,9 +158,9 @@ class Names:
                 return self.renamed[start] + name.removeprefix(start)
         return name
 
-    def is_text(self, name: str) -> bool:
+    def may_differ(self, name: str) -> bool:
         """Tell whether it may differ under this new name."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.text)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*self.hashes, *self.text))
 
 
 @dataclass
@@ -203,7 +204,7 @@ def _compare_files(comparison: Comparison, version: str, name: str, old: Path, n
     comparison.num_files += 1
     if old.read_bytes() == new.read_bytes():
         return
-    if names.is_text(name):
+    if names.may_differ(name):
         comparison.reworded.add(name)
     else:
         comparison.differences.append(f"{version}{name}: the bytes differ: {_first_difference(old, new)}")
@@ -223,7 +224,7 @@ def _compare_tables(
         comparison.num_values += len(old[name])
         if old[name].equals(new[name], check_dtypes=True, null_equal=True):
             continue
-        if names.is_text(name):
+        if names.may_differ(name):
             comparison.reworded.add(name)
         else:
             comparison.differences += _differing_rows(f"{place}: {name}", old[name], new[name])
