@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from qaq_pipeline.config import load
 from qaq_pipeline.lineage import row_history
-from qaq_pipeline.publication import exports, versions
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import parquet_file, row_lookup
@@ -78,7 +79,7 @@ def _timed(call: Callable[[], row_history.Answer]) -> str:
 def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     """Store the ledger and the version; some rows to ask for: batch, row, pair_id."""
     asked, keys, entries = [], [], []
-    scores = Path(storage.files.path(versions.FOLDER, VERSION, "scores.parquet"))
+    scores = Path(storage.files.path(*versions.place(VERSION, versions.SCORES)))
     scores.parent.mkdir(parents=True)
     writer = None
     for batch, decisions in _batches(num_rows):
@@ -87,7 +88,7 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
         data = parquet_file.encode(decisions, {"provenance": made_of, "data_version": version})
         storage.files.write_bytes(data, "decisions", batch, "table.parquet")
         storage.tables.write_pair_index(decisions, version, "decisions", batch, "pair_index.parquet")
-        flat = exports.flat_scores(decisions).to_arrow()
+        flat = flat_scores(decisions).to_arrow()
         writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
         writer.write_table(flat, row_group_size=row_lookup.rows_per_group(num_rows))
         keys.append(decisions.select("pair_id", *ROW_KEY))
@@ -97,10 +98,10 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     assert writer is not None
     writer.close()
     storage.provenance.write(_provenance("b"), "run")
-    manifest = {"batches": entries, "files": {"scores.parquet": SHA256}}
-    storage.files.write_json(manifest, versions.FOLDER, VERSION, "manifest.json")
-    storage.files.write_json([VERSION], versions.FOLDER, "history.json")
-    storage.tables.write_pair_index(pl.concat(keys), SHA256, *versions.pair_index(VERSION))
+    manifest = {"batches": entries, "files": {versions.SCORES: SHA256}}
+    storage.files.write_json(manifest, *versions.place(VERSION, versions.MANIFEST))
+    versions.index_pairs(storage, VERSION, pl.concat(keys))
+    versions.record(storage, VERSION, {}, run_id=None)
     return [asked[0], asked[len(asked) // 2]]
 
 

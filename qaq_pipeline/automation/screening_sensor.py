@@ -35,8 +35,10 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
             return dg.SensorResult(skip_reason="no batch was screened or decided since the last look", cursor=position)
         storage = open_storage(settings)
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
-        review = staleness.Review(storage, registered, present(settings, storage))
-        stale = {batch: state for batch in review.batches() if (state := review.screened_against(batch)) is not None}
+        freshness = staleness.Freshness(storage, registered, present(settings, storage))
+        stale = {
+            batch: state for batch in freshness.batches() if (state := freshness.wanted_screening(batch)) is not None
+        }
         due = [batch for batch, state in stale.items() if _may_be_screened(context, batch, state)]
         requests = [
             dg.RunRequest(partition_key=batch, asset_selection=[screened_data], tags={RESCREENING_TAG: stale[batch]})

@@ -23,6 +23,7 @@ def status(
     from qaq_pipeline.automation import unattended
     from qaq_pipeline.ingest import landing
     from qaq_pipeline.publication import versions
+    from qaq_pipeline.publication.withdrawn import withdrawn_batches
     from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.runs.status import batch_status
     from qaq_pipeline.storage.storage import open_storage
@@ -35,7 +36,7 @@ def status(
     storage = open_storage(settings)
     for entry, reason in landing.read_refused(storage).items():
         warn(f"{entry} is refused: {reason}")
-    render.warn_of_withdrawn(versions.published_withdrawn(storage))
+    render.warn_of_withdrawn(withdrawn_batches(storage, versions.latest(storage)))
     if not batches:
         say("No batch yet: register one with `qaq run FILE --batch NAME`.")
     elif tables:
@@ -45,8 +46,8 @@ def status(
     for one in batches:
         if one.left_out is not None:
             warn(f"{one.batch} is left out: {one.left_out}")
-        elif one.outdated is not None:
-            warn(f"{one.batch}, {one.outdated.table}: {one.outdated.reason}; `qaq refresh` rebuilds it")
+        elif one.stale is not None:
+            warn(f"{one.batch}, {one.stale.table}: {one.stale.reason}; `qaq refresh` rebuilds it")
 
 
 def report(

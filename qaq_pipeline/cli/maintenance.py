@@ -38,6 +38,7 @@ def withdraw(
 ) -> None:
     """Publish without a batch, or without the text of a row wherever it occurs. Older versions stay."""
     from qaq_pipeline.publication import versions
+    from qaq_pipeline.publication.withdrawn import withdrawn_batches
     from qaq_pipeline.runs import withdrawal
     from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.runs.job_runs import RunError
@@ -57,16 +58,16 @@ def withdraw(
             with render.progress_display() as events:
                 done = withdrawal.withdraw(settings, instance, meant, events)
         except (RunError, PartitionBusyError, ValueError) as error:
-            render.warn_of_withdrawn(versions.published_withdrawn(storage))
+            render.warn_of_withdrawn(withdrawn_batches(storage, versions.latest(storage)))
             fail_with(error)
     say(f"{done.sentence}.")
     if near:
         warn(f"Near duplicates of that row, no longer removed: {', '.join(near)}. Withdraw them too if necessary.")
-    render.warn_of_withdrawn(versions.published_withdrawn(storage))
+    render.warn_of_withdrawn(withdrawn_batches(storage, versions.latest(storage)))
     older = versions.kept_versions(storage)[:-1]
     if older and not restore:
         warn(
-            f"Older versions may still contain it: {', '.join(older)}, in {storage.files.url(versions.FOLDER)}. "
+            f"Older versions may still contain it: {', '.join(older)}, in {versions.folder_url(storage)}. "
             "Remove their folders if they must not be kept; the delivery itself is in deliveries/."
         )
 

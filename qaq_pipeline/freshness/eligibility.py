@@ -1,20 +1,19 @@
-"""Which batches a publication takes now, and why it leaves out the others.
+"""Which batches a publication takes now, and why it leaves out the others. No Dagster.
 
-Belongs here: consistency of a batch's stored tables with each other, the settings and the withdrawals. Does not belong
-here: what is published of a batch (`publication`).
+Belongs here: consistency of a batch's stored tables with each other, with the settings and with the withdrawals. Does
+not belong here: what is published of a batch (`publication`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import batch_order, gates, withdrawals
@@ -25,44 +24,30 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import Footer, empty
 
 
-@dataclass(frozen=True)
-class _Footers:
-    """What made the tables of a batch that enter the dataset."""
+def split_by_eligibility(
+    storage: Storage, registered: Sequence[str], settings: Settings, pipeline: Pipeline = PIPELINE
+) -> tuple[dict[str, dict[str, Footer]], dict[str, str]]:
+    """Footers of the published tables of each eligible batch, and for every other registered batch the reason.
 
-    raw_data: Footer
-    screened_data: Footer
-    decisions: Footer
-    selected_subset: Footer
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Data versions by table, as a manifest's entry has them."""
-        return {name: getattr(self, name).data_version for name in ENTERING}
-
-
-ENTERING = PIPELINE.published
-
-
-def sort_out(
-    storage: Storage, registered: Sequence[str], settings: Settings
-) -> tuple[dict[str, _Footers], dict[str, str]]:
-    """The batches that are complete and consistent, and for every other registered one why it is left out.
-
-    By the tables' footers alone: what a publication would do, without reading a row.
+    Eligible batches are complete, consistent and current. Rows are read only to look for withdrawn texts.
     """
     included, excluded = {}, {}
     order = batch_order.batches_in_order(storage)
-    standing = standing_batches(storage, order, set(registered))
+    comparable = comparable_batches(storage, order, set(registered))
     withdrawn = withdrawals.read(storage)
     named = settings.ranking.reference
     reference_version = None if named is None else storage.tables.version("rank_reference", Partition(named.name))
     for batch in sorted(registered):
         try:
-            footers = _read_footers(storage, batch)
+            footers = _read_footers(storage, batch, pipeline.published)
+            screening = footers["screened_data"].provenance
             fault = (
-                _inconsistency(footers, settings, rank_reference.pool_of(batch, settings.ranking, reference_version))
-                or screened_otherwise(batch, footers.screened_data.provenance, order, standing)
-                or not_withdrawn(storage, batch, footers.screened_data.provenance, withdrawn)
+                _inconsistency(footers)
+                or _changed_settings(
+                    footers, settings, rank_reference.pool_of(batch, settings.ranking, reference_version)
+                )
+                or stale_screening(batch, screening, order, comparable)
+                or changed_withdrawals(storage, batch, screening, withdrawn)
             )
         except ValueError as error:  # A name that the UI let pass, or a StorageError.
             excluded[batch] = str(error)
@@ -74,32 +59,34 @@ def sort_out(
     return included, excluded
 
 
-def _read_footers(storage: Storage, batch: str) -> _Footers:
-    missing = [name for name in ENTERING if not storage.tables.has(name, Partition(batch))]
+def _read_footers(storage: Storage, batch: str, tables: Sequence[str]) -> dict[str, Footer]:
+    missing = [name for name in tables if not storage.tables.has(name, Partition(batch))]
     if missing:
         raise StorageError(f"not materialised: {', '.join(missing)}")
-    return _Footers(*(storage.tables.footer(name, Partition(batch)) for name in ENTERING))
+    return {name: storage.tables.footer(name, Partition(batch)) for name in tables}
 
 
-def _inconsistency(tables: _Footers, settings: Settings, pool: str) -> str | None:
-    decided, selected = tables.decisions.provenance, tables.selected_subset.provenance
-    gate = gates.of_provenance(decided)
+def _inconsistency(footers: Mapping[str, Footer]) -> str | None:
+    """The gate that a batch does not pass, or the first table that was made from another version of a stored one."""
+    gate = gates.of_provenance(footers["decisions"].provenance)
     if gate is not None:
         return f"gated ({gate.reason.value}): {gate.sentence}"
-    if selected["inputs"]["decisions"] != tables.decisions.data_version:
-        return "selected_subset is older than decisions; materialise it"
-    for name, table in (("raw_data", tables.raw_data), ("screened_data", tables.screened_data)):
-        if decided["inputs"][name] != table.data_version:
-            return f"decisions are older than {name}; materialise the batch"
-    return _decided_otherwise(decided, selected["selection"], settings, pool)
+    for name, footer in footers.items():
+        inputs = footer.provenance.get("inputs", {})
+        for source, stored in footers.items():
+            if inputs.get(source, stored.data_version) != stored.data_version:
+                return f"{name} is older than {source}; `qaq refresh` makes it again"
+    return None
 
 
-def _decided_otherwise(decided: Mapping[str, Any], selection: str, settings: Settings, pool: str) -> str | None:
-    """Whether a batch was selected from or ranked under other settings, or in another pool, than are in force now."""
-    if selection != settings.published.name:
-        return f"selected by {selection}, not by {settings.published.name}; `qaq refresh` selects again"
+def _changed_settings(footers: Mapping[str, Footer], settings: Settings, pool: str) -> str | None:
+    """The setting, or the pool, that is now another than the one under which a batch was selected and ranked."""
+    decided, selection = footers["decisions"].provenance, footers["selected_subset"].provenance["selection"]
+    published = settings.published.name
+    if selection != published:
+        return f"selected by {selection}, not by {published}; `qaq refresh` selects again"
     if decided["published_hash"] != settings_hash(settings.published):
-        return f"decided under other settings of {settings.published.name}; `qaq refresh` decides again"
+        return f"decided under other settings of {published}; `qaq refresh` decides again"
     if settings.export.selections != "published" and decided["settings_hash"] != settings_hash(settings.selections):
         return "decided under other settings of the exported selections; `qaq refresh` decides again"
     if decided.get("pool_id") != pool:
@@ -109,10 +96,11 @@ def _decided_otherwise(decided: Mapping[str, Any], selection: str, settings: Set
     return None
 
 
-def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[str]) -> dict[str, str]:
-    """Of these batches those whose rows may stand for others, with the data version of their screened_data.
+def comparable_batches(storage: Storage, batches: Sequence[str], registered: Set[str]) -> dict[str, str]:
+    """Data version of screened_data for each of these batches that newer batches are screened against.
 
-    They are registered, their tables up to the screening go together, and neither screening nor scoring gated them.
+    Such a batch is registered, its tables up to the screening are consistent, and no gate of screening or scoring
+    stopped it.
     """
     found = {}
     for batch in batches:
@@ -141,19 +129,19 @@ def standing_batches(storage: Storage, batches: Sequence[str], registered: Set[s
     return found
 
 
-def screened_otherwise(
-    batch: str, made_of: Mapping[str, Any], order: Sequence[str], standing: Mapping[str, str]
+def stale_screening(
+    batch: str, made_of: Mapping[str, Any], order: Sequence[str], comparable: Mapping[str, str]
 ) -> str | None:
-    """Whether a batch's duplicates were looked for in other older batches than those that stand now.
+    """Reason why a batch has to be screened again: the older batches with which it was compared have changed.
 
-    Otherwise rows could be published twice, or nowhere: the row that stood for them is gone.
+    If it stayed, rows could be published twice, or never: the row whose duplicates they were is gone.
     """
     if "compared_with" not in made_of:
         return "screened by an older version; `qaq refresh` screens it again"
     if not made_of["across_batches"] or batch not in order:
         return None
     before = order[: order.index(batch)]
-    now = {batch: standing[batch] for batch in before if batch in standing}
+    now = {batch: comparable[batch] for batch in before if batch in comparable}
     differing = sorted(set(now.items()) ^ set(made_of["compared_with"].items()))
     if not differing:
         return None
@@ -161,13 +149,13 @@ def screened_otherwise(
     return f"screened against another state of batch {names}; `qaq refresh` screens it again"
 
 
-def not_withdrawn(storage: Storage, batch: str, made_of: Mapping[str, Any], withdrawn: Withdrawals) -> str | None:
-    """Whether something of a batch was withdrawn, or is so no longer, since it was screened."""
+def changed_withdrawals(storage: Storage, batch: str, made_of: Mapping[str, Any], withdrawn: Withdrawals) -> str | None:
+    """Reason why a batch has to be screened again: its withdrawals, or those of its rows, have changed."""
     if withdrawn.of_batch(batch, signatures_if_withdrawn(storage, batch, withdrawn)) == made_of.get("withdrawn", {}):
         return None
     return "withdrawals changed since it was screened; `qaq refresh` screens it again"
 
 
 def signatures_if_withdrawn(storage: Storage, batch: str, withdrawn: Withdrawals) -> pl.DataFrame:
-    """Of the batch, where a row of any batch was withdrawn; else there is nothing to look for."""
+    """Signatures of a batch if any row of any batch is withdrawn; else none, because there is nothing to look for."""
     return storage.tables.read("signatures", Partition(batch)).frame if withdrawn.contents else empty(tables.Signatures)

@@ -1,10 +1,10 @@
-"""Find stale tables by the provenance of the stored tables alone: what a refresh has to rebuild. No Dagster.
+"""Which partitions are stale, and why, judged by the provenance of the stored tables alone. No Dagster.
 
-Belongs here: the stages of a batch in their order, and whether one is to be run again. Does not belong here: who runs
-it, and when (`runs`, `automation`).
+Belongs here: which stage of a batch has to run again. Does not belong here: who runs it (`runs`), and when
+(`automation`).
 
-A table is up to date where the present code and settings (its code version) made it of exactly the inputs that stand
-beside it now. Scores are cached by what they are made of, so a stage that is run again scores only what it must.
+A table is fresh if the current code and settings (its code version) made it from exactly the inputs that are stored
+now. Scores are cached by what determines them, so a stage that runs again scores only what is missing.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from qaq_pipeline.storage.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
-class Outdated:
-    """A partition of a stage that is to be run again."""
+class Stale:
+    """A partition of a stage that has to run again."""
 
     job: str
     batch: str
     model: str | None
-    """Where the stage has a partition for each model."""
+    """None: the stage has one partition for all models."""
     table: str
-    """The first of the stage's tables that is out of date."""
+    """The first stale table of the stage."""
     reason: str
 
     @property
@@ -43,20 +43,20 @@ class Outdated:
 
 @dataclass(frozen=True)
 class Present:
-    """How tables would be made now."""
+    """Code, models and inputs with which tables would be made now."""
 
     code_versions: Mapping[str, str | None]
     """By table."""
     roles: Sequence[str]
-    """Of the models."""
+    """Roles of the models."""
     shared_inputs: Mapping[str, str]
-    """Data versions of inputs that are of no one batch, by name."""
+    """Data versions by name of the inputs that belong to no single batch."""
 
 
 def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline = PIPELINE) -> list[str]:
-    """The inputs of a stored table of a batch that stand there now as something else than it was made of.
+    """The inputs of a batch's stored table that have changed since it was made.
 
-    Inputs that are of no one batch are not looked at.
+    Inputs that belong to no single batch are ignored.
 
     Raises:
         StorageError: the table is not stored.
@@ -70,11 +70,11 @@ def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline 
     return found
 
 
-class Review:
-    """A look at all batches, as they stand now.
+class Freshness:
+    """The freshness of all batches, as they are stored now.
 
     Args:
-        storage: where the tables lie.
+        storage: where the tables are stored.
         registered: the batches.
         present: how their tables would be made now.
         pipeline: the tables, their inputs and jobs.
@@ -90,42 +90,42 @@ class Review:
         self._order = batch_order.batches_in_order(storage)
 
     def batches(self) -> list[str]:
-        """Every batch that was delivered: in the order in which they were screened, then the new ones by name."""
+        """Every delivered batch: in the order of their first screening, then the new ones by name."""
         new = sorted(self._registered - set(self._order))
         ordered = [*(batch for batch in self._order if batch in self._registered), *new]
         return [batch for batch in ordered if self._is_delivered(batch)]
 
-    def outdated(self, batch: str) -> list[Outdated]:
-        """The partitions of the first stage of a batch that are out of date; what follows is seen when these ran.
+    def stale(self, batch: str) -> list[Stale]:
+        """The stale partitions of the first stage of a batch that has any; later stages are judged after they ran.
 
-        Stages whose tables are not made under the present settings are left out.
+        Stages whose tables are not made under the current settings are skipped.
         """
         for job, tables in self._pipeline.jobs(Purpose.CURATION, Purpose.CALIBRATION).items():
             if not self._present.code_versions.keys() >= set(tables):
                 continue
             models = sorted(self._present.roles) if self._pipeline[tables[0]].has_models else [None]
             causes = {model: self._cause(batch, model, tables) for model in models}
-            found = [Outdated(job, batch, model, *cause) for model, cause in causes.items() if cause is not None]
+            found = [Stale(job, batch, model, *cause) for model, cause in causes.items() if cause is not None]
             if found:
                 return found
         return []
 
-    def screened_otherwise(self, batch: str) -> str | None:
-        """Whether a batch was screened against other older batches, or other withdrawals, than stand now."""
+    def stale_screening(self, batch: str) -> str | None:
+        """Reason why a batch has to be screened again: older batches or withdrawals have changed."""
         made_of = self._provenance("screened_data", batch)
         if made_of is None:
             return None
-        return eligibility.screened_otherwise(batch, made_of, self._order, self._standing) or eligibility.not_withdrawn(
-            self._storage, batch, made_of, self._withdrawn
-        )
+        return eligibility.stale_screening(
+            batch, made_of, self._order, self._comparable
+        ) or eligibility.changed_withdrawals(self._storage, batch, made_of, self._withdrawn)
 
-    def screened_against(self, batch: str) -> str | None:
-        """Of a batch that was screened otherwise, the hash of what it should be screened against; else None."""
-        if self.screened_otherwise(batch) is None:
+    def wanted_screening(self, batch: str) -> str | None:
+        """Hash of what a batch has to be screened against; None: its screening is not stale."""
+        if self.stale_screening(batch) is None:
             return None
         older = self._order[: self._order.index(batch)] if batch in self._order else self._order
-        standing = {name: self._standing[name] for name in older if name in self._standing}
-        return hash_json([standing, self._withdrawn.batches, self._withdrawn.contents])
+        comparable = {name: self._comparable[name] for name in older if name in self._comparable}
+        return hash_json([comparable, self._withdrawn.batches, self._withdrawn.contents])
 
     def _is_delivered(self, batch: str) -> bool:
         try:
@@ -134,12 +134,12 @@ class Review:
             return False
 
     def _cause(self, batch: str, model: str | None, tables: Sequence[str]) -> tuple[str, str] | None:
-        """The first table that is out of date, and why."""
+        """The first stale table, and why."""
         for table in tables:
             reason = self._table_reason(table, batch, *([] if model is None else [model]))
             if reason is not None:
                 return table, reason
-        if "screened_data" in tables and (reason := self.screened_otherwise(batch)) is not None:
+        if "screened_data" in tables and (reason := self.stale_screening(batch)) is not None:
             return "screened_data", reason
         return None
 
@@ -153,18 +153,18 @@ class Review:
             return self._delivery_reason(partition[0], made_of)
         for name, version in made_of["inputs"].items():
             if version != self._input_version(name, partition):
-                return f"{table} was made of another {name}"
+                return f"{table} was made from another {name}"
         return None
 
     def _delivery_reason(self, batch: str, made_of: Mapping[str, Any]) -> str | None:
         if landing.is_announced(self._storage, batch):
             return "a delivery has landed"
         if made_of["delivery"] != self._storage.deliveries.current(batch).content_hash:
-            return "it was delivered anew"
+            return "it was delivered again"
         return None
 
     def _input_version(self, name: str, partition: Sequence[str]) -> str | None:
-        """Of an input of that partition: `table`, `table|model`, or the name of one that is of no one batch."""
+        """Data version of an input: `table`, `table|model`, or the name of an input that belongs to no single batch."""
         table, _, model = name.partition("|")
         if table not in self._pipeline.tables_of_batch():
             return self._present.shared_inputs.get(name)
@@ -180,8 +180,8 @@ class Review:
             return None
 
     @cached_property
-    def _standing(self) -> dict[str, str]:
-        return eligibility.standing_batches(self._storage, self._order, self._registered)
+    def _comparable(self) -> dict[str, str]:
+        return eligibility.comparable_batches(self._storage, self._order, self._registered)
 
     @cached_property
     def _withdrawn(self) -> withdrawals.Withdrawals:

@@ -1,12 +1,13 @@
-"""From a published version back to what was delivered, file by file, and whether all of it still is what it was.
+"""The lineage of a published version: the tables, scores and delivered files from which it was made. No Dagster.
 
-Belongs here: the walk from a version's manifest over tables and cached scores to the deliveries, the path of one row,
-and the comparison of every file with its hash. Does not belong here: what columns are derived from (`column_lineage`),
-and how any of this is shown. No Dagster.
+Belongs here: the walk from a version's manifest over tables and cached scores to the deliveries. Does not belong here:
+the path of one row (`trace`), the comparison of files with their hashes (`verify`), the sources of columns
+(`schema.column_lineage`), and how lineage is shown (`cli`).
 
-Each step back rests on a hash that the step before wrote down: a version is the hash of its manifest, which holds the
-sha256 of its files and of the delivered ones, and the data versions of the tables; each table's footer holds those of
-its inputs, and the hash of the file it stands in. What was made anew since is no fault: it is said to be another.
+Each step back relies on a hash that the step before recorded. A version is the hash of its manifest, which contains the
+sha256 of its files and of the delivered files, and the data versions of the tables. The footer of each table contains
+the data versions of its inputs, and the hash of its own file. A table that was replaced since is no fault: it is
+reported as replaced.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
-from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.publication import versions
 from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.storage.deliveries import Delivery
@@ -30,24 +30,23 @@ from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import Footer
 
-_VERSION = re.compile(r"^[0-9a-f]{32}$")
 MANIFEST_REMEDY = (
-    "restore it from a backup; or remove it, and the next `qaq refresh` publishes what stands now, under the same "
+    "restore it from a backup; or remove it, and the next `qaq refresh` publishes the current state, under the same "
     "hash if that is the same"
 )
 
 
 class LineageError(ValueError):
-    """There is no such version or row, or its manifest is not to be trusted. The text names the path and the remedy."""
+    """There is no such version or row, or its manifest cannot be trusted. The text names the path and the remedy."""
 
 
 class State(StrEnum):
-    """What became of a table since the version was published."""
+    """State of a table compared with the published version."""
 
     AS_PUBLISHED = "as published"
-    SAME_CONTENT = "made anew since, with the same content"
+    SAME_CONTENT = "rebuilt since, with the same content"
     REPLACED = "replaced since"
-    UNKNOWN = "not to be told: what it was made into was replaced since"
+    UNKNOWN = "unknown: the table derived from it has been replaced"
     MISSING = "missing, or unreadable"
 
 
@@ -58,7 +57,7 @@ class File:
     name: str
     path: str
     sha256: str
-    """Of what it was."""
+    """Hash of the published or delivered content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class Table:
     partition: tuple[str, ...]
     path: str
     entered: str | None
-    """Data version that the version was made from; None: not to be told."""
+    """Data version that the version was made from; None: unknown."""
     stored: str | None
     """Data version that is stored now."""
     state: State
@@ -77,10 +76,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The score cache of one model, of which the scores of its logprobs are."""
+    """The score cache of one model, from which its logprobs were taken."""
 
     model: str
-    """Its role."""
+    """Role of the model."""
     digest: str
     path: str
     names: tuple[str, ...]
@@ -88,7 +87,7 @@ class Shards:
 
 @dataclass(frozen=True, slots=True)
 class DeliveredFiles:
-    """The copy of what was delivered as a batch; `path` is None where it is gone."""
+    """The copy of a delivered batch; `path` is None if it is gone."""
 
     path: str | None
     files: tuple[File, ...]
@@ -96,13 +95,13 @@ class DeliveredFiles:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a version was made from of one batch."""
+    """A batch of a version, with the tables, scores and files from which its part was made."""
 
     name: str
     rows_in: int
     rows_selected: int
     provenance_id: str
-    """Of its decisions."""
+    """Id of the provenance of its decisions."""
     tables: tuple[Table, ...]
     """From the publication back to the delivery."""
     scores: tuple[Shards, ...]
@@ -111,33 +110,33 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """A version and all that it was made from."""
+    """A version and everything from which it was made."""
 
     version: str
     manifest: str
-    """Its path."""
+    """Path of the manifest."""
     is_kept: bool
-    """Whether its files are: of a retired version, the manifest alone is."""
+    """False: only the manifest is stored."""
     files: tuple[File, ...]
     batches: tuple[Batch, ...]
     is_whole: bool = True
-    """Whether `files` are all of the version's."""
+    """True if `files` are all files of the version."""
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------
 
 
 def walk(storage: Storage, version: str, pipeline: Pipeline = PIPELINE) -> Lineage:
-    """What the version was made from, by manifest and footers: no table and no delivered byte is read.
+    """The lineage of a version, from manifest and footers alone: no table and no delivered file is read.
 
     Raises:
         LineageError: its manifest is missing, or is not the one that was published.
     """
-    is_kept = storage.files.exists(FOLDER, version, "manifest.json")
-    parts = (FOLDER, version, "manifest.json") if is_kept else (FOLDER, "retired", f"{version}.json")
+    is_kept = versions.is_kept(storage, version)
+    parts = versions.manifest_place(storage, version)
     manifest = _read_manifest(storage, version, parts)
     files = tuple(
-        File(name, storage.files.url(FOLDER, version, *name.split("/")), sha256)
+        File(name, storage.files.url(*versions.place(version, name)), sha256)
         for name, sha256 in manifest["files"].items()
     )
     batches = tuple(_batch(storage, entry, pipeline) for entry in manifest["batches"])
@@ -171,7 +170,7 @@ def _read_manifest(storage: Storage, version: str, parts: tuple[str, ...]) -> di
     if hash_json(manifest) != version or json_bytes(manifest) != data:
         raise LineageError(
             f"{path}: it is not the manifest of version {version}, which is its hash: it was changed since it was "
-            f"published, and nothing it says can be trusted; {MANIFEST_REMEDY}"
+            f"published and cannot be trusted; {MANIFEST_REMEDY}"
         )
     return manifest
 
@@ -190,7 +189,7 @@ def _batch(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> Ba
 
 
 def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> tuple[dict[str, Footer], list[Table]]:
-    """The tables of a batch, and by key the footers of those that still are of the version.
+    """The tables of a batch, and by key the footers of those that are unchanged since the version was published.
 
     The manifest says most of the versions, the footers of these the rest.
     """
@@ -211,7 +210,7 @@ def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> t
 
 
 def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Key (as provenance has it), table and partition of everything that a batch's selection was made from.
+    """Key (as in a provenance), table and partition of everything from which a batch's selection was made.
 
     From the publication back to the delivery: each table's inputs come after it.
     """
@@ -255,7 +254,7 @@ def _shards(storage: Storage, role: str, identity: Mapping[str, Any]) -> Shards:
 
 
 def _delivery(storage: Storage, entry: Mapping[str, Any], raw_data: Footer | None) -> DeliveredFiles:
-    """The copy that raw_data names; where that was replaced, the one that holds the files that the manifest names."""
+    """The copy that raw_data names; if raw_data was replaced, the copy with the files that the manifest names."""
     batch, files = entry["batch"], entry["files"]
     named = None if raw_data is None else raw_data.provenance.get("delivery")
     folder = named or _copy_of(storage, batch, files)

@@ -1,9 +1,9 @@
-"""What became of a row, now and in every published version, and what made it so. Reading only; no Dagster.
+"""The history of a row: its decision now and in every published version, and what made it. Reads only. No Dagster.
 
 Belongs here: finding rows by place, pair or text, their fates, and the record behind a provenance id.
-Does not belong here: words for people (`explanations`, `cli`), and why a row was decided as it was.
+Does not belong here: texts for people (`selection.explanations`, `cli`), and the reasons of decisions.
 
-Rows are found without reading whole tables, but for a search by text.
+Only a search by text reads whole tables.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.flat_scores import nested_row
 from qaq_pipeline.publication.versions import Published
-from qaq_pipeline.schema import tables, vocabularies
+from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
@@ -27,65 +28,65 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import FoundRows
 
 MOST_ROWS = 20
-"""Rows of one answer, at most."""
+"""Largest number of rows in an answer."""
 
 _READERS = 16
-"""Batches that are asked for a pair at once."""
+"""Batches that are searched for a pair at the same time."""
 
 _FATE = (*ROW_KEY, "pair_id", "decision", "reason", "explanation", "provenance_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What a published version says of a row."""
+    """What a published version says about a row."""
 
     published: Published
     fault: str | None
-    """Why nothing is known of the row: the version's files were not kept, or cannot be read."""
+    """Why nothing is known about the row: the version's files were not kept, or cannot be read."""
     has_batch: bool
-    """Whether the row's batch entered the version."""
+    """True if the row's batch is in the version."""
     left_out: str | None
-    """Why it did not, where that is recorded."""
+    """Why it did not; None: it did, or it was not registered then."""
     row: dict[str, Any] | None
-    """As in scores.parquet, as far as a fate is told by it; None: it was not delivered then."""
+    """Some columns of the version's scores; None: the row was not delivered then."""
 
     @property
     def is_published(self) -> bool:
-        """Whether the version has the row in its published selection."""
+        """True if the row is in the published selection of the version."""
         return self.row is not None and self.row["decision"] == vocabularies.Decision.SELECTED.value
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """The rows of a batch that hold a text."""
+    """The rows of a batch that contain a text."""
 
     batch: str
     rows: list[dict[str, Any]]
-    """The first of them, `MOST_ROWS` at most: their key, pair_id, query and answer."""
+    """At most the first `MOST_ROWS` of them: key, pair_id, query and answer."""
     number: int
-    """Of all."""
+    """Number of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The rows that were asked for."""
+    """The rows found for a question."""
 
     rows: list[dict[str, Any]]
-    """As in decisions; of a version, as in scores.parquet."""
+    """Rows in the form of decisions."""
     unindexed: tuple[str, ...] = ()
-    """Where there was no index of the table as it is, so that all of it was looked through."""
+    """Tables that were searched completely because they have no current index."""
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def find_row(storage: Storage, batch: str, row: str, version: Published | None = None) -> Answer:
-    """The rows of a batch that a person means, in the current decisions or in a published version.
+    """The rows of a batch that match a name, in the current decisions or in a published version.
 
     Args:
-        storage: where they lie.
+        storage: where they are stored.
         batch: name of the batch.
-        row: as `lookup.meant` reads it.
+        row: as `row_lookup.meant` reads it.
         version: None: the current decisions.
 
     Raises:
@@ -108,16 +109,14 @@ def find_row(storage: Storage, batch: str, row: str, version: Published | None =
 def find_pair(
     storage: Storage, start: str, version: Published | None = None, batches: Sequence[str] | None = None
 ) -> Answer:
-    """The rows whose pair_id begins so, of these batches or of any.
+    """The rows whose pair_id begins with `start`, in these batches or in all.
 
     Raises:
         StorageError: a batch has no decisions, or the version's files are gone.
     """
     if version is not None:
-        where = _scores_of(storage, version)
-        sha256 = _manifest(storage, version.version)["files"]["scores.parquet"]
-        index = versions.pair_index(version.version)
-        found = storage.tables.find_pair_in_file(start, where, index, sha256, MOST_ROWS, batches)
+        _check_kept(storage, version)
+        found = versions.find_pair(storage, version.version, start, MOST_ROWS, batches)
         return Answer(_nested(found.frame), () if found.is_indexed else (f"version {version.number}",))
     rows, unindexed = [], []
     asked = storage.tables.batches_with("decisions") if batches is None else batches
@@ -125,7 +124,7 @@ def find_pair(
     def find(batch: str) -> FoundRows:
         return storage.tables.find_pair(start, "decisions", Partition(batch), most=MOST_ROWS)
 
-    with ThreadPoolExecutor(_READERS) as readers:  # Of a remote storage each batch takes some round trips.
+    with ThreadPoolExecutor(_READERS) as readers:  # In a remote storage each batch takes several round trips.
         answers = list(readers.map(find, asked))
     for batch, found in zip(asked, answers, strict=True):
         rows += _dicts(found.frame)
@@ -135,7 +134,8 @@ def find_pair(
 
 def _rows(storage: Storage, where: row_lookup.Where, version: Published | None, batch: str) -> list[dict[str, Any]]:
     if version is not None:
-        return _nested(storage.tables.find_in_file(where, *_scores_of(storage, version)))[:MOST_ROWS]
+        _check_kept(storage, version)
+        return _nested(versions.find_rows(storage, version.version, where))[:MOST_ROWS]
     return _dicts(storage.tables.find(where, "decisions", Partition(batch)))[:MOST_ROWS]
 
 
@@ -144,24 +144,7 @@ def _dicts(frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _nested(flat: pl.DataFrame) -> list[dict[str, Any]]:
-    """Rows of scores.parquet with their scores and verdicts in lists, as in decisions, as far as the file has them."""
-    roles = [name.removeprefix("num_strata_") for name in flat.columns if name.startswith("num_strata_")]
-    selections = [name.removeprefix("is_selected:") for name in flat.columns if name.startswith("is_selected:")]
-    rows = []
-    for row in _dicts(flat):
-        scores = [
-            {"model": role} | {name: row.get(f"{name}_{role}") for name in tables.MODEL_SCORE.inner if name != "model"}
-            for role in roles
-            if row[f"num_strata_{role}"] is not None
-        ]
-        verdicts = [
-            {"selection": name}
-            | {f: row[f"{f}:{name}"] for f in ("is_selected", "reason", "score", "position") if f"{f}:{name}" in row}
-            for name in selections
-            if row[f"is_selected:{name}"] is not None
-        ]
-        rows.append(row | {"scores": scores, "verdicts": verdicts})
-    return rows
+    return [nested_row(row) for row in _dicts(flat)]
 
 
 def find_anywhere(storage: Storage, find: Callable[[Published | None], Answer]) -> tuple[Answer, Published | None]:
@@ -185,9 +168,9 @@ def find_anywhere(storage: Storage, find: Callable[[Published | None], Answer]) 
 
 
 def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
-    """Query, answer and delivered record of a row, as its batch stands delivered now; empty where it has no such row.
+    """Query, answer and delivered record of a row as its batch is delivered now.
 
-    Of a row that was delivered anew with another text, nothing.
+    Empty if the batch has no such row any more, or another text in its place.
     """
     where = row_lookup.of_key([row[name] for name in ROW_KEY])
     columns = ("pair_id", "query", "answer", "record")
@@ -200,7 +183,7 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
 
 
 def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None) -> Iterator[Matches]:
-    """Batch after batch, the rows whose query, answer or record holds a text, every run of white space being one space.
+    """The rows of each batch whose query, answer or record contains a text; each run of white space counts as a space.
 
     Every row of raw_data is read, some thousand at a time.
 
@@ -228,48 +211,39 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
 
 
 def fates(storage: Storage, row: dict[str, Any]) -> list[Fate]:
-    """What each published version says of the row at that place, in the order of the versions' numbers."""
+    """What each published version says about the row at this place, by version number."""
     key = [row[name] for name in ROW_KEY]
     return [_fate(storage, published, key) for published in versions.publications(storage)]
 
 
 def _fate(storage: Storage, published: Published, key: Sequence[Any]) -> Fate:
-    where = _scores(published)
-    if not storage.files.exists(*where):
+    version = published.version
+    if not versions.is_kept(storage, version):
         return Fate(published, "its files were not kept", has_batch=False, left_out=None, row=None)
     try:
-        entries = _manifest(storage, published.version)["batches"]
+        entries = versions.read_manifest(storage, version)["batches"]
         has_batch = any(entry["batch"] == key[0] for entry in entries)
-        found = _dicts(storage.tables.find_in_file(row_lookup.of_key(key), *where, columns=_FATE)) if has_batch else []
-        left_out = None if has_batch else (versions.left_out(storage, published) or {}).get(key[0])
+        where = row_lookup.of_key(key)
+        found = _dicts(versions.find_rows(storage, version, where, _FATE)) if has_batch else []
     except StorageError as error:
         return Fate(published, str(error), has_batch=False, left_out=None, row=None)
+    left_out = None if has_batch else published.excluded_batches.get(key[0])
     return Fate(published, None, has_batch, left_out, row=found[0] if found else None)
 
 
-def _scores_of(storage: Storage, published: Published) -> tuple[str, ...]:
-    parts = _scores(published)
-    if not storage.files.exists(*parts):
+def _check_kept(storage: Storage, published: Published) -> None:
+    if not versions.is_kept(storage, published.version):
         raise StorageError(
             f"version {published.number} ({published.version}): its files were not kept (publication.keep_versions); "
             "its manifest is in retired/"
         )
-    return parts
-
-
-def _scores(published: Published) -> tuple[str, ...]:
-    return versions.FOLDER, published.version, "scores.parquet"
-
-
-def _manifest(storage: Storage, version: str) -> dict[str, Any]:
-    return storage.files.read_json(versions.FOLDER, version, "manifest.json")
 
 
 # --- provenance ------------------------------------------------------------------------------------------------------
 
 
 def provenance(storage: Storage, provenance_id: str, batch: str) -> Provenance:
-    """What made the rows that bear the id; of a table of before there were records, by its own footer."""
+    """What made the rows with this id, from its record, or else from the footer of the decisions."""
     found = storage.provenance.read(provenance_id)
     if found.made_of is not None or not storage.tables.has("decisions", Partition(batch)):
         return found

@@ -1,4 +1,4 @@
-"""Follows one row of a version through every table back to its delivered record."""
+"""The path of one row of a version, through every table back to its delivered record. No Dagster."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
-from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.publication import versions
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
@@ -28,12 +28,12 @@ _SHOWN = {
     "signatures": ("content_hash",),
     "raw_data": ("status", "reason", "record"),
 }
-"""What is said of a row, of each of its tables."""
+"""Columns that are shown of a row, by table."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A row's place in a table, from 1, and what the table says of it."""
+    """A row's place in a table, from 1, and its values there."""
 
     table: Table
     number: int
@@ -42,25 +42,25 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class RowPath:
-    """The way of one delivered row, or one turn of it, into a version."""
+    """The path of one delivered row, or of one turn of it, into a version."""
 
     row: str
     """batch/file:row.turn"""
     pair_id: str | None
     exported: dict[str, int]
-    """Its number, from 1, among the records of each exported file that holds it."""
+    """Number of its record, from 1, in each exported file that contains it."""
     tables: tuple[TableRow, ...]
-    """Of those that still are of the version."""
+    """Its rows in the tables that are unchanged since the version was published."""
     shards: tuple[str, ...]
-    """Paths of those that hold scores of the pair."""
+    """Paths of the shards that contain scores of the pair."""
     delivered: File
     source_row: int
 
 
 def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
-    """The paths of the rows that a person means by `batch/file:row`, with or without `.turn`: one for each turn.
+    """The paths of the rows that match `batch/file:row`, with or without `.turn`: one for each turn.
 
-    One table at a time is read.
+    Tables are read one at a time.
 
     Raises:
         LineageError: the version has no such batch, or no such row, or its files are not kept.
@@ -72,8 +72,8 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
         known = ", ".join(one.name for one in lineage.batches) or "none"
         raise LineageError(f"{row!r}: version {lineage.version} has no batch {name!r}; it has {known}")
     if not lineage.is_kept:
-        raise LineageError(f"the files of version {lineage.version} were not kept; its manifest alone is")
-    scores = _scores(storage, lineage)
+        raise LineageError(f"the files of version {lineage.version} were not kept; only its manifest is stored")
+    scores = versions.read_scores(storage, lineage.version)
     found = row_lookup.find_rows(scores.filter(pl.col("batch") == name), place)
     if found.is_empty():
         raise LineageError(f"{row!r}: batch {name} has no such row; give it as {name}/FILE:ROW or {name}/FILE:ROW.TURN")
@@ -86,13 +86,8 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
     ]
 
 
-def _scores(storage: Storage, lineage: Lineage) -> pl.DataFrame:
-    """The version's own decisions, rows in the order of the batches in it."""
-    return storage.files.read_frame(FOLDER, lineage.version, "scores.parquet")
-
-
 def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
-    """Of each row, its number in each exported file: batches in the manifest's order, each in the selection's."""
+    """Number of each row in each exported file: batches in the order of the manifest, rows as selected."""
     order = {batch.name: number for number, batch in enumerate(lineage.batches)}
     numbers: list[dict[str, int]] = [{} for _ in range(keys.height)]
     for selection in {file.name.partition("/")[0] for file in lineage.files if "/" in file.name}:
@@ -111,13 +106,13 @@ def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) 
 
 
 def _holds_records(file: str, selection: str) -> bool:
-    """Whether a selection's file holds its records: in a folder that `datasets` saved only the Arrow file does."""
+    """Whether a file contains records of a selection: in a folder saved by `datasets`, only the Arrow file does."""
     folder, _, name = file.partition("/")
     return folder == selection and ("/" not in name or name.endswith(".arrow"))
 
 
 def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRow | None]:
-    """The table's row for each key, where it has one and still is of the version."""
+    """The table's row for each key; None: it has none, or the table has changed since the version was published."""
     if table.name not in _SHOWN or table.state not in (State.AS_PUBLISHED, State.SAME_CONTENT):
         return [None] * keys.height
     frame = storage.tables.read(table.name, Partition(*table.partition)).frame

@@ -1,4 +1,4 @@
-"""Compares every file of a version, and everything it was made from, with its hash."""
+"""The comparison of every file of a version, and of everything it was made from, with its hash. No Dagster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qaq_pipeline.lineage.lineage import Batch, Lineage, Shards, Table, sha256_of
-from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.publication import versions
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.parquet_file import file_fault
@@ -16,22 +16,22 @@ from qaq_pipeline.storage.storage import Storage
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A file that is not what it was."""
+    """A file that has changed, or is missing."""
 
     path: str
     fault: str
-    """What differs, and what that means."""
+    """The difference, and its consequence."""
     remedy: str
 
     @property
     def sentence(self) -> str:
-        """All of it, in words."""
+        """Path, fault and remedy in one sentence."""
         return f"{self.path}: {self.fault}; {self.remedy}"
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
 
-_TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq refresh`, which makes it anew"
+_TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq refresh`, which rebuilds it"
 _REFERENCE_REMEDY = (
     "restore it from a backup, or remove it and materialise rank_reference, which makes the same of the same scores"
 )
@@ -39,10 +39,10 @@ _SHARD_REMEDY = "remove it: the scores in it are made again when a batch needs t
 
 
 def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
-    """Every file of a lineage that is not what it was; one file at a time is read, whole.
+    """Every file of a lineage that has changed or is missing; files are read one at a time.
 
     A version's own files and the delivered ones are compared with their sha256, tables and shards with the hash that
-    they hold or are named by. Any changed byte is found. A table that was made anew since must be whole, too.
+    they hold or are named by. Any changed byte is found. A table that was rebuilt since is compared with its new hash.
     """
     yield from _verify_files(storage, lineage)
     seen: set[str] = set()
@@ -61,16 +61,16 @@ def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
 def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
     remedy = (
         "do not train on it; restore it from a backup, or remove the version's manifest.json, and the next `qaq "
-        "refresh` writes what stands now, under the same hash if that is the same"
+        "refresh` writes the current state, under the same hash if that is the same"
     )
     for file in lineage.files if lineage.is_kept else ():
-        fault = _differs(storage, file.sha256, FOLDER, lineage.version, *file.name.split("/"))
+        fault = _differs(storage, file.sha256, *versions.place(lineage.version, file.name))
         if fault:
             yield Finding(file.path, f"{fault}: it is not what was published as {lineage.version}", remedy)
     if lineage.is_kept and lineage.is_whole:
-        known = {"manifest.json", *(file.name for file in lineage.files)}
-        for name in sorted(set(storage.files.files_below(FOLDER, lineage.version)) - known):
-            path = storage.files.url(FOLDER, lineage.version, *name.split("/"))
+        known = {versions.MANIFEST, *(file.name for file in lineage.files)}
+        for name in sorted(set(storage.files.files_below(*versions.place(lineage.version))) - known):
+            path = storage.files.url(*versions.place(lineage.version, name))
             yield Finding(path, f"it is no file of version {lineage.version}", "move it elsewhere, or remove it")
 
 
@@ -86,7 +86,7 @@ def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Find
     elif table.name == "decisions" and table.stored == table.entered:
         found = storage.tables.footer(table.name, Partition(*table.partition)).provenance
         if hash_json(found) != batch.provenance_id:
-            yield Finding(table.path, f"what it says it was made of is not what was published of {batch.name}", remedy)
+            yield Finding(table.path, f"its provenance is not the published one of {batch.name}", remedy)
 
 
 def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:
@@ -111,12 +111,12 @@ def _verify_provenance(storage: Storage, batch: Batch) -> Iterator[Finding]:
         storage.provenance.read(batch.provenance_id)
     except StorageError:
         path = storage.files.url(*storage.provenance.place(batch.provenance_id))
-        fault = "it was changed since it was written, and nothing it says can be trusted"
+        fault = "it was changed since it was written, and cannot be trusted"
         yield Finding(path, fault, _TABLE_REMEDY)
 
 
 def _verify_delivery(storage: Storage, batch: Batch) -> Iterator[Finding]:
-    remedy = f"deliver the same files again (`qaq run FILE --batch {batch.name}`), which mends the copy"
+    remedy = f"deliver the same files again (`qaq run FILE --batch {batch.name}`), which repairs the copy"
     if batch.delivery.path is None:
         where = storage.files.url(*storage.deliveries.place(batch.name))
         yield Finding(where, f"no copy of {', '.join(file.name for file in batch.delivery.files)} is here", remedy)

@@ -172,8 +172,8 @@ def _decisions() -> dg.AssetChecksDefinition:
 
 def _same_models(storage: Storage, models: Mapping[str, Mapping[str, Any]]) -> Finding | StorageError:
     try:
-        version = versions.latest(storage)
-        manifest = None if version is None else storage.files.read_json(versions.FOLDER, version, "manifest.json")
+        newest = versions.latest(storage)
+        manifest = None if newest is None else versions.read_manifest(storage, newest.version)
     except StorageError as error:
         return error
     return check_metrics.same_models(models, manifest)
@@ -196,18 +196,15 @@ def _curated_dataset() -> dg.AssetChecksDefinition:
 
 
 def _of_dataset(storage: Storage, registered: Sequence[str]) -> Findings:
-    latest = storage.files.read_json(versions.FOLDER, "latest.json")
-    folder = (versions.FOLDER, latest["version"])
-    manifest = storage.files.read_json(*folder, "manifest.json")
+    newest = versions.find_version(storage, "latest")
+    manifest = versions.read_manifest(storage, newest.version)
     entered = {entry["batch"] for entry in manifest["batches"]}
     since = "registered or completed since; publish again"
-    reasons = {
-        batch: None if batch in entered else latest["excluded_batches"].get(batch, since) for batch in registered
-    }
+    reasons = {batch: None if batch in entered else newest.excluded_batches.get(batch, since) for batch in registered}
     hashes: dict[str, str | None] = {}
     num_bytes = 0
     for name in manifest["files"]:
-        parts = (*folder, *name.split("/"))
+        parts = versions.place(newest.version, name)
         data = storage.files.read_bytes(*parts) if storage.files.exists(*parts) else None
         hashes[name] = None if data is None else hashlib.sha256(data).hexdigest()
         num_bytes += len(data or b"")

@@ -1,48 +1,41 @@
-"""curated_dataset: the files and the manifest of a version, from the batches that enter it.
+"""The content of a version of the dataset, made from the batches that enter it, and its publication. No Dagster.
 
-Does not belong here: the formats of the files (`exports`), where versions lie (`versions`), or when one is published.
+Belongs here: files and manifest of a version. Does not belong here: the formats of the files (`exports`,
+`flat_scores`, `dataset_card`), where versions are stored (`versions`), and when one is published (`orchestration`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.freshness.eligibility import ENTERING, sort_out
+from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.publication import dataset_card, exports
+from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
 from qaq_pipeline.publication.difference import store_difference
-from qaq_pipeline.publication.versions import (
-    FOLDER,
-    MANIFEST_FORMAT,
-    index_pairs,
-    latest,
-    log_publication,
-    read_manifest,
-    retire,
-)
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
-from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
 
 
 @dataclass(frozen=True)
 class BatchTables:
-    """What of a batch enters the dataset."""
+    """The tables of a batch that go into the dataset."""
 
     batch: str
-    raw_data: StoredTable
-    screened_data: StoredTable
-    decisions: StoredTable
-    selected_subset: StoredTable
+    tables: Mapping[str, StoredTable]
+    """By name: those that the pipeline declares as published."""
+
+    def __getitem__(self, name: str) -> StoredTable:
+        return self.tables[name]
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,11 @@ class Publication:
     manifest: dict[str, Any]
     url: str
     is_new: bool
-    """Whether its files were written now."""
+    """True if its files were written now."""
     previous: str | None = None
-    """The version that was the newest before, where it is another."""
+    """The newest version before this publication."""
     difference: pl.DataFrame | None = None
-    """What is in and out since then, as Difference; None where there is no version before, or its files are gone."""
+    """Rows that entered and left since then, as Difference; None: there is no version before, or no files of it."""
     retired: tuple[str, ...] = ()
     """Versions whose files were removed now."""
 
@@ -65,12 +58,12 @@ class Publication:
 def read_batches(
     storage: Storage, registered: Sequence[str], settings: Settings
 ) -> tuple[list[BatchTables], dict[str, str]]:
-    """The batches that enter the dataset, and for every other registered one why it is left out."""
-    included, excluded = sort_out(storage, registered, settings)
+    """The batches that enter the dataset, and for every other registered batch the reason why it does not."""
+    included, excluded = split_by_eligibility(storage, registered, settings)
     batches = []
-    for batch in included:
+    for batch, footers in included.items():
         try:
-            batches.append(BatchTables(batch, *(storage.tables.read(name, Partition(batch)) for name in ENTERING)))
+            batches.append(BatchTables(batch, {name: storage.tables.read(name, Partition(batch)) for name in footers}))
         except StorageError as error:  # Changed since it was written.
             excluded[batch] = str(error)
     return batches, excluded
@@ -80,58 +73,60 @@ def publish(
     storage: Storage,
     settings: Settings,
     batches: Sequence[BatchTables],
-    excluded: dict[str, str],
+    excluded: Mapping[str, str],
     run_id: str | None = None,
 ) -> Publication:
-    """Write a version and point to it; a version that exists is left as it is. Call it under the folder's lock."""
+    """Write a version, log it as the newest one, and retire old ones. Call it under `versions.lock`."""
     files = dataset_files(settings, batches)
     manifest = {
-        "format": MANIFEST_FORMAT,
-        "selection": settings.published.model_dump(mode="json"),
-        "export": settings.export.model_dump(mode="json"),
-        "batches": [_entry(tables) for tables in batches],
+        **_recipe(settings),
+        "batches": [_entry(batch) for batch in batches],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
-    version = hash_json(manifest)
-    is_new = not storage.files.exists(FOLDER, version, "manifest.json")
-    if is_new:
-        for name, data in files.items():
-            storage.files.write_bytes(data, FOLDER, version, *name.split("/"))
-        storage.files.write_json(manifest, FOLDER, version, "manifest.json")
-    index_pairs(storage, version, manifest, _decisions(batches))
-    log_publication(storage, version, run_id)
-    previous = latest(storage)
+    version, is_new = versions.store(storage, manifest, files)
+    versions.index_pairs(storage, version, _concat(batches, "decisions"))
+    newest = versions.latest(storage)
+    previous = None if newest is None else newest.version
     difference = None
-    if previous is not None and storage.files.exists(FOLDER, previous, "manifest.json"):
+    if previous is not None and versions.is_kept(storage, previous):
         difference = store_difference(storage, previous, version)
-    storage.files.write_json({"version": version, "excluded_batches": excluded}, FOLDER, "latest.json")
-    retired = retire(storage, version, settings.publication.keep_versions)
-    return Publication(version, manifest, storage.files.url(FOLDER, version), is_new, previous, difference, retired)
+    versions.record(storage, version, excluded, run_id)
+    retired = versions.retire_oldest(storage, settings.publication.keep_versions)
+    url = storage.files.url(*versions.place(version))
+    return Publication(version, manifest, url, is_new, previous, difference, retired)
 
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:
-    """Whether the newest version is what would be published now, by footers and settings alone."""
-    included, _ = sort_out(storage, registered, settings)
-    published = read_manifest(storage)
-    if published is None:
+    """Whether a publication would repeat the newest version, judged by footers and settings alone."""
+    included, _ = split_by_eligibility(storage, registered, settings)
+    newest = versions.latest(storage)
+    if newest is None or not versions.is_kept(storage, newest.version):
         return not included
+    published = versions.read_manifest(storage, newest.version)
+    entered = {entry["batch"]: entry["data_versions"] for entry in published["batches"]}
+    stored = {
+        batch: {name: footer.data_version for name, footer in footers.items()} for batch, footers in included.items()
+    }
     return (
-        {entry["batch"]: {name: entry["data_versions"][name] for name in ENTERING} for entry in published["batches"]}
-        == {batch: footers.versions for batch, footers in included.items()}
-        and published["format"] == MANIFEST_FORMAT
-        and published["selection"] == settings.published.model_dump(mode="json")
-        and published["export"] == settings.export.model_dump(mode="json")
+        entered.keys() == stored.keys()
+        and all(entered[batch] | stored[batch] == entered[batch] for batch in stored)
+        and all(published.get(name) == value for name, value in _recipe(settings).items())
     )
 
 
-def _decisions(batches: Sequence[BatchTables]) -> pl.DataFrame:
-    return _concat([tables.decisions.frame for tables in batches], "decisions")
+def _recipe(settings: Settings) -> dict[str, Any]:
+    """The part of a manifest that the settings determine."""
+    return {
+        "format": versions.MANIFEST_FORMAT,
+        "selection": settings.published.model_dump(mode="json"),
+        "export": settings.export.model_dump(mode="json"),
+    }
 
 
 def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:
-    """The files of a version by their path in it: the exported selections in each format, scores, what readers need."""
-    decisions = _decisions(batches)
-    files, exported = {"scores.parquet": exports.scores_parquet(decisions)}, {}
+    """The files of a version by path: each exported selection in each format, the scores, and the card."""
+    ledger = _concat(batches, "decisions")
+    files, exported = {versions.SCORES: flat_scores.scores_parquet(ledger)}, {}
     for selection in settings.exported:
         rows = _rows(selection, batches, settings)
         for export_format in settings.export.formats:
@@ -143,49 +138,49 @@ def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[st
         settings.published,
         exported,
         settings.export,
-        [_entry(tables) for tables in batches],
-        _concat([tables.screened_data.frame for tables in batches], "screened_data"),
-        decisions,
-        {tables.batch: tables.screened_data.provenance["benchmarks"] for tables in batches},
+        [_entry(batch) for batch in batches],
+        _concat(batches, "screened_data"),
+        ledger,
+        {batch.batch: batch["screened_data"].provenance["benchmarks"] for batch in batches},
     )
     return files
 
 
 def _rows(selection: str, batches: Sequence[BatchTables], settings: Settings) -> pl.DataFrame:
-    """The rows of all batches under a selection, batch by batch, best first."""
-    rows = _concat([_rows_of_batch(selection, tables, settings) for tables in batches], "selected_subset")
+    """The rows of a selection, batch by batch, best first."""
+    of_batches = [_rows_of_batch(selection, batch, settings) for batch in batches]
+    rows = pl.concat([empty(PIPELINE["selected_subset"].table), *of_batches])
     if not settings.export.meta:
         return rows
-    screened = _concat([tables.screened_data.frame for tables in batches], "screened_data")
+    screened = _concat(batches, "screened_data")
     barred = screened.filter(pl.col("status").is_in([Status.WITHDRAWN.value, Status.CONTAMINATED.value]))
-    return exports.with_meta(rows, _concat([tables.raw_data.frame for tables in batches], "raw_data"), barred)
+    return exports.with_meta(rows, _concat(batches, "raw_data"), barred)
 
 
-def _rows_of_batch(selection: str, tables: BatchTables, settings: Settings) -> pl.DataFrame:
+def _rows_of_batch(selection: str, batch: BatchTables, settings: Settings) -> pl.DataFrame:
     if selection == settings.published.name:
-        return tables.selected_subset.frame
-    return decisions.selected_rows(selection, tables.raw_data.frame, tables.decisions.frame)
+        return batch["selected_subset"].frame
+    return decisions.selected_rows(selection, batch["raw_data"].frame, batch["decisions"].frame)
 
 
-def _concat(frames: Sequence[pl.DataFrame], table: str) -> pl.DataFrame:
-    return pl.concat([empty(PIPELINE[table].table), *frames])
+def _concat(batches: Sequence[BatchTables], table: str) -> pl.DataFrame:
+    return pl.concat([empty(PIPELINE[table].table), *(batch[table].frame for batch in batches)])
 
 
-def _entry(tables: BatchTables) -> dict[str, Any]:
-    decisions = tables.decisions
+def _entry(batch: BatchTables) -> dict[str, Any]:
+    """The entry of a batch in the manifest."""
+    decided = batch["decisions"]
     return {
-        "batch": tables.batch,
-        "rows_in": tables.raw_data.frame.height,
-        "rows_selected": tables.selected_subset.frame.height,
-        "files": tables.raw_data.provenance["files"],
+        "batch": batch.batch,
+        "rows_in": batch["raw_data"].frame.height,
+        "rows_selected": batch["selected_subset"].frame.height,
+        "files": batch["raw_data"].provenance["files"],
         "data_versions": {
-            "raw_data": tables.raw_data.data_version,
-            "decisions": decisions.data_version,
-            "selected_subset": tables.selected_subset.data_version,
-            **decisions.provenance["inputs"],
+            **{name: table.data_version for name, table in batch.tables.items()},
+            **decided.provenance["inputs"],
         },
-        "models": decisions.provenance["models"],
-        "pool": decisions.provenance["pool_id"],
-        "settings_hash": decisions.provenance["settings_hash"],
-        "provenance_id": decisions.provenance_id,
+        "models": decided.provenance["models"],
+        "pool": decided.provenance["pool_id"],
+        "settings_hash": decided.provenance["settings_hash"],
+        "provenance_id": decided.provenance_id,
     }

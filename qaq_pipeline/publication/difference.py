@@ -1,11 +1,13 @@
-"""The difference of two versions: rows that entered and left, and why."""
+"""The difference between two versions: the rows that entered and left, and why. No Dagster.
+
+Belongs here: the comparison. Does not belong here: where it is stored (`versions`).
+"""
 
 from __future__ import annotations
 
 import polars as pl
 
-from qaq_pipeline.publication import exports
-from qaq_pipeline.publication.versions import FOLDER
+from qaq_pipeline.publication import flat_scores, versions
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Change, Decision
@@ -13,23 +15,18 @@ from qaq_pipeline.storage.storage import Storage
 
 
 def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
-    """The difference of two stored versions; it is stored beside them."""
-    before, after = (_read_scores(storage, version) for version in (older, newer))
-    found = difference(before, after)
+    """Compare two stored versions, and store the difference if they are not the same version."""
+    found = difference(versions.read_scores(storage, older), versions.read_scores(storage, newer))
     if older != newer:
-        storage.files.write_bytes(exports.parquet(found), FOLDER, "differences", f"{newer}_from_{older}.parquet")
+        storage.files.write_bytes(flat_scores.parquet(found), *versions.difference_place(older, newer))
     return found
 
 
-def _read_scores(storage: Storage, version: str) -> pl.DataFrame:
-    return storage.files.read_frame(FOLDER, version, "scores.parquet")
-
-
 def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
-    """The Difference of two versions, from their scores.parquet.
+    """Difference between two versions, from their scores.
 
-    A row is the same where its place and its text are: of a row that was delivered anew with another text, the old one
-    left and the new one entered.
+    A row is the same if its place and its text are. If a row was delivered again with another text, the old row left
+    and the new one entered.
     """
     key = [*ROW_KEY, "pair_id"]
     old, new = (frame.select(*key, "decision", "reason").drop_nulls("pair_id") for frame in (before, after))

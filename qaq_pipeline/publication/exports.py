@@ -1,10 +1,10 @@
-"""Selected rows as the files that trainers load. No scores in them.
+"""The training files of selected rows, in every exported format. They hold no scores.
 
-Belongs here: one function a format, rows in, bytes out, and what a reader of its files must know.
-Does not belong here: which rows, or where files go.
+Belongs here: one function per format, from rows to bytes, and what a reader of the files has to know. Does not belong
+here: which rows are exported, and where the files are stored.
 
-Rows are SelectedSubset, perhaps with the column `meta` (`with_meta`), which every record has then. All records of a
-format have the same fields of the same types, whatever the rows hold: none is left out, and none is null.
+Rows are SelectedSubset, optionally with the column `meta` (`with_meta`); every record then has it. All records of a
+format have the same fields with the same types, whatever the rows hold: no field is missing or null.
 """
 
 from __future__ import annotations
@@ -24,73 +24,71 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
-from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.storage import row_lookup
 
 _ROWS_AT_A_TIME = 10_000
-"""Of an Arrow table: the texts of a part of it must stay below 2 GB."""
+"""Rows in one Arrow record batch, whose texts must stay below 2 GB."""
 
 _META = (*ROW_KEY, "pair_id", "source", "language", "record")
 
 
 def messages_jsonl(rows: pl.DataFrame) -> bytes:
-    """OpenAI messages, one conversation a line: the row's own system text, if any, then Q and A."""
+    """OpenAI messages, one conversation per line: the row's own system text, if any, then Q and A."""
     return _jsonl(_records(rows, _messages))
 
 
 def alpaca_json(rows: pl.DataFrame) -> bytes:
-    """Alpaca: a JSON array of instruction (Q whole), input (empty), output (A) and system (perhaps empty)."""
+    """Alpaca: a JSON array of instruction (all of Q), input (empty), output (A) and system (may be empty)."""
     return b"[\n" + b",\n".join(map(_json, _records(rows, _alpaca))) + b"\n]\n"
 
 
 def prompt_completion_jsonl(rows: pl.DataFrame) -> bytes:
     """Prompt and completion as lists of messages: the row's own system text, if any, and Q; then A.
 
-    Not as text, which TRL joins as it is: without the turns of a chat template, and with no place for a system text.
-    Message lists it renders with the template, and the loss is on the completion alone.
+    TRL would join plain texts without the turns of a chat template and without a system text. It renders lists of
+    messages with the template, and the loss is on the completion alone.
     """
     return _jsonl(_records(rows, _prompt_completion))
 
 
 def sharegpt_jsonl(rows: pl.DataFrame) -> bytes:
-    """ShareGPT, one conversation a line: from system, where the row has a system text, human and gpt."""
+    """ShareGPT, one conversation per line: from system (if the row has a system text), human and gpt."""
     return _jsonl(_records(rows, _sharegpt))
 
 
 def messages_parquet(rows: pl.DataFrame) -> bytes:
-    """The records of `messages_jsonl` as Parquet, of the types that `datasets` gives the JSONL."""
+    """The records of `messages_jsonl` as Parquet, with the types that `datasets` gives to the JSONL."""
     stream = io.BytesIO()
     pq.write_table(_messages_table(rows), stream, compression="zstd")
     return stream.getvalue()
 
 
 def messages_folder(rows: pl.DataFrame) -> dict[str, bytes]:
-    """The same as the files of `Dataset.save_to_disk`, by name; needs the extra `datasets`.
+    """The records of `messages_jsonl` as the files of `Dataset.save_to_disk`, by name; needs the extra `datasets`.
 
-    The fingerprint is a hash of the rows and no random number: the same rows give the same files.
+    The fingerprint is a hash of the rows, not a random number: the same rows give the same files.
     """
     from datasets import Dataset
 
     fingerprint = hashlib.blake2b(messages_jsonl(rows), digest_size=8).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
-        # One shard, also of no rows: `load_from_disk` fails where there is none.
+        # One shard even without rows: `load_from_disk` fails if there is none.
         Dataset(_messages_table(rows), fingerprint=fingerprint).save_to_disk(folder, num_shards=1)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl.DataFrame:
-    """The rows with where each comes from, and the delivered record, as the column `meta`: a JSON object as text.
+    """Add the column `meta`: the origin of each row and its delivered record, a JSON object as text.
 
-    A record holds all turns of a conversation: where one of them may not be published, it is left out of the others.
+    A record holds all turns of a conversation: if one of them may not be published, no turn gets the record.
 
     Args:
         rows: SelectedSubset.
         raw: RawData of the same batches.
         barred: keys of the rows whose text may not be published.
 
-    As text, since its values vary: of a JSON file `datasets` makes dates out of the names of batches that are named by
-    their day, and a column of nulls where no row has a source, so that two files would differ in type.
+    It is text because the values vary. From JSON objects `datasets` would infer dates where batches are named by their
+    day, and nulls where no row has a source, so that the columns of two files would differ in type.
     """
     of_record = [name for name in ROW_KEY if name != "turn_index"]
     is_barred = barred.select(of_record).unique().with_columns(is_barred=pl.lit(True))
@@ -108,22 +106,22 @@ class Format:
     """One of `export.formats`."""
 
     path: str
-    """Its file, or folder, in the folder of a selection."""
+    """File or folder in the folder of a selection."""
     write: Callable[[pl.DataFrame], bytes | dict[str, bytes]]
-    """Rows -> the file, or the files of the folder by name."""
+    """From rows to the file, or to the files of the folder by name."""
     columns: pa.Schema
-    """Of its records, as `datasets` loads them; `meta` aside."""
+    """Columns of its records as `datasets` loads them, without `meta`."""
     llama_factory: Mapping[str, Any] | None = None
-    """How LLaMA-Factory is told to read the file; None: it cannot."""
+    """Entry that tells LLaMA-Factory how to read the file; None: it cannot read it."""
 
     @property
     def is_json(self) -> bool:
-        """Whether `datasets` reads it by its JSON loader."""
+        """True if `datasets` reads it with its JSON loader."""
         return self.path.endswith((".json", ".jsonl"))
 
 
 def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
-    """The files of the rows in a format of `export.formats`, by their path in the folder of a selection."""
+    """The files of the rows in a format of `export.formats`, by path in the folder of a selection."""
     written = FORMATS[name].write(rows)
     if isinstance(written, bytes):
         return {FORMATS[name].path: written}
@@ -137,13 +135,13 @@ def columns(name: str, *, has_meta: bool) -> pa.Schema:
 
 
 def format_of(path: str) -> str | None:
-    """The format that wrote a file, by its path in the folder of a selection; None: no format did."""
+    """The format of a file, by its path in the folder of a selection; None: it is not a training file."""
     written = (name for name, one in FORMATS.items() if path == one.path or path.startswith(f"{one.path}/"))
     return next(written, None)
 
 
 def check_installed(formats: Sequence[str]) -> None:
-    """Raises `SettingsError` where a format is asked for whose package is not installed."""
+    """Raises `SettingsError` if the package of a format is not installed."""
     if "hf" in formats and find_spec("datasets") is None:
         raise SettingsError(
             "export.formats: hf needs the package datasets; install qaq-pipeline[datasets], or leave hf out"
@@ -156,31 +154,13 @@ def llama_factory_info(exported: Mapping[str, int], formats: Sequence[str]) -> b
 
 
 def llama_factory_entries(exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """An entry `<selection>_<format>` for each file with rows that LLaMA-Factory can read."""
+    """An entry `<selection>_<format>` for each file that has rows and that LLaMA-Factory can read."""
     return {
         f"{selection}_{name}": {"file_name": f"{selection}/{FORMATS[name].path}", **reading}
         for selection, num_rows in exported.items()
         for name in formats
         if num_rows and (reading := FORMATS[name].llama_factory) is not None
     }
-
-
-def scores_parquet(decisions: pl.DataFrame) -> bytes:
-    """Every input row's decision and scores, flat: joins on the row key or on pair_id."""
-    return parquet(flat_scores(decisions))
-
-
-def parquet(rows: pl.DataFrame) -> bytes:
-    """The rows as they are."""
-    buffer = io.BytesIO()
-    rows.write_parquet(buffer, compression="zstd", row_group_size=row_lookup.rows_per_group(rows.height))
-    return buffer.getvalue()
-
-
-def flat_scores(decisions: pl.DataFrame) -> pl.DataFrame:
-    """Decisions with a column for each score and model (`rmi_strong`) and each selection (`is_selected:diff_high`)."""
-    scored = to_columns(decisions, "scores")
-    return to_columns(scored, "verdicts", ":", ("is_selected", "reason", "score", "position"))
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""A published version where others load it: a dataset repository of the Hugging Face hub, a folder, any fsspec URL.
+"""Copies of a published version for others: on the Hugging Face hub, in a folder, or at any fsspec URL. No Dagster.
 
-Belongs here: which version may leave, and one commit, or one copy, of it. Does not belong here: what a version is.
+Belongs here: which version may be copied, and the commit or copy of it. Does not belong here: what a version contains.
 
-The files arrive byte for byte as they lie in the storage, the manifest among them, by which a repetition is known.
-What an earlier version left there and this one has not is removed; nothing else is touched. No Dagster.
+The files are copied unchanged from the storage. The manifest is copied too, so that a repetition is recognised. Files
+of an earlier version that this one does not have are removed; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -18,28 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qaq_pipeline.publication.versions import (
-    FOLDER,
-    MANIFEST_FORMAT,
-    find_version,
-    kept_versions,
-    latest,
-    published_withdrawn,
-)
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.versions import MANIFEST, MANIFEST_FORMAT
+from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_MANIFEST = "manifest.json"
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@\s]+))?")
 _REMEDIES = {
     401: "no valid token: set HF_TOKEN, or `hf auth login`",
     403: "the token may not write there: take one with the right to, or another repository",
     404: "there is no such repository, or the token may not see it: set HF_TOKEN, or `hf auth login`",
 }
-"""By HTTP status."""
+"""Remedies by HTTP status."""
 
 
 class PublishError(ValueError):
@@ -48,14 +42,14 @@ class PublishError(ValueError):
 
 @dataclass(frozen=True)
 class Copy:
-    """A version at a target, or as it would arrive there."""
+    """A version at a target, or as a dry run would write it."""
 
     version: str
     url: str
     sizes: Mapping[str, int]
     """Bytes of each file, by its path."""
     is_new: bool
-    """Whether it was not there before, as far as that was looked for."""
+    """False: it was there before. A dry run does not look."""
     removed: tuple[str, ...] = ()
     """Files of an earlier version."""
     replaced: tuple[str, ...] = ()
@@ -63,20 +57,20 @@ class Copy:
 
 
 class _Target(Protocol):
-    """Where a version is published."""
+    """A place to which a version is copied."""
 
     has_history: bool
-    """Whether what is replaced there can be had again."""
+    """True if replaced files can be restored there."""
 
     @property
     def url(self) -> str:
-        """Where others find it."""
+        """Address for readers."""
 
     def manifest(self) -> Any:
-        """The JSON value of the manifest that is there; None: there is none."""
+        """JSON value of the manifest at the target; None: there is none."""
 
     def existing(self, names: Sequence[str]) -> list[str]:
-        """Those of the files that are there."""
+        """The files of these names that exist at the target."""
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:
         """Write files and remove others."""
@@ -90,17 +84,17 @@ def publish(
     is_private: bool = False,
     is_dry_run: bool = False,
 ) -> Copy:
-    """Copy a version to a target; where it is there already, nothing is written.
+    """Copy a version to a target, unless it is there already.
 
     Args:
-        storage: where the version lies.
+        storage: where the version is stored.
         version: its number, the first digits of its hash, or `latest`.
-        to: `hf://datasets/ORG/NAME`, perhaps with `@REVISION`; else a folder, or any fsspec URL.
-        is_private: whether a repository that is made is private; one that exists must be.
-        is_dry_run: whether only to say what would be written.
+        to: `hf://datasets/ORG/NAME`, optionally with `@REVISION`; or a folder, or any fsspec URL.
+        is_private: create a missing repository as private; an existing one must be private.
+        is_dry_run: write nothing.
 
     Raises:
-        PublishError: there is no such version, it holds what was withdrawn since, or the target cannot be written.
+        PublishError: there is no such version, it contains withdrawn rows, or the target cannot be written.
         StorageError: a file of it is missing or damaged.
     """
     version = _existing_version(storage, version)
@@ -125,35 +119,37 @@ def publish(
     return Copy(version, target.url, sizes, is_new=True, removed=tuple(obsolete), replaced=tuple(foreign))
 
 
-def _existing_version(storage: Storage, version: str) -> str:
-    found = find_version(storage, version).version
-    kept = kept_versions(storage)
-    if found not in kept or not storage.files.exists(FOLDER, found, _MANIFEST):
-        raise PublishError(f"{version!r} is no version whose files are kept; these are: {', '.join(kept)}")
-    if batches := published_withdrawn(storage, found):
-        newer = "`qaq refresh` makes one" if found == latest(storage) else "`latest` is newer"
+def _existing_version(storage: Storage, name: str) -> str:
+    """The version with that name, whose files are kept and hold nothing that was withdrawn."""
+    published = versions.find_version(storage, name)
+    version, kept = published.version, versions.kept_versions(storage)
+    if version not in kept:
+        raise PublishError(f"the files of version {name!r} were not kept; kept versions: {', '.join(kept) or 'none'}")
+    if batches := withdrawn_batches(storage, published):
+        newer = "`qaq refresh` makes one" if version == kept[-1] else "`latest` is newer"
         raise PublishError(
-            f"version {found} holds what was withdrawn since of {', '.join(batches)}; publish one without it: {newer}"
+            f"version {version} holds rows of {', '.join(batches)} that were withdrawn since; publish a version "
+            f"without them: {newer}"
         )
-    return found
+    return version
 
 
 def _read_files(storage: Storage, version: str) -> dict[str, bytes]:
-    """The files of a version by their path, the manifest last; each is what was published."""
-    folder = (FOLDER, version)
+    """The files of a version by path, unchanged since they were published; the manifest comes last."""
     files = {}
-    for name, sha256 in storage.files.read_json(*folder, _MANIFEST)["files"].items():
-        files[name] = storage.files.read_bytes(*folder, *name.split("/"))
+    for name, sha256 in versions.read_manifest(storage, version)["files"].items():
+        stored = versions.place(version, name)
+        files[name] = storage.files.read_bytes(*stored)
         if hashlib.sha256(files[name]).hexdigest() != sha256:
             raise StorageError(
-                f"{storage.files.url(*folder, name)}: changed since it was published; restore it, or remove the "
-                "version's folder and run `qaq refresh`"
+                f"{storage.files.url(*stored)}: changed since it was published; restore it, or remove the version's "
+                "folder and run `qaq refresh`"
             )
-    return files | {_MANIFEST: storage.files.read_bytes(*folder, _MANIFEST)}
+    return files | {MANIFEST: storage.files.read_bytes(*versions.place(version, MANIFEST))}
 
 
 def _parse(to: str) -> tuple[str, str] | None:
-    """Repository and revision of an hf:// URL; None: it is none."""
+    """Repository and revision of an hf:// URL; None: it is another URL or a folder."""
     if not to.startswith("hf://"):
         return None
     found = _HUB.fullmatch(to)
@@ -163,14 +159,14 @@ def _parse(to: str) -> tuple[str, str] | None:
 
 
 def _files_of(manifest: Any) -> list[str]:
-    """The files that a manifest of ours names; of any other JSON none."""
+    """The files in a manifest of this pipeline; none in any other JSON value."""
     files = manifest.get("files") if _is_ours(manifest) else None
     names = files if isinstance(files, dict) else {}
     return [name for name in names if not (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts)]
 
 
 def _is_ours(manifest: Any) -> bool:
-    """Whether this pipeline wrote it: the number of its format stands in it."""
+    """Whether this pipeline wrote the manifest: it has a format number."""
     return isinstance(manifest, dict) and isinstance(manifest.get("format"), int)
 
 
@@ -190,15 +186,15 @@ class _Folder:
         return self._storage.files.url().rstrip("/")
 
     def manifest(self) -> Any:
-        return self._storage.files.read_json(_MANIFEST) if self._storage.files.exists(_MANIFEST) else None
+        return self._storage.files.read_json(MANIFEST) if self._storage.files.exists(MANIFEST) else None
 
     def existing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self._storage.files.exists(*name.split("/"))]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
-        """Until the manifest, which is last, says that all went well, another says that it is being written."""
+        """Write a provisional manifest first: it lists the files until the final one, written last, replaces it."""
         begun = {"format": MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
-        self._storage.files.write_json(begun, _MANIFEST)
+        self._storage.files.write_json(begun, MANIFEST)
         for name in obsolete:
             self._storage.files.remove(*name.split("/"))
         for name, data in files.items():
@@ -206,7 +202,7 @@ class _Folder:
 
 
 class _Repository:
-    """A branch of a dataset repository of the hub; both are made where they are missing."""
+    """A branch of a dataset repository on the hub; both are created if missing."""
 
     has_history = True
 
@@ -236,7 +232,7 @@ class _Repository:
 
         with _naming(self._repo), tempfile.TemporaryDirectory() as folder:
             try:
-                path = self._api.hf_hub_download(filename=_MANIFEST, local_dir=folder, **self._at)
+                path = self._api.hf_hub_download(filename=MANIFEST, local_dir=folder, **self._at)
                 return json.loads(Path(path).read_bytes())
             except (RemoteEntryNotFoundError, ValueError):  # There is none, or it is no JSON and so none of ours.
                 return None
@@ -249,7 +245,7 @@ class _Repository:
         return [name for name in names if name in there]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:
-        """One commit."""
+        """Write and remove the files in one commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in files.items()]
@@ -260,7 +256,7 @@ class _Repository:
 
 @contextlib.contextmanager
 def _naming(repo: str) -> Iterator[None]:
-    """Errors of the hub as `PublishError`, with the repository and the remedy."""
+    """Raise errors of the hub as `PublishError`, with the repository and the remedy."""
     try:
         yield
     except PublishError:

@@ -1,179 +1,225 @@
-"""The published dataset: which batches enter it, its files, its manifest, and where it lies. No Dagster.
+"""The versions of the dataset in the storage, and the log of their publications. No Dagster.
 
-Belongs here: what a version consists of. Does not belong here: the formats of the files, or when it is published.
+Belongs here: every path below `curated_dataset/`, and which versions there are. Does not belong here: the content of a
+version (`curated_dataset`, `difference`), and its audit page (`reports`).
 
-    curated_dataset/<manifest hash>/manifest.json, README.md, dataset_info.json, scores.parquet,
-                                    <selection>/<format's file or folder>
-    curated_dataset/differences/<newer>_from_<older>.parquet   the rows that entered and left, and why
-    curated_dataset/publications.json          every publication: the version's number, its hash, when, by which run
-    curated_dataset/pair_index/<version>.parquet  from pair_ids to the rows of its scores.parquet
-    curated_dataset/history.json               the versions whose files are kept, the one published last at the end
-    curated_dataset/retired/<version>.json     manifests of versions whose files were not kept
-    curated_dataset/latest.json                points to the newest version, and lists the batches left out
+    curated_dataset/publications.json                 every publication in order; the last entry is the newest version
+    curated_dataset/<version>/<selection>/…           training files, in each exported format
+    curated_dataset/<version>/scores.parquet, README.md, dataset_info.json
+    curated_dataset/<version>/manifest.json           written after all other files of the version
+    curated_dataset/differences/<newer>_from_<older>.parquet   rows that entered and left, and why
+    curated_dataset/pair_index/<version>.parquet      from pair_ids to the rows of its scores.parquet
+    curated_dataset/reports/<version>.html            audit page
+    curated_dataset/retired/<version>.json            manifest of a version whose files were removed
 
-The hash is taken of the manifest: equal content is one version, however often it is published.
+A version is the hash of its manifest: equal content is one version, however often it is published. The index and the
+page of a version lie outside its folder because the folder is the content. A version is published as soon as it is in
+the log: a publication that is interrupted before leaves the newest version as it was, and the next one continues it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.freshness.eligibility import signatures_if_withdrawn
-from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.screening import withdrawals
-from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import FoundRows
 
-FOLDER = "curated_dataset"
 MANIFEST_FORMAT = 2
-_LOG = (FOLDER, "publications.json")
+MANIFEST = "manifest.json"
+SCORES = "scores.parquet"
+_FOLDER = "curated_dataset"
+_LOG = (_FOLDER, "publications.json")
 _SHORTEST_HASH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version by its number, as people call it; it keeps the number when it is published again."""
+    """A publication of a version. A version keeps the number of its first publication."""
 
     number: int
     version: str
-    published_at: str | None
-    """None: before publications were logged."""
+    published_at: str
     run_id: str | None
+    excluded_batches: dict[str, str]
+    """Reason for each registered batch that is not in it."""
 
 
-def read_manifest(storage: Storage, version: str | None = None) -> dict[str, Any] | None:
-    """Of a version, by default the newest; None where there is none, or its files are gone."""
-    found = version or latest(storage)
-    if found is None or not storage.files.exists(FOLDER, found, "manifest.json"):
-        return None
-    return storage.files.read_json(FOLDER, found, "manifest.json")
+# --- places -----------------------------------------------------------------------------------------------------------
 
 
-def _withdrawn_since(storage: Storage, version: str | None) -> withdrawals.Withdrawals:
-    """What was withdrawn after a version was published; where that time is not recorded, all."""
-    version = version or latest(storage)
-    times = [one.published_at for one in publications(storage) if one.version == version]
-    return withdrawals.read(storage, times[0] if times else None)
+def place(version: str, *file: str) -> tuple[str, ...]:
+    """Place of a version, or of one of its files by the name in the manifest."""
+    return (_FOLDER, version, *(part for name in file for part in name.split("/")))
 
 
-def published_withdrawn(storage: Storage, version: str | None = None) -> list[str]:
-    """Batches of a version, by default the newest, of which something was withdrawn since they entered it.
-
-    Of a batch that was delivered or screened anew since, the rows of then are not known any more: it counts as soon as
-    any text was withdrawn after the version was published.
-    """
-    published, withdrawn = read_manifest(storage, version), withdrawals.read(storage)
-    found = []
-    for entry in [] if published is None else published["batches"]:
-        batch = entry["batch"]
-        concerned = withdrawn.of_batch(batch, signatures_if_withdrawn(storage, batch, withdrawn))
-        screened = storage.tables.footer("screened_data", Partition(batch))
-        entered = screened.data_version == entry["data_versions"]["screened_data"]
-        if entered and screened.provenance.get("withdrawn", {}) == concerned:
-            continue
-        if concerned or (not entered and _withdrawn_since(storage, version).contents):
-            found.append(batch)
-    return found
+def page_place(version: str) -> tuple[str, ...]:
+    """Place of a version's audit page."""
+    return (_FOLDER, "reports", f"{version}.html")
 
 
-def latest(storage: Storage) -> str | None:
-    """The version published last; None: nothing was."""
-    return (
-        storage.files.read_json(FOLDER, "latest.json")["version"]
-        if storage.files.exists(FOLDER, "latest.json")
-        else None
-    )
+def difference_place(older: str, newer: str) -> tuple[str, ...]:
+    """Place of the difference between two versions."""
+    return (_FOLDER, "differences", f"{newer}_from_{older}.parquet")
 
 
-def kept_versions(storage: Storage) -> list[str]:
-    """The versions whose files are kept, the one published last at the end."""
-    return storage.files.read_json(FOLDER, "history.json") if storage.files.exists(FOLDER, "history.json") else []
+def index_place(version: str) -> tuple[str, ...]:
+    """Place of the index from pair_ids to the rows of a version's scores."""
+    return (_FOLDER, "pair_index", f"{version}.parquet")
+
+
+def manifest_place(storage: Storage, version: str) -> tuple[str, ...]:
+    """Place of a version's manifest, which is kept when the files are removed."""
+    return place(version, MANIFEST) if is_kept(storage, version) else (_FOLDER, "retired", f"{version}.json")
+
+
+def folder_url(storage: Storage) -> str:
+    """Where the versions lie."""
+    return storage.files.url(_FOLDER)
+
+
+# --- publications -----------------------------------------------------------------------------------------------------
+
+
+def log(storage: Storage) -> list[Published]:
+    """Every publication, oldest first."""
+    return [Published(**entry) for entry in storage.files.read_json(*_LOG)] if storage.files.exists(*_LOG) else []
+
+
+def latest(storage: Storage) -> Published | None:
+    """The last publication; None: nothing was published."""
+    return next(reversed(log(storage)), None)
 
 
 def publications(storage: Storage) -> list[Published]:
-    """Every version that was ever published, once, in the order of the numbers."""
-    return sorted({entry.version: entry for entry in reversed(_logged(storage))}.values(), key=lambda one: one.number)
-
-
-def run_record(run_id: str) -> tuple[str, ...]:
-    """Where it lies by which run, when, and without which batches a version was published."""
-    return FOLDER, "runs", f"{run_id}.json"
-
-
-def left_out(storage: Storage, published: Published) -> dict[str, str] | None:
-    """The registered batches that a version was published without, and why; None: that is not recorded."""
-    if published.run_id is None or not storage.files.exists(*run_record(published.run_id)):
-        return None
-    return storage.files.read_json(*run_record(published.run_id))["excluded_batches"]
+    """The first publication of each version, by number, with the batches that its last publication excluded."""
+    found: dict[str, Published] = {}
+    for entry in log(storage):
+        first = found.get(entry.version, entry)
+        found[entry.version] = replace(first, excluded_batches=entry.excluded_batches)
+    return list(found.values())
 
 
 def find_version(storage: Storage, name: str) -> Published:
-    """The version that a person means: by its number, the first digits of its hash, or `latest`.
+    """The version with this number or these first digits of its hash, or `latest`.
 
     Raises:
         StorageError: there is none, or more than one.
     """
     known = publications(storage)
     if not known:
-        raise StorageError("nothing was published yet; `qaq run FILE --batch NAME` makes a version")
-    digits = latest(storage) if name == "latest" else name
-    if digits is None:
-        raise StorageError("the first publication was cut off before it ended; `qaq refresh` ends it")
+        raise StorageError("nothing is published yet; `qaq run FILE --batch NAME` makes a version")
+    newest = latest(storage)
+    digits = newest.version if newest is not None and name == "latest" else name
     by_number = [one for one in known if digits == str(one.number)]
     found = by_number or [one for one in known if len(digits) >= _SHORTEST_HASH and one.version.startswith(digits)]
     if len(found) != 1:
         numbers = ", ".join(f"{one.number} ({one.version[:8]})" for one in known)
-        raise StorageError(f"no one version {name!r} was published; published were: {numbers}")
+        raise StorageError(f"no version, or more than one, matches {name!r}; published versions: {numbers}")
     return found[0]
 
 
-def pair_index(version: str) -> tuple[str, ...]:
-    """Where the index of a version's scores.parquet lies: outside, for the version's files are its content."""
-    return FOLDER, "pair_index", f"{version}.parquet"
+def lock(storage: Storage) -> AbstractContextManager[None]:
+    """Lock for one publication at a time."""
+    return storage.locks.hold(_FOLDER, waits=True)
 
 
-def _logged(storage: Storage) -> list[Published]:
-    """The log, oldest first; of a storage of before there was one, what its history knows."""
-    if storage.files.exists(*_LOG):
-        return [Published(**entry) for entry in storage.files.read_json(*_LOG)]
-    return [Published(number, version, None, None) for number, version in enumerate(kept_versions(storage), start=1)]
-
-
-def log_publication(storage: Storage, version: str, run_id: str | None) -> None:
-    """Add a publication, unless it is the same version as the last one."""
-    logged = _logged(storage)
-    if logged and logged[-1].version == version and storage.files.exists(*_LOG):
+def record(storage: Storage, version: str, excluded: Mapping[str, str], run_id: str | None) -> None:
+    """Log a publication, which makes the version the newest one; nothing changes if it repeats the last one."""
+    logged = log(storage)
+    if logged and (logged[-1].version, logged[-1].excluded_batches) == (version, excluded):
         return
     numbers = {entry.version: entry.number for entry in logged}
-    number = numbers.get(version, max(numbers.values(), default=0) + 1)
-    entry = Published(number, version, datetime.now(UTC).isoformat(timespec="seconds"), run_id)
+    number = numbers.get(version, len(numbers) + 1)
+    entry = Published(number, version, datetime.now(UTC).isoformat(timespec="seconds"), run_id, dict(excluded))
     storage.files.write_json([asdict(one) for one in [*logged, entry]], *_LOG)
 
 
-def index_pairs(storage: Storage, version: str, manifest: Mapping[str, Any], decisions: pl.DataFrame) -> None:
-    """Write the index from pair_ids to the rows of a version, once."""
-    if not storage.files.exists(*pair_index(version)):
-        storage.tables.write_pair_index(decisions, manifest["files"]["scores.parquet"], *pair_index(version))
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def retire(storage: Storage, version: str, keep: int | None) -> tuple[str, ...]:
-    """Remove the files of the oldest versions, but for the newest `keep`; their manifests stay."""
-    ordered = [*(known for known in kept_versions(storage) if known != version), version]
-    surplus = ordered[:-keep] if keep else []
-    for retired in surplus:
-        if storage.files.exists(FOLDER, retired, "manifest.json"):
-            manifest = storage.files.read_json(FOLDER, retired, "manifest.json")
-            storage.files.write_json(manifest, FOLDER, "retired", f"{retired}.json")
-            for name in manifest["files"]:  # The manifest goes last: until then the next publication goes on here.
-                if storage.files.exists(FOLDER, retired, *name.split("/")):
-                    storage.files.remove(FOLDER, retired, *name.split("/"))
-            storage.files.remove_folder(FOLDER, retired)
-            if storage.files.exists(*pair_index(retired)):
-                storage.files.remove(*pair_index(retired))
-    storage.files.write_json(ordered[len(surplus) :], FOLDER, "history.json")
-    return tuple(surplus)
+def store(storage: Storage, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[str, bool]:
+    """Write the files of a version and then its manifest; the version, and whether it was written now."""
+    version = hash_json(manifest)
+    if is_kept(storage, version):
+        return version, False
+    for name, data in files.items():
+        storage.files.write_bytes(data, *place(version, name))
+    storage.files.write_json(manifest, *place(version, MANIFEST))
+    return version, True
+
+
+def index_pairs(storage: Storage, version: str, rows: pl.DataFrame) -> None:
+    """Write the index from pair_ids to the rows of a version's scores, once."""
+    if not storage.files.exists(*index_place(version)):
+        storage.tables.write_pair_index(rows, read_manifest(storage, version)["files"][SCORES], *index_place(version))
+
+
+def is_kept(storage: Storage, version: str) -> bool:
+    """Whether the files of a version are stored."""
+    return storage.files.exists(*place(version, MANIFEST))
+
+
+def kept_versions(storage: Storage) -> list[str]:
+    """The versions whose files are stored, in the order of their last publications."""
+    ordered = dict.fromkeys(entry.version for entry in reversed(log(storage)))
+    return [version for version in reversed(ordered) if is_kept(storage, version)]
+
+
+def read_manifest(storage: Storage, version: str) -> dict[str, Any]:
+    """The manifest of a version whose files are kept. Raises `StorageError` where it is missing or torn."""
+    return storage.files.read_json(*place(version, MANIFEST))
+
+
+def read_scores(storage: Storage, version: str) -> pl.DataFrame:
+    """The scores of a version. Raises `StorageError` where they are missing or torn."""
+    return storage.files.read_frame(*place(version, SCORES))
+
+
+def read_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame | None:
+    """The stored difference between two versions; None: there is none."""
+    stored = difference_place(older, newer)
+    return storage.files.read_frame(*stored) if storage.files.exists(*stored) else None
+
+
+def find_rows(
+    storage: Storage, version: str, where: row_lookup.Where, columns: Sequence[str] | None = None
+) -> pl.DataFrame:
+    """Rows of a version's scores, without reading the others."""
+    return storage.tables.find_in_file(where, *place(version, SCORES), columns=columns)
+
+
+def find_pair(
+    storage: Storage, version: str, start: str, most: int | None = None, batches: Sequence[str] | None = None
+) -> FoundRows:
+    """Rows of a version's scores by the first digits of their pair_id; of these batches, or of any."""
+    sha256 = read_manifest(storage, version)["files"][SCORES]
+    return storage.tables.find_pair_in_file(start, place(version, SCORES), index_place(version), sha256, most, batches)
+
+
+def retire(storage: Storage, version: str) -> None:
+    """Remove the files of a version and keep its manifest.
+
+    The manifest in the folder is removed last: if this is interrupted, the next publication retires the version again.
+    """
+    manifest = read_manifest(storage, version)
+    storage.files.write_json(manifest, *(_FOLDER, "retired", f"{version}.json"))
+    for stored in (index_place(version), *(place(version, name) for name in manifest["files"])):
+        if storage.files.exists(*stored):
+            storage.files.remove(*stored)
+    storage.files.remove_folder(*place(version))
+
+
+def retire_oldest(storage: Storage, keep: int | None) -> tuple[str, ...]:
+    """Retire all but the newest `keep` versions (None: none); the retired versions."""
+    surplus = tuple(kept_versions(storage)[:-keep]) if keep else ()
+    for version in surplus:
+        retire(storage, version)
+    return surplus

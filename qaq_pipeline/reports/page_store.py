@@ -5,7 +5,7 @@ asks for it (assets, `runs.audit_pages`), and Dagster.
 
     reports/<batch>/report.html                  and made_of.json: versions of what it was made of
     reports/<batch>/calibration.html             written with the table
-    curated_dataset/reports/<version>.html       outside the version's own folder, which its manifest describes
+    The page of a version lies with the versions: `versions.page_place`.
 """
 
 from __future__ import annotations
@@ -52,18 +52,13 @@ def forget(storage: Storage, batches: Sequence[str]) -> None:
                 storage.files.remove(*page)
 
 
-def version_page(version: str) -> tuple[str, ...]:
-    """Where the page of a published version lies."""
-    return (versions.FOLDER, FOLDER, f"{version}.html")
-
-
 def made_of(storage: Storage, batch: str, code_version: str | None) -> dict[str, Any] | None:
     """What the page of a batch would be made of now; None: a table is missing, so there is nothing to show yet."""
-    versions = {name: storage.tables.version(name, Partition(batch)) for name in _INPUTS}
-    return None if None in versions.values() else {"code_version": code_version, "inputs": versions}
+    inputs = {name: storage.tables.version(name, Partition(batch)) for name in _INPUTS}
+    return None if None in inputs.values() else {"code_version": code_version, "inputs": inputs}
 
 
-def is_outdated(storage: Storage, batch: str, code_version: str | None) -> bool:
+def is_stale(storage: Storage, batch: str, code_version: str | None) -> bool:
     """Whether the page of a batch is missing, or of other tables or code than would make it now."""
     wanted = made_of(storage, batch, code_version)
     if wanted is None:
@@ -83,8 +78,8 @@ def write_batch_page(
     frozen = read_reference(storage, settings)
     calibration = calibration_page(tables.batch)[-1] if settings.is_calibrated and settings.reports.pages else None
     page = pages.batch_page(tables, scorings, settings.published, frozen, made, settings.reports.examples, calibration)
-    versions = {name: getattr(tables, name).data_version for name in _INPUTS}
-    stands = {"code_version": made.code_version, "inputs": versions}
+    inputs = {name: tables[name].data_version for name in _INPUTS}
+    stands = {"code_version": made.code_version, "inputs": inputs}
     storage.files.write_bytes(page, *batch_page(tables.batch))
     storage.files.write_json(stands, FOLDER, tables.batch, "made_of.json")
     return hash_json(stands)
@@ -96,22 +91,21 @@ def write_version_page(storage: Storage, settings: Settings, version: str, made:
     Raises:
         StorageError: there is no such version, or its files were not kept.
     """
-    folder = (versions.FOLDER, version)
-    if not storage.files.exists(*folder, "manifest.json"):
+    if not versions.is_kept(storage, version):
         raise StorageError(f"version {version!r} is not kept; kept are {', '.join(versions.kept_versions(storage))}")
-    manifest = storage.files.read_json(*folder, "manifest.json")
-    flat = storage.files.read_frame(*folder, "scores.parquet")
+    manifest = versions.read_manifest(storage, version)
+    flat = versions.read_scores(storage, version)
     page = pages.version_page(
         version,
         manifest,
         flat,
         TypeAdapter(Selection).validate_python(manifest["selection"]),
         _neighbours(storage, version, manifest),
-        {name: storage.files.size(*folder, *name.split("/")) for name in manifest["files"]},
+        {name: storage.files.size(*versions.place(version, name)) for name in manifest["files"]},
         read_reference(storage, settings),
         made,
     )
-    storage.files.write_bytes(page, *version_page(version))
+    storage.files.write_bytes(page, *versions.page_place(version))
     return flat
 
 
@@ -128,25 +122,15 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
     kept = versions.kept_versions(storage)
     place = kept.index(version) if version in kept else 0
     previous = kept[place - 1] if place else None
-    difference = None
-    stored = (versions.FOLDER, "differences", f"{version}_from_{previous}.parquet")
-    if previous is not None and storage.files.exists(*stored):
-        difference = storage.files.read_frame(*stored)
-    newest = storage.files.read_json(versions.FOLDER, "latest.json")
-    is_newest = newest["version"] == version
-    excluded = newest["excluded_batches"] if is_newest else _left_out(storage, version)
-    batches = [*(entry["batch"] for entry in manifest["batches"]), *(excluded or {})]
+    difference = None if previous is None else versions.read_difference(storage, previous, version)
+    excluded = versions.find_version(storage, version).excluded_batches
+    batches = [*(entry["batch"] for entry in manifest["batches"]), *excluded]
     return {
         "previous": previous,
         "difference": difference,
         "excluded": excluded,
         "pages": {batch: "/".join(("..", "..", *batch_page(batch))) for batch in batches if _has_page(storage, batch)},
     }
-
-
-def _left_out(storage: Storage, version: str) -> dict[str, str] | None:
-    published = next((one for one in versions.publications(storage) if one.version == version), None)
-    return None if published is None else versions.left_out(storage, published)
 
 
 def _has_page(storage: Storage, batch: str) -> bool:

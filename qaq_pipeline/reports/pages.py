@@ -23,6 +23,7 @@ from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema import column_lineage
@@ -158,8 +159,8 @@ def batch_page(
         examples: at most so many of each kind.
         calibration: where the page of its calibration lies, as a link from this page; None: it is not calibrated.
     """
-    raw, decided = tables.raw_data, tables.decisions
-    flat = with_origin(exports.flat_scores(decided.frame), raw.frame)
+    raw, decided = tables["raw_data"], tables["decisions"]
+    flat = with_origin(flat_scores(decided.frame), raw.frame)
     pairs = summaries.pairs(flat)
     gate = gates.of_provenance(decided.provenance)
     page = {
@@ -209,7 +210,7 @@ def version_page(
         flat: its scores.parquet.
         published: the selection, as the manifest has it.
         neighbours: `previous` version or None, `difference` to it as Difference or None, `excluded` batches with the
-            reason or None where that is unknown, `pages` of batches by name, as links from this page.
+            reason, `pages` of batches by name, as links from this page.
         sizes: bytes of each of its files, by the name in the manifest.
         frozen: name and RankReference that drift is measured against; None: there is none.
         made: by whom and when.
@@ -357,13 +358,7 @@ def _device_hours(cost: Mapping[str, Any]) -> str:
 
 
 def _made_of(tables: BatchTables) -> Table:
-    decided = tables.decisions
-    versions = {
-        "raw_data": tables.raw_data,
-        "screened_data": tables.screened_data,
-        "decisions": decided,
-        "selected_subset": tables.selected_subset,
-    }
+    decided, screened = tables["decisions"], tables["screened_data"].provenance
     facts: list[tuple[str, Any]] = [
         ("provenance id of the decisions", decided.provenance_id),
         ("pool of the ranks", decided.provenance.get("pool_id", _UNKNOWN)),
@@ -371,9 +366,8 @@ def _made_of(tables: BatchTables) -> Table:
         ("settings hash of the published one", decided.provenance.get("published_hash", _UNKNOWN)),
         ("settings hash of the ranks", decided.provenance.get("ranking_hash", _UNKNOWN)),
     ]
-    facts += [(f"data version of {name}", table.data_version) for name, table in versions.items()]
+    facts += [(f"data version of {name}", table.data_version) for name, table in tables.tables.items()]
     facts += [(f"made of {name}", version) for name, version in sorted(decided.provenance["inputs"].items())]
-    screened = tables.screened_data.provenance
     facts += [(f"benchmark {name}, sha256", sha256) for name, sha256 in sorted(screened.get("benchmarks", {}).items())]
     older = ", ".join(sorted(screened.get("compared_with", {}))) or "none"
     return Table("What the decisions rest on", ("", "value"), [*facts, ("older batches compared with", older)])
@@ -430,9 +424,8 @@ def _batches(manifest: Mapping[str, Any]) -> Table:
     return Table("Batches of this version", head, rows, ("all", rows_in, selected, _share(selected, rows_in), "", ""))
 
 
-def _excluded(reasons: Mapping[str, str] | None) -> Table:
-    rows = [(_UNKNOWN, "it was not recorded")] if reasons is None else sorted(reasons.items())
-    return Table("Batches left out, and why", ("batch", "why"), rows)
+def _excluded(reasons: Mapping[str, str]) -> Table:
+    return Table("Batches left out, and why", ("batch", "why"), sorted(reasons.items()))
 
 
 def _difference(found: pl.DataFrame | None) -> Table | None:
@@ -561,13 +554,13 @@ def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most
     reasons = summaries.of_each_reason(flat, most)
     groups |= {f"{decision}: {reason} ({n:,} rows)": rows for decision, reason, n, rows in reasons}
     texts = ("query", "answer", "record")
-    screened = tables.screened_data.frame.select(*ROW_KEY, "status")
+    screened = tables["screened_data"].frame.select(*ROW_KEY, "status")
     return [
         Examples(
             title[0].upper() + title[1:],
             [
                 _example(row, summaries.roles(flat))
-                for row in summaries.with_texts(rows, tables.raw_data.frame, texts)
+                for row in summaries.with_texts(rows, tables["raw_data"].frame, texts)
                 .join(screened, on=ROW_KEY, how="left", maintain_order="left")
                 .with_columns(place=row_place())
                 .iter_rows(named=True)

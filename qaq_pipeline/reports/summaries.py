@@ -3,7 +3,7 @@
 Belongs here: how rows become the few numbers that a person reads. Does not belong here: how they are drawn (`plots`),
 what stands on a page (`report`), and what asset checks measure (`measures`).
 
-Everything is taken of one flat frame, `exports.flat_scores` of Decisions, which is a version's scores.parquet as well.
+Everything is taken of one flat frame, `flat_scores` of Decisions, which is a version's scores.parquet as well.
 A pair is counted once where scores and ranks are shown, a row as often as it was delivered where decisions are.
 """
 

@@ -23,7 +23,7 @@ def make_pages(settings: Settings, run: Runner, batches: Iterable[str]) -> list[
     """Make the missing and stale pages of these batches; return a sentence for each that could not be made."""
     storage = open_storage(settings)
     version = present(settings, storage).code_versions.get("batch_report")
-    due = [batch for batch in batches if settings.reports.pages and page_store.is_outdated(storage, batch, version)]
+    due = [batch for batch in batches if settings.reports.pages and page_store.is_stale(storage, batch, version)]
     return [fault for batch in due if (fault := make_page(settings, run, PIPELINE["batch_report"].job, batch))]
 
 
@@ -74,7 +74,7 @@ def find_version_page(settings: Settings, version: str) -> str:
         found = versions.find_version(storage, version).version
     except StorageError as error:
         raise RunError(str(error)) from error
-    page = page_store.version_page(found)
+    page = versions.page_place(found)
     if not storage.files.exists(*page):
         made = Made(datetime.now(UTC).isoformat(timespec="seconds"), "qaq report", "")
         page_store.write_version_page(storage, settings, found, made)

@@ -16,7 +16,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import staleness
 from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.pipeline import PIPELINE, Purpose
-from qaq_pipeline.publication import curated_dataset, versions
+from qaq_pipeline.publication import curated_dataset
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
 from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, running
 from qaq_pipeline.runs.run_results import materialisation_metadata
@@ -84,10 +84,10 @@ def refresh_stale(settings: Settings, instance: dg.DagsterInstance, run: Runner,
     calibrating = PIPELINE.jobs(Purpose.CALIBRATION)
     while True:
         registered = instance.get_dynamic_partitions("batch")
-        review = staleness.Review(storage, registered, present(settings, storage))
-        batches = review.batches()
-        meant |= {batch for batch in batches if not only_screening or review.screened_otherwise(batch) is not None}
-        due = [one for batch in batches if batch in meant - set(failed) for one in review.outdated(batch)]
+        freshness = staleness.Freshness(storage, registered, present(settings, storage))
+        batches = freshness.batches()
+        meant |= {batch for batch in batches if not only_screening or freshness.stale_screening(batch) is not None}
+        due = [one for batch in batches if batch in meant - set(failed) for one in freshness.stale(batch)]
         # A publication waits for the screening; calibration is left to `refresh_all`.
         left = batches if only_screening else uncalibrated
         due = [one for one in due if one.job not in calibrating or one.batch not in left]
@@ -101,7 +101,7 @@ def refresh_stale(settings: Settings, instance: dg.DagsterInstance, run: Runner,
                 failures[one.batch] = reason
 
 
-def _run_again(storage: Storage, run: Runner, one: staleness.Outdated, rebuilt: list[str]) -> str | None:
+def _run_again(storage: Storage, run: Runner, one: staleness.Stale, rebuilt: list[str]) -> str | None:
     """Run a stale stage; the reason if it could not be run."""
     label = f"{one.job} {one.partition}"
     if rebuilt.count(label) >= _MOST_TRIES:
@@ -133,7 +133,8 @@ def publish(
     done = dataclasses.replace(done, not_made=(*done.not_made, *make_pages(settings, run, batches)))
     registered: Sequence[str] = instance.get_dynamic_partitions("batch")
     if not curated_dataset.is_current(open_storage(settings), registered, settings):
-        metadata = materialisation_metadata(instance, run(PIPELINE["curated_dataset"].job, None), versions.FOLDER)
+        asset = PIPELINE["curated_dataset"]
+        metadata = materialisation_metadata(instance, run(asset.job, None), asset.name)
         done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
         if fault := make_page(settings, run, PIPELINE["dataset_report"].job, None):
             done = dataclasses.replace(done, not_made=(*done.not_made, fault))

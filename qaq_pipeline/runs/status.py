@@ -54,7 +54,7 @@ class BatchStatus:
     """In the order in which they are built."""
     left_out: str | None
     """The reason why a publication would leave it out now."""
-    outdated: staleness.Outdated | None
+    stale: staleness.Stale | None
     """Its first stale table, and why."""
 
     @property
@@ -69,8 +69,8 @@ class BatchStatus:
                 return f"{name}: {table.of_models}"
         if self.left_out is not None and self.left_out.startswith("gated"):
             return "gated"
-        if self.outdated is not None:
-            return f"{self.outdated.table} stale"
+        if self.stale is not None:
+            return f"{self.stale.table} stale"
         return "up to date" if self.left_out is None else "left out"
 
 
@@ -78,8 +78,8 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[Batch
     """The state of every registered batch."""
     storage = open_storage(settings)
     registered = instance.get_dynamic_partitions("batch")
-    review = staleness.Review(storage, registered, present(settings, storage))
-    outdated = {one.batch: one for batch in review.batches() for one in review.outdated(batch)[:1]}
+    freshness = staleness.Freshness(storage, registered, present(settings, storage))
+    stale = {one.batch: one for batch in freshness.batches() for one in freshness.stale(batch)[:1]}
     left_out = batches_left_out(settings, instance)
     names = [*PIPELINE.tables_of_batch(Purpose.CURATION), *(["calibration"] if settings.is_calibrated else [])]
     return [
@@ -87,7 +87,7 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[Batch
             batch,
             {name: _table_status(settings, storage, name, batch) for name in names},
             left_out.get(batch),
-            outdated.get(batch),
+            stale.get(batch),
         )
         for batch in sorted(registered)
     ]
@@ -96,7 +96,7 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[Batch
 def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:
     """The registered batches that a publication would leave out now, and why."""
     registered = instance.get_dynamic_partitions("batch")
-    return eligibility.sort_out(open_storage(settings), registered, settings)[1]
+    return eligibility.split_by_eligibility(open_storage(settings), registered, settings)[1]
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:

@@ -94,14 +94,14 @@ def summarise(
         selected_by_selection=dict(decided["selected_by_selection"]),
         models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
         warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *unpassed, *_exclusions(batch, published)],
-        dataset_url=storage.files.url(versions.FOLDER, published["version"]),
+        dataset_url=storage.files.url(*versions.place(published["version"])),
         is_new_version=published["is_new_version"],
         tables={name: storage.tables.url(name, Partition(batch)) for name in ("decisions", "selected_subset")},
         pages={
             name: storage.files.url(*parts)
             for name, parts in {
                 "Report of the batch": page_store.batch_page(batch),
-                "Report of the version": page_store.version_page(published["version"]),
+                "Report of the version": versions.page_place(published["version"]),
             }.items()
             if storage.files.exists(*parts)
         },

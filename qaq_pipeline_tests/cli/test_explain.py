@@ -72,7 +72,7 @@ def test_a_row_is_named_by_its_pair_or_its_place_alone_and_by_a_version(home: Ho
     assert " in version 1 (" in of_version.out
     assert decisions.filter(source_row=3)["explanation"][0] in of_version.out
     error = qaq(home, "explain", "b1", 3, "--version=7").error()
-    assert "no one version '7' was published; published were: 1 (" in error
+    assert "no version, or more than one, matches '7'; published versions: 1 (" in error
     assert "no row '99' in version 1" in qaq(home, "explain", "b1", 99, "--version", "1").error()
     assert "no row 'abcdef123'" in qaq(home, "explain", "abcdef123").error()
 

@@ -158,11 +158,11 @@ def materialise(page: Page, site: Site, asset: str, partition: str, picture: Pat
 
 
 def test_curated_dataset_shows_version_and_excluded_batches(page: Page, site: Site, pictures: Path):
-    latest = open_storage(site.settings).files.read_json(versions.FOLDER, "latest.json")
-    assert set(latest["excluded_batches"]) == {"b2"}
+    latest = versions.find_version(open_storage(site.settings), "latest")
+    assert set(latest.excluded_batches) == {"b2"}
     page.goto(f"{site.url}/assets/curated_dataset?view=events")
 
-    expect(metadata_value(page, "version")).to_have_text(latest["version"])
-    expect(metadata_value(page, "excluded_batches")).to_have_text(json.dumps(latest["excluded_batches"], indent=2))
+    expect(metadata_value(page, "version")).to_have_text(latest.version)
+    expect(metadata_value(page, "excluded_batches")).to_have_text(json.dumps(latest.excluded_batches, indent=2))
     expect(metadata_value(page, "rows_in")).to_have_text("20")
     take_picture(page, pictures / "curated_dataset.png")

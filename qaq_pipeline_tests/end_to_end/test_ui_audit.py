@@ -61,7 +61,7 @@ class Site:
     """As the definitions have them, by asset."""
 
     def version(self) -> str:
-        return self.storage.files.read_json(versions.FOLDER, "latest.json")["version"]
+        return versions.find_version(self.storage, "latest").version
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_clicks_lead_from_the_dataset_to_the_delivery(page: Page, site: Site, pi
     assert_defined(page, site.specs["curated_dataset"])
     version = site.version()
     expect(latest_value(page, "version")).to_have_text(version)
-    manifest = site.storage.files.read_json(versions.FOLDER, version, "manifest.json")
+    manifest = versions.read_manifest(site.storage, version)
     (entered,) = manifest["batches"]
     for table, data_version in entered["data_versions"].items():
         row = latest_value(page, "made_from").get_by_role("row").filter(has=page.get_by_text(table, exact=True))

@@ -92,13 +92,13 @@ def name_of(run: dg.DagsterRun) -> str:
 
 
 def latest(place: Place) -> dict[str, Any]:
-    """The newest version's pointer, with the batches in it."""
+    """The newest version, with the batches in it and those left out."""
     storage = open_storage(place.settings)
-    if versions.latest(storage) is None:
+    newest = versions.latest(storage)
+    if newest is None:
         return {"batches": [], "excluded_batches": {}}
-    pointer = storage.files.read_json(versions.FOLDER, "latest.json")
-    manifest = storage.files.read_json(versions.FOLDER, pointer["version"], "manifest.json")
-    return pointer | {"batches": [entry["batch"] for entry in manifest["batches"]]}
+    batches = [entry["batch"] for entry in versions.read_manifest(storage, newest.version)["batches"]]
+    return {"version": newest.version, "excluded_batches": newest.excluded_batches, "batches": batches}
 
 
 def is_published(place: Place, *batches: str) -> bool:

@@ -73,9 +73,7 @@ def test_a_year_of_weekly_batches_is_no_slower_at_its_end_and_the_ui_answers(
             assert sum(summary.rows_by_decision.values()) == ROWS
             assert summary.rows_by_decision["duplicate"] == (ROWS // 10 if week else 0)
     storage = open_storage(settings)
-    version = versions.latest(storage)
-    assert version is not None
-    manifest = storage.files.read_json(versions.FOLDER, version, "manifest.json")
+    manifest = versions.read_manifest(storage, versions.find_version(storage, "latest").version)
     assert sum(entry["rows_in"] for entry in manifest["batches"]) == WEEKS * ROWS
     sizes = {
         name: sum(path.stat().st_size for path in (home / name).rglob("*") if path.is_file()) / 1e6

@@ -246,13 +246,13 @@ def test_of_a_version_whose_files_are_gone_nothing_is_claimed(storage: Storage) 
     assert (first.fault, first.row, second.fault) == ("its files were not kept", None, None)
     with pytest.raises(StorageError, match=r"version 1 \(.*its files were not kept"):
         row_history.find_row(storage, "b1", "3", first.published)
-    assert not storage.files.exists(*versions.pair_index(first.published.version))
+    assert not storage.files.exists(*versions.index_place(first.published.version))
 
 
 def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice: Storage) -> None:
     row = row_history.find_row(thrice, "b1", "3").rows[0]
     second = versions.find_version(thrice, "2")
-    parts = (versions.FOLDER, second.version, "scores.parquet")
+    parts = versions.place(second.version, versions.SCORES)
     thrice.files.write_bytes(thrice.files.read_bytes(*parts)[:-9], *parts)
     first, torn, third = row_history.fates(thrice, row)
     assert (first.fault, third.fault) == (None, None)
@@ -268,10 +268,10 @@ def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice:
 def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     version = publish_all(storage, settings, "b1")
-    scores = Path(storage.files.url(versions.FOLDER, version, "scores.parquet"))
+    scores = Path(storage.files.url(*versions.place(version, versions.SCORES)))
     old = pl.read_parquet(scores).drop("explanation", "similarity", "evidence", "reason:diff_high")
     old.write_parquet(scores)
-    storage.files.remove(*versions.pair_index(version))
+    storage.files.remove(*versions.index_place(version))
     (fate,) = row_history.fates(storage, row_history.find_row(storage, "b1", "4").rows[0])
     assert fate.is_published
     found = row_history.find_pair(storage, pair_name(4), fate.published)

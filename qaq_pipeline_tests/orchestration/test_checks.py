@@ -15,9 +15,8 @@ from qaq_pipeline.config.settings import CheckSettings, RankingSettings, Screeni
 from qaq_pipeline.orchestration.checks import build_checks
 from qaq_pipeline.orchestration.jobs import build_job_defs
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.publication import curated_dataset
+from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.publication.curated_dataset import read_batches
-from qaq_pipeline.publication.versions import FOLDER
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.runs import registration, run_batch
@@ -425,9 +424,9 @@ def test_a_published_version_that_is_gone_or_torn_is_an_error_of_what_reads_it_a
     instance.add_dynamic_partitions("batch", ["b1"])
     version = publish(storage, settings, "b1")
     if fault == "gone":
-        storage.files.remove_folder(FOLDER, version)
+        storage.files.remove_folder(*versions.place(version))
     else:
-        storage.files.write_bytes(b'{"batches": [', FOLDER, version, "manifest.json")
+        storage.files.write_bytes(b'{"batches": [', *versions.place(version, versions.MANIFEST))
     found = check_only(settings, instance, "decisions", "b1")
     assert found["decisions.every_row_is_decided|b1"].passed
     assert found["decisions.passes_gates|b1"].passed
@@ -475,7 +474,7 @@ def test_the_published_files_are_hashed_and_a_batch_left_out_is_named(
     found = check_only(settings, instance, "curated_dataset", None)
     assert all(found[name].passed for name in DATASET_CHECKS)
     instance.add_dynamic_partitions("batch", ["b2"])
-    folder = Path(settings.storage_root) / FOLDER / version
+    folder = Path(storage.files.path(*versions.place(version)))
     (folder / "scores.parquet").write_bytes(b"")
     (folder / "diff_high" / "alpaca.json").unlink()
     found = check_only(settings, instance, "curated_dataset", None)

@@ -21,35 +21,12 @@ from qaq_pipeline.publication.exports import (
     check_installed,
     columns,
     export,
-    flat_scores,
     llama_factory_info,
     messages_parquet,
-    scores_parquet,
     with_meta,
 )
-from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.tables import Decisions, SelectedSubset, dtypes, enforce
+from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows
-
-SCORE = {
-    "rmi": 0.5,
-    "log_ppl_q": 2.0,
-    "log_ppl_q_given_a": 1.5,
-    "log_ppl_a": 1.0,
-    "log_ppl_a_given_q": 0.5,
-    "ifd_ppl": 0.6,
-    "ifd_loss": 0.5,
-    "num_q_tokens": 7,
-    "num_a_tokens": 11,
-    "num_a_tokens_untruncated": 11,
-    "is_truncated": False,
-    "is_short_query": False,
-    "stratum": 1,
-    "num_strata": 1,
-    "rank": 0.75,
-    "null_reason": None,
-}
-VERDICT = {"reason": "within_budget", "score": 0.25, "position": 1, "cut": 0.25, "pool_size": 2}
 
 
 def selected(*texts: tuple[str | None, str, str]) -> pl.DataFrame:
@@ -286,97 +263,3 @@ def test_dataset_info_has_an_entry_for_every_file_with_rows_that_can_be_read() -
         "system": "system",
     }
     assert entries["mine_messages"]["formatting"] == entries["mine_sharegpt"]["formatting"] == "sharegpt"
-
-
-# --- scores ---------------------------------------------------------------------------------------------------------
-
-
-def decisions(*rows: dict[str, Any]) -> pl.DataFrame:
-    """Decisions of rows 1, 2, 3, …: two models, two selections, unless a row says otherwise."""
-    common = {
-        "batch": "b1",
-        "source_file": "a.jsonl",
-        "turn_index": 0,
-        "decision": "selected",
-        "reason": "within_budget",
-        "explanation": "Because.",
-        "gap": 0.25,
-        "rank_sum": 1.25,
-        "provenance_id": pair_name(0),
-        "scores": [SCORE | {"model": "strong"}, SCORE | {"model": "weak", "rmi": -0.5, "rank": 0.5}],
-        "verdicts": [
-            VERDICT | {"selection": "diff_high", "is_selected": True},
-            VERDICT | {"selection": "control_random", "is_selected": False, "position": 2},
-        ],
-    }
-    numbered = [{"source_row": n, "pair_id": pair_name(n)} | row for n, row in enumerate(rows, start=1)]
-    return enforce(Decisions, pl.DataFrame([common | row for row in numbered], schema=dtypes(Decisions)))
-
-
-REJECTED = {
-    "pair_id": None,
-    "decision": "rejected",
-    "reason": "empty_query",
-    "gap": None,
-    "rank_sum": None,
-    "scores": [],
-    "verdicts": [],
-}
-DUPLICATE = {
-    "pair_id": pair_name(1),
-    "decision": "duplicate",
-    "reason": "exact_duplicate",
-    "duplicate_of": "b1/a.jsonl:1.0",
-    "verdicts": [],
-}
-
-
-def test_flat_scores_have_a_column_for_each_score_and_model_and_each_selection() -> None:
-    flat = flat_scores(decisions({}, REJECTED, DUPLICATE))
-    kept = ["pair_id", "decision", "reason", "explanation", "duplicate_of", "similarity", "evidence"]
-    kept += ["gap", "rank_sum", "provenance_id"]
-    by_model = [f"{field}_{role}" for role in ("strong", "weak") for field in SCORE]
-    by_selection = [
-        f"{field}:{name}"
-        for name in ("diff_high", "control_random")
-        for field in ("is_selected", "reason", "score", "position")
-    ]
-    assert flat.columns == [*ROW_KEY, *kept, *by_model, *by_selection]
-    assert not any(dtype.is_nested() for dtype in flat.dtypes)
-
-
-def test_flat_scores_keep_every_row_in_order_with_its_own_numbers() -> None:
-    flat = flat_scores(decisions({}, REJECTED, DUPLICATE))
-    assert flat["source_row"].to_list() == [1, 2, 3]
-    assert flat["rmi_strong"].to_list() == [0.5, None, 0.5]
-    assert flat["rmi_weak"].to_list() == [-0.5, None, -0.5]
-    assert flat["rank_weak"].to_list() == [0.5, None, 0.5]
-    assert flat["is_selected:diff_high"].to_list() == [True, None, None]
-    assert flat["position:control_random"].to_list() == [2, None, None]
-
-
-def test_the_scores_file_joins_the_training_rows_on_either_key() -> None:
-    scores = pl.read_parquet(io.BytesIO(scores_parquet(decisions({}, {}, DUPLICATE))))
-    rows = selected((None, "q", "a"), (None, "r", "b"))
-    by_row = rows.join(scores, on=ROW_KEY, how="left", validate="1:1")
-    assert by_row["rmi_strong"].to_list() == [0.5, 0.5]
-    by_pair = rows.join(scores, on="pair_id", how="left", validate="1:m")
-    assert by_pair["decision"].to_list() == ["selected", "duplicate", "selected"]
-
-
-def test_scores_of_a_batch_without_pairs_are_its_rows() -> None:
-    flat = flat_scores(decisions(REJECTED))
-    assert flat["decision"].to_list() == ["rejected"]
-    assert flat_scores(decisions()).is_empty()
-
-
-def test_batches_of_other_models_and_selections_lie_side_by_side() -> None:
-    other = {
-        "batch": "b2",
-        "scores": [SCORE | {"model": "tiny"}],
-        "verdicts": [VERDICT | {"selection": "rmi_band", "is_selected": True}],
-    }
-    flat = flat_scores(decisions({}, other))
-    assert flat["rmi_tiny"].to_list() == [None, 0.5]
-    assert flat["rmi_strong"].to_list() == [0.5, None]
-    assert flat["is_selected:rmi_band"].to_list() == [None, True]

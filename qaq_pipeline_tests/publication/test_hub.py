@@ -23,7 +23,7 @@ from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.publication.hub import Copy, PublishError, publish
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import withdrawals
-from qaq_pipeline.storage.files import Files, StorageError, hash_json
+from qaq_pipeline.storage.files import Files, StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import store_batch
 from qaq_pipeline_tests.support.hub_server import READER, WRITER, Hub, running_hub
@@ -59,17 +59,13 @@ def store_version(storage: Storage, files: Mapping[str, bytes] = FILES) -> str:
     """A version of these files and of no batch, as publication leaves it, the newest; its name."""
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     manifest = {"format": versions.MANIFEST_FORMAT, "batches": [], "files": hashes}
-    version = hash_json(manifest)
-    for name, data in files.items():
-        storage.files.write_bytes(data, versions.FOLDER, version, *name.split("/"))
-    storage.files.write_json(manifest, versions.FOLDER, version, "manifest.json")
-    storage.files.write_json({"version": version, "excluded_batches": {}}, versions.FOLDER, "latest.json")
-    storage.files.write_json([*versions.kept_versions(storage), version], versions.FOLDER, "history.json")
+    version, _ = versions.store(storage, manifest, files)
+    versions.record(storage, version, {}, run_id=None)
     return version
 
 
 def files_of(storage: Storage, version: str) -> dict[str, bytes]:
-    folder = Path(storage.files.url(versions.FOLDER, version))
+    folder = Path(storage.files.url(*versions.place(version)))
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -219,11 +215,11 @@ def test_a_version_that_holds_what_was_withdrawn_stays(storage: Storage, tmp_pat
     store_batch(storage, settings)
     old, to = publish_version(), str(tmp_path / "there")
     withdrawals.add(storage, "b1", {}, "a claim", is_withdrawn=True)
-    with pytest.raises(PublishError, match=f"version {old} holds what was withdrawn since of b1; .*`qaq refresh`"):
+    with pytest.raises(PublishError, match=f"{old} holds rows of b1 that were withdrawn since; .*`qaq refresh`"):
         publish(storage, "latest", to)
     newer = publish_version()
     assert newer != old
-    with pytest.raises(PublishError, match=f"version {old} holds what was withdrawn .* `latest` is newer"):
+    with pytest.raises(PublishError, match=f"{old} holds rows of b1 that were withdrawn since; .* `latest` is newer"):
         publish(storage, old, to)
     assert not Path(to).exists()
     assert publish(storage, "latest", to).version == newer
@@ -240,26 +236,26 @@ def test_a_withdrawn_row_does_not_leave_though_its_batch_was_delivered_without_i
     withdrawals.add(storage, "b1", {content: "a.jsonl:4"}, "a secret", is_withdrawn=True)
     for queries in (("a", "b", "c", "d"), ("a", "b", "c")):
         store_batch(storage, settings, queries=queries)
-        with pytest.raises(PublishError, match="holds what was withdrawn since of b1"):
+        with pytest.raises(PublishError, match="holds rows of b1 that were withdrawn since"):
             publish(storage, "1", str(tmp_path / "after"))
     assert not (tmp_path / "after").exists()
 
 
 def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage) -> None:
-    with pytest.raises(StorageError, match="nothing was published yet; `qaq run"):
+    with pytest.raises(StorageError, match="nothing is published yet; `qaq run"):
         publish(storage, "latest", TO)
     version = store_version(storage)
     for unknown in ("0" * 32, "../evil", ""):
-        with pytest.raises(StorageError, match=rf"published were: 1 \({version[:8]}\)"):
+        with pytest.raises(StorageError, match=rf"published versions: 1 \({version[:8]}\)"):
             publish(storage, unknown, TO)
-    storage.files.remove_folder(versions.FOLDER, version)
-    with pytest.raises(PublishError, match=f"no version whose files are kept; these are: {version}"):
+    storage.files.remove_folder(*versions.place(version))
+    with pytest.raises(PublishError, match="the files of version '1' were not kept; kept versions: none"):
         publish(storage, "1", TO)
 
 
 def test_a_file_that_was_changed_does_not_leave(storage: Storage, tmp_path: Path) -> None:
     version = store_version(storage)
-    storage.files.write_bytes(b"changed", versions.FOLDER, version, "README.md")
+    storage.files.write_bytes(b"changed", *versions.place(version, "README.md"))
     with pytest.raises(StorageError, match=r"README\.md: changed since it was published; restore it"):
         publish(storage, version, str(tmp_path / "there"))
     assert not (tmp_path / "there").exists()
@@ -329,7 +325,7 @@ def test_a_manifest_in_a_folder_cannot_remove_files_elsewhere(storage: Storage, 
 
 def test_no_version_is_written_into_the_storage(storage: Storage) -> None:
     old, _ = store_version(storage), store_version(storage, OTHER_FILES)
-    for folder in ((versions.FOLDER, old), ("elsewhere",), ()):
+    for folder in (versions.place(old), ("elsewhere",), ()):
         with pytest.raises(PublishError, match="lies in the storage, where versions are never changed"):
             publish(storage, "latest", storage.files.url(*folder))
     assert files_of(storage, old).keys() == {*FILES, "manifest.json"}
@@ -341,7 +337,7 @@ def test_an_object_store_is_source_and_target_alike(tmp_path: Path) -> None:
     version = store_version(storage)
     publish(storage, version, f"{root}/there")
     memory = fsspec.filesystem("memory")
-    source, target = (f"{root}/storage/{versions.FOLDER}/{version}", f"{root}/there")
+    source, target = (storage.files.url(*versions.place(version)), f"{root}/there")
     names = [path.removeprefix(memory._strip_protocol(source)) for path in memory.find(source)]
     assert len(names) == 5
     assert all(memory.cat_file(source + name) == memory.cat_file(target + name) for name in names)
@@ -399,5 +395,5 @@ def test_the_command_ends_with_1_and_the_reason(home: Storage) -> None:
     done = CliRunner().invoke(app, ["publish", "latest", "--to", TO])
     assert (done.exit_code, done.output) == (
         1,
-        "error: nothing was published yet; `qaq run FILE --batch NAME` makes a version\n",
+        "error: nothing is published yet; `qaq run FILE --batch NAME` makes a version\n",
     )

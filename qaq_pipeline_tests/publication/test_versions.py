@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -19,7 +18,7 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_curated_dataset
 from qaq_pipeline.publication import curated_dataset, difference, versions
-from qaq_pipeline.publication.curated_dataset import BatchTables, Publication, publish, read_batches
+from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
@@ -44,7 +43,7 @@ def publish_registered(storage: Storage, settings: Settings, *registered: str) -
 
 
 def version_files(storage: Storage, version: str) -> dict[str, bytes]:
-    folder = Path(storage.files.url(versions.FOLDER, version))
+    folder = Path(storage.files.url(*versions.place(version)))
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -66,7 +65,7 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
         "manifest.json",
         "scores.parquet",
     ]
-    assert published.url == storage.files.url(versions.FOLDER, published.version)
+    assert published.url == storage.files.url(*versions.place(published.version))
     assert published.is_new
 
 
@@ -99,7 +98,7 @@ def test_the_manifest_holds_no_time_no_run_and_no_path(storage: Storage, setting
 def test_publishing_the_same_content_again_writes_no_version(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     first = publish_registered(storage, settings, "b1")
-    folder = Path(storage.files.url(versions.FOLDER, first.version))
+    folder = Path(storage.files.url(*versions.place(first.version)))
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     store_batch(storage, settings)
     second = publish_registered(storage, settings, "b1")
@@ -116,7 +115,7 @@ def test_equal_content_has_an_equal_version_in_another_storage(
         store_batch(place, settings, "b1")
     here, there = (publish_registered(place, settings, "b2", "b1") for place in (storage, elsewhere))
     assert here.version == there.version
-    assert elsewhere.files.read_json(versions.FOLDER, there.version, "manifest.json") == here.manifest
+    assert versions.read_manifest(elsewhere, there.version) == here.manifest
     fsspec.filesystem("memory").store.clear()
 
 
@@ -129,7 +128,7 @@ def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage
     assert new.version != old.version
     assert new.is_new
     assert version_files(storage, old.version) == before
-    assert storage.files.read_json(versions.FOLDER, "latest.json")["version"] == new.version
+    assert versions.find_version(storage, "latest").version == new.version
 
 
 @pytest.mark.parametrize("change", ["selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]"])
@@ -171,9 +170,9 @@ def test_other_selections_are_exported_where_they_are_asked_for(
     published = publish_registered(storage, settings, "b1")
     folders = {name.partition("/")[0] for name in published.manifest["files"] if "/" in name}
     assert folders == {"diff_high", "control_random", "control_stratified_random", *others}
-    lines = storage.files.read_bytes(versions.FOLDER, published.version, "diff_high", "messages.jsonl")
+    lines = storage.files.read_bytes(*versions.place(published.version, "diff_high/messages.jsonl"))
     top = (
-        storage.files.read_bytes(versions.FOLDER, published.version, others[-1], "messages.jsonl") if others else lines
+        storage.files.read_bytes(*versions.place(published.version, others[-1], "messages.jsonl")) if others else lines
     )
     assert len(top.splitlines()) == len(lines.splitlines()) == 1
 
@@ -200,11 +199,11 @@ def test_another_export_is_no_longer_current(storage: Storage, settings: Setting
     assert curated_dataset.is_current(storage, ["b1"], changed)
 
 
-def test_a_version_of_an_older_form_is_published_anew(storage: Storage, settings: Settings) -> None:
+def test_a_version_of_an_older_format_is_not_current(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     older = {key: value for key, value in published.manifest.items() if key != "export"} | {"format": 1}
-    storage.files.write_json(older, versions.FOLDER, published.version, "manifest.json")
+    storage.files.write_json(older, *versions.place(published.version, versions.MANIFEST))
     assert not curated_dataset.is_current(storage, ["b1"], settings)
 
 
@@ -222,7 +221,7 @@ def test_meta_leads_back_to_the_delivered_row(storage: Storage) -> None:
     version = publish_registered(storage, settings, "b1").version
     raw = storage.tables.read("raw_data", Partition("b1")).frame.rows_by_key(["source_row"], named=True, unique=True)
     for selection in ("diff_high", "control_random"):
-        (line,) = storage.files.read_bytes(versions.FOLDER, version, selection, "messages.jsonl").splitlines()
+        (line,) = storage.files.read_bytes(*versions.place(version, f"{selection}/messages.jsonl")).splitlines()
         record = json.loads(line)
         meta = json.loads(record["meta"])
         row = raw[meta["source_row"]]
@@ -242,21 +241,34 @@ def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Set
     assert scores.height == 15
 
 
-def test_the_pointer_names_the_newest_version_and_who_is_left_out(storage: Storage, settings: Settings) -> None:
+def test_the_log_names_the_newest_version_and_the_batches_left_out(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1", "b2")
-    assert storage.files.read_json(versions.FOLDER, "latest.json") == {
-        "version": published.version,
-        "excluded_batches": {"b2": "not materialised: raw_data, screened_data, decisions, selected_subset"},
-    }
+    newest = versions.latest(storage)
+    assert newest is not None
+    assert newest.version == published.version
+    assert newest.excluded_batches == {"b2": "not materialised: raw_data, screened_data, decisions, selected_subset"}
+
+
+def test_a_batch_left_out_later_is_logged_under_the_same_version_and_number(
+    storage: Storage, settings: Settings
+) -> None:
+    store_batch(storage, settings)
+    first = publish_registered(storage, settings, "b1")
+    again = publish_registered(storage, settings, "b1", "b2")
+    assert again.version == first.version
+    assert [(one.number, list(one.excluded_batches)) for one in versions.log(storage)] == [(1, []), (1, ["b2"])]
+    (published,) = versions.publications(storage)
+    assert list(published.excluded_batches) == ["b2"]
+    assert published.published_at == versions.log(storage)[0].published_at
 
 
 def test_a_version_that_was_left_half_written_is_finished(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     whole = version_files(storage, published.version)
-    storage.files.remove(versions.FOLDER, published.version, "manifest.json")
-    storage.files.write_bytes(b"[", versions.FOLDER, published.version, "diff_high", "alpaca.json")
+    storage.files.remove(*versions.place(published.version, versions.MANIFEST))
+    storage.files.write_bytes(b"[", *versions.place(published.version, "diff_high/alpaca.json"))
     assert publish_registered(storage, settings, "b1").is_new
     assert version_files(storage, published.version) == whole
 
@@ -315,8 +327,11 @@ LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
     ),
     "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq refresh`"),
     "torn": (_tear, r"decisions/b1/table.parquet: it cannot be read"),
-    "older_selection": (_decide_anew, "selected_subset is older than decisions; materialise it"),
-    "older_decisions": (_read_anew, "decisions are older than raw_data; materialise the batch"),
+    "older_selection": (
+        _decide_anew,
+        "selected_subset is older than decisions; `qaq refresh` makes it again",
+    ),
+    "older_decisions": (_read_anew, "decisions is older than raw_data; `qaq refresh` makes it again"),
 }
 
 
@@ -364,9 +379,8 @@ def test_no_batch_is_no_batch(storage: Storage, settings: Settings) -> None:
 def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     ((tables,), _) = read_batches(storage, ["b1"], settings)
-    read: dict[str, Any] = {field.name: getattr(tables, field.name) for field in dataclasses.fields(BatchTables)}
-    assert read.pop("batch") == "b1"
-    assert {name: table.frame.height for name, table in read.items()} == {
+    assert tables.batch == "b1"
+    assert {name: table.frame.height for name, table in tables.tables.items()} == {
         "raw_data": 5,
         "screened_data": 5,
         "decisions": 5,
@@ -392,7 +406,7 @@ def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
     assert (first.previous, first.difference) == (None, None)
     again = publish_registered(storage, settings, "b1")
     assert (again.previous, changes(again)) == (first.version, [])
-    assert not storage.files.exists(versions.FOLDER, "differences")
+    assert versions.read_difference(storage, first.version, again.version) is None
 
 
 def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage, settings: Settings) -> None:
@@ -403,10 +417,10 @@ def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage
     assert changes(second) == [("b2", 4, True, "batch_entered", None, "selected")]
     third = publish_registered(storage, settings, "b2")
     assert changes(third) == [("b1", 4, False, "batch_left", "selected", None)]
-    stored = f"{third.version}_from_{second.version}.parquet"
-    data = storage.files.read_bytes(versions.FOLDER, "differences", stored)
+    stored = versions.read_difference(storage, second.version, third.version)
+    assert stored is not None
     assert third.difference is not None
-    assert third.difference.equals(pl.read_parquet(data))
+    assert third.difference.equals(stored)
     assert first.version != third.version
 
 
@@ -461,23 +475,26 @@ def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(stora
         published.append(publish_registered(storage, settings, "b1"))
     first, second, third = (one.version for one in published)
     assert published[2].retired == (first,)
-    assert not storage.files.exists(versions.FOLDER, first)
-    assert storage.files.read_json(versions.FOLDER, "retired", f"{first}.json") == published[0].manifest
-    assert all(storage.files.exists(versions.FOLDER, version, "scores.parquet") for version in (second, third))
+    assert not storage.files.exists(*versions.place(first))
+    assert storage.files.read_json(*versions.manifest_place(storage, first)) == published[0].manifest
+    assert all(storage.files.exists(*versions.place(version, versions.SCORES)) for version in (second, third))
     # The content of the retired one comes back: its files are written again, and the oldest of the others goes.
     store_batch(storage, settings, queries=("a", "b", "c", "x"))
     back = publish_registered(storage, settings, "b1")
     assert (back.version, back.is_new, back.retired) == (first, True, (second,))
-    assert storage.files.read_json(versions.FOLDER, "history.json") == [third, first]
+    assert versions.kept_versions(storage) == [third, first]
     assert back.previous == third
 
 
 def test_without_a_limit_every_version_keeps_its_files(storage: Storage, settings: Settings) -> None:
+    made = []
     for last in ("x", "y", "z"):
         store_batch(storage, settings, queries=("a", "b", "c", last))
-        assert publish_registered(storage, settings, "b1").retired == ()
-    history = storage.files.read_json(versions.FOLDER, "history.json")
-    assert [storage.files.exists(versions.FOLDER, version, "manifest.json") for version in history] == [True] * 3
+        published = publish_registered(storage, settings, "b1")
+        assert published.retired == ()
+        made.append(published.version)
+    assert versions.kept_versions(storage) == made
+    assert all(versions.is_kept(storage, version) for version in made)
 
 
 # --- numbers for people ---------------------------------------------------------------------------------------------
@@ -493,38 +510,73 @@ def test_a_version_keeps_the_number_of_its_first_publication(storage: Storage, s
         store_batch(storage, settings, queries=("a", "b", "c", last))
         made.append(publish_registered(storage, settings, "b1").version)
     assert numbers(storage) == [(1, made[0]), (2, made[1])]
-    logged = storage.files.read_json(versions.FOLDER, "publications.json")
-    assert [entry["number"] for entry in logged] == [1, 2, 1]
-    assert logged[0]["published_at"].startswith("20")
+    logged = versions.log(storage)
+    assert [entry.number for entry in logged] == [1, 2, 1]
+    assert logged[0].published_at.startswith("20")
 
 
-def test_a_storage_of_before_the_log_gets_its_numbers_from_its_history(storage: Storage, settings: Settings) -> None:
-    made = []
-    for last in ("x", "y"):
-        store_batch(storage, settings, queries=("a", "b", "c", last))
-        made.append(publish_registered(storage, settings, "b1").version)
-    storage.files.remove(versions.FOLDER, "publications.json")
-    assert numbers(storage) == [(1, made[0]), (2, made[1])]
-    store_batch(storage, settings, queries=("a", "b", "c", "z"))
-    made.append(publish_registered(storage, settings, "b1").version)
-    assert numbers(storage) == list(enumerate(made, start=1))
-    assert versions.publications(storage)[0].published_at is None
+class InterruptionError(Exception):
+    """Stops a publication."""
 
 
-def test_the_newest_version_of_a_publication_that_was_cut_off_is_said_to_be_none_yet(
-    storage: Storage, settings: Settings
+def cut_off(monkeypatch: pytest.MonkeyPatch, *, at: str) -> None:
+    """Stop a publication where it calls this function of `versions`."""
+
+    def stop(*_: object) -> None:
+        raise InterruptionError
+
+    monkeypatch.setattr(versions, at, stop)
+
+
+@pytest.mark.parametrize("at", ["index_pairs", "record"])
+def test_a_publication_that_is_cut_off_publishes_nothing_and_the_next_one_continues_it(
+    storage: Storage, settings: Settings, at: str
 ) -> None:
+    for last in ("x", "y"):
+        before = versions.publications(storage)
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            cut_off(monkeypatch, at=at)
+            with pytest.raises(InterruptionError):
+                publish_registered(storage, settings, "b1")
+        assert versions.publications(storage) == before
+        assert not curated_dataset.is_current(storage, ["b1"], settings)
+        published = publish_registered(storage, settings, "b1")
+        assert numbers(storage)[-1] == (len(before) + 1, published.version)
+        assert storage.files.exists(*versions.index_place(published.version))
+        assert (published.difference is None) == (not before)
+        assert curated_dataset.is_current(storage, ["b1"], settings)
+
+
+def test_the_first_publication_is_unknown_until_it_ends(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
-    publish_registered(storage, settings, "b1")
-    storage.files.remove(versions.FOLDER, "latest.json")
-    with pytest.raises(StorageError, match="the first publication was cut off before it ended; `qaq refresh` ends it"):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_off(monkeypatch, at="record")
+        with pytest.raises(InterruptionError):
+            publish_registered(storage, settings, "b1")
+    with pytest.raises(StorageError, match="nothing is published yet; `qaq run FILE --batch NAME` makes a version"):
         versions.find_version(storage, "latest")
+
+
+def test_a_retirement_that_is_cut_off_is_continued(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "publication: {keep_versions: 1}")
+    store_batch(storage, settings)
+    first = publish_registered(storage, settings, "b1").version
+    store_batch(storage, settings, queries=("a", "b", "c", "x"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_off(monkeypatch, at="retire")
+        with pytest.raises(InterruptionError):
+            publish_registered(storage, settings, "b1")
+    second = versions.find_version(storage, "latest").version
+    assert versions.kept_versions(storage) == [first, second]
+    assert publish_registered(storage, settings, "b1").retired == (first,)
+    assert versions.kept_versions(storage) == [second]
 
 
 @pytest.mark.parametrize("name", ["9", "abcd", "", "0"])
 def test_a_version_that_is_none_is_named_with_those_that_are(storage: Storage, settings: Settings, name: str) -> None:
     store_batch(storage, settings)
     version = publish_registered(storage, settings, "b1").version
-    known = rf"no one version '{name}' was published; published were: 1 \({version[:8]}\)"
+    known = rf"no version, or more than one, matches '{name}'; published versions: 1 \({version[:8]}\)"
     with pytest.raises(StorageError, match=known):
         versions.find_version(storage, name)

@@ -16,6 +16,7 @@ from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import curated_dataset, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.schema import tables
@@ -93,15 +94,19 @@ def page_of(
     return pages.batch_page(tables, scorings, SETTINGS.published, frozen, MADE, **linked), tables
 
 
+def changed(tables: BatchTables, **others: StoredTable) -> BatchTables:
+    return BatchTables(tables.batch, {**tables.tables, **others})
+
+
 def withdraw(tables: BatchTables) -> BatchTables:
     """Row 1 was withdrawn."""
     first = pl.col("source_row") == 1
-    frame = tables.decisions.frame.with_columns(
+    frame = tables["decisions"].frame.with_columns(
         decision=pl.when(first).then(pl.lit("withdrawn")).otherwise("decision"),
         reason=pl.when(first).then(pl.lit("row_withdrawn")).otherwise("reason"),
     )
-    decisions = StoredTable(frame, tables.decisions.provenance)
-    return BatchTables(tables.batch, tables.raw_data, tables.screened_data, decisions, tables.selected_subset)
+    decisions = StoredTable(frame, tables["decisions"].provenance)
+    return changed(tables, decisions=decisions)
 
 
 # Drawing a page takes two seconds, hence two pages for most of what is asked of one.
@@ -142,16 +147,16 @@ def test_numbers_of_a_page_add_up_to_the_tables(plain: tuple[bytes, BatchTables]
     page, tables = plain
     seen = Seen(page)
     outcome = seen.tables["Rows by decision and reason"]
-    counts = tables.decisions.frame.group_by("decision", "reason").len()
+    counts = tables["decisions"].frame.group_by("decision", "reason").len()
     assert {(a, b): int(n.replace(",", "")) for a, b, n, _ in outcome[1:-1]} == {
         (a, b): n for a, b, n in counts.iter_rows()
     }
-    assert int(outcome[-1][2]) == tables.raw_data.frame.height
+    assert int(outcome[-1][2]) == tables["raw_data"].frame.height
     files = seen.tables["Delivered files"]
-    assert files[1] == ["rows.jsonl", "f" * 64, str(tables.raw_data.frame.height)]
+    assert files[1] == ["rows.jsonl", "f" * 64, str(tables["raw_data"].frame.height)]
     sizes = {row[0]: int(row[2]) for row in seen.tables["Selections and controls"][1:]}
-    assert sizes["diff_high"] == sizes["control_random"] == tables.selected_subset.frame.height
-    assert tables.decisions.provenance_id in page.decode()
+    assert sizes["diff_high"] == sizes["control_random"] == tables["selected_subset"].frame.height
+    assert tables["decisions"].provenance_id in page.decode()
 
 
 def test_what_the_event_log_does_not_say_is_unknown_and_what_it_says_is_shown(
@@ -166,11 +171,11 @@ def test_what_the_event_log_does_not_say_is_unknown_and_what_it_says_is_shown(
 def gate(tables: BatchTables) -> BatchTables:
     sentence = "3 of its 4 rows cannot be read <b>"
     verdict = {gates.PROVENANCE_KEY: Gate(GateReason.TOO_MANY_REJECTED, sentence).as_json()}
-    frame = tables.decisions.frame.with_columns(
+    frame = tables["decisions"].frame.with_columns(
         decision=pl.lit("batch_gated"), reason=pl.lit("too_many_rejected"), verdicts=pl.col("verdicts").list.head(0)
     )
-    decisions = StoredTable(frame, tables.decisions.provenance | verdict)
-    return BatchTables(tables.batch, tables.raw_data, tables.screened_data, decisions, tables.selected_subset)
+    decisions = StoredTable(frame, tables["decisions"].provenance | verdict)
+    return changed(tables, decisions=decisions)
 
 
 def test_a_gated_batch_gets_a_page_that_says_so() -> None:
@@ -187,18 +192,16 @@ def test_the_text_of_a_withdrawn_row_is_not_shown(hostile: bytes) -> None:
 
 def gate_withdrawn(tables: BatchTables) -> BatchTables:
     """Row 1 is withdrawn in a batch that is gated, so that its decision and reason are the gate's."""
-    screened = tables.screened_data.frame.with_columns(
+    screened = tables["screened_data"].frame.with_columns(
         status=pl.when(pl.col("source_row") == 1).then(pl.lit("withdrawn")).otherwise("status")
     )
-    decided = tables.decisions.frame.with_columns(
+    decided = tables["decisions"].frame.with_columns(
         decision=pl.lit("batch_gated"), reason=pl.lit("too_many_rejected"), verdicts=pl.col("verdicts").list.head(0)
     )
-    return BatchTables(
-        tables.batch,
-        tables.raw_data,
-        StoredTable(screened, tables.screened_data.provenance),
-        StoredTable(decided, tables.decisions.provenance),
-        tables.selected_subset,
+    return changed(
+        tables,
+        screened_data=StoredTable(screened, tables["screened_data"].provenance),
+        decisions=StoredTable(decided, tables["decisions"].provenance),
     )
 
 
@@ -257,14 +260,14 @@ def test_a_batch_page_says_of_each_column_of_every_stored_table_what_it_is_made_
 
 def version_of(num_rows: int = 300, *, has_meta: bool = False) -> tuple[bytes, pl.DataFrame]:
     tables = synthetic.batch(SETTINGS, num_rows).tables
-    flat = exports.flat_scores(tables.decisions.frame)
+    flat = flat_scores(tables["decisions"].frame)
     entry = {
         "batch": "b1",
         "rows_in": num_rows,
-        "rows_selected": tables.selected_subset.frame.height,
+        "rows_selected": tables["selected_subset"].frame.height,
         "pool": "batch:b1",
         "provenance_id": "p" * 32,
-        "models": tables.decisions.provenance["models"],
+        "models": tables["decisions"].provenance["models"],
     }
     settings = SETTINGS.model_copy(update={"export": ExportSettings(formats=EVERY_FORMAT, meta=has_meta)})
     files = curated_dataset.dataset_files(settings, [tables])

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import polars as pl
 import pytest
 
-from qaq_pipeline.publication import exports
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import pages, plots, summaries
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
@@ -17,7 +17,7 @@ from qaq_pipeline_tests.support import synthetic
 
 def flat_rows(num_rows: int) -> pl.DataFrame:
     made = synthetic.batch(SETTINGS, 200).tables
-    return pages.with_origin(exports.flat_scores(made.decisions.frame), made.raw_data.frame).head(num_rows)
+    return pages.with_origin(flat_scores(made["decisions"].frame), made["raw_data"].frame).head(num_rows)
 
 
 def drawn(flat: pl.DataFrame) -> list[Plot]:

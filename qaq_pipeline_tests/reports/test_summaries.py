@@ -9,7 +9,7 @@ import yaml
 
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.publication import exports
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.schema.vocabularies import Decision
 from qaq_pipeline_tests.support import synthetic
@@ -29,7 +29,7 @@ SETTINGS = parse_settings(
 
 @pytest.fixture(scope="module")
 def flat() -> pl.DataFrame:
-    return exports.flat_scores(synthetic.batch(SETTINGS, 600).tables.decisions.frame)
+    return flat_scores(synthetic.batch(SETTINGS, 600).tables["decisions"].frame)
 
 
 def published(settings: Settings = SETTINGS) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from qaq_pipeline.freshness.staleness import Outdated
+from qaq_pipeline.freshness.staleness import Stale
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.status import BatchStatus, TableStatus
 
 TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 
-def status_of(changed: dict[str, TableStatus], left_out: str | None = None, outdated: Outdated | None = None) -> str:
+def status_of(changed: dict[str, TableStatus], left_out: str | None = None, stale: Stale | None = None) -> str:
     tables = dict.fromkeys(TABLES, TableStatus(5, 1, 1)) | changed
-    return BatchStatus("b1", tables, left_out, outdated).state
+    return BatchStatus("b1", tables, left_out, stale).state
 
 
 def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be() -> None:
@@ -20,7 +20,7 @@ def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be(
     assert status_of({"decisions": nothing, "selected_subset": nothing}) == "no decisions yet"
     assert status_of({"rmi_scores": torn, "decisions": nothing}) == "rmi_scores unreadable"
     assert status_of({"logprobs": TableStatus(5, 1, 2)}) == "logprobs: 1 of 2 models"
-    delivered = Outdated("ingest_batch", "b1", None, "raw_data", "it was delivered anew")
+    delivered = Stale("ingest_batch", "b1", None, "raw_data", "it was delivered again")
     assert status_of({}, "decisions are older than raw_data", delivered) == "raw_data stale"
     assert status_of({}, "gated (empty_batch): it has no row", delivered) == "gated"
     assert status_of({}, "selected by another") == "left out"

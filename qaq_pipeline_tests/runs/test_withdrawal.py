@@ -11,6 +11,7 @@ import pytest
 
 from qaq_pipeline.config.settings import RuntimeSettings, Settings
 from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.runs import refresh, withdrawal
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import Partition
@@ -24,7 +25,7 @@ SettingsFor = Callable[..., Settings]
 def published_text(daemon: Daemon) -> str:
     """All that the newest version exports."""
     storage = open_storage(daemon.settings)
-    folder = Path(storage.files.path(versions.FOLDER, versions.latest(storage) or ""))
+    folder = Path(storage.files.path(*versions.place(versions.find_version(storage, "latest").version)))
     return "".join(path.read_text() for path in folder.rglob("*.json*"))
 
 
@@ -49,7 +50,8 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
         assert (decision["decision"], decision["reason"]) == ("withdrawn", "row_withdrawn")
         assert decision["explanation"].endswith(": its licence forbids training.")
     assert daemon.left_out() == {}
-    assert versions.published_withdrawn(open_storage(daemon.settings)) == []
+    storage = open_storage(daemon.settings)
+    assert withdrawn_batches(storage, versions.latest(storage)) == []
 
 
 def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_screened_again(
@@ -136,7 +138,7 @@ def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches
     for batch in ("b1", "b2"):
         withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal(batch, None, "a claim"))
     storage = open_storage(daemon.settings)
-    manifest = storage.files.read_json(versions.FOLDER, versions.latest(storage) or "", "manifest.json")
+    manifest = versions.read_manifest(storage, versions.find_version(storage, "latest").version)
     assert manifest["batches"] == []
 
 

@@ -16,6 +16,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import exports
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema.column_lineage import Column, ancestry, derivations, of_records, of_scores, sources_in
 from qaq_pipeline.schema.row_place import ROW_KEY
@@ -315,13 +316,13 @@ def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
 
 
 def test_scores_of_a_version_change_with_the_column_of_the_decisions_that_is_declared(tables: Tables) -> None:
-    flat = exports.flat_scores(tables["decisions"])
+    flat = flat_scores(tables["decisions"])
     derived = {row.column: row.sources for row in of_scores("scores.parquet", flat.columns)}
     assert {source for sources in derived.values() for source in sources} == {
         ("decisions", column) for column in Decisions.columns()
     }
     for column in ("scores", "verdicts"):
-        without = exports.flat_scores(tables["decisions"].with_columns(pl.col(column).list.head(0)))
+        without = flat_scores(tables["decisions"].with_columns(pl.col(column).list.head(0)))
         assert {name for name, sources in derived.items() if sources == (("decisions", column),)} == {
             name for name in flat.columns if name not in without.columns
         }

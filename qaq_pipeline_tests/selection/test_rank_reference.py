@@ -28,6 +28,7 @@ from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME
 from qaq_pipeline.orchestration.jobs import build_job_defs
 from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema import vocabularies
@@ -580,7 +581,7 @@ def test_a_batch_that_is_the_reference_is_decided_as_in_its_own_pool_and_the_nex
     decisions = storage.tables.read("decisions", Partition("b2"))
     assert decisions.provenance["inputs"][NAME] == frozen.data_version
     assert decisions.provenance["pool_id"] == pool_id
-    manifest = storage.files.read_json("curated_dataset", latest(settings)["version"], "manifest.json")
+    manifest = versions.read_manifest(storage, latest(settings)["version"])
     assert [entry["data_versions"][NAME] for entry in manifest["batches"]] == [frozen.data_version] * 2
     cut = table(settings, "decisions")["verdicts"][0][0]["cut"]
     for gap, verdicts, said in decisions.frame.select("gap", "verdicts", "explanation").iter_rows():

@@ -72,7 +72,13 @@ def batch(
         selected_rows(settings.published.name, raw, decided),
         {"selection": settings.published.name, "inputs": {}},
     )
-    return Batch(BatchTables(name, raw_data, screened_data, decisions, selected), scores)
+    tables = {
+        "raw_data": raw_data,
+        "screened_data": screened_data,
+        "decisions": decisions,
+        "selected_subset": selected,
+    }
+    return Batch(BatchTables(name, tables), scores)
 
 
 def _raw(name: str, num_rows: int, rng: np.random.Generator, changes: dict[int, dict[str, Any]]) -> pl.DataFrame:

@@ -11,8 +11,8 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.metadata import HOLDS_TEXT, OWNERS, code_version, pictures
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.results import require_inputs
-from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
+from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import page_store, pages, plots, summaries
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.storage.storage import Storage
@@ -65,7 +65,7 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
                 allow_retries=False,
             )
         batch = context.partition_key
-        tables = BatchTables(batch, raw_data, screened_data, decisions, selected_subset)
+        tables = BatchTables(batch, rows | {"decisions": decisions, "selected_subset": selected_subset})
         scorings = [
             Scoring(role, table.provenance, table.frame, _cost(context, f"{batch}|{role}", table))
             for role, table in sorted(rmi_scores.items())
@@ -89,7 +89,7 @@ def made_by(context: dg.AssetExecutionContext) -> Made:
 
 
 def _drawn(tables: BatchTables) -> list[plots.Plot]:
-    flat = pages.with_origin(exports.flat_scores(tables.decisions.frame), tables.raw_data.frame)
+    flat = pages.with_origin(flat_scores(tables["decisions"].frame), tables["raw_data"].frame)
     pairs = summaries.pairs(flat)
     return [
         plots.flow(summaries.flow(flat)),

@@ -29,11 +29,12 @@ def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
         code_version=code_version(VERSION, settings.ranking.reference),
     )
     def dataset_report(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
-        version = versions.latest(storage)
-        if version is None:
+        newest = versions.latest(storage)
+        if newest is None:
             raise dg.Failure(
                 "dataset_report: nothing is published yet; materialise curated_dataset", allow_retries=False
             )
+        version = newest.version
         flat = page_store.write_version_page(storage, settings, version, made_by(context))
 
         def draw() -> list[plots.Plot]:
@@ -44,7 +45,7 @@ def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(version),
             metadata={
                 "version": version,
-                "page": dg.MetadataValue.path(storage.files.url(*page_store.version_page(version))),
+                "page": dg.MetadataValue.path(storage.files.url(*versions.page_place(version))),
                 **pictures(context, settings, draw),
             },
         )

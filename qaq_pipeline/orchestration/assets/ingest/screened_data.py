@@ -156,7 +156,7 @@ def _older(
     """The older batches whose rows may stand for rows of these signatures; one that is left out is named in the log."""
     older = {}
     registered = set(context.instance.get_dynamic_partitions(str(BATCHES.name)))
-    for batch in eligibility.standing_batches(storage, batches, registered):
+    for batch in eligibility.comparable_batches(storage, batches, registered):
         signed, screened = (storage.tables.read(name, Partition(batch)) for name in ("signatures", "screened_data"))
         if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
             raise dg.Failure(

@@ -1,6 +1,6 @@
 """The asset curated_dataset: all batches' selections, published as one version."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
@@ -10,6 +10,7 @@ from qaq_pipeline.orchestration.metadata import HOLDS_TEXT, OWNERS, code_version
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
+from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.storage.storage import Storage
 
 VERSION = "3"
@@ -22,8 +23,8 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     @dg.asset(
         description=(
             "The published selection of every complete batch, and random controls of its size, as files for "
-            "training, under the hash of their manifest. A version is never overwritten; latest.json points to the "
-            "newest and lists the batches left out."
+            "training, under the hash of their manifest. A version is never overwritten; publications.json lists "
+            "them in order, each with the batches left out."
         ),
         deps=["raw_data", "screened_data", "decisions", "selected_subset"],
         owners=OWNERS,
@@ -37,35 +38,25 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     )
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
-        with storage.locks.hold(versions.FOLDER, waits=True):
+        with versions.lock(storage):
             batches, excluded = read_batches(storage, registered, settings)
-            # What was withdrawn must go, and be it that nothing is left.
-            if not batches and not versions.published_withdrawn(storage):
+            # Withdrawn content has to go even if nothing is left.
+            if not batches and not withdrawn_batches(storage, versions.latest(storage)):
                 why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
                 raise dg.Failure(f"curated_dataset: no batch can be published; {why}", allow_retries=False)
             published = publish(storage, settings, batches, excluded, context.run.run_id)
-            storage.files.write_json(_sidecar(context, excluded), *versions.run_record(context.run.run_id))
         return _result(context, published, excluded)
 
     return curated_dataset
-
-
-def _sidecar(context: dg.AssetExecutionContext, excluded: dict[str, str]) -> dict[str, object]:
-    """What lies outside the manifest's hash: who published, when, and without which batches."""
-    return {
-        "run_id": context.run.run_id,
-        "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "excluded_batches": excluded,
-    }
 
 
 def _result(
     context: dg.AssetExecutionContext, published: Publication, excluded: dict[str, str]
 ) -> dg.MaterializeResult:
     if not published.is_new:
-        context.log.info("version %s was published before; nothing is written anew", published.version)
+        context.log.info("version %s was published before; no file is written", published.version)
     for version in published.retired:
-        context.log.info("version %s: its files were removed, its manifest is kept in retired/", version)
+        context.log.info("version %s: its files were removed; its manifest is kept in retired/", version)
     entries = published.manifest["batches"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(published.version),
@@ -86,7 +77,7 @@ def _result(
 
 
 def _made_from(published: Publication) -> dg.TableMetadataValue:
-    """Of each batch, the data versions of what entered: those that its assets' materialisations show."""
+    """Data versions of the tables behind each batch, as their materialisations show them."""
     records = [
         dg.TableRecord({"batch": entry["batch"], "table": table, "data_version": version})
         for entry in published.manifest["batches"]
@@ -97,7 +88,7 @@ def _made_from(published: Publication) -> dg.TableMetadataValue:
 
 
 def _difference_metadata(published: Publication) -> dict[str, Any]:
-    """What entered and left since the version before, counted by cause."""
+    """Numbers of rows that entered and left since the previous version, by cause."""
     found = published.difference
     if found is None:
         return {}
