@@ -1,6 +1,6 @@
-"""What became of a row, now and in every published version, and what made it so. Reading only; no Dagster.
+"""What became of a row, now and in every published version. Reading only; no Dagster.
 
-Belongs here: finding rows by place, pair or text, their fates, and the record behind a provenance id.
+Belongs here: finding rows by place, pair or text, and their fates.
 Does not belong here: words for people (`explanations`, `cli`), and why a row was decided as it was.
 
 Rows are found without reading whole tables, but for a search by text.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -21,8 +21,7 @@ from qaq_pipeline.schema import tables, vocabularies
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.files import StorageError, hash_json
-from qaq_pipeline.storage.provenance import Provenance
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import FoundRows
 
@@ -263,15 +262,3 @@ def _scores(published: Published) -> tuple[str, ...]:
 
 def _manifest(storage: Storage, version: str) -> dict[str, Any]:
     return storage.files.read_json(versions.FOLDER, version, "manifest.json")
-
-
-# --- provenance ------------------------------------------------------------------------------------------------------
-
-
-def provenance(storage: Storage, provenance_id: str, batch: str) -> Provenance:
-    """What made the rows that bear the id; of a table of before there were records, by its own footer."""
-    found = storage.provenance.read(provenance_id)
-    if found.made_of is not None or not storage.tables.has("decisions", Partition(batch)):
-        return found
-    made_of = storage.tables.footer("decisions", Partition(batch)).provenance
-    return replace(found, made_of=made_of) if hash_json(made_of) == provenance_id else found
