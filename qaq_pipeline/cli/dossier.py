@@ -63,7 +63,7 @@ def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *,
         row_history.text_of(storage, row),
         _representative(storage, row, found_in),
         row_history.fates(storage, row) if with_versions else [],
-        row_history.provenance(storage, row["provenance_id"], row["batch"]),
+        storage.provenance.read(row["provenance_id"]),
     )
 
 
@@ -162,7 +162,7 @@ def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
     """The provenance of the row's decision, line by line."""
     made_of, row = dossier.provenance.made_of, dossier.row
     if made_of is None:
-        yield "its provenance is not recorded: the row was decided before records were kept"
+        yield "its provenance record is missing; restore it from a backup"
         return
     yield f"input: {row['source_file']}, row {row['source_row']}, sha256 {made_of['files'].get(row['source_file'])}"
     scored_by = made_of.get("scored_by", {})

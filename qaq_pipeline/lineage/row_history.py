@@ -1,6 +1,6 @@
 """The history of a row: its decision now and in every published version, and what made it. Reads only. No Dagster.
 
-Belongs here: finding rows by place, pair or text, their fates, and the record behind a provenance id.
+Belongs here: finding rows by place, pair or text, and their fates.
 Does not belong here: texts for people (`selection.explanations`, `cli`), and the reasons of decisions.
 
 Only a search by text reads whole tables.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -22,8 +22,7 @@ from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.files import StorageError, hash_json
-from qaq_pipeline.storage.provenance import Provenance
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import FoundRows
 
@@ -237,15 +236,3 @@ def _check_kept(storage: Storage, published: Published) -> None:
             f"version {published.number} ({published.version}): its files were not kept (publication.keep_versions); "
             "its manifest is in retired/"
         )
-
-
-# --- provenance ------------------------------------------------------------------------------------------------------
-
-
-def provenance(storage: Storage, provenance_id: str, batch: str) -> Provenance:
-    """What made the rows with this id, from its record, or else from the footer of the decisions."""
-    found = storage.provenance.read(provenance_id)
-    if found.made_of is not None or not storage.tables.has("decisions", Partition(batch)):
-        return found
-    made_of = storage.tables.footer("decisions", Partition(batch)).provenance
-    return replace(found, made_of=made_of) if hash_json(made_of) == provenance_id else found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ from qaq_pipeline.lineage.lineage import Batch, Lineage, Shards, Table, sha256_o
 from qaq_pipeline.publication import versions
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError, hash_json
-from qaq_pipeline.storage.parquet_file import file_fault
 from qaq_pipeline.storage.storage import Storage
 
 
@@ -77,7 +75,7 @@ def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
 def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Finding]:
     remedy = _REFERENCE_REMEDY if table.name == "rank_reference" else _TABLE_REMEDY
     try:
-        fault = file_fault(storage.files.read_bytes(table.name, *table.partition, "table.parquet"))
+        fault = storage.tables.fault(table.name, Partition(*table.partition))
     except StorageError:
         yield Finding(table.path, f"it is missing: the lineage of batch {batch.name} breaks off here", remedy)
         return
@@ -92,18 +90,11 @@ def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Find
 def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:
     for name in shards.names:
         try:
-            fault = _shard_fault(
-                name.removesuffix(".parquet"), storage.files.read_bytes(*storage.scores.place(shards.digest, name))
-            )
+            fault = storage.scores.fault(shards.digest, name)
         except StorageError:  # Set aside, or pruned, since the walk.
             continue
         if fault:
             yield Finding(f"{shards.path}/{name}", f"{fault}: its scores cannot be trusted", _SHARD_REMEDY)
-
-
-def _shard_fault(stem: str, data: bytes) -> str | None:
-    """A shard is named by the sha256 of its bytes."""
-    return None if hashlib.sha256(data).hexdigest() == stem else "it was changed since it was written"
 
 
 def _verify_provenance(storage: Storage, batch: Batch) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,8 +143,6 @@ class Files:
 
 def _write_through(data: bytes, path: Path) -> None:
     """Write and flush to the disk, so that a rename cannot come before the content."""
-    import os
-
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -22,7 +22,7 @@ import polars as pl
 
 from qaq_pipeline.schema.tables import CachedScores, TableError, dtypes, enforce
 from qaq_pipeline.storage import parquet_file
-from qaq_pipeline.storage.files import Files
+from qaq_pipeline.storage.files import Files, StorageError
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.locks import Locks, PartitionBusyError
 from qaq_pipeline.storage.tables import StoredTable, empty
@@ -114,6 +114,15 @@ class ScoreCache:
         """File names of the shards under an identity."""
         return [name for name in self._files.names(_FOLDER, digest) if name.endswith(".parquet")]
 
+    def fault(self, digest: str, name: str) -> str | None:
+        """The fault of a shard that was changed since it was written, as a sentence; None: no fault.
+
+        Raises:
+            StorageError: there is no such shard.
+        """
+        found = hashlib.sha256(self._files.read_bytes(*self.place(digest, name))).hexdigest()
+        return None if name == f"{found}.parquet" else "it was changed since it was written"
+
     def place(self, digest: str, *inside: str) -> tuple[str, ...]:
         """Parts of the path of an identity's folder, or of something in it."""
         return (_FOLDER, digest, *inside)
@@ -133,17 +142,18 @@ class ScoreCache:
 
     def _shard_or_aside(self, digest: str, name: str) -> pl.DataFrame:
         """The shard; no scores where the file is none and is set aside, or is gone since it was listed."""
-        parts = (_FOLDER, digest, name)
-        if not self._files.exists(*parts):
+        parts = self.place(digest, name)
+        try:
+            data = self._files.read_bytes(*parts)
+        except StorageError:  # Another reader set it aside, or it was pruned.
             return _no_scores()
-        data = self._files.read_bytes(*parts)
         try:
             return _read_shard(data)
         except _NO_SHARD as error:
             path = self._files.path(*parts)
             logger.warning("%s: no shard of scores (%s); set aside, its pairs are scored again", path, error)
         with contextlib.suppress(FileNotFoundError):  # Another reader was faster.
-            self._files.move(parts, (_FOLDER, digest, _SET_ASIDE, name))
+            self._files.move(parts, self.place(digest, _SET_ASIDE, name))
         return _no_scores()
 
 

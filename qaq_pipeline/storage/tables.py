@@ -135,6 +135,14 @@ class Tables:
         except StorageError:
             return None
 
+    def fault(self, name: str, partition: Partition) -> str | None:
+        """The fault of a stored table of which any byte was changed, as a sentence; None: no fault.
+
+        Raises:
+            StorageError: it is missing.
+        """
+        return parquet_file.file_fault(self._files.read_bytes(*self._place(name, partition)))
+
     def has(self, name: str, partition: Partition) -> bool:
         """Whether the partition of the table is stored."""
         return self._files.exists(*self._place(name, partition))

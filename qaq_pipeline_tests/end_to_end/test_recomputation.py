@@ -13,7 +13,6 @@ import yaml
 
 from qaq_pipeline.config.load import load_settings, parse_settings
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.lineage import row_history
 from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import hash_json
@@ -54,7 +53,7 @@ def test_every_number_of_an_explanation_follows_from_the_sums_and_every_row_from
         assert decisions.frame["explanation"].str.contains(pattern).any()
     assert check_batch(storage, settings, "b1") > 20
 
-    made_of = row_history.provenance(storage, decisions.frame["provenance_id"][0], "b1")
+    made_of = storage.provenance.read(decisions.frame["provenance_id"][0])
     assert made_of.made_of == decisions.provenance
     assert hash_json(made_of.made_of) == made_of.provenance_id
     assert len(made_of.runs) == 1

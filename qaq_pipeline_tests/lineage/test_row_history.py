@@ -1,4 +1,4 @@
-"""audit: a row is found by place, pair and text, in the ledger and in every version, and its provenance id resolves."""
+"""row_history: a row is found by place, pair and text, in decisions and in every version."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
 
 SETTINGS = """
@@ -277,25 +276,3 @@ def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, s
     found = row_history.find_pair(storage, pair_name(4), fate.published)
     assert found.unindexed == ("version 1",)
     assert found.rows[0]["verdicts"][0]["is_selected"]
-
-
-# --- provenance ------------------------------------------------------------------------------------------------------
-
-
-def test_an_id_resolves_after_the_batch_was_decided_anew(storage: Storage) -> None:
-    old, new = {"files": {"a": "0"}, "models": {}}, {"files": {"a": "1"}, "models": {}}
-    first = storage.provenance.write(old, "run-1")
-    storage.provenance.write(new, "run-2")
-    storage.provenance.write(old, "run-3")
-    found = row_history.provenance(storage, first, "b1")
-    assert found.made_of == old
-    assert sorted(run["run_id"] for run in found.runs) == ["run-1", "run-3"]
-    assert first == hash_json(old)
-
-
-def test_an_id_of_before_there_were_records_resolves_by_the_tables_footer(storage: Storage, settings: Settings) -> None:
-    store_batch(storage, settings)
-    decisions = storage.tables.read("decisions", Partition("b1"))
-    assert row_history.provenance(storage, decisions.provenance_id, "b1").made_of == decisions.provenance
-    storage.tables.write(StoredTable(decisions.frame, {"other": 1}), "decisions", Partition("b1"))
-    assert row_history.provenance(storage, decisions.provenance_id, "b1").made_of is None

@@ -19,7 +19,6 @@ from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
-from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
@@ -153,7 +152,7 @@ def store_batch(
         pairs,
         verdicts,
         settings.published,
-        hash_json(made_of),
+        storage.provenance.write(made_of, "run"),
     )
     storage.tables.write(raw_data, "raw_data", Partition(batch))
     storage.tables.write(StoredTable(duplicates.signatures(raw)), "signatures", Partition(batch))

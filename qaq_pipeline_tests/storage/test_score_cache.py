@@ -1,0 +1,211 @@
+"""score_cache: shards of scores by identity, set aside where they are none."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.storage import parquet_file
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline_tests.support.frames import IDENTITY, cached, pair_name, raw_rows
+
+SCORED_WITH = {"libraries": {"torch": "2.13.0"}, "device": "cpu"}
+
+
+def pair_ids(*numbers: int) -> pl.Series:
+    return pl.Series([pair_name(number) for number in numbers], dtype=pl.String)
+
+
+def keys(scores: pl.DataFrame) -> list[tuple[str, str]]:
+    return sorted(scores.select("pair_id", "quantity").iter_rows())
+
+
+def test_cached_scores_come_back_for_the_pairs_that_are_asked_for(any_storage: Storage) -> None:
+    any_storage.scores.append(IDENTITY, cached(1, 2, 3), SCORED_WITH)
+    any_storage.scores.append(IDENTITY, cached(4), SCORED_WITH)
+    any_storage.scores.append(IDENTITY, cached(1, quantity=Quantity.A), SCORED_WITH)
+    found = any_storage.scores.read(IDENTITY, pair_ids(1, 4, 9)).drop("scored_with")
+    assert keys(found) == [(pair_name(1), "a"), (pair_name(1), "q"), (pair_name(4), "q")]
+    assert dict(found.schema) == tables.dtypes(tables.CachedScores)
+
+
+def test_a_cache_without_shards_has_no_scores(any_storage: Storage) -> None:
+    assert any_storage.scores.read(IDENTITY, pair_ids(1)).drop("scored_with").equals(empty(tables.CachedScores))
+
+
+def test_a_score_that_two_writers_stored_is_read_once(any_storage: Storage) -> None:
+    for sum_nll in (1.5, 1.5000001):
+        any_storage.scores.append(IDENTITY, cached(1, 2, sum_nll=sum_nll), SCORED_WITH)
+    found = any_storage.scores.read(IDENTITY, pair_ids(1, 2)).drop("scored_with")
+    assert keys(found) == [(pair_name(1), "q"), (pair_name(2), "q")]
+    assert found.equals(any_storage.scores.read(IDENTITY, pair_ids(1, 2)).drop("scored_with"))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IDENTITY)])
+def test_scores_of_another_identity_are_not_read(storage: Storage, field: str) -> None:
+    value = getattr(IDENTITY, field)
+    changes: dict[str, Any] = {field: value * 2}
+    other = dataclasses.replace(IDENTITY, **changes)
+    storage.scores.append(other, cached(1), SCORED_WITH)
+    assert storage.scores.read(IDENTITY, pair_ids(1)).is_empty()
+    assert storage.scores.read(other, pair_ids(1)).height == 1
+
+
+def test_the_folder_of_the_scores_says_whose_they_are(any_storage: Storage) -> None:
+    any_storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
+    stored = any_storage.files.read_json("score_cache", IDENTITY.digest(), "identity.json")
+    assert stored == dataclasses.asdict(IDENTITY)
+
+
+def shards(storage: Storage) -> list[Path]:
+    return sorted(Path(storage.files.url("score_cache", IDENTITY.digest())).glob("*.parquet"))
+
+
+def flip_a_byte(data: bytes) -> bytes:
+    """The data with one bit of its 40th byte changed: amid the columns."""
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+def shard_of(scores: pl.DataFrame) -> bytes:
+    return parquet_file.encode(scores, {"data_version": StoredTable(scores).data_version, "scored_with": SCORED_WITH})
+
+
+SPOILED: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "text": lambda _: b"hello",
+    "foreign": lambda _: parquet_file.encode(raw_rows({}), {}),
+    "torn": lambda data: data[:-9],
+    "changed": flip_a_byte,
+    "without a column": lambda _: shard_of(cached(1).drop("num_tokens")),
+    "of other types": lambda _: shard_of(cached(1).cast({"sum_nll": pl.Float32})),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_what_is_no_shard_is_set_aside_named_and_never_read(
+    storage: Storage, spoil: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
+    (spoiled,) = shards(storage)
+    spoiled.write_bytes(content := spoil(spoiled.read_bytes()))
+    storage.scores.append(IDENTITY, cached(2), SCORED_WITH)
+    assert keys(storage.scores.read(IDENTITY, pair_ids(1, 2))) == [(pair_name(2), "q")]
+    assert f"{spoiled}: no shard of scores" in caplog.text
+    assert (spoiled.parent / "set_aside" / spoiled.name).read_bytes() == content
+    assert not spoiled.exists()
+    caplog.clear()
+    storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
+    assert keys(storage.scores.read(IDENTITY, pair_ids(1, 2))) == [(pair_name(1), "q"), (pair_name(2), "q")]
+    assert caplog.text == ""
+    (entry,) = storage.scores.models()
+    assert (entry.num_shards, entry.num_set_aside, entry.num_scores) == (2, 1, 2)
+
+
+def test_the_cache_lists_what_it_holds_by_model_and_removes_it(any_storage: Storage) -> None:
+    other = dataclasses.replace(IDENTITY, model="another")
+    assert any_storage.scores.models() == []
+    for identity, numbers in ((IDENTITY, (1, 2, 3)), (IDENTITY, (4,)), (other, (1,))):
+        any_storage.scores.append(identity, cached(*numbers), SCORED_WITH)
+    for number in (3, 4):
+        any_storage.scores.count_hits(IDENTITY, number)
+    by_model = {entry.identity["model"]: entry for entry in any_storage.scores.models()}
+    assert by_model.keys() == {IDENTITY.model, "another"}
+    ours = by_model[IDENTITY.model]
+    assert (ours.digest, ours.num_shards, ours.num_scores, ours.num_hits) == (IDENTITY.digest(), 2, 4, 7)
+    assert ours.num_bytes > 1000
+    any_storage.scores.prune(ours.digest)
+    assert [entry.identity["model"] for entry in any_storage.scores.models()] == ["another"]
+    assert any_storage.scores.read(IDENTITY, pair_ids(1)).is_empty()
+
+
+def test_a_shard_that_is_still_being_written_is_not_read(storage: Storage) -> None:
+    storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
+    (shard,) = shards(storage)
+    shard.with_name(".0123.tmp").write_bytes(b"half")
+    assert storage.scores.read(IDENTITY, pair_ids(1)).height == 1
+
+
+SCORERS = [{"libraries": {"torch": version}, "device": "cpu"} for version in ("2.13", "2.14")]
+
+
+def scorers(storage: Storage, *numbers: int) -> list[Any]:
+    found = storage.scores.read(IDENTITY, pair_ids(*numbers))
+    return [json.loads(scorer) for scorer in found["scored_with"]]
+
+
+def test_every_score_says_which_libraries_and_device_made_it(any_storage: Storage) -> None:
+    for number, scorer in enumerate(SCORERS, start=1):
+        any_storage.scores.append(IDENTITY, cached(number), scorer)
+    assert scorers(any_storage, 1, 2) == SCORERS
+
+
+def test_columns_of_a_shard_that_nobody_reads_do_no_harm(storage: Storage) -> None:
+    wider = cached(1).with_columns(token_logprobs=pl.lit(None, pl.List(pl.Float32)))
+    storage.files.write_bytes(shard_of(wider), "score_cache", IDENTITY.digest(), "0123456789abcdef.parquet")
+    assert storage.scores.read(IDENTITY, pair_ids(1)).drop("scored_with").equals(cached(1))
+
+
+def test_a_shard_is_named_by_the_hash_of_its_bytes_and_an_equal_one_is_the_same_file(storage: Storage) -> None:
+    for _ in range(2):
+        storage.scores.append(IDENTITY, cached(1), SCORERS[0])
+    (shard,) = shards(storage)
+    assert shard.name == f"{hashlib.sha256(shard.read_bytes()).hexdigest()}.parquet"
+    storage.scores.append(IDENTITY, cached(1), SCORERS[1])
+    assert len(shards(storage)) == 2
+    assert scorers(storage, 1) == [SCORERS[0]]
+
+
+def test_scores_that_do_not_fit_are_not_appended(storage: Storage) -> None:
+    with pytest.raises(TableError, match="CachedScores"):
+        storage.scores.append(IDENTITY, cached(1).with_columns(sum_nll=pl.lit(-1.0)), SCORED_WITH)
+    assert shards(storage) == []
+
+
+@pytest.mark.parametrize("race", ["before it is read", "before it is set aside"])
+def test_a_shard_that_vanishes_while_shards_are_read_is_no_error(
+    storage: Storage, race: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another reader may set a shard aside, and `qaq cache --prune` remove it, at any moment."""
+    for number in (1, 2):
+        storage.scores.append(IDENTITY, cached(number), SCORED_WITH)
+    vanishing = shards(storage)[0]
+    if race == "before it is set aside":
+        vanishing.write_bytes(b"torn")
+    read_bytes = storage.files.read_bytes
+
+    def read_and_remove(*parts: str) -> bytes:
+        if race == "before it is read":
+            vanishing.unlink(missing_ok=True)
+            return read_bytes(*parts)
+        data = read_bytes(*parts)
+        vanishing.unlink(missing_ok=True)
+        return data
+
+    monkeypatch.setattr(storage.files, "read_bytes", read_and_remove)
+    assert storage.scores.read(IDENTITY, pair_ids(1, 2)).height == 1
+
+
+def test_a_changed_shard_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage) -> None:
+    any_storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
+    digest = IDENTITY.digest()
+    (name,) = any_storage.scores.shards(digest)
+    assert any_storage.scores.fault(digest, name) is None
+    place = any_storage.scores.place(digest, name)
+    any_storage.files.write_bytes(flip_a_byte(any_storage.files.read_bytes(*place)), *place)
+    assert any_storage.scores.fault(digest, name) == "it was changed since it was written"
+    any_storage.files.remove(*place)
+    with pytest.raises(StorageError, match="not stored yet"):
+        any_storage.scores.fault(digest, name)
