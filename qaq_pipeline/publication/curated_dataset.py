@@ -6,7 +6,7 @@ Does not belong here: the formats of the files (`exports`), where versions lie (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from qaq_pipeline.publication.versions import (
     index_pairs,
     latest,
     log_publication,
+    published_withdrawn,
     read_manifest,
     retire,
 )
@@ -32,6 +33,10 @@ from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
+
+
+class NothingToPublishError(ValueError):
+    """There is nothing to publish, or nothing is published yet. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,13 @@ def read_batches(
         except StorageError as error:  # Changed since it was written.
             excluded[batch] = str(error)
     return batches, excluded
+
+
+def require_batches(storage: Storage, batches: Sequence[BatchTables], excluded: Mapping[str, str]) -> None:
+    """Refuse an empty version, unless it removes withdrawn rows. Raises NothingToPublishError."""
+    if not batches and not published_withdrawn(storage):
+        why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
+        raise NothingToPublishError(f"curated_dataset: no batch can be published; {why}")
 
 
 def publish(
