@@ -8,7 +8,8 @@ from qaq_pipeline.ingest import landing
 from qaq_pipeline.ingest.landing import Landed, Seen
 from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.alerts import Alert
-from qaq_pipeline.orchestration.partitions import BATCHES, LANDED_TAG
+from qaq_pipeline.orchestration.materialisation import LANDED_TAG
+from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.storage.storage import open_storage
 
 # --- the landing zone ------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from qaq_pipeline.automation.sensor_status import MOST_BATCHES_A_TICK, default_s
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import staleness
 from qaq_pipeline.orchestration.jobs import present
-from qaq_pipeline.orchestration.partitions import BATCHES, RESCREENING_TAG
+from qaq_pipeline.orchestration.materialisation import RESCREENING_TAG
+from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.storage.storage import open_storage
 
 _MOST_TRIES = 3

@@ -21,8 +21,11 @@ from qaq_pipeline.calibration import defects
 from qaq_pipeline.calibration.defects import Others, Text
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
+from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.schema.long_form import to_long
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
-from qaq_pipeline.schema.vocabularies import Defect
+from qaq_pipeline.schema.vocabularies import Defect, Status
 from qaq_pipeline.selection.random_order import draws
 
 ENOUGH = 20
@@ -31,6 +34,21 @@ ENOUGH = 20
 _LEAST_LOOKED_AT = 2000
 _LOOKED_AT_FOR_EACH = 20
 """Most rows that are drawn for each row of a defect: some defects are impossible in most rows."""
+
+
+def scorable_pairs(raw: pl.DataFrame, screened: pl.DataFrame, disagreement: pl.DataFrame) -> pl.DataFrame:
+    """The distinct pairs that both models rank, with their texts and the strong model's stratum."""
+    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(ROW_KEY)
+    ranked = to_long(disagreement.drop_nulls("gap"), "ranks", "pair_id").filter(pl.col("model") == "strong")
+    texts = raw.join(accepted, on=ROW_KEY, how="semi")
+    return texts.join(ranked.select("pair_id", "stratum"), on="pair_id", validate="1:1").select(
+        "pair_id", "system", "query", "answer", "language", "stratum"
+    )
+
+
+def pairs_to_score(planted: pl.DataFrame) -> list[Pair]:
+    """The pairs of PlantedRows, in their order."""
+    return [Pair(*row) for row in planted.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
 def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:

@@ -32,8 +32,8 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice, pairwise, starmap
 from typing import NamedTuple
 
 import polars as pl
@@ -137,10 +137,41 @@ def read_file(content: bytes, source_file: str, batch: str, settings: RecordSett
     Raises:
         UnreadableFileError: the file is empty, damaged, or not a list of rows.
     """
-    delivered = _deliver(_decompress(content, source_file), source_file)
+    delivered = list(_deliver(_decompress(content, source_file), source_file))
     shape = _detect_shape(delivered) if settings.shape == "auto" else settings.shape
     rows = [(batch, source_file, *cells) for row in delivered for cells in _read_row(row, shape, settings.multi_turn)]
     return pl.DataFrame(rows, schema=dtypes(RawData), orient="row")
+
+
+def read_delivery(
+    contents: Mapping[str, bytes], batch: str, settings: RecordSettings, limit: int | None = None
+) -> pl.DataFrame:
+    """All rows of the delivered files, in file order, or the rows of its first `limit` records.
+
+    A file that cannot be cut into rows is one rejected row, by which the batch is gated.
+    """
+    frames = [_read_or_reject(content, name, batch, settings) for name, content in contents.items()]
+    rows = pl.concat([pl.DataFrame(schema=dtypes(RawData)), *frames])
+    if limit is None:
+        return rows
+    first = rows.select("source_file", "source_row").unique(maintain_order=True).head(limit)
+    return rows.join(first, on=["source_file", "source_row"], how="semi", maintain_order="left")
+
+
+def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSettings) -> pl.DataFrame:
+    try:
+        return read_file(content, name, batch, settings)
+    except UnreadableFileError as error:
+        return unreadable_file(error, name, batch)
+
+
+def check_file(content: bytes, source_file: str) -> None:
+    """Check that a file can be cut into rows, without reading them.
+
+    Raises:
+        UnreadableFileError: as `read_file`.
+    """
+    _deliver(_decompress(content, source_file), source_file)
 
 
 def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
@@ -200,7 +231,11 @@ def _zstandard_frames(content: bytes) -> Iterator[bytes]:
         content = frame.unused_data
 
 
-def _deliver(content: bytes, source_file: str) -> list[_Delivered]:
+def _deliver(content: bytes, source_file: str) -> Iterable[_Delivered]:
+    """The rows of a file: it is cut into rows at once, and the rows are read as they are asked for.
+
+    JSON lines are not even cut beyond the second: no later line can make the file unreadable.
+    """
     if content.startswith(_PARQUET):
         return _deliver_parquet(content, source_file)
     if content.startswith(_UTF16_BOMS):
@@ -213,16 +248,16 @@ def _deliver(content: bytes, source_file: str) -> list[_Delivered]:
     return _deliver_lines(content, source_file)
 
 
-def _deliver_parquet(content: bytes, source_file: str) -> list[_Delivered]:
+def _deliver_parquet(content: bytes, source_file: str) -> Iterable[_Delivered]:
     try:
         rows = list(_parquet_rows(content))
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise UnreadableFileError(
             source_file, f"is no complete Parquet file that can be read ({error})", "Copy or write the file again."
         ) from error
-    return [
+    return (
         _Delivered(number, json.dumps(row, ensure_ascii=False, default=str), row) for number, row in enumerate(rows, 1)
-    ]
+    )
 
 
 def _parquet_rows(content: bytes) -> Iterator[dict[str, object]]:
@@ -244,14 +279,11 @@ def _parse_int(digits: str) -> int | float:
 _DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
-def _deliver_array(content: bytes, source_file: str) -> list[_Delivered]:
+def _deliver_array(content: bytes, source_file: str) -> Iterable[_Delivered]:
     # Invalid bytes become lone surrogates, so that they cost their row and not the file.
     text = content.decode("utf-8", "surrogateescape")
     try:
-        return [
-            _delivered_value(number, text[start:end], value)
-            for number, (start, end, value) in enumerate(_array_elements(text), 1)
-        ]
+        elements = list(_array_elements(text))
     except json.JSONDecodeError as error:
         fault = f"line {error.lineno}, column {error.colno}: the JSON array cannot be read: {error.msg}"
         raise UnreadableFileError(source_file, fault, "Write it again, or deliver one object per line.") from error
@@ -259,6 +291,7 @@ def _deliver_array(content: bytes, source_file: str) -> list[_Delivered]:
         raise UnreadableFileError(
             source_file, "the JSON array holds a value that is nested too deep", "Deliver one object per line."
         ) from error
+    return (_delivered_value(number, text[start:end], value) for number, (start, end, value) in enumerate(elements, 1))
 
 
 def _array_elements(text: str) -> Iterator[tuple[int, int, object]]:
@@ -284,14 +317,14 @@ def _skip_space(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _deliver_lines(content: bytes, source_file: str) -> list[_Delivered]:
-    lines = content.split(b"\n")
-    rows = [_delivered_line(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if rows[0].fault is not None:
-        _refuse_object_over_lines(content, rows[0].source_row, source_file)
-    if len(rows) == 1 and isinstance(rows[0].value, dict):
-        _refuse_wrapped_list(rows[0].value, source_file)
-    return rows
+def _deliver_lines(content: bytes, source_file: str) -> Iterator[_Delivered]:
+    lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    first = [_delivered_line(*line) for line in islice(lines, 2)]
+    if first[0].fault is not None:
+        _refuse_object_over_lines(content, first[0].source_row, source_file)
+    if len(first) == 1 and isinstance(first[0].value, dict):
+        _refuse_wrapped_list(first[0].value, source_file)
+    return chain(first, starmap(_delivered_line, lines))
 
 
 def _delivered_line(number: int, line: bytes) -> _Delivered:

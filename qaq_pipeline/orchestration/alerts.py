@@ -1,10 +1,10 @@
-"""Alerts: what is said when something goes wrong, and the channels that carry it. No Dagster.
+"""Alerts: messages about failures, and the channels that carry them. No Dagster.
 
-Belongs here: one function a channel, and the words of an alert that rests on no Dagster event. Does not belong here:
-when an alert is due, which whoever raises it knows.
+Belongs here: one function per channel, and the words of an alert that no Dagster event causes. Does not belong here:
+the decision that an alert is due, which its sender makes.
 
-An alert never fails what it tells of: a channel that fails, or takes too long, is logged and named to the caller, and
-the next is tried.
+An alert never fails the work that it reports: a channel that fails, or takes too long, is logged and named to the
+caller, and the next one is tried.
 Secrets are read from the environment when an alert is sent, and appear in no text.
 """
 
@@ -26,35 +26,35 @@ from qaq_pipeline.config.settings import AlertSettings, EmailAlerts, LogAlerts, 
 from qaq_pipeline.screening.gates import Gate
 
 LOGGER = "qaq_pipeline.alerts"
-"""Name of the logger that the channel `log` writes to: users configure it, so it is no module's."""
+"""Name of the logger that the channel `log` writes to. Users configure it, so it does not follow a module's name."""
 
 logger = logging.getLogger(LOGGER)
 
 TIMEOUT_SECONDS = 8
-"""Of each answer of a server."""
+"""Timeout of each answer of a server."""
 DEADLINE_SECONDS = 10
-"""Of a channel, all in all."""
+"""Time that a channel gets in total."""
 
 _SLACK_CODE = re.compile(r"[a-z_]{1,60}")
-"""What Slack says of a message that it does not take, such as invalid_token."""
+"""Slack's code for a message that it refuses, such as invalid_token."""
 
 Channel = LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts
 
 
 class AlertError(RuntimeError):
-    """A channel did not take an alert. The text says why, and what to do."""
+    """A channel did not accept an alert. The text gives the cause and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What is said, and of what."""
+    """A message, and the batch and run that it is about."""
 
     subject: str
     text: str
     kind: Literal["run_failed", "batch_gated", "delivery_refused"]
     batch: str | None = None
     run_id: str | None = None
-    """Of the Dagster run that it tells of, or that found it."""
+    """Id of the Dagster run that failed, or that found the cause."""
 
 
 def gated(batch: str, gate: Gate, run_id: str) -> Alert:
@@ -72,7 +72,7 @@ def send(alert: Alert, settings: AlertSettings) -> tuple[str, ...]:
     """Send the alert over every channel.
 
     Returns:
-        For each channel that failed, a sentence that says which and why; each is logged as well.
+        A sentence with the cause for each channel that failed; each is logged too.
     """
     failures = []
     for number, channel in enumerate(settings.channels):
@@ -85,12 +85,13 @@ def send(alert: Alert, settings: AlertSettings) -> tuple[str, ...]:
 
 
 def _failure(channel: Channel, alert: Alert) -> str | None:
-    """Why the channel did not take the alert; None: it did.
+    """The reason why the channel did not accept the alert; None: it did.
 
-    The timeout of a socket is of each answer: a server that drips would never end, nor would a function that waits.
+    The timeout of a socket counts for each answer: a server that sends slowly would never end, nor would a function
+    that waits.
     """
     reasons: list[str | None] = []
-    # A daemon: it may be left behind, and then does not keep the process.
+    # A daemon thread that is left behind does not keep the process alive.
     thread = threading.Thread(target=lambda: reasons.append(_fault(channel, alert)), daemon=True)
     thread.start()
     thread.join(DEADLINE_SECONDS)

@@ -1,11 +1,11 @@
-"""Asset checks: what a person should look at, beside each asset in the UI and in the summary of `qaq run`.
+"""Asset checks: warnings for a person, beside each asset in the UI and in the summary of `qaq run`.
 
-Belongs here: which checks there are, what they read, and their definitions. Does not belong here: what is measured
-(measures), and what stops a batch: they report only. A blocking check would stop the assets of its own run and no
-other; the verdicts that gate a batch are stored with its tables (gates).
+Belongs here: the list of checks, the tables that they read, and their definitions. Does not belong here: measurements
+(`reports.check_metrics`), and what stops a batch: checks only report. A blocking check would stop the assets of its own
+run and no other; the verdicts that gate a batch are stored with its tables (`screening.gates`).
 
-The checks of an asset are one step after it, for its partition. One that cannot be made, because what it reads is torn
-or gone, does not pass, is an error and not a warning, and says why. A fault of the code fails the step, as in an asset.
+The checks of an asset run as one step after it, for its partition. A check whose table is torn or missing does not
+pass; it is then an error instead of a warning, and says why. A fault of the code fails the step, as in an asset.
 """
 
 import hashlib
@@ -17,24 +17,22 @@ import dagster as dg
 
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME, differently_scored
-from qaq_pipeline.orchestration.io_manager import partition_parts
 from qaq_pipeline.orchestration.partitions import BATCHES, batch_by_model
 from qaq_pipeline.publication import versions
-from qaq_pipeline.reports import check_metrics
+from qaq_pipeline.reports import check_metrics, drift
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection import drift
+from qaq_pipeline.selection.stored_reference import NAME, differently_scored
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 
 Findings = dict[str, Finding | StorageError]
-"""By the name of the check; the error of what it alone reads, where that is torn or gone."""
+"""Results by the name of the check; an error where the file that only this check reads is torn or missing."""
 
 
 def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
-    """Fresh definitions of all checks, for the settings; where no RMI is wanted, there are none of it and its ranks."""
+    """Fresh definitions of all checks for the settings; those of RMI and its ranks only where RMI is wanted."""
     of_rmi = [_rmi_scores(settings), _disagreement_scores(settings)] if "rmi" in settings.scoring.quantities else []
     return [
         _raw_data(settings),
@@ -63,7 +61,7 @@ def _screened_data() -> dg.AssetChecksDefinition:
         return {"passes_gate": check_metrics.screened_rows(screened.frame, gate.sentence if gate else None)}
 
     descriptions = {
-        "passes_gate": "The batch is fit to be scored. Beside it: the shares of duplicates and benchmark tasks."
+        "passes_gate": "The batch is fit to be scored. Also shown: the shares of duplicates and benchmark tasks."
     }
     return _of_table("screened_data", BATCHES, descriptions, find)
 
@@ -91,24 +89,26 @@ def _rmi_scores(settings: Settings) -> dg.AssetChecksDefinition:
         return {"answers_explain_queries": check_metrics.mean_rmi(scores, settings.checks.min_mean_rmi)}
 
     descriptions = {
-        "answers_explain_queries": "Mean RMI is above checks.min_mean_rmi. At about 0 the answers say nothing of their "
-        "queries, or the model, its prompt or a token boundary is broken."
+        "answers_explain_queries": "Mean RMI is above checks.min_mean_rmi. At about 0 the answers are unrelated to "
+        "their queries, or the model, its prompt or a token boundary is broken."
     }
     return _of_table("rmi_scores", batch_by_model(settings), descriptions, find)
 
 
 def _disagreement_scores(settings: Settings) -> dg.AssetChecksDefinition:
     descriptions = {
-        "models_differ": "The models' ranks correlate (Spearman) below checks.max_rank_correlation: else the second "
-        "model says little new."
+        "models_differ": "The Spearman correlation of the models' ranks is below checks.max_rank_correlation: "
+        "otherwise the second model adds little."
     }
-    if settings.ranking.pool == "batch":  # A reference has strata of its own, whatever the batch's size.
-        descriptions["strata_are_filled"] = "There are ranking.num_strata of ranking.min_rows_per_stratum rows."
+    if settings.ranking.pool == "batch":  # A reference has its own strata, whatever the size of the batch.
+        descriptions["strata_are_filled"] = (
+            "There are ranking.num_strata strata of at least ranking.min_rows_per_stratum rows."
+        )
 
     if settings.ranking.reference is not None:
         descriptions["is_near_reference"] = (
-            "PPL(Q) and RMI of each model are spread as in ranking.reference: PSI is at most checks.max_psi, and the "
-            "Kolmogorov-Smirnov statistic at most checks.max_ks."
+            "PPL(Q) and RMI of each model are distributed as in ranking.reference: PSI is at most checks.max_psi, and "
+            "the Kolmogorov-Smirnov statistic at most checks.max_ks."
         )
 
     def find(storage: Storage, batch: str) -> Findings:
@@ -137,15 +137,15 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
 def _calibration(settings: Settings) -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str) -> Findings:
         calibration = storage.tables.read("calibration", Partition(batch))
-        gate = gates.of_provenance(calibration.provenance)
+        gate = gates.of_provenance(storage.tables.footer("planted_rows", Partition(batch)).provenance)
         if gate is not None:
             return {"models_can_tell": Finding(True, f"The batch is gated, and not calibrated: {gate.sentence}.")}
         limit = settings.calibration.min_auc
         return {"models_can_tell": check_metrics.discrimination(calibration.frame, limit, planting.ENOUGH)}
 
     descriptions = {
-        "models_can_tell": "Each model's RMI tells pairs from the same queries with another answer, with an AUROC of "
-        "at least calibration.min_auc. Beside it: its AUROC for every defect."
+        "models_can_tell": "Each model's RMI separates pairs from the same queries with another answer, with an AUROC "
+        "of at least calibration.min_auc. Also shown: its AUROC for every defect."
     }
     return _of_table("calibration", BATCHES, descriptions, find)
 
@@ -163,7 +163,7 @@ def _decisions() -> dg.AssetChecksDefinition:
         }
 
     descriptions = {
-        "every_row_is_decided": "Every row of raw_data has one decision. Beside it: the share that is selected.",
+        "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",
         "passes_gates": "The batch is fit to be published.",
         "same_models_as_published": "The models and their settings are those of the newest published version.",
     }
@@ -220,13 +220,13 @@ def _of_table(
     descriptions: Mapping[str, str],
     find: Callable[..., Findings],
 ) -> dg.AssetChecksDefinition:
-    """The checks of a table: `find(storage, batch)` or `find(storage, batch, model)`, as it is partitioned."""
+    """The checks of a table; `find` takes the storage, the batch, and the model where the table has one."""
 
     @dg.multi_asset_check(name=f"{asset}_checks", specs=_specs(asset, partitions_def, descriptions))
     def checks(
         context: dg.AssetCheckExecutionContext, storage: dg.ResourceParam[Storage]
     ) -> Iterator[dg.AssetCheckResult]:
-        partition = partition_parts(context.op_execution_context.partition_key)
+        partition = Partition.parse(context.op_execution_context.partition_key).parts
         yield from _results(descriptions, lambda: find(storage, *partition), *partition[1:])
 
     return checks
@@ -245,7 +245,7 @@ def _specs(
 
 
 def _results(names: Iterable[str], find: Callable[[], Findings], *model: str) -> Iterator[dg.AssetCheckResult]:
-    """Where the partition is of a model, its numbers are named after it: the UI plots each name as one line."""
+    """The results of checks. Numbers of a model end with its name, because the UI plots each name as one line."""
     try:
         findings = find()
     except StorageError as error:
@@ -272,5 +272,5 @@ def _result(name: str, finding: Finding | StorageError, model: Sequence[str]) ->
 
 
 def _readable(number: Any) -> Any:
-    """A fraction with as many digits as a person reads; all else as it is."""
+    """A fraction with four significant digits; other values unchanged."""
     return float(f"{number:.4g}") if isinstance(number, float) else number

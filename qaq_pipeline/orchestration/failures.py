@@ -1,16 +1,59 @@
-"""Why a run failed, in its own words, out of what Dagster wraps around them.
+"""Failures of assets: the one place that turns an error into one, and the cause read back from a run's events.
 
-Belongs here: reading failure events. Does not belong here: what is done about a failure.
+Belongs here: which errors fail a step with their own words, and reading failure events. Does not belong here: what is
+done about a failure.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import dagster as dg
 
+from qaq_pipeline.ingest.landing import LandingError
+from qaq_pipeline.publication.curated_dataset import NothingToPublishError
+from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.screening.benchmarks import BenchmarkError
+from qaq_pipeline.screening.gates import StaleVerdictError
+from qaq_pipeline.storage.origin import OriginError
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+_REFUSALS = (BenchmarkError, LandingError, NothingToPublishError, OriginError, StaleVerdictError, TableError)
+"""Errors that say what a person has to do: running the step again would raise them again."""
+
 _FAILURE = f"{dg.Failure.__module__}.{dg.Failure.__name__}: "
-"""How Dagster begins the message of a step that fails with a word of its own."""
+"""The beginning of the message of a step that raised a Failure."""
+
+
+def refusing(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """The function of an asset, which fails without a retry where its inputs are refused."""
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generate(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Any:
+            with _as_failures():
+                yield from function(*args, **kwargs)
+
+        return generate
+
+    @functools.wraps(function)
+    def compute(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        with _as_failures():
+            return function(*args, **kwargs)
+
+    return compute
+
+
+@contextmanager
+def _as_failures() -> Iterator[None]:
+    try:
+        yield
+    except _REFUSALS as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
 
 
 def cause(failures: Sequence[dg.DagsterEvent]) -> str:

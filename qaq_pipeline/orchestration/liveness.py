@@ -1,14 +1,14 @@
-"""Which runs died with their process, so that nothing waits for them.
+"""Runs that died with their process: they are found and ended, so that nothing waits for them.
 
-Belongs here: how it shows that a run's process lives, and what is owed to runs whose process is dead.
-Does not belong here: who asks (`runs`, `automation`).
+Belongs here: the signs that a run's process is alive, and the end of runs whose process is dead.
+Does not belong here: the callers (`runs`, `automation`).
 
-A killed run would stand as started for ever and, worse, keep its place among the runs and its slot in the GPU pool: the
-next run would wait for it without end. Dagster sees a run die only where the code server that started it still lives,
-which after a reboot it does not.
+A killed run would stay started for ever and keep its place in the queue and its slot in the GPU pool: the next run
+would wait for it without end. Dagster notices the death of a run only while the code server that started it is alive,
+and a reboot ends both.
 
-A driver has a lock, which the kernel frees whatever killed it; the locks lie in the Dagster home, beside the runs that
-they speak of. Of a run that the daemon or the UI started the event log says which process it was, on this machine.
+A driver holds a lock, which the kernel frees however the driver ends; the locks lie in the Dagster home, beside the
+runs. For a run that the daemon or the UI started, the event log names the process on this machine.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from filelock import FileLock, Timeout
 TAG = "qaq/driver"
 
 _STARTED = "Started process for run"
-"""So begins Dagster's message of the process that executes a run (dagster/_grpc/impl.py); steps have others."""
+"""The beginning of Dagster's message from the process that executes a run (dagster/_grpc/impl.py), unlike a step's."""
 _CLOCK_S = 2.0
-"""A process says that it has started after it has: by how much its clock may be off."""
+"""A process reports its start after the start: the tolerance for a clock that is off."""
 
 _UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
 @contextlib.contextmanager
 def living(lock_directory: Path) -> Iterator[dict[str, str]]:
-    """Show that this driver lives, for as long as the context lasts; gives the tags that its runs carry."""
+    """Show that this driver is alive while the context lasts; gives the tags of its runs."""
     lock_directory.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
     lock = FileLock(_lock_file(lock_directory, name))
@@ -48,14 +48,14 @@ def living(lock_directory: Path) -> Iterator[dict[str, str]]:
 def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[str]:
     """Mark the runs of dead processes as failed and free their slots in pools; gives their run ids.
 
-    Dagster's daemon runs those again that it had started itself (`run_retries`).
+    Dagster's daemon retries those that it had started itself (`run_retries`).
     """
     ended = []
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
         if not _is_dead(instance, lock_directory, run):
             continue
         now = instance.get_run_by_id(run.run_id)
-        if now is None or now.is_finished:  # It ended between the two looks.
+        if now is None or now.is_finished:  # It ended since the query.
             continue
         instance.report_run_failed(now, "the process that ran it is gone")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
@@ -64,7 +64,7 @@ def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[st
 
 
 def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
-    """Ids of the runs that hold a slot of a pool now: whoever wants it waits for them."""
+    """Ids of the runs that hold a slot of a pool now: other runs wait for them."""
     storage = instance.event_log_storage
     claimed = [
         slot for key in storage.get_concurrency_keys() for slot in storage.get_concurrency_info(key).claimed_slots
@@ -80,7 +80,7 @@ def _is_dead(instance: dg.DagsterInstance, lock_directory: Path, run: dg.Dagster
 
 
 def _process_of(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:
-    """Process id, and when it said so, of what executes a run that Dagster launched; None: it has not begun."""
+    """Id of the process that executes a run launched by Dagster, and the time of its report; None: not begun."""
     found = None
     for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
         event = entry.dagster_event
@@ -90,7 +90,7 @@ def _process_of(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] 
 
 
 def _lives(pid: int, since: float) -> bool:
-    """Whether the process is there and no other, which has got its number since."""
+    """Whether the process is alive, and its id was not given to another one since."""
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + _CLOCK_S

@@ -1,8 +1,12 @@
-"""What the UI shows about an asset: definition, columns and their lineage, plots."""
+"""Metadata that the UI shows about an asset: definition, columns and their lineage, plots.
+
+Does not belong here: numbers about one table (`reports.table_numbers`).
+"""
 
 import base64
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -10,16 +14,21 @@ import dataframely as dy
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.orchestration.partitions import partitions_of
+from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning
 from qaq_pipeline.reports import plots
+from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.screening.gates import Gate
 
 OWNERS = ["team:data-curation"]
 
+GPU_POOL = "gpu"
+"""Concurrency pool of the assets that score."""
+
 HOLDS_TEXT = {"qaq/holds": "text"}
 HOLDS_NUMBERS = {"qaq/holds": "numbers"}
-"""Tags of an asset: whether who may read it reads text of delivered rows, or numbers and hashes only."""
+"""Tags of an asset: its readers see text of delivered rows, or only numbers and hashes."""
 
 _TEXT_COLUMNS = {"query", "answer", "evidence"}
 
@@ -29,16 +38,38 @@ def code_version(code: str, *settings: object) -> str:
     return f"{code}-{settings_hash(*settings)}"
 
 
-def definition(name: str) -> dict[str, Any]:
-    """Description, owners, tags and column schema of a table's asset, from the schema."""
-    table = PIPELINE[name].table
-    return {
+def version_of(context: dg.AssetExecutionContext) -> str | None:
+    """Code version of the asset that runs."""
+    return context.assets_def.code_versions_by_key[context.asset_key]
+
+
+def definition(name: str, settings: Settings) -> dict[str, Any]:
+    """Name, group, partitions, owners and tags of an asset; of a table also description and column schema.
+
+    `deps` are the inputs that the asset reads itself: all of an asset of no batch, and the reference where ranks are
+    taken against one.
+    """
+    asset = PIPELINE[name]
+    known: dict[str, Any] = {
         "name": name,
-        "description": inspect.getdoc(table),
+        "group_name": asset.group,
+        "partitions_def": partitions_of(asset, settings),
         "owners": OWNERS,
-        "tags": HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(table.columns()) else HOLDS_TEXT,
-        "metadata": {"dagster/column_schema": column_schema(table)},
+        **_deps(asset, settings),
     }
+    if asset.schema is None:
+        return known | {"tags": HOLDS_TEXT}
+    return known | {
+        "description": inspect.getdoc(asset.schema),
+        "tags": HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(asset.schema.columns()) else HOLDS_TEXT,
+        "metadata": {"dagster/column_schema": column_schema(asset.schema)},
+    }
+
+
+def _deps(asset: Asset, settings: Settings) -> dict[str, tuple[str, ...]]:
+    if asset.partitioning is Partitioning.NONE:
+        return {"deps": asset.inputs}
+    return {"deps": asset.optional_inputs} if settings.ranking.pool == "reference" and asset.optional_inputs else {}
 
 
 def column_schema(table: type[dy.Schema]) -> dg.TableSchema:
@@ -58,19 +89,19 @@ def column_schema(table: type[dy.Schema]) -> dg.TableSchema:
 
 
 def _type(column: dy.Column) -> str:
-    """The dtype, without the fields of a record, which the UI would cut."""
+    """The dtype without the fields of a record, which the UI would cut off."""
     return str(column.dtype) if _record(column) is None else "List(Struct)"
 
 
 def _description(column: dy.Column) -> str | None:
-    """As Markdown, in which a placeholder such as <name> would be a tag, and vanish."""
+    """The description as Markdown, where a placeholder such as <name> would vanish as a tag."""
     record = _record(column)
     text = column.description if record is None else f"{column.description} Fields: {', '.join(record.inner)}."
     return None if text is None else text.replace("<", r"\<")
 
 
 def _record(column: dy.Column) -> dy.Struct | None:
-    """Of a list of records, one of them."""
+    """The record of a column that holds a list of records."""
     return column.inner if isinstance(column, dy.List) and isinstance(column.inner, dy.Struct) else None
 
 
@@ -80,9 +111,13 @@ def _tags(column: dy.Column) -> dict[str, str]:
 
 
 def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.MetadataValue]:
-    """Of what each of a table's columns was made, of its inputs; by their names in the provenance (`table|model`).
+    """The columns of the inputs from which each column of a table is derived.
 
-    Twice: as Dagster stores it, whose own UI does not draw it, and as a table for people.
+    Twice: in Dagster's own form, which its open UI does not draw, and as a table for people.
+
+    Args:
+        table: name of the table.
+        inputs: its inputs, as its provenance names them.
     """
     found = column_lineage.sources_in(PIPELINE.column_sources, table, {name.partition("|")[0] for name in inputs})
     stored = dg.TableColumnLineage(
@@ -101,17 +136,22 @@ def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.Meta
     }
 
 
+def made_by(context: dg.AssetExecutionContext) -> Made:
+    """The run, code version and time that an audit page names."""
+    return Made(datetime.now(UTC).isoformat(timespec="seconds"), context.run.run_id, version_of(context) or "")
+
+
 def gate_metadata(gate: Gate | None) -> dict[str, str]:
-    """The verdict for people, in a materialisation's metadata."""
+    """The verdict in a materialisation's metadata."""
     return {"gate": "passed" if gate is None else f"{gate.reason.value}: {gate.sentence}"}
 
 
 def pictures(
     context: dg.AssetExecutionContext, settings: Settings, draw: Callable[[], Sequence[plots.Plot]]
 ) -> dict[str, dg.MetadataValue]:
-    """Plots for the UI, by `plot_` and their name; none where the settings want none.
+    """Plots for the UI, as `plot_<name>`; none where the settings want none.
 
-    A plot that cannot be drawn takes nothing with it: the log says why.
+    A plot that cannot be drawn fails nothing: the log says why.
     """
     if not settings.reports.pictures:
         return {}

@@ -1,17 +1,12 @@
-"""Partitions definitions, and the tags of runs."""
+"""Partitions definitions of the assets."""
 
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-
-LANDED_TAG = "qaq/delivery"
-"""Tag of the runs that the landing zone's sensor asks for; its value is the delivery's name there."""
-
-RESCREENING_TAG = "qaq/rescreening"
-"""Tag of runs that screen a batch anew because an older one is another now."""
+from qaq_pipeline.pipeline import Asset, Partitioning
 
 BATCHES = dg.DynamicPartitionsDefinition(name="batch")
-"""One partition a delivery."""
+"""One partition for each batch."""
 
 
 def batch_by_model(settings: Settings) -> dg.MultiPartitionsDefinition:
@@ -19,3 +14,14 @@ def batch_by_model(settings: Settings) -> dg.MultiPartitionsDefinition:
     return dg.MultiPartitionsDefinition(
         {"batch": BATCHES, "model": dg.StaticPartitionsDefinition(sorted(settings.models))}
     )
+
+
+def partitions_of(asset: Asset, settings: Settings) -> dg.PartitionsDefinition | None:
+    """The partitions definition of an asset; None: it has no partitions."""
+    match asset.partitioning:
+        case Partitioning.BATCH:
+            return BATCHES
+        case Partitioning.BATCH_AND_MODEL:
+            return batch_by_model(settings)
+        case Partitioning.REFERENCE | Partitioning.NONE:
+            return None

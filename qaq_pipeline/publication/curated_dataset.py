@@ -18,12 +18,17 @@ from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
 from qaq_pipeline.publication.difference import store_difference
+from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
+
+
+class NothingToPublishError(ValueError):
+    """There is nothing to publish, or nothing is published yet. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,13 @@ def read_batches(
         except StorageError as error:  # Changed since it was written.
             excluded[batch] = str(error)
     return batches, excluded
+
+
+def require_batches(storage: Storage, batches: Sequence[BatchTables], excluded: Mapping[str, str]) -> None:
+    """Refuse an empty version, unless it removes withdrawn rows. Raises NothingToPublishError."""
+    if not batches and not withdrawn_batches(storage, versions.latest(storage)):
+        why = "; ".join(f"{batch}: {reason}" for batch, reason in excluded.items()) or "none is registered"
+        raise NothingToPublishError(f"curated_dataset: no batch can be published; {why}")
 
 
 def publish(

@@ -1,9 +1,9 @@
-"""What the asset checks measure of stored tables: numbers, whether they are as expected, and a sentence. Polars only.
+"""Measurements of stored tables for the asset checks: numbers, a verdict, and a sentence. Polars only.
 
-Belongs here: each measurement and its verdict. Does not belong here: the limits (config), what is read and when
-(checks), or what stops a batch (gates).
+Belongs here: each measurement and its verdict. Does not belong here: the limits (`config`), the tables that are read
+(`orchestration.checks`), numbers without a limit (`table_numbers`), and what stops a batch (`screening.gates`).
 
-A number that cannot be had is left out, and the sentence says why: none stands for a failure.
+A number that is unknown is left out, and the sentence says why: no number represents a failure.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings
+from qaq_pipeline.reports.table_numbers import count_by
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
@@ -30,7 +31,7 @@ _AUROC = ("defect", "model", "value")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was measured of one table."""
+    """The result of one measurement."""
 
     passed: bool
     sentence: str
@@ -39,7 +40,7 @@ class Finding:
 
 
 def rejected_rows(raw: pl.DataFrame, max_share: float | None) -> Finding:
-    """How many rows of RawData cannot be read; `max_share` None: any share passes."""
+    """Share of rows of RawData that cannot be read; `max_share` None: any share passes."""
     counts = {"rows": raw.height, "rejected": int((raw["status"] == Status.REJECTED.value).sum())}
     if raw.is_empty():
         return Finding(False, "The delivery has no row.", counts)
@@ -55,7 +56,7 @@ def rejected_rows(raw: pl.DataFrame, max_share: float | None) -> Finding:
 
 
 def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
-    """Whether a batch passed the gate before scoring (`gate` is the verdict's sentence), and rows by status."""
+    """Verdict of the gate before scoring (`gate` is its sentence), and rows by status."""
     statuses = {status: int((screened["status"] == status.value).sum()) for status in Status}
     counts: dict[str, float | int] = {"rows": screened.height}
     counts |= {f"{status}_rows": number for status, number in statuses.items()}
@@ -67,7 +68,7 @@ def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
 
 
 def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """How many of the wanted quantities of Logprobs are null, and why."""
+    """Share of the wanted quantities of Logprobs that are null, by reason."""
     reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
     wanted = reasons.filter(reasons.ne_missing(NullReason.NOT_WANTED.value))
     null = wanted.drop_nulls()
@@ -84,7 +85,7 @@ def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
 
 
 def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """How many answers of Logprobs lost their tail to the window."""
+    """Share of answers of Logprobs that are truncated to the window."""
     counts = {"pairs": logprobs.height, "truncated": int(logprobs["is_truncated"].sum())}
     if logprobs.is_empty():
         return Finding(True, "No pair was to be scored.", counts)
@@ -100,8 +101,8 @@ def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
 def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
     """Mean RMI of RmiScores, with its standard error s / sqrt(n), s of n - 1, and the share of pairs with RMI < 0.
 
-    A model, a prompt or a token boundary that is broken shows here first: answers that say nothing of their queries
-    have an RMI of about 0.
+    A broken model, prompt or token boundary shows here first: answers that are unrelated to their queries have an RMI
+    of about 0.
     """
     rmi = scores["rmi"].drop_nulls()
     n = len(rmi)
@@ -125,7 +126,7 @@ def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
 
 
 def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Finding:
-    """Whether every model of DisagreementScores has the wanted strata, each of enough rows."""
+    """Number of strata of each model of DisagreementScores, and rows in the smallest."""
     by_model = to_long(disagreement, "ranks")
     ranks = by_model.drop_nulls("stratum")
     if ranks.is_empty():
@@ -173,7 +174,7 @@ def rank_correlation(disagreement: pl.DataFrame, maximum: float) -> Finding:
 
 
 def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) -> Finding:
-    """Whether a batch lies near the reference, by its statistics as `psi_<quantity>_<model>` and `ks_…`.
+    """Distance of a batch from the reference, by its statistics `psi_<quantity>_<model>` and `ks_…`.
 
     Args:
         numbers: these statistics.
@@ -205,12 +206,12 @@ def _and(names: Sequence[str]) -> str:
 
 
 def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Finding:
-    """Whether every model's RMI tells the batch's pairs from those with another answer, by its AUROC in Calibration.
+    """Each model's AUROC of RMI, in Calibration, for the batch's pairs against those with another answer.
 
     Args:
         calibration: of the batch.
-        min_auc: AUROC that is expected at least.
-        enough: planted rows below which nothing is judged.
+        min_auc: lowest expected AUROC.
+        enough: planted rows that a judgement needs.
     """
     of_rmi = calibration.filter(pl.col("statistic") == Statistic.AUROC.value, pl.col("measure") == "rmi")
     known = of_rmi.drop_nulls("value")
@@ -244,7 +245,7 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
 
 
 def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:
-    """Whether there are as many of the Decisions as rows of RawData, each of another row; which share is selected."""
+    """Decisions per row of RawData, of which each has exactly one, and the selected share."""
     counts = {
         "rows": num_rows,
         "decided_rows": decisions.select(ROW_KEY).n_unique(),
@@ -261,12 +262,12 @@ def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:
 
 
 def ungated(gate: str | None) -> Finding:
-    """Whether a batch passed all gates; `gate` is the verdict's sentence."""
+    """Verdict of all gates; `gate` is its sentence, None where the batch passed."""
     return Finding(gate is None, "Every gate is passed." if gate is None else f"The batch is gated: {gate}.")
 
 
 def same_models(models: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any] | None) -> Finding:
-    """Whether a batch was scored by the models of the newest published version: ScoreIdentities by role.
+    """Models of a batch, as ScoreIdentities by role, that differ from those of the newest published version.
 
     None: nothing is published yet. A hub model without `revision` follows its main branch, and moves.
     """
@@ -293,7 +294,7 @@ def _differing_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def left_out(registered: Mapping[str, str | None]) -> Finding:
-    """Whether every registered batch is in a version of the dataset: for each, why it is not, or None."""
+    """Registered batches that are left out of a version, with the reason; None: the batch is in it."""
     missing = {batch: reason for batch, reason in sorted(registered.items()) if reason is not None}
     numbers = {"registered_batches": len(registered), "batches_left_out": len(missing)}
     if not missing:
@@ -303,7 +304,7 @@ def left_out(registered: Mapping[str, str | None]) -> Finding:
 
 
 def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None], num_bytes: int) -> Finding:
-    """Whether the files of a version have the sha256 of its manifest; None: the file is not there."""
+    """Files of a version whose sha256 differs from its manifest; None: the file is missing."""
     faults = {
         name: "missing" if found[name] is None else "changed"
         for name, sha256 in sorted(expected.items())
@@ -318,12 +319,6 @@ def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None],
         else f"All {len(expected)} files are as in the manifest.",
         numbers,
     )
-
-
-def count_by(values: pl.Series) -> dict[str, int]:
-    """How often each value comes, most frequent first; nulls are left out."""
-    counts = values.drop_nulls().value_counts(name="n").sort("n", values.name, descending=[True, False])
-    return dict(counts.iter_rows())
 
 
 def _listed(counts: Mapping[str, int]) -> str:

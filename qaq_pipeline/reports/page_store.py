@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 from pydantic import TypeAdapter
 
+from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.pipeline import PIPELINE
@@ -25,6 +26,7 @@ from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.pages import Made, Scoring
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.origin import OriginError, require_inputs
 from qaq_pipeline.storage.storage import Storage
 
 FOLDER = "reports"
@@ -69,6 +71,21 @@ def is_stale(storage: Storage, batch: str, code_version: str | None) -> bool:
         )
     except StorageError:
         return True
+
+
+def require_one_decision(tables: BatchTables, settings: Settings) -> None:
+    """Refuse tables of a batch that were not decided together, by the published selection of the settings.
+
+    Raises:
+        OriginError: they were not.
+    """
+    rows = {name: tables[name] for name in ("raw_data", "screened_data")}
+    require_inputs("decisions", tables["decisions"], rows)
+    require_inputs("selected_subset", tables["selected_subset"], {"decisions": tables["decisions"]})
+    if tables["decisions"].provenance["published_hash"] != settings_hash(settings.published):
+        raise OriginError(
+            f"batch {tables.batch} was decided by another published selection than the settings name; run `qaq refresh`"
+        )
 
 
 def write_batch_page(

@@ -24,14 +24,14 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.publication.flat_scores import flat_scores
-from qaq_pipeline.reports import plots, summaries
+from qaq_pipeline.reports import drift, plots, summaries
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.column_lineage import Column, Derivation
+from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection import drift
 
 MOST_EXAMPLES = 10
 _CLIPPED = 280
@@ -287,6 +287,34 @@ def length_plots(pairs: pl.DataFrame) -> list[Plot]:
         plots.lengths(f"{what}_tokens", *summaries.lengths(summaries.groups_of_lengths(pairs, column)), what)
         for what, column in lengths.items()
     ]
+
+
+def batch_overview(tables: BatchTables) -> list[Plot]:
+    """The plots of a batch that the UI shows beside its page."""
+    flat = with_origin(flat_scores(tables["decisions"].frame), tables["raw_data"].frame)
+    pairs = summaries.pairs(flat)
+    return [
+        plots.flow(summaries.flow(flat)),
+        plots.overlap(summaries.overlap(flat)),
+        plots.ranks(summaries.rank_grid(pairs), is_selected=True),
+        *length_plots(pairs),
+    ]
+
+
+def dataset_overview(flat: pl.DataFrame) -> list[Plot]:
+    """The plots of a version that the UI shows beside its page."""
+    return [plots.flow(summaries.flow(flat)), plots.kept("kept_batch", summaries.kept_by(flat, "batch"), "batch")]
+
+
+def rank_plot(disagreement: pl.DataFrame) -> Plot:
+    """The ranks of both models in DisagreementScores."""
+    return plots.ranks(summaries.rank_grid(to_columns(disagreement, "ranks", fields=["rank"])))
+
+
+def density_without_strata(scores: pl.DataFrame, role: str) -> Plot:
+    """RMI over log PPL(Q) of one model's RmiScores. Strata belong to a pool, which is known later."""
+    named = scores.select(pl.col(name).alias(f"{name}_{role}") for name in ("log_ppl_q", "rmi"))
+    return plots.density(summaries.density(named, role), pl.DataFrame(), role)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def register(
     contents = read_files(files)
     for name, data in contents.items():
         try:
-            records.read_file(data, name, batch, settings.records)
+            records.check_file(data, name)
         except records.UnreadableFileError as error:
             raise RunError(str(error)) from error
     storage = open_storage(settings)

@@ -6,10 +6,25 @@ Does not belong here: strata and ranks (`selection.ranks`), models, files, Dagst
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import polars as pl
 
+from qaq_pipeline.config.settings import EligibilitySettings
 from qaq_pipeline.schema.tables import RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+
+_CARRIED = ("identity", "identity_after", "identity_hash", "frame", "template", "scoring", "scored_with")
+
+
+def facts(logprobs: Mapping[str, Any], eligibility: EligibilitySettings) -> dict[str, Any]:
+    """The part of the provenance of RmiScores that their input does not show, from the provenance of Logprobs."""
+    return {
+        **{key: logprobs[key] for key in _CARRIED if key in logprobs},
+        "scored_from": logprobs["inputs"],
+        "eligibility": eligibility.model_dump(mode="json"),
+    }
 
 
 def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tokens: int) -> pl.DataFrame:

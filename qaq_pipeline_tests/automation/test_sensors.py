@@ -61,7 +61,7 @@ def test_a_corrected_delivery_is_read_again_and_a_touched_one_leaves_everything_
     assert daemon.events("raw_data") == 1
     [observed] = instance.fetch_observations(dg.AssetKey("raw_data"), limit=5).records
     assert observed.asset_observation is not None
-    assert observed.asset_observation.description == "Made anew, with the same result."
+    assert observed.asset_observation.description == "Made again, with the same result."
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     assert daemon.events("raw_data") == 2

@@ -13,8 +13,8 @@ import yaml
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.home import open_instance
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.tables import Calibration, dtypes
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.schema.tables import Calibration, PlantedRows, dtypes
+from qaq_pipeline.storage.tables import StoredTable, empty
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
 
 TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
@@ -146,6 +146,7 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     frame = pl.DataFrame(rows, schema=dtypes(Calibration))
     storage = open_storage_of(home)
     scores = storage.tables.version("rmi_scores", Partition("b1", "strong"))
+    storage.tables.write(StoredTable(empty(PlantedRows)), "planted_rows", Partition("b1"))
     storage.tables.write(StoredTable(frame, {"inputs": {"rmi_scores|strong": scores}}), "calibration", Partition("b1"))
     shown = qaq(home, "calibration", "b1")
     assert shown.code == 0
@@ -158,7 +159,8 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
         StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", Partition("b1")
     )
     assert "It used older scores: rmi_scores|strong changed since; `qaq refresh`" in qaq(home, "calibration", "b1").out
-    storage.files.remove("calibration", "b1", "table.parquet")
+    for table in ("calibration", "planted_rows"):
+        storage.files.remove(table, "b1", "table.parquet")
 
 
 def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq) -> None:

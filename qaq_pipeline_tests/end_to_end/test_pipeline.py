@@ -187,7 +187,7 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "near_threshold": ({"screening": {"duplicates": {"near_threshold": 0.9}}}, {"screened_data"}),
     "contamination": ({"screening": {"contamination": {"action": "flag"}}}, {"screened_data"}),
     "rejected_share": ({"gates": {"max_rejected_share": 0.5}}, {"screened_data"}),
-    "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"decisions"}),
+    "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"rmi_scores", "decisions"}),
     "alerts": ({"alerts": {"channels": []}}, set()),
     "pictures": ({"reports": {"pages": False, "pictures": True}}, set()),
     "runtime": ({"runtime": {"batch_tokens": 64, "executor": "multiprocess", "shard_seconds": 1.0}}, set()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from contextlib import suppress
+import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest.records import (
     ANSWER_FIELDS,
     QUERY_FIELDS,
     UnreadableFileError,
+    check_file,
     pair_id,
+    read_delivery,
     read_file,
     unreadable_file,
 )
@@ -142,13 +146,23 @@ UNREADABLE = {
 
 @pytest.mark.parametrize(("content", "fault"), UNREADABLE.values(), ids=UNREADABLE)
 def test_an_unreadable_file_is_named_with_its_fault(content: bytes, fault: str) -> None:
-    with pytest.raises(UnreadableFileError, match=rf"(?s)^file\.jsonl: .*{fault}"):
+    with pytest.raises(UnreadableFileError, match=rf"(?s)^file\.jsonl: .*{fault}") as caught:
         read(content)
+    with pytest.raises(UnreadableFileError, match=f"^{re.escape(str(caught.value))}$"):
+        check_file(content, "file.jsonl")
+
+
+def fault_of(function: Callable[[bytes], object], content: bytes) -> str | None:
+    try:
+        function(content)
+    except UnreadableFileError as error:
+        return str(error)
+    return None
 
 
 def read_if_readable(content: bytes) -> None:
-    with suppress(UnreadableFileError):
-        read(content, multi_turn="every")
+    fault = fault_of(lambda data: read(data, multi_turn="every"), content)
+    assert fault_of(lambda data: check_file(data, "file.jsonl"), content) == fault
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"PAR1", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd", b"[", b"{"]))
@@ -349,6 +363,22 @@ def test_a_file_that_cannot_be_cut_into_rows_can_stand_as_one_rejected_row() -> 
     row = only(enforce(RawData, unreadable_file(caught.value, "rows.parquet", "b1")))
     assert (row["status"], row["reason"], row["record"]) == (Status.REJECTED, RejectReason.UNREADABLE_FILE, "")
     assert row["detail"] == str(caught.value)
+
+
+def test_a_delivery_is_its_files_in_order_up_to_its_limit() -> None:
+    contents = {"b.jsonl": jsonl(*PAIRS), "torn.parquet": b"PAR1 torn", "a.json": json_array(*PAIRS)}
+    rows = enforce(RawData, read_delivery(contents, "b1", RecordSettings()))
+    assert rows["source_file"].to_list() == ["b.jsonl"] * 3 + ["torn.parquet"] + ["a.json"] * 3
+    assert rows["reason"].drop_nulls().to_list() == [RejectReason.UNREADABLE_FILE]
+    limited = read_delivery(contents, "b1", RecordSettings(), limit=5)
+    assert_frame_equal(limited, rows.head(5))
+    assert enforce(RawData, read_delivery({}, "b1", RecordSettings())).is_empty()
+
+
+def test_a_limit_counts_records_and_not_turns() -> None:
+    talk = {"messages": turns(*DIALOGUE)}
+    rows = read_delivery({"a.jsonl": jsonl(talk, talk)}, "b1", RecordSettings(multi_turn="every"), limit=1)
+    assert rows["source_row"].to_list() == [1, 1]
 
 
 def test_a_rejected_row_keeps_what_is_known() -> None:

@@ -69,8 +69,9 @@ def test_duplicates_are_no_reason_to_gate() -> None:
 def test_too_few_pairs_that_a_model_scores_gate_a_batch(
     weak: list[dict[str, Any]], minimum: float | None, is_gated: bool
 ) -> None:
-    scores = {"strong": rmi_rows({}, {}, {}, {}), "weak": rmi_rows(*weak)}
-    gate = gates.after_scoring(scores, {}, GateSettings.model_validate({"min_scorable_share": minimum}))
+    settings = GateSettings.model_validate({"min_scorable_share": minimum})
+    assert gates.after_scoring("strong", rmi_rows({}, {}, {}, {}), {}, settings) is None
+    gate = gates.after_scoring("weak", rmi_rows(*weak), {}, settings)
     assert (gate is not None) == is_gated
     if gate:
         assert gate.reason is GateReason.TOO_FEW_SCORABLE
@@ -78,20 +79,72 @@ def test_too_few_pairs_that_a_model_scores_gate_a_batch(
 
 
 def test_a_model_whose_files_changed_while_it_scored_gates_a_batch() -> None:
-    scores = {role: rmi_rows({}, {}) for role in ("strong", "weak")}
+    settings = GateSettings.model_validate({})
     before, after = {"model": "tiny", "revision": "files:1"}, {"model": "tiny", "revision": "files:2"}
-    provenance = {"strong": {"identity": before}, "weak": {"identity": before, "identity_after": after}}
-    assert gates.after_scoring(scores, provenance, GateSettings.model_validate({})) == Gate(
+    changed = {"identity": before, "identity_after": after}
+    assert gates.after_scoring("weak", rmi_rows({}, {}), changed, settings) == Gate(
         GateReason.MODEL_CHANGED,
         "the files of the weak model tiny changed while it scored (files:1 before, files:2 after), so its scores may "
         "be of either; run the batch again: what was scored after the change is not in the cache",
     )
-    unchanged = {role: {"identity": before} for role in scores}
-    assert gates.after_scoring(scores, unchanged, GateSettings.model_validate({})) is None
+    assert gates.after_scoring("weak", rmi_rows({}, {}), {"identity": before}, settings) is None
+
+
+def test_a_changed_model_counts_before_too_few_scorable_pairs() -> None:
+    changed = {"identity": {"model": "m", "revision": "1"}, "identity_after": {"model": "m", "revision": "2"}}
+    gate = gates.after_scoring("weak", rmi_rows(UNSCORED | NO_IFD), changed, GateSettings.model_validate({}))
+    assert gate is not None
+    assert gate.reason is GateReason.MODEL_CHANGED
 
 
 def test_a_batch_without_pairs_is_not_gated_for_its_scores() -> None:
-    assert gates.after_scoring({"strong": rmi_rows(), "weak": rmi_rows()}, {}, GateSettings.model_validate({})) is None
+    assert gates.after_scoring("strong", rmi_rows(), {}, GateSettings.model_validate({})) is None
+
+
+FEW, OTHER, CHANGED = (
+    Gate(reason, f"so it is {number}")
+    for number, reason in enumerate(
+        (GateReason.TOO_FEW_SCORABLE, GateReason.TOO_FEW_SCORABLE, GateReason.MODEL_CHANGED)
+    )
+)
+EMPTY = Gate(GateReason.EMPTY_BATCH, "it has no row")
+
+
+@pytest.mark.parametrize(
+    ("screened", "strong", "weak", "expected"),
+    [
+        (None, None, None, None),
+        (None, None, FEW, FEW),
+        (None, FEW, OTHER, FEW),
+        (None, FEW, CHANGED, CHANGED),
+        (EMPTY, FEW, CHANGED, EMPTY),
+    ],
+)
+def test_the_verdict_on_a_batch_is_the_first_stored_one(
+    screened: Gate | None, strong: Gate | None, weak: Gate | None, expected: Gate | None
+) -> None:
+    limit = {gates.LIMIT_KEY: 0.5}
+    scored = {"weak": gates.as_provenance(weak) | limit, "strong": gates.as_provenance(strong) | limit}
+    settings = GateSettings.model_validate({"min_scorable_share": 0.5})
+    assert gates.of_batch("b1", gates.as_provenance(screened), scored, settings) == expected
+
+
+def test_a_verdict_that_was_made_under_another_limit_is_refused() -> None:
+    settings = GateSettings.model_validate({"min_scorable_share": 0.9})
+    scored = {"strong": {gates.LIMIT_KEY: 0.9}, "weak": {gates.LIMIT_KEY: None}}
+    with pytest.raises(
+        gates.StaleVerdictError,
+        match=r"rmi_scores\|weak of batch b1 were judged with gates.min_scorable_share None, the settings say 0.9; mat",
+    ):
+        gates.of_batch("b1", {}, scored, settings)
+
+
+def test_a_verdict_is_new_where_another_one_or_none_was_stored() -> None:
+    assert gates.is_new(FEW, None)
+    assert gates.is_new(FEW, {})
+    assert gates.is_new(FEW, gates.as_provenance(CHANGED))
+    assert not gates.is_new(FEW, gates.as_provenance(FEW))
+    assert not gates.is_new(None, None)
 
 
 def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() -> None:
@@ -121,5 +174,5 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
 
 def test_a_verdict_is_read_as_it_was_stored() -> None:
     gate = Gate(GateReason.EMPTY_BATCH, "it has no row")
-    assert gates.of_provenance({gates.PROVENANCE_KEY: gate.as_json()}) == gate
-    assert gates.of_provenance({}) is None
+    assert gates.of_provenance(gates.as_provenance(gate)) == gate
+    assert gates.of_provenance(gates.as_provenance(None)) is None

@@ -25,10 +25,10 @@ from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import RankingSettings, Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.lm import causal_lm
-from qaq_pipeline.orchestration.assets.selection.rank_reference import NAME
 from qaq_pipeline.orchestration.jobs import build_job_defs
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
+from qaq_pipeline.reports.drift import Drift, drift
 from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema import vocabularies
@@ -38,8 +38,8 @@ from qaq_pipeline.schema.tables import DisagreementScores, RankReference, RmiSco
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.selection import disagreement_scores, rank_reference, ranks
 from qaq_pipeline.selection.candidates import candidates
-from qaq_pipeline.selection.drift import Drift, drift
 from qaq_pipeline.selection.rank_reference import reference_candidates
+from qaq_pipeline.selection.stored_reference import NAME
 from qaq_pipeline.selection.strategies import select, select_all
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import open_storage
@@ -470,7 +470,7 @@ CHANGED_REFERENCE: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "strata": ({"ranking": {"num_strata": 3}}, {NAME, "disagreement_scores"}),
     "pool": ({"ranking": {"pool": "batch"}}, {"disagreement_scores", "decisions"}),
-    "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {NAME, "decisions"}),
+    "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"rmi_scores", NAME, "decisions"}),
     "budget": (
         {"selections": [{"name": "diff_high", "strategy": "diff_high", "budget": {"count": 3}}]},
         {"decisions", "curated_dataset"},
@@ -627,7 +627,7 @@ def test_made_again_it_is_the_same_and_other_content_needs_another_name(
     before = file.read_bytes()
     materialise_reference(settings, instance)
     assert file.read_bytes() == before
-    said = "the reference r1 is frozen, and .*; give ranking.reference a name that is new"
+    said = "the reference r1 is frozen, and .*; give ranking.reference a new name"
     with pytest.raises(dg.Failure, match=said):
         materialise_reference(referring(settings_for, ranking={"num_strata": 1}), instance)
     rescored = referring(settings_for, weak={"system_prompt": "Write clean code."})
@@ -664,7 +664,7 @@ def test_ranks_are_not_taken_against_a_reference_of_other_settings(
 ) -> None:
     curate(referring(settings_for), instance, deliver(FIRST))
     for changed in ({"num_strata": 1}, {"reference": {"name": "r1", "batches": ["b1", "b2"]}}):
-        with pytest.raises(dg.Failure, match=r"the reference r1 is frozen with .*give ranking\.reference a name"):
+        with pytest.raises(dg.Failure, match=r"the reference r1 is frozen with .*give ranking\.reference a new name"):
             run_stages(referring(settings_for, ranking=changed), instance, "b1", SELECTING)
 
 

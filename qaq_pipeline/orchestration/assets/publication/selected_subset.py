@@ -3,9 +3,10 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.failures import refusing
+from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import code_version, definition
-from qaq_pipeline.orchestration.partitions import BATCHES
-from qaq_pipeline.orchestration.results import table_result
+from qaq_pipeline.reports.table_numbers import of_selected_subset
 from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.storage.tables import StoredTable
 
@@ -14,22 +15,20 @@ VERSION = "1"
 
 def build_selected_subset(settings: Settings) -> dg.AssetsDefinition:
     """selected_subset[batch]: the rows that the published selection takes."""
+    selection = settings.published.name
 
     @dg.asset(
-        **definition("selected_subset"),
-        group_name="publication",
+        **definition("selected_subset", settings),
         kinds={"polars", "parquet"},
-        partitions_def=BATCHES,
-        code_version=code_version(VERSION, settings.published.name),
+        code_version=code_version(VERSION, selection),
     )
+    @refusing
     def selected_subset(
         context: dg.AssetExecutionContext, raw_data: StoredTable, decisions: StoredTable
     ) -> dg.MaterializeResult:
-        frame = selected_rows(settings.published.name, raw_data.frame, decisions.frame)
-        share = {} if raw_data.frame.is_empty() else {"share_of_rows_in": frame.height / raw_data.frame.height}
-        metadata = {"selection": settings.published.name, "rows_in": raw_data.frame.height, **share}
-        return table_result(
-            context, frame, {"raw_data": raw_data, "decisions": decisions}, metadata, selection=settings.published.name
-        )
+        frame = selected_rows(selection, raw_data.frame, decisions.frame)
+        inputs = {"raw_data": raw_data, "decisions": decisions}
+        metadata = of_selected_subset(frame.height, raw_data.frame.height, selection)
+        return table_result(context, frame, inputs, metadata, selection=selection)
 
     return selected_subset

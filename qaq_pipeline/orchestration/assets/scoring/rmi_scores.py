@@ -1,16 +1,16 @@
-"""The asset rmi_scores[batch and model]."""
+"""The asset rmi_scores[batch and model], where the gate after scoring is judged."""
 
 import dagster as dg
-import polars as pl
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.io_manager import partition_parts
-from qaq_pipeline.orchestration.metadata import code_version, definition, pictures
-from qaq_pipeline.orchestration.partitions import batch_by_model
-from qaq_pipeline.orchestration.results import table_result
-from qaq_pipeline.reports import plots, summaries
-from qaq_pipeline.reports.check_metrics import count_by
+from qaq_pipeline.orchestration.failures import refusing
+from qaq_pipeline.orchestration.materialisation import table_result
+from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, pictures
+from qaq_pipeline.reports import pages
+from qaq_pipeline.reports.table_numbers import of_rmi_scores
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring import rmi_scores as formulas
+from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "2"
@@ -18,44 +18,26 @@ VERSION = "2"
 
 def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
     """rmi_scores[batch and model]: rank-free scores from sums and counts."""
-    eligibility = settings.eligibility
+    eligibility, limits = settings.eligibility, settings.gates
 
     @dg.asset(
-        **definition("rmi_scores"),
-        group_name="scoring",
+        **definition("rmi_scores", settings),
         kinds={"polars", "parquet"},
-        partitions_def=batch_by_model(settings),
-        code_version=code_version(VERSION, eligibility),
+        code_version=code_version(VERSION, eligibility, limits.min_scorable_share),
     )
+    @refusing
     def rmi_scores(context: dg.AssetExecutionContext, logprobs: StoredTable) -> dg.MaterializeResult:
+        role = str(Partition.parse(context.partition_key).model)
         frame = formulas.rmi_scores(
             logprobs.frame,
             min_query_tokens=eligibility.min_query_tokens,
             short_query_tokens=eligibility.short_query_tokens,
         )
-        carried = ("identity", "identity_after", "identity_hash", "frame", "template", "scoring", "scored_with")
-        provenance = {key: logprobs.provenance[key] for key in carried if key in logprobs.provenance}
-        provenance |= {"scored_from": logprobs.provenance["inputs"], "eligibility": eligibility.model_dump(mode="json")}
-        _, role = partition_parts(context.partition_key)
-        metadata = _metadata(frame) | pictures(context, settings, lambda: [_density(frame, role)])
-        return table_result(context, frame, {"logprobs": logprobs}, metadata, **provenance)
+        gate = gates.after_scoring(role, frame, logprobs.provenance, limits)
+        facts = {**formulas.facts(logprobs.provenance, eligibility), **gates.as_provenance(gate)}
+        facts[gates.LIMIT_KEY] = limits.min_scorable_share
+        metadata = {**of_rmi_scores(frame), **gate_metadata(gate)}
+        metadata |= pictures(context, settings, lambda: [pages.density_without_strata(frame, role)])
+        return table_result(context, frame, {"logprobs": logprobs}, metadata, **facts)
 
     return rmi_scores
-
-
-def _density(frame: pl.DataFrame, role: str) -> plots.Plot:
-    """Without strata: they are of a pool, which is known later."""
-    named = frame.select(pl.col(name).alias(f"{name}_{role}") for name in ("log_ppl_q", "rmi"))
-    return plots.density(summaries.density(named, role), pl.DataFrame(), role)
-
-
-def _metadata(frame: pl.DataFrame) -> dict[str, object]:
-    names = ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")
-    medians = {f"median_{name}": frame.select(pl.col(name).median().round(4)).item() for name in names}
-    return {
-        "scorable": frame.height - frame["rmi"].null_count(),
-        "short_queries": int(frame["is_short_query"].sum()),
-        "null_reasons_rmi": count_by(frame["null_reason_rmi"]),
-        "null_reasons_ifd": count_by(frame["null_reason_ifd"]),
-        **{name: value for name, value in medians.items() if value is not None},
-    }

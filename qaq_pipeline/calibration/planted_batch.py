@@ -1,0 +1,80 @@
+"""The stored tables of one batch from its planted rows to its calibration.
+
+Belongs here: whether the tables belong together, and the call that judges them. Does not belong here: the statistics
+(`calibration`), and the draw of the planted rows (`planting`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qaq_pipeline.calibration.calibration import Judged, judge
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.screening import gates
+from qaq_pipeline.screening.gates import Gate
+from qaq_pipeline.selection.stored_reference import Scores, pool_id, require_pool, scored_by
+from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
+from qaq_pipeline.storage.tables import StoredTable
+
+
+@dataclass(frozen=True)
+class PlantedBatch:
+    """The tables from which the scores of a batch are validated.
+
+    Raises:
+        OriginError: the planted rows are not of these ranks, or were scored otherwise than the batch.
+    """
+
+    planted_rows: StoredTable
+    planted_scores: Scores
+    rmi_scores: Scores
+    disagreement_scores: StoredTable
+
+    def __post_init__(self) -> None:
+        batch = {"disagreement_scores": self.disagreement_scores, **by_model("rmi_scores", self.rmi_scores)}
+        require_inputs("planted_rows", self.planted_rows, batch)
+        for name, table in by_model("planted_scores", self.planted_scores).items():
+            require_inputs(name, table, {"planted_rows": self.planted_rows})
+        ours, theirs = scored_by(self.planted_scores), scored_by(self.rmi_scores)
+        differing = [role for role in ours if ours[role] != theirs.get(role)]
+        if differing:
+            raise OriginError(
+                f"planted_scores of batch {batch_of(self.planted_rows)} were made by other models than its rmi_scores, "
+                f"or asked differently, as {differing}; materialise logprobs and rmi_scores of the batch, then "
+                "planted_rows and planted_scores"
+            )
+
+    @property
+    def inputs(self) -> dict[str, StoredTable]:
+        """The tables by the names that provenance gives to inputs."""
+        return {
+            "planted_rows": self.planted_rows,
+            "disagreement_scores": self.disagreement_scores,
+            **by_model("planted_scores", self.planted_scores),
+            **by_model("rmi_scores", self.rmi_scores),
+        }
+
+    @property
+    def gate(self) -> Gate | None:
+        """The verdict on the batch, as its planted rows record it."""
+        return gates.of_provenance(self.planted_rows.provenance)
+
+    def judge(self, settings: Settings, frozen: StoredTable | None) -> Judged | None:
+        """Ranks and verdicts of the planted pairs beside those of the batch; None: nothing was planted.
+
+        Raises:
+            OriginError: the batch is ranked in another pool than the reference.
+        """
+        if frozen is not None:
+            wanted = pool_id(batch_of(self.planted_rows), settings.ranking, frozen)
+            require_pool(self.disagreement_scores, wanted)
+        if self.planted_rows.frame.is_empty():
+            return None
+        return judge(
+            self.planted_rows.frame,
+            {role: table.frame for role, table in self.planted_scores.items()},
+            {role: table.frame for role, table in self.rmi_scores.items()},
+            self.disagreement_scores.frame,
+            settings,
+            None if frozen is None else frozen.frame,
+        )

@@ -1,0 +1,123 @@
+"""The step from a frame to the materialisation of a stored table, with its provenance.
+
+Belongs here: the result of an asset, the repeat of a result that changed nothing, and the tags of runs that ask for it.
+Does not belong here: how a table is written (`io_manager`), and metadata for people (`metadata`).
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from qaq_pipeline.orchestration.metadata import lineage_of_columns, version_of
+from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import Footer, StoredTable
+
+LANDED_TAG = "qaq/delivery"
+"""Tag of the runs that the landing zone's sensor asks for; its value is the delivery's name there."""
+
+RESCREENING_TAG = "qaq/rescreening"
+"""Tag of runs that screen a batch again because an older one has changed."""
+
+
+def table_result(
+    context: dg.AssetExecutionContext,
+    frame: pl.DataFrame,
+    inputs: Mapping[str, StoredTable],
+    metadata: Mapping[str, Any],
+    /,
+    **provenance: Any,
+) -> dg.MaterializeResult:
+    """The materialisation of a table: the checked frame, its content version and its provenance.
+
+    Raises:
+        TableError: the frame does not fit its schema, a fault of the code; nothing is written.
+    """
+    name = context.asset_key.path[-1]
+    try:
+        checked = tables.enforce(PIPELINE[name].table, frame)
+    except tables.TableError as error:
+        raise tables.TableError(f"{name}: {error}; nothing was written") from error
+    table = StoredTable(checked, provenance_of(context, inputs, **provenance))
+    return dg.MaterializeResult(
+        value=table,
+        data_version=dg.DataVersion(table.data_version),
+        metadata={
+            "dagster/row_count": checked.height,
+            **metadata,
+            **lineage_of_columns(name, inputs),
+            "provenance": dg.JsonMetadataValue(table.provenance),
+        },
+    )
+
+
+def provenance_of(
+    context: dg.AssetExecutionContext, inputs: Mapping[str, StoredTable], /, **provenance: Any
+) -> dict[str, Any]:
+    """The code version, partition and input versions of a table, with these facts; no run id and no time."""
+    return {
+        "table": context.asset_key.path[-1],
+        "partition": list(Partition.parse(context.partition_key).parts),
+        "code_version": version_of(context),
+        "inputs": {key: table.data_version for key, table in sorted(inputs.items())},
+        **provenance,
+    }
+
+
+def footer_before(context: dg.AssetExecutionContext, storage: Storage) -> Footer | None:
+    """The footer of the partition before it is made again; None where it is not stored, or is torn."""
+    try:
+        return storage.tables.footer(context.asset_key.path[-1], Partition.parse(context.partition_key))
+    except StorageError:
+        return None
+
+
+def unless_same(
+    context: dg.AssetExecutionContext, result: dg.MaterializeResult, before: Footer | None, tag: str, *ignored: str
+) -> Iterator[dg.MaterializeResult]:
+    """The materialisation; an observation instead where a run with the tag made what was stored: then nothing follows.
+
+    What was stored counts only where its materialisation was recorded: a process may die between the two.
+
+    Args:
+        context: of an asset that may have no output (`output_required=False`).
+        result: the new materialisation.
+        before: from `footer_before`.
+        tag: runs with it ask whether something changed.
+        ignored: parts of the provenance that may differ.
+    """
+    made = result.value
+    assert isinstance(made, StoredTable)
+    is_same = before is not None and (made.data_version, _without(made.provenance, ignored)) == (
+        before.data_version,
+        _without(before.provenance, ignored),
+    )
+    if tag not in context.run.tags or not is_same or _recorded_version(context) != made.data_version:
+        yield result
+        return
+    context.log.info("%s of %s is unchanged: nothing follows", context.asset_key.path[-1], context.partition_key)
+    context.log_event(
+        dg.AssetObservation(
+            context.asset_key,
+            partition=context.partition_key,
+            description="Made again, with the same result.",
+            metadata=dict(result.metadata or {}),
+        )
+    )
+
+
+def _recorded_version(context: dg.AssetExecutionContext) -> str | None:
+    """Data version of the partition's newest materialisation."""
+    wanted = dg.AssetRecordsFilter(context.asset_key, asset_partitions=[context.partition_key])
+    records = context.instance.fetch_materializations(wanted, limit=1).records
+    event = records[0].asset_materialization if records else None
+    return None if event is None else (event.tags or {}).get("dagster/data_version")
+
+
+def _without(provenance: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in provenance.items() if key not in ignored}

@@ -1,0 +1,170 @@
+"""Numbers about each stored table, which the UI shows beside its materialisation. Polars only.
+
+Belongs here: counts, shares and medians of one table. Does not belong here: numbers with a limit (`check_metrics`), and
+what pages and plots show (`summaries`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.publication.curated_dataset import Publication
+from qaq_pipeline.schema.long_form import to_long
+from qaq_pipeline.schema.vocabularies import Quantity, Status
+from qaq_pipeline.scoring.logprobs import ScoringReport
+from qaq_pipeline.scoring.runtime import ScoredPairs
+
+Numbers = dict[str, Any]
+
+
+def count_by(values: pl.Series) -> dict[str, int]:
+    """Number of times each value occurs, most frequent first; nulls are left out."""
+    counts = values.drop_nulls().value_counts(name="n").sort("n", values.name, descending=[True, False])
+    return dict(counts.iter_rows())
+
+
+def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str]) -> Numbers:
+    """Accepted and rejected rows of a delivery, and the hash of each of its files."""
+    return {
+        "accepted": int((raw["status"] == Status.ACCEPTED.value).sum()),
+        "rejected": int((raw["status"] == Status.REJECTED.value).sum()),
+        "rejected_by_reason": count_by(raw["reason"]),
+        "files": dict(files),
+    }
+
+
+def of_screened_data(screened: pl.DataFrame, compared_with: Sequence[str], benchmarks: Mapping[str, str]) -> Numbers:
+    """Rows by status and reason, the older batches, and the hash of each benchmark."""
+    return {
+        "rows_by_status": count_by(screened["status"]),
+        "rows_by_reason": count_by(screened["reason"]),
+        "compared_with_batches": list(compared_with),
+        "benchmarks": dict(benchmarks),
+    }
+
+
+def of_scoring(scored: ScoredPairs) -> Numbers:
+    """The model of a scoring, its work and its speed."""
+    report, frame, identity = scored.report, scored.frame, scored.provenance["identity"]
+    return {
+        **{key: identity[key] for key in ("model", "revision", "dtype", "template_hash")},
+        "identity_hash": scored.provenance["identity_hash"],
+        "pairs": report.num_pairs,
+        "pairs_scored": report.num_scored_pairs,
+        "truncated_answers": int(frame["is_truncated"].sum()),
+        "quantities_scored": report.num_scored_quantities,
+        "quantities_from_cache": report.num_cached_quantities,
+        "sequences": report.num_sequences,
+        "tokens": report.num_tokens,
+        "computed_tokens": report.num_computed_tokens,
+        "batches_halved": report.num_splits,
+        "seconds": round(report.seconds, 2),
+        **_speed(report),
+        "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame[f"null_reason_{q}"]))},
+    }
+
+
+def _speed(report: ScoringReport) -> Numbers:
+    speed: Numbers = {}
+    if report.tokens_per_second is not None:
+        speed = {
+            "runner": report.runner,
+            "processes": report.num_workers,
+            "tokens_per_second": round(report.tokens_per_second, 1),
+            "pairs_per_second": round(report.num_scored_pairs / report.seconds, 2),
+            "computed_per_real_token": round(report.num_computed_tokens / report.num_tokens, 4),
+        }
+    if report.estimate is not None and math.isfinite(report.estimate.seconds):
+        speed |= {"estimated_seconds": round(report.estimate.seconds, 1), "teraflop": report.estimate.flops / 1e12}
+    if report.peak_share is not None:
+        speed["share_of_matmul_peak"] = round(report.peak_share, 3)
+    return speed
+
+
+def of_rmi_scores(scores: pl.DataFrame) -> Numbers:
+    """Scorable pairs, null reasons, and medians of the scores that some pair has."""
+    names = ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")
+    medians = {f"median_{name}": scores.select(pl.col(name).median().round(4)).item() for name in names}
+    return {
+        "scorable": scores.height - scores["rmi"].null_count(),
+        "short_queries": int(scores["is_short_query"].sum()),
+        "null_reasons_rmi": count_by(scores["null_reason_rmi"]),
+        "null_reasons_ifd": count_by(scores["null_reason_ifd"]),
+        **{name: value for name, value in medians.items() if value is not None},
+    }
+
+
+def of_disagreement_scores(frame: pl.DataFrame, warnings: Sequence[str]) -> Numbers:
+    """Ranked pairs, strata, warnings, and the correlation of the ranks where there is one."""
+    of = {role: to_long(frame, "ranks").filter(pl.col("model") == role) for role in ("strong", "weak")}
+    ranks = pl.DataFrame({role: long["rank"] for role, long in of.items()})
+    correlation = ranks.select(pl.corr("strong", "weak", method="spearman")).item()
+    is_known = correlation is not None and math.isfinite(correlation)
+    return {
+        "ranked_by_both": frame.height - frame["gap"].null_count(),
+        "num_strata": 0 if ranks.is_empty() else of["strong"]["num_strata"][0],
+        "warnings": list(warnings),
+        **({"spearman_of_ranks": round(correlation, 4)} if is_known else {}),
+    }
+
+
+def of_rank_reference(frame: pl.DataFrame, name: str, batches: Sequence[str], warnings: Sequence[str]) -> Numbers:
+    """The batches, pairs and strata of a reference."""
+    return {
+        "dagster/row_count": frame.height,
+        "name": name,
+        "batches": list(batches),
+        "pairs": frame["pair_id"].n_unique(),
+        "num_strata": dict(frame.select("model", "num_strata").unique().sort("model").iter_rows()),
+        "warnings": list(warnings),
+    }
+
+
+def of_decisions(frame: pl.DataFrame, verdicts: pl.DataFrame, published: str, *, is_gated: bool) -> Numbers:
+    """Rows by decision and reason, and the pairs that each selection takes."""
+    sizes = verdicts.filter(pl.col("selection") == published)["pool_size"]
+    return {
+        "published_selection": published,
+        "pool_size": 0 if sizes.is_empty() else int(sizes[0]),
+        "rows_by_decision": count_by(frame["decision"]),
+        "rows_by_reason": count_by(frame["reason"]),
+        "selected_by_selection": {} if is_gated else count_by(verdicts.filter("is_selected")["selection"]),
+    }
+
+
+def of_selected_subset(num_selected: int, num_rows: int, selection: str) -> Numbers:
+    """The selected share of all rows."""
+    share = {"share_of_rows_in": num_selected / num_rows} if num_rows else {}
+    return {"selection": selection, "rows_in": num_rows, **share}
+
+
+def of_publication(published: Publication, excluded: Mapping[str, str]) -> Numbers:
+    """Batches and rows of a version, and the rows that entered and left since the version before, by cause."""
+    entries = published.manifest["batches"]
+    return {
+        "version": published.version,
+        "is_new_version": published.is_new,
+        "dagster/row_count": sum(entry["rows_selected"] for entry in entries),
+        "rows_in": sum(entry["rows_in"] for entry in entries),
+        "batches": [entry["batch"] for entry in entries],
+        "excluded_batches": dict(excluded),
+        **_difference(published),
+        "lineage": f"qaq lineage {published.version} --verify",
+    }
+
+
+def _difference(published: Publication) -> Numbers:
+    found = published.difference
+    if found is None:
+        return {}
+    counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
+    return {
+        "previous_version": published.previous,
+        "rows_entered": int(found["is_added"].sum()),
+        "rows_left": int((~found["is_added"]).sum()),
+        "changes": {f"{'entered' if added else 'left'}: {why}": n for added, why, n in counts.iter_rows()},
+    }

@@ -1,0 +1,163 @@
+"""The stored tables of one batch from its scores to its decisions.
+
+Belongs here: whether the tables belong together, and the calls that rank a batch and decide its rows. Does not belong
+here: strata, ranks and verdicts themselves, and how the result is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import polars as pl
+
+from qaq_pipeline.config.base import settings_hash
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import GateSettings, RankingSettings, Settings
+from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.screening import gates
+from qaq_pipeline.screening.gates import Gate
+from qaq_pipeline.selection import disagreement_scores, rank_reference
+from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.decisions import decide
+from qaq_pipeline.selection.stored_reference import Scores, pool_id, require_comparable, require_pool
+from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
+from qaq_pipeline.storage.tables import StoredTable
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The tables from which the rows of a batch are decided.
+
+    Raises:
+        OriginError: the tables do not go back to one delivery, or the ranks to these scores.
+    """
+
+    raw_data: StoredTable
+    screened_data: StoredTable
+    rmi_scores: Scores
+    disagreement_scores: StoredTable
+
+    def __post_init__(self) -> None:
+        rows = {"raw_data": self.raw_data, "screened_data": self.screened_data}
+        ranked = by_model("rmi_scores", self.rmi_scores)
+        require_inputs("screened_data", self.screened_data, {"raw_data": self.raw_data})
+        for name, table in ranked.items():
+            require_inputs(name, table, rows, table.provenance["scored_from"])
+        require_inputs("disagreement_scores", self.disagreement_scores, ranked)
+
+    @property
+    def inputs(self) -> dict[str, StoredTable]:
+        """The tables by the names that provenance gives to inputs."""
+        return {
+            "raw_data": self.raw_data,
+            "screened_data": self.screened_data,
+            "disagreement_scores": self.disagreement_scores,
+            **by_model("rmi_scores", self.rmi_scores),
+        }
+
+    @cached_property
+    def candidates(self) -> pl.DataFrame:
+        """Scores and ranks of every distinct pair, as `candidates.candidates`."""
+        return candidates(self.disagreement_scores.frame, {role: one.frame for role, one in self.rmi_scores.items()})
+
+    def require_pool(self, ranking: RankingSettings, frozen: StoredTable | None) -> None:
+        """Refuse ranks in another pool than the settings name, whose cuts decide. Raises OriginError."""
+        wanted = pool_id(batch_of(self.disagreement_scores), ranking, frozen)
+        require_pool(self.disagreement_scores, wanted)
+
+    def gate(self, limits: GateSettings) -> Gate | None:
+        """The stored verdict on the batch. Raises gates.StaleVerdictError."""
+        made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
+        return gates.of_batch(batch_of(self.raw_data), self.screened_data.provenance, made_of, limits)
+
+    def facts(self, settings: Settings, gate: Gate | None) -> dict[str, Any]:
+        """The part of the decisions' provenance that their inputs do not show."""
+        ranked = self.disagreement_scores.provenance
+        return {
+            "settings_hash": settings_hash(settings.selections),
+            "published_hash": settings_hash(settings.published),
+            "pool_id": ranked["pool_id"],
+            "ranking_hash": ranked["ranking_hash"],
+            **gates.as_provenance(gate),
+            "files": self.raw_data.provenance["files"],
+            "models": models_of(self.rmi_scores),
+            "scored_by": {role: _scored_by(table.provenance) for role, table in self.rmi_scores.items()},
+        }
+
+    def verdicts(self, settings: Settings, frozen: StoredTable | None) -> pl.DataFrame:
+        """The verdict of every named selection on every pair, by the cuts of the batch or of the reference."""
+        roles = sorted(settings.models)
+        of_reference = None if frozen is None else rank_reference.reference_candidates(frozen.frame, roles)
+        return select_all(self.candidates, settings.selections, of_reference)
+
+    def decide(
+        self, verdicts: pl.DataFrame, published: Selection, provenance_id: str, gate: Gate | None
+    ) -> pl.DataFrame:
+        """The Decisions of the batch. Raises TableError where a row is lost or doubled."""
+        frame = decide(
+            self.raw_data.frame,
+            self.screened_data.frame,
+            self.candidates,
+            verdicts,
+            published,
+            provenance_id,
+            gate,
+        )
+        if frame.height != self.raw_data.frame.height:
+            raise TableError(
+                f"decisions: {frame.height} rows for {self.raw_data.frame.height} of raw_data; nothing was written"
+            )
+        return frame
+
+
+def models_of(scores: Scores) -> dict[str, Any]:
+    """ScoreIdentities by role."""
+    return {role: table.provenance["identity"] for role, table in scores.items()}
+
+
+def _scored_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """The frame, template, libraries and devices of a model's scores."""
+    return {key: made_of[key] for key in ("frame", "template", "scored_with")}
+
+
+def rank(
+    scores: Scores, ranking: RankingSettings, pool_id: str, frozen: StoredTable | None
+) -> tuple[pl.DataFrame, list[str]]:
+    """DisagreementScores of a batch, in its own pool or against a reference, and warnings as sentences.
+
+    Raises:
+        OriginError: the models were asked under different settings, or otherwise than those of the reference.
+    """
+    _require_same_scoring(scores)
+    frames = {role: table.frame for role, table in scores.items()}
+    if frozen is None:
+        frame, warnings = disagreement_scores.disagreement_scores(frames, ranking, pool_id)
+    else:
+        require_comparable(frozen, scores)
+        frame, warnings = rank_reference.disagreement_scores(frames, frozen.frame, ranking, pool_id), []
+    return frame, [*warnings, *_frame_warnings(scores)]
+
+
+def _require_same_scoring(scores: Scores) -> None:
+    """Ranks of models that were asked under different settings cannot be compared."""
+    scoring = {role: table.provenance["scoring"] for role, table in scores.items()}
+    first, *others = scoring
+    for other in others:
+        if scoring[other] != scoring[first]:
+            raise OriginError(
+                f"disagreement_scores: {first} was scored with {scoring[first]}, {other} with {scoring[other]}; "
+                "materialise logprobs and rmi_scores of both models"
+            )
+
+
+def _frame_warnings(scores: Scores) -> list[str]:
+    """A warning where the models are asked in different frames: the gap then measures the frame too."""
+    frames = {role: table.provenance["frame"] for role, table in scores.items()}
+    if len(set(frames.values())) < 2:
+        return []
+    said = ", ".join(f"{role}: {frame}" for role, frame in sorted(frames.items()))
+    return [f"the models' frames differ ({said}): the gap measures the frame too"]
