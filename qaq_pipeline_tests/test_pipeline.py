@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.jobs import build_job_defs
+from qaq_pipeline.freshness.eligibility import split_by_eligibility
+from qaq_pipeline.freshness.staleness import Freshness
+from qaq_pipeline.lineage.lineage import State, walk
+from qaq_pipeline.orchestration.jobs import build_job_defs, present
 from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Pipeline, Purpose
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.curated_dataset import publish, read_batches
+from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline_tests.support.answer_lengths import sources_of_lengths, with_answer_lengths
 
 REFERENCE = {"pool": "reference", "reference": {"name": "frozen", "batches": ["b1"]}}
 
@@ -87,3 +97,41 @@ def test_nothing_that_is_published_is_made_from_a_page_or_a_calibration() -> Non
     for asset in PIPELINE.of(Purpose.CURATION, Purpose.REFERENCE, Purpose.PUBLICATION):
         purposes = {PIPELINE[name].purpose for name in (*asset.inputs, *asset.optional_inputs)}
         assert purposes <= {Purpose.CURATION, Purpose.REFERENCE}, asset.name
+
+
+# --- another table --------------------------------------------------------------------------------------------------
+
+
+def test_one_entry_adds_a_table_to_jobs_conditions_staleness_publication_and_lineage(
+    settings_for: Callable[..., Settings], instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    settings, pipeline = settings_for(), with_answer_lengths()
+    registration.register(settings, instance, "b1", [delivered], None)
+    run_batch.run_batch(settings, instance, "b1")
+    storage = open_storage(settings, pipeline)
+
+    def stale() -> list[str]:
+        freshness = Freshness(storage, ["b1"], present(settings, storage, pipeline), pipeline)
+        return [f"{one.job}: {one.table}" for one in freshness.stale("b1")]
+
+    assert stale() == ["select_from_batch: answer_lengths"]
+    assert split_by_eligibility(storage, ["b1"], settings, pipeline)[1] == {"b1": "not materialised: answer_lengths"}
+
+    defs = build_job_defs(settings, pipeline=pipeline)
+    asset = defs.resolve_asset_graph().get(dg.AssetKey("answer_lengths"))
+    assert asset.automation_condition is not None
+    assert asset.automation_condition.get_label() == "after raw_data"
+    job = defs.resolve_job_def("select_from_batch")
+    assert job.execute_in_process(instance=instance, partition_key="b1").success
+    assert stale() == []
+
+    batches, excluded = read_batches(storage, ["b1"], settings, pipeline)
+    with versions.lock(storage):
+        published = publish(storage, settings, batches, excluded)
+    stored = storage.tables.read("answer_lengths", Partition("b1"))
+    assert stored.frame.height > 0
+    assert published.manifest["batches"][0]["data_versions"]["answer_lengths"] == stored.data_version
+    [batch] = walk(storage, published.version, pipeline).batches
+    [table] = [table for table in batch.tables if table.name == "answer_lengths"]
+    assert (table.state, table.stored) == (State.AS_PUBLISHED, stored.data_version)
+    assert pipeline.column_sources["answer_lengths"] == sources_of_lengths()

@@ -39,7 +39,7 @@ def build_job_defs(
         resource_overrides: resources to use instead, by name.
     """
     jobs = pipeline.jobs(*wanted_purposes(settings))
-    storage = open_storage(settings)
+    storage = open_storage(settings, pipeline)
     resources: dict[str, object] = {
         "storage": storage,
         "io_manager": TableIOManager(storage),

@@ -15,7 +15,7 @@ import polars as pl
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.eligibility import split_by_eligibility
-from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
 from qaq_pipeline.publication.difference import store_difference
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
@@ -61,10 +61,10 @@ class Publication:
 
 
 def read_batches(
-    storage: Storage, registered: Sequence[str], settings: Settings
+    storage: Storage, registered: Sequence[str], settings: Settings, pipeline: Pipeline = PIPELINE
 ) -> tuple[list[BatchTables], dict[str, str]]:
     """The batches that enter the dataset, and for every other registered batch the reason why it does not."""
-    included, excluded = split_by_eligibility(storage, registered, settings)
+    included, excluded = split_by_eligibility(storage, registered, settings, pipeline)
     batches = []
     for batch, footers in included.items():
         try:

@@ -39,13 +39,14 @@ class Storage:
         self.provenance = ProvenanceRecords(self.files)
 
 
-def open_storage(settings: Settings) -> Storage:
+def open_storage(settings: Settings, pipeline: Pipeline = PIPELINE) -> Storage:
     """The storage that the settings name.
 
     Raises:
         SettingsError: its URL is of an unknown kind, or of one whose fsspec package is not installed.
     """
     try:
-        return Storage(settings.storage_root, settings.home / "locks", settings.runtime.lock_timeout_seconds)
+        timeout = settings.runtime.lock_timeout_seconds
+        return Storage(settings.storage_root, settings.home / "locks", timeout, pipeline)
     except (ValueError, ImportError) as error:
         raise SettingsError(f"storage.root: {settings.storage_root!r} cannot be used ({error})") from error
