@@ -1,4 +1,4 @@
-# Everything a person types. `make` alone lists it. Needs Python 3.11, 3.12 or 3.13 and a package registry; no GPU.
+# The commands for development. `make` lists them. They need Python 3.11, 3.12 or 3.13 and a package registry; no GPU.
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 VENV ?= .venv
@@ -15,9 +15,9 @@ export QAQ_HOME
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-23s%s\n", $$1, $$2}'
 
-install: $(VENV)/.installed ## Make the virtual environment and install the project into it
+install: $(VENV)/.installed ## Create the virtual environment and install the project into it
 
-# torch comes first and alone: where a CPU or CUDA build is already there, or is wanted from another index, it stays.
+# torch is installed first and alone, so that an existing build (CPU or CUDA, from any index) is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
@@ -30,11 +30,11 @@ demo: install ## Run the whole pipeline on the example batches, with two small r
 ui: install ## Open the pipeline in the Dagster UI on 127.0.0.1 (PORT=3000)
 	$(BIN)/qaq ui --port $(PORT)
 
-test: install ## Run the tests in two processes: no network, no GPU, nothing slow
+test: install ## Run the fast tests in two processes, without network or GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal
 
-# pyenv's shim of an interpreter answers only where its version is selected.
-test-pythons: ## Run the fast tests on each Python of PYTHONS that is installed, each in its own environment
+# pyenv's shim of an interpreter works only if its version is selected.
+test-pythons: ## Run the fast tests on each installed Python of PYTHONS, each in its own environment
 	@tested=; for python in $(PYTHONS); do \
 		selected=$$(pyenv latest "$${python#python}" 2>/dev/null || true); \
 		export PYENV_VERSION="$${selected:-$(PYENV_VERSION)}"; \
@@ -49,8 +49,8 @@ test-slow: install ## Run the slow tests: real models (fetched first), a killed 
 	$(BIN)/python examples/fetch_models.py
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# LLaMA-Factory pins older libraries than this project, so it has an environment of its own.
-test-consumers: install ## Load the exports with datasets, TRL and LLaMA-Factory (installs the last, 1 GB)
+# LLaMA-Factory pins older libraries than this project, so it has its own environment.
+test-consumers: install ## Load the exports with datasets, TRL and LLaMA-Factory (installs LLaMA-Factory, 1 GB)
 	test -x $(VENV)-llama-factory/bin/python || $(PYTHON) -m venv $(VENV)-llama-factory
 	$(VENV)-llama-factory/bin/python -m pip install -q llamafactory==0.9.5
 	QAQ_LLAMA_FACTORY=$(abspath $(VENV))-llama-factory/bin/python $(BIN)/python -m pytest qaq_pipeline_tests/publication/test_consumers.py
@@ -59,20 +59,20 @@ bench: install ## Measure the scoring engine against its goals and real opponent
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m bench
 
-docs: install ## Write the generated pages anew and build the site into docs/_build/html, warnings as errors
+docs: install ## Generate pages from the code and build the site in docs/_build/html, warnings as errors
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-docs-links: install ## Ask every address outside of the site whether it is there (needs the network)
+docs-links: install ## Check every external link of the site (needs the network)
 	$(BIN)/python -m sphinx -q -b linkcheck -d docs/_build/doctrees docs docs/_build/links
 
-pictures: install ## Take the pictures of the documentation anew, in `chromium`
+pictures: install ## Take the screenshots of the documentation again, in `chromium`
 	shots=$$(mktemp -d) && trap 'rm -rf "$$shots"' EXIT && \
 	QAQ_SCREENSHOTS="$$shots" $(BIN)/python -m pytest -q qaq_pipeline_tests/end_to_end/test_ui_audit.py && \
 	for picture in docs/pictures/*.png; do cp "$$shots/$${picture##*/}" docs/pictures/; done
 
-check: install ## Lint, format, types, import contracts, definitions
+check: install ## Check lint, format, types, import contracts and definitions
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
@@ -84,10 +84,10 @@ check-definitions: install
 	home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && cp qaq_pipeline/dagster.yaml "$$home"/ && \
 	DAGSTER_HOME="$$home" $(BIN)/dg check defs
 
-format: install ## Format the code and fix what can be fixed
+format: install ## Format the code and apply automatic fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## Remove caches and build outputs; var/ and the virtual environment stay
+clean: ## Remove caches and build outputs; keep var/ and the virtual environment
 	rm -rf build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
 	find qaq_pipeline qaq_pipeline_tests examples docs -name __pycache__ -type d -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """The sensor that sends an alert for every failed run.
 
-Belongs here: what Dagster knows of a failed run, as an alert. Does not belong here: the channels, and alerts of gated
-batches, which the assets send that gate them.
+Belongs here: the alert for a failed run. Does not belong here: the channels, and alerts for gated batches, which the
+assets that gate them send.
 """
 
 import dagster as dg
@@ -15,11 +15,11 @@ _PARTITION_TAG = "dagster/partition"
 
 
 def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
-    """One alert for each failed run of the instance: those of `qaq run` too, which belong to no code location."""
+    """Build a sensor that sends one alert for each failed run, including runs by `qaq run`, outside a code location."""
 
     @dg.run_failure_sensor(
         name="alert_of_failed_run",
-        description="Sends an alert for every failed run, over alerts.channels of the settings.",
+        description="Sends an alert for every failed run through the channels in alerts.channels.",
         default_status=dg.DefaultSensorStatus.RUNNING,
         monitor_all_code_locations=True,
     )
@@ -31,7 +31,7 @@ def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
 
 
 def failed_run(context: dg.RunFailureSensorContext) -> Alert:
-    """The alert of a failed run: its job, its partition, the step that failed first and that step's own words."""
+    """Return the alert for a failed run: its job, its partition, the first step that failed, and that step's error."""
     run = context.dagster_run
     partition = run.tags.get(_PARTITION_TAG)
     what = f"{_name(run)} of {partition}" if partition else _name(run)
@@ -46,6 +46,6 @@ def failed_run(context: dg.RunFailureSensorContext) -> Alert:
 
 
 def _name(run: dg.DagsterRun) -> str:
-    """The job, or what was picked in the UI where the job is Dagster's own for that."""
+    """Return the name of the job, or the assets that were selected in the UI if Dagster made the job for them."""
     picked = sorted(key.to_user_string() for key in run.asset_selection or ())
     return ", ".join(picked) if run.job_name.startswith("__") and picked else run.job_name

@@ -1,4 +1,4 @@
-"""The sensor of the landing zone: a run for every complete delivery."""
+"""The sensor of the landing zone: it requests a run for every complete delivery."""
 
 import dagster as dg
 
@@ -16,7 +16,7 @@ from qaq_pipeline.storage.storage import open_storage
 
 
 def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
-    """The sensor of the landing zone."""
+    """Build the sensor of the landing zone."""
     zone = settings.landing
 
     @dg.sensor(
@@ -25,9 +25,9 @@ def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
         minimum_interval_seconds=zone.interval_seconds,
         default_status=default_status(settings),
         description=(
-            f"Takes what lies complete in {settings.landing_url}: adds the batch and runs raw_data of it; the rest "
-            f"follows by conditions. A folder or file is complete with {zone.marker}"
-            f"{'' if zone.require_marker else ', or when it stays the same for two looks'}.{status_sentence(settings)}"
+            f"Adds a batch for each complete delivery in {settings.landing_url} and runs its raw_data; automation "
+            f"conditions run the rest. A folder or file is complete with {zone.marker}"
+            f"{'' if zone.require_marker else ', or once two polls find it unchanged'}.{status_sentence(settings)}"
         ),
     )
     def landing_zone(context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -66,7 +66,7 @@ def _request(landed: Landed, run_key: str) -> dg.RunRequest:
 
 
 def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, refused: dict[str, str]) -> None:
-    """In the tick's log, and as one alert; `qaq status` lists what lies refused."""
+    """Log the refused deliveries and send one alert; `qaq status` lists them as well."""
     lines = [f"{settings.landing_url}/{entry} is refused: {why}" for entry, why in refused.items()]
     for line in lines:
         context.log.warning(line)

@@ -12,7 +12,7 @@ NIGHTLY = "refresh"
 
 
 def build_nightly_job(settings: Settings) -> dg.JobDefinition:
-    """The job that refreshes what is stale."""
+    """Build the job that refreshes what is stale."""
 
     @dg.op(name="refresh_stale_tables", description="Rebuilds stale tables, and publishes if something changed.")
     def refresh_stale_tables(context: dg.OpExecutionContext) -> None:
@@ -22,7 +22,7 @@ def build_nightly_job(settings: Settings) -> dg.JobDefinition:
     @dg.job(
         name=NIGHTLY,
         executor_def=dg.in_process_executor,
-        description="Does what `qaq refresh` does: rebuilds what is stale, the oldest batch first, then publishes.",
+        description="Does the same as `qaq refresh`: rebuilds stale tables, the oldest batch first, then publishes.",
     )
     def refresh() -> None:
         refresh_stale_tables()
@@ -31,7 +31,7 @@ def build_nightly_job(settings: Settings) -> dg.JobDefinition:
 
 
 def build_nightly_schedule(settings: Settings, job: dg.JobDefinition) -> dg.ScheduleDefinition:
-    """When the nightly job runs."""
+    """Build the schedule of the nightly job."""
     automation = settings.automation
     running, stopped = dg.DefaultScheduleStatus.RUNNING, dg.DefaultScheduleStatus.STOPPED
     try:
@@ -42,11 +42,11 @@ def build_nightly_schedule(settings: Settings, job: dg.JobDefinition) -> dg.Sche
             execution_timezone=automation.timezone,
             default_status=running if automation.started else stopped,
             description=(
-                "Retries what failed, and rebuilds the tables that are stale by their provenance: settings, models, "
-                f"benchmarks, withdrawals. Publishes only if something changed.{status_sentence(settings)}"
+                "Retries failed steps, and rebuilds tables whose provenance is stale: settings, models, benchmarks or "
+                f"withdrawals changed. Publishes only if something changed.{status_sentence(settings)}"
             ),
         )
     except dg.DagsterInvalidDefinitionError as error:
         raise SettingsError(
-            f"automation.refresh_cron: {automation.refresh_cron!r} is no cron, such as 0 3 * * * ({error})"
+            f"automation.refresh_cron: {automation.refresh_cron!r} is not a cron expression such as 0 3 * * * ({error})"
         ) from error

@@ -16,7 +16,7 @@ _MOST_TRIES = 3
 
 
 def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
-    """The sensor that asks for stale screenings."""
+    """Build the sensor that requests a run for each stale screening."""
     screened_data = dg.AssetKey("screened_data")
 
     @dg.sensor(
@@ -25,15 +25,15 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
         minimum_interval_seconds=settings.automation.interval_seconds,
         default_status=default_status(settings),
         description=(
-            "Screens a batch anew when an older one, in which its duplicates were looked for, is another now. Nothing "
-            f"follows where the same is found.{status_sentence(settings)}"
+            "Screens a batch again when an older batch that it was compared with has changed. Later assets run only if "
+            f"the result differs.{status_sentence(settings)}"
         ),
     )
     def screening_anew(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         newest = [_newest_event(context.instance, asset) for asset in (screened_data, dg.AssetKey("decisions"))]
         position = json.dumps(newest)
         if position == context.cursor:
-            return dg.SensorResult(skip_reason="no batch was screened or decided since the last look", cursor=position)
+            return dg.SensorResult(skip_reason="no batch was screened or decided since the last tick", cursor=position)
         storage = open_storage(settings)
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         freshness = staleness.Freshness(storage, registered, present(settings, storage))
@@ -45,10 +45,10 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
             dg.RunRequest(partition_key=batch, asset_selection=[screened_data], tags={RESCREENING_TAG: stale[batch]})
             for batch in due[:MOST_BATCHES_A_TICK]
         ]
-        waiting = f"waiting for {', '.join(stale)}" if stale else "every batch was screened against those that stand"
+        waiting = f"waiting for {', '.join(stale)}" if stale else "no screening is stale"
         return dg.SensorResult(
             run_requests=requests,
-            cursor="" if stale else position,  # It looks again until none is left.
+            cursor="" if stale else position,  # An empty cursor: the next tick looks again.
             skip_reason=None if requests else waiting,
         )
 
@@ -61,9 +61,9 @@ def _newest_event(instance: dg.DagsterInstance, asset: dg.AssetKey) -> int:
 
 
 def _may_be_screened(context: dg.SensorEvaluationContext, batch: str, state: str) -> bool:
-    """Whether no such run is under way, and not too many have failed; the night tries again in any case."""
+    """Return whether no such run is active and fewer than _MOST_TRIES exist; the nightly job retries in any case."""
     tags = {RESCREENING_TAG: state, "dagster/partition": batch}
     runs = context.instance.get_runs(dg.RunsFilter(tags=tags), limit=_MOST_TRIES)
     if len(runs) == _MOST_TRIES and runs[0].is_finished:
-        context.log.warning("batch %s was screened anew %d times without success: see its runs", batch, _MOST_TRIES)
+        context.log.warning("screening batch %s again failed %d times: see its runs", batch, _MOST_TRIES)
     return len(runs) < _MOST_TRIES and all(run.is_finished for run in runs)

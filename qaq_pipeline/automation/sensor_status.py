@@ -1,4 +1,4 @@
-"""Whether sensors and schedules run from the start."""
+"""The default status of sensors and schedules, and the limits of one tick."""
 
 import dagster as dg
 
@@ -9,10 +9,10 @@ MOST_LINES = 20
 
 
 def default_status(settings: Settings) -> dg.DefaultSensorStatus:
-    """The status that a sensor or schedule has until somebody starts or stops it."""
+    """Return the status that a sensor has until a person starts or stops it."""
     return dg.DefaultSensorStatus.RUNNING if settings.automation.started else dg.DefaultSensorStatus.STOPPED
 
 
 def status_sentence(settings: Settings) -> str:
-    """The same in words, for the description of a sensor."""
+    """Return the sentence that adds this status to a description, or nothing."""
     return " Runs from the start (automation.started)." if settings.automation.started else ""

@@ -1,7 +1,7 @@
 """Everything that runs unattended: the sensors, the nightly job and its schedule.
 
-Belongs here: when something is run. Does not belong here: what is stale (`freshness.staleness`), when a delivery is
-complete (`ingest.landing`), the assets' conditions (`orchestration.conditions`), and the work itself (`runs.refresh`).
+Belongs here: when something runs. Does not belong here: what is stale (`freshness.staleness`), when a delivery is
+complete (`ingest.landing`), the assets' conditions (`orchestration.conditions`), the work itself (`runs.refresh`).
 """
 
 import dagster as dg
@@ -15,7 +15,7 @@ from qaq_pipeline.config.settings import Settings
 
 
 def build_automation(settings: Settings) -> dg.Definitions:
-    """Sensors, schedule and the nightly job; they run from the start where `automation.started` says so."""
+    """Build the sensors, the schedule and the nightly job; they run from the start if `automation.started` is set."""
     job = build_nightly_job(settings)
     return dg.Definitions(
         jobs=[job],
@@ -38,6 +38,6 @@ def _build_curation_sensor(settings: Settings) -> dg.SensorDefinition:
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=settings.automation.interval_seconds,
         default_status=default_status(settings),
-        emit_backfills=False,  # A run for each batch: a backfill takes longer to start than most batches to run.
-        description=f"Runs each asset when its automation condition says so.{status_sentence(settings)}",
+        emit_backfills=False,  # One run per batch: starting a backfill takes longer than running most batches.
+        description=f"Runs each asset when its automation condition is met.{status_sentence(settings)}",
     )

@@ -7,21 +7,21 @@ import dagster as dg
 from qaq_pipeline.automation.nightly import NIGHTLY
 
 _HEARTBEAT_PATIENCE_S = 120.0
-"""A daemon gives a sign of life every 30 seconds."""
+"""A daemon sends a heartbeat every 30 seconds."""
 
 
 def unattended(instance: dg.DagsterInstance, now: datetime) -> list[str]:
-    """Say whether the daemon runs, and how the last nightly refresh ended."""
+    """Return two sentences: whether the daemon runs, and how the last nightly refresh ended."""
     return [_daemon_sentence(instance, now), _night_sentence(instance)]
 
 
 def _daemon_sentence(instance: dg.DagsterInstance, now: datetime) -> str:
     seen = [heartbeat.timestamp for heartbeat in instance.get_daemon_heartbeats().values()]
     if not seen:
-        return "No daemon ever ran here: nothing is curated by itself. `qaq ui` starts one."
+        return "No daemon has run here: nothing is curated automatically. `qaq ui` starts one."
     if now.timestamp() - max(seen) <= _HEARTBEAT_PATIENCE_S:
         return "The daemon runs."
-    return f"The daemon was last seen on {_time(max(seen))}: nothing is curated by itself. `qaq ui` starts it."
+    return f"The daemon was last seen on {_time(max(seen))}: nothing is curated automatically. `qaq ui` starts it."
 
 
 def _night_sentence(instance: dg.DagsterInstance) -> str:

@@ -1,4 +1,4 @@
-"""automation: the landing zone's sensor, screening anew, the nightly job; on tiny models and a real instance."""
+"""automation: the landing zone's sensor, repeated screening, the nightly job; on tiny models and a real instance."""
 
 import os
 import re
@@ -157,7 +157,7 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
     assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 3
 
 
-# --- screening anew ------------------------------------------------------------------------------------------------
+# --- repeated screening --------------------------------------------------------------------------------------------
 
 
 def test_a_newer_batch_is_screened_anew_when_an_older_one_changed(two_batches: Daemon) -> None:
@@ -294,7 +294,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     root = Path(daemon.settings.storage_root)
     (root / "planted_rows").write_text("no table can be written below a file")
     (root / "reports/b1/report.html").mkdir(parents=True)
-    # Of the older batch a row is gone: when the newer one could not be calibrated, it is screened anew all the same.
+    # The older batch lost a row: the newer one is screened again even if its calibration fails.
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     notices: list[str] = []
@@ -335,24 +335,25 @@ def test_sensors_and_schedule_start_where_the_settings_say_so_and_state_it(
 
 
 def test_a_cron_that_is_none_is_named_with_its_field(settings_for: SettingsFor) -> None:
-    with pytest.raises(SettingsError, match=r"automation.refresh_cron: 'every night' is no cron"):
+    with pytest.raises(SettingsError, match=r"automation.refresh_cron: 'every night' is not a cron expression"):
         build_defs(settings_for(automation={"refresh_cron": "every night"}))
 
 
-# --- what a person is told -----------------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------------------------
 
 
 def test_a_person_is_told_whether_the_daemon_runs_and_how_the_last_night_ended(instance: dg.DagsterInstance) -> None:
     now = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
     daemon, night = unattended.unattended(instance, now)
-    assert "No daemon ever ran here" in daemon
+    assert "No daemon has run here" in daemon
     assert night == "No nightly refresh has run yet."
 
     instance.add_daemon_heartbeat(DaemonHeartbeat(now.timestamp() - 40, "SENSOR", "id", []))
     assert unattended.unattended(instance, now)[0] == "The daemon runs."
     later = unattended.unattended(instance, now + timedelta(hours=3))[0]
     assert (
-        later == "The daemon was last seen on 2026-11-25 11:59 UTC: nothing is curated by itself. `qaq ui` starts it."
+        later
+        == "The daemon was last seen on 2026-11-25 11:59 UTC: nothing is curated automatically. `qaq ui` starts it."
     )
 
 

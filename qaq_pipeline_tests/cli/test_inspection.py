@@ -60,7 +60,7 @@ def test_status_says_what_other_settings_make_out_of_date(home: Home, qaq: Qaq, 
 def test_status_without_a_batch_says_what_to_type(empty_home: Home, qaq: Qaq) -> None:
     shown = qaq(empty_home, "status")
     assert shown.code == 0
-    assert "No daemon ever ran here: nothing is curated by itself. `qaq ui` starts one." in shown.out
+    assert "No daemon has run here: nothing is curated automatically. `qaq ui` starts one." in shown.out
     assert shown.out.endswith("No batch yet: register one with `qaq run FILE --batch NAME`.")
 
 
