@@ -19,8 +19,8 @@ def build_dead_runs_sensor() -> dg.SensorDefinition:
         minimum_interval_seconds=_LOOK_FOR_DEAD_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
-            "Ends runs whose process is gone, as after a reboot. Otherwise Dagster would list them as started for ever, "
-            "and all other runs would wait. The daemon runs them again (run_retries). Runs from the start."
+            "Ends runs whose process is gone, as after a reboot. Otherwise Dagster would list them as started for "
+            "ever, and all other runs would wait. The daemon retries them (run_retries). Runs from the start."
         ),
     )
     def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:

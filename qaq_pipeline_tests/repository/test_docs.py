@@ -252,7 +252,7 @@ def _blocks(page: Path, language: str, mark: str = "") -> list[str]:
 def test_the_cookbook_runs(
     settings_for: Callable[..., Settings], settings_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Its marked commands one after another, then its fine-tune, on twenty rows and with tiny models."""
+    """Run its marked commands in order, then its fine-tune, on twenty rows and with tiny models."""
     selections = [{"name": "diff_high", "strategy": "diff_high"}, {"name": "tenth", "strategy": "random"}]
     settings = settings_for(selections=selections, scoring={"quantities": ["rmi"]})
     write_jsonl(tmp_path / "pairs.jsonl", delivered_rows() * 2)
@@ -271,7 +271,7 @@ def test_the_cookbook_runs(
 
     looks, train = (
         next(block for block in _blocks(DOCS / "cookbook.md", "python") if word in block)
-        for word in ("ledger.parquet", "SFTTrainer")
+        for word in ("decisions.parquet", "SFTTrainer")
     )
     _run([sys.executable, "-c", looks], environment, tmp_path)
     pytest.importorskip("trl")
