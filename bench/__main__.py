@@ -1,10 +1,11 @@
-"""The benchmark: the engine against its goals and real opponents, in one run, on the same pairs. No downloads.
+"""The benchmark: the engine against its goals and other engines, in one run, on the same pairs. No downloads.
 
     python -m bench [--quick] [--device cpu|cuda] [--json FILE]
 
-Prints a table of ratios (min, median, max over rotated blocks, a matrix product timed beside each), writes it as JSON,
-and exits 1 where a goal is missed. On a CPU: process seconds, one thread. On a GPU: CUDA events. Not here: bf16's
-Spearman of RMI, which random weights cannot show (LOG.md), work lost by a kill (test_endurance).
+Prints a table of ratios (min, median, max over rotated blocks, with a matrix product timed in each), writes it as JSON,
+and exits with 1 if a goal is missed. On a CPU it measures process seconds with one thread, on a GPU CUDA events. Not
+here: bf16's Spearman correlation of RMI, which random weights cannot show (LOG.md); work lost to a kill
+(test_endurance).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from bench.rows import Row
 
 
 def main() -> int:
-    """Run every row that this machine can show; the exit status is 1 where a goal is missed."""
+    """Run every row that this machine can measure; return 1 as exit status if a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="two rotations instead of five: for a look, not a claim")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--json", type=Path, default=Path("var/bench.json"), help="where the numbers go")
+    parser.add_argument("--quick", action="store_true", help="two rotations instead of five, for a first look")
+    parser.add_argument("--only", default="", help="run only rows whose name contains this")
+    parser.add_argument("--json", type=Path, default=Path("var/bench.json"), help="file to write the numbers to")
     arguments = parser.parse_args()
     rotations = 2 if arguments.quick else 5
     results: list[Row] = []
@@ -47,7 +48,7 @@ def main() -> int:
 
 
 def show(results: list[Row], device: str) -> None:
-    """The table, and the machine."""
+    """Print the table, with the machine as its title."""
     table = Table("", "goal", "min", "median", "max", "", title=f"{rows.machine(device)}")
     for row in results:
         low, middle, high = (f"{value:.4g}" for value in (row.low, row.median, row.high))

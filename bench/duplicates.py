@@ -1,8 +1,8 @@
 """Duplicates among many pairs: `python -m bench.duplicates PAIRS.json ROWS` prints time, memory, recall and precision.
 
-The rows are made of the pairs of the file, many each, so that they are as long as real ones (about 500 words), in two
-batches. One row in ten of the newer batch is a planted duplicate of a row of either batch: with white space changed,
-with a comment put in, or with an identifier renamed throughout.
+Each row joins many pairs of the file, so that it is as long as a real row (about 500 words). The rows form two
+batches. One row in ten of the newer batch is a planted duplicate of a row in either batch: with changed white space,
+an inserted comment, or an identifier renamed everywhere.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _QUERIES, _ANSWERS = 6, 15
 
 
 def white_space(text: str, _: random.Random) -> str:
-    """Tabs for four spaces, and blank lines doubled."""
+    """Replace four spaces by a tab, and double blank lines."""
     return text.replace("    ", "\t").replace("\n", "\n\n")
 
 
 def comment(text: str, random_: random.Random) -> str:
-    """A comment in some line."""
+    """Insert a comment at a random line."""
     lines = text.split("\n")
     lines.insert(random_.randrange(len(lines) + 1), "# Note that this step may fail, and what to do then.")
     return "\n".join(lines)
 
 
 def identifier(text: str, random_: random.Random) -> str:
-    """One of the rarer words renamed wherever it stands."""
+    """Rename one of the rarer words everywhere."""
     counts = Counter(re.findall(r"[a-z_]{4,}", text))
     renamed = random_.choice([word for word, count in counts.items() if count <= 6] or ["x"])
     return re.sub(rf"\b{renamed}\b", f"{renamed}_2", text)
@@ -50,7 +50,7 @@ EDITS = (white_space, comment, identifier)
 
 
 def main(file: Path, number: int) -> None:
-    """Make the rows, sign and compare them, and print what it took and what was found."""
+    """Make the rows, sign and compare them, and print the cost and the duplicates found."""
     random_ = random.Random(0)  # noqa: S311
     accepted = records.read_file(file.read_bytes(), file.name, "b", RecordSettings()).filter(status="accepted")
     queries, answers = accepted["query"].to_list(), accepted["answer"].to_list()
@@ -89,7 +89,7 @@ def main(file: Path, number: int) -> None:
 
 
 def _raw(texts: list[tuple[str, str]], batch: str, start: int) -> pl.DataFrame:
-    """As much of RawData as duplicates need; the row's number is that in all batches."""
+    """Return the columns of RawData that duplicates need; row numbers continue across batches."""
     rows = range(start, start + len(texts))
     return pl.DataFrame(
         {

@@ -1,13 +1,13 @@
-"""Which frame and which prior tell good from bad best? The demo's two models, on real pairs, by calibration.
+"""Compare frames and priors by how well the scores detect planted defects: the demo's two models, on real pairs.
 
     python -m bench.frames DATA [--rows 400] [--per-defect 45] [--json FILE]
 
-DATA is a file as `qaq run` takes it. The models and the score cache lie in QAQ_HOME; what the cache has is not scored
-again, so that a run that was ended goes on. Three frames of each model, three priors, four pairs of frames.
+DATA is a file that `qaq run` accepts. The models and the score cache are in QAQ_HOME; cached scores are not computed
+again, so an interrupted run continues. Three frames of each model, three priors, four pairs of frames.
 
-Prints, for each pair of frames and each prior: the AUROC of every defect by the stratified rank of each model; what
-`diff_high` and `rmi_band` keep where a quarter of the pool is planted; and, of the default, the whole calibration.
-Not here: what a defect is, and how it is judged (`qaq_pipeline.calibration`).
+Prints, for each pair of frames and each prior: the AUROC of every defect by the stratified rank of each model; the
+shares that `diff_high` and `rmi_band` keep if a quarter of the pool is planted; and the whole calibration of the
+default. Not here: the definition of a defect, and how it is judged (`qaq_pipeline.calibration`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from qaq_pipeline.storage.storage import open_storage
 PRIORS = ("null_answer", "user", "bare")
 ROLES = ("strong", "weak")
 POOLED_SHARE = 0.25
-"""Of a pool, what is planted."""
+"""Planted share of a pool."""
 NUM_POOLS = 40
-"""Pools of all clean rows and some of the planted ones, over which kept shares are averaged."""
+"""Number of pools of all clean rows and some planted ones; kept shares are averaged over them."""
 
 TURN_MARKERS = (
     "{{ bos_token }}{% for message in messages %}"
@@ -105,19 +105,19 @@ def main() -> int:
 
 
 def write(found: list[dict[str, Any]], path: Path) -> None:
-    """What is known so far."""
+    """Write the results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def read_pairs(data: Path, rows: int) -> pl.DataFrame:
-    """The first distinct accepted pairs of the file, as RawData."""
+    """Return the first distinct accepted pairs of the file, as RawData."""
     raw = records.read_file(data.read_bytes(), data.name, "b", RecordSettings())
     return raw.filter(pl.col("status") == "accepted").unique("pair_id", keep="first", maintain_order=True).head(rows)
 
 
 def variant(frames: Frames, prior: str, per_defect: int, quantities: Sequence[str] = ("rmi",)) -> Settings:
-    """The demo's settings with these frames and this prior."""
+    """Return the demo's settings with these frames and this prior."""
     values = load_settings("demo").model_dump(mode="json", exclude_defaults=True)
     for role in ROLES:
         values["models"][role] |= frame_of(getattr(frames, role))
@@ -127,7 +127,7 @@ def variant(frames: Frames, prior: str, per_defect: int, quantities: Sequence[st
 
 
 def frame_of(name: str) -> dict[str, Any]:
-    """The settings of a frame; that of turn markers is a template, which is written beside the models."""
+    """Return the settings of a frame; the template with turn markers is written beside the models."""
     if name != "markers":
         return {"frame": name}
     template = load_settings("demo").model_cache_dir / "turn_markers.jinja"
@@ -136,7 +136,7 @@ def frame_of(name: str) -> dict[str, Any]:
 
 
 def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
-    """PlantedRows, in the strata of the strong model of the default."""
+    """Return PlantedRows, drawn in the strata of the default's strong model."""
     of_strong = score(settings, "strong", pairs)
     pools = ranks.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)
     ranked = ranks.rank_pools({"strong": pools["strong"]}, settings.ranking)
@@ -146,7 +146,7 @@ def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
 
 
 def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """RmiScores of the rows under a model."""
+    """Return the rows' RmiScores under a model."""
     storage, runtime = open_storage(settings), _runtime(settings)
     pairs = [Pair(*row) for row in rows.sort("pair_id").select("pair_id", "system", "query", "answer").iter_rows()]
     logprobs = runtime.score(role, pairs, storage, on_shard=lambda _: None).frame
@@ -157,13 +157,13 @@ def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> dict[str, Any]:
-    """The calibration under these settings, as rows, and what selections keep of a pool with planted rows in it."""
+    """Return the calibration under these settings, as rows, and what selections keep of a pool with planted rows."""
     clean, bad = {}, {}
     columns = ["pair_id", "system", "query", "answer"]
     rows = pl.concat([pairs.select(columns), planted.select(columns)])
     for role in ROLES:
         reuse(settings, role, rows["pair_id"])
-        scored = score(settings, role, rows)  # At once: loading a model takes as long as scoring some hundred pairs.
+        scored = score(settings, role, rows)  # In one call: loading a model takes as long as scoring hundreds of pairs.
         clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
     ranked, _ = disagreement_scores.disagreement_scores(clean, settings.ranking, "batch:b")
     judged = calibration.judge(planted, bad, clean, ranked, settings)
@@ -174,7 +174,7 @@ def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> d
 
 
 def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
-    """Q | A is the same sequence under every prior: what was scored under the first is no other under this one."""
+    """Copy scores of Q | A made under the first prior: the sequence is the same under every prior."""
     scoring = settings.scoring.model_copy(update={"prior": PRIORS[0]})
     source = _identity(settings.model_copy(update={"scoring": scoring}), role)
     storage, identity = open_storage(settings), _identity(settings, role)
@@ -196,10 +196,10 @@ def _runtime(settings: Settings) -> ModelRuntime:
 def pooled(
     clean: dict[str, pl.DataFrame], bad: dict[str, pl.DataFrame], planted: pl.DataFrame, settings: Settings
 ) -> list[dict[str, Any]]:
-    """What each selection keeps of clean rows and of each defect in pools of which `POOLED_SHARE` is planted.
+    """Return the shares of clean rows and of each defect that each selection keeps in pools with planted rows.
 
-    Every pool has all clean rows, and planted ones drawn anew: the mean over the pools, and its Wilson interval as of
-    one draw of each distinct row.
+    `POOLED_SHARE` of each pool is planted, drawn separately for each pool; the rest is all clean rows. The result is
+    the mean over the pools, with the Wilson interval for one draw of each distinct row.
     """
     random = np.random.default_rng(0)
     number = round(clean["strong"].height * POOLED_SHARE / (1 - POOLED_SHARE))
@@ -224,17 +224,17 @@ def pooled(
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The ends of (p + z² / 2n ± z sqrt(p (1 - p) / n + z² / 4n²)) / (1 + z² / n)."""
+    """Return the ends of (p + z² / 2n ± z sqrt(p (1 - p) / n + z² / 4n²)) / (1 + z² / n)."""
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def show_comparison(found: list[dict[str, Any]]) -> None:
-    """AUROCs by frame, prior and model, and what is kept of pools with planted rows."""
+    """Print AUROCs by frame, prior and model, and the shares kept of pools with planted rows."""
     defects = [row["defect"] for row in found[0]["calibration"] if row["measure"] == "rmi" and row["model"] == "strong"]
     defects = list(dict.fromkeys(defects))
     aurocs = Table("frames", "prior", "model", *defects, title="AUROC of the stratified rank of RMI, 95 % interval")
@@ -258,7 +258,7 @@ def show_comparison(found: list[dict[str, Any]]) -> None:
 
 
 def show_calibration(rows: list[dict[str, Any]]) -> None:
-    """Every number of one calibration."""
+    """Print every number of one calibration."""
     table = Table("statistic", "defect", "model", "measure", "value", "clean", "planted", "kept", title="The default")
     for row in rows:
         counts = (str(row[name]) if row[name] is not None else "" for name in ("num_clean", "num_planted", "num_kept"))

@@ -1,7 +1,7 @@
-"""Finding a row among many: `python -m bench.ledger [ROWS]` prints time and memory of `qaq explain`. No models.
+"""Find a row among many: `python -m bench.ledger [ROWS]` prints time and memory of `qaq explain`. No models.
 
-Builds a ledger of 10 million synthetic rows in a temporary folder (batches of 310,000 and one that is large), and one
-published version of all of them; then asks for rows by place and by pair_id: the whole command, cold, and the call.
+Builds decisions about 10 million synthetic rows in a temporary folder (batches of 310,000 and one large batch), and one
+published version of all of them. Then it looks up rows by place and by pair_id, by the whole command and by the call.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ atexit.register(lambda: sys.stderr.writelines(line for line in open("/proc/self/
 from qaq_pipeline.cli.app import main
 main()
 """
-"""The command, and what it took of memory: a child's own peak, where that of `getrusage` is its parent's as well."""
+"""The command, which prints its own peak memory; that of `getrusage` would include its parent's."""
 
 
 def main(num_rows: int) -> None:
@@ -58,7 +58,7 @@ def main(num_rows: int) -> None:
 
 
 def _command(arguments: list[str]) -> str:
-    """Wall and process seconds, and peak memory, of the command in a process of its own (Linux)."""
+    """Return wall and process seconds, and peak memory, of the command in its own process (Linux)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", _EXPLAIN, "explain", *arguments], capture_output=True, check=True)
@@ -77,7 +77,7 @@ def _timed(call: Callable[[], row_history.Answer]) -> str:
 
 
 def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
-    """Store the ledger and the version; some rows to ask for: batch, row, pair_id."""
+    """Store decisions and the version; return some rows to look up: batch, row, pair_id."""
     asked, keys, entries = [], [], []
     scores = Path(storage.files.path(*versions.place(VERSION, versions.SCORES)))
     scores.parent.mkdir(parents=True)
@@ -111,7 +111,7 @@ def _provenance(batch: str) -> dict[str, Any]:
 
 
 def _batches(num_rows: int) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The large batch first, then those of the usual size; all numbers of a batch but its keys are the first one's."""
+    """Yield the large batch, then those of usual size; except for keys, all have the first one's numbers."""
     random = np.random.default_rng(0)
     large = min(LARGE_ROWS, num_rows)
     sizes = [large, *[BATCH_ROWS] * ((num_rows - large) // BATCH_ROWS)]
@@ -125,7 +125,7 @@ def _batches(num_rows: int) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def _decisions(num_rows: int, random: np.random.Generator) -> pl.DataFrame:
-    """As much like real ones as their reading depends on: two models, three selections, a sentence of real length."""
+    """Return decisions that cost as much to read as real ones: two models, three selections, a sentence."""
     rank = pl.Series(random.random(num_rows))
     score = {name: pl.lit(None, dtype.dtype) for name, dtype in tables.MODEL_SCORE.inner.items()}
     score |= {"rmi": pl.col("rank") * 2, "rank": pl.col("rank"), "log_ppl_q": pl.col("rank") + 1}

@@ -1,4 +1,4 @@
-"""One measurement of memory, in a process of its own: `python -m bench.memory engine` prints bytes."""
+"""One measurement of memory, in a separate process: `python -m bench.memory engine` prints bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH, VOCABULARY = 4096, 151_936
 
 
 def main(who: str) -> None:
-    """Score two rows of 4,096 tokens, all of them targets but the first, and print the extra memory in bytes."""
+    """Score two rows of 4,096 tokens, all targets except the first, and print the extra memory in bytes."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=512,

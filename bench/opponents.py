@@ -1,6 +1,6 @@
-"""Who scores: this project's engine, the reference loop, and lm-eval-harness's engine, behind one signature.
+"""The engines: this project's, the reference loop, and lm-eval-harness's, with one signature.
 
-Belongs here: each implementation as its users run it. Does not belong here: timing, or what is scored.
+Belongs here: each implementation as its users run it. Does not belong here: timing and the workload.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qaq_pipeline.lm.causal_lm import CausalLM
 from qaq_pipeline.lm.prompts import TokenSequence
 
 Score = Callable[[Sequence[TokenSequence]], list[list[float]]]
-"""Sequences to the sums of ln p of each of their targets, in nats."""
+"""Maps sequences to the sum of ln p of each of their targets, in nats."""
 
 
 def engine(model: CausalLM, batch_tokens: int | None = None) -> Score:
-    """This project: batches by token budget, longest first, through the model's runner."""
+    """Return this project's engine: batches by token budget, longest first, through the model's runner."""
 
     def score(sequences: Sequence[TokenSequence]) -> list[list[float]]:
         queue = BatchQueue([sequences], batch_tokens or model.facts.batch_tokens, is_padded=model.facts.is_padded)
@@ -34,7 +34,7 @@ def engine(model: CausalLM, batch_tokens: int | None = None) -> Score:
 
 
 def reference_loop(model: Any) -> Score:
-    """As the published scripts do it: one text at a time, a pass for each likelihood, full logits, their cross entropy.
+    """Score as the published scripts do: one text at a time, one pass per likelihood, cross entropy of full logits.
 
     Superfiltering and the authors' `rmi_math.py` differ in prompts, not in this loop.
     """
@@ -54,7 +54,7 @@ def reference_loop(model: Any) -> Score:
 
 
 def lm_eval_engine(model: Any, batch_size: int = 8) -> Score:
-    """lm-eval-harness's `HFLM`: its own ordering, padding and head; a request for each likelihood."""
+    """Return lm-eval-harness's `HFLM`: its own ordering, padding and head; one request per likelihood."""
     from lm_eval.models.huggingface import HFLM
 
     lm: Any = HFLM(pretrained=model, tokenizer=_any_tokenizer(), batch_size=batch_size, max_length=4096)
@@ -72,7 +72,7 @@ def lm_eval_engine(model: Any, batch_size: int = 8) -> Score:
 
 
 def _any_tokenizer() -> Any:
-    """A tokenizer, which lm-eval asks for and this benchmark, whose texts are token ids, does not need."""
+    """Return a tokenizer: lm-eval requires one, though this benchmark's texts are token ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

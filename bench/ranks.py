@@ -1,4 +1,4 @@
-"""Ranks and one selection of many rows, in a process of its own: `python -m bench.ranks ROWS` prints seconds, bytes."""
+"""Ranks and one selection of many rows, in a separate process: `python -m bench.ranks ROWS` prints seconds, bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qaq_pipeline.selection.strategies import select
 
 
 def logprobs(number: int, seed: int) -> pl.DataFrame:
-    """A Logprobs table of so many pairs, with plausible sums."""
+    """Return a Logprobs table of `number` pairs, with plausible sums."""
     random = np.random.default_rng(seed)
     num_q, num_a = random.integers(5, 300, number), random.integers(5, 1200, number)
     query = random.normal(2.5, 0.6, number).clip(0.1)
@@ -38,7 +38,7 @@ def logprobs(number: int, seed: int) -> pl.DataFrame:
 
 
 def main(number: int) -> None:
-    """From two models' RMI scores to strata, ranks, the gap and Diff-High's verdicts."""
+    """Compute strata, ranks, the gap and Diff-High's verdicts from two models' RMI scores."""
     tables = {
         role: rmi_scores.rmi_scores(logprobs(number, seed), min_query_tokens=1, short_query_tokens=3)
         for seed, role in enumerate(("strong", "weak"))

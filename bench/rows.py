@@ -1,6 +1,6 @@
-"""The rows of the benchmark: what each measures, and its goal.
+"""The rows of the benchmark, each a measurement with its goal.
 
-Belongs here: timing, and one function a group of rows. Does not belong here: the implementations, or the workload.
+Belongs here: timing, and one function per group of rows. Does not belong here: the implementations and the workload.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row:
     values: tuple[float, ...]
     goal: float | None = None
     is_ceiling: bool = False
-    """Whether the goal is the most it may be; else the least."""
+    """True if the goal is a maximum, false if it is a minimum."""
 
     @property
     def low(self) -> float:
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Of the rotations: what is held against the goal."""
+        """Return the median of the rotations, which is compared with the goal."""
         return statistics.median(self.values)
 
     @property
@@ -67,23 +67,23 @@ class Row:
 
     @property
     def goal_text(self) -> str:
-        """The goal as a person reads it."""
+        """Return the goal as readable text."""
         return "" if self.goal is None else f"{'<=' if self.is_ceiling else '>='} {self.goal:g}"
 
     @property
     def is_missed(self) -> bool:
-        """Whether the median is on the wrong side of the goal; NaN is."""
+        """Return whether the median misses the goal; NaN does."""
         if self.goal is None:
             return False
         return not (self.median <= self.goal if self.is_ceiling else self.median >= self.goal)
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, and whether the goal is missed."""
+        """Return every field, and whether the goal is missed."""
         return asdict(self) | {"median": self.median, "is_missed": self.is_missed}
 
 
 def for_device(device: str) -> dict[str, Measure]:
-    """The groups of rows that the device can show, by name."""
+    """Return the groups of rows that the device can measure, by name."""
     if device.startswith("cuda"):
         return {f"gpu {name}": functools.partial(gpu_rows, name, device) for name in ("0.6B", "6.7B")}
     return {
@@ -100,7 +100,7 @@ def for_device(device: str) -> dict[str, Measure]:
 
 
 def machine(device: str) -> str:
-    """Where it was measured."""
+    """Return a description of the machine."""
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
@@ -116,7 +116,7 @@ def machine(device: str) -> str:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Process seconds on a CPU, whoever else is there; seconds between CUDA events on a GPU."""
+    """Return process seconds on a CPU, unaffected by other load; seconds between CUDA events on a GPU."""
     if device.type == "cpu":
         started = time.process_time()
         work()
@@ -132,7 +132,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 def rotate(
     contestants: Mapping[str, tuple[Callable[[], object], torch.dtype]], rotations: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each contestant and rotation, and the matrix peak beside; each rotation begins with another."""
+    """Return seconds per contestant and rotation, and the matrix peak; each rotation begins with another contestant."""
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, list[float]] = {name: [] for name in names}
@@ -148,7 +148,7 @@ def rotate(
 
 
 def flops(engine: CausalLM, config: Any, sequences: Sequence[TokenSequence]) -> float:
-    """Useful floating-point operations of these passes: body, causal attention, head on the targets."""
+    """Return the useful floating-point operations of these passes: body, causal attention, head on the targets."""
     facts = engine.facts
     size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * size_of_head
@@ -165,7 +165,7 @@ def flops(engine: CausalLM, config: Any, sequences: Sequence[TokenSequence]) -> 
 
 
 def speed_rows(mix: Mix, goal_fp32: float, rotations: int) -> list[Row]:
-    """Four likelihoods of a pair, plain frame, prior `bare`: against the reference loop and lm-eval's engine."""
+    """Time four likelihoods per pair, plain frame, prior `bare`, against the reference loop and lm-eval's engine."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
     models = {dtype: workload.build("135M", dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)}
@@ -203,7 +203,7 @@ def speed_rows(mix: Mix, goal_fp32: float, rotations: int) -> list[Row]:
 
 
 def default_rows(rotations: int) -> list[Row]:
-    """RMI alone, chat frame, prior `null_answer`: with the shared prefix, without, and the reference loop; bf16."""
+    """Time RMI in bf16, chat frame, prior `null_answer`: with and without shared prefix, and the reference loop."""
     torch.set_num_threads(1)
     device, dtype = torch.device("cpu"), torch.bfloat16
     engine = CausalLM(workload.build("135M", dtype, "cpu"), "135M")
@@ -228,7 +228,7 @@ def default_rows(rotations: int) -> list[Row]:
 
 
 def accuracy_rows(rotations: int) -> list[Row]:
-    """The largest difference of a mean NLL from the reference loop's, in fp32, both mixes, packed."""
+    """Measure the largest difference of a mean NLL from the reference loop's, in fp32, both mixes, packed."""
     model = workload.build("135M", torch.float32, "cpu")
     sequences = [one for mix in (SHORT, LONG) for one in workload.two_passes(workload.draw(mix, mix.pairs_per_block))]
     expected = opponents.reference_loop(model)(sequences)
@@ -244,7 +244,7 @@ def accuracy_rows(rotations: int) -> list[Row]:
 
 
 def padding_rows(rotations: int) -> list[Row]:
-    """Padded to real tokens of 10,000 pairs, in padded batches of a GPU's budget; packed rows have none."""
+    """Measure padded per real tokens of 10,000 pairs in batches of a GPU's budget; packed rows have no padding."""
     sequences = workload.two_passes(workload.draw(workload.PRODUCTION, 10_000))
     queue = BatchQueue([sequences], 32_768, is_padded=True)
     padded = 0
@@ -261,7 +261,7 @@ def padding_rows(rotations: int) -> list[Row]:
 
 
 def memory_rows(rotations: int) -> list[Row]:
-    """Peak extra memory on 4,096-token rows with a vocabulary of 151,936 words, as a share of full logits'."""
+    """Measure peak extra memory on 4,096-token rows, vocabulary of 151,936 words, as a share of full logits'."""
     ours, theirs = (
         int(
             subprocess.run(
@@ -280,7 +280,7 @@ def load(dtype: str, num_threads: int) -> CausalLM:
 
 
 def process_rows(rotations: int) -> list[Row]:
-    """Two processes with a thread each against one such process, wall clock: only an idle machine shows it."""
+    """Time two processes of one thread against one such process, by wall clock: this needs an idle machine."""
     if len(os.sched_getaffinity(0)) < 2:
         return []
     sequences = workload.two_passes(workload.draw(SHORT, 160))
@@ -297,7 +297,7 @@ def process_rows(rotations: int) -> list[Row]:
 
 
 def shard_rows(rotations: int) -> list[Row]:
-    """What storing a shard costs, as a share of the 20 seconds in which its 5,000 scores were made."""
+    """Measure the cost of storing a shard, as a share of the 20 seconds that its 5,000 scores take."""
     identity = ScoreIdentity("m", "r", "t", "h", "bare", "bfloat16", 2048, "truncate_answer")
     sequences = workload.two_passes(workload.draw(SHORT, 1250))
     shares = []
@@ -315,7 +315,7 @@ def shard_rows(rotations: int) -> list[Row]:
 
 
 def rank_rows(rotations: int) -> list[Row]:
-    """Strata, ranks, the gap and one selection: 310,000 and 10 million rows."""
+    """Measure strata, ranks, the gap and one selection, for 310,000 and 10 million rows."""
     rows = []
     for number, goal_seconds in ((310_000, 1.0), (10_000_000, 10.0)):
         command = [sys.executable, "-m", "bench.ranks", str(number)]
@@ -326,7 +326,7 @@ def rank_rows(rotations: int) -> list[Row]:
 
 
 def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
-    """On one GPU, bf16, production lengths: the share of its peak, and the opponents."""
+    """Measure the share of one GPU's peak, and the opponents, in bf16 with production lengths."""
     dtype, place = torch.bfloat16, torch.device(device)
     model = workload.build(name, dtype, device)
     engine = CausalLM(model, name)
@@ -357,9 +357,9 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
 
 
 def peak_extra_memory(work: Callable[[], object]) -> int:
-    """Bytes by which the work raised the process's high-water mark over what it held before.
+    """Return the bytes by which the work raised the process's high-water mark above its memory before.
 
-    Of the process's own memory: getrusage's mark is inherited from the process that started this one.
+    The mark is the process's own: getrusage's is inherited from the parent process.
     """
     held = psutil.Process().memory_info().rss
     work()

@@ -1,11 +1,11 @@
-"""Curate another home's batches with the present code and show that no likelihood is scored and no result differs.
+"""Curate another home's batches with the present code; show that no likelihood is scored and no result differs.
 
     python -m bench.same_results OLD_HOME [--code CHECKOUT] [--config SETTINGS] [--keep NEW_HOME]
 
-Deliveries and score cache of OLD_HOME are copied into a new home, its models are linked, its batches are curated in
+Deliveries and score cache of OLD_HOME are copied into a new home, its models are linked, and its batches are curated in
 their order. Then every column of every stored table, and every file of every version, is compared; same_results.yaml
-says what may differ. OLD_HOME is only read; with --code, `make demo` of that checkout makes it where it is missing.
-Exits with 1 where something differs. Tables are read as plain Parquet: nothing here knows an older layout.
+lists what may differ. OLD_HOME is only read; with --code, `make demo` of that checkout makes it if it is missing.
+Exits with 1 if something differs. Tables are read as plain Parquet: this code knows no older layout.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from qaq_pipeline.storage.storage import open_storage
 MAP = Path(__file__).with_suffix(".yaml")
 COPIED = ("deliveries", "score_cache")
 COMPARED_BY_VALUE = ("manifest.json", "scores.parquet")
-"""Files of a version in which some values may differ; of every other one the bytes are compared."""
+"""Files of a version in which some values may differ; all others are compared byte by byte."""
 MOST_ROWS = 3
-"""Differing rows shown of a column."""
+"""Number of differing rows shown per column."""
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> int:
-    """Curate and compare; the exit status is 1 where something differs."""
+    """Curate and compare; return 1 as exit status if something differs."""
     parser = argparse.ArgumentParser(prog="python -m bench.same_results", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("old_home", type=Path)
-    parser.add_argument("--code", type=Path, help="checkout whose `make demo` makes OLD_HOME where it is missing")
+    parser.add_argument("--code", type=Path, help="checkout whose `make demo` makes OLD_HOME if it is missing")
     parser.add_argument("--config", help="settings of OLD_HOME; default: QAQ_CONFIG, else demo")
-    parser.add_argument("--keep", type=Path, help="where the new home is kept; default: nowhere")
+    parser.add_argument("--keep", type=Path, help="folder to keep the new home in; default: not kept")
     arguments = parser.parse_args()
     old_home = arguments.old_home.absolute()
     if arguments.code is not None and not old_home.exists():
@@ -84,7 +84,7 @@ def report(comparison: Comparison) -> int:
     for difference in comparison.differences:
         console.print(difference, style="red")
     for name in sorted(comparison.reworded):
-        console.print(f"{name}: differs, as the map says it may")
+        console.print(f"{name}: differs, as the map allows")
     console.print(
         f"{comparison.num_tables} tables and manifests with {comparison.num_columns} columns and "
         f"{comparison.num_values:,} values, and {comparison.num_files} other files of versions were compared: "
@@ -99,7 +99,7 @@ def report(comparison: Comparison) -> int:
 
 
 def copy_home(old_home: Path, new_home: Path) -> None:
-    """Copy what was delivered and scored, and link the models."""
+    """Copy the deliveries and the score cache, and link the models."""
     for name in COPIED:
         shutil.copytree(old_home / "storage" / name, new_home / "storage" / name)
     (new_home / "models").symlink_to(old_home / "models")
@@ -109,21 +109,19 @@ def settings_in(home: Path, config: str | None) -> Settings:
     """Read the settings with `home` as QAQ_HOME.
 
     Raises:
-        SettingsError: they name a storage elsewhere, which would be written.
+        SettingsError: the settings name a storage outside `home`, which would be overwritten.
     """
     os.environ |= {"QAQ_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
     if config is not None:
         os.environ["QAQ_CONFIG"] = config
     settings = load_settings()
     if Path(settings.storage_root) != home / "storage":
-        raise SettingsError(
-            f"storage.root is {settings.storage_root}: leave it out, so that QAQ_HOME holds the storage"
-        )
+        raise SettingsError(f"storage.root is {settings.storage_root}: remove it, so that the storage is in QAQ_HOME")
     return settings
 
 
 def curate(settings: Settings, batches: list[str]) -> None:
-    """Run every batch through all stages, each published before the next is registered."""
+    """Run every batch through all stages; publish each before the next is registered."""
     with open_instance() as instance:
         for batch in batches:
             console.print(f"curating {batch}")
@@ -150,7 +148,7 @@ class Names:
         return cls(values["renamed"], *(tuple(values[name]) for name in ("removed", "hashes", "text")))
 
     def new_name(self, name: str) -> str | None:
-        """Return the new name of what had this name, None if it was removed; the longest entry decides."""
+        """Return the new name for an old one, or None if it was removed; the longest entry decides."""
         for start in _starts(name):
             if any(fnmatch.fnmatchcase(start, pattern) for pattern in self.removed):
                 return None
@@ -159,24 +157,24 @@ class Names:
         return name
 
     def may_differ(self, name: str) -> bool:
-        """Tell whether it may differ under this new name."""
+        """Return whether a value with this new name may differ."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*self.hashes, *self.text))
 
 
 @dataclass
 class Comparison:
-    """What was compared, and what differs."""
+    """The counts of a comparison, and the differences."""
 
     differences: list[str] = field(default_factory=list)
     reworded: set[str] = field(default_factory=set)
-    """Texts that differ, as they may."""
+    """Texts that differ, as the map allows."""
     num_tables: int = 0
     num_columns: int = 0
     num_values: int = 0
     num_files: int = 0
 
     def pairs(self, where: str, old: Mapping[str, Path], new: Mapping[str, Path]) -> Iterator[tuple[str, Path, Path]]:
-        """Yield what both have; note what one has only."""
+        """Yield what both have; record what only one has."""
         self.differences += [f"{where}{name}: not made by the present code" for name in sorted(set(old) - set(new))]
         self.differences += [f"{where}{name}: made by the present code only" for name in sorted(set(new) - set(old))]
         for name in sorted(set(old) & set(new)):
@@ -213,7 +211,7 @@ def _compare_files(comparison: Comparison, version: str, name: str, old: Path, n
 def _compare_tables(
     comparison: Comparison, place: str, old_table: tuple[Path, str], new_table: tuple[Path, str], names: Names
 ) -> None:
-    """Compare two tables, each a file and its own name of the table."""
+    """Compare two tables, each given as a file and its table name there."""
     old, new = _columns(*old_table, names), _columns(*new_table, Names())
     comparison.num_tables += 1
     for name in sorted(set(old) ^ set(new)):
@@ -254,7 +252,7 @@ def _first_difference(old: Path, new: Path) -> str:
 
 
 def _tables(storage: Path, names: Names) -> dict[str, Path]:
-    """Find the stored tables, by their place under the new name: `decisions/week-47`."""
+    """Find the stored tables, keyed by path under the new name: `decisions/week-47`."""
     found = {}
     for path in storage.glob("*/**/table.parquet"):
         table, *partition = path.relative_to(storage).parent.parts
@@ -264,7 +262,7 @@ def _tables(storage: Path, names: Names) -> dict[str, Path]:
 
 
 def _versions(storage: Path) -> dict[str, Path]:
-    """Find the folders of versions, by the batches in each; of several with the same batches, the newest."""
+    """Find the folders of versions, keyed by their batches; if several have the same batches, the newest."""
     manifests = sorted(storage.glob("curated_dataset/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     return {
         ", ".join(one["batch"] for one in json.loads(path.read_bytes())["batches"]): path.parent for path in manifests
@@ -272,13 +270,13 @@ def _versions(storage: Path) -> dict[str, Path]:
 
 
 def _files(version: Path, names: Names) -> dict[str, Path]:
-    """Find the files of a version, by their place under the new name."""
+    """Find the files of a version, keyed by path under the new name."""
     paths = {path.relative_to(version).as_posix(): path for path in version.rglob("*") if path.is_file()}
     return {new: path for name, path in paths.items() if (new := names.new_name(name)) is not None}
 
 
 def _columns(path: Path, table: str, names: Names) -> dict[str, pl.Series]:
-    """Read Parquet or JSON: its columns, and the fields of structs, by the new name `table.column.field`."""
+    """Read Parquet or JSON: columns and struct fields, keyed by the new name `table.column.field`."""
     if path.suffix == ".json":
         columns = {name: pl.Series([value]) for name, value in _leaves(json.loads(path.read_bytes()), table)}
     else:
@@ -291,7 +289,7 @@ def _columns(path: Path, table: str, names: Names) -> dict[str, pl.Series]:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield every value inside a JSON value, by its path: `manifest.batches.0.rows_in`."""
+    """Yield every value inside a JSON value, with its path: `manifest.batches.0.rows_in`."""
     if not isinstance(value, dict | list):
         yield name, value
         return
@@ -312,7 +310,7 @@ def _field(series: pl.Series, key: str) -> pl.Series:
 
 
 def _starts(name: str) -> Iterator[str]:
-    """Yield the name and whatever holds it, the longest first."""
+    """Yield the name and each name that contains it, the longest first."""
     yield name
     for end in range(len(name) - 1, 0, -1):
         if name[end] in "./":

@@ -1,6 +1,6 @@
-"""What is measured: models of real shapes with random weights, and token sequences of real lengths. Nothing is fetched.
+"""The workload: models of real shapes with random weights, and token sequences of real lengths. Nothing is fetched.
 
-Belongs here: shapes, lengths, the four likelihoods of a pair as sequences. Does not belong here: who scores them.
+Belongs here: shapes, lengths, the four likelihoods of a pair as sequences. Does not belong here: the engines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qaq_pipeline.schema.vocabularies import Quantity
 
 BOS = 1
 MIDDLE = tuple(range(900, 905))
-"""Five tokens between the two parts of a pair, as "\\n\\nAnswer:\\n" is."""
+"""Five tokens between the two parts of a pair, the length of "\\n\\nAnswer:\\n"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Lengths of a data set: log-normal, with these means, in tokens."""
+    """The lengths in a data set: log-normal, with these means, in tokens."""
 
     name: str
     mean_q: float
@@ -40,11 +40,11 @@ class Mix:
 
 
 SHORT = Mix("short", 26, 62, 0.6, 12)
-"""As Code Alpaca, tokenised by SmolLM2."""
+"""Lengths as in Code Alpaca, tokenised by SmolLM2."""
 LONG = Mix("long", 110, 400, 0.25, 8)
 """Pairs of about 300 to 750 tokens."""
 PRODUCTION = Mix("production", 150, 600, 0.5, 512)
-"""As the paper's data; for GPUs."""
+"""Lengths as in the paper's data; for GPUs."""
 
 MODELS: dict[str, Any] = {
     "135M": lambda: LlamaForCausalLM(
@@ -84,11 +84,11 @@ MODELS: dict[str, Any] = {
         )
     ),
 }
-"""SmolLM2-135M, Qwen3-0.6B and DeepSeek-Coder-6.7B by their shapes."""
+"""The shapes of SmolLM2-135M, Qwen3-0.6B and DeepSeek-Coder-6.7B."""
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> Any:
-    """The model of that shape, with seeded random weights."""
+    """Return the model of that shape, with seeded random weights."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -100,7 +100,7 @@ def build(name: str, dtype: torch.dtype, device: str) -> Any:
 
 
 def draw(mix: Mix, number: int, seed: int = 0) -> list[Item]:
-    """Pairs of the mix, with random token ids."""
+    """Return pairs of the mix, with random token ids."""
     random = np.random.default_rng(seed)
 
     def text(mean: float) -> list[int]:
@@ -111,7 +111,7 @@ def draw(mix: Mix, number: int, seed: int = 0) -> list[Item]:
 
 
 def two_passes(items: list[Item]) -> list[TokenSequence]:
-    """The four likelihoods of each pair in the plain frame without instruction, prior `bare`: two passes give them."""
+    """Return the two passes that give a pair's four likelihoods, plain frame without instruction, prior `bare`."""
     sequences = []
     for number, item in enumerate(items):
         for first, second, quantities in (
@@ -128,7 +128,7 @@ def two_passes(items: list[Item]) -> list[TokenSequence]:
 
 
 def default_passes(items: list[Item], prefix_tokens: int = 75) -> list[TokenSequence]:
-    """RMI alone as the default settings have it: chat frame, prior `null_answer`, one prefix for all sequences."""
+    """Return passes for RMI alone under default settings: chat frame, prior `null_answer`, one shared prefix."""
     prefix = list(range(100, 100 + prefix_tokens))
     sequences = []
     for number, item in enumerate(items):

@@ -1,6 +1,6 @@
-"""The demo: fetch two small models, curate the two example batches, and see what became of the planted defects.
+"""The demo: fetch two small models, curate the two example batches, and show which planted defects were selected.
 
-The pipeline never reads the labels in `planted/`; only this script does, after the fact.
+The pipeline never reads the labels in `planted/`; only this script does, after the runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ console = Console()
 
 
 def main() -> None:
-    """Run the demo; exits with the code of the first command that fails."""
+    """Run the demo; exit with the code of the first command that fails."""
     settings = load_settings("demo")
     started = time.monotonic()
     fetch_models.fetch_all(settings.model_cache_dir)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def batch_name(path: Path) -> str:
-    """The name before the first dot of the file's: its date."""
+    """Return the file's name up to the first dot: its date."""
     return path.name.split(".")[0]
 
 
@@ -59,20 +59,20 @@ def run(*arguments: str) -> None:
 
 
 def convert_models() -> None:
-    """Convert the GGUF files side by side: the reading is one thread's work."""
+    """Convert the GGUF files in parallel: reading a file uses one thread."""
     roles = sorted(load_settings("demo").models)
     with ProcessPoolExecutor(len(roles), mp_context=get_context("spawn")) as processes:
         list(processes.map(convert_model, roles))
 
 
 def convert_model(role: str) -> None:
-    """Convert one model, unless it is converted already."""
+    """Convert one model, unless that is already done."""
     settings = load_settings("demo")
     model_files.locate(settings.models[role], settings.model_cache_dir)
 
 
 def print_defects(batches: list[Path]) -> None:
-    """The share of each planted kind that each selection keeps, beside the share of all rows."""
+    """Print the share of each kind of planted defect that each selection keeps, and the share of all rows."""
     storage = open_storage(load_settings("demo"))
     decisions = pl.concat([storage.tables.read("decisions", Partition(batch_name(path))).frame for path in batches])
     labels = [json.loads(line) for path in sorted((HERE / "planted").iterdir()) for line in path.open(encoding="utf-8")]
@@ -90,7 +90,7 @@ def print_defects(batches: list[Path]) -> None:
         shares = [f"{of_kind['verdicts'].list.contains(selection).mean():.2f}" for selection in selections]
         table.add_row(kind, f"{of_kind.height}", *shares)
     console.print(table)
-    console.print("10 to 12 rows of a kind: a difference of 0.2 in its share is noise.", style="dim")
+    console.print("Each kind has 10 to 12 rows: a difference of 0.2 in its share is noise.", style="dim")
 
 
 if __name__ == "__main__":

