@@ -37,7 +37,7 @@ _FATE = (*ROW_KEY, "pair_id", "decision", "reason", "explanation", "provenance_i
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What a published version says about a row."""
+    """The state of a row in a published version."""
 
     published: Published
     fault: str | None
@@ -210,7 +210,7 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
 
 
 def fates(storage: Storage, row: dict[str, Any]) -> list[Fate]:
-    """What each published version says about the row at this place, by version number."""
+    """The fate of the row at this place in each published version, by version number."""
     key = [row[name] for name in ROW_KEY]
     return [_fate(storage, published, key) for published in versions.publications(storage)]
 

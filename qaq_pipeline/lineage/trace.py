@@ -106,7 +106,7 @@ def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) 
 
 
 def _holds_records(file: str, selection: str) -> bool:
-    """Whether a file contains records of a selection: in a folder saved by `datasets`, only the Arrow file does."""
+    """True if a file contains records of a selection: in a folder saved by `datasets`, only the Arrow file does."""
     folder, _, name = file.partition("/")
     return folder == selection and ("/" not in name or name.endswith(".arrow"))
 

@@ -109,7 +109,7 @@ def publish(
 
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:
-    """Whether a publication would repeat the newest version, judged by footers and settings alone."""
+    """True if a publication would repeat the newest version, judged by footers and settings alone."""
     included, _ = split_by_eligibility(storage, registered, settings)
     newest = versions.latest(storage)
     if newest is None or not versions.is_kept(storage, newest.version):
@@ -137,8 +137,8 @@ def _recipe(settings: Settings) -> dict[str, Any]:
 
 def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:
     """The files of a version by path: each exported selection in each format, the scores, and the card."""
-    ledger = _concat(batches, "decisions")
-    files, exported = {versions.SCORES: flat_scores.scores_parquet(ledger)}, {}
+    decided = _concat(batches, "decisions")
+    files, exported = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}
     for selection in settings.exported:
         rows = _rows(selection, batches, settings)
         for export_format in settings.export.formats:
@@ -152,7 +152,7 @@ def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[st
         settings.export,
         [_entry(batch) for batch in batches],
         _concat(batches, "screened_data"),
-        ledger,
+        decided,
         {batch.batch: batch["screened_data"].provenance["benchmarks"] for batch in batches},
     )
     return files

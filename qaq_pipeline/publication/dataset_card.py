@@ -45,7 +45,7 @@ _SIZES = {
 """The hub's names for fewer rows than these."""
 
 _IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
-"""Of what makes a score what it is, the part that a reader compares."""
+"""Fields of a score identity that a reader compares."""
 
 _OF_RMI = DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection
 
@@ -61,7 +61,7 @@ _LIMITS = (
     "Rows were checked for the benchmarks that the card and the page of their batch list, and for no other.",
     "Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.",
 )
-"""What the numbers do not promise."""
+"""Limits of the numbers, for every selection."""
 
 
 def dataset_card(
@@ -122,7 +122,7 @@ def _template() -> jinja2.Template:
 
 
 def _is_the_papers(selection: Selection) -> bool:
-    """Whether it is what the paper trained on: the quarter of the highest gaps, of all pairs."""
+    """True if it is the selection of the paper: the quarter of all pairs with the highest gaps."""
     return (
         isinstance(selection, DiffSelection)
         and selection.strategy == "diff_high"
@@ -134,7 +134,7 @@ def _is_the_papers(selection: Selection) -> bool:
 
 
 def limits(selection: Selection) -> tuple[str, ...]:
-    """What the numbers of a selection do not promise, in sentences."""
+    """Limits of the numbers of a selection, in sentences."""
     return ((_PAPER,) if _is_the_papers(selection) else ()) + _LIMITS
 
 

@@ -166,7 +166,7 @@ def _files_of(manifest: Any) -> list[str]:
 
 
 def _is_ours(manifest: Any) -> bool:
-    """Whether this pipeline wrote the manifest: it has a format number."""
+    """True if this pipeline wrote the manifest: it has a format number."""
     return isinstance(manifest, dict) and isinstance(manifest.get("format"), int)
 
 

@@ -163,7 +163,7 @@ def index_pairs(storage: Storage, version: str, rows: pl.DataFrame) -> None:
 
 
 def is_kept(storage: Storage, version: str) -> bool:
-    """Whether the files of a version are stored."""
+    """True if the files of a version are stored."""
     return storage.files.exists(*place(version, MANIFEST))
 
 

@@ -279,7 +279,7 @@ def test_a_frozen_reference_is_on_the_way_and_a_changed_byte_of_it_is_named(
         assert found(storage) == []
 
 
-def test_a_table_that_was_made_anew_since_is_no_fault_and_is_said_to_be_another(storage: Storage) -> None:
+def test_a_table_that_was_rebuilt_since_is_no_fault_and_is_reported_as_replaced(storage: Storage) -> None:
     table = storage.tables.read("rmi_scores", Partition("b1", "strong"))
     with restored(Path(storage.tables.url("rmi_scores", Partition("b1", "strong")))):
         storage.tables.write(

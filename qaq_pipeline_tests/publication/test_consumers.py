@@ -1,4 +1,4 @@
-"""The exports in the hands of those who read them: `datasets`, TRL, LLaMA-Factory, and Axolotl by its documentation.
+"""Readers of the exports: `datasets`, TRL, LLaMA-Factory, and Axolotl by its documentation.
 
 `datasets` and TRL are the extra `consumers`. LLaMA-Factory pins older libraries, so it has an environment of its own,
 whose Python QAQ_LLAMA_FACTORY names; `make test-consumers` makes it.

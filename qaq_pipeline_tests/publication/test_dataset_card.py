@@ -1,4 +1,4 @@
-"""card: metadata that the hub reads, numbers that add up with the ledger, and tables that no name can break."""
+"""card: metadata that the hub reads, numbers that agree with the decisions, and tables that no name can break."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def published_folder(storage: Storage, settings: Settings, *registered: str) -> 
 
 
 def entry(batch: str = "b1", rows_in: int = 0, rows_selected: int = 0, **identity: str) -> dict[str, Any]:
-    """Of a batch's part of the manifest what the card shows."""
+    """The part of a batch's manifest entry that the card shows."""
     model = dataclasses.asdict(IDENTITY) | identity
     return {"batch": batch, "rows_in": rows_in, "rows_selected": rows_selected, "models": {"strong": model}}
 

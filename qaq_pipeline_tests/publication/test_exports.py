@@ -1,4 +1,4 @@
-"""exports: what a trainer loads, to the byte, and the flat table of scores."""
+"""exports: the files that a trainer loads, to the byte."""
 
 from __future__ import annotations
 

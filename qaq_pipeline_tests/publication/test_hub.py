@@ -1,4 +1,4 @@
-"""hub: what arrives is the version, byte for byte, once; what must not leave does not; errors name the remedy."""
+"""hub: a version is copied once and unchanged, withdrawn rows are not copied, and errors name the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""publication: what a version consists of, when there is a new one, and which batches are left out, and why."""
+"""publication: the content of a version, when there is a new one, and which batches are left out, and why."""
 
 from __future__ import annotations
 
@@ -294,13 +294,13 @@ def _tear(storage: Storage, _: Settings) -> None:
     storage.files.write_bytes(b"torn", "decisions", "b1", "table.parquet")
 
 
-def _decide_anew(storage: Storage, _: Settings) -> None:
+def _decide_again(storage: Storage, _: Settings) -> None:
     table = storage.tables.read("decisions", Partition("b1"))
     changed = table.frame.with_columns(explanation=pl.lit("Otherwise."))
     storage.tables.write(StoredTable(changed, table.provenance), "decisions", Partition("b1"))
 
 
-def _read_anew(storage: Storage, _: Settings) -> None:
+def _read_again(storage: Storage, _: Settings) -> None:
     table = storage.tables.read("raw_data", Partition("b1"))
     storage.tables.write(StoredTable(table.frame[:3], table.provenance), "raw_data", Partition("b1"))
 
@@ -328,10 +328,10 @@ LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
     "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq refresh`"),
     "torn": (_tear, r"decisions/b1/table.parquet: it cannot be read"),
     "older_selection": (
-        _decide_anew,
+        _decide_again,
         "selected_subset is older than decisions; `qaq refresh` makes it again",
     ),
-    "older_decisions": (_read_anew, "decisions is older than raw_data; `qaq refresh` makes it again"),
+    "older_decisions": (_read_again, "decisions is older than raw_data; `qaq refresh` makes it again"),
 }
 
 
@@ -359,7 +359,7 @@ def test_a_batch_that_was_made_again_alike_is_not_stale(storage: Storage, settin
 
 def test_the_older_batch_enters_again_once_it_is_materialised(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
-    _decide_anew(storage, settings)
+    _decide_again(storage, settings)
     store_selection(storage, settings)
     assert read_batches(storage, ["b1"], settings)[1] == {}
 
@@ -439,7 +439,7 @@ def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reas
 
 
 def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
-    """Of scores.parquet what a difference reads: batch, row, pair, decision."""
+    """The columns of scores.parquet that a difference reads: batch, row, pair, decision."""
     return pl.DataFrame(
         [
             {"batch": b, "source_file": "a", "source_row": n, "turn_index": 0, "pair_id": pair * 32, "decision": d}
@@ -449,7 +449,7 @@ def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
     ).with_columns(reason=pl.lit("why"))
 
 
-def test_a_row_delivered_anew_with_another_text_left_and_entered() -> None:
+def test_a_row_delivered_again_with_another_text_left_and_entered() -> None:
     before = decided(("b1", 1, "a", "selected"), ("b1", 2, "b", "selected"), ("b1", 3, "c", "selected"))
     after = decided(("b1", 1, "a", "selected"), ("b1", 2, "d", "selected"), ("b1", 3, "c", "duplicate"))
     found = difference.difference(before, after)
