@@ -1,1 +1,1 @@
-"""Deliveries in the landing zone, and delivered files as rows."""
+"""The landing zone, and parsing of delivered files into rows."""

@@ -1,11 +1,11 @@
-"""The landing zone: which deliveries lie there complete, and their copy into the storage. fsspec only, no Dagster.
+"""The landing zone: which deliveries are complete, and their copy into the storage. fsspec only, no Dagster.
 
-Belongs here: what one delivery is, when it is complete, which names are refused, and the copy. Does not belong here:
-who looks, how often, and what is run then (`automation`), and the reading of records.
+Belongs here: what a delivery is, when it is complete, which names are refused, and the copy. Does not belong here:
+polling and the runs that it starts (`automation`), and parsing of records (`records`).
 
-One delivery is one file or one folder directly in the zone; its batch is named as it is, less the endings of a file's
-format. Names that begin with `.` or `_` are no deliveries, and a name that ends as unfinished uploads do (`.tmp`,
-`.part`) is not one yet. A look reads names, sizes and times only, never a byte of the data.
+A delivery is one file or one folder directly in the zone. Its batch has the same name, without the format extensions
+of a file. Names that begin with `.` or `_` are ignored. Names of unfinished uploads (`.tmp`, `.part`) are ignored
+until they are renamed. A poll reads names, sizes and times only, never the data.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ _FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload")
 _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated")
-"""What stores call the signs that a file is another, or was written anew."""
+"""Metadata fields by which stores show that a file was replaced or rewritten."""
 _MAX_FILES = 10_000
 _MAX_NAME = 200
 _MOST_PER_LOOK = 25
-"""Deliveries that are taken at one look."""
+"""Maximum number of deliveries taken per poll."""
 
 
 class LandingError(ValueError):
-    """The zone cannot be looked into, or a delivery cannot be copied. The text names it and the remedy."""
+    """The zone cannot be listed, or a delivery cannot be copied. The text names it and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A delivery as it lies in the zone."""
+    """A delivery in the landing zone."""
 
     entry: str
     """Its name in the zone."""
     batch: str
     files: dict[str, tuple[int, str]]
-    """Size in bytes, and the store's sign of when it was written, by the file's name in the delivery."""
+    """Size in bytes and the store's change metadata, by the file's name in the delivery."""
     is_marked: bool
-    """Whether its marker says that it is complete."""
+    """True if its completion marker exists."""
     is_unfinished: bool
-    """Whether a name in it says that it is not."""
+    """True if a file in it has the name of an unfinished upload."""
 
     @property
     def num_bytes(self) -> int:
@@ -63,22 +63,22 @@ class Landed:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of names, sizes and times (16 hex digits: the cursor holds it); another one is another delivery."""
+        """Hash of names, sizes and times (16 hex digits, kept in the cursor); it changes with the delivery."""
         return hash_json(self.files)[:16]
 
 
 @dataclass(frozen=True)
 class Look:
-    """What lies in the zone."""
+    """The contents of the zone."""
 
     deliveries: list[Landed]
     refused: dict[str, str]
-    """Why, by name in the zone."""
+    """Reasons, by name in the zone."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What earlier looks found, for as long as it lies there: fingerprints by name in the zone."""
+    """Results of earlier polls for what is still in the zone: fingerprints by name."""
 
     waiting: dict[str, str] = field(default_factory=dict)
     taken: dict[str, str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Seen:
 
     @classmethod
     def parse(cls, cursor: str | None) -> Self:
-        """From `dump`; what is no such text counts as nothing seen."""
+        """Parse the text of `dump`; any other text counts as nothing seen."""
         try:
             values = json.loads(cursor or "{}")
             return cls(**{name: dict(values.get(name, {})) for name in ("waiting", "taken", "refused")})
@@ -95,32 +95,32 @@ class Seen:
             return cls()
 
     def dump(self) -> str:
-        """As text, for a sensor's cursor."""
+        """Return the text for a sensor's cursor."""
         return json.dumps({"waiting": self.waiting, "taken": self.taken, "refused": self.refused}, sort_keys=True)
 
 
 def look(url: str, settings: LandingSettings) -> Look:
-    """What lies in the zone now, by name.
+    """List the contents of the zone, by name.
 
     Raises:
-        LandingError: it cannot be listed.
+        LandingError: the zone cannot be listed.
     """
     unreadable: dict[str, str] = {}
     try:
         fs, root = fsspec.core.url_to_fs(url)
         fs.invalidate_cache()
         if isinstance(fs, LocalFileSystem):
-            unreadable = _unreadable(root)  # Raises where the zone itself is: fsspec would find it empty.
+            unreadable = _unreadable(root)  # Raises for the zone itself, which fsspec would list as empty.
         infos = fs.find(root, detail=True)
     except Exception as error:
         raise LandingError(
-            f"landing.url: {url!r} cannot be looked into ({type(error).__name__}: {error}); check that it is there and "
-            "may be read, the credentials, and that the package of its protocol is installed"
+            f"landing.url: {url!r} cannot be listed ({type(error).__name__}: {error}); check that it exists and is "
+            "readable, the credentials, and that the package for its protocol is installed"
         ) from error
     entries: dict[str, dict[str, Mapping[str, Any]]] = {}
     prefix = root.rstrip("/") + "/"
     for path, info in sorted(infos.items()):
-        if path.endswith("/"):  # What object stores' consoles write for a folder.
+        if path.endswith("/"):  # Placeholder that an object store's console writes for a folder.
             continue
         entry, _, inside = path.removeprefix(prefix).partition("/")
         entries.setdefault(entry, {})[inside] = info
@@ -129,7 +129,7 @@ def look(url: str, settings: LandingSettings) -> Look:
 
 
 def _unreadable(root: str) -> dict[str, str]:
-    """Entries of a local zone of which something may not be read, and what: fsspec would leave it out in silence."""
+    """Return the entries of a local zone with unreadable contents, and why: fsspec omits them silently."""
     next(Path(root).iterdir(), None)
     faults: dict[str, str] = {}
 
@@ -159,18 +159,18 @@ def _sort_out(entries: dict[str, dict[str, Mapping[str, Any]]], marker: str) -> 
         if claims[landed.batch] > 1:
             others = [other.entry for other in deliveries if other.batch == landed.batch and other != landed]
             refused[landed.entry] = (
-                f"{', '.join(map(repr, others))} would be batch {landed.batch!r} as well; rename or remove all but one"
+                f"{', '.join(map(repr, others))} would also be batch {landed.batch!r}; rename or remove all but one"
             )
     return Look([landed for landed in deliveries if landed.entry not in refused], refused)
 
 
 def _storable(entry: str) -> str:
-    """The name, with what cannot be shown or stored escaped."""
+    """Return the name, escaped if it is not printable."""
     return entry if entry.isprintable() else ascii(entry)[1:-1]
 
 
 def _landed(entry: str, files: Mapping[str, Mapping[str, Any]], marker: str, *, is_marked: bool) -> Landed:
-    if "" in files:  # The entry is a file itself.
+    if "" in files:  # The entry itself is a file.
         return Landed(entry, _batch_of(entry, is_file=True), {entry: _stamp(files[""])}, is_marked, is_unfinished=False)
     shown = {name: info for name, info in files.items() if name != marker and not _is_hidden(name)}
     return Landed(
@@ -187,7 +187,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _batch_of(entry: str, *, is_file: bool) -> str:
-    """The name less the endings of compression and format: `week-47.jsonl.gz` is batch `week-47`."""
+    """Drop the compression and format extensions: `week-47.jsonl.gz` is batch `week-47`."""
     if not is_file:
         return entry
     path = PurePosixPath(entry)
@@ -204,7 +204,7 @@ def _fault(entry: str, files: Mapping[str, Mapping[str, Any]]) -> str | None:
         return f"{error}; rename it"
     folders = {str(parent).removeprefix(".") for name in files if name for parent in PurePosixPath(name).parents}
     if both := sorted(folders & set(files)):
-        return f"{(both[0] or entry)!a} is a file and a folder, as object stores allow; rename one"
+        return f"{(both[0] or entry)!a} is both a file and a folder, as object stores allow; rename one"
     if len(files) > _MAX_FILES:
         return f"it holds {len(files)} files, more than {_MAX_FILES}; deliver fewer, larger ones"
     for name, info in files.items():
@@ -214,22 +214,22 @@ def _fault(entry: str, files: Mapping[str, Mapping[str, Any]]) -> str | None:
                 f"the name of its file {shown[:80]} cannot be used: at most 200 printable characters, no '\\' or '..'"
             )
         if info.get("islink") or info["type"] != "file":
-            return f"{shown} is no regular file; deliver a copy"
+            return f"{shown} is not a regular file; deliver a copy"
     return None
 
 
 def _stamp(info: Mapping[str, Any]) -> tuple[int, str]:
-    # All of them: an etag is of the content, and would be the old one again for a file that was put back.
+    # All of them: an ETag depends on the content, so a restored file has its old ETag again.
     signs = [str(info[name]) for name in _STAMPS if info.get(name) is not None]
     return int(info["size"] or 0), " ".join(signs)
 
 
 def complete(found: Look, seen: Seen, settings: LandingSettings) -> tuple[list[Landed], Seen]:
-    """The deliveries to take now, and what is seen from now on.
+    """Return the deliveries to take now, and the updated record of what was seen.
 
-    Complete is what its marker says to be, or (unless the marker is required) what is as it was at the last look. A
-    correction of what was taken must be as it was in any case: its marker may be of before. What was taken is not taken
-    again until it is another. Beyond the most that one look takes, deliveries wait for the next, corrections last.
+    A delivery is complete if its marker exists, or (unless the marker is required) if it is unchanged since the last
+    poll. A redelivery must be unchanged in any case: its marker may be left over. A delivery is not taken again until
+    it changes. Deliveries over the limit of one poll wait for the next; redeliveries come last.
     """
     ready, waiting, taken = [], {}, {}
     for landed in sorted(found.deliveries, key=lambda one: (one.entry in seen.taken, one.entry)):
@@ -254,15 +254,15 @@ def complete(found: Look, seen: Seen, settings: LandingSettings) -> tuple[list[L
 
 _ANNOUNCED = "landed.json"
 _SETTLED = "settled.json"
-"""The note of the delivery that was copied last, or was overtaken by one by hand; and how many there were."""
+"""Note of the last delivery that was copied or replaced by a manual delivery; and the number of these."""
 
 
 def announce(storage: Storage, url: str, landed: Landed) -> str | None:
-    """Note in the storage where the batch's newest delivery lies; no byte of it is read.
+    """Store the location of the batch's newest delivery, without reading its data.
 
     Returns:
-        What a run for it is known by: path, size, the hash of names, sizes and times, and how many deliveries of the
-        batch were settled before; None where this one is, so that a lost cursor brings no old delivery back.
+        The run key: path, size, the hash of names, sizes and times, and the number of deliveries of the batch settled
+        before. None if this one is settled, so that a lost cursor does not bring back an old delivery.
     """
     path = f"{url.rstrip('/')}/{landed.entry}"
     note = {"url": path, "is_file": landed.entry in landed.files, "files": landed.files}
@@ -274,12 +274,12 @@ def announce(storage: Storage, url: str, landed: Landed) -> str | None:
 
 
 def is_announced(storage: Storage, batch: str) -> bool:
-    """Whether a delivery of the batch lies in the zone that was not copied yet."""
+    """Return whether the zone has a delivery of the batch that is not copied yet."""
     return storage.deliveries.has_note(batch, _ANNOUNCED)
 
 
 def settle(storage: Storage, batch: str) -> None:
-    """The announced delivery was copied, or the batch was delivered otherwise since: it is asked for no more."""
+    """Close the announced delivery: it was copied, or a manual delivery of the batch replaced it."""
     if is_announced(storage, batch):
         note = storage.deliveries.read_note(batch, _ANNOUNCED)
         number = _settled(storage, batch)["number"] + 1
@@ -294,10 +294,10 @@ def _settled(storage: Storage, batch: str) -> dict[str, Any]:
 
 
 def receive(storage: Storage, batch: str) -> Delivery:
-    """The batch's newest delivery, copied into the storage where it was only announced.
+    """Return the batch's newest delivery; copy it into the storage if it was only announced.
 
     Raises:
-        LandingError: it is gone from the zone, or is being written.
+        LandingError: it is gone from the zone, or is still being written.
         StorageError: the batch was never delivered.
     """
     if not is_announced(storage, batch):
@@ -315,7 +315,7 @@ def _read_files(note: Mapping[str, Any]) -> dict[str, bytes]:
     paths = {name: root if note["is_file"] else f"{root}/{name}" for name in sorted(note["files"])}
     try:
         contents = {name: fs.cat_file(path) for name, path in paths.items()}
-        # Listed as the look listed it: some stores give other times for a single file.
+        # Listed as `look` lists it: some stores report other times for a single file.
         folder = root.rpartition("/")[0] if note["is_file"] else root
         infos = fs.find(folder, detail=True, maxdepth=1 if note["is_file"] else None)
         now = {name: _stamp(infos[path]) for name, path in paths.items()}
@@ -328,8 +328,8 @@ def _read_files(note: Mapping[str, Any]) -> dict[str, bytes]:
     for name, (size, sign) in note["files"].items():
         if now[name] != (size, sign) or len(contents[name]) != size:
             raise LandingError(
-                f"{note['url']}: {name} was changed after the delivery was taken as complete; it is taken again when "
-                "it stays the same. Write under another name and rename, or use the marker"
+                f"{note['url']}: {name} changed after the delivery was judged complete; it is taken again when "
+                "it stays unchanged. Write under another name and rename, or use the marker"
             )
     return contents
 
@@ -340,13 +340,13 @@ _REFUSED = ("landing", "refused.json")
 
 
 def record_refused(storage: Storage, refused: Mapping[str, str]) -> None:
-    """Keep what lies in the zone and is refused, for `qaq status`; nothing is written where nothing changed."""
+    """Store what is refused, for `qaq status`; write only if it changed."""
     if dict(refused) != read_refused(storage):
         storage.files.write_json(dict(refused), *_REFUSED)
 
 
 def read_refused(storage: Storage) -> dict[str, str]:
-    """What was refused at the last look, and why, by name in the zone."""
+    """Read what the last poll refused: reasons, by name in the zone."""
     try:
         return storage.files.read_json(*_REFUSED)
     except StorageError:

@@ -1,14 +1,14 @@
-"""Delivered bytes -> one row per record, or per turn of a conversation, as a RawData frame.
+"""Parsing of delivered bytes into a RawData frame: one row per record, or per turn of a conversation.
 
-Belongs here: the file formats, the shapes of records, and the reasons for which a row cannot be read. Strings only.
-Does not belong here: where files lie, what becomes of the rows, and anything that a model or a tokenizer knows.
+Belongs here: the file formats, the shapes of records, and the reasons why a row cannot be read. Strings only.
+Does not belong here: file locations, what happens to the rows later, and anything about models or tokenizers.
 
-Formats are told by content, never by name: gzip or zstandard around any of the others; Parquet; a JSON array (the
-first character is `[`); else JSONL. A row that cannot be read stays a row, rejected with a reason; a file that
-cannot be cut into rows is an `UnreadableFileError`.
+The format is detected from the content, never from the name: gzip or zstandard around any of the others; Parquet; a
+JSON array (the first character is `[`); else JSONL. An unreadable row is kept and rejected with a reason. A file that
+cannot be split into rows raises `UnreadableFileError`.
 
-Shapes. A file has one shape: the one that most of its first 100 objects fit, that is, whose fields they hold; ties
-go to the first in this order. A row of another shape is rejected, never guessed at.
+Shapes. A file has one shape: the one whose fields most of its first 100 objects have. Ties go to the first in this
+order. A row of another shape is rejected, without guessing.
 
     messages           messages: a list of turns
     sharegpt           conversations: a list of turns
@@ -16,13 +16,13 @@ go to the first in this order. A row of another shape is rejected, never guessed
     alpaca             instruction, input, output
     query_answer       the first present of QUERY_FIELDS, the first present of ANSWER_FIELDS
 
-A turn is {role, content} or {from, value} in either list. Where the query is an `instruction` and `input` has text,
+A turn is {role, content} or {from, value} in both lists. If the query is an `instruction` and `input` has text,
 the query is instruction, newline, input. Query and answer are stored exactly as delivered.
 
-Conversations. A pair is a user turn and the assistant turn directly after it, system turns left aside. `last` takes
-the last pair, `every` each of them as a row of its own. The turns before a pair are not part of its query. In a list
-of prompt turns the last must be the user's, and of the completion only the first assistant turn is read. System
-turns, joined by newlines, are the system text of every pair; without one the row's `system` field is.
+Conversations. A pair is a user turn and the assistant turn directly after it; system turns are ignored. `last` takes
+the last pair, `every` takes each pair as its own row. The turns before a pair are not part of its query. A list of
+prompt turns must end with a user turn; of the completion, only the first assistant turn is read. The system text of
+every pair is the system turns, joined by newlines; if there are none, it is the row's `system` field.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ QUERY_FIELDS = ("query", "question", "problem", "instruction", "prompt")
 ANSWER_FIELDS = ("response", "answer", "solution", "output", "completion")
 DETECTION_ROWS = 100
 
-# In order of preference. Each group names one thing that the shape needs; any field of the group serves.
+# In order of preference. A shape needs one field of each group.
 _SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
@@ -73,24 +73,26 @@ _ROLES = {
 }
 
 _GZIP = b"\x1f\x8b"
-_ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or a skippable one as pzstd puts first
+_ZSTANDARD = re.compile(
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"
+)  # a frame, or a skippable one, as pzstd puts first
 _PARQUET = b"PAR1"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
-# Zero-width characters are no white space to Unicode, but a reader sees nothing there either.
+# Unicode does not count zero-width characters as white space, but they are invisible too.
 _BLANK = re.compile(r"[\s\u200b\u2060\ufeff]*")
 
 
 class UnreadableFileError(ValueError):
-    """The file cannot be cut into rows. The text names the file, what is wrong and where, and the remedy."""
+    """The file cannot be split into rows. The text names the file, the fault, its position and the remedy."""
 
     def __init__(self, source_file: str, fault: str, remedy: str) -> None:
         super().__init__(f"{source_file}: {fault}. {remedy}")
 
 
 class _RejectedError(Exception):
-    """Why one row cannot be read."""
+    """The reason why one row cannot be read."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(detail)
@@ -108,7 +110,7 @@ class _Delivered(NamedTuple):
 
 
 class _Field(NamedTuple):
-    """A value where text belongs, and its name in the row. None: absent or null."""
+    """A value that should be text, and its name in the row. None: absent or null."""
 
     name: str
     value: object
@@ -120,7 +122,7 @@ class _Turn(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A query and an answer, not yet known to be text."""
+    """A query and an answer, not yet checked to be text."""
 
     system: _Field
     query: _Field
@@ -132,7 +134,7 @@ _NO_CANDIDATE = _Candidate(_Field("system", None), _Field("query", None), _Field
 
 
 def read_file(content: bytes, source_file: str, batch: str, settings: RecordSettings) -> pl.DataFrame:
-    """Every row of a delivered file, accepted or rejected, with the columns of RawData in order.
+    """Read every row of a delivered file, accepted or rejected, with the columns of RawData in order.
 
     Raises:
         UnreadableFileError: the file is empty, damaged, or not a list of rows.
@@ -146,9 +148,9 @@ def read_file(content: bytes, source_file: str, batch: str, settings: RecordSett
 def read_delivery(
     contents: Mapping[str, bytes], batch: str, settings: RecordSettings, limit: int | None = None
 ) -> pl.DataFrame:
-    """All rows of the delivered files, in file order, or the rows of its first `limit` records.
+    """Read all rows of the delivered files, in file order, or the rows of the first `limit` records.
 
-    A file that cannot be cut into rows is one rejected row, by which the batch is gated.
+    A file that cannot be split into rows becomes one rejected row, which gates the batch.
     """
     frames = [_read_or_reject(content, name, batch, settings) for name, content in contents.items()]
     rows = pl.concat([pl.DataFrame(schema=dtypes(RawData)), *frames])
@@ -166,7 +168,7 @@ def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSetti
 
 
 def check_file(content: bytes, source_file: str) -> None:
-    """Check that a file can be cut into rows, without reading them.
+    """Check that a file can be split into rows, without reading them.
 
     Raises:
         UnreadableFileError: as `read_file`.
@@ -175,16 +177,16 @@ def check_file(content: bytes, source_file: str) -> None:
 
 
 def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
-    """A file that cannot be cut into rows, as one rejected row: for where nobody is there to mend it at once."""
+    """Return one rejected row for a file that cannot be split into rows: for unattended runs."""
     rejection = (Status.REJECTED.value, RejectReason.UNREADABLE_FILE.value, str(error))
     row = (batch, source_file, 1, 0, *[None] * 6, "", *rejection)
     return pl.DataFrame([row], schema=dtypes(RawData), orient="row")
 
 
 def pair_id(system: str | None, query: str, answer: str) -> str:
-    """Content hash of a pair: blake2b-128 of the three texts in UTF-8, each after its length in 8 bytes.
+    """Content hash of a pair: blake2b-128 of the three texts in UTF-8, each preceded by its length in 8 bytes.
 
-    No system text and an empty one are the same.
+    An absent system text equals an empty one.
     """
     digest = hashlib.blake2b(digest_size=16)
     for text in (system or "", query, answer):
@@ -223,7 +225,7 @@ def _plain(content: bytes) -> bytes:
 
 def _zstandard_frames(content: bytes) -> Iterator[bytes]:
     while content:
-        # A stream reader returns what it has of a torn frame without a word; only this object tells the end.
+        # A stream reader silently returns part of a truncated frame; only this object reports the end.
         frame = zstandard.ZstdDecompressor().decompressobj()
         yield frame.decompress(content)
         if not frame.eof:
@@ -232,9 +234,9 @@ def _zstandard_frames(content: bytes) -> Iterator[bytes]:
 
 
 def _deliver(content: bytes, source_file: str) -> Iterable[_Delivered]:
-    """The rows of a file: it is cut into rows at once, and the rows are read as they are asked for.
+    """Split a file into rows now, and parse each row when it is requested.
 
-    JSON lines are not even cut beyond the second: no later line can make the file unreadable.
+    Of JSON lines, only the first two are parsed now: no later line can make the file unreadable.
     """
     if content.startswith(_PARQUET):
         return _deliver_parquet(content, source_file)
@@ -269,7 +271,7 @@ def _parquet_rows(content: bytes) -> Iterator[dict[str, object]]:
 
 
 def _parse_int(digits: str) -> int | float:
-    # Python converts no integer of more than 4,300 digits; a number is never text, so its value does not matter.
+    # Python refuses integers of more than 4,300 digits. A number is never text, so its value does not matter.
     try:
         return int(digits)
     except ValueError:
@@ -280,7 +282,7 @@ _DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
 def _deliver_array(content: bytes, source_file: str) -> Iterable[_Delivered]:
-    # Invalid bytes become lone surrogates, so that they cost their row and not the file.
+    # Invalid bytes become lone surrogates, so that they reject their row and not the file.
     text = content.decode("utf-8", "surrogateescape")
     try:
         elements = list(_array_elements(text))
@@ -295,7 +297,7 @@ def _deliver_array(content: bytes, source_file: str) -> Iterable[_Delivered]:
 
 
 def _array_elements(text: str) -> Iterator[tuple[int, int, object]]:
-    """Start, end and value of each element; one at a time, because that keeps its text."""
+    """Yield start, end and value of each element; decoding one at a time keeps its text."""
     position = _skip_space(text, _skip_space(text, 0) + 1)
     separator = "]" if text.startswith("]", position) else ","
     end = position
@@ -394,7 +396,7 @@ def _detect_shape(delivered: list[_Delivered]) -> str:
         return fitting, sum(_fits(value, shape, null_counts=True) for value in sample)
 
     best = max(_SHAPES, key=support)
-    # Where no row has both sides, the shape with the most names says best which one is missing.
+    # If no row has both sides, the shape with the most names describes best which one is missing.
     return best if any(support(best)) else "query_answer"
 
 
@@ -419,8 +421,8 @@ def _read_row(row: _Delivered, shape: str, multi_turn: str) -> Iterator[tuple[ob
 
 
 def _cells(row: _Delivered, candidate: _Candidate, fault: _RejectedError | None) -> tuple[object, ...]:
-    """The columns of RawData after `source_file`."""
-    # An empty system text is none: the two share a pair_id, so they must reach the models as the same thing.
+    """Build the columns of RawData after `source_file`."""
+    # An empty system text becomes null: both have the same pair_id, so models must get the same input.
     system = _storable(candidate.system.value) or None
     query, answer = _storable(candidate.query.value), _storable(candidate.answer.value)
     fields = row.value if isinstance(row.value, dict) else {}
@@ -433,7 +435,7 @@ def _cells(row: _Delivered, candidate: _Candidate, fault: _RejectedError | None)
 
 
 def _storable(value: object) -> str | None:
-    """The value where it is text that UTF-8 can hold; half of a surrogate pair, as JSON can escape it, is not."""
+    """Return the value if it is text that UTF-8 can encode; a lone surrogate, as JSON can escape it, is not."""
     if not isinstance(value, str):
         return None
     try:
@@ -483,7 +485,7 @@ def _kind(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    # The repr of a text escapes what cannot be stored.
+    # The repr of a text escapes characters that cannot be stored.
     return f"{value!r:.60}" if isinstance(value, str) else _kind(value)
 
 

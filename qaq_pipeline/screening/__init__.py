@@ -1,1 +1,1 @@
-"""Which rows are scored: duplicates, benchmark contamination, withdrawals, and the gates of a batch."""
+"""Screening of rows before scoring: duplicates, benchmark contamination, withdrawals and batch gates."""

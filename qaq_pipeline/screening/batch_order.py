@@ -12,18 +12,18 @@ _PLACE = "batch_order.json"
 
 
 def batches_in_order(storage: Storage) -> list[str]:
-    """The batches that were ever screened, oldest first: a batch keeps its place."""
+    """Return all batches ever screened, oldest first; a batch keeps its place."""
     return storage.files.read_json(_PLACE) if storage.files.exists(_PLACE) else []
 
 
 def batches_before(storage: Storage, batch: str) -> list[str]:
-    """The batches screened before this one: all of them, where it has no place yet."""
+    """Return the batches screened before this one; all of them if it has no place yet."""
     known = batches_in_order(storage)
     return known[: known.index(batch)] if batch in known else known
 
 
 def take_place(storage: Storage, batch: str) -> None:
-    """Give a screened batch its place in the order, for good. Call it under a lock."""
+    """Give a screened batch its permanent place in the order. Call it under a lock."""
     known = batches_in_order(storage)
     if batch not in known:
         storage.files.write_json([*known, check_batch_name(batch)], _PLACE)

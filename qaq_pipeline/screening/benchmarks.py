@@ -1,6 +1,6 @@
-"""Benchmark files as tasks: the formats in which HumanEval, MBPP and LiveCodeBench are published.
+"""Parsing of benchmark files: the published formats of HumanEval, MBPP and LiveCodeBench.
 
-Belongs here: reading them. Does not belong here: finding their text in training data (`contamination`).
+Belongs here: reading tasks. Does not belong here: finding their text in training data (`contamination`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task of a benchmark: what is asked, and the reference solution where it has one."""
+    """One task of a benchmark: its prompt, and its reference solution if it has one."""
 
     task_id: str
     prompt: str
@@ -57,23 +57,23 @@ _FORMATS: dict[str, tuple[frozenset[str], Callable[[dict[str, Any]], Task]]] = {
     "MBPP sanitized": (frozenset({"task_id", "prompt", "code"}), _mbpp),
     "LiveCodeBench": (frozenset({"platform", "question_id", "question_content"}), _live_code_bench),
 }
-"""By name: the keys that tell a format, and how a record of it is read."""
+"""By format name: the keys that identify it, and the function that reads a record."""
 
 
 def read_benchmark(data: bytes, name: str) -> Benchmark:
-    """The tasks of a file: JSONL or a JSON array, perhaps gzipped.
+    """Read the tasks of a file: JSONL or a JSON array, optionally gzipped.
 
     Raises:
-        BenchmarkError: the file is damaged, holds no task, or a record is of no known format.
+        BenchmarkError: the file is damaged or has no task, or a record has an unknown format.
     """
     tasks = tuple(_task(record, number, name) for number, record in enumerate(_records(data, name), start=1))
     if not tasks:
-        raise BenchmarkError(f"benchmark {name}: the file holds no task; name another, or leave it out")
+        raise BenchmarkError(f"benchmark {name}: the file has no task; use another, or leave it out")
     return Benchmark(name, hashlib.sha256(data).hexdigest(), tasks)
 
 
 def load_benchmark(name: str, path: str) -> Benchmark:
-    """The benchmark at a local path or fsspec URL. Raises `BenchmarkError`."""
+    """Load the benchmark at a local path or fsspec URL. Raises `BenchmarkError`."""
     try:
         with fsspec.open(path, "rb") as stream:
             data = stream.read()  # type: ignore[union-attr]
@@ -90,12 +90,12 @@ def _records(data: bytes, name: str) -> list[Any]:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise BenchmarkError(
-            f"benchmark {name}: cannot be read ({error}); expected JSONL or a JSON array, perhaps gzipped"
+            f"benchmark {name}: cannot be read ({error}); expected JSONL or a JSON array, optionally gzipped"
         ) from error
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text that can be stored: one with a lone surrogate cannot."""
+    """Return whether the value is text that can be stored, without a lone surrogate."""
     return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
@@ -108,5 +108,5 @@ def _task(record: Any, number: int, name: str) -> Task:
                 return task
     known = "; ".join(f"{name}: {', '.join(sorted(expected))}" for name, (expected, _) in _FORMATS.items())
     raise BenchmarkError(
-        f"benchmark {name}, record {number}: of no known format (its keys: {sorted(keys)}). Known, by text in: {known}"
+        f"benchmark {name}, record {number}: unknown format (its keys: {sorted(keys)}). Known, all with text: {known}"
     )

@@ -1,12 +1,12 @@
-"""Benchmark tasks in training data: word n-grams in common, and solutions word for word. No Dagster.
+"""Benchmark contamination of training data: shared word n-grams, and verbatim solutions. No Dagster.
 
-Belongs here: which rows hold a task's prompt or solution, and the evidence. Does not belong here: the formats of
-benchmark files (`benchmarks`), or what becomes of such a row (`screening`).
+Belongs here: which rows contain a task's prompt or solution, and the evidence. Does not belong here: the formats of
+benchmark files (`benchmarks`), or what happens to such a row (`screen`).
 
-A row holds a text of a task where at least `min_share` of the text's distinct word n-grams stand in its query and
-answer, and three of them if it has so many: a measure of containment, so neither the row's length nor a light edit
-hides it. A prompt too short for n-grams is found where its words stand in the row one after another; a solution as well
-where it stands there word for word, white space aside, if it is long enough to be its own and not a trivial body.
+A row contains a text of a task if its query and answer contain at least `min_share` of the text's distinct word
+n-grams, and at least three of them (all, if the text has fewer). This measures containment, so neither the row's length
+nor a light edit hides a task. A prompt too short for n-grams is found if the row contains its words consecutively. A
+solution is also found verbatim, ignoring white space, if it is long enough to be distinctive and not a trivial body.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EVIDENCE_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class _Part:
-    """A text of a task that is looked for."""
+    """A text of a task to search for."""
 
     task_id: str
     reason: ContaminationReason
@@ -41,12 +41,12 @@ class _Part:
 
 
 def find(accepted: pl.DataFrame, benchmark: Benchmark, settings: ContaminationSettings) -> pl.DataFrame:
-    """The Contamination of some rows of a RawData by a benchmark: of each row, the task that it holds most of.
+    """Find the Contamination of RawData rows by a benchmark: for each row, the task with the highest share.
 
     Args:
         accepted: rows with a query and an answer.
         benchmark: the tasks.
-        settings: n-gram length, least share, trivial solutions.
+        settings: n-gram length, minimum share, trivial solutions.
     """
     parts = _parts(benchmark, settings)
     index = _Index.of(parts, settings)
@@ -67,22 +67,22 @@ def _parts(benchmark: Benchmark, settings: ContaminationSettings) -> list[_Part]
 
 
 def _plain(text: str) -> str:
-    """The text with every run of white space as one space."""
+    """Replace every run of white space by one space."""
     return " ".join(text.split())
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What the rows are searched for, each with the numbers of the parts that it is of."""
+    """Search terms, each with the numbers of the parts that contain it."""
 
     grams: pl.DataFrame
-    """gram, part: the distinct n-grams of every part; of shorter parts, none."""
+    """gram, part: the distinct n-grams of every part; shorter parts have none."""
     sizes: NDArray[np.int64]
-    """How many n-grams each part has."""
+    """Number of n-grams of each part."""
     short_prompts: dict[str, int]
-    """The prompts that are too short for n-grams but no mere phrase, by their words."""
+    """Prompts too short for n-grams, but longer than a phrase, by their words."""
     long_solutions: dict[str, int]
-    """The solutions that are long enough to be looked for word for word, with every run of white space one space."""
+    """Solutions long enough to search for verbatim, with every run of white space as one space."""
 
     @classmethod
     def of(cls, parts: list[_Part], settings: ContaminationSettings) -> _Index:
@@ -134,7 +134,7 @@ _HIT = {"row": pl.Int64, "part": pl.Int64, "share": pl.Float64, "matched_text": 
 
 
 def _by_ngrams(words: pl.Series, index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
-    """Rows and the parts that they hold at least `min_share` of the n-grams of."""
+    """Find rows that contain at least `min_share` of the n-grams of a part."""
     grams = shingles.ngrams(shingles.hash_words(words), settings.ngram_words)
     of_rows = pl.DataFrame(
         {
@@ -159,7 +159,7 @@ def _by_ngrams(words: pl.Series, index: _Index, settings: ContaminationSettings)
 
 
 def _longest_run(found: list[str], places: list[int], ngram_words: int) -> str:
-    """The longest text of the row that is n-grams of the task one after another, cut to what a person reads."""
+    """Return the text of the longest run of consecutive task n-grams in the row, cut to a readable length."""
     starts = np.array(places)
     runs = np.split(starts, np.flatnonzero(np.diff(starts) != 1) + 1)
     longest = max(runs, key=len)
@@ -167,12 +167,12 @@ def _longest_run(found: list[str], places: list[int], ngram_words: int) -> str:
 
 
 def _in_words(words: pl.Series) -> pl.Series:
-    """The words of each text with one space between them, and around them all."""
+    """Join the words of each text by single spaces, with one at each end."""
     return pl.select(" " + pl.lit(words).list.join(" ") + " ").to_series()
 
 
 def _verbatim(texts: pl.Series, wanted: dict[str, int]) -> pl.DataFrame:
-    """Rows in which a wanted text stands as it is."""
+    """Find rows that contain a wanted text verbatim."""
     if not wanted:
         return pl.DataFrame(schema=_HIT)
     return (

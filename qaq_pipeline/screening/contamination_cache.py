@@ -1,4 +1,4 @@
-"""Contamination that was found in a batch, kept by benchmark, so that a longer list checks only the new ones.
+"""Contamination found in a batch, cached by benchmark, so that a longer list checks only the new ones.
 
 contamination/<batch>/<key>.parquet
 """
@@ -20,7 +20,7 @@ _FOLDER = "contamination"
 
 
 def read_contamination(storage: Storage, batch: str, key: str) -> pl.DataFrame | None:
-    """What was found under that key; None where nothing is kept, or it cannot be read."""
+    """Read the contamination cached under a key; None if it is absent or unreadable."""
     parts = (_FOLDER, check_batch_name(batch), f"{key}.parquet")
     if not storage.files.exists(*parts):
         return None
@@ -32,6 +32,6 @@ def read_contamination(storage: Storage, batch: str, key: str) -> pl.DataFrame |
 
 
 def write_contamination(storage: Storage, found: pl.DataFrame, batch: str, key: str) -> None:
-    """Keep what was found, as `Contamination`."""
+    """Cache the contamination found, under a key."""
     data = parquet_file.encode(enforce(Contamination, found), {})
     storage.files.write_bytes(data, _FOLDER, check_batch_name(batch), f"{key}.parquet")

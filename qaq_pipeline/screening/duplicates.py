@@ -1,14 +1,14 @@
-"""Duplicates of a batch, inside it and in older batches: equal after normalisation, and near by words. No Dagster.
+"""Duplicates of rows, in the same batch and in older ones: exact after normalisation, or near by words. No Dagster.
 
-Belongs here: the signatures of rows, and which row stands for which. Does not belong here: which rows may stand for
-others at all (`screening`), or what a word is (`shingles`).
+Belongs here: the signatures of rows, and which row represents which. Does not belong here: which rows may be
+representatives at all (`screen`), or what a word is (`shingles`).
 
-Near: by the sets of word 5-grams over query and answer, under an equal system text. MinHash bands find the candidates
-(Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4), and their exact
-Jaccard similarity decides: a false candidate costs time, never a row. A pair of similarity s is a candidate with
-probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5. A band that 32 rows share, all
-of them standing for themselves, is of a template's words, and finds no candidate any more: of a batch with one template
-that is most of every row, a pair is found by the bands that hold words of its own.
+Near duplicates have the same system text and similar sets of word 5-grams over query and answer. MinHash bands find
+candidates (Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Their
+exact Jaccard similarity decides: a false candidate costs time, never a row. A pair of similarity s is a candidate with
+probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5. A band that 32 representatives
+share comes from a template's words and gives no candidates any more. If one template makes up most of every row in a
+batch, a pair is found by the bands of its own words.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from qaq_pipeline.screening.shingles import Hashes
 NGRAM_WORDS = 5
 NUM_BANDS, VALUES_PER_BAND = 25, 5
 SIGNATURE_VERSION = "1"
-"""Of all that makes a signature, rensa's algorithm included; signatures of two versions are not compared."""
+"""Covers everything in a signature, including rensa's algorithm; signatures of two versions are not compared."""
 _SEED = 5
 _ROWS_AT_ONCE = 10_000
 _MAX_STANDING = 32
-"""Rows of one band, at most, that a row is compared with: more share it only where it is of a template's words."""
+"""Maximum rows of one band that a row is compared with: only bands of a template's words have more."""
 
 Texts = Callable[[pl.DataFrame], pl.Series]
-"""From the keys of some rows to the text of each, as `shingles.pair_text` makes it."""
+"""Maps keys of rows to the text of each, as built by `shingles.pair_text`."""
 
 
 def signatures(raw: pl.DataFrame) -> pl.DataFrame:
-    """The Signatures of the accepted rows of a RawData, in key order."""
+    """Compute the Signatures of accepted RawData rows, in key order."""
     accepted = raw.filter(pl.col("status") == Status.ACCEPTED.value).sort(ROW_KEY)
     chunks = [_signed(chunk) for chunk in accepted.iter_slices(_ROWS_AT_ONCE)]
     return pl.concat([pl.DataFrame(schema=tables.dtypes(tables.Signatures)), *chunks])
@@ -73,7 +73,7 @@ def _ngrams(texts: pl.Series) -> shingles.Ragged:
 
 
 def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
-    """The bands of each row, salted; none of a row without words, which is near to nothing."""
+    """Compute the salted bands of each row; a row without words has none and no near duplicates."""
     from rensa import RMinHash  # type: ignore[import-untyped]
 
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
@@ -87,7 +87,7 @@ def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
 
 
 def related(older: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
-    """The rows of older Signatures that share their content or a band with any of the own."""
+    """Return the older Signatures that share their content or a band with any own row."""
     bands = own.select(pl.col("bands").explode(empty_as_null=False).unique())
     by_band = (
         older.with_row_index("row")
@@ -101,16 +101,16 @@ def related(older: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
 
 
 def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_threshold: float | None) -> pl.DataFrame:
-    """The rows of a batch that another row stands for: key, reason, duplicate_of, similarity, evidence.
+    """Find the duplicates in a batch: key, reason, duplicate_of, similarity, evidence.
 
-    A row is compared with those before it, the oldest first: the rows of older batches, then its own batch's in key
-    order. The first that is equal or near stands for it, and only a row that stands for itself stands for others.
+    A row is compared with those before it, oldest first: the rows of older batches, then its own batch's in key
+    order. The first equal or near row represents it. A duplicate represents no other row.
 
     Args:
         own: Signatures of the batch's rows that may be selected.
-        older: of older batches, the oldest first, the rows that may stand for others (`related` ones suffice).
-        texts: the texts of rows, asked for those alone that have a candidate.
-        near_threshold: least Jaccard similarity of near duplicates; None: only equal ones are looked for.
+        older: rows of older batches that may represent others, oldest first (`related` ones suffice).
+        texts: returns the texts of rows; called only for rows with a candidate.
+        near_threshold: minimum Jaccard similarity of near duplicates; None: find exact ones only.
     """
     rows = pl.concat([*older, own.sort(ROW_KEY)]).with_row_index("order")
     num_older = rows.height - own.height
@@ -156,7 +156,7 @@ def _duplicate(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) ->
 
 
 def _near(rows: pl.DataFrame, num_older: int, texts: Texts, threshold: float) -> dict[int, tuple[int, float]]:
-    """For each own row that is near an earlier one: that row's order, and the similarity."""
+    """Return, for each own row near an earlier one, that row's order and the similarity."""
     in_common = _shared_bands(rows, num_older)
     ngrams_of = _ngram_sets(rows.join(in_common.select("order"), on="order", how="semi"), texts)
     standing: dict[int, list[int]] = {}
@@ -186,7 +186,7 @@ def _first_near(
 
 
 def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
-    """Of the rows that share a band with another, one of them an own one: order, and the bands that are shared."""
+    """Return each row's order and the bands that several rows share, at least one of them an own row."""
     return (
         rows.select("order", "bands")
         .explode("bands", empty_as_null=False)

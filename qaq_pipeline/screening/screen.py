@@ -1,10 +1,10 @@
-"""What is found out about rows before any GPU time is spent: which of them are scored, and why the others are not.
+"""Screening of rows before any GPU time is spent: which rows are scored, and why the others are not.
 
-Belongs here: the order of the verdicts, and who may stand for a duplicate. Does not belong here: how duplicates
-(`duplicates`) and benchmark text (`contamination`) are found, reading records, or scores.
+Belongs here: the order of the verdicts, and which rows may represent duplicates. Does not belong here: detection
+of duplicates (`duplicates`) and of benchmark text (`contamination`), parsing of records, or scores.
 
-A rejected row stays rejected; then a withdrawn one is withdrawn and a contaminated one contaminated; then duplicates
-are looked for among the rest, so that the row that stands for others may itself be selected.
+Verdicts have this priority: rejected, withdrawn, contaminated, duplicate. Duplicates are searched for among the
+remaining rows, so that a representative can itself be selected.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def screen(
     settings: ScreeningSettings,
     withdrawn: Mapping[str, str],
 ) -> pl.DataFrame:
-    """The ScreenedData of a batch, in key order; `batch_gate` is null.
+    """Build the ScreenedData of a batch, in key order; `batch_gate` is null.
 
     Args:
         raw: RawData.
-        signatures: of its accepted rows.
-        contamination: what of it holds benchmark tasks.
-        older: Signatures of older batches' accepted rows, the oldest first.
-        texts: the texts of rows of all these batches.
-        settings: what is looked for, and what becomes of contaminated rows.
+        signatures: Signatures of its accepted rows.
+        contamination: its rows that contain benchmark tasks.
+        older: Signatures of older batches' accepted rows, oldest first.
+        texts: returns the texts of rows of all these batches.
+        settings: which checks run, and what happens to contaminated rows.
         withdrawn: content hashes of rows that must not be published, each with the reason.
     """
     gone = _withdrawn(signatures, withdrawn)
@@ -87,13 +87,13 @@ def screen(
 
 
 def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
-    """The ScreenedData of a batch for itself, without older batches and benchmarks."""
+    """Build the ScreenedData of a batch alone, without older batches and benchmarks."""
     nothing = pl.DataFrame(schema=dtypes(tables.Contamination))
     return screen(raw, duplicates.signatures(raw), nothing, [], texts_of([raw]), settings, {})
 
 
 def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
-    """The texts of rows of these batches' RawData."""
+    """Return a function that looks up texts in these batches' RawData."""
     texts = pl.concat([raw.select(*ROW_KEY, shingles.pair_text().alias("text")) for raw in raws])
 
     def of_rows(rows: pl.DataFrame) -> pl.Series:
@@ -116,7 +116,7 @@ def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.Dat
 
 
 def _held(contamination: pl.DataFrame) -> pl.DataFrame:
-    """Of each contaminated row, the benchmark that it holds most of, in words."""
+    """Describe, for each contaminated row, the benchmark with the highest share."""
     most = contamination.sort(*ROW_KEY, "share", "benchmark", descending=[False] * 4 + [True, False])
     what = pl.col("reason").str.strip_prefix("benchmark_")
     return most.unique(ROW_KEY, keep="first", maintain_order=True).select(

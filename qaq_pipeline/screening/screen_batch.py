@@ -1,4 +1,4 @@
-"""Screening of a stored batch: against older batches, benchmarks and withdrawals, and then by its gate.
+"""Screening of a stored batch against older batches, benchmarks and withdrawals, and then by its gate.
 
 Belongs here: reading what a batch is compared with. Does not belong here: the order of the verdicts about a row
 (`screen`), the search for duplicates and benchmark text, and the choice of the older batches (`freshness`).
@@ -35,7 +35,7 @@ from qaq_pipeline.storage.tables import StoredTable, empty
 
 @dataclass(frozen=True)
 class FoundBenchmarks:
-    """Benchmark tasks that a batch holds."""
+    """Benchmark tasks that a batch contains."""
 
     rows: pl.DataFrame
     """Contamination."""
@@ -57,7 +57,7 @@ class ScreenedBatch:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The part of the table's provenance that its inputs do not show."""
+        """Return the part of the table's provenance that its inputs do not show."""
         return {
             "across_batches": self.across_batches,
             "compared_with": self.compared_with,
@@ -79,12 +79,12 @@ def screen_batch(
     """Screen a batch and judge its gate. Call it under the lock of the batches' order.
 
     Args:
-        storage: where older batches and withdrawals lie.
-        raw_data: of the batch.
-        signatures: of the batch.
-        older: batches whose rows may stand for rows of this one, the oldest first.
-        found: the benchmark tasks that the batch holds.
-        settings: what is looked for.
+        storage: contains older batches and withdrawals.
+        raw_data: RawData of the batch.
+        signatures: Signatures of the batch.
+        older: batches whose rows may represent rows of this one, oldest first.
+        found: the benchmark tasks that the batch contains.
+        settings: which checks run.
         limits: when a batch is gated.
 
     Raises:
@@ -124,10 +124,10 @@ def _judge(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], lim
 
 @dataclass(frozen=True)
 class _OlderBatch:
-    """Rows of an older batch that may stand for rows of this one."""
+    """Rows of an older batch that may represent rows of this one."""
 
     related: pl.DataFrame
-    """Signatures of those that have one in common."""
+    """Signatures that share their content or a band with this batch."""
     version: str
     """Data version of its screened_data."""
 
@@ -136,8 +136,8 @@ def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> _OlderBatch:
     signed, screened = (storage.tables.read(name, Partition(batch)) for name in ("signatures", "screened_data"))
     if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
         raise OriginError(
-            f"signatures of batch {batch} are of another version; materialise signatures, then screened_data, of "
-            "every batch, the oldest first"
+            f"signatures of batch {batch} have another version; materialise signatures, then screened_data, of "
+            "every batch, oldest first"
         )
     accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
     standing = signed.frame.join(accepted, on=ROW_KEY, how="semi", maintain_order="left")
@@ -147,7 +147,7 @@ def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> _OlderBatch:
 def find_benchmarks(
     storage: Storage, batch: str, raw_data: StoredTable, settings: ContaminationSettings
 ) -> FoundBenchmarks:
-    """Find the benchmark tasks that the accepted rows of a batch hold; a known result is read from the storage.
+    """Find the benchmark tasks that the accepted rows of a batch contain; reuse cached results.
 
     Raises:
         benchmarks.BenchmarkError: a benchmark cannot be read.

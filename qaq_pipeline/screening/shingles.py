@@ -1,10 +1,10 @@
-"""Texts as sequences of hashed words, and sets of hashed word n-grams: what near duplicates and benchmark text share.
+"""Hashed words and word n-grams of texts, used to find near duplicates and benchmark text.
 
-Belongs here: what a word is, how it and an n-gram are hashed, and Jaccard similarity. Does not belong here: what is
-compared with what.
+Belongs here: what a word is, how words and n-grams are hashed, and Jaccard similarity. Does not belong here: which
+texts are compared.
 
-Hashes are 64 bits of blake2b of a word, and polynomials of them of an n-gram: the same on every machine and in every
-version of every library, since signatures are stored.
+The hash of a word is 64 bits of blake2b; the hash of an n-gram is a polynomial of its words' hashes. Both are the same
+on every machine and with every library version, since signatures are stored.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> Hashes:
-        """The values of one row."""
+        """Return the values of one row."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     def row_of_value(self) -> NDArray[np.int64]:
@@ -50,18 +50,18 @@ class Ragged:
 
 
 def pair_text() -> pl.Expr:
-    """The text of a pair that is compared, of a RawData: query and answer."""
+    """Build the text by which RawData pairs are compared: query and answer."""
     return pl.concat_str("query", "answer", separator="\n")
 
 
 def words(texts: pl.Series, pattern: str = WORD) -> pl.Series:
-    """The words of each text, in order."""
+    """Extract the words of each text, in order."""
     frame = texts.alias("text").to_frame()
     return frame.select(pl.col("text").str.normalize("NFKC").str.to_lowercase().str.extract_all(pattern)).to_series()
 
 
 def hash_words(found: pl.Series) -> Ragged:
-    """The hashed words of each text, from its `words`."""
+    """Hash the words of each text, as `words` returns them."""
     lengths = found.list.len().to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     flat = found.explode(empty_as_null=False).to_arrow().dictionary_encode()
@@ -71,14 +71,14 @@ def hash_words(found: pl.Series) -> Ragged:
 
 @functools.lru_cache(maxsize=1_000_000)
 def hash_word(word: str) -> int:
-    """64 bits of a text."""
+    """Hash a text to 64 bits."""
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 def ngrams(hashed: Ragged, size: int) -> Ragged:
-    """The hashed n-grams of each row of hashed words, in order and with repetitions.
+    """Hash the n-grams of each row of hashed words, in order and with repetitions.
 
-    A row of fewer than `size` words has one, of all of them; a row without words has none.
+    A row of fewer than `size` words has one n-gram, of all its words; a row without words has none.
     """
     lengths = np.diff(hashed.offsets)
     counts = np.where(lengths == 0, 0, np.maximum(lengths - size + 1, 1))
@@ -96,13 +96,13 @@ def ngrams(hashed: Ragged, size: int) -> Ragged:
 
 
 def _mixed(values: Hashes) -> Hashes:
-    """Spread the bits, so that any part of them may stand for all."""
+    """Mix the bits, so that any part of them is a usable hash."""
     values = (values ^ (values >> np.uint64(33))) * _MIX
     return values ^ (values >> np.uint64(29))
 
 
 def combine(parts: NDArray[np.uint32] | Hashes, seed: int) -> Hashes:
-    """One hash of each row of a matrix."""
+    """Combine each row of a matrix into one hash."""
     combined = np.full(len(parts), seed, dtype=np.uint64)
     for column in parts.T:
         combined = combined * _MULTIPLIER + column.astype(np.uint64)
@@ -110,7 +110,7 @@ def combine(parts: NDArray[np.uint32] | Hashes, seed: int) -> Hashes:
 
 
 def jaccard(first: Hashes, second: Hashes) -> float:
-    """|A & B| / |A | B| of two sets, each sorted and without repetitions; 0 where both are empty."""
+    """Return |A & B| / |A | B| of two sorted sets without repetitions; 0 if both are empty."""
     common = len(np.intersect1d(first, second, assume_unique=True))
     union = len(first) + len(second) - common
     return common / union if union else 0.0

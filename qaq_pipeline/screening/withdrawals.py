@@ -1,9 +1,9 @@
-"""What must not be published any more: whole batches, and rows by their content. Kept for good, with the reason.
+"""Withdrawals from publication: whole batches, and rows by their content. Kept permanently, with the reason.
 
-Belongs here: the record of withdrawals and which of them concern a batch. Does not belong here: what a withdrawn row
-or batch becomes (`screening`, `gates`), and the publication without it.
+Belongs here: the record of withdrawals and which of them affect a batch. Does not belong here: their effect on a row
+or batch (`screen`, `gates`), and the publication without it.
 
-A row is withdrawn by its content hash, so that the same text in any batch, delivered before or later, goes with it.
+A row is withdrawn by its content hash. This withdraws the same text in every earlier and later batch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class _Entry(TypedDict):
 
 @dataclass(frozen=True)
 class Withdrawals:
-    """What is withdrawn now, each with the reason."""
+    """Current withdrawals, each with the reason."""
 
     batches: dict[str, str] = field(default_factory=dict)
     contents: dict[str, str] = field(default_factory=dict)
     """By content hash, as in signatures."""
 
     def of_batch(self, batch: str, signatures: pl.DataFrame) -> dict[str, str]:
-        """What concerns a batch: its own name, and the content hashes that it holds; each with the reason."""
+        """Return what affects a batch, each with the reason: the batch's own key, and its content hashes."""
         found = {key_of_batch(batch): self.batches[batch]} if batch in self.batches else {}
         if self.contents:
             held = signatures.filter(pl.col("content_hash").is_in(list(self.contents)))["content_hash"]
@@ -49,12 +49,12 @@ class Withdrawals:
 
 
 def key_of_batch(batch: str) -> str:
-    """How a batch itself stands in `of_batch`; no content hash is like it."""
+    """Return the key of a batch in `of_batch`; it never equals a content hash."""
     return f"batch {batch}"
 
 
 def read(storage: Storage, since: str | None = None) -> Withdrawals:
-    """What is withdrawn now: the record, in order. With a time in ISO 8601, only what was withdrawn from then on."""
+    """Return the current withdrawals; given an ISO 8601 time, only those recorded from then on."""
     found = Withdrawals()
     for entry in _record(storage):
         if since is not None and datetime.fromisoformat(entry["at"]) < datetime.fromisoformat(since):
@@ -69,14 +69,14 @@ def read(storage: Storage, since: str | None = None) -> Withdrawals:
 
 
 def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, is_withdrawn: bool) -> None:
-    """Withdraw a batch, or rows of it; or take that back.
+    """Withdraw a batch or rows of it, or undo that.
 
     Args:
-        storage: where the record lies.
+        storage: contains the record.
         batch: the batch.
-        rows: content hashes of its rows, with their place for the record; none: the batch itself.
+        rows: content hashes of its rows, with their places for the record; empty: the batch itself.
         reason: why, in words.
-        is_withdrawn: false: what was withdrawn before is so no longer.
+        is_withdrawn: False undoes an earlier withdrawal.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     meant: list[tuple[str | None, str | None]] = [*sorted(rows.items())] or [(None, None)]

@@ -1,6 +1,6 @@
-"""What makes a score what it is: the key of the score cache, stored with every table that rests on it.
+"""The identity of a score: the key of the score cache, stored with every table that depends on it.
 
-Belongs here: the fields of that identity and its hash. Does not belong here: how the fields are found out.
+Belongs here: the fields of the identity and its hash. Does not belong here: how the fields are determined.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ ENGINE_VERSION = "2"
 
 @dataclass(frozen=True, slots=True)
 class ScoreIdentity:
-    """Two scores of one pair are the same number, within the stated tolerance, if their identities are equal.
+    """The inputs of a score: two scores of a pair with equal identities agree within the stated tolerance.
 
-    Library versions and the device are stored beside it, outside: an upgrade alone rescores nothing.
+    Library versions and the device are stored separately, so an upgrade alone rescores nothing.
     """
 
     model: str
@@ -36,6 +36,6 @@ class ScoreIdentity:
 
     def digest(self) -> str:
         """Hash of all fields (32 hex digits): names the folder of the score cache."""
-        # The constant is part of the digest of every score in a cache: without it, none of them would be found.
+        # The constant is part of every existing digest: without it, no cached score would be found.
         fields = json.dumps(dataclasses.asdict(self) | {"token_logprobs": False}, sort_keys=True)
         return hashlib.blake2b(fields.encode(), digest_size=16).hexdigest()

@@ -1,12 +1,12 @@
-"""Rows of a Parquet file, found without reading the others; and what a person means by a row.
+"""Lookup of rows in a Parquet file without reading the others, and parsing of row references.
 
-Belongs here: conditions on rows, row groups that their statistics rule out, and the index from pair_ids to keys.
-Does not belong here: where files lie (`storage`), and what is said of a row.
+Belongs here: conditions on rows, pruning of row groups by statistics, and the index from pair_ids to keys.
+Does not belong here: file locations (`storage`), and explanations of a row.
 
-A file whose rows are sorted by their key is pruned to one or two row groups by the minimum and maximum of each. A
-pair_id is a hash and lies anywhere, so an index beside the file, sorted by pair_id, leads to the keys.
+In a file sorted by key, the minimum and maximum of each row group leave one or two groups to read. A pair_id is a
+hash and can be anywhere, so an index beside the file, sorted by pair_id, maps it to the keys.
 
-By hand and not by pyarrow's datasets: importing those takes longer than finding the row.
+pyarrow's datasets are not used: importing them takes longer than finding the row.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 from qaq_pipeline.schema.row_place import ROW_KEY
 
 Condition = tuple[str, Literal["==", ">=", "<"], Any]
-"""A column, how it compares, and with what."""
+"""Column, comparison and value."""
 Where = Sequence[Condition]
-"""Conditions that all hold; none: every row."""
+"""Conditions that must all hold; empty: every row."""
 
 SHORTEST_KEY = 6
-"""Digits of a pair_id that name it."""
+"""Minimum number of leading digits to look up a pair_id."""
 
 _MIN_ROWS, _MAX_GROUPS = 16_384, 128
 _AFTER_HEX = "g"
@@ -37,17 +37,17 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {"==": operator.eq, ">=": opera
 
 
 def rows_per_group(num_rows: int) -> int:
-    """Rows of a row group: few enough to be read at once, and no more groups than a footer is read quickly with."""
+    """Return the size of a row group: small enough to read at once, with few enough groups for a short footer."""
     return max(_MIN_ROWS, math.ceil(num_rows / _MAX_GROUPS))
 
 
-# --- what is meant ---------------------------------------------------------------------------------------------------
+# --- row references --------------------------------------------------------------------------------------------------
 
 
 def meant(row: str) -> list[Where]:
-    """What a person may mean by a row: its number, file:row, file:row.turn, or the first digits of a pair_id.
+    """Parse a row reference: a row number, file:row, file:row.turn, or the first digits of a pair_id.
 
-    In order: the first that finds anything counts. A whole number may be the beginning of a pair_id as well.
+    The first result that finds rows counts. A whole number can also be the beginning of a pair_id.
     """
     file, _, position = row.rpartition(":")
     number, _, turn = position.partition(".")
@@ -63,7 +63,7 @@ def meant(row: str) -> list[Where]:
 
 
 def meant_in(batch: str, row: str) -> list[Where]:
-    """The same of a row of a batch, whose name may stand before it: BATCH/FILE:ROW. As given goes first."""
+    """Parse a row reference with an optional batch name: BATCH/FILE:ROW. The full text is tried first."""
     return meant(row) + (meant(row.removeprefix(f"{batch}/")) if row.startswith(f"{batch}/") else [])
 
 
@@ -72,22 +72,22 @@ def _is_row(text: str) -> bool:
 
 
 def is_pair(text: str) -> bool:
-    """Whether that can be a pair_id, or the beginning of one."""
+    """Return whether the text can be a pair_id or the beginning of one."""
     return SHORTEST_KEY <= len(text) <= 32 and not text.strip("0123456789abcdef")
 
 
 def of_pair(start: str) -> Where:
-    """The rows whose pair_id begins so."""
+    """Return the conditions for rows whose pair_id begins with a text."""
     return [("pair_id", ">=", start), ("pair_id", "<", start + _AFTER_HEX)]
 
 
 def of_key(key: Sequence[Any]) -> Where:
-    """The row of that key, in the order of `schema.ROW_KEY`."""
+    """Return the conditions for the row of a key, in the order of `ROW_KEY`."""
     return [(name, "==", value) for name, value in zip(ROW_KEY, key, strict=True)]
 
 
 def find_rows(rows: pl.DataFrame, row: str, batch: str = "") -> pl.DataFrame:
-    """The rows of a frame that a person means, the name of whose batch may stand before the row."""
+    """Return the rows of a frame that match a row reference, which may begin with the batch name."""
     for where in meant_in(batch, row):
         found = rows.filter(*_expressions(where))
         if not found.is_empty():
@@ -103,14 +103,14 @@ def _expressions(where: Where) -> list[pl.Expr]:
 
 
 def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """The rows of a Parquet file for which all conditions hold, in order.
+    """Read the rows of a Parquet file for which all conditions hold, in order.
 
-    A row group is read whole only where its statistics, and then the columns of the conditions, show that it holds one.
+    A row group is read in full only if its statistics allow a match and the columns of the conditions contain one.
 
     Args:
-        stream: of the file.
+        stream: the open file.
         where: the conditions.
-        columns: what is wanted of the rows, as far as the file has it; None: all columns.
+        columns: the columns to read; those missing from the file are ignored. None: all columns.
     """
     with pq.ParquetFile(stream) as file:
         wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
@@ -126,7 +126,7 @@ def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = No
 
 
 def scan(stream: BinaryIO, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """These columns of a Parquet file, one row group after another."""
+    """Yield these columns of a Parquet file, one row group at a time."""
     with pq.ParquetFile(stream) as file:
         for group in range(file.num_row_groups):
             yield _frame(file.read_row_group(group, list(columns)))
@@ -139,7 +139,7 @@ def _frame(table: Any) -> pl.DataFrame:
 
 
 def _groups_left(metadata: pq.FileMetaData, where: Where) -> list[int]:
-    """The row groups that the statistics do not rule out."""
+    """Return the row groups that the statistics do not rule out."""
     columns = {metadata.schema.column(number).path: number for number in range(metadata.num_columns)}
     return [
         group
@@ -160,5 +160,5 @@ def _may_hold(statistics: Any, how: str, value: Any) -> bool:
 
 
 def pair_index(rows: pl.DataFrame) -> pl.DataFrame:
-    """From the pair_ids of a table to its keys, sorted by pair_id; rejected rows have none."""
+    """Map the pair_ids of a table to its keys, sorted by pair_id; rejected rows have no pair_id."""
     return rows.select("pair_id", *ROW_KEY).drop_nulls("pair_id").sort("pair_id", *ROW_KEY)

@@ -118,7 +118,7 @@ def test_a_zone_that_cannot_be_reached_is_said_and_keeps_the_cursor(
     daemon = Daemon(settings_for(landing={"url": "nonsense://zone"}), instance)
     daemon.cursors["landing_zone"] = "as it was"
     result = daemon.tick("landing_zone")
-    assert "'nonsense://zone' cannot be looked into" in str(result.skip_reason)
+    assert "'nonsense://zone' cannot be listed" in str(result.skip_reason)
     assert result.cursor == "as it was"
 
 

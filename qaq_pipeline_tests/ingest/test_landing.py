@@ -1,4 +1,4 @@
-"""landing: what is a delivery, when it is complete, which names are refused, and the copy of it."""
+"""landing: recognition of deliveries, completeness, refused names, and the copy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def entries(found: Look) -> dict[str, str]:
 
 
 def looks(zone: Path, settings: LandingSettings, *, times: int = 2, seen: Seen | None = None) -> tuple[list[str], Seen]:
-    """What the last of some looks takes; between them nothing changes."""
+    """Poll several times without changes; return what the last poll takes."""
     taken: list[Landed] = []
     seen = seen or Seen()
     for _ in range(times):
@@ -91,7 +91,7 @@ def test_hidden_and_unfinished_names_are_no_deliveries(zone: Path, name: str) ->
 
 @pytest.mark.parametrize("url", ["{}/gone", "nonsense://zone"])
 def test_a_zone_that_cannot_be_looked_into_is_named_with_the_remedy_and_is_not_empty(tmp_path: Path, url: str) -> None:
-    with pytest.raises(LandingError, match=r"landing.url: '.*' cannot be looked into .*; check that it is there"):
+    with pytest.raises(LandingError, match=r"landing.url: '.*' cannot be listed .*; check that it exists"):
         landing.look(url.format(tmp_path), ANY)
 
 
@@ -122,7 +122,7 @@ def test_what_may_not_be_read_refuses_its_delivery_and_not_the_others() -> None:
 def test_a_look_reads_no_data(zone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land(zone, "a.jsonl", "b/c.jsonl")
     for path in (zone / "a.jsonl", zone / "b" / "c.jsonl"):
-        path.chmod(0)  # Root reads it anyway; the patched opening does not.
+        path.chmod(0)  # Root can read it anyway; the patched `open` fails.
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
     assert entries(landing.look(str(zone), ANY)) == {"a.jsonl": "a", "b": "b"}
 
@@ -171,7 +171,7 @@ def test_two_deliveries_of_one_batch_are_both_refused(zone: Path) -> None:
     land(zone, "w.json", "w.jsonl.gz", "other.jsonl")
     found = landing.look(str(zone), ANY)
     assert entries(found) == {"other.jsonl": "other"}
-    assert found.refused["w.json"] == "'w.jsonl.gz' would be batch 'w' as well; rename or remove all but one"
+    assert found.refused["w.json"] == "'w.jsonl.gz' would also be batch 'w'; rename or remove all but one"
     assert set(found.refused) == {"w.json", "w.jsonl.gz"}
 
 
@@ -184,7 +184,7 @@ def test_a_link_is_refused(zone: Path, tmp_path: Path, inside: bool) -> None:
     link.symlink_to(secret)
     found = landing.look(str(zone), ANY)
     assert found.deliveries == []
-    assert "is no regular file; deliver a copy" in next(iter(found.refused.values()))
+    assert "is not a regular file; deliver a copy" in next(iter(found.refused.values()))
 
 
 def test_a_link_to_a_folder_above_it_is_no_endless_loop(zone: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_cursor_that_cannot_be_read_counts_as_nothing_seen(cursor: str | None)
 
 
 def announce(zone: Path, storage: Storage) -> str | None:
-    """Announce what lies in the zone; the key of a run for it."""
+    """Announce the delivery in the zone; return its run key."""
     [landed] = landing.look(str(zone), ANY).deliveries
     return landing.announce(storage, str(zone), landed)
 
@@ -349,7 +349,7 @@ def test_a_delivery_that_changed_since_it_was_complete_is_not_copied(zone: Path,
     land(zone, "week.jsonl")
     announce(zone, storage)
     land(zone, "week.jsonl", content=ROW * 2)
-    with pytest.raises(LandingError, match=r"week.jsonl was changed after the delivery was taken as complete"):
+    with pytest.raises(LandingError, match=r"week.jsonl changed after the delivery was judged complete"):
         landing.receive(storage, "week")
     assert not storage.deliveries.has("week")
 
@@ -374,7 +374,7 @@ def test_a_delivery_by_hand_takes_the_place_of_an_announced_one(zone: Path, stor
 
 def test_a_run_key_holds_path_size_times_and_how_many_there_were(zone: Path, storage: Storage) -> None:
     keys = []
-    for content in (ROW, ROW * 2, ROW):  # Put back as it was, its time too.
+    for content in (ROW, ROW * 2, ROW):  # The third restores the first, with its time.
         land(zone, "week.jsonl", content=content)
         os.utime(zone / "week.jsonl", (1, 1))
         keys.append(announce(zone, storage) or "")

@@ -1,4 +1,4 @@
-"""contamination: benchmark tasks in rows, word for word and lightly edited; and the benchmark files' formats."""
+"""contamination: benchmark tasks in rows, verbatim and lightly edited; formats of benchmark files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def found(rows: pl.DataFrame, benchmark: Benchmark, **settings: Any) -> dict[int
 
 
 def lightly_edited(text: str, seed: int, share: float = 0.05) -> str:
-    """With one word in twenty, at least one, replaced, white space changed, and a comment in front."""
+    """Replace one word in twenty (at least one), change white space, and put a comment in front."""
     random_ = random.Random(seed)
     words = re.split(r"(\W+)", text)
     places = [place for place, word in enumerate(words) if re.fullmatch(r"\w+", word)]
@@ -56,7 +56,7 @@ def lightly_edited(text: str, seed: int, share: float = 0.05) -> str:
 
 
 TWINS = {"HumanEval/61": "HumanEval/56"}
-"""Two tasks that ask the same of other brackets, with one solution."""
+"""Two tasks that differ only in the brackets, with one solution."""
 
 
 def test_every_human_eval_task_is_found_in_a_row_that_is_it(human_eval: Benchmark) -> None:
@@ -177,14 +177,14 @@ def test_every_format_is_read_as_lines_as_an_array_and_gzipped(name: str, tmp_pa
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "holds no task"),
+        (b"", "has no task"),
         (b"{", "cannot be read"),
         (b"\x1f\x8b\x00", "cannot be read"),
         (b"\xff", "cannot be read"),
-        (b'{"question": "q"}', r"record 1: of no known format \(its keys: \['question'\]\)"),
+        (b'{"question": "q"}', r"record 1: unknown format \(its keys: \['question'\]\)"),
         (b"[" * 100_000, "cannot be read"),
         (b'[{"task_id": 1, "text": "\\ud800", "code": "c"}]', "record 1"),
-        (b"[1]", r"record 1: of no known format \(its keys: \[\]\)"),
+        (b"[1]", r"record 1: unknown format \(its keys: \[\]\)"),
         (b'[{"task_id": 1, "text": "t", "code": null}, {"task_id": 1, "text": 3, "code": "c"}]', "record 2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""contamination_cache: what was found of a benchmark is read again, and checked again where it cannot be read."""
+"""contamination_cache: results of a benchmark are read again; unreadable ones count as absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""duplicates: equal and near rows, which of them stands for which, inside a batch and in older ones."""
+"""duplicates: exact and near duplicates and their representatives, in a batch and in older ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row(query: str, answer: str, **changes: Any) -> dict[str, Any]:
 
 
 def found(own: pl.DataFrame, *older: pl.DataFrame, threshold: float | None = 0.7) -> dict[int, tuple[Any, ...]]:
-    """For each duplicate of the own rows, by source_row: what stands for it, the reason, the similarity."""
+    """Return, for each own duplicate by source_row, its representative, reason and similarity."""
     signed = [enforce(Signatures, duplicates.signatures(raw)) for raw in (*older, own)]
     related = [duplicates.related(signatures, signed[-1]) for signatures in signed[:-1]]
     frame = duplicates.find(signed[-1], related, texts_of([*older, own]), threshold)
@@ -131,7 +131,7 @@ def test_the_oldest_row_stands_for_the_others_and_stands_itself() -> None:
     )
     assert found(own, old) == {
         1: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
-        # Equal to row 1, which stands for nobody, being a duplicate itself.
+        # Equal to row 1, which represents no row, since it is a duplicate itself.
         2: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
         3: ("b0/a.jsonl:2.0", "exact_duplicate", 1.0),
         4: ("b0/a.jsonl:1.0", "exact_duplicate", 1.0),

@@ -1,4 +1,4 @@
-"""gates: what a batch must be like, and the verdict in words that name the remedy."""
+"""gates: the conditions on a batch, and verdicts that name the remedy."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_model_whose_files_changed_while_it_scored_gates_a_batch() -> None:
     assert gates.after_scoring("weak", rmi_rows({}, {}), changed, settings) == Gate(
         GateReason.MODEL_CHANGED,
         "the files of the weak model tiny changed while it scored (files:1 before, files:2 after), so its scores may "
-        "be of either; run the batch again: what was scored after the change is not in the cache",
+        "come from either; run the batch again: scores made after the change are not in the cache",
     )
     assert gates.after_scoring("weak", rmi_rows({}, {}), {"identity": before}, settings) is None
 
@@ -166,7 +166,7 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
         "No row of the batch is published: so it is.",
     ]
     assert frame["verdicts"].list.len().to_list() == [0] * 4
-    same = Gate(GateReason.UNREADABLE_FILE, "a file of it cannot be read: `query` is blank; deliver it again")
+    same = Gate(GateReason.UNREADABLE_FILE, "one of its files cannot be read: `query` is blank; deliver it again")
     said = decisions.decide(raw, screened, pairs, verdicts, published, pair_name(0), same)["explanation"]
     assert said[1] == f"No row of the batch is published: {same.sentence}."
     assert decisions.selected_rows("mine", raw, frame).is_empty()

@@ -1,4 +1,4 @@
-"""screening: of equal pairs the first accepted row in key order stands for the others, and no row is lost."""
+"""screen: the first accepted row in key order represents equal pairs, and no row is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def screen(raw: pl.DataFrame) -> pl.DataFrame:
 
 
 def screened(raw: pl.DataFrame) -> dict[str, str | None]:
-    """For each row, as file:row, the row that represents it; None of those that represent themselves."""
+    """Return, for each row as file:row, the row that represents it; None if it is no duplicate."""
     frame = enforce(ScreenedData, screen(raw))
     return {f"{row['source_file']}:{row['source_row']}": row["duplicate_of"] for row in frame.iter_rows(named=True)}
 

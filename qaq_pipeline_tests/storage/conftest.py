@@ -13,7 +13,7 @@ from qaq_pipeline.storage.storage import Storage
 
 @pytest.fixture(params=["disk", "memory"])
 def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    """Storage on the local disk, and on a file system that is not local."""
+    """Storage on the local disk, and on a non-local file system."""
     root = str(tmp_path / "storage") if request.param == "disk" else f"memory://{tmp_path.name}/storage"
     yield Storage(root, tmp_path / "locks")
     if request.param == "memory":

@@ -14,7 +14,7 @@ DEMO = ScoreIdentity(
     max_tokens=2048,
     too_long="truncate_answer",
 )
-"""The identity of the demo's strong model, as the score cache of a curated home states it."""
+"""The identity of the demo's strong model, as stored in the score cache of a curated home."""
 
 
 def test_the_digest_of_an_identity_stays_the_same_so_that_nothing_is_scored_again() -> None:

@@ -17,7 +17,7 @@ from qaq_pipeline_tests.support.frames import raw_rows
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> Storage:
-    """Waits a tenth of a second for a lock."""
+    """Storage that waits a tenth of a second for a lock."""
     return Storage(str(tmp_path / "storage"), tmp_path / "locks", lock_timeout_seconds=0.1)
 
 

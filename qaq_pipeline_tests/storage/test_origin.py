@@ -1,4 +1,4 @@
-"""origin: a table that was made from other data than the stored is refused, with what to materialise."""
+"""origin: a table made from data other than the stored data is refused, with what to materialise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""provenance: a record is written once, resolves for good, and is refused once it was changed."""
+"""provenance: a record is written once, resolves permanently, and is refused after a change."""
 
 from __future__ import annotations
 

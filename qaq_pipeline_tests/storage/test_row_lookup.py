@@ -1,4 +1,4 @@
-"""lookup: conditions are pruned by statistics and equal a filter of the whole file; what a person means by a row."""
+"""row_lookup: pruning by statistics finds what a filter of the whole file finds; row references."""
 
 from __future__ import annotations
 

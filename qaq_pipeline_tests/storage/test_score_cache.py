@@ -1,4 +1,4 @@
-"""score_cache: shards of scores by identity, set aside where they are none."""
+"""score_cache: shards of scores by identity; invalid shards are set aside."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def shards(storage: Storage) -> list[Path]:
 
 
 def flip_a_byte(data: bytes) -> bytes:
-    """The data with one bit of its 40th byte changed: amid the columns."""
+    """Flip one bit of the byte at offset 40, inside the columns."""
     return data[:40] + bytes([data[40] ^ 1]) + data[41:]
 
 

@@ -1,4 +1,4 @@
-"""storage: no store takes a name that is no file name."""
+"""storage: every store refuses a name that is not a valid file name."""
 
 from __future__ import annotations
 

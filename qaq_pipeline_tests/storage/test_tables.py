@@ -1,4 +1,4 @@
-"""tables: stored with their provenance and version, refused where torn, foreign or changed."""
+"""tables: stored with their provenance and version, refused if truncated, foreign or changed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_version_knows_content_only_and_the_provenance_id_provenance_only() 
 
 
 def test_the_version_of_a_stored_table_does_not_depend_on_who_reads_it(storage: Storage) -> None:
-    """A newer Polars may write other bytes for the same rows; a table that lies there keeps its version."""
+    """A newer Polars may write other bytes for the same rows; a stored table keeps its version."""
     other_bytes = StoredTable(ROWS, {}, stored_version="0" * 32)
     assert other_bytes.data_version == "0" * 32
     storage.tables.write(StoredTable(ROWS), "raw_data", Partition("b1"))
