@@ -237,7 +237,9 @@ class ScoringSettings(Closed):
 class EligibilitySettings(Closed):
     """The conditions for a pair to be ranked and selected."""
 
-    min_query_tokens: int = Field(1, ge=1, description="Pairs whose Q has fewer tokens are not ranked, in tokens.")
+    min_query_tokens: int = Field(
+        1, ge=1, description="Pairs whose Q has fewer tokens are not ranked or selected, in tokens."
+    )
     short_query_tokens: int = Field(4, ge=0, description="Pairs whose Q has fewer tokens are flagged, in tokens.")
 
 
