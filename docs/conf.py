@@ -1,6 +1,6 @@
-"""The site: Sphinx over the Markdown of this folder. `make docs` builds it into `_build/html`.
+"""The Sphinx configuration of the site, built from the Markdown of this folder into `_build/html` by `make docs`.
 
-Nothing of it is fetched when it is read: no web font, no script from elsewhere, formulas as text.
+A reader's browser fetches nothing from other hosts: no web fonts, no external scripts, formulas as text.
 """
 
 project = "qaq_pipeline"
@@ -9,7 +9,7 @@ extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
 nitpicky = True
 
-myst_heading_anchors = 4  # Links such as settings.md#ranking, as on a code host.
+myst_heading_anchors = 4  # Allows links such as settings.md#ranking, as on a code host.
 
 linkcheck_ignore = [r"http://127\.0\.0\.1"]
 

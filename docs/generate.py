@@ -1,11 +1,11 @@
-"""The parts of the documentation that say what the code says: tables, settings, commands.
+"""The parts of the documentation that are generated from the code: tables, settings, commands.
 
-Belongs here: what stands between the markers of `tables.md`, `settings.md` and `commands.md`. Does not belong here:
-prose for people, which stands in the pages around the markers, and the build of the site (conf.py).
+Belongs here: the text between the markers of `tables.md`, `settings.md` and `commands.md`. Does not belong here: the
+prose around the markers, and the build of the site (conf.py).
 
-    python -m docs.generate     writes it anew, as `make docs` does
+    python -m docs.generate     rewrites it, as `make docs` does
 
-The pages are committed, so that they can be read on a code host; `test_docs.py` fails where one is out of date.
+The pages are committed, so that a code host can show them; `test_docs.py` fails if one is stale.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OTHER_FILES: dict[str, tuple[type[dy.Schema], str]] = {
     "contamination": (Contamination, "contamination/<batch>/<key>.parquet"),
     "differences": (Difference, "curated_dataset/differences/<newer>_from_<older>.parquet"),
 }
-"""Parquet files of the storage that are no asset of their own."""
+"""Parquet files in the storage that are not assets."""
 
 Row = Sequence[str]
 
@@ -47,18 +47,18 @@ _NBSP = "\N{NO-BREAK SPACE}"
 
 
 def main() -> None:
-    """Write the generated part of every page anew."""
+    """Rewrite the generated part of every page."""
     for name, content in PAGES.items():
         path = FOLDER / name
         path.write_text(filled(path.read_text(encoding="utf-8"), content()), encoding="utf-8")
 
 
 def filled(page: str, content: str) -> str:
-    """The page with `content` between its markers; raises ValueError where it has not exactly one pair of them."""
+    """Return the page with `content` between its markers; raises ValueError unless it has exactly one pair."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in after:
-        raise ValueError(f"a generated page has one line {BEGIN!r}, and after it one line {END!r}")
+        raise ValueError(f"a generated page has one line {BEGIN!r}, followed by one line {END!r}")
     return f"{before}{BEGIN}\n\n{content.strip()}\n\n{END}{after}"
 
 
@@ -66,7 +66,7 @@ def filled(page: str, content: str) -> str:
 
 
 def tables(stored: Mapping[str, type[dy.Schema]] | None = None) -> str:
-    """Every stored table with its columns, then every vocabulary with its words."""
+    """Return every stored table with its columns, then every vocabulary with its words."""
     files = {name: (table, _file_of(name)) for name, table in (stored or PIPELINE.tables()).items()} | OTHER_FILES
     parts = [_table_section(name, table, path) for name, (table, path) in files.items()]
     words = [_vocabulary_section(vocabulary) for vocabulary in Vocabulary.__subclasses__()]
@@ -90,7 +90,7 @@ def _table_section(name: str, table: type[dy.Schema], path: str) -> str:
 
 
 def _column_rows(name: str, column: dy.Column) -> Iterator[Row]:
-    """The column, and below it the fields of the records in it: `scores[].rmi`."""
+    """Yield the row of a column, then those of the fields of its records: `scores[].rmi`."""
     null = "key" if column.primary_key else "yes" if column.nullable else "no"
     yield f"`{name}`", _column_type(column), null, _column_meaning(column)
     inner, prefix = (column.inner, f"{name}[]") if isinstance(column, dy.List) else (column, name)
@@ -100,7 +100,7 @@ def _column_rows(name: str, column: dy.Column) -> Iterator[Row]:
 
 
 def _column_type(column: dy.Column) -> str:
-    """The Polars dtype, unit and bounds."""
+    """Return the Polars dtype, unit and bounds."""
     if isinstance(column, dy.List):
         dtype = f"List[{'Struct' if isinstance(column.inner, dy.Struct) else column.inner.dtype}]"
     else:
@@ -134,7 +134,7 @@ _NAMES = {"string": "text", "integer": "whole number", "number": "number", "bool
 
 
 class _Section(NamedTuple):
-    """A settings model, where its fields stand in the file, and how deep."""
+    """A settings model, the place of its fields in the file, and their depth."""
 
     model: Json
     place: str
@@ -146,7 +146,7 @@ class _Section(NamedTuple):
 
 
 def settings(model: type[BaseModel] = Settings) -> str:
-    """Every section and field of the settings file, from the JSON schema of the model; then the packaged profiles."""
+    """Return the sections and fields of the settings file, from the model's JSON schema, then the packaged profiles."""
     whole = _with_words_inside(model.model_json_schema())
     sections: dict[str, _Section] = {}
     for name, field in whole["properties"].items():
@@ -160,7 +160,7 @@ def settings(model: type[BaseModel] = Settings) -> str:
 
 
 def _with_words_inside(whole: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema with every reference to a vocabulary replaced by its words: they are values, and no section."""
+    """Return the JSON schema with each reference to a vocabulary replaced by its words, which are not a section."""
     words = {name: {"enum": one["enum"], "type": "string"} for name, one in whole["$defs"].items() if "enum" in one}
 
     def inside(node: Any) -> Any:
@@ -173,7 +173,7 @@ def _with_words_inside(whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _collect(sections: dict[str, _Section], models: Mapping[str, Json], field: Json, place: str, *, depth: int) -> None:
-    """Add the models that a field holds, each at its first place, and below each those that its own fields hold."""
+    """Add the models in a field, each at its first place, followed by the models in its own fields."""
     for suffix, name in _models_in(field):
         if name not in sections:
             sections[name] = _Section(models[name], place + suffix, depth)
@@ -182,7 +182,7 @@ def _collect(sections: dict[str, _Section], models: Mapping[str, Json], field: J
 
 
 def _models_in(field: Json) -> Iterator[tuple[str, str]]:
-    """What is added to the path of a field to get at a model in it, and the model's name."""
+    """Yield, for each model in a field, the suffix of the field's path and the model's name."""
     if "$ref" in field:
         yield "", field["$ref"].rpartition("/")[2]
     for option in (*field.get("anyOf", ()), *field.get("oneOf", ())):
@@ -193,12 +193,12 @@ def _models_in(field: Json) -> Iterator[tuple[str, str]]:
 
 
 def _by_role(field: Json) -> Json:
-    """What a field that is a mapping from roles holds."""
+    """Return the schema of the values if the field is a mapping from roles, else an empty one."""
     return next(iter(field.get("patternProperties", {}).values()), {})
 
 
 def _variant(model: Json) -> str:
-    """Of a model that is one of several, the words by which it is told: ` with strategy: ifd`."""
+    """Return the words that identify a model that is one of several: ` with strategy: ifd`."""
     for name in ("strategy", "kind"):
         field = model["properties"].get(name)
         if field:
@@ -211,14 +211,14 @@ def _fields(model: Json, sections: Mapping[str, _Section]) -> str:
     rows = []
     for name, field in model["properties"].items():
         inside = [sections[inner] for _, inner in _models_in(field)]
-        meaning = field.get("description") or (inside[0].model["description"] if inside else "Says which one it is.")
+        meaning = field.get("description") or (inside[0].model["description"] if inside else "Identifies this variant.")
         value = _links(field, sections) if inside else _value(field)
         rows.append((f"`{name}`", value, _default(field), _text(meaning)))
     return _markdown(("field", "value", "default", "meaning"), rows)
 
 
 def _links(field: Json, sections: Mapping[str, _Section]) -> str:
-    """The sections that a field holds, and how it holds them."""
+    """Return links to the sections in a field, with the kind of container."""
     inside = list(_models_in(field))
     links = ", ".join(f"[{_label(sections[name])}](#{_slug(sections[name].heading)})" for _, name in inside)
     several = f"list of {'any of ' if len(inside) > 1 else ''}"
@@ -227,12 +227,12 @@ def _links(field: Json, sections: Mapping[str, _Section]) -> str:
 
 
 def _label(section: _Section) -> str:
-    """What a link to a section says: its place, or, where several share one, the words that tell it."""
+    """Return the text of a link to a section: its place, or the identifying words if several share the place."""
     return _variant(section.model).removeprefix(" with ") or f"`{section.place}`"
 
 
 def _value(field: Json) -> str:
-    """What may stand there, in words."""
+    """Return the allowed values of a field, in words."""
     if "const" in field or "enum" in field:
         return _words(field, " or ")
     if "anyOf" in field:
@@ -250,7 +250,7 @@ def _words(field: Json, last: str) -> str:
 
 
 def _list(field: Json) -> str:
-    """`list of 2 numbers`, `non-empty list of text as …`, `list of any of …`."""
+    """Return `list of 2 numbers`, `non-empty list of text as …` or `list of any of …`."""
     length = len(field.get("prefixItems", ()))
     item = field["prefixItems"][0] if length else field["items"]
     many = f"{'non-empty ' if field.get('minItems') and not length else ''}list of {f'{length} ' if length else ''}"
@@ -274,11 +274,11 @@ def _default(field: Json) -> str:
     if "default" not in field:
         return "-" if "const" in field else "required"
     is_section = "$ref" in field and not field["$ref"].endswith("/Budget")
-    return "see there" if is_section else f"`{_yaml(field['default'])}`"
+    return "see section" if is_section else f"`{_yaml(field['default'])}`"
 
 
 def _yaml(value: Any) -> str:
-    """A value as it stands in the file, in one line, without what is null."""
+    """Return a value as YAML in one line, without null fields."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_yaml(one)}" for name, one in value.items() if one is not None) + "}"
     if isinstance(value, list):
@@ -297,12 +297,12 @@ def _profile(name: str) -> str:
 
 
 def commands() -> str:
-    """Every command of `qaq` with its arguments and options."""
+    """Return every command of `qaq` with its arguments and options."""
     return "\n\n".join(_command(name, command) for name, command in console_commands().items())
 
 
 def console_commands() -> dict[str, Any]:
-    """The commands by name, in the order of `qaq --help`."""
+    """Return the commands by name, in the order of `qaq --help`."""
     return dict(typer.main.get_command(app).commands)  # pyrefly: ignore
 
 
@@ -342,7 +342,7 @@ def _doc(declared: type) -> str:
 
 
 def _text(words: str) -> str:
-    """Words as Markdown: what looks like a tag outside of code is text."""
+    """Return the words as Markdown, with `<` escaped outside code."""
     parts = words.split("`")
     return "`".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(parts))
 
@@ -353,12 +353,12 @@ def _markdown(head: Row, rows: Sequence[Row]) -> str:
 
 
 def _slug(heading: str) -> str:
-    """The anchor of a heading, as code hosts and MyST make it."""
+    """Return the anchor of a heading, as code hosts and MyST create it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 PAGES = {"tables.md": tables, "settings.md": settings, "commands.md": commands}
-"""What makes the generated part of each page."""
+"""The function that generates each page's part."""
 
 
 if __name__ == "__main__":

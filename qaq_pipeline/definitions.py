@@ -1,4 +1,4 @@
-"""The code location: jobs and automation put together, for the settings in force.
+"""The Dagster code location: the jobs and the automation for the current settings.
 
 Belongs here: nothing else. Settings are read when the definitions are built, never at import.
 """
@@ -13,7 +13,7 @@ from qaq_pipeline.orchestration.jobs import build_job_defs
 
 
 def build_defs(settings: Settings) -> dg.Definitions:
-    """Fresh definitions."""
+    """Build new definitions."""
     return dg.Definitions.merge(
         build_job_defs(settings),
         build_automation(settings),
@@ -23,5 +23,5 @@ def build_defs(settings: Settings) -> dg.Definitions:
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """The code location: the definitions for `QAQ_CONFIG`."""
+    """Return the definitions for the settings in `QAQ_CONFIG`."""
     return build_defs(load_settings())

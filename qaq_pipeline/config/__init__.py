@@ -1,1 +1,1 @@
-"""The settings file as closed pydantic models, and how it is read. The modules that use a setting say what it does."""
+"""The settings file: closed pydantic models and the loader. The module that uses a setting describes its effect."""

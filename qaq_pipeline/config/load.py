@@ -1,7 +1,7 @@
-"""The reading of the settings file, and the folders QAQ_HOME and DAGSTER_HOME.
+"""The loader of the settings file, and the folders QAQ_HOME and DAGSTER_HOME.
 
-The file is named by `QAQ_CONFIG`; without it the packaged demo profile is read. `QAQ_HOME` (default `./var`) holds
-the Dagster home, the storage and the model cache unless the file says otherwise. Neither is read at import.
+`QAQ_CONFIG` names the file; the default is the packaged demo profile. `QAQ_HOME` (default `./var`) contains the
+Dagster home, the storage and the model cache, unless the file places them elsewhere. Neither is read at import.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
 
 _RENAMED_FIELDS = {"automation.recuration_cron": "automation.refresh_cron"}
-"""The new name of each renamed field: the error of an unknown field gives it."""
+"""The new name of each renamed field, for the error message about the old name."""
 
 
 def home_directory() -> Path:
-    """QAQ_HOME as an absolute path; default `./var`."""
+    """Return QAQ_HOME as an absolute path; default `./var`."""
     return Path(os.environ.get("QAQ_HOME", "var")).absolute()
 
 
 def dagster_home() -> Path:
-    """DAGSTER_HOME where it is set, else the `dagster` folder of QAQ_HOME."""
+    """Return DAGSTER_HOME if set, otherwise the `dagster` folder of QAQ_HOME."""
     configured = os.environ.get("DAGSTER_HOME")
     return Path(configured).absolute() if configured else home_directory() / "dagster"
 
 
 def packaged_profiles() -> list[str]:
-    """Names of the profiles that come with the package."""
+    """Return the names of the packaged profiles."""
     folder = resources.files("qaq_pipeline") / "profiles"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
-    """Settings from `path`, else from `QAQ_CONFIG`, else from the packaged demo profile.
+    """Load the settings from `path`, else from `QAQ_CONFIG`, else from the packaged demo profile.
 
     `path` may be the name of a packaged profile (`demo`, `paper`).
 
     Raises:
-        SettingsError: the file is missing, is not YAML, or holds a value that is not allowed; every fault is
-            named with its field, its value and what is allowed.
+        SettingsError: the file is missing, is not YAML, or contains an invalid value; the text names the field,
+            the value and the allowed values of every error.
     """
     source = os.fspath(path) if path is not None else os.environ.get("QAQ_CONFIG") or "demo"
     text, name = _read_profile(source)
@@ -52,13 +52,13 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
 
 
 def parse_settings(text: str, name: str = "settings") -> Settings:
-    """Settings from YAML text; `name` is the file's name in errors. Raises `SettingsError`."""
+    """Parse settings from YAML text; `name` is the file's name in errors. Raises `SettingsError`."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{name}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"{name}: a mapping of settings is expected, not {type(values).__name__}")
+        raise SettingsError(f"{name}: must be a mapping of settings, not {type(values).__name__}")
     try:
         return Settings.model_validate(values, context={"home": home_directory()})
     except ValidationError as error:
@@ -83,7 +83,7 @@ def _describe(error: ValidationError, name: str) -> str:
     for fault in error.errors(include_url=False):
         field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
         value = fault["input"]
-        is_secret = fault["loc"][:1] == ("alerts",)  # Perhaps a password, where the name of its variable belongs.
+        is_secret = fault["loc"][:1] == ("alerts",)  # It may be a password instead of the name of its variable.
         shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
         message = f"is now {_RENAMED_FIELDS[field]}" if field in _RENAMED_FIELDS else fault["msg"]
         lines.append(f"  {field}: {message}{shown}")

@@ -13,21 +13,21 @@ from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed
 
 CONTROL_STRATEGIES = ("random", "stratified_random")
 CONTROL_PREFIX = "control_"
-"""Begins the name of a control: it is followed by the control's strategy."""
+"""Prefix of a control's name, before the control's strategy."""
 
 
 class Budget(Closed):
-    """How much a selection takes: exactly one of the three."""
+    """The size of a selection: exactly one of the three fields."""
 
-    fraction: float | None = Field(None, gt=0, le=1, description="Of the pool: k = floor(f * n + 1/2) pairs.")
+    fraction: float | None = Field(None, gt=0, le=1, description="Share of the pool: k = floor(f * n + 1/2) pairs.")
     count: int | None = Field(
-        None, ge=1, description="Pairs, per batch; with `ranking.pool: reference` of the reference."
+        None, ge=1, description="Pairs per batch; with `ranking.pool: reference`, pairs of the reference."
     )
     answer_tokens: int | None = Field(
         None,
         ge=1,
-        description="Untruncated answer tokens of the strong model's tokenizer; per batch or of the "
-        "reference, as `count`.",
+        description="Answer tokens before truncation, in the strong model's tokenizer; per batch or of the "
+        "reference, as for `count`.",
     )
 
     @model_validator(mode="after")
@@ -39,8 +39,8 @@ class Budget(Closed):
 
 
 _NAME = Field(pattern=NAME, description="Name of the selection, as in the decisions and the exports.")
-_ROLE = Field("strong", pattern=ROLE_NAME, description="Role of the model whose score is used.")
-_BUDGET = Field(Budget(fraction=0.25, count=None, answer_tokens=None), description="How much is taken.")
+_ROLE = Field("strong", pattern=ROLE_NAME, description="Role of the model that provides the score.")
+_BUDGET = Field(Budget(fraction=0.25, count=None, answer_tokens=None), description="Size of the selection.")
 
 
 class _Disagreement(Closed):
@@ -48,12 +48,12 @@ class _Disagreement(Closed):
     budget: Budget = _BUDGET
     min_gap: float | None = Field(None, ge=-1, le=1, description="Take only pairs whose gap is above this.")
     rank_strong: tuple[float, float] | None = Field(
-        None, description="Take only pairs with lo < rank_strong <= hi: keeps out what both models rank low."
+        None, description="Take only pairs with lo < rank_strong <= hi. Excludes pairs that both models rank low."
     )
     rmi_strong: tuple[float | None, float | None] | None = Field(
         None,
-        description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no end. A "
-        "calibration offers both: below are mismatches, above are echoes.",
+        description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no limit. A "
+        "calibration suggests both: mismatches lie below, echoes above.",
     )
 
     @model_validator(mode="after")
@@ -82,7 +82,7 @@ class RmiBandSelection(Closed):
 
     name: str = _NAME
     strategy: Literal["rmi_band"]
-    band: tuple[float, float] = Field((0.5, 0.75), description="Half-open (lo, hi] on the rank.")
+    band: tuple[float, float] = Field((0.5, 0.75), description="Half-open range (lo, hi] of the rank.")
     model: str = _ROLE
 
     @model_validator(mode="after")
@@ -108,7 +108,9 @@ class IfdSelection(Closed):
     budget: Budget = _BUDGET
     model: str = _ROLE
     measure: Literal["ifd_ppl", "ifd_loss"] = Field("ifd_ppl", description="Ratio of perplexities, or of losses.")
-    maximum: float | None = Field(1.0, gt=0, description="Take no pair above this: there, Q makes A less likely.")
+    maximum: float | None = Field(
+        1.0, gt=0, description="Take no pair above this value. Above 1, Q makes A less likely."
+    )
 
 
 class PplSelection(Closed):
@@ -119,9 +121,9 @@ class PplSelection(Closed):
     budget: Budget = _BUDGET
     model: str = _ROLE
     measure: Literal["log_ppl_q", "log_ppl_q_given_a", "log_ppl_a", "log_ppl_a_given_q"] = Field(
-        "log_ppl_a_given_q", description="Which perplexity."
+        "log_ppl_a_given_q", description="Perplexity that orders the pairs."
     )
-    order: Literal["high", "low"] = Field("high", description="Whether the highest or the lowest are taken.")
+    order: Literal["high", "low"] = Field("high", description="Take the highest or the lowest values.")
 
 
 class LengthSelection(Closed):
@@ -157,6 +159,6 @@ Selection = Annotated[
 
 
 def _check_range(field: str, value: tuple[float, float] | None) -> None:
-    """Raise ValueError where the range is empty."""
+    """Raise ValueError if the range is not within [0, 1] or is empty."""
     if value is not None and not 0 <= value[0] < value[1] <= 1:
         raise ValueError(f"{field} must be [lo, hi] with 0 <= lo < hi <= 1; got {list(value)}")

@@ -1,7 +1,7 @@
 """The sections of the settings file as frozen, closed pydantic models, and `Settings`, the whole file.
 
-Belongs here: every field that a user can set, with its description, unit and bounds. Does not belong here: what a field
-does, the reading of the file (`config.load`), and the fields of a selection (`config.selections`).
+Belongs here: every field that a user can set, with its description, unit and bounds. Does not belong here: the effect
+of a field, the loader (`config.load`), and the fields of a selection (`config.selections`).
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ from qaq_pipeline.schema.vocabularies import Defect
 
 
 class RecordSettings(Closed):
-    """How delivered files are read."""
+    """The reading of delivered files."""
 
     shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "query_answer"] = Field(
         "auto", description="Shape of the records; `auto` detects it for each file."
     )
     multi_turn: Literal["last", "every"] = Field(
         "last",
-        description="Of a conversation, take the last user turn and the assistant turn after it, or every such pair.",
+        description="Pairs of a conversation: the last user turn and the assistant turn after it, or every such pair.",
     )
 
 
 class DuplicateSettings(Closed):
-    """Which rows another row stands for. Equal ones (white space and Unicode form aside) always are."""
+    """The duplicates. Rows that are equal, except for white space and Unicode form, always are duplicates."""
 
     near_threshold: float | None = Field(
         0.7,
         ge=0.5,
         le=1,
-        description="Least Jaccard similarity of the 5-word sequences of query and answer of near duplicates; null: "
+        description="Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: "
         "only equal rows are duplicates.",
     )
-    across_batches: bool = Field(True, description="Whether a row of an older batch may stand for one of a newer.")
+    across_batches: bool = Field(True, description="Allow a row of an older batch to represent a row of a newer one.")
 
 
 class BenchmarkSettings(Closed):
-    """A benchmark whose tasks must not be trained on: a file as HumanEval, MBPP or LiveCodeBench are published."""
+    """A benchmark to exclude from training: a file in the format of HumanEval, MBPP or LiveCodeBench."""
 
-    name: str = Field(pattern=NAME, description="Name of the benchmark, as in the evidence.")
-    path: str = Field(description="Local path or any fsspec URL of the file: JSONL or JSON, perhaps gzipped.")
+    name: str = Field(pattern=NAME, description="Name of the benchmark, as shown in the evidence.")
+    path: str = Field(description="Local path or fsspec URL of the file: JSONL or JSON, optionally gzipped.")
 
 
 class ContaminationSettings(Closed):
-    """Which rows hold benchmark tasks, and what becomes of them."""
+    """The detection of rows that contain benchmark tasks, and their treatment."""
 
-    benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to keep out.")
+    benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to exclude.")
     action: Literal["drop", "flag"] = Field(
-        "drop", description="drop: such a row is not scored and never selected. flag: it is, with the evidence beside."
+        "drop", description="drop: such a row is not scored or selected. flag: it can be, and the evidence is stored."
     )
     ngram_words: int = Field(10, ge=3, le=50, description="Length of the compared word sequences, in words.")
     min_share: float = Field(
-        0.2, gt=0, le=1, description="Least share of a task's word sequences that a row must hold."
+        0.2, gt=0, le=1, description="Minimum share of a task's word sequences in a contaminated row."
     )
     min_solution_words: int = Field(
-        10, ge=1, description="Shorter solutions are not looked for word for word, in words."
+        10, ge=1, description="Minimum length of a solution to search for word for word, in words."
     )
     trivial_solutions: tuple[str, ...] = Field(
-        (), description="Solutions that are nobody's own, and not looked for, white space aside."
+        (), description="Solutions that are too common to search for; white space is ignored."
     )
 
     @model_validator(mode="after")
@@ -86,97 +86,97 @@ class ContaminationSettings(Closed):
 
 
 class ScreeningSettings(Closed):
-    """What is found out about rows before any of them is scored."""
+    """The screening of rows before scoring."""
 
-    duplicates: DuplicateSettings = Field(DuplicateSettings(), description="Equal and near rows.")
+    duplicates: DuplicateSettings = Field(DuplicateSettings(), description="Exact and near duplicates.")
     contamination: ContaminationSettings = Field(ContaminationSettings(), description="Benchmark tasks.")
 
 
 class GateSettings(Closed):
-    """What a batch must be like to be scored and published; its rows are in `decisions` in any case."""
+    """The conditions for scoring and publishing a batch. Its rows are in `decisions` in any case."""
 
     max_rejected_share: float | None = Field(
-        0.2, ge=0, le=1, description="Share of rows that may be rejected; null: any. Above it, nothing is scored."
+        0.2, ge=0, le=1, description="Maximum share of rejected rows; null: no limit. Above it, nothing is scored."
     )
     min_scorable_share: float | None = Field(
-        0.5, ge=0, le=1, description="Least share of the distinct pairs that every model must score; null: any."
+        0.5, ge=0, le=1, description="Minimum share of distinct pairs that each model must score; null: no limit."
     )
 
 
 class CheckSettings(Closed):
-    """When an asset check does not pass. Checks report; what stops a batch is a gate."""
+    """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
     max_null_share: float = Field(
-        0.05, ge=0, le=1, description="Share of wanted quantities that a model may leave without a number."
+        0.05, ge=0, le=1, description="Maximum share of requested quantities that are null under a model."
     )
-    max_truncated_share: float = Field(0.1, ge=0, le=1, description="Share of answers that may be cut to the window.")
+    max_truncated_share: float = Field(0.1, ge=0, le=1, description="Maximum share of answers cut to fit the window.")
     min_mean_rmi: float = Field(
-        0.0, ge=-10, le=10, description="Mean RMI of a batch under a model must be above this, in nats/token."
+        0.0, ge=-10, le=10, description="The mean RMI of a batch under a model must be above this, in nats/token."
     )
     max_rank_correlation: float = Field(
-        0.98, ge=-1, le=1, description="Spearman's correlation of the two models' ranks must be below this."
+        0.98, ge=-1, le=1, description="The Spearman correlation of the two models' ranks must be below this."
     )
     max_psi: float = Field(
-        0.25, ge=0, le=100, description="Population stability index of PPL(Q) and RMI against the reference, at most."
+        0.25, ge=0, le=100, description="Maximum population stability index of PPL(Q) and RMI against the reference."
     )
     max_ks: float = Field(
-        0.2, ge=0, le=1, description="Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference, at most."
+        0.2, ge=0, le=1, description="Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."
     )
 
 
 class LandingSettings(Closed):
-    """Where deliveries land, and when one is complete."""
+    """The landing zone, and the rule for a complete delivery."""
 
     url: str | None = Field(
         None,
-        description="Local path or any fsspec URL; a file or folder in it is one delivery. Default: QAQ_HOME/landing.",
+        description="Local path or fsspec URL; each file or folder in it is one delivery. Default: QAQ_HOME/landing.",
     )
     marker: str = Field(
         "_SUCCESS",
         pattern=r"^[A-Za-z0-9_.-]{1,64}$",
-        description="File that says that a delivery is complete: in its folder, or FILE.MARKER beside a file.",
+        description="File that marks a delivery as complete: in its folder, or FILE.MARKER beside a file.",
     )
     require_marker: bool = Field(
         False,
-        description="Whether only the marker says so; else a delivery whose files stay the same for two looks is.",
+        description="Wait for the marker. If false, a delivery is also complete when two polls find the same files.",
     )
-    interval_seconds: int = Field(30, ge=1, description="How often is looked, in seconds.")
+    interval_seconds: int = Field(30, ge=1, description="Time between two polls, in seconds.")
 
 
 class AutomationSettings(Closed):
-    """What runs without a hand while the daemon runs: `qaq ui`, or `dagster-daemon`."""
+    """The work that starts automatically while the daemon runs (`qaq ui` or `dagster-daemon`)."""
 
     started: bool = Field(
-        False, description="Whether sensors and schedules run from the start; the UI starts and stops each of them."
+        False, description="Start sensors and schedules with the daemon; the UI can start and stop each of them."
     )
-    interval_seconds: int = Field(30, ge=1, description="How often the assets' conditions are evaluated, in seconds.")
-    refresh_cron: str = Field("0 3 * * *", description="When stale tables are rebuilt, as cron.")
-    timezone: str = Field("UTC", description="Time zone of the cron, such as Europe/Berlin.")
+    interval_seconds: int = Field(
+        30, ge=1, description="Time between two evaluations of the assets' conditions, in seconds."
+    )
+    refresh_cron: str = Field("0 3 * * *", description="Cron schedule that rebuilds stale tables.")
+    timezone: str = Field("UTC", description="Time zone of the schedule, such as Europe/Berlin.")
     stale_after_hours: float = Field(
-        192.0, gt=0, description="The dataset is stale when nothing was published for longer, in hours."
+        192.0, gt=0, description="Hours without a publication after which the dataset is stale."
     )
 
     @model_validator(mode="after")
     def _zone(self) -> Self:
         if self.timezone not in zoneinfo.available_timezones():
-            raise ValueError(f"timezone: {self.timezone!r} is no time zone; such as UTC or Europe/Berlin")
+            raise ValueError(f"timezone: {self.timezone!r} is not a time zone, such as UTC or Europe/Berlin")
         return self
 
 
 class StorageSettings(Closed):
-    """Where tables, deliveries and the score cache lie."""
+    """The place of tables, deliveries and the score cache."""
 
-    root: str | None = Field(
-        None, description="Local path or any fsspec URL (s3://…, gs://…). Default: QAQ_HOME/storage."
-    )
+    root: str | None = Field(None, description="Local path or fsspec URL (s3://…, gs://…). Default: QAQ_HOME/storage.")
 
 
 class ModelSettings(Closed):
-    """One scoring model. Exactly one of `hub`, `directory` and `gguf` says where it comes from."""
+    """One scoring model, from exactly one of `hub`, `directory` and `gguf`."""
 
-    hub: str | None = Field(None, description="Hugging Face hub id, such as Qwen/Qwen3-0.6B.")
+    hub: str | None = Field(None, description="Hugging Face Hub id, such as Qwen/Qwen3-0.6B.")
     revision: str | None = Field(
-        None, description="Commit of the hub repository; without it the newest is taken, and stored with the scores."
+        None, description="Commit of the hub repository. Default: the newest, which is stored with the scores."
     )
     directory: str | None = Field(None, description="Local directory in Hugging Face layout; relative to model_cache.")
     gguf: str | None = Field(
@@ -187,17 +187,19 @@ class ModelSettings(Closed):
     )
     chat_template_from: str | None = Field(
         None,
-        description="Hub id, local directory, or .jinja file whose chat template is borrowed: the instruct sibling of "
-        "the same family. Default: the model's own.",
+        description="Source of the chat template, such as the instruct model of the same family: hub id, local "
+        "directory or .jinja file. Default: the model itself.",
     )
     system_prompt: str = Field(
         "You are a helpful coding assistant.",
-        description="The system prompt of every pass; a row's own system text replaces it.",
+        description="System prompt of every pass; a row's own system text replaces it.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the weights. `auto`: bfloat16 where natively fast, else float32."
+        "auto", description="Type of the weights. `auto`: bfloat16 if natively fast, otherwise float32."
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Device: auto, cpu, mps, cuda or cuda:N."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -205,69 +207,75 @@ class ModelSettings(Closed):
         if len(sources) != 1:
             raise ValueError(f"give exactly one of hub, directory, gguf; got {sources or 'none'}")
         if self.revision is not None and self.hub is None:
-            raise ValueError("revision belongs to a hub model only; a local one is identified by its files' hashes")
+            raise ValueError("revision is for a hub model only; the hashes of its files identify a local one")
         if self.chat_template_from is not None and self.frame != "chat":
             raise ValueError("chat_template_from needs frame: chat")
         return self
 
 
 class ScoringSettings(Closed):
-    """What is scored, in which prompt, within which window."""
+    """The scores, their prompt and their window."""
 
     quantities: tuple[Literal["rmi", "ifd"], ...] = Field(
-        ("rmi", "ifd"), min_length=1, description="Scores wanted; ifd costs about as much again as rmi."
+        ("rmi", "ifd"), min_length=1, description="Scores to compute; ifd costs about as much as rmi."
     )
     prior: Literal["null_answer", "user", "bare"] = Field(
         "null_answer",
         description="Context of log PPL(Q): the reverse prompt with an empty answer, Q as a user turn, or BOS alone.",
     )
     invalid_clause: bool = Field(
-        True, description='Whether the reverse prompt asks for "INVALID" outside programming, as the authors do.'
+        True, description='Let the reverse prompt ask for "INVALID" outside programming, as the authors do.'
     )
-    max_tokens: int = Field(2048, ge=16, le=1_048_576, description="Window of one sequence, in tokens.")
+    max_tokens: int = Field(
+        2048, ge=16, le=1_048_576, description="Maximum length of one sequence (the window), in tokens."
+    )
     too_long: Literal["truncate_answer", "leave_unscored"] = Field(
-        "truncate_answer", description="A pair over max_tokens: A loses its tail, or the pair is left unscored."
+        "truncate_answer", description="For a pair over max_tokens: cut the end of A, or leave the pair unscored."
     )
 
 
 class EligibilitySettings(Closed):
-    """Which scored pairs take part in ranks and selections."""
+    """The conditions for a pair to be ranked and selected."""
 
-    min_query_tokens: int = Field(1, ge=1, description="Pairs whose Q has fewer tokens do not, in tokens.")
+    min_query_tokens: int = Field(
+        1, ge=1, description="Pairs whose Q has fewer tokens are not ranked or selected, in tokens."
+    )
     short_query_tokens: int = Field(4, ge=0, description="Pairs whose Q has fewer tokens are flagged, in tokens.")
 
 
 class RuntimeSettings(Closed):
-    """How the work is run: changes time and memory, and no result."""
+    """The execution of the work. These settings change time and memory, not results."""
 
     executor: Literal["in_process", "multiprocess"] = Field(
-        "in_process", description="Where steps run: in the run's process, or each in one of its own."
+        "in_process", description="Run steps in the process of the run, or each in its own process."
     )
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="Tokens of one forward pass, padding included: bounds memory. Default: 1,024 on a CPU; on a GPU "
+        description="Maximum tokens of one forward pass with padding; limits memory. Default: 1,024 on a CPU; on a GPU "
         "up to 32,768, by its free memory.",
     )
     processes: int | None = Field(
         None,
         ge=1,
-        description="Scoring processes at most. Default: one for each GPU, or for each core of a CPU with one thread "
-        "each, where there is work enough.",
+        description="Maximum number of scoring processes. Default: one per GPU, or one per CPU core with one thread "
+        "each, if there is enough work.",
     )
-    shard_seconds: float = Field(20.0, ge=0, description="How often finished scores are stored, in seconds.")
+    shard_seconds: float = Field(20.0, ge=0, description="Time between two writes of finished scores, in seconds.")
     lock_timeout_seconds: float = Field(
-        10.0, ge=0, description="How long a step waits for another that writes the same partition, in seconds."
+        10.0, ge=0, description="Maximum wait for another step that writes the same partition, in seconds."
     )
 
 
 class ReferenceSettings(Closed):
-    """A frozen pool: the scored pairs of some batches, which ranks and cuts of every batch can be taken against."""
+    """A frozen pool: the scored pairs of some batches. The ranks and cuts of every batch can be taken against it."""
 
-    name: str = Field(pattern=NAME, description="Name of the reference. It is frozen: other batches need another name.")
+    name: str = Field(
+        pattern=NAME, description="Name of the reference. It is frozen: a change of the batches needs a new name."
+    )
     batches: tuple[str, ...] = Field(
         min_length=1,
-        description="Batches whose pairs it holds; a pair of several counts once, as in the first of them.",
+        description="Batches that provide the pairs; a pair in several batches counts once, as in the first.",
     )
 
     @model_validator(mode="after")
@@ -275,29 +283,31 @@ class ReferenceSettings(Closed):
         for batch in self.batches:
             check_batch_name(batch)
             if self.batches.count(batch) > 1:
-                raise ValueError(f"batches: {batch!r} is named twice")
+                raise ValueError(f"batches: {batch!r} appears twice")
         return self
 
 
 class RankingSettings(Closed):
-    """Strata of PPL(Q) and ranks inside them."""
+    """The strata of PPL(Q) and the ranks within them."""
 
-    num_strata: int = Field(10, ge=1, le=1000, description="Equal-count strata of PPL(Q).")
+    num_strata: int = Field(
+        10, ge=1, le=1000, description="Number of strata of PPL(Q), each with the same number of pairs."
+    )
     min_rows_per_stratum: int = Field(
-        20, ge=1, description="Fewer strata are made, with a warning, when one would hold fewer rows."
+        20, ge=1, description="Minimum rows in a stratum. Too few rows give fewer strata and a warning."
     )
     strata_from: Literal["own", "strong"] = Field(
-        "own", description="Whose PPL(Q) makes the strata: each model's own, or the strong model's for all."
+        "own", description="PPL(Q) that defines the strata: each model's own, or the strong model's for all."
     )
     pool: Literal["batch", "reference"] = Field(
-        "batch", description="The pool in which ranks are taken: the batch itself, or the reference."
+        "batch", description="Pool in which pairs are ranked: the batch itself or the reference."
     )
     reference: ReferenceSettings | None = Field(
-        None, description="What `pool: reference` ranks against; with `pool: batch`, what drift is measured against."
+        None, description="Frozen pool for the ranks of `pool: reference`; with `pool: batch`, for drift only."
     )
 
     def without_pool(self) -> dict[str, Any]:
-        """How strata and ranks are made, whatever the pool; as JSON."""
+        """Return the settings of strata and ranks without the pool, as JSON."""
         return self.model_dump(mode="json", exclude={"pool", "reference"})
 
     @model_validator(mode="after")
@@ -308,66 +318,64 @@ class RankingSettings(Closed):
 
 
 class CalibrationSettings(Closed):
-    """A validation of the scores by planted defects: some rows of a batch are made bad on purpose, and scored too."""
+    """A validation of the scores by planted defects: rows of the batch are made bad on purpose and scored."""
 
-    enabled: bool = Field(True, description="Whether the scores of a batch are validated, after it was published.")
+    enabled: bool = Field(True, description="Validate the scores of a batch after it is published.")
     defects: tuple[Defect, ...] = Field(
         tuple(Defect),
         min_length=1,
-        description="What is done to rows, the most telling first: of a small batch, only the first get rows.",
+        description="Defects to plant, the most informative first. A small batch has rows for the first only.",
     )
-    rows_per_defect: int = Field(100, ge=1, le=1000, description="Planted rows of each defect, at most.")
+    rows_per_defect: int = Field(100, ge=1, le=1000, description="Maximum number of planted rows per defect.")
     max_share: float | None = Field(
-        0.08, gt=0, le=1, description="Planted rows as a share of the batch's scorable pairs, at most; null: any."
+        0.08, gt=0, le=1, description="Maximum planted rows as a share of the batch's scorable pairs; null: no limit."
     )
-    seed: int = Field(0, ge=0, description="Key of the draw of rows, and of what is done to them.")
+    seed: int = Field(0, ge=0, description="Key for the draw of rows and for their changes.")
     false_discovery_rate: float = Field(
-        0.05, gt=0, lt=1, description="Share of mismatches among what the low cut of RMI keeps that is aimed at."
+        0.05, gt=0, lt=1, description="Target share of mismatches among the rows that the low cut of RMI keeps."
     )
-    echo_quantile: float = Field(
-        0.05, ge=0, lt=1, description="Share of the echoes that may lie below the high cut of RMI."
-    )
+    echo_quantile: float = Field(0.05, ge=0, lt=1, description="Maximum share of echoes below the high cut of RMI.")
     min_auc: float = Field(
         0.8,
         ge=0.5,
         le=1,
-        description="A model's RMI must tell rows from those with another answer with an AUROC of this at least.",
+        description="Minimum AUROC with which a model's RMI must separate rows from those with another answer.",
     )
 
     @model_validator(mode="after")
     def _defects(self) -> Self:
         for defect in self.defects:
             if self.defects.count(defect) > 1:
-                raise ValueError(f"defects: {defect.value!r} is named twice")
+                raise ValueError(f"defects: {defect.value!r} appears twice")
         return self
 
 
 class ExportSettings(Closed):
-    """What is written for training beside the tables."""
+    """The training files of a published version."""
 
     formats: tuple[Literal["messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf"], ...] = Field(
         ("messages", "prompt_completion", "alpaca"),
         min_length=1,
         description="messages, prompt_completion, sharegpt: JSONL. alpaca: JSON. parquet: messages as Parquet. hf: "
-        "messages as a folder of `save_to_disk`, with the extra `datasets`.",
+        "messages as a folder of `save_to_disk`; needs the extra `datasets`.",
     )
     selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=NAME)], ...] = Field(
         "published",
-        description="published: the published selection and its controls. all, or names: these other ones as well.",
+        description="published: the published selection and its controls. all, or names: other selections as well.",
     )
     meta: bool = Field(
         False,
-        description="Whether records have `meta`: where the row comes from, and the delivered record, as JSON text.",
+        description="Add `meta` to records: the origin of the row, and the delivered record as JSON text.",
     )
 
 
 class PublicationSettings(Closed):
-    """What becomes of published versions."""
+    """The retention of published versions."""
 
     keep_versions: int | None = Field(
         None,
         ge=1,
-        description="Versions whose files are kept, the newest ones; null: all. Manifests and differences always are.",
+        description="Number of newest versions whose files are kept; null: all. Manifests and differences always stay.",
     )
 
 
@@ -385,15 +393,15 @@ class EmailAlerts(Closed):
 
     kind: Literal["email"]
     host: str = Field(min_length=1, description="SMTP server.")
-    port: int = Field(587, ge=1, le=65535, description="Its port.")
-    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Address that the messages are from.")
+    port: int = Field(587, ge=1, le=65535, description="Port of the SMTP server.")
+    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Sender address of the messages.")
     recipients: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(
-        min_length=1, description="Addresses that they go to."
+        min_length=1, description="Recipient addresses."
     )
-    starttls: bool = Field(True, description="Whether the connection is encrypted by STARTTLS, certificate checked.")
+    starttls: bool = Field(True, description="Encrypt the connection with STARTTLS and check the certificate.")
     username: str | None = Field(None, min_length=1, description="Login name; null: no login.")
     password_env: str | None = Field(
-        None, pattern=_ENVIRONMENT_NAME, description="Environment variable that holds the password."
+        None, pattern=_ENVIRONMENT_NAME, description="Environment variable that contains the password."
     )
 
     @model_validator(mode="after")
@@ -406,79 +414,77 @@ class EmailAlerts(Closed):
 
 
 class SlackAlerts(Closed):
-    """An incoming webhook of Slack; needs the extra `slack`."""
+    """A Slack incoming webhook; needs the extra `slack`."""
 
     kind: Literal["slack"]
     webhook_env: str = Field(
         "SLACK_WEBHOOK_URL",
         pattern=_ENVIRONMENT_NAME,
-        description="Environment variable that holds the webhook's URL, which is a secret.",
+        description="Environment variable that contains the webhook's URL, which is a secret.",
     )
 
 
 class PythonAlerts(Closed):
-    """A function of the user's own, called with the Alert."""
+    """A Python function of the user, called with the Alert."""
 
     kind: Literal["python"]
     target: str = Field(
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
-        description="As module:function; imported when the first alert is sent.",
+        description="Function, as module:function; imported when the first alert is sent.",
     )
 
 
 class ReportSettings(Closed):
-    """The audit pages, and the plots in the UI."""
+    """The audit pages and the plots in the UI."""
 
-    pages: bool = Field(True, description="Whether every batch and every published version gets a page.")
-    pictures: bool = Field(True, description="Whether assets show plots in the UI, of under 100 KB each.")
-    examples: int = Field(
-        10, ge=0, le=25, description="Rows of each reason and of each tail that a page shows, at most."
-    )
+    pages: bool = Field(True, description="Write a page for every batch and every published version.")
+    pictures: bool = Field(True, description="Show plots of the assets in the UI, each under 100 KB.")
+    examples: int = Field(10, ge=0, le=25, description="Maximum rows shown on a page for each reason and each tail.")
 
 
 class AlertSettings(Closed):
-    """Who is told of failed runs, gated batches and refused deliveries."""
+    """The channels for alerts about failed runs, gated batches and refused deliveries."""
 
     channels: tuple[
         Annotated[LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts, Field(discriminator="kind")], ...
-    ] = Field((LogAlerts(),), description="Every one of them is tried; none: nobody is told.")
+    ] = Field((LogAlerts(),), description="Each alert goes to every channel; empty: no alerts.")
 
 
 class Settings(Closed):
-    """The whole file."""
+    """The whole settings file."""
 
-    records: RecordSettings = Field(RecordSettings(), description="How delivered files are read.")
-    screening: ScreeningSettings = Field(ScreeningSettings(), description="What is found before scoring.")
-    gates: GateSettings = Field(GateSettings(), description="What a batch must be like.")
-    checks: CheckSettings = Field(CheckSettings(), description="When an asset check warns.")
-    landing: LandingSettings = Field(LandingSettings(), description="Where deliveries land.")
-    automation: AutomationSettings = Field(AutomationSettings(), description="What runs without a hand.")
-    storage: StorageSettings = Field(StorageSettings(), description="Where everything is stored.")
+    records: RecordSettings = Field(RecordSettings(), description="Reading of delivered files.")
+    screening: ScreeningSettings = Field(ScreeningSettings(), description="Screening of rows before scoring.")
+    gates: GateSettings = Field(GateSettings(), description="Conditions for scoring and publishing a batch.")
+    checks: CheckSettings = Field(CheckSettings(), description="Limits of the asset checks.")
+    landing: LandingSettings = Field(LandingSettings(), description="Landing zone of deliveries.")
+    automation: AutomationSettings = Field(AutomationSettings(), description="Automatic runs.")
+    storage: StorageSettings = Field(StorageSettings(), description="Place of all stored data.")
     model_cache: str | None = Field(None, description="Folder of local and converted models. Default: QAQ_HOME/models.")
     models: dict[Annotated[str, Field(pattern=ROLE_NAME)], ModelSettings] = Field(
         description="Scoring models by role; `strong` and `weak` are required."
     )
-    scoring: ScoringSettings = Field(ScoringSettings(), description="What is scored, and how.")
-    eligibility: EligibilitySettings = Field(EligibilitySettings(), description="Which pairs are ranked.")
+    scoring: ScoringSettings = Field(ScoringSettings(), description="Scores, prompt and window.")
+    eligibility: EligibilitySettings = Field(EligibilitySettings(), description="Conditions for ranking a pair.")
     ranking: RankingSettings = Field(RankingSettings(), description="Strata and ranks.")
     selections: tuple[Selection, ...] = Field(
         (DiffSelection(name="diff_high", strategy="diff_high"),),
         min_length=1,
-        description="Named selections; the first is published, and random controls of its size come with it.",
+        description="Named selections. The first is published, with random controls of the same size.",
     )
     calibration: CalibrationSettings = Field(
         CalibrationSettings(), description="Validation of the scores by planted defects."
     )
     export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
-    publication: PublicationSettings = Field(PublicationSettings(), description="What becomes of older versions.")
+    publication: PublicationSettings = Field(PublicationSettings(), description="Retention of older versions.")
     reports: ReportSettings = Field(ReportSettings(), description="Audit pages and plots.")
-    alerts: AlertSettings = Field(AlertSettings(), description="Who is told when something goes wrong.")
-    runtime: RuntimeSettings = Field(RuntimeSettings(), description="How the work is run.")
+    alerts: AlertSettings = Field(AlertSettings(), description="Alerts about problems.")
+    runtime: RuntimeSettings = Field(RuntimeSettings(), description="Execution of the work.")
 
     _home: Path = PrivateAttr(default=Path("var"))
 
     def model_post_init(self, context: Any, /) -> None:
-        """Take QAQ_HOME from the key `home` of the context, where there is one."""
+        """Take QAQ_HOME from the key `home` of the context, if present."""
         self._home = (context or {}).get("home", self._home)
 
     @model_validator(mode="after")
@@ -491,14 +497,14 @@ class Settings(Closed):
             if names.count(name) > 1:
                 raise ValueError(f"selections: the name {name!r} is used twice")
             if name.startswith(CONTROL_PREFIX):
-                raise ValueError(f"selections: {name!r}: names that begin with {CONTROL_PREFIX!r} are the controls'")
+                raise ValueError(f"selections: {name!r}: the prefix {CONTROL_PREFIX!r} is reserved for controls")
         for selection in self.selections:
             self._check_selection(selection)
         for name in () if isinstance(self.export.selections, str) else self.export.selections:
             if name not in names:
-                raise ValueError(f"export.selections: {name!r} is no selection; known: {names}")
+                raise ValueError(f"export.selections: {name!r} is not a selection; known: {names}")
         if self.ranking.pool == "reference" and "rmi" not in self.scoring.quantities:
-            raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: ranks are of RMI")
+            raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: it ranks RMI")
         return self
 
     def _check_selection(self, selection: Selection) -> None:
@@ -518,18 +524,17 @@ class Settings(Closed):
 
     @model_validator(mode="after")
     def _places(self) -> Self:
-        """The landing zone lies neither in the storage nor around it: the pipeline would take its own files in."""
+        """Reject a landing zone that overlaps the storage, because the pipeline would ingest its own files."""
         zone, stored = (f"{url.rstrip('/')}/" for url in (self.landing_url, self.storage_root))
         if zone.startswith(stored) or stored.startswith(zone):
             raise ValueError(
-                f"landing.url: {self.landing_url!r} and storage.root {self.storage_root!r} lie in one another; take "
-                "two folders"
+                f"landing.url: {self.landing_url!r} and storage.root {self.storage_root!r} overlap; take two folders"
             )
         return self
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether batches are calibrated: it is wanted, and there is an RMI to judge."""
+        """True if batches are calibrated: it is enabled, and RMI is computed."""
         return self.calibration.enabled and "rmi" in self.scoring.quantities
 
     @property
@@ -539,7 +544,7 @@ class Settings(Closed):
 
     @property
     def exported(self) -> list[str]:
-        """Names of the selections that are exported: the published one, its controls, then any other."""
+        """Names of the exported selections: the published one, its controls, then any others."""
         published, *others = (selection.name for selection in self.selections)
         controls = [CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES]
         match self.export.selections:
@@ -553,7 +558,7 @@ class Settings(Closed):
 
     @property
     def home(self) -> Path:
-        """QAQ_HOME, absolute."""
+        """QAQ_HOME as an absolute path."""
         return self._home
 
     @property

@@ -125,7 +125,7 @@ class Sources:
 
     columns: Sequence[str]
     sources: Mapping[str, Sequence[str]]
-    """Columns by table; empty: of no column."""
+    """Columns by table; empty: no source column."""
 
 
 @dataclass(frozen=True)
@@ -522,7 +522,7 @@ def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published
         _lineage(
             title := ", ".join(names),
             column_lineage.of_records(title, exports.columns(written, has_meta=has_meta).names, rows),
-            "of no column: always empty",
+            "no source column: always empty",
         )
         for (rows, written), names in sorted(files.items(), key=lambda one: one[0][0], reverse=True)
     ]

@@ -1,12 +1,11 @@
-"""Of every column of every stored table and exported file, the columns that it is derived from: back to raw_data, and
-so to the delivery.
+"""The source columns of every column of every stored table and exported file, back to raw_data and the delivery.
 
-Belongs here: what the code of the assets makes of what, declared once, and the walk through it. Does not belong here:
-the columns themselves (`schema`), and which files a version was made from (`lineage`).
+Belongs here: the sources of each column, declared once, and the functions that follow them. Does not belong here: the
+columns themselves (`schema`), and the files from which a version was made (`lineage`).
 
-A source is a column whose values enter the derived value, or decide it. What only decides which rows a table has stands
-with the table's key. All sources that some settings make one are named: with ranks in the pool of the batch nothing
-comes from rank_reference, and of the scores a verdict reads those of its strategy.
+A source is a column whose values enter or decide the derived value. A column that only decides which rows a table has
+is a source of the table's key. The declaration covers all settings, so some sources may be unused: with ranks in the
+pool of the batch, nothing comes from rank_reference, and a verdict reads only the scores of its strategy.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Quantity
 
 Column = tuple[str, str]
-"""A stored table, and a column of it."""
+"""A stored table and one of its columns."""
 Sources = tuple[Column, ...]
 ColumnSources = Mapping[str, Mapping[str, Sources]]
-"""Sources by table and column, tables in the order in which they are made."""
+"""Sources by table and column, with the tables in the order of the pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """A column, and what it is derived from."""
+    """A column and its sources."""
 
     table: str
     column: str
     sources: tuple[Column, ...]
-    """None: it is of the delivery (raw_data), of the settings, or of the partition."""
+    """Empty if the column comes from the delivery (raw_data), the settings or the partition."""
 
 
-UNDERIVED = "of no column: of the delivery, the settings or the partition"
-"""What is said of a column without sources."""
+UNDERIVED = "no source column: from the delivery, the settings or the partition"
+"""The text for a column without sources."""
 
 
 def _of(table: str, *columns: str) -> tuple[Column, ...]:
@@ -54,23 +53,23 @@ def _same(table: str, *columns: str) -> dict[str, tuple[Column, ...]]:
 _TEXT = _of("raw_data", "query", "answer")
 _CONTENT = _of("raw_data", "system", "query", "answer")
 _SIGNED = (*_of("signatures", *ROW_KEY, "content_hash", "bands"), *_TEXT)
-"""What duplicates and benchmark tasks are found by."""
+"""The columns that are used to find duplicates and benchmark tasks."""
 
 
 def raw_data() -> dict[str, Sources]:
-    """No column of raw_data is derived from another table."""
+    """Return no sources: no column of raw_data is derived from another table."""
     return dict.fromkeys(tables.RawData.columns(), ())
 
 
 def signatures() -> dict[str, Sources]:
-    """Of accepted rows."""
+    """Return the sources of the hashes of accepted rows."""
     accepted = _of("raw_data", "status")
     key = {column: _merged(_of("raw_data", column), accepted) for column in ROW_KEY}
     return key | {"pair_id": _of("raw_data", "pair_id"), "content_hash": _CONTENT, "bands": _CONTENT}
 
 
 def screened_data() -> dict[str, Sources]:
-    """Sources of the verdicts of screening."""
+    """Return the sources of the verdicts of screening."""
     verdict = _merged(_of("raw_data", "status"), _SIGNED)
     reason = _merged(verdict, _of("raw_data", "reason"))
     return {
@@ -85,7 +84,7 @@ def screened_data() -> dict[str, Sources]:
 
 
 def logprobs() -> dict[str, Sources]:
-    """Of distinct accepted pairs. Whether the window holds a pair is a matter of all its texts, for every quantity."""
+    """Return the sources of the sums. Each depends on all texts of the pair, because all must fit into the window."""
     scored = {f"{column}_{quantity}": _CONTENT for quantity in Quantity for column in ("sum_nll", "null_reason")}
     return scored | {
         "pair_id": _merged(_of("raw_data", "pair_id"), _of("screened_data", "status", "batch_gate")),
@@ -97,7 +96,7 @@ def logprobs() -> dict[str, Sources]:
 
 
 def rmi_scores() -> dict[str, Sources]:
-    """Log PPL(X) is a sum over a count; RMI and IFD are null by the reasons of both their sums."""
+    """Return the sources of log PPL(X), a sum divided by a count, and of RMI and IFD, which are null if a sum is."""
     tokens = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
     log_ppl = {
         quantity: _of("logprobs", f"sum_nll_{quantity}", tokens.get(quantity, "num_a_tokens")) for quantity in Quantity
@@ -123,13 +122,13 @@ def _score(log_ppl: Mapping[Quantity, tuple[Column, ...]], *parts: Quantity) -> 
 
 
 _BINNED = _of("rmi_scores", "pair_id", "log_ppl_q", "rmi")
-"""What strata are made of: pairs with an RMI, in the order of (log PPL(Q), pair_id)."""
+"""The sources of strata: pairs with an RMI, in the order of (log PPL(Q), pair_id)."""
 _EDGES = _of("rank_reference", "pair_id", "model", "stratum_log_ppl_q", "stratum", "num_strata")
 _RANK = _merged(_BINNED, _EDGES, _of("rank_reference", "rmi", "rank"))
 
 
 def rank_reference() -> dict[str, Sources]:
-    """Sources of a frozen pool."""
+    """Return the sources of a frozen pool."""
     return {
         **{column: _of("rmi_scores", column) for column in tables.RmiScores.columns()},
         "model": (),
@@ -141,7 +140,7 @@ def rank_reference() -> dict[str, Sources]:
 
 
 def disagreement_scores() -> dict[str, Sources]:
-    """Sources of strata, ranks and gaps."""
+    """Return the sources of strata, ranks and gaps."""
     return {
         "pair_id": _of("rmi_scores", "pair_id"),
         "pool_id": (),
@@ -153,7 +152,7 @@ def disagreement_scores() -> dict[str, Sources]:
 
 
 def decisions() -> dict[str, Sources]:
-    """Sources of decisions and their reasons."""
+    """Return the sources of decisions and their reasons."""
     fields = [name for name in tables.MODEL_SCORE.inner if name in tables.RmiScores.columns()]
     reasons = ("null_reason_rmi", "null_reason_ifd")
     numbers = (*fields, *reasons, "num_a_tokens_untruncated")
@@ -180,7 +179,7 @@ def decisions() -> dict[str, Sources]:
 
 
 def selected_subset() -> dict[str, Sources]:
-    """Sources of the published rows."""
+    """Return the sources of the published rows."""
     taken = _of("decisions", "verdicts")
     copied = ("pair_id", "system", "query", "answer", "source", "language")
     key = {column: _merged(_of("raw_data", column), taken) for column in ROW_KEY}
@@ -188,7 +187,7 @@ def selected_subset() -> dict[str, Sources]:
 
 
 def planted_rows() -> dict[str, Sources]:
-    """Made of the texts of pairs that both models rank, of every stratum by turns."""
+    """Return the sources of planted rows: the texts of pairs that both models rank, from each stratum in turn."""
     made = _merged(
         _of("raw_data", *ROW_KEY, "pair_id", "language"),
         _CONTENT,
@@ -200,13 +199,13 @@ def planted_rows() -> dict[str, Sources]:
 
 
 def planted_scores() -> dict[str, Sources]:
-    """Sources of the scores of planted rows."""
+    """Return the sources of the scores of planted rows."""
     texts = _of("planted_rows", "system", "query", "answer")
     return dict.fromkeys(tables.PlantedScores.columns(), texts) | {"pair_id": _of("planted_rows", "pair_id")}
 
 
 def calibration() -> dict[str, Sources]:
-    """Which numbers there are is a matter of the settings; each is of all that the two sides rest on."""
+    """Return the sources of a calibration. The settings decide its keys; each value depends on all scores compared."""
     judged = _merged(
         _of("planted_rows", "pair_id", "defect", "original_pair_id"),
         _of("planted_scores", *tables.PlantedScores.columns()),
@@ -229,11 +228,11 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "system": ("system",),
     "meta": (*ROW_KEY, "pair_id", "source", "language"),
 }
-"""Of every field of an exported record, in any format, columns of the row that it is of; `input` is always empty."""
+"""Source columns of each field of an exported record, in any format; `input` is always empty."""
 
 
 def of_records(file: str, fields: Iterable[str], table: str) -> list[Derivation]:
-    """The fields of a file's records, whose rows are of `table`: selected_subset, or raw_data of another selection."""
+    """Return the fields of a file's records; `table` is selected_subset, or raw_data for another selection."""
     record = _of("raw_data", "record")
     return [
         Derivation(file, field, _merged(_of(table, *EXPORTED[field]), record if field == "meta" else ()))
@@ -242,7 +241,7 @@ def of_records(file: str, fields: Iterable[str], table: str) -> list[Derivation]
 
 
 def of_scores(file: str, columns: Iterable[str]) -> list[Derivation]:
-    """The columns of a scores Parquet: those of the decisions, one a score and model, `field:selection` a verdict."""
+    """Return the columns of a scores Parquet: those of decisions, one per score and model, and `field:selection`."""
     decided = tables.Decisions.columns()
     return [
         Derivation(
@@ -255,7 +254,7 @@ def of_scores(file: str, columns: Iterable[str]) -> list[Derivation]:
 
 
 def by_table(sources: Iterable[Column]) -> dict[str, list[str]]:
-    """The columns of each table among the sources, in their order."""
+    """Group the source columns by table, in their order."""
     found: dict[str, list[str]] = {}
     for table, column in sources:
         found.setdefault(table, []).append(column)
@@ -263,24 +262,24 @@ def by_table(sources: Iterable[Column]) -> dict[str, list[str]]:
 
 
 def derivations(derived: ColumnSources) -> list[Derivation]:
-    """Every column of every stored table, in the order of the schema, as rows to print."""
+    """Return every column of every stored table, in the order of the schema, as rows to print."""
     return [
         Derivation(table, column, sources) for table, columns in derived.items() for column, sources in columns.items()
     ]
 
 
 def sources_in(derived: ColumnSources, table: str, inputs: Collection[str]) -> dict[str, Sources]:
-    """Sources of each of a table's columns, restricted to the tables that it was made from."""
+    """Return the sources of each column of a table, restricted to the tables in `inputs`."""
     return {
         column: tuple(source for source in sources if source[0] in inputs) for column, sources in derived[table].items()
     }
 
 
 def of_table(derived: ColumnSources, table: str) -> list[Derivation]:
-    """The columns of a table.
+    """Return the columns of a table.
 
     Raises:
-        ValueError: there is no such table; the text names the tables that there are.
+        ValueError: the table does not exist; the text names those that do.
     """
     if table not in derived:
         raise ValueError(f"{table!r} is no table; known: {', '.join(derived)}")
@@ -288,10 +287,10 @@ def of_table(derived: ColumnSources, table: str) -> list[Derivation]:
 
 
 def ancestry(derived: ColumnSources, table: str, column: str) -> list[Derivation]:
-    """The column and everything that it is derived from, each once: its own sources first, raw_data last.
+    """Return the column and all its direct and indirect sources, each once: nearest first, raw_data last.
 
     Raises:
-        ValueError: there is no such table or column; the text names those that there are.
+        ValueError: the table or column does not exist; the text names those that do.
     """
     of_table(derived, table)
     if column not in derived[table]:

@@ -1,11 +1,10 @@
-"""Every stored table, declared once: columns, dtypes, keys, units, and what null means.
+"""The schema of every stored table: columns, dtypes, keys, units, and the meaning of null.
 
-Belongs here: the tables' schemas, the closed vocabularies of their text columns, and the check that a frame fits.
-Does not belong here: how a table is computed, or where it is stored.
+Belongs here: the tables' schemas, and the check that a frame fits its schema. Does not belong here: how a table is
+computed, or where it is stored.
 
-A schema is enforced on every write (`enforce`), shown in the Dagster UI, and read by every other module, so a
-column that is not declared here does not exist. Absent numbers are null and stand beside a reason: no number ever
-stands for a failure.
+Every write enforces the schema (`enforce`), and the Dagster UI shows it. A column that is not declared here does not
+exist. A missing number is null, with a reason in another column: no number represents a failure.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _nll(symbol: str) -> dy.Float64:
         nullable=True,
         min=0.0,
         metadata={"unit": NATS},
-        description=f"Sum over its scored tokens of -ln p: {symbol}. Null: see the null reason.",
+        description=f"Sum of -ln p over the scored tokens of {symbol}. Null: see the null reason.",
     )
 
 
@@ -65,7 +64,7 @@ def _log_ppl(symbol: str) -> dy.Float64:
 
 
 def _null_reason(of: str) -> dy.String:
-    return _closed(NullReason, nullable=True, description=f"Why {of} is null; null where it is not.")
+    return _closed(NullReason, nullable=True, description=f"Reason why {of} is null; otherwise null.")
 
 
 def _count(what: str, *, minimum: int = 0) -> dy.Int64:
@@ -77,7 +76,7 @@ def _nullable_rank(of: str) -> dy.Float64:
         nullable=True,
         min_exclusive=0.0,
         max=1.0,
-        description=f"Rank of RMI inside its stratum, in (0, 1], {of}; average of ties. Null: not scorable.",
+        description=f"Rank of RMI within the stratum, in (0, 1], {of}; ties get their average. Null: not scorable.",
     )
 
 
@@ -89,14 +88,16 @@ class _RowKey(dy.Schema):
     """The key of one (query, answer) candidate in a delivery: an input row, or one turn of a conversation."""
 
     batch = dy.String(primary_key=True, description="Name of the delivery: the batch partition.")
-    source_file = dy.String(primary_key=True, description="File of the delivery, relative to the delivery.")
+    source_file = dy.String(primary_key=True, description="Path of the file, relative to the delivery.")
     source_row = dy.Int64(
-        primary_key=True, min=1, description="Row in the file, from 1: the line of a JSONL file, else the position."
+        primary_key=True,
+        min=1,
+        description="Row in the file, from 1: the line of a JSONL file, or the position in another format.",
     )
     turn_index = dy.Int64(
         primary_key=True,
         min=0,
-        description="Number, from 0, of the query/answer turn in a conversation; 0 where a row is one pair.",
+        description="Number, from 0, of the query/answer turn in a conversation; 0 if the row is one pair.",
     )
 
 
@@ -104,22 +105,22 @@ _PAIR_ID = r"^[0-9a-f]{32}$"
 
 
 class RawData(_RowKey):
-    """One row per delivered row (or turn): accepted, or rejected with a reason. Nothing is lost."""
+    """One row per delivered row (or turn): accepted, or rejected with a reason. No delivered row is missing."""
 
     pair_id = dy.String(
-        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null where rejected."
+        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null if rejected."
     )
-    system = dy.String(nullable=True, description="The row's own system text: context, never scored.")
-    query = dy.String(nullable=True, description="Q, as delivered; null where the row has none.")
-    answer = dy.String(nullable=True, description="A, as delivered; null where the row has none.")
-    source = dy.String(nullable=True, description="The row's own `source` field, where it has one.")
-    language = dy.String(nullable=True, description="The row's own `language` field, where it has one.")
+    system = dy.String(nullable=True, description="The row's own system text. It is context and is never scored.")
+    query = dy.String(nullable=True, description="Q, as delivered; null if the row has none.")
+    answer = dy.String(nullable=True, description="A, as delivered; null if the row has none.")
+    source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
+    language = dy.String(nullable=True, description="The row's own `language` field; null if it has none.")
     record = dy.String(
         description="The delivered record, verbatim; invalid bytes as \\xNN escapes. Empty for an unreadable file."
     )
     status = _closed(Status, description="Accepted or rejected.")
-    reason = _closed(RejectReason, nullable=True, description="Why it was rejected; null where accepted.")
-    detail = dy.String(nullable=True, description="What exactly was wrong, in words; null where accepted.")
+    reason = _closed(RejectReason, nullable=True, description="Reason for the rejection; null if accepted.")
+    detail = dy.String(nullable=True, description="The exact problem, in words; null if accepted.")
 
     @dy.rule()
     def rejected_iff_reason(cls) -> pl.Expr:
@@ -132,32 +133,38 @@ class RawData(_RowKey):
 
 
 class Signatures(_RowKey):
-    """Of every accepted row, what its duplicates are found by. Immutable: it depends on the row's text alone."""
+    """Hashes of every accepted row, used to find its duplicates. They depend only on the row's text."""
 
     pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     content_hash = dy.String(
-        regex=_PAIR_ID, description="Hash of system text, query and answer, in NFC, every run of white space one space."
+        regex=_PAIR_ID,
+        description="Hash of system text, query and answer, in NFC and with each run of white space as one space.",
     )
     bands = dy.List(
-        dy.UInt64(), description="MinHash bands of the 5-word sequences of query and answer; empty without words."
+        dy.UInt64(),
+        description="MinHash bands of the 5-word sequences of query and answer; empty if there are no words.",
     )
 
 
 class Contamination(_RowKey):
-    """The rows of a batch that hold a task of one benchmark: each with the task that it holds most of."""
+    """The rows of a batch that contain a task of one benchmark, each with the task that it contains most of."""
 
     benchmark = dy.String(description="Name of the benchmark.")
     task = dy.String(description="The task's id.")
-    reason = _closed(ContaminationReason, description="What of it.")
-    share = dy.Float64(min_exclusive=0.0, max=1.0, description="Share of that text's word sequences in the row.")
-    matched_text = dy.String(description="The longest text in common, in words; of a solution word for word, itself.")
+    reason = _closed(ContaminationReason, description="Part of the task in the row.")
+    share = dy.Float64(
+        min_exclusive=0.0, max=1.0, description="Share of that part's word sequences that are in the row."
+    )
+    matched_text = dy.String(
+        description="The longest common text, in words; the solution itself if the row has it word for word."
+    )
 
 
 class ScreenedData(_RowKey):
-    """The same rows, with what was found before any GPU time is spent. Only accepted rows are scored."""
+    """The rows of raw_data with the results of screening, before any GPU time. Only accepted rows are scored."""
 
     pair_id = dy.String(
-        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null where rejected."
+        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null if rejected."
     )
     status = _closed(Status, description="Accepted, rejected (as in raw_data), withdrawn, contaminated or duplicate.")
     reason = _closed(
@@ -166,7 +173,7 @@ class ScreenedData(_RowKey):
         ContaminationReason,
         DuplicateReason,
         nullable=True,
-        description="Why it is not scored, or why it is flagged; else null.",
+        description="Reason why the row is not scored or is flagged; otherwise null.",
     )
     duplicate_of = dy.String(
         nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
@@ -175,14 +182,16 @@ class ScreenedData(_RowKey):
         nullable=True,
         min=0.0,
         max=1.0,
-        description="Of a duplicate, the Jaccard similarity to that row; of a contaminated one, the share of the "
-        "benchmark's text that it holds; else null.",
+        description="Duplicate: Jaccard similarity to that row. Contaminated: share of the benchmark's text in the "
+        "row. Otherwise null.",
     )
     evidence = dy.String(
-        nullable=True, description="What the verdict rests on, in words; null where accepted and not flagged."
+        nullable=True, description="Evidence for the verdict, in words; null if accepted and not flagged."
     )
     batch_gate = _closed(
-        GateReason, nullable=True, description="Why no row of the batch is scored, the same in all; null: it passed."
+        GateReason,
+        nullable=True,
+        description="Reason why no row of the batch is scored, the same in every row; null: the batch passed.",
     )
 
     @dy.rule()
@@ -203,10 +212,12 @@ class CachedScores(dy.Schema):
         primary_key=True,
         check=lambda column: column.is_in([q.value for q in Quantity]),
         metadata={"vocabularies": (Quantity,)},
-        description="Which NLL.",
+        description="The likelihood.",
     )
-    sum_nll = dy.Float64(nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL; null: see reason.")
-    num_tokens = _count("Scored tokens: the divisor of the mean.")
+    sum_nll = dy.Float64(
+        nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL. Null: see the reason."
+    )
+    num_tokens = _count("Scored tokens: divisor of the mean.")
     null_reason = _null_reason("the sum")
 
     @dy.rule()
@@ -226,10 +237,10 @@ class Logprobs(dy.Schema):
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
     null_reason_a_given_q = _null_reason("sum_nll_a_given_q")
-    num_q_tokens = _count("Scored tokens of Q, the same in both passes: the divisor of both means.")
-    num_a_tokens = _count("Scored tokens of A, after truncation: the divisor of both means.")
+    num_q_tokens = _count("Scored tokens of Q, the same in both passes: divisor of both means.")
+    num_a_tokens = _count("Scored tokens of A after truncation: divisor of both means.")
     num_a_tokens_untruncated = _count("All tokens of A.")
-    is_truncated = dy.Bool(description="Whether the tail of A was cut to fit the model's window. Q never is.")
+    is_truncated = dy.Bool(description="True if the end of A was cut to fit the window. Q is never cut.")
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:
@@ -244,7 +255,7 @@ class Logprobs(dy.Schema):
 
 
 class RmiScores(dy.Schema):
-    """Rank-free scores of each pair under one model, derived from its sums: seconds to recompute, no GPU."""
+    """Scores without ranks of each pair under one model, computed from its sums in seconds without a GPU."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     log_ppl_q = _log_ppl("Q")
@@ -263,10 +274,10 @@ class RmiScores(dy.Schema):
     null_reason_rmi = _null_reason("rmi")
     null_reason_ifd = _null_reason("ifd_ppl")
     num_q_tokens = _count("Scored tokens of Q.")
-    num_a_tokens = _count("Scored tokens of A, after truncation.")
+    num_a_tokens = _count("Scored tokens of A after truncation.")
     num_a_tokens_untruncated = _count("All tokens of A.")
-    is_truncated = dy.Bool(description="Whether the tail of A was cut.")
-    is_short_query = dy.Bool(description="Whether Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
+    is_truncated = dy.Bool(description="True if the end of A was cut.")
+    is_short_query = dy.Bool(description="True if Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:
@@ -277,17 +288,17 @@ MODEL_RANK = dy.Struct(
     {
         "model": dy.String(description="Role of the model."),
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1; null: not scorable."),
-        "num_strata": dy.Int64(description="How many strata the model's pool has."),
-        "rank": dy.Float64(nullable=True, description="Rank of RMI inside the stratum, in (0, 1]."),
+        "num_strata": dy.Int64(description="Number of strata in the model's pool."),
+        "rank": dy.Float64(nullable=True, description="Rank of RMI within the stratum, in (0, 1]."),
     }
 )
 
 
 class DisagreementScores(dy.Schema):
-    """Strata, ranks and the gap between the strong and the weak model, and the pool on which all of them depend."""
+    """Strata, ranks, the gap between the strong and the weak model, and the pool on which they depend."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    pool_id = dy.String(description="The pool in which ranks were taken: batch:<name> or reference:<name>:<version>.")
+    pool_id = dy.String(description="Pool of the ranks: batch:<name> or reference:<name>:<version>.")
     gap = dy.Float64(
         nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
     )
@@ -301,10 +312,10 @@ class DisagreementScores(dy.Schema):
 
 
 class RankReference(RmiScores):
-    """A frozen pool: the scores of its pairs under each model, and the strata and ranks that they have in it.
+    """A frozen pool: the scores, strata and ranks of its pairs under each model.
 
-    Everything that is compared with it follows from these rows: the edges of the strata, the distribution of RMI inside
-    them, and the cut of every selection.
+    The edges of the strata, the distribution of RMI within each stratum, and the cut of every selection follow from
+    these rows.
     """
 
     model = dy.String(primary_key=True, description="Role of the model.")
@@ -312,10 +323,10 @@ class RankReference(RmiScores):
         nullable=True,
         min=0.0,
         metadata={"unit": NATS_PER_TOKEN},
-        description="log PPL(Q) by which the stratum was found: the model's own, or the strong model's; null: no rank.",
+        description="log PPL(Q) that determines the stratum: the model's own or the strong model's; null: no rank.",
     )
     stratum = dy.Int64(nullable=True, min=1, description="Stratum of PPL(Q) in the reference, from 1; null: no rank.")
-    num_strata = dy.Int64(min=1, description="How many strata the model's pool has in the reference.")
+    num_strata = dy.Int64(min=1, description="Number of strata of the model's pool in the reference.")
     rank = _nullable_rank("in the reference")
 
     @dy.rule()
@@ -327,13 +338,15 @@ class RankReference(RmiScores):
 VERDICT = dy.Struct(
     {
         "selection": dy.String(description="Name of the selection."),
-        "is_selected": dy.Bool(description="Whether it takes this pair."),
-        "reason": dy.String(metadata={"vocabularies": (SelectionReason,)}, description="Why, or why not."),
-        "score": dy.Float64(nullable=True, description="The value that the selection orders by."),
-        "position": dy.Int64(nullable=True, description="Place in that order, from 1; null where it has none."),
+        "is_selected": dy.Bool(description="True if the selection takes this pair."),
+        "reason": dy.String(
+            metadata={"vocabularies": (SelectionReason,)}, description="Reason why it is taken or not."
+        ),
+        "score": dy.Float64(nullable=True, description="The value that orders the selection."),
+        "position": dy.Int64(nullable=True, description="Place in that order, from 1; null if it has none."),
         "cut": dy.Float64(
             nullable=True,
-            description="Score of the last pair taken, here or of the reference; null where none was, or every one.",
+            description="Score of the last pair taken, here or in the reference; null if none or all were taken.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }
@@ -350,27 +363,27 @@ MODEL_SCORE = dy.Struct(
         "ifd_ppl": dy.Float64(nullable=True, description="IFD as a ratio of perplexities."),
         "ifd_loss": dy.Float64(nullable=True, description="IFD as a ratio of losses."),
         "num_q_tokens": dy.Int64(description="Scored tokens of Q."),
-        "num_a_tokens": dy.Int64(description="Scored tokens of A, after truncation."),
+        "num_a_tokens": dy.Int64(description="Scored tokens of A after truncation."),
         "num_a_tokens_untruncated": dy.Int64(description="All tokens of A."),
-        "is_truncated": dy.Bool(description="Whether the tail of A was cut."),
-        "is_short_query": dy.Bool(description="Whether Q is so short that its scores are noisy."),
+        "is_truncated": dy.Bool(description="True if the end of A was cut."),
+        "is_short_query": dy.Bool(description="True if Q is so short that its scores are noisy."),
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1."),
-        "num_strata": dy.Int64(description="Strata of the model's pool."),
-        "rank": dy.Float64(nullable=True, description="Rank of RMI inside the stratum, in (0, 1]."),
+        "num_strata": dy.Int64(description="Number of strata in the model's pool."),
+        "rank": dy.Float64(nullable=True, description="Rank of RMI within the stratum, in (0, 1]."),
         "null_reason": dy.String(
             nullable=True,
             metadata={"vocabularies": (NullReason,)},
-            description="Why a wanted score is null; else null.",
+            description="Reason why a requested score is null; otherwise null.",
         ),
     }
 )
 
 
 class Decisions(_RowKey):
-    """The decision about every delivered row under every named selection, with its reason and its numbers."""
+    """The decision about every delivered row under every named selection, with its reason and numbers."""
 
-    pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="Content hash; null where rejected.")
-    decision = _closed(Decision, description="Fate under the published selection.")
+    pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="Content hash; null if rejected.")
+    decision = _closed(Decision, description="Decision under the published selection.")
     reason = _closed(
         SelectionReason,
         RejectReason,
@@ -379,79 +392,83 @@ class Decisions(_RowKey):
         DuplicateReason,
         NullReason,
         GateReason,
-        description="Why, from a closed vocabulary.",
+        description="Reason for the decision.",
     )
-    explanation = dy.String(min_length=1, description="The same as a sentence, with the numbers.")
+    explanation = dy.String(min_length=1, description="The reason as a sentence, with its numbers.")
     duplicate_of = dy.String(
         nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
     )
     similarity = dy.Float64(
         nullable=True,
-        description="Of a duplicate, the Jaccard similarity to that row; of a contaminated one, the share of the "
-        "benchmark's text that it holds; else null.",
+        description="Duplicate: Jaccard similarity to that row. Contaminated: share of the benchmark's text in the "
+        "row. Otherwise null.",
     )
     evidence = dy.String(
         nullable=True,
-        description="What the screening rests its verdict on, in words; null where there is nothing.",
+        description="Evidence for the verdict of screening, in words; null if there is none.",
     )
-    gap = dy.Float64(nullable=True, description="rank_strong - rank_weak; null where a model could not score it.")
+    gap = dy.Float64(nullable=True, description="rank_strong - rank_weak; null if a model could not score the pair.")
     rank_sum = dy.Float64(nullable=True, description="rank_strong + rank_weak.")
-    scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty where the pair was not scored.")
-    verdicts = dy.List(VERDICT, description="Verdict of every named selection and control; empty likewise.")
-    provenance_id = dy.String(regex=_PAIR_ID, description="Hash of what made this decision: a file in provenance/.")
+    scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty if the pair was not scored.")
+    verdicts = dy.List(
+        VERDICT, description="Verdict of every named selection and control; empty if the pair was not scored."
+    )
+    provenance_id = dy.String(
+        regex=_PAIR_ID, description="Hash of the provenance of this decision: a file in provenance/."
+    )
 
 
 class PlantedRows(dy.Schema):
     """Pairs of the batch made bad on purpose, to validate the scores. They enter no decision and no dataset."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of the defective pair.")
-    defect = _closed(Defect, description="What was done to it.")
-    original_pair_id = dy.String(regex=_PAIR_ID, description="The pair of the batch that it was made from: its twin.")
+    defect = _closed(Defect, description="The defect that was planted.")
+    original_pair_id = dy.String(
+        regex=_PAIR_ID, description="The pair of the batch from which it was made: its original."
+    )
     system = dy.String(nullable=True, description="The row's own system text.")
-    query = dy.String(min_length=1, description="Q; another than the twin's for invented_terms only.")
-    answer = dy.String(min_length=1, description="A; the twin's for invented_terms only.")
+    query = dy.String(min_length=1, description="Q; differs from the original's for invented_terms only.")
+    answer = dy.String(min_length=1, description="A; equals the original's for invented_terms only.")
 
 
 class PlantedScores(RmiScores):
-    """Rank-free scores of each planted pair under one model, as rmi_scores has them of the batch's pairs."""
+    """Scores without ranks of each planted pair under one model, with the columns of rmi_scores."""
 
 
 CLEAN = "clean"
 """The value of `defect` for rows as delivered."""
 
 BOTH_MODELS = "strong-weak"
-"""The value of `model` for a number of both models; no model can have this name."""
+"""The value of `model` for a number that needs both models; no model can have this name."""
 
 
 class Calibration(dy.Schema):
-    """A validation of the scores by planted defects: how well they tell good pairs from bad, one number a row."""
+    """A validation of the scores by planted defects: how well they tell good pairs from bad. One number per row."""
 
     statistic = dy.String(
         primary_key=True,
         check=lambda column: column.is_in(list(Statistic)),
-        description=f"What is said. One of: {', '.join(Statistic)}.",
+        description=f"The statistic. One of: {', '.join(Statistic)}.",
     )
     defect = dy.String(
         primary_key=True,
         check=lambda column: column.is_in([CLEAN, *Defect]),
-        description=f"Of which planted rows; `{CLEAN}`: of the rows as delivered. The null of a low cut is "
+        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. The null of a low cut is "
         f"{Defect.OTHER_ANSWER}, that of a high cut {Defect.ECHO}. One of: {CLEAN}, {', '.join(Defect)}.",
     )
-    model = dy.String(primary_key=True, description=f"Role of the model; `{BOTH_MODELS}`: the two of the gap.")
-    measure = dy.String(primary_key=True, description="The score that is judged; of kept_share: the named selection.")
+    model = dy.String(primary_key=True, description=f"Role of the model; `{BOTH_MODELS}`: both models of the gap.")
+    measure = dy.String(primary_key=True, description="The score that is judged; for kept_share, the named selection.")
     value = dy.Float64(
         nullable=True,
-        description="auroc: P(clean > planted), ties half; 0.5: not told apart. paired_share: of the planted rows, "
-        "those below their own twin. kept_share: in [0, 1]. Cuts: nats/token. Null: see the reason.",
+        description="auroc: P(clean > planted), ties counted half; 0.5: not separated. paired_share: share of planted "
+        "rows below their original. kept_share: in [0, 1]. Cuts: nats/token. Null: see the reason.",
     )
-    lower = dy.Float64(nullable=True, description="Lower end of its 95 % interval; null where there is none.")
-    upper = dy.Float64(nullable=True, description="Upper end of its 95 % interval; null where there is none.")
-    num_clean = dy.Int64(min=0, description="Rows as delivered that it rests on.")
-    num_planted = dy.Int64(min=0, description="Planted rows that it rests on.")
-    num_kept = dy.Int64(
-        nullable=True, min=0, description="kept_share: of these rows, how many. Cuts: clean rows that the cut leaves."
-    )
-    null_reason = _closed(UnknownReason, nullable=True, description="Why the value is null; null where it is not.")
+    lower = dy.Float64(nullable=True, description="Lower end of the 95 % interval; null if there is none.")
+    upper = dy.Float64(nullable=True, description="Upper end of the 95 % interval; null if there is none.")
+    num_clean = dy.Int64(min=0, description="Rows as delivered behind the value.")
+    num_planted = dy.Int64(min=0, description="Planted rows behind the value.")
+    num_kept = dy.Int64(nullable=True, min=0, description="kept_share: rows kept. Cuts: clean rows that the cut keeps.")
+    null_reason = _closed(UnknownReason, nullable=True, description="Reason why the value is null; otherwise null.")
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:
@@ -466,37 +483,37 @@ class SelectedSubset(_RowKey):
     system = dy.String(nullable=True, description="The row's own system text.")
     query = dy.String(description="Q, as delivered.")
     answer = dy.String(description="A, as delivered.")
-    source = dy.String(nullable=True, description="The row's own `source` field, where it has one.")
-    language = dy.String(nullable=True, description="The row's own `language` field, where it has one.")
+    source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
+    language = dy.String(nullable=True, description="The row's own `language` field; null if it has none.")
 
 
 class Difference(_RowKey):
-    """The rows that one version of the published selection has and the other has not."""
+    """The rows that are in only one of two versions of the published selection."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    is_added = dy.Bool(description="Whether the newer version has it; else the older one has.")
-    change = _closed(Change, description="Why.")
-    decision_before = dy.String(nullable=True, description="Its decision in the older version; null: not in it.")
-    reason_before = dy.String(nullable=True, description="The reason of that decision.")
-    decision_after = dy.String(nullable=True, description="Its decision in the newer version; null: not in it.")
-    reason_after = dy.String(nullable=True, description="The reason of that decision.")
+    is_added = dy.Bool(description="True if the row is in the newer version, false if in the older.")
+    change = _closed(Change, description="Reason for the change.")
+    decision_before = dy.String(nullable=True, description="Decision in the older version; null: not in it.")
+    reason_before = dy.String(nullable=True, description="Reason for that decision.")
+    decision_after = dy.String(nullable=True, description="Decision in the newer version; null: not in it.")
+    reason_after = dy.String(nullable=True, description="Reason for that decision.")
 
 
 class TableError(ValueError):
-    """A frame does not fit its table: a fault of the code, raised before anything is written."""
+    """A frame does not fit its table: an error in the code, raised before anything is written."""
 
 
 def dtypes(schema: type[dy.Schema]) -> dict[str, pl.DataType]:
-    """Polars dtypes of a table's columns, in order: what an empty or hand-built frame needs."""
+    """Return the Polars dtypes of a table's columns, in order, as needed for an empty frame."""
     return {name: column.dtype for name, column in schema.columns().items()}
 
 
 def enforce(schema: type[dy.Schema], frame: pl.DataFrame) -> pl.DataFrame:
-    """`frame` with exactly the declared columns, in order; raises `TableError` where it does not fit.
+    """Return `frame` with exactly the declared columns, in order.
 
     Raises:
-        TableError: a column is missing, undeclared or of another dtype, or rows break a rule; the text names the
-            columns and rules, how many rows break each, and one of them.
+        TableError: a column is missing, is undeclared or has the wrong dtype, or rows break a rule; the text names the
+            columns and rules, the number of rows that break each, and one example.
     """
     expected = dtypes(schema)
     undeclared = [name for name in frame.columns if name not in expected]
@@ -505,11 +522,11 @@ def enforce(schema: type[dy.Schema], frame: pl.DataFrame) -> pl.DataFrame:
         raise TableError(f"{schema.__name__}: columns missing {missing}, columns not declared {undeclared}")
     wrong = {n: f"{frame.schema[n]}, not {d}" for n, d in expected.items() if frame.schema[n] != d}
     if wrong:
-        raise TableError(f"{schema.__name__}: columns of another type: {wrong}")
+        raise TableError(f"{schema.__name__}: columns of the wrong type: {wrong}")
     valid, failures = schema.filter(frame.select(list(expected)))
     counts = failures.counts()
     if counts:
         example = failures.invalid().select(schema.primary_key()).row(0, named=True)
         broken = ", ".join(f"{rule} ({count} rows)" for rule, count in counts.items())
-        raise TableError(f"{schema.__name__}: rows break the rules {broken}; the first of them: {example}")
+        raise TableError(f"{schema.__name__}: rows break the rules {broken}; first example: {example}")
     return valid

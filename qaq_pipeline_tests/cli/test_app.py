@@ -57,7 +57,7 @@ def test_a_settings_file_that_is_none_is_named(qaq: Qaq, tmp_path: Path, content
     home = Home(tmp_path / "home", tmp_path / "other.yaml")
     error = qaq(home, "status", "--config", config).error(code=2)
     assert f"{config}: " in error
-    assert ("cannot be read" if content is None else "a mapping of settings is expected, not list") in error
+    assert ("cannot be read" if content is None else "must be a mapping of settings, not list") in error
 
 
 @pytest.mark.parametrize("root", ["nosuch://bucket/qaq", "oci://bucket/qaq"])

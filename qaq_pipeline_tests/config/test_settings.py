@@ -77,7 +77,7 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"records": {"shape": "csv"}}, ["records.shape", "'alpaca'", "got 'csv'"]),
         ({"ranking": {"num_strata": 0}}, ["ranking.num_strata", "greater than or equal to 1", "got 0"]),
         ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'parquet' or 'hf'", "got 'xml'"]),
-        ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is no selection", "['diff_high']"]),
+        ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is not a selection", "['diff_high']"]),
         ({"export": {"selections": "some"}}, ["export.selections", "'published' or 'all'", "got 'some'"]),
         ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
@@ -160,7 +160,7 @@ def test_a_selection_that_cannot_be_is_refused(selection: dict[str, Any], named:
 
 
 def test_a_defect_is_named_once_and_known() -> None:
-    assert "'echo' is named twice" in refusal(calibration={"defects": ["echo", "refusal", "echo"]})
+    assert "'echo' appears twice" in refusal(calibration={"defects": ["echo", "refusal", "echo"]})
     assert "other_answer" in refusal(calibration={"defects": ["typo"]})
     assert "calibration.min_auc" in refusal(calibration={"min_auc": 0.4})
 
@@ -243,7 +243,7 @@ def test_home_is_var_here_unless_qaq_home_says_otherwise(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("landing", "root"), [("/data", "/data/storage"), ("/data/new/", "/data"), ("/data", "/data")])
 def test_the_landing_zone_and_the_storage_lie_in_two_folders(landing: str, root: str) -> None:
-    with pytest.raises(SettingsError, match=r"landing\.url: '.*' and storage\.root '.*' lie in one another"):
+    with pytest.raises(SettingsError, match=r"landing\.url: '.*' and storage\.root '.*' overlap"):
         settings(landing={"url": landing}, storage={"root": root})
     assert settings(landing={"url": "/data/new"}, storage={"root": "/data/newer"}).landing_url == "/data/new"
 

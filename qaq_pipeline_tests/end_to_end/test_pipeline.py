@@ -747,7 +747,7 @@ def test_a_model_that_fails_on_every_pair_selects_none(
     [
         ({"sum_nll_q": pl.lit(-1.0)}, r"logprobs: Logprobs: rows break the rules sum_nll_q\|min \(18 rows\)"),
         ({"surprise": pl.lit(1)}, r"logprobs: Logprobs: columns missing \[\], columns not declared \['surprise'\]"),
-        ({"num_q_tokens": pl.lit(1)}, "logprobs: Logprobs: columns of another type"),
+        ({"num_q_tokens": pl.lit(1)}, "logprobs: Logprobs: columns of the wrong type"),
         ({"pair_id": pl.lit(pair_name(1))}, r"logprobs: Logprobs: .*primary_key \(18 rows\)"),
     ],
 )

@@ -243,7 +243,7 @@ def lineage_of(page: bytes) -> dict[str, dict[str, set[Column]]]:
                 for table, named in re.findall(r"<dd>(\w+): (.*?)</dd>", lines)
                 for column in re.findall("<code>(.*?)</code>", named)
             }
-            assert sources or '<dd class="muted">of no column' in lines
+            assert sources or '<dd class="muted">no source column' in lines
             found[title] |= dict.fromkeys(re.findall("<code>(.*?)</code>", columns), sources)
     return found
 

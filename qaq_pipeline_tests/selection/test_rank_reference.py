@@ -442,7 +442,7 @@ OF_B1 = {"name": "r1", "batches": ["b1"]}
         ({"reference": {"name": "R 1", "batches": ["b1"]}}, ["ranking.reference.name", "pattern", "'R 1'"]),
         ({"reference": {"name": "r1", "batches": []}}, ["ranking.reference.batches", "at least 1"]),
         ({"reference": {"name": "r1", "batches": ["../evil"]}}, ["ranking.reference", "batch name '../evil'"]),
-        ({"reference": {"name": "r1", "batches": ["b1", "b1"]}}, ["ranking.reference", "'b1' is named twice"]),
+        ({"reference": {"name": "r1", "batches": ["b1", "b1"]}}, ["ranking.reference", "'b1' appears twice"]),
         ({"pool": "all"}, ["ranking.pool", "'batch' or 'reference'", "'all'"]),
     ],
 )
