@@ -289,7 +289,7 @@ def length_plots(pairs: pl.DataFrame) -> list[Plot]:
 
 
 def batch_overview(tables: BatchTables) -> list[Plot]:
-    """The plots of a batch that the UI shows beside its page."""
+    """Return the plots of a batch that the UI shows."""
     flat = with_origin(flat_scores(tables["decisions"].frame), tables["raw_data"].frame)
     pairs = summaries.pairs(flat)
     return [
@@ -301,17 +301,17 @@ def batch_overview(tables: BatchTables) -> list[Plot]:
 
 
 def dataset_overview(flat: pl.DataFrame) -> list[Plot]:
-    """The plots of a version that the UI shows beside its page."""
+    """Return the plots of a version that the UI shows."""
     return [plots.flow(summaries.flow(flat)), plots.kept("kept_batch", summaries.kept_by(flat, "batch"), "batch")]
 
 
 def rank_plot(disagreement: pl.DataFrame) -> Plot:
-    """The ranks of both models in DisagreementScores."""
+    """Plot the ranks of both models in DisagreementScores."""
     return plots.ranks(summaries.rank_grid(to_columns(disagreement, "ranks", fields=["rank"])))
 
 
 def density_without_strata(scores: pl.DataFrame, role: str) -> Plot:
-    """RMI over log PPL(Q) of one model's RmiScores. Strata belong to a pool, which is known later."""
+    """Plot RMI over log PPL(Q) from one model's RmiScores, without strata: the pool is not known yet."""
     named = scores.select(pl.col(name).alias(f"{name}_{role}") for name in ("log_ppl_q", "rmi"))
     return plots.density(summaries.density(named, role), pl.DataFrame(), role)
 

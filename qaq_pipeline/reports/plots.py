@@ -112,13 +112,13 @@ def by_reason(counts: pl.DataFrame) -> Plot:
 def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
     """Plot the pairs by PPL(Q) and RMI, with strata and both tails (`summaries.density`, `summaries.strata`).
 
-    `strata` is empty if the pairs were not ranked in common strata of this model.
+    `strata` is empty if the pairs have no common strata of this model.
     """
     import altair as alt
 
     name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
     caption = "A stronger colour means more pairs. " + (
-        "No strata are drawn: the pairs were not ranked in common strata of this model."
+        "No strata are drawn: these pairs have no common strata of this model."
         if strata.is_empty()
         else "Vertical lines are the edges of the strata of PPL(Q). The 5 % of each stratum with the lowest RMI "
         "(possible mismatches) are below the lower line, the 5 % with the highest (possible echoes) above the upper."
