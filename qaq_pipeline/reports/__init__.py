@@ -1,1 +1,1 @@
-"""What people read about a batch or a version: summaries, plots, audit pages."""
+"""Reports about a batch or a version: summaries, plots and audit pages."""

@@ -1,7 +1,7 @@
-"""What a person reads of a calibration: its tables, in a terminal or in Markdown, and its page with plots.
+"""Present a calibration: tables for a terminal or Markdown, and an HTML page with plots.
 
-Belongs here: which numbers stand beside which, from Calibration to tables, plots and bytes. Does not belong here: the
-numbers (`calibration`), how a plot is drawn (`plots`), how a page is written (`report`), where it is stored.
+Belongs here: the layout of the numbers, from Calibration to tables, plots and bytes. Does not belong here: the numbers
+(`calibration`), drawing (`plots`), rendering (`pages`) and storage (`page_store`).
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _SCORES = {
     "gap": "gap",
     "rank_sum": "sum of ranks",
 }
-"""What the judged scores are called."""
+"""Labels of the judged scores."""
 
 _CUTS = (Statistic.LOW_CUT.value, Statistic.HIGH_CUT.value)
 _GROUPS = {"as delivered": CLEAN, "other answer": Defect.OTHER_ANSWER.value, "echo": Defect.ECHO.value}
 
-BLIND = "What follows rests on models that cannot tell good from bad here: do not defend a cut with it."
-"""Said before cuts that are offered where the models were found blind."""
+BLIND = "The models cannot tell good from bad on this batch. Do not justify a cut by the numbers below."
+"""The warning before suggested cuts if the models failed the validation."""
 
 LIMITS = (
-    "A planted defect is made by rule, from a row of this batch. Real defects are other ones: what is told apart here "
-    "may be missed there.",
-    "A row as delivered counts as clean. Where the batch is bad, AUROCs are too low, and the low cut rises or "
+    "Planted defects are made by rule from rows of this batch. Real defects differ: scores that detect the planted "
+    "ones may miss them.",
+    "Every delivered row counts as clean. If the batch is bad, AUROCs are too low, and the low cut rises or "
     "is missing.",
-    "An AUROC compares the planted rows with the rows that they were made of, not with the whole batch.",
-    "One token of the code that is wrong is the negative control: no likelihood of a text can be expected to tell it.",
-    "It says whether the scores notice a defect, not whether a model that is trained without it becomes better.",
+    "An AUROC compares the planted rows with their original rows, not with the whole batch.",
+    "A single wrong token of code is the negative control: no likelihood can be expected to detect it.",
+    "The calibration shows whether the scores notice a defect, not whether training without it improves a model.",
 )
 
 
@@ -56,9 +56,10 @@ LIMITS = (
 
 
 def tables(frame: pl.DataFrame) -> list[Table]:
-    """The numbers of a Calibration, long: one row a score and defect, one column a model.
+    """Return the numbers of a Calibration: one row per score and defect, one column per model.
 
-    What was not planted, or not asked for, has no row; `missing` names it. A number that is not known is its reason.
+    Defects that were not planted and scores that were not wanted have no row; `missing` names them. An unknown number
+    is shown as its reason.
     """
     interval = f"{CONFIDENCE:.0%} interval"
     auroc = f"P(clean > planted), {interval}"
@@ -66,14 +67,14 @@ def tables(frame: pl.DataFrame) -> list[Table]:
     return [
         _by_score(auroc, _of(frame, Statistic.AUROC).filter(~of_both)),
         _by_score(f"{auroc}, scores of both models", _of(frame, Statistic.AUROC).filter(of_both)),
-        _by_score(f"Share below its own twin, {interval}", _of(frame, Statistic.PAIRED_SHARE)),
+        _by_score(f"Share below its own original, {interval}", _of(frame, Statistic.PAIRED_SHARE)),
         _kept(f"Kept share, {interval}", _of(frame, Statistic.KEPT_SHARE)),
         _cut_table(frame),
     ]
 
 
 def missing(frame: pl.DataFrame) -> list[str]:
-    """Sentences on what `tables` has no row of: defects without a planted row, scores that were not asked for."""
+    """Return sentences that name what `tables` omits: defects that were not planted, scores that were not wanted."""
     wanted = _of(frame, Statistic.AUROC)
     absent = {
         reason: wanted.filter(pl.col("null_reason") == reason.value)
@@ -83,13 +84,13 @@ def missing(frame: pl.DataFrame) -> list[str]:
     scores = [_SCORES[name] for name in absent[UnknownReason.NOT_WANTED]["measure"].unique(maintain_order=True)]
     sentences = {
         f"Not planted: {', '.join(names)}.": names,
-        f"Not scored, since `scoring.quantities` does not ask for it: {', '.join(scores)}.": scores,
+        f"Not scored, because `scoring.quantities` does not include it: {', '.join(scores)}.": scores,
     }
     return [sentence for sentence, of in sentences.items() if of]
 
 
 def as_markdown(frame: pl.DataFrame) -> str:
-    """The tables in Markdown, for the UI."""
+    """Return the tables as Markdown, for the UI."""
     said = []
     for table in tables(frame):
         head = [f"| {' | '.join(table.head)} |", "|" + "---|" * len(table.head)]
@@ -107,7 +108,7 @@ def _is_asked() -> pl.Expr:
 
 
 def _by_score(caption: str, rows: pl.DataFrame) -> Table:
-    """Score, defect and a column for each model; the score stands where it begins."""
+    """Build a table of score, defect and one column per model; a repeated score is blank."""
     models = rows["model"].unique(maintain_order=True).to_list()
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows.filter(_is_asked()).iter_rows(named=True):
@@ -138,11 +139,11 @@ def _kept(caption: str, rows: pl.DataFrame) -> Table:
 
 
 def _cut_table(frame: pl.DataFrame) -> Table:
-    """Where RMI could be cut, and how many of the rows as delivered a cut leaves."""
+    """Build the table of suggested cuts of RMI, with the clean rows that each keeps."""
     rows = frame.filter(pl.col("statistic").is_in(_CUTS))
     return Table(
         "Cuts of RMI, nats per token",
-        ("cut", "model", "RMI", "leaves of the clean rows"),
+        ("cut", "model", "RMI", "clean rows kept"),
         [
             (
                 row["statistic"].replace("_", " "),
@@ -156,7 +157,7 @@ def _cut_table(frame: pl.DataFrame) -> Table:
 
 
 def _once(labels: Any) -> Iterator[str]:
-    """Each label where it begins, and nothing where it goes on."""
+    """Yield each label, with repeats of the one before blanked."""
     before = None
     for label in labels:
         yield "" if label == before else label
@@ -173,7 +174,7 @@ def _said(row: Mapping[str, Any]) -> str:
 
 
 def told_apart(frame: pl.DataFrame) -> Plot:
-    """What RMI tells apart, by a Calibration."""
+    """Plot the AUROC of RMI for each defect, from a Calibration."""
     auroc = _known_aurocs(frame)
     return plots.told_apart(_intervals(auroc, _roles(auroc)))
 
@@ -202,7 +203,7 @@ def _roles(auroc: pl.DataFrame) -> list[str]:
 
 
 def _intervals(auroc: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
-    """RMI of every model, and the length that the first one counts."""
+    """Return the AUROCs of every model's RMI, and of the answer length in the first model's tokens."""
     groups = {("rmi", role): f"RMI, {role}" for role in roles}
     groups |= {("num_a_tokens_untruncated", role): "answer length" for role in roles[:1]}
     parts = [
@@ -225,7 +226,7 @@ def _kept_cells(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _in_words() -> pl.Expr:
-    """A defect as an axis names it."""
+    """Return the defect's label on an axis."""
     return pl.col("defect").str.replace_all("_", " ")
 
 
@@ -251,17 +252,17 @@ def page(
     gate: Gate | None,
     made: Made,
 ) -> bytes:
-    """The page of a batch's calibration, one HTML file.
+    """Render the page of a batch's calibration as one HTML file.
 
     Args:
-        batch: its name.
+        batch: name of the batch.
         frame: its Calibration.
-        judged: what that was made of; None: nothing was planted.
+        judged: the scores that `frame` was computed from; None if nothing was planted.
         planted: its PlantedRows.
-        settings: what they were made by.
-        finding: whether the models can tell.
-        gate: why nothing of the batch was scored; None: it was.
-        made: by whom and when.
+        settings: the settings of the calibration.
+        finding: whether the models can tell good from bad.
+        gate: why the batch was not scored; None if it was.
+        made: the run that renders the page, and when.
     """
     *of_aurocs, kept, cuts = tables(frame)
     return pages.render(
@@ -274,8 +275,8 @@ def page(
             "num_planted": planted.height,
             "num_pairs": 0 if judged is None else judged.clean["pair_id"].n_unique(),
             "defects": Table(
-                "The defects that were planted",
-                ("defect", "rows", "what is done"),
+                "Planted defects",
+                ("defect", "rows", "meaning"),
                 [
                     (defect.value, planted.filter(pl.col("defect") == defect.value).height, defect.meaning)
                     for defect in settings.calibration.defects
@@ -298,9 +299,9 @@ def page(
 
 
 def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list[Examples]:
-    """Of each defect some scored rows, from the one that RMI tells best to the one that it tells least.
+    """Return three scored rows per defect: the best, the median and the worst detected by RMI.
 
-    An echo is told by scoring above its twin, every other defect by scoring below it.
+    An echo is detected if it scores above its original, any other defect if it scores below.
     """
     roles = sorted(settings.models)
     after = planted.select("pair_id", "defect", "original_pair_id", "query", "answer")
@@ -321,7 +322,7 @@ def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list
 
 
 def _rmi_columns(pairs: pl.DataFrame, suffix: str) -> pl.DataFrame:
-    """pair_id and the RMI under each model, `<model><suffix>`."""
+    """Return pair_id and the RMI under each model, as `<model><suffix>`."""
     columns = pairs.pivot("model", index="pair_id", values="rmi")
     return columns.rename({role: f"{role}{suffix}" for role in columns.columns[1:]})
 
@@ -333,9 +334,9 @@ def _example(row: Mapping[str, Any], roles: Sequence[str]) -> Example:
         if (before := row[f"{role}:twin"]) is not None and (after := row[role]) is not None
     ]
     side = "above" if row["defect"] == Defect.ECHO.value else "below"
-    verdict = f"{side} its twin" if row["told"] > 0 else f"not {side} its twin"
+    verdict = f"{side} its original" if row["told"] > 0 else f"not {side} its original"
     return Example(
-        place=f"made of pair {row['original_pair_id']}",
+        place=f"made from pair {row['original_pair_id']}",
         decision=row["defect"],
         reason=verdict,
         explanation="",

@@ -1,9 +1,9 @@
 """Measurements of stored tables for the asset checks: numbers, a verdict, and a sentence. Polars only.
 
-Belongs here: each measurement and its verdict. Does not belong here: the limits (`config`), the tables that are read
+Belongs here: each measurement and its verdict. Does not belong here: the limits (`config`), reading the tables
 (`orchestration.checks`), numbers without a limit (`table_numbers`), and what stops a batch (`screening.gates`).
 
-A number that is unknown is left out, and the sentence says why: no number represents a failure.
+A number that cannot be computed is left out, and the sentence gives the reason.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
 
 _LEAST_EVIDENCE = 100
-"""Pairs, n m / (n + m). Of batches drawn from the reference itself, 50 % are over the default limits of drift with 50
-pairs against 5,000, 2 % with 100, and 1.5 % with 200 against 200."""
+"""Pairs, n m / (n + m). Batches drawn from the reference itself exceed the default limits of drift in 50 % of
+cases with 50 pairs against 5,000, in 2 % with 100, and in 1.5 % with 200 against 200."""
 
 
 _AUROC = ("defect", "model", "value")
@@ -31,7 +31,7 @@ _AUROC = ("defect", "model", "value")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one measurement."""
+    """The result of one check of a table."""
 
     passed: bool
     sentence: str
@@ -40,35 +40,34 @@ class Finding:
 
 
 def rejected_rows(raw: pl.DataFrame, max_share: float | None) -> Finding:
-    """Share of rows of RawData that cannot be read; `max_share` None: any share passes."""
+    """Count the rows of RawData that cannot be read; without `max_share`, any share passes."""
     counts = {"rows": raw.height, "rejected": int((raw["status"] == Status.REJECTED.value).sum())}
     if raw.is_empty():
-        return Finding(False, "The delivery has no row.", counts)
+        return Finding(False, "The delivery has no rows.", counts)
     share = counts["rejected"] / raw.height
     by_reason = count_by(raw["reason"])
-    limit = "any share is allowed" if max_share is None else f"{max_share:g} may be (gates.max_rejected_share)"
+    limit = "no limit" if max_share is None else f"limit {max_share:g}, gates.max_rejected_share"
     return Finding(
         max_share is None or share <= max_share,
-        f"{counts['rejected']} of {raw.height} rows cannot be read, a share of {share:.4g}; {limit}."
-        + _listed(by_reason),
+        f"{counts['rejected']} of {raw.height} rows cannot be read (share {share:.4g}; {limit})." + _listed(by_reason),
         counts | {"rejected_share": share, "rejected_by_reason": by_reason},
     )
 
 
 def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
-    """Verdict of the gate before scoring (`gate` is its sentence), and rows by status."""
+    """Count the rows by status, and check the gate before scoring; `gate` is its sentence if it failed."""
     statuses = {status: int((screened["status"] == status.value).sum()) for status in Status}
     counts: dict[str, float | int] = {"rows": screened.height}
     counts |= {f"{status}_rows": number for status, number in statuses.items()}
     if not screened.is_empty():
         counts |= {f"{status}_share": number / screened.height for status, number in statuses.items()}
-    accepted = f"{statuses[Status.ACCEPTED]} of {screened.height} rows are to be scored"
+    accepted = f"{statuses[Status.ACCEPTED]} of {screened.height} rows will be scored"
     sentence = f"{accepted}." if gate is None else f"The batch is gated before scoring: {gate}."
     return Finding(gate is None, sentence, counts)
 
 
 def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """Share of the wanted quantities of Logprobs that are null, by reason."""
+    """Count the wanted quantities of Logprobs that are null, by reason."""
     reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
     wanted = reasons.filter(reasons.ne_missing(NullReason.NOT_WANTED.value))
     null = wanted.drop_nulls()
@@ -78,36 +77,35 @@ def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
     share, by_reason = len(null) / len(wanted), count_by(null)
     return Finding(
         share <= max_share,
-        f"{len(null)} of {len(wanted)} wanted quantities are null, a share of {share:.4g}; {max_share:g} may be "
-        "(checks.max_null_share)." + _listed(by_reason),
+        f"{len(null)} of {len(wanted)} wanted quantities are null (share {share:.4g}; limit {max_share:g}, "
+        "checks.max_null_share)." + _listed(by_reason),
         counts | {"null_share": share, "null_by_reason": by_reason},
     )
 
 
 def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """Share of answers of Logprobs that are truncated to the window."""
+    """Count the answers of Logprobs that were truncated to the window."""
     counts = {"pairs": logprobs.height, "truncated": int(logprobs["is_truncated"].sum())}
     if logprobs.is_empty():
         return Finding(True, "No pair was to be scored.", counts)
     share = counts["truncated"] / logprobs.height
     return Finding(
         share <= max_share,
-        f"{counts['truncated']} of {logprobs.height} answers are truncated, a share of {share:.4g}; {max_share:g} may "
-        "be (checks.max_truncated_share); the window is scoring.max_tokens.",
+        f"{counts['truncated']} of {logprobs.height} answers are truncated to scoring.max_tokens (share {share:.4g}; "
+        f"limit {max_share:g}, checks.max_truncated_share).",
         counts | {"truncated_share": share},
     )
 
 
 def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
-    """Mean RMI of RmiScores, with its standard error s / sqrt(n), s of n - 1, and the share of pairs with RMI < 0.
+    """Compute the mean RMI, its standard error s / sqrt(n) with s over n - 1, and the share of pairs with RMI < 0.
 
-    A broken model, prompt or token boundary shows here first: answers that are unrelated to their queries have an RMI
-    of about 0.
+    A broken model, prompt or token boundary shows here first: answers unrelated to their queries have an RMI near 0.
     """
     rmi = scores["rmi"].drop_nulls()
     n = len(rmi)
     if n == 0:
-        return Finding(False, f"None of {scores.height} pairs has an RMI: nothing can be said.", {"scorable_pairs": 0})
+        return Finding(False, f"None of {scores.height} pairs has an RMI: the mean is unknown.", {"scorable_pairs": 0})
     numbers: dict[str, float | int] = {
         "scorable_pairs": n,
         "mean_rmi": float(rmi.mean()),  # type: ignore[arg-type]
@@ -126,33 +124,33 @@ def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
 
 
 def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Finding:
-    """Number of strata of each model of DisagreementScores, and rows in the smallest."""
+    """Check that every model of DisagreementScores has the wanted strata, each with enough rows."""
     by_model = to_long(disagreement, "ranks")
     ranks = by_model.drop_nulls("stratum")
     if ranks.is_empty():
-        return Finding(False, f"None of {disagreement.height} pairs is ranked: there is no stratum.", {"num_strata": 0})
+        return Finding(False, f"None of {disagreement.height} pairs is ranked: there are no strata.", {"num_strata": 0})
     unranked = sorted(set(by_model["model"]) - set(ranks["model"]))
     if unranked:
         return Finding(
             False,
-            f"None of {disagreement.height} pairs is ranked under the models {unranked}: they have no stratum.",
+            f"None of {disagreement.height} pairs is ranked under the models {unranked}, so they have no strata.",
             {"num_strata": 0},
         )
     rows = ranks.group_by("model", "stratum").len()
     strata = rows.group_by("model").agg(num_strata=pl.len(), fewest=pl.col("len").min()).sort("model")
     num_strata, fewest = int(strata["num_strata"].min()), int(strata["fewest"].min())  # type: ignore[arg-type]
     wanted, least = ranking.num_strata, ranking.min_rows_per_stratum
-    numbers = ", ".join(f"{model}: {number} of at least {few} rows" for model, number, few in strata.iter_rows())
+    numbers = "; ".join(f"{model}: {number} with at least {few} rows each" for model, number, few in strata.iter_rows())
     return Finding(
         num_strata >= wanted and fewest >= least,
-        f"Strata by model: {numbers}; expected are {wanted} (ranking.num_strata) of at least {least} "
+        f"Strata by model: {numbers}. Expected: {wanted} (ranking.num_strata), with at least {least} rows each "
         "(ranking.min_rows_per_stratum).",
         {"num_strata": num_strata, "fewest_rows_in_a_stratum": fewest},
     )
 
 
 def rank_correlation(disagreement: pl.DataFrame, maximum: float) -> Finding:
-    """Spearman's correlation of the strong and the weak model's ranks: near 1, the gap between them is mostly noise."""
+    """Compute Spearman's correlation of the strong and weak model's ranks: near 1, their gap is mostly noise."""
     by_model = to_long(disagreement, "ranks")
     of_both = {role: by_model.filter(pl.col("model") == role)["rank"] for role in ("strong", "weak")}
     ranks = pl.DataFrame(of_both).drop_nulls()
@@ -161,33 +159,33 @@ def rank_correlation(disagreement: pl.DataFrame, maximum: float) -> Finding:
     if correlation is None or math.isnan(correlation):
         return Finding(
             False,
-            f"The models' ranks of {ranks.height} pairs have no correlation: there are too few, or all are equal. "
-            "Whether the second model says anything new is not known.",
+            f"The correlation of the models' ranks over {ranks.height} pairs is undefined: there are too few pairs, or "
+            "all ranks are equal. It is not known if the second model adds information.",
             numbers,
         )
     return Finding(
         correlation < maximum,
         f"Spearman's correlation of the models' ranks is {correlation:.4g} over {ranks.height} pairs, expected below "
-        f"{maximum:g} (checks.max_rank_correlation): above it the second model says little new.",
+        f"{maximum:g} (checks.max_rank_correlation): above it, the second model adds little.",
         numbers | {"spearman": correlation},
     )
 
 
 def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) -> Finding:
-    """Distance of a batch from the reference, by its statistics `psi_<quantity>_<model>` and `ks_…`.
+    """Check that a batch is close to the reference.
 
     Args:
-        numbers: these statistics.
-        evidence: n m / (n + m) pairs, n of the batch and m of the reference; below 100 nothing is judged.
-        limits: of the statistics.
+        numbers: the statistics, as `psi_<quantity>_<model>` and `ks_…`.
+        evidence: n m / (n + m), for n pairs of the batch and m of the reference; below 100 nothing is judged.
+        limits: limits of the statistics.
     """
     if not numbers:
-        return Finding(False, "No pair can be compared with the reference: the drift from it is not known.")
+        return Finding(False, "No pair can be compared with the reference, so the drift is unknown.")
     if evidence < _LEAST_EVIDENCE:
         return Finding(
             True,
-            f"Too few pairs to judge: n m / (n + m) is {evidence:.3g}, of n pairs of the batch and m of the reference; "
-            f"from {_LEAST_EVIDENCE} on it is judged.",
+            f"Too few pairs to judge: n m / (n + m) is {evidence:.3g} for n pairs of the batch and m of the reference; "
+            f"at least {_LEAST_EVIDENCE} is needed.",
             numbers,
         )
     maximum = {"psi": limits.max_psi, "ks": limits.max_ks}
@@ -195,8 +193,8 @@ def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) 
     said = ", ".join(f"{name} is {value:.3g}" for name, value in over.items())
     return Finding(
         not over,
-        (f"The batch is unlike the reference: {said}" if over else "The batch is like the reference")
-        + f"; PSI may be {limits.max_psi:g} (checks.max_psi), KS {limits.max_ks:g} (checks.max_ks).",
+        (f"The batch differs from the reference: {said}" if over else "The batch is similar to the reference")
+        + f"; limits: PSI {limits.max_psi:g} (checks.max_psi), KS {limits.max_ks:g} (checks.max_ks).",
         numbers,
     )
 
@@ -206,12 +204,12 @@ def _and(names: Sequence[str]) -> str:
 
 
 def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Finding:
-    """Each model's AUROC of RMI, in Calibration, for the batch's pairs against those with another answer.
+    """Check by AUROC that every model's RMI separates the batch's pairs from mismatched ones.
 
     Args:
-        calibration: of the batch.
-        min_auc: lowest expected AUROC.
-        enough: planted rows that a judgement needs.
+        calibration: Calibration of the batch.
+        min_auc: the lowest AUROC that passes.
+        enough: the fewest planted rows that are judged.
     """
     of_rmi = calibration.filter(pl.col("statistic") == Statistic.AUROC.value, pl.col("measure") == "rmi")
     known = of_rmi.drop_nulls("value")
@@ -222,30 +220,30 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
     if num_planted < enough:
         return Finding(
             True,
-            f"Too few rows were planted to judge: {num_planted} of {Defect.OTHER_ANSWER}; {enough} are needed.",
+            f"Too few rows were planted to judge: {num_planted} with {Defect.OTHER_ANSWER}; {enough} are needed.",
             numbers,
         )
     mismatches = known.filter(is_mismatch, pl.col("num_planted") >= enough)
     unjudged = sorted(set(of_rmi["model"]) - set(mismatches["model"]))
-    unknown = f"{_and(unjudged)} scored less than {enough} rows of {Defect.OTHER_ANSWER}, and is not judged. "
+    unknown = f"Not judged: {_and(unjudged)}, with fewer than {enough} scored rows of {Defect.OTHER_ANSWER}. "
     said = ", ".join(
         f"{model} {auc:.3f} [{lower:.3f}, {upper:.3f}]"
         for model, auc, lower, upper in mismatches.select("model", "value", "lower", "upper").iter_rows()
     )
     blind = sorted(mismatches.filter(pl.col("value") < min_auc)["model"])
-    verdict = f"RMI cannot tell good from bad on this batch under {_and(blind)}: do not trust what it selects. "
+    verdict = f"RMI cannot tell good from bad on this batch under {_and(blind)}: do not trust its selection. "
     return Finding(
         not blind and not unjudged,
         (verdict if blind else "")
         + (unknown if unjudged else "")
-        + f"AUROC of pairs against the same queries with another answer: {said or 'unknown'}; expected is {min_auc:g} "
-        "(calibration.min_auc).",
+        + f"AUROC of pairs against the same queries with another answer: {said or 'unknown'}; expected at least "
+        f"{min_auc:g} (calibration.min_auc).",
         numbers,
     )
 
 
 def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:
-    """Decisions per row of RawData, of which each has exactly one, and the selected share."""
+    """Check that Decisions has exactly one decision per row of RawData, and compute the selected share."""
     counts = {
         "rows": num_rows,
         "decided_rows": decisions.select(ROW_KEY).n_unique(),
@@ -255,21 +253,25 @@ def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:
     share = {"selected_share": counts["selected"] / num_rows} if num_rows else {}
     return Finding(
         num_rows == counts["decided_rows"] == decisions.height,
-        f"{num_rows} rows; {decisions.height} decisions of {counts['decided_rows']} rows, {counts['selected']} of them "
-        "selected.",
+        f"{num_rows} rows; {decisions.height} decisions for {counts['decided_rows']} rows, {counts['selected']} of "
+        "them selected.",
         counts | share,
     )
 
 
 def ungated(gate: str | None) -> Finding:
-    """Verdict of all gates; `gate` is its sentence, None where the batch passed."""
-    return Finding(gate is None, "Every gate is passed." if gate is None else f"The batch is gated: {gate}.")
+    """Check that a batch passed all gates; `gate` is the sentence of the one that failed."""
+    return Finding(gate is None, "All gates are passed." if gate is None else f"The batch is gated: {gate}.")
 
 
 def same_models(models: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any] | None) -> Finding:
-    """Models of a batch, as ScoreIdentities by role, that differ from those of the newest published version.
+    """Check that a batch was scored by the models of the newest published version.
 
-    None: nothing is published yet. A hub model without `revision` follows its main branch, and moves.
+    A hub model without `revision` follows its main branch, so it can change.
+
+    Args:
+        models: ScoreIdentities by role.
+        manifest: of the newest version; None if nothing is published yet.
     """
     if manifest is None:
         return Finding(True, "No version is published yet.", {"batches_of_other_models": 0})
@@ -281,10 +283,10 @@ def same_models(models: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, 
     batches = {batch for names in differing.values() for batch in names}
     if not differing:
         number = len(manifest["batches"])
-        sentence = f"The models are those of all {number} batches of the newest published version."
+        sentence = f"All {number} batches of the newest published version were scored by the same models."
     else:
         said = ". ".join(f"{what}: {', '.join(names)}" for what, names in differing.items())
-        sentence = f"Batches of the newest published version were scored by other models than this one. {said}."
+        sentence = f"Some batches of the newest published version were scored by different models. {said}."
     return Finding(not differing, sentence, {"batches_of_other_models": len(batches)})
 
 
@@ -294,17 +296,17 @@ def _differing_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def left_out(registered: Mapping[str, str | None]) -> Finding:
-    """Registered batches that are left out of a version, with the reason; None: the batch is in it."""
+    """Check that every registered batch is in a version; `registered` gives the reason why one is not, else None."""
     missing = {batch: reason for batch, reason in sorted(registered.items()) if reason is not None}
     numbers = {"registered_batches": len(registered), "batches_left_out": len(missing)}
     if not missing:
-        return Finding(True, f"All {len(registered)} registered batches are in it.", numbers)
+        return Finding(True, f"All {len(registered)} registered batches are in the version.", numbers)
     said = ". ".join(f"{batch}: {reason}" for batch, reason in missing.items())
     return Finding(False, f"{len(missing)} of {len(registered)} registered batches are left out. {said}.", numbers)
 
 
 def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None], num_bytes: int) -> Finding:
-    """Files of a version whose sha256 differs from its manifest; None: the file is missing."""
+    """Check the files of a version against the sha256 of its manifest; None in `found`: the file is missing."""
     faults = {
         name: "missing" if found[name] is None else "changed"
         for name, sha256 in sorted(expected.items())
@@ -314,9 +316,9 @@ def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None],
     said = "; ".join(f"{name} is {what}" for name, what in faults.items())
     return Finding(
         not faults,
-        f"{said}: publish again after removing the version's folder."
+        f"{said}: remove the version's folder and publish again."
         if faults
-        else f"All {len(expected)} files are as in the manifest.",
+        else f"All {len(expected)} files match the manifest.",
         numbers,
     )
 

@@ -1,4 +1,4 @@
-"""Drift: how far the models' numbers of a batch lie from those of a frozen reference."""
+"""Drift: the distance of a batch's scores from those of a frozen reference."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ DRIFT_BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """The statistics of a batch against a reference, and how many pairs they rest on."""
+    """The statistics of a batch against a reference, and the number of pairs behind them."""
 
     statistics: Mapping[str, float]
     """`psi_<quantity>_<model>`, the population stability index over the reference's deciles, and
-    `ks_<quantity>_<model>`, the two-sample Kolmogorov-Smirnov statistic in [0, 1], of log_ppl_q and rmi; 0 where the
-    numbers are equal."""
+    `ks_<quantity>_<model>`, the two-sample Kolmogorov-Smirnov statistic in [0, 1], of log_ppl_q and rmi; 0 if the
+    distributions are equal."""
     evidence: float
-    """The smallest n m / (n + m) of any model, of n pairs of the batch and m of the reference: chance alone makes a PSI
-    of about 9 / evidence."""
+    """The smallest n m / (n + m) of any model, for n pairs of the batch and m of the reference. Chance alone gives a
+    PSI of about 9 / evidence."""
 
 
 def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> Drift:
-    """The drift of log_ppl_q and rmi. Pairs without an RMI are left out, and so is a model without any.
+    """Compute the drift of log_ppl_q and rmi. Pairs without an RMI, and models without such pairs, are left out.
 
     Args:
         scores: RmiScores of the batch by model.
@@ -51,9 +51,9 @@ def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> Drift:
 
 
 def _psi(of_reference: np.ndarray, of_batch: np.ndarray) -> float:
-    """The sum of (b - r) ln(b / r) over the reference's deciles, b and r the shares of batch and reference in each.
+    """Compute the sum of (b - r) ln(b / r) over the reference's deciles; b and r are the shares of each in a bin.
 
-    A share is (rows + 1/2) / (all rows + bins / 2), so that an empty bin has a logarithm. Equal edges count once. Both
+    A share is (rows + 1/2) / (all rows + bins / 2), so an empty bin still has a logarithm. Equal edges count once. Both
     arguments are sorted.
     """
     places = np.arange(1, DRIFT_BINS) * of_reference.size // DRIFT_BINS
@@ -67,8 +67,8 @@ def _psi(of_reference: np.ndarray, of_batch: np.ndarray) -> float:
 
 
 def _ks(of_reference: np.ndarray, of_batch: np.ndarray) -> float:
-    """The maximum over x of |share of the reference up to x - share of the batch up to x|."""
+    """Compute the maximum over x of |share of the reference up to x - share of the batch up to x|."""
     from scipy import stats
 
-    with np.errstate(divide="ignore"):  # In the p-value of one pair against one, which nobody reads.
+    with np.errstate(divide="ignore"):  # The unused p-value of one pair against one divides by 0.
         return float(stats.ks_2samp(of_reference, of_batch, method="asymp").statistic)

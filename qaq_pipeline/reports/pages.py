@@ -1,11 +1,10 @@
-"""The audit pages: one self-contained HTML file of a batch, and one of a published version.
+"""Audit pages: one self-contained HTML file per batch and per published version.
 
-Belongs here: which facts stand on a page and in which order, from stored tables to bytes. Does not belong here: what is
-counted (`summaries`), how it is drawn (`plots`), where a page is stored, and Dagster: what its event log knows comes as
-data.
+Belongs here: the content of a page and its order, from stored tables to bytes. Does not belong here: counting
+(`summaries`), drawing (`plots`), storage (`page_store`) and Dagster: facts of its event log are passed in.
 
-A page asks nobody for anything: no script, no file beside it, its plots are in it. Whatever rows hold is text in it:
-the templates of `pages/` escape every value, and characters that cannot be seen are named.
+A page is self-contained: no script, no other file, inline plots. Content of rows is always plain text: the templates
+of `pages/` escape every value, and invisible characters are shown by code point.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from qaq_pipeline.screening import gates
 MOST_EXAMPLES = 10
 _CLIPPED = 280
 _LONGEST_TEXT = 4_000
-"""Characters of a text that stand on a page: 10 examples of 20 reasons stay under 2 MB."""
+"""Characters of a text that a page shows, so that 10 examples of 20 reasons stay under 2 MB."""
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
-"""Decisions, reasons and statuses of rows whose text no page shows: in a gated batch only the status says it."""
+"""Decisions, reasons and statuses of rows whose text no page shows. In a gated batch, only the status shows it."""
 
 _IDENTITY = (
     "model",
@@ -63,25 +62,25 @@ _COST = {
     "share_of_matmul_peak": "share of the matmul peak",
     "batches_halved": "batches halved for memory",
 }
-"""Metadata of a scoring's materialisation, and what a page calls it."""
+"""Metadata of a scoring's materialisation, and their labels on a page."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What made the scores of one model, and what it took."""
+    """The scores of one model, with their provenance and cost."""
 
     role: str
     provenance: Mapping[str, Any]
-    """Of its RmiScores."""
+    """Provenance of its RmiScores."""
     scores: pl.DataFrame
     """Its RmiScores."""
     cost: Mapping[str, Any] | None = None
-    """Metadata of the newest materialisation that scored something under the same identity; None: unknown."""
+    """Metadata of the newest materialisation that scored pairs under the same identity; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """Who made a page, and when: what no hash knows of."""
+    """The run that rendered a page, and when; no hash covers this."""
 
     at: str
     run_id: str
@@ -90,7 +89,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page. A cell is a text, a number, or None where nothing is known or nothing applies."""
+    """A table of a page. A cell is a text, a number, or None if unknown or not applicable."""
 
     caption: str
     head: Sequence[str]
@@ -100,10 +99,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as a page shows it."""
+    """A row shown as an example."""
 
     place: str
-    """batch/file:row.turn, as `qaq explain` takes it."""
+    """batch/file:row.turn, as in `qaq explain`."""
     decision: str
     reason: str
     explanation: str
@@ -113,7 +112,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some rows that have something in common."""
+    """A group of example rows."""
 
     title: str
     rows: Sequence[Example]
@@ -121,22 +120,22 @@ class Examples:
 
 @dataclass(frozen=True)
 class Sources:
-    """Columns of one file that are made of the same."""
+    """Columns of one file that have the same sources."""
 
     columns: Sequence[str]
     sources: Mapping[str, Sequence[str]]
-    """Columns by table; empty: no source column."""
+    """Source columns by table; empty if there are none."""
 
 
 @dataclass(frozen=True)
 class ColumnLineage:
-    """What the columns of a stored table, or of files of one form, are made of."""
+    """The sources of the columns of a stored table, or of files of one format."""
 
     title: str
     num_columns: int
     rows: Sequence[Sources]
     underived: str
-    """What is said of a column that is made of none."""
+    """The text for a column without source columns."""
 
 
 def batch_page(
@@ -148,16 +147,16 @@ def batch_page(
     examples: int = MOST_EXAMPLES,
     calibration: str | None = None,
 ) -> bytes:
-    """The page of a batch.
+    """Render the page of a batch.
 
     Args:
-        tables: of the batch.
-        scorings: one a model, by role.
-        published: the selection that decided.
-        frozen: name and RankReference that drift is measured against; None: there is none.
-        made: by whom and when.
-        examples: at most so many of each kind.
-        calibration: where the page of its calibration lies, as a link from this page; None: it is not calibrated.
+        tables: tables of the batch.
+        scorings: one per model, by role.
+        published: the selection that made the decisions.
+        frozen: name and RankReference to measure drift against; None if there is none.
+        made: the run that renders the page, and when.
+        examples: the most examples of each kind.
+        calibration: link from this page to its calibration page; None if it is not calibrated.
     """
     raw, decided = tables["raw_data"], tables["decisions"]
     flat = with_origin(flat_scores(decided.frame), raw.frame)
@@ -202,18 +201,18 @@ def version_page(
     frozen: tuple[str, pl.DataFrame] | None,
     made: Made,
 ) -> bytes:
-    """The page of a published version.
+    """Render the page of a published version.
 
     Args:
         version: hash of the manifest.
-        manifest: of the version.
+        manifest: manifest of the version.
         flat: its scores.parquet.
-        published: the selection, as the manifest has it.
+        published: the selection recorded in the manifest.
         neighbours: `previous` version or None, `difference` to it as Difference or None, `excluded` batches with the
-            reason, `pages` of batches by name, as links from this page.
+            reasons, `pages` of batches by name, as links from this page.
         sizes: bytes of each of its files, by the name in the manifest.
-        frozen: name and RankReference that drift is measured against; None: there is none.
-        made: by whom and when.
+        frozen: name and RankReference to measure drift against; None if there is none.
+        made: the run that renders the page, and when.
     """
     pairs = summaries.pairs(flat)
     by_batch = summaries.kept_by(flat, "batch", most=40)
@@ -258,12 +257,12 @@ def version_page(
 
 
 def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
-    """Flat scores with source and language of RawData."""
+    """Join source and language of RawData to the flat scores."""
     return summaries.with_texts(flat, raw, ("source", "language"))
 
 
 def score_plots(pairs: pl.DataFrame, *, has_strata: bool = True) -> list[Plot]:
-    """The plots of scores and ranks of distinct pairs; the strata only where all were ranked in the same ones."""
+    """Plot scores and ranks of distinct pairs; strata are drawn only if all pairs were ranked in the same ones."""
     grid = summaries.rank_grid(pairs)
     of_models = [
         plots.density(
@@ -275,13 +274,13 @@ def score_plots(pairs: pl.DataFrame, *, has_strata: bool = True) -> list[Plot]:
 
 
 def _strata_with_edges(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
-    """The strata of a model; none where they are another's."""
+    """Return the strata of a model; none if they come from another model."""
     strata = summaries.strata(pairs, role)
     return strata if summaries.has_edges(strata) else strata.clear()
 
 
 def length_plots(pairs: pl.DataFrame) -> list[Plot]:
-    """Lengths of queries and answers: selected, all, and drawn at random."""
+    """Plot the lengths of queries and answers: selected pairs, all pairs, and the random control."""
     lengths = {"query": "num_q_tokens_strong", "answer": "num_a_tokens_strong"}
     return [
         plots.lengths(f"{what}_tokens", *summaries.lengths(summaries.groups_of_lengths(pairs, column)), what)
@@ -290,7 +289,7 @@ def length_plots(pairs: pl.DataFrame) -> list[Plot]:
 
 
 def batch_overview(tables: BatchTables) -> list[Plot]:
-    """The plots of a batch that the UI shows beside its page."""
+    """Return the plots of a batch that the UI shows."""
     flat = with_origin(flat_scores(tables["decisions"].frame), tables["raw_data"].frame)
     pairs = summaries.pairs(flat)
     return [
@@ -302,17 +301,17 @@ def batch_overview(tables: BatchTables) -> list[Plot]:
 
 
 def dataset_overview(flat: pl.DataFrame) -> list[Plot]:
-    """The plots of a version that the UI shows beside its page."""
+    """Return the plots of a version that the UI shows."""
     return [plots.flow(summaries.flow(flat)), plots.kept("kept_batch", summaries.kept_by(flat, "batch"), "batch")]
 
 
 def rank_plot(disagreement: pl.DataFrame) -> Plot:
-    """The ranks of both models in DisagreementScores."""
+    """Plot the ranks of both models in DisagreementScores."""
     return plots.ranks(summaries.rank_grid(to_columns(disagreement, "ranks", fields=["rank"])))
 
 
 def density_without_strata(scores: pl.DataFrame, role: str) -> Plot:
-    """RMI over log PPL(Q) of one model's RmiScores. Strata belong to a pool, which is known later."""
+    """Plot RMI over log PPL(Q) from one model's RmiScores, without strata: the pool is not known yet."""
     named = scores.select(pl.col(name).alias(f"{name}_{role}") for name in ("log_ppl_q", "rmi"))
     return plots.density(summaries.density(named, role), pl.DataFrame(), role)
 
@@ -344,7 +343,7 @@ def _files(raw: pl.DataFrame, files: Mapping[str, str]) -> Table:
 
 
 def _models(scorings: Sequence[Scoring]) -> Table:
-    """One column a model."""
+    """Build the table of the models, one column per model."""
     made_of = [scoring.provenance for scoring in scorings]
     identity = [one.get("identity", {}) for one in made_of]
     rows: list[tuple[Any, ...]] = [
@@ -360,7 +359,7 @@ def _models(scorings: Sequence[Scoring]) -> Table:
 
 
 def _models_of(manifest: Mapping[str, Any]) -> Table:
-    """One row for each role and identity, with its batches."""
+    """Build the table of the models, one row per role and identity, with its batches."""
     batches: dict[tuple[Any, ...], list[str]] = {}
     for entry in manifest["batches"]:
         for role, identity in entry["models"].items():
@@ -371,7 +370,7 @@ def _models_of(manifest: Mapping[str, Any]) -> Table:
 
 
 def _cost(scorings: Sequence[Scoring]) -> Table:
-    """One column a model; what the event log does not say is unknown."""
+    """Build the table of costs, one column per model; facts missing from the event log are unknown."""
     known = [scoring.cost or {} for scoring in scorings]
     rows = [(label, *(cost.get(name, _UNKNOWN) for cost in known)) for name, label in _COST.items()]
     rows.append(("device hours", *(_device_hours(cost) for cost in known)))
@@ -379,7 +378,7 @@ def _cost(scorings: Sequence[Scoring]) -> Table:
 
 
 def _device_hours(cost: Mapping[str, Any]) -> str:
-    """Seconds of every process, in hours: a process is a GPU, or a part of the CPU."""
+    """Return the sum of the seconds of all processes in hours; a process is one GPU or a share of the CPU."""
     if "seconds" not in cost or "processes" not in cost:
         return _UNKNOWN
     return f"{cost['seconds'] * cost['processes'] / 3600:.4f}"
@@ -390,15 +389,17 @@ def _made_of(tables: BatchTables) -> Table:
     facts: list[tuple[str, Any]] = [
         ("provenance id of the decisions", decided.provenance_id),
         ("pool of the ranks", decided.provenance.get("pool_id", _UNKNOWN)),
-        ("settings hash of the selections", decided.provenance.get("settings_hash", _UNKNOWN)),
-        ("settings hash of the published one", decided.provenance.get("published_hash", _UNKNOWN)),
+        ("settings hash of all selections", decided.provenance.get("settings_hash", _UNKNOWN)),
+        ("settings hash of the published selection", decided.provenance.get("published_hash", _UNKNOWN)),
         ("settings hash of the ranks", decided.provenance.get("ranking_hash", _UNKNOWN)),
     ]
     facts += [(f"data version of {name}", table.data_version) for name, table in tables.tables.items()]
-    facts += [(f"made of {name}", version) for name, version in sorted(decided.provenance["inputs"].items())]
+    facts += [(f"input version of {name}", version) for name, version in sorted(decided.provenance["inputs"].items())]
     facts += [(f"benchmark {name}, sha256", sha256) for name, sha256 in sorted(screened.get("benchmarks", {}).items())]
     older = ", ".join(sorted(screened.get("compared_with", {}))) or "none"
-    return Table("What the decisions rest on", ("", "value"), [*facts, ("older batches compared with", older)])
+    return Table(
+        "Provenance of the decisions", ("", "value"), [*facts, ("older batches compared for duplicates", older)]
+    )
 
 
 def _recipe(published: Selection) -> Table:
@@ -411,7 +412,7 @@ def _recipe(published: Selection) -> Table:
 
 
 def _setting(value: Any) -> str:
-    """A setting's value in words."""
+    """Format a setting's value."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {part}" for name, part in value.items())
     return f"({value[0]:g}, {value[1]:g}]" if isinstance(value, list) else str(value)
@@ -453,7 +454,7 @@ def _batches(manifest: Mapping[str, Any]) -> Table:
 
 
 def _excluded(reasons: Mapping[str, str]) -> Table:
-    return Table("Batches left out, and why", ("batch", "why"), sorted(reasons.items()))
+    return Table("Batches left out", ("batch", "reason"), sorted(reasons.items()))
 
 
 def _difference(found: pl.DataFrame | None) -> Table | None:
@@ -461,13 +462,13 @@ def _difference(found: pl.DataFrame | None) -> Table | None:
         return None
     counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
     rows = [("entered" if added else "left", change, n) for added, change, n in counts.iter_rows()]
-    return Table("Rows that entered and left", ("", "because", "rows"), rows, ("all", "", found.height))
+    return Table("Rows that entered and left", ("", "reason", "rows"), rows, ("all", "", found.height))
 
 
 def _drift(scorings: Sequence[Scoring], frozen: tuple[str, pl.DataFrame] | None) -> Table | str:
-    """PSI and Kolmogorov-Smirnov against the reference, or why there are none."""
+    """Compute PSI and Kolmogorov-Smirnov against the reference, or return the reason why there are none."""
     if frozen is None:
-        return "No reference is configured, or it is not made yet (ranking.reference): the drift is unknown."
+        return "The drift is unknown: no reference is configured (ranking.reference), or it is not built yet."
     name, rows = frozen
     try:
         found = drift.drift({scoring.role: scoring.scores for scoring in scorings}, rows)
@@ -476,13 +477,13 @@ def _drift(scorings: Sequence[Scoring], frozen: tuple[str, pl.DataFrame] | None)
     if not found.statistics:
         return f"No pair of the batch has an RMI: the drift from the reference {name} is unknown."
     said = [(statistic.replace("_", " "), value) for statistic, value in found.statistics.items()]
-    return Table(f"Drift from the reference {name}: 0 is none", ("statistic", "value"), said)
+    return Table(f"Drift from the reference {name} (0: no drift)", ("statistic", "value"), said)
 
 
 def _drift_by_batch(flat: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None) -> Table | str:
     roles = summaries.roles(flat)
     if frozen is None or not roles:
-        return "No reference is configured, or it is not made yet (ranking.reference): the drift is unknown."
+        return "The drift is unknown: no reference is configured (ranking.reference), or it is not built yet."
     name, rows = frozen
     found: dict[str, Mapping[str, float]] = {}
     for (batch,), of_batch in summaries.pairs(flat).partition_by("batch", as_dict=True, maintain_order=True).items():
@@ -495,14 +496,14 @@ def _drift_by_batch(flat: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None)
     names = list(dict.fromkeys(statistic for one in found.values() for statistic in one))
     head = ("batch", *(statistic.replace("_", " ") for statistic in names))
     said = [(batch, *(one.get(statistic) for statistic in names)) for batch, one in found.items()]
-    return Table(f"Drift from the reference {name}, by batch: 0 is none", head, said)
+    return Table(f"Drift from the reference {name}, by batch (0: no drift)", head, said)
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
 def _stored_columns() -> list[ColumnLineage]:
-    """Of every stored table, in the order in which they are made."""
+    """Return the lineage of every stored table's columns, in the order of the pipeline."""
     return [
         _lineage(table, column_lineage.of_table(PIPELINE.column_sources, table), column_lineage.UNDERIVED)
         for table in PIPELINE.column_sources
@@ -510,8 +511,8 @@ def _stored_columns() -> list[ColumnLineage]:
 
 
 def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published: str) -> list[ColumnLineage]:
-    """Of every file or folder of a version that holds rows; those of one format and of like rows are one."""
-    has_meta = manifest.get("export", {}).get("meta", False)  # Manifests of format 1 do not say: there was none.
+    """Return the lineage of every exported file of rows; files of one format and source table are grouped."""
+    has_meta = manifest.get("export", {}).get("meta", False)  # Manifests of format 1 have no such key.
     files: dict[tuple[str, str], dict[str, None]] = {}
     for name in sorted(manifest["files"]):
         selection, _, path = name.partition("/")
@@ -621,7 +622,7 @@ def _example(row: Mapping[str, Any], roles: Iterable[str]) -> Example:
 
 
 def render(template: str, page: Mapping[str, Any]) -> bytes:
-    """A page: the template of `pages/`, filled with text, numbers, `Table`s, `Plot`s and `Examples`."""
+    """Render a template of `pages/` with text, numbers, `Table`s, `Plot`s and `Examples`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qaq_pipeline", "pages"),
         autoescape=True,
@@ -638,7 +639,7 @@ def render(template: str, page: Mapping[str, Any]) -> bytes:
 
 
 def _shown(value: Any) -> Any:
-    """A value as a page shows it: numbers with commas, and no character that cannot be seen."""
+    """Format a value for a page: numbers with commas, and invisible characters by code point."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -651,11 +652,11 @@ def _shown(value: Any) -> Any:
 
 
 def _picture(plot: Plot) -> Markup:
-    """The SVG: what rows hold is escaped in it already."""
+    """Render the plot as SVG, in which content of rows is already escaped."""
     return Markup(plots.svg(plot))  # noqa: S704
 
 
 def _numbers(plot: Plot) -> Table:
-    """The numbers of a plot as a table."""
+    """Return the numbers of a plot as a table."""
     head = [name.replace("_", " ") for name in plot.table.columns]
     return Table(f"Numbers of the plot: {plot.title}", head, plot.table.rows())

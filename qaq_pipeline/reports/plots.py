@@ -1,11 +1,11 @@
-"""What is drawn of a batch or a version: one function a plot, from the small frames of `summaries` to a chart.
+"""Plots of a batch or a version: one function per plot, from the small frames of `summaries` to a chart.
 
-Belongs here: marks, axes with their units, colours, and the step from a chart to SVG or PNG. Does not belong here: what
-is counted, and where a plot stands.
+Belongs here: marks, axes with their units, colours, and conversion to SVG or PNG. Does not belong here: counting, and
+the layout of pages.
 
-A plot is one SVG for light and dark pages: its colours are names (`var(--plot-…)`) that a page's stylesheet fills, and
-how many pairs a cell holds is the opacity of one colour. Lines differ in dash as well as in colour. None is wider than
-a phone. altair and vl-convert are imported where they draw; neither asks the network.
+A plot is one SVG for light and dark pages: its colours are CSS variables (`var(--plot-…)`) of the page's stylesheet,
+and the count of a cell is the opacity of one colour. Lines differ in dash as well as in colour. Every plot fits on a
+phone. altair and vl-convert are imported where they draw; neither uses the network.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import altair as alt
 
 WIDTH = 400
-"""Pixels, axes and all: at 360 px of screen, text of 12 px shrinks to 10."""
+"""Pixels, including axes: on a screen of 360 px, text of 12 px shrinks to 10."""
 _MOST_PNG_BYTES = 75_000
-"""As base64 in a page of the UI: 100 KB."""
+"""100 KB as base64 in a page of the UI."""
 _SCALES = (1.0, 0.75)
-"""Not above 1: an event log keeps every picture of every batch, twice."""
+"""At most 1: the event log keeps every picture of every batch twice."""
 
 _INK, _MUTED, _GRID, _ONE, _TWO, _THREE = "#1b1f24", "#57606b", "#d3d9e0", "#0b5cab", "#b04a00", "#6b6b6c"
 VARIABLES = {
@@ -36,25 +36,25 @@ VARIABLES = {
     _TWO: "two",
     _THREE: "three",
 }
-"""Colours of a chart, and the names under which a page gives them a value for its scheme: `--plot-<name>`."""
+"""Colours of a chart, and the names of the CSS variables that replace them on a page: `--plot-<name>`."""
 
 _LONGEST_NAME, _LETTER = 170, 7.3
-"""Pixels of an axis' labels, and of one letter of 12 px in the widest usual font."""
+"""Pixels of an axis label, and of one letter at 12 px in the widest common font."""
 _LONG_COUNT = 10_000
-"""Rows that an axis writes as 10k."""
+"""The count from which an axis writes 10k."""
 _DASHES = ([1, 0], [6, 3], [2, 2])
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart, and what a person reads who does not see it."""
+    """A chart with its description and its numbers."""
 
     name: str
     title: str
     caption: str
-    """What is drawn, and how to read it."""
+    """A description of the chart and how to read it."""
     chart: alt.TopLevelMixin | None
-    """None: there is nothing to draw."""
+    """None if there is nothing to draw."""
     table: pl.DataFrame
     """The numbers."""
 
@@ -63,10 +63,10 @@ class Plot:
 
 
 def flow(steps: pl.DataFrame) -> Plot:
-    """Rows from delivered to selected: what stays at each step, and what left (`summaries.flow`)."""
+    """Plot the rows that remain and that leave at each step, from delivered to selected (`summaries.flow`)."""
     import altair as alt
 
-    caption = "Rows that stay after each step, from all that were delivered; the pale part left at that step."
+    caption = "Rows that remain after each step; the pale part is the rows that left at that step."
     if steps.is_empty() or not steps["rows"][0]:
         return Plot("flow", "From delivered to selected", caption, None, steps)
     order = steps["step"].to_list()
@@ -85,10 +85,10 @@ def flow(steps: pl.DataFrame) -> Plot:
 
 
 def by_reason(counts: pl.DataFrame) -> Plot:
-    """Rows by decision and reason (`summaries.by_reason`)."""
+    """Plot the rows by decision and reason (`summaries.by_reason`)."""
     import altair as alt
 
-    title, caption = "Rows by decision and reason", "Every delivered row has one decision, and one reason for it."
+    title, caption = "Rows by decision and reason", "Every delivered row has one decision and one reason for it."
     if counts.is_empty():
         return Plot("by_reason", title, caption, None, counts)
     said = counts.with_columns(
@@ -110,18 +110,18 @@ def by_reason(counts: pl.DataFrame) -> Plot:
 
 
 def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
-    """Pairs by PPL(Q) and RMI of a model, its strata and both tails (`summaries.density`, `summaries.strata`).
+    """Plot the pairs by PPL(Q) and RMI, with strata and both tails (`summaries.density`, `summaries.strata`).
 
-    No strata: the pairs have none of this model in common.
+    `strata` is empty if the pairs have no common strata of this model.
     """
     import altair as alt
 
     name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
-    caption = "The stronger the colour, the more pairs. " + (
-        "No strata are drawn: the pairs have none of this model in common."
+    caption = "A stronger colour means more pairs. " + (
+        "No strata are drawn: these pairs have no common strata of this model."
         if strata.is_empty()
-        else "Vertical lines are the edges of the strata of PPL(Q). Below the lower line lie the 5 % of each stratum "
-        "of the lowest RMI (mismatches), above the upper one those of the highest (echoes)."
+        else "Vertical lines are the edges of the strata of PPL(Q). The 5 % of each stratum with the lowest RMI "
+        "(possible mismatches) are below the lower line, the 5 % with the highest (possible echoes) above the upper."
     )
     if cells.is_empty():
         return Plot(name, title, caption, None, strata)
@@ -142,15 +142,15 @@ def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
 
 
 def ranks(cells: pl.DataFrame, is_selected: bool = False) -> Plot:
-    """Pairs by rank under both models, or the share of each cell that is selected (`summaries.rank_grid`)."""
+    """Plot the pairs, or the selected share, by rank under both models (`summaries.rank_grid`)."""
     import altair as alt
 
     name = "ranks_selected" if is_selected else "ranks"
     title = "Selected by rank under both models" if is_selected else "Rank under the strong and the weak model"
-    what = "share that is selected" if is_selected else "pairs"
+    what = "share selected" if is_selected else "pairs"
     caption = (
-        f"The stronger the colour, the {'larger the share of the cell' if is_selected else 'more pairs'}. On the line "
-        "both models rank alike; right of it and below, the strong model finds the pair more coherent than the weak."
+        f"A stronger colour means {'a larger share of the cell' if is_selected else 'more pairs'}. On the line both "
+        "models give the same rank; below and right of it, the strong model ranks the pair higher than the weak one."
     )
     table = _crosstab(cells)
     if cells.is_empty():
@@ -165,21 +165,21 @@ def ranks(cells: pl.DataFrame, is_selected: bool = False) -> Plot:
 
 
 def _crosstab(cells: pl.DataFrame) -> pl.DataFrame:
-    """Fifths of the ranks: rows, selected."""
+    """Count the rows and the selected rows by fifths of both ranks."""
     fifth = [((pl.col(axis) + pl.col(f"{axis}2")) / 2 * 5).floor().cast(pl.Int64) + 1 for axis in ("x", "y")]
     counts = cells.group_by(fifth_strong=fifth[0], fifth_weak=fifth[1]).agg(pl.col("rows", "selected").sum())
     return counts.sort("fifth_strong", "fifth_weak")
 
 
 def lengths(name: str, shares: pl.DataFrame, numbers: pl.DataFrame, what: str) -> Plot:
-    """How long texts are, by group, on a logarithmic axis (`summaries.lengths`)."""
+    """Plot the lengths of texts by group, on a logarithmic axis (`summaries.lengths`)."""
     title = f"Length of the {what}"
-    caption = f"Share of each group's pairs by the number of {what} tokens; the bins are of equal width on the axis."
+    caption = f"Share of each group's pairs by the number of {what} tokens; all bins have equal width on the axis."
     return Plot(name, title, caption, _steps(shares, f"{what} tokens (logarithmic)", is_log=True), numbers)
 
 
 def drift(quantity: str, role: str, shares: pl.DataFrame) -> Plot:
-    """A number in the batch and in the reference (`summaries.spread`)."""
+    """Plot the distribution of a quantity in the batch and in the reference (`summaries.spread`)."""
     title = f"{quantity}, {role} model: batch and reference"
     name = re.sub(r"\W+", "_", f"drift_{quantity}_{role}".lower())
     chart = _steps(shares, f"{quantity}, nats per token")
@@ -187,20 +187,20 @@ def drift(quantity: str, role: str, shares: pl.DataFrame) -> Plot:
 
 
 def _by_group(shares: pl.DataFrame) -> pl.DataFrame:
-    """One column a group, one row a bin."""
+    """Pivot the shares to one column per group and one row per bin."""
     return shares if shares.is_empty() else shares.pivot("group", index=["low", "high"], values="share")
 
 
 def _steps(
     shares: pl.DataFrame, title: str, *, is_log: bool = False, marks: Sequence[float] = ()
 ) -> alt.TopLevelMixin | None:
-    """Shares by group as lines that step at the bins' edges; vertical lines at the marks."""
+    """Draw shares by group as step lines over the bins, with vertical lines at the marks."""
     import altair as alt
 
     if shares.is_empty():
         return None
     groups = shares["group"].unique(maintain_order=True).to_list()
-    # The last step needs its right end: a point more.
+    # The last step needs one more point, its right end.
     ends = shares.group_by("group", maintain_order=True).last().with_columns(low="high")
     points = pl.concat([shares, ends])
     scale = alt.Scale(type="log", base=2, nice=False) if is_log else alt.Scale(zero=False, nice=False)
@@ -227,9 +227,9 @@ def _steps(
 
 
 def overlap(shares: pl.DataFrame) -> Plot:
-    """What two selections share, as a share of the first one's pairs (`summaries.overlap`)."""
-    title = "What the selections share"
-    caption = "Of the pairs that the selection of the row takes, the share that the one of the column takes as well."
+    """Plot the overlap of two selections, as a share of the first one's pairs (`summaries.overlap`)."""
+    title = "Overlap of the selections"
+    caption = "Share of the pairs of the row's selection that the column's selection also takes."
     if shares.is_empty():
         return Plot("overlap", title, caption, None, shares)
     is_known = pl.col("of_first").is_not_null()
@@ -244,10 +244,10 @@ def overlap(shares: pl.DataFrame) -> Plot:
 
 
 def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
-    """The share of rows that is selected, by stratum, language, source or batch (`summaries.kept_by`, `strata`)."""
+    """Plot the selected share of rows by stratum, language, source or batch (`summaries.kept_by`, `strata`)."""
     import altair as alt
 
-    title, caption = f"Share selected by {of}", f"Of the rows of each {of}, the share that is selected."
+    title, caption = f"Share selected by {of}", f"Selected share of the rows of each {of}."
     if shares.is_empty():
         return Plot(name, title, caption, None, shares)
     said = shares.with_columns(
@@ -270,15 +270,15 @@ def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
 
 
 def told_apart(intervals: pl.DataFrame) -> Plot:
-    """How well each defect is told from its twins: group, defect, value, lower, upper (`calibration_page`)."""
+    """Plot the AUROC of each defect against its originals: group, defect, value, lower, upper (`calibration_page`)."""
     import altair as alt
 
-    title = "What RMI tells apart"
+    title = "How well RMI detects each defect"
     caption = (
-        "P(a row as delivered scores above a planted one), with its 95 % interval: 1 is always told, 0.5 (the line) is "
-        "chance. An echo is told near 0: it scores above its twin, in the tail that the high cut removes; any other "
-        "defect below 0.5 scores as the better one. The length of the answer costs nothing to know: a score that is no "
-        "farther from the line is not worth its GPU."
+        "P(a row as delivered scores above a planted one), with its 95 % interval: 1 is perfect detection, 0.5 (the "
+        "line) is chance. A detected echo shows near 0: it scores above its original, in the tail that the high cut "
+        "removes. Any other defect below 0.5 scores better than the original. Answer length costs nothing to compute: "
+        "a score that is no farther from the line is not worth its GPU time."
     )
     if intervals.is_empty():
         return Plot("told_apart", title, caption, None, intervals)
@@ -308,11 +308,11 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
 
 
 def auroc_grid(name: str, of: str, cells: pl.DataFrame) -> Plot:
-    """AUROC of every score against every defect: score, defect, value (`calibration_page`)."""
+    """Plot the AUROC of every score for every defect: score, defect, value (`calibration_page`)."""
     title = f"P(clean > planted) of every score, {of}"
     caption = (
-        "The stronger the colour, the farther from chance (0.5); the colours differ above and below it. A number below "
-        "0.5 says that the defect scores above its twin: by perplexity that can be as telling."
+        "A stronger colour is farther from chance (0.5); the colours differ above and below it. Below 0.5 the defect "
+        "scores above its original: for a perplexity, that can detect it as well."
     )
     said = cells.with_columns(
         label=pl.col("value").round(2).map_elements(lambda value: f"{value:.2f}", return_dtype=pl.String),
@@ -323,11 +323,11 @@ def auroc_grid(name: str, of: str, cells: pl.DataFrame) -> Plot:
 
 
 def kept_grid(shares: pl.DataFrame) -> Plot:
-    """What the selections take of each defect: selection, defect, value (`calibration_page`)."""
-    title = "What the selections take"
+    """Plot the share of each defect that each selection takes: selection, defect, value (`calibration_page`)."""
+    title = "Share that each selection takes"
     caption = (
-        "Of the rows of the column, the share that the selection of the row takes. `clean` is the whole batch: a "
-        "selection that helps takes less of a defect than of that."
+        "Share of the column's rows that the row's selection takes. `clean` is the whole batch: a useful selection "
+        "takes a smaller share of a defect than of `clean`."
     )
     said = shares.with_columns(
         label=pl.format("{}%", (100 * pl.col("value")).round(0).cast(pl.Int64)),
@@ -338,15 +338,15 @@ def kept_grid(shares: pl.DataFrame) -> Plot:
 
 
 def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
-    """RMI of the rows as delivered and of the planted ones, with the cuts that follow (`summaries.spread`)."""
-    title = f"Where RMI could be cut, {role} model"
-    caption = "Share of each group's pairs by RMI. Vertical lines: the low and the high cut, where there are any."
+    """Plot the RMI of clean and planted rows, with the suggested cuts (`summaries.spread`)."""
+    title = f"Suggested cuts of RMI, {role} model"
+    caption = "Share of each group's pairs by RMI. Vertical lines: the low and the high cut, if any."
     chart = _steps(shares, "RMI, nats per token", marks=marks)
     return Plot(f"cuts_{role}", title, caption, chart, _by_group(shares))
 
 
 def _labelled_grid(cells: pl.DataFrame, row: str, column: str) -> alt.TopLevelMixin | None:
-    """Cells with their `label`, coloured by `strength` in [0, 1] and `is_below`."""
+    """Draw a grid of cells with their `label`, coloured by `strength` in [0, 1] and `is_below`."""
     import altair as alt
 
     if cells.is_empty():
@@ -375,7 +375,7 @@ def _labelled_grid(cells: pl.DataFrame, row: str, column: str) -> alt.TopLevelMi
 
 
 def _heat(cells: pl.DataFrame, x: Any, y: Any, value: str, title: str, *, is_share: bool = False) -> alt.Chart:
-    """Cells of one colour, the more opaque the more of `value`."""
+    """Draw cells in one colour whose opacity grows with `value`."""
     import altair as alt
 
     top = 1.0 if is_share else float(cells[value].max())  # type: ignore[arg-type]
@@ -399,7 +399,7 @@ def _heat(cells: pl.DataFrame, x: Any, y: Any, value: str, title: str, *, is_sha
 
 
 def _ends(cells: pl.DataFrame, channel: str) -> tuple[float, float]:
-    """Where the cells begin and end."""
+    """Return the first and last edge of the cells."""
     return float(cells[channel].min()), float(cells[f"{channel}2"].max())  # type: ignore[arg-type]
 
 
@@ -411,7 +411,7 @@ def _axis(channel: str, cells: pl.DataFrame, title: str) -> Any:
 
 
 def _names(column: str, names: Sequence[str]) -> Any:
-    """An axis of names, the first on top. The room for them is set: a browser's letters are wider than vl-convert's."""
+    """Build an axis of names, the first on top. Its width is fixed: a browser's font is wider than vl-convert's."""
     import altair as alt
 
     room = min(_LONGEST_NAME, round(_LETTER * max(map(len, names)))) + 8
@@ -420,7 +420,7 @@ def _names(column: str, names: Sequence[str]) -> Any:
 
 
 def _rows_axis(longest: int) -> Any:
-    """An axis of rows whose labels fit beside one another."""
+    """Build an axis of row counts whose labels do not overlap."""
     import altair as alt
 
     form = "~s" if longest >= _LONG_COUNT else ",d"
@@ -428,7 +428,7 @@ def _rows_axis(longest: int) -> Any:
 
 
 def _ticks(longest: int) -> list[int]:
-    """At most three round numbers of rows, from 0."""
+    """Return 0 and at most three round numbers of rows."""
     step = 10 ** (len(str(max(longest, 1))) - 1)
     while longest // step > 3:
         step *= 2 if longest // step < 6 else 5
@@ -436,7 +436,7 @@ def _ticks(longest: int) -> list[int]:
 
 
 def _count(column: str) -> pl.Expr:
-    """A count with commas: 1,234,567."""
+    """Format a count with commas: 1,234,567."""
     return pl.col(column).map_elements(lambda value: f"{value:,}", return_dtype=pl.String)
 
 
@@ -468,9 +468,9 @@ def _sized(chart: Any, height: int) -> alt.TopLevelMixin:
 
 
 def svg(plot: Plot) -> str:
-    """The chart as SVG for a page, without script or style; its colours are `var(--plot-…)`. Empty: nothing to draw.
+    """Render the chart as SVG for a page, without script or style; empty if there is nothing to draw.
 
-    It is labelled by the elements `<name>-title` and `<name>-caption`, which the page has beside it.
+    Its colours are `var(--plot-…)`. The page's elements `<name>-title` and `<name>-caption` label it.
     """
     import vl_convert
 
@@ -481,17 +481,17 @@ def svg(plot: Plot) -> str:
         picture = picture.replace(colour, f"var(--plot-{name})")
     head, body = picture.split(">", 1)
     (size,) = re.findall(r'viewBox="[^"]*"', head)
-    # Marks that vega numbers (clips, gradients) are numbered anew in every picture of the page.
+    # Vega numbers clips and gradients from the same start in every picture, so ids would collide on a page.
     body = re.sub(r'(id="|url\(#)(\w)', rf"\g<1>{plot.name}-\g<2>", body)
     label = f'role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {label}>{body}'
 
 
 def png(plot: Plot) -> bytes:
-    """The chart as PNG on white, under 75 KB, for the UI. Empty: nothing to draw.
+    """Render the chart as PNG on white, under 75 KB, for the UI; empty if there is nothing to draw.
 
     Raises:
-        ValueError: it is larger at every scale: too many marks.
+        ValueError: the picture is too large at every scale, because it has too many marks.
     """
     import vl_convert
 

@@ -1,10 +1,10 @@
-"""What a page or a plot shows of a batch or a version: small frames of counts, shares, bins and examples. Polars only.
+"""Summaries for pages and plots: small frames of counts, shares, bins and examples. Polars only.
 
-Belongs here: how rows become the few numbers that a person reads. Does not belong here: how they are drawn (`plots`),
-what stands on a page (`report`), and what asset checks measure (`measures`).
+Belongs here: computing the numbers that a person reads. Does not belong here: drawing (`plots`), the content of pages
+(`pages`), and the measurements of asset checks (`check_metrics`).
 
-Everything is taken of one flat frame, `flat_scores` of Decisions, which is a version's scores.parquet as well.
-A pair is counted once where scores and ranks are shown, a row as often as it was delivered where decisions are.
+The input is one flat frame: `flat_scores` of Decisions, or a version's scores.parquet, which is the same.
+Scores and ranks count each distinct pair once; decisions count every delivered row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision
 
 TAIL = 0.05
-"""Share of a stratum, at either end of RMI, that is called a tail: a mismatch at the low end, an echo at the high."""
+"""Share of a stratum in each tail of RMI: possible mismatches in the low tail, possible echoes in the high one."""
 
 _SELECTED = "is_selected:"
 _STANDS_FOR_NO_PAIR = [d.value for d in (Decision.DUPLICATE, Decision.CONTAMINATED, Decision.WITHDRAWN)]
@@ -31,34 +31,34 @@ _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff"
     r"\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-"""Controls, invisible formats, and marks of direction, other than line feeds and tabs."""
+"""Control, invisible and direction characters, except line feeds and tabs."""
 _IN_PART = 0.001
-"""Share of pairs at either end of an axis that may lie outside the frame of a plot."""
+"""Share of pairs at each end of an axis that a plot may leave out."""
 
 _STEPS = (
     (Decision.REJECTED, "readable"),
     (Decision.WITHDRAWN, "not withdrawn"),
-    (Decision.CONTAMINATED, "holds no benchmark task"),
-    (Decision.DUPLICATE, "no duplicate"),
-    (Decision.BATCH_GATED, "of a batch that passed"),
+    (Decision.CONTAMINATED, "not contaminated"),
+    (Decision.DUPLICATE, "not a duplicate"),
+    (Decision.BATCH_GATED, "batch passed its gates"),
     (Decision.UNSCORABLE, "scorable"),
     (Decision.NOT_SELECTED, "selected"),
 )
-"""Each decision but `selected`, in the order in which rows leave, and what the rows that stay are called."""
+"""Each decision except `selected`, in the order in which rows leave, and the label of the rows that remain."""
 
 
 def roles(flat: pl.DataFrame) -> list[str]:
-    """Roles of the models that scored it."""
+    """Return the roles of the models that scored the rows."""
     return sorted(name.removeprefix("stratum_") for name in flat.columns if name.startswith("stratum_"))
 
 
 def selections(flat: pl.DataFrame) -> list[str]:
-    """Names of its selections, the published one first, the controls last."""
+    """Return the names of the selections, the published one first, the controls last."""
     return [name.removeprefix(_SELECTED) for name in flat.columns if name.startswith(_SELECTED)]
 
 
 def pairs(flat: pl.DataFrame) -> pl.DataFrame:
-    """The distinct pairs that were scored: of each the row that stands for it, with `is_selected` of the published."""
+    """Return the representative row of each distinct scored pair; `is_selected` is the published selection's."""
     scored = pl.any_horizontal(pl.lit(False), *(pl.col(f"num_q_tokens_{role}").is_not_null() for role in roles(flat)))
     chosen = pl.col("decision") == Decision.SELECTED.value
     return (
@@ -73,7 +73,7 @@ def pairs(flat: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_reason(flat: pl.DataFrame) -> pl.DataFrame:
-    """decision, reason, rows: decisions in their order, the most frequent reason first."""
+    """Count rows as decision, reason, rows: decisions in their order, the most frequent reason first."""
     order = {decision.value: place for place, decision in enumerate(Decision)}
     counts = flat.group_by("decision", "reason").agg(rows=pl.len().cast(pl.Int64))
     place = pl.col("decision").replace_strict(order, return_dtype=pl.Int64)
@@ -81,9 +81,9 @@ def by_reason(flat: pl.DataFrame) -> pl.DataFrame:
 
 
 def flow(flat: pl.DataFrame) -> pl.DataFrame:
-    """step, rows, left: from all delivered rows to the selected ones, how many stay at each step and how many leave.
+    """Count the rows that remain and that leave at each step, from delivered to selected, as step, rows, left.
 
-    A gate is a step only of a batch that did not pass it.
+    The gates are a step only if a batch failed one.
     """
     counts = dict(flat.group_by("decision").len().iter_rows())
     remaining = flat.height
@@ -98,7 +98,7 @@ def flow(flat: pl.DataFrame) -> pl.DataFrame:
 
 
 def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
-    """value, rows, selected, share of each value of a column, the most frequent first, the rest of them together."""
+    """Count value, rows, selected, share by the most frequent values of a column, with the rest in one row."""
     named = flat.select(
         value=pl.col(column).cast(pl.String).fill_null("not stated"),
         is_selected=pl.col("decision") == Decision.SELECTED.value,
@@ -117,7 +117,7 @@ def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
 
 
 def _as_labels(names: Sequence[str]) -> list[str]:
-    """Each name on one line of a plot, the middle of a long one left out; those that then look alike are numbered."""
+    """Return one-line labels of a plot: long names lose their middle, and equal labels get a number."""
     labels: list[str] = []
     for name in names:
         seen = " ".join(visible(name).split())
@@ -128,7 +128,7 @@ def _as_labels(names: Sequence[str]) -> list[str]:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than `most`: names of batches differ at either end."""
+    """Return the text without its middle if it is longer than `most`, since names of batches differ at the ends."""
     if len(text) <= most:
         return text
     end = max(most - 1, 2) // 2
@@ -136,7 +136,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with every character that cannot be seen, or that turns the reading direction, as ⟦U+202E⟧.
+    """Return the text with every invisible character, and every mark of reading direction, as ⟦U+202E⟧.
 
     Line feeds and tabs stay.
     """
@@ -150,7 +150,7 @@ def _with_share(counts: pl.DataFrame) -> pl.DataFrame:
 
 
 def overlap(flat: pl.DataFrame) -> pl.DataFrame:
-    """first, second, both, of_first: pairs that two selections take both, and as a share of those of the first."""
+    """Count the pairs that two selections share, as first, second, both, of_first (share of the first one's pairs)."""
     names = selections(flat)
     taken = [f"{_SELECTED}{name}" for name in names]
     chosen = flat.select(pl.col(name).fill_null(value=False).cast(pl.Float64) for name in taken).to_numpy()
@@ -166,7 +166,7 @@ def overlap(flat: pl.DataFrame) -> pl.DataFrame:
 
 
 def sizes(flat: pl.DataFrame, published: str) -> pl.DataFrame:
-    """selection, pairs, answer_tokens, shared: of each, how much of it the published selection takes as well."""
+    """Count selection, pairs, answer_tokens, shared; `shared` is the pairs that the published selection also takes."""
     answer_tokens = next((name for name in flat.columns if name == "num_a_tokens_strong"), None)
     frames = []
     for name in selections(flat):
@@ -189,10 +189,10 @@ def sizes(flat: pl.DataFrame, published: str) -> pl.DataFrame:
 
 
 def strata(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
-    """By stratum of a model's PPL(Q): its edges, rows, selected, share, and RMI at both tails and the median.
+    """Summarise each stratum of a model's PPL(Q): edges, rows, selected, share, and RMI at both tails and the median.
 
-    Where the strata are another model's (`ranking.strata_from`), they have no edges on this one's axis: `low` and
-    `high` overlap, as `has_edges` tells.
+    If the strata come from another model (`ranking.strata_from`), they have no edges on this model's axis: their
+    ranges overlap, and `has_edges` is false.
     """
     rmi = pl.col(f"rmi_{role}")
     known = pairs.drop_nulls([f"stratum_{role}", f"rmi_{role}"])
@@ -212,21 +212,21 @@ def strata(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
 
 
 def has_edges(strata: pl.DataFrame) -> bool:
-    """Whether every one of `strata` begins where the one before has ended."""
+    """Return whether every stratum begins at or above the end of the one before."""
     return bool((strata["low"][1:] >= strata["high"][:-1]).all())
 
 
 def density(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
-    """x, x2, y, y2, rows: pairs by log PPL(Q) and RMI of a model, nats/token; cells without a pair are left out.
+    """Count pairs by log PPL(Q) and RMI of a model, nats/token, as x, x2, y, y2, rows; empty cells are left out.
 
-    A thousandth of the pairs at either end of either axis may lie outside.
+    A thousandth of the pairs at each end of each axis may lie outside.
     """
     known = pairs.select(x=f"log_ppl_q_{role}", y=f"rmi_{role}").drop_nulls()
     return _grid(known, _edges(known["x"], 40), _edges(known["y"], 28))
 
 
 def rank_grid(pairs: pl.DataFrame, bins: int = 20) -> pl.DataFrame:
-    """x, x2, y, y2, rows, selected, share: pairs by rank under the strong and the weak model; 0 of no selection."""
+    """Count pairs by rank under both models, as x, x2, y, y2, rows, selected, share; no selection gives 0."""
     if not {"rank_strong", "rank_weak"} <= set(pairs.columns):
         return _grid(pl.DataFrame(schema={"x": pl.Float64, "y": pl.Float64, "is_selected": pl.Boolean}), [], [])
     chosen = pl.col("is_selected") if "is_selected" in pairs.columns else pl.lit(None, pl.Boolean).alias("is_selected")
@@ -236,7 +236,7 @@ def rank_grid(pairs: pl.DataFrame, bins: int = 20) -> pl.DataFrame:
 
 
 def _edges(values: pl.Series, bins: int) -> np.ndarray:
-    """Equal steps over the values, but for a thousandth at either end; of one value, a step around it."""
+    """Return equal steps over the values, without a thousandth at each end; a single value gets one step around it."""
     if values.is_empty():
         return np.empty(0)
     low, high = values.quantile(_IN_PART, "lower"), values.quantile(1 - _IN_PART, "higher")
@@ -246,7 +246,7 @@ def _edges(values: pl.Series, bins: int) -> np.ndarray:
 
 
 def _grid(points: pl.DataFrame, x_edges: np.ndarray | list[float], y_edges: np.ndarray | list[float]) -> pl.DataFrame:
-    """Points x, y by cell: (edge, edge], the first closed on both sides."""
+    """Count the points x, y by cell (edge, edge]; the first cell is closed on both sides."""
     has_selected = "is_selected" in points.columns
     counted = [pl.len().cast(pl.Int64).alias("rows")]
     counted += [pl.col("is_selected").sum().cast(pl.Int64).alias("selected")] if has_selected else []
@@ -263,7 +263,7 @@ def _grid(points: pl.DataFrame, x_edges: np.ndarray | list[float], y_edges: np.n
 
 
 def _bin(values: pl.Series, edges: np.ndarray | list[float]) -> pl.Series:
-    """Number of the bin of each value, from 0; null outside."""
+    """Return the number of each value's bin, from 0; null outside the edges."""
     if len(edges) == 0:
         return pl.Series([None] * len(values), dtype=pl.Int64)
     place = np.maximum(np.searchsorted(edges, values.to_numpy(), side="left") - 1, 0)
@@ -273,14 +273,14 @@ def _bin(values: pl.Series, edges: np.ndarray | list[float]) -> pl.Series:
 
 
 def lengths(groups: dict[str, pl.Series]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """How long the texts of some groups of pairs are.
+    """Summarise the lengths of texts by group of pairs.
 
     Args:
         groups: number of tokens of every pair, by the group's name.
 
     Returns:
         group, low, high, share: the share of the group's pairs in [low, high) tokens; 24 bins of equal width on a
-            logarithmic axis, the same of all groups.
+            logarithmic axis, the same for all groups.
         group, pairs, p5, median, mean, p95: tokens.
     """
     longest = max((int(values.max() or 0) for values in groups.values() if len(values)), default=0)  # type: ignore[arg-type]
@@ -305,7 +305,7 @@ def lengths(groups: dict[str, pl.Series]) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
-    """Tokens of the pairs that are selected, of all scored ones, and of the random control."""
+    """Return the token counts of the selected pairs, of all scored pairs, and of the random control."""
     control = f"{_SELECTED}{CONTROL_PREFIX}random"
     drawn = pairs.filter(pl.col(control).fill_null(value=False)) if control in pairs.columns else pairs.clear()
     if column not in pairs.columns:
@@ -318,13 +318,13 @@ def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
 
 
 def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
-    """group, low, high, share: the distribution of a number in some groups of pairs.
+    """Return the distribution of a number in groups of pairs, as group, low, high, share.
 
-    The 30 bins are the same for all groups and of equal width, from the lowest number to the highest, but for a
-    thousandth of each group at either end.
+    The 30 bins have equal width and are the same for all groups. They run from the lowest number to the highest,
+    without a thousandth of each group at each end.
 
     Args:
-        groups: the number of every pair, by the group's name; nulls count nowhere, and a group without a number is out.
+        groups: the number of every pair, by the group's name; nulls and groups without a number are left out.
     """
     values = {group: of.drop_nulls().cast(pl.Float64) for group, of in groups.items() if of.drop_nulls().len()}
     ends = [_edges(of, 1) for of in values.values()]
@@ -342,7 +342,7 @@ def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
 
 
 def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, pl.DataFrame]:
-    """The rows at either end of a model's rank, and of the gap between the models: the outermost first."""
+    """Return the rows with the lowest and highest rank of a model and gap between the models, most extreme first."""
     ends = {
         f"lowest rank of RMI, {role} model: query and answer may not belong together": (f"rank_{role}", False),
         f"highest rank of RMI, {role} model: the answer may echo its query": (f"rank_{role}", True),
@@ -357,7 +357,7 @@ def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, pl.DataFrame]:
 
 
 def of_each_reason(flat: pl.DataFrame, most: int) -> list[tuple[str, str, int, pl.DataFrame]]:
-    """decision, reason, rows, and some of these rows: spread evenly over the delivery, the same ones every time."""
+    """Return decision, reason, rows, and examples: spread evenly over the delivery, the same on every call."""
     found = []
     for decision, reason, rows in by_reason(flat).iter_rows():
         of_it = flat.filter((pl.col("decision") == decision) & (pl.col("reason") == reason)).sort(ROW_KEY)
@@ -366,11 +366,11 @@ def of_each_reason(flat: pl.DataFrame, most: int) -> list[tuple[str, str, int, p
 
 
 def evenly(length: int, most: int) -> list[int]:
-    """At most so many places of a list of that length, at equal distances from its beginning."""
+    """Return at most `most` evenly spaced indices of a list of that length, from 0."""
     return sorted({math.floor(i * length / min(most, length)) for i in range(min(most, length))})
 
 
 def with_texts(rows: pl.DataFrame, raw: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Rows with columns of RawData beside them, in their order."""
+    """Join columns of RawData to the rows, keeping their order."""
     wanted = [name for name in columns if name not in rows.columns]
     return rows.join(raw.select(*ROW_KEY, *wanted), on=ROW_KEY, how="left", maintain_order="left")

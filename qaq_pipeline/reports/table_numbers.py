@@ -1,7 +1,7 @@
-"""Numbers about each stored table, which the UI shows beside its materialisation. Polars only.
+"""Numbers of each stored table, as shown in the UI with its materialisation. Polars only.
 
 Belongs here: counts, shares and medians of one table. Does not belong here: numbers with a limit (`check_metrics`), and
-what pages and plots show (`summaries`).
+the summaries of pages and plots (`summaries`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Numbers = dict[str, Any]
 
 
 def count_by(values: pl.Series) -> dict[str, int]:
-    """Number of times each value occurs, most frequent first; nulls are left out."""
+    """Count each value, most frequent first, without nulls."""
     counts = values.drop_nulls().value_counts(name="n").sort("n", values.name, descending=[True, False])
     return dict(counts.iter_rows())
 
 
 def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str]) -> Numbers:
-    """Accepted and rejected rows of a delivery, and the hash of each of its files."""
+    """Count the accepted and rejected rows of a delivery, and list the hash of each file."""
     return {
         "accepted": int((raw["status"] == Status.ACCEPTED.value).sum()),
         "rejected": int((raw["status"] == Status.REJECTED.value).sum()),
@@ -38,7 +38,7 @@ def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str]) -> Numbers:
 
 
 def of_screened_data(screened: pl.DataFrame, compared_with: Sequence[str], benchmarks: Mapping[str, str]) -> Numbers:
-    """Rows by status and reason, the older batches, and the hash of each benchmark."""
+    """Count the rows by status and reason, and list the older batches and the hash of each benchmark."""
     return {
         "rows_by_status": count_by(screened["status"]),
         "rows_by_reason": count_by(screened["reason"]),
@@ -48,7 +48,7 @@ def of_screened_data(screened: pl.DataFrame, compared_with: Sequence[str], bench
 
 
 def of_scoring(scored: ScoredPairs) -> Numbers:
-    """The model of a scoring, its work and its speed."""
+    """Report the model, work and speed of a scoring."""
     report, frame, identity = scored.report, scored.frame, scored.provenance["identity"]
     return {
         **{key: identity[key] for key in ("model", "revision", "dtype", "template_hash")},
@@ -86,7 +86,7 @@ def _speed(report: ScoringReport) -> Numbers:
 
 
 def of_rmi_scores(scores: pl.DataFrame) -> Numbers:
-    """Scorable pairs, null reasons, and medians of the scores that some pair has."""
+    """Report scorable pairs, null reasons, and the median of each score that has values."""
     names = ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")
     medians = {f"median_{name}": scores.select(pl.col(name).median().round(4)).item() for name in names}
     return {
@@ -99,7 +99,7 @@ def of_rmi_scores(scores: pl.DataFrame) -> Numbers:
 
 
 def of_disagreement_scores(frame: pl.DataFrame, warnings: Sequence[str]) -> Numbers:
-    """Ranked pairs, strata, warnings, and the correlation of the ranks where there is one."""
+    """Report ranked pairs, strata, warnings, and the correlation of the ranks if it is defined."""
     of = {role: to_long(frame, "ranks").filter(pl.col("model") == role) for role in ("strong", "weak")}
     ranks = pl.DataFrame({role: long["rank"] for role, long in of.items()})
     correlation = ranks.select(pl.corr("strong", "weak", method="spearman")).item()
@@ -113,7 +113,7 @@ def of_disagreement_scores(frame: pl.DataFrame, warnings: Sequence[str]) -> Numb
 
 
 def of_rank_reference(frame: pl.DataFrame, name: str, batches: Sequence[str], warnings: Sequence[str]) -> Numbers:
-    """The batches, pairs and strata of a reference."""
+    """Report the batches, pairs and strata of a reference."""
     return {
         "dagster/row_count": frame.height,
         "name": name,
@@ -125,7 +125,7 @@ def of_rank_reference(frame: pl.DataFrame, name: str, batches: Sequence[str], wa
 
 
 def of_decisions(frame: pl.DataFrame, verdicts: pl.DataFrame, published: str, *, is_gated: bool) -> Numbers:
-    """Rows by decision and reason, and the pairs that each selection takes."""
+    """Count the rows by decision and reason, and the pairs that each selection takes."""
     sizes = verdicts.filter(pl.col("selection") == published)["pool_size"]
     return {
         "published_selection": published,
@@ -137,13 +137,13 @@ def of_decisions(frame: pl.DataFrame, verdicts: pl.DataFrame, published: str, *,
 
 
 def of_selected_subset(num_selected: int, num_rows: int, selection: str) -> Numbers:
-    """The selected share of all rows."""
+    """Compute the selected share of all rows."""
     share = {"share_of_rows_in": num_selected / num_rows} if num_rows else {}
     return {"selection": selection, "rows_in": num_rows, **share}
 
 
 def of_publication(published: Publication, excluded: Mapping[str, str]) -> Numbers:
-    """Batches and rows of a version, and the rows that entered and left since the version before, by cause."""
+    """Report batches and rows of a version, and the rows that entered and left since the previous one, by cause."""
     entries = published.manifest["batches"]
     return {
         "version": published.version,

@@ -336,7 +336,7 @@ def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(judged: c
     )
     half = check_metrics.discrimination(unscored, 0.8, 20)
     assert not half.passed
-    assert half.sentence.startswith("weak scored less than 20 rows of other_answer, and is not judged. AUROC")
+    assert half.sentence.startswith("Not judged: weak, with fewer than 20 scored rows of other_answer. AUROC")
     blind_too = check_metrics.discrimination(
         unscored.with_columns(value=pl.col("value").clip(upper_bound=0.5)), 0.8, 20
     )

@@ -79,13 +79,13 @@ def test_the_share_of_rejected_rows_is_counted_by_reason(limit: float | None, pa
         "rejected_share": 0.4,
         "rejected_by_reason": {"empty_query": 2},
     }
-    assert found.sentence.startswith("2 of 5 rows cannot be read, a share of 0.4; ")
+    assert found.sentence.startswith("2 of 5 rows cannot be read (share 0.4; ")
     assert found.sentence.endswith(" empty_query: 2.")
 
 
 def test_a_delivery_without_a_row_has_no_share_of_rejected_rows() -> None:
     found = check_metrics.rejected_rows(raw_rows(), None)
-    assert found == Finding(False, "The delivery has no row.", {"rows": 0, "rejected": 0})
+    assert found == Finding(False, "The delivery has no rows.", {"rows": 0, "rejected": 0})
 
 
 def test_screened_rows_are_shares_of_the_batch_and_its_gate_is_named() -> None:
@@ -94,7 +94,7 @@ def test_screened_rows_are_shares_of_the_batch_and_its_gate_is_named() -> None:
     )
     passed = check_metrics.screened_rows(screened, None)
     gated = check_metrics.screened_rows(screened, "it has no row")
-    assert (passed.passed, passed.sentence) == (True, "2 of 4 rows are to be scored.")
+    assert (passed.passed, passed.sentence) == (True, "2 of 4 rows will be scored.")
     assert (gated.passed, gated.sentence) == (False, "The batch is gated before scoring: it has no row.")
     assert gated.numbers == passed.numbers
     assert passed.numbers["rows"] == 4
@@ -156,7 +156,7 @@ def test_a_mean_of_rmi_at_the_limit_does_not_pass(rmi: float, minimum: float, pa
 
 def test_without_a_scorable_pair_the_mean_of_rmi_is_no_number_and_does_not_pass() -> None:
     found = check_metrics.mean_rmi(rmi_rows({"rmi": None, "null_reason_rmi": "non_finite"}), -1.0)
-    assert found == Finding(False, "None of 1 pairs has an RMI: nothing can be said.", {"scorable_pairs": 0})
+    assert found == Finding(False, "None of 1 pairs has an RMI: the mean is unknown.", {"scorable_pairs": 0})
 
 
 @pytest.mark.parametrize(
@@ -180,12 +180,12 @@ def test_strata_are_not_filled_where_a_model_ranks_nothing() -> None:
     )
     found = check_metrics.filled_strata(of_strong_alone, TWO_STRATA)
     assert (found.passed, found.numbers) == (False, {"num_strata": 0})
-    assert found.sentence == "None of 4 pairs is ranked under the models ['weak']: they have no stratum."
+    assert found.sentence == "None of 4 pairs is ranked under the models ['weak'], so they have no strata."
 
 
 def test_without_a_ranked_pair_there_is_no_stratum() -> None:
     found = check_metrics.filled_strata(ranked([None], [None], [None]), TWO_STRATA)
-    assert found == Finding(False, "None of 1 pairs is ranked: there is no stratum.", {"num_strata": 0})
+    assert found == Finding(False, "None of 1 pairs is ranked: there are no strata.", {"num_strata": 0})
 
 
 @pytest.mark.parametrize(
@@ -211,12 +211,12 @@ def test_drift_is_held_against_the_limit_of_each_statistic() -> None:
     near = {"psi_rmi_strong": 0.25, "ks_rmi_strong": 0.2}
     assert check_metrics.drift(near, 100, LIMITS) == Finding(
         True,
-        "The batch is like the reference; PSI may be 0.25 (checks.max_psi), KS 0.2 (checks.max_ks).",
+        "The batch is similar to the reference; limits: PSI 0.25 (checks.max_psi), KS 0.2 (checks.max_ks).",
         near,
     )
     far = check_metrics.drift({"psi_rmi_strong": 0.3, "ks_rmi_strong": 0.2, "ks_log_ppl_q_weak": 0.5}, 100, LIMITS)
     assert not far.passed
-    assert "unlike the reference: ks_log_ppl_q_weak is 0.5, psi_rmi_strong is 0.3;" in far.sentence
+    assert "differs from the reference: ks_log_ppl_q_weak is 0.5, psi_rmi_strong is 0.3;" in far.sentence
     assert not check_metrics.drift({}, 0, LIMITS).passed
 
 
@@ -224,14 +224,14 @@ def test_drift_of_few_pairs_is_a_number_and_no_alarm() -> None:
     far = {"psi_rmi_strong": 9.0, "ks_rmi_strong": 1.0}
     found = check_metrics.drift(far, 99, LIMITS)
     assert (found.passed, found.numbers) == (True, far)
-    assert found.sentence.startswith("Too few pairs to judge: n m / (n + m) is 99, of n pairs of the batch ")
+    assert found.sentence.startswith("Too few pairs to judge: n m / (n + m) is 99 for n pairs of the batch ")
 
 
 def test_every_row_has_one_decision_and_faults_are_counted() -> None:
     decisions = pl.Series(["selected", "not_selected", "not_selected", "rejected"])
     decided = raw_rows({}, {}, {}, {}).with_columns(decision=decisions)
     found = check_metrics.decided_rows(4, decided)
-    assert (found.passed, found.sentence) == (True, "4 rows; 4 decisions of 4 rows, 1 of them selected.")
+    assert (found.passed, found.sentence) == (True, "4 rows; 4 decisions for 4 rows, 1 of them selected.")
     assert found.numbers["selected_share"] == 0.25
     assert not check_metrics.decided_rows(5, decided).passed
     repeated = check_metrics.decided_rows(4, pl.concat([decided.head(3), decided.head(1)]))
@@ -250,7 +250,7 @@ def test_other_models_than_the_published_are_named_with_what_changed() -> None:
     assert not moved.passed
     assert moved.numbers == {"batches_of_other_models": 2}
     assert moved.sentence == (
-        "Batches of the newest published version were scored by other models than this one. "
+        "Some batches of the newest published version were scored by different models. "
         "strong, revision was files:0, is main2: b1, b2."
     )
 
@@ -541,6 +541,6 @@ def test_drift_from_the_reference_is_measured_once_it_is_made(
     moved = scores.frame.with_columns(rmi=pl.col("rmi") + 100.0)
     other.tables.write(StoredTable(moved, scores.provenance), "rmi_scores", Partition("b1", "weak"))
     drifted = check_only(settings, instance, "disagreement_scores", "b1")["disagreement_scores.is_near_reference|b1"]
-    assert (drifted.description or "").startswith("Too few pairs to judge: n m / (n + m) is 10,")
+    assert (drifted.description or "").startswith("Too few pairs to judge: n m / (n + m) is 10 for")
     assert numbers(drifted)["ks_rmi_weak"] == 1.0
     assert numbers(drifted)["ks_rmi_strong"] == 0.0

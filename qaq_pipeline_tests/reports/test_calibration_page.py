@@ -1,4 +1,4 @@
-"""calibration_page: what a person reads of a calibration: tables, Markdown, and a page that asks nobody."""
+"""calibration_page: tables, Markdown, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_was_not_planted_or_not_asked_for_is_said_once(judged: Judged) -> N
     frame = calibrate(judged, settings(scoring={"quantities": ["rmi"]}))
     assert calibration_page.missing(frame) == [
         "Not planted: refusal, invented_terms, cut_answer, filler, wrong_language, one_token_bug.",
-        "Not scored, since `scoring.quantities` does not ask for it: IFD, log PPL(A|Q).",
+        "Not scored, because `scoring.quantities` does not include it: IFD, log PPL(A|Q).",
     ]
     text = calibration_page.as_markdown(frame)
     assert "refusal |" not in text
@@ -92,11 +92,11 @@ def test_examples_are_the_best_told_the_middle_and_the_worst_told_of_each_defect
     text = page_of(calibrate(judged, settings()), judged, hostile)
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;⟦U+202E⟧") == 6
-    assert text.count("made of pair ") == 6
+    assert text.count("made from pair ") == 6
     shown = re.findall(r"strong: RMI (-?[\d.]+) as delivered, (-?[\d.]+) planted", text)
     told = [float(before) - float(after) for before, after in shown]
     assert told[:3] == sorted(told[:3], reverse=True)
-    assert told[3:] == sorted(told[3:])  # An echo scores above its twin.
+    assert told[3:] == sorted(told[3:])  # An echo scores above its original.
     of_echoes = judged.planted.filter(defect="echo", model="strong").join(
         judged.clean, left_on=["original_pair_id", "model"], right_on=["pair_id", "model"], suffix=":twin"
     )

@@ -1,4 +1,4 @@
-"""report: pages that hold together: nothing from outside, nothing that a row could run, numbers as in the tables."""
+"""pages: self-contained pages, no script from a row, the numbers of the tables."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ DERIVED = PIPELINE.column_sources
 
 MADE = Made("2026-11-25T12:00:00+00:00", "a-run", "1-x")
 EVERY_FORMAT = ("alpaca", "messages", "parquet", "prompt_completion", "sharegpt")
-"""Of `export.formats`, but for `hf`, which needs the extra `datasets`."""
+"""All of `export.formats` except `hf`, which needs the extra `datasets`."""
 CONTROLS = ["control_random", "control_stratified_random"]
 HOSTILE = {
     1: {"query": "my password is hunter2", "answer": "thanks"},
-    97: rejected(detail="<i>blank</i>")  # One of three rejected rows: among the examples for certain.
+    97: rejected(detail="<i>blank</i>")  # One of three rejected rows, so always among the examples.
     | {
         "query": "<script>alert('q')</script> **md** [x](javascript:alert(1)) \u202edlrow\x00",
         "answer": "</pre><img src=http://evil.example/x onerror=alert(1)>{{ 7 * 7 }}" + "x" * 9_000,
@@ -50,7 +50,7 @@ HOSTILE = {
 
 
 class Seen(HTMLParser):
-    """Tags, attributes, and the text of table cells of a page."""
+    """The tags, attributes and table cells of a page."""
 
     def __init__(self, page: bytes) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def changed(tables: BatchTables, **others: StoredTable) -> BatchTables:
 
 
 def withdraw(tables: BatchTables) -> BatchTables:
-    """Row 1 was withdrawn."""
+    """Withdraw row 1."""
     first = pl.col("source_row") == 1
     frame = tables["decisions"].frame.with_columns(
         decision=pl.when(first).then(pl.lit("withdrawn")).otherwise("decision"),
@@ -109,7 +109,7 @@ def withdraw(tables: BatchTables) -> BatchTables:
     return changed(tables, decisions=decisions)
 
 
-# Drawing a page takes two seconds, hence two pages for most of what is asked of one.
+# Drawing a page takes two seconds, so most tests share two pages.
 @pytest.fixture(scope="module")
 def hostile() -> bytes:
     return page_of(changes=HOSTILE, changed=withdraw)[0]
@@ -139,7 +139,7 @@ def test_a_page_asks_nobody_and_runs_nothing_whatever_rows_hold(hostile: bytes) 
 
 def test_a_long_text_is_clipped_and_stands_in_full_behind(hostile: bytes) -> None:
     assert "answer in full, 9,0" in hostile.decode()
-    assert "characters are left out here" in hostile.decode()
+    assert "characters are not shown here" in hostile.decode()
     assert len(hostile) < 2_000_000
 
 
@@ -191,7 +191,7 @@ def test_the_text_of_a_withdrawn_row_is_not_shown(hostile: bytes) -> None:
 
 
 def gate_withdrawn(tables: BatchTables) -> BatchTables:
-    """Row 1 is withdrawn in a batch that is gated, so that its decision and reason are the gate's."""
+    """Withdraw row 1 of a gated batch, so that its decision and reason are those of the gate."""
     screened = tables["screened_data"].frame.with_columns(
         status=pl.when(pl.col("source_row") == 1).then(pl.lit("withdrawn")).otherwise("status")
     )
@@ -216,8 +216,8 @@ def test_a_batch_without_a_row_has_a_page() -> None:
 
 
 def test_drift_is_of_the_reference_or_unknown(hostile: bytes, plain: tuple[bytes, BatchTables]) -> None:
-    assert b"the drift is unknown" in hostile
-    table = Seen(plain[0]).tables["Drift from the reference r1: 0 is none"]
+    assert b"The drift is unknown: no reference is configured (ranking.reference)" in hostile
+    table = Seen(plain[0]).tables["Drift from the reference r1 (0: no drift)"]
     assert {row[0] for row in table[1:]} >= {"psi rmi strong", "ks log ppl q weak"}
     assert {float(row[1]) for row in table[1:]} == {0.0}
 
@@ -228,7 +228,7 @@ def test_a_page_leads_to_the_calibration_where_there_is_one(hostile: bytes, plai
 
 
 def lineage_of(page: bytes) -> dict[str, dict[str, set[Column]]]:
-    """By table or files, of each column those that it is made of."""
+    """Return the sources of each column, by table or files."""
     found: dict[str, dict[str, set[Column]]] = {}
     for title, body in re.findall(
         r'<h3>([^<]*)</h3> <span class="muted">[^<]*</span></summary>\n<dl class="made-of">(.*?)</dl>',
@@ -291,7 +291,7 @@ def test_a_version_page_lists_batches_files_and_those_left_out() -> None:
     page, flat = version_of()
     seen = Seen(page)
     assert ["scores.parquet", "s" * 64, "10"] in seen.tables["Exported files"]
-    assert seen.tables["Batches left out, and why"][1] == ["b<2>", "not materialised: raw_data"]
+    assert seen.tables["Batches left out"][1] == ["b<2>", "not materialised: raw_data"]
     assert ("a", {"href": "../../reports/b1/report.html"}) in seen.tags
     assert int(seen.tables["Rows by decision and reason"][-1][2]) == flat.height
 
@@ -353,7 +353,7 @@ def test_text_has_contrast_aa_in_both_schemes(hostile: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def large() -> bytes:
-    """Of 300,000 rows."""
+    """A page of 300,000 rows."""
     made = synthetic.batch(SETTINGS, 300_000)
     scorings = [Scoring(role, {}, frame) for role, frame in made.scores.items()]
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""plots: every plot of no row, of one row and of many draws, is small, asks nobody, and follows the page's colours."""
+"""plots: every plot draws no row, one row or many; it is small, self-contained, and uses the page's colours."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_plot_draws_in_the_colours_of_the_page_and_asks_nobody(num_rows: i
 
 def test_of_no_row_there_is_nothing_to_draw_and_the_page_can_say_so() -> None:
     for plot in drawn(flat_rows(0)):
-        if plot.name != "overlap":  # Selections have names without a row: their overlap is none.
+        if plot.name != "overlap":  # Selections have names even without rows, so their overlap is drawn.
             assert (plots.svg(plot), plots.png(plot)) == ("", b""), plot.name
 
 

@@ -1,4 +1,4 @@
-"""summaries: counts that add up, shares and bins against naive ones, and characters that cannot be seen."""
+"""summaries: counts that add up, shares and bins against naive ones, and invisible characters."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_rows_by_reason_and_the_flow_add_up_to_all_rows(flat: pl.DataFrame) -> N
 
 def test_a_gate_is_a_step_of_a_gated_batch_only(flat: pl.DataFrame) -> None:
     gated = flat.with_columns(decision=pl.lit(Decision.BATCH_GATED.value))
-    assert "of a batch that passed" not in summaries.flow(flat)["step"]
-    assert dict(summaries.flow(gated).select("step", "rows").iter_rows())["of a batch that passed"] == 0
+    assert "batch passed its gates" not in summaries.flow(flat)["step"]
+    assert dict(summaries.flow(gated).select("step", "rows").iter_rows())["batch passed its gates"] == 0
 
 
 def test_a_pair_counts_once_and_by_the_row_that_stands_for_it(flat: pl.DataFrame) -> None:
