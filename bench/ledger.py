@@ -25,10 +25,12 @@ from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.storage import parquet_file, row_lookup
+from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.tables import StoredTable
 
 BATCH_ROWS, LARGE_ROWS = 310_000, 1_010_000
 VERSION, SHA256 = "0" * 32, "1" * 64
@@ -83,11 +85,8 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     scores.parent.mkdir(parents=True)
     writer = None
     for batch, decisions in _batches(num_rows):
-        made_of = _provenance(batch)
-        version = hash_json(batch)
-        data = parquet_file.encode(decisions, {"provenance": made_of, "data_version": version})
-        storage.files.write_bytes(data, "decisions", batch, "table.parquet")
-        storage.tables.write_pair_index(decisions, version, "decisions", batch, "pair_index.parquet")
+        table = StoredTable(decisions, _provenance(batch), stored_version=hash_json(batch))
+        storage.tables.write(table, "decisions", Partition(batch))
         flat = flat_scores(decisions).to_arrow()
         writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
         writer.write_table(flat, row_group_size=row_lookup.rows_per_group(num_rows))
@@ -130,8 +129,11 @@ def _decisions(num_rows: int, random: np.random.Generator) -> pl.DataFrame:
     score = {name: pl.lit(None, dtype.dtype) for name, dtype in tables.MODEL_SCORE.inner.items()}
     score |= {"rmi": pl.col("rank") * 2, "rank": pl.col("rank"), "log_ppl_q": pl.col("rank") + 1}
     score |= {"num_strata": pl.lit(10), "stratum": (pl.col("rank") * 10).cast(pl.Int64) + 1}
+    score |= dict.fromkeys(("num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated"), pl.lit(10))
+    score |= dict.fromkeys(("is_truncated", "is_short_query"), pl.lit(value=False))
     verdict = {name: pl.lit(None, dtype.dtype) for name, dtype in tables.VERDICT.inner.items()}
     verdict |= {"is_selected": pl.col("rank") > 0.75, "score": pl.col("rank"), "position": pl.col("source_row")}
+    verdict |= {"reason": pl.lit("below_cut"), "pool_size": pl.lit(num_rows)}
     frame = pl.DataFrame({"rank": rank, "source_row": range(1, num_rows + 1)})
     models = [_struct(score | {"model": pl.lit(role)}) for role in ("strong", "weak")]
     names = ("diff_high", "control_random", "control_stratified_random")

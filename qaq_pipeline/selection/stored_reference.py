@@ -160,7 +160,7 @@ def _require_one_scoring(batches: Mapping[str, Scores]) -> None:
 def _require_one_eligibility(batches: Mapping[str, Scores]) -> None:
     """A pair with a short Q that one batch leaves unscored would be in the pool or not by the order of the batches."""
     found = {
-        f"{batch}|{role}": table.provenance.get("eligibility")
+        Partition(batch, role): table.provenance.get("eligibility")
         for batch, scores in batches.items()
         for role, table in scores.items()
     }

@@ -11,6 +11,7 @@ from qaq_pipeline.orchestration.metadata import code_version, definition, made_b
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.reports.pages import Scoring
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
@@ -53,7 +54,7 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         tables = BatchTables(batch, rows | {"decisions": decisions, "selected_subset": selected_subset})
         page_store.require_one_decision(tables, settings)
         scorings = [
-            Scoring(role, table.provenance, table.frame, _cost(context, f"{batch}|{role}", table))
+            Scoring(role, table.provenance, table.frame, _cost(context, Partition(batch, role), table))
             for role, table in sorted(rmi_scores.items())
         ]
         version = page_store.write_batch_page(storage, settings, tables, scorings, made_by(context))
@@ -68,9 +69,9 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
     return batch_report
 
 
-def _cost(context: dg.AssetExecutionContext, partition: str, scores: StoredTable) -> Mapping[str, Any] | None:
+def _cost(context: dg.AssetExecutionContext, partition: Partition, scores: StoredTable) -> Mapping[str, Any] | None:
     """Metadata of the newest scoring under the same identity that scored something: a later one may find all cached."""
-    wanted = dg.AssetRecordsFilter(dg.AssetKey("logprobs"), asset_partitions=[partition])
+    wanted = dg.AssetRecordsFilter(dg.AssetKey("logprobs"), asset_partitions=[partition.key])
     for record in context.instance.fetch_materializations(wanted, limit=_MOST_MATERIALISATIONS).records:
         event = record.asset_materialization
         found = {} if event is None else {name: value.value for name, value in event.metadata.items()}
