@@ -17,7 +17,7 @@ from typing import Any
 from qaq_pipeline.freshness import eligibility
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
-from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.screening import batch_order, withdrawals
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
@@ -38,7 +38,7 @@ class Stale:
     @property
     def partition(self) -> str:
         """Its key: `batch`, or `batch|model`."""
-        return self.batch if self.model is None else f"{self.batch}|{self.model}"
+        return Partition(self.batch, self.model).key
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline 
     """
     found = []
     for name, version in storage.tables.footer(table, Partition(batch)).provenance["inputs"].items():
-        input_table, *model = name.split("|")
-        is_of_batch = input_table in pipeline.tables_of_batch()
-        if is_of_batch and storage.tables.version(input_table, Partition(batch, *model)) != version:
+        source = Input.parse(name)
+        is_of_batch = source.table in pipeline.tables_of_batch()
+        if is_of_batch and storage.tables.version(source.table, Partition(batch, source.model)) != version:
             found.append(name)
     return found
 
@@ -165,13 +165,12 @@ class Freshness:
 
     def _input_version(self, name: str, partition: Sequence[str]) -> str | None:
         """Data version of an input: `table`, `table|model`, or the name of an input that belongs to no single batch."""
-        table, _, model = name.partition("|")
-        if table not in self._pipeline.tables_of_batch():
+        source = Input.parse(name)
+        if source.table not in self._pipeline.tables_of_batch():
             return self._present.shared_inputs.get(name)
-        of_batch = [partition[0], *([model] if model else [])]
-        return self._storage.tables.version(
-            table, Partition(*(partition if self._pipeline[table].has_models and not model else of_batch))
-        )
+        is_of_same_model = self._pipeline[source.table].has_models and source.model is None
+        of_batch = Partition(partition[0], source.model)
+        return self._storage.tables.version(source.table, Partition(*partition) if is_of_same_model else of_batch)
 
     def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
         try:

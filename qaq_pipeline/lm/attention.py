@@ -115,12 +115,7 @@ def packed_attention(
     outputs = []
     for segment in packed_row.segments:
         tokens = slice(segment.start, segment.stop)
-        keys, values = key[:, :, tokens], value[:, :, tokens]
-        prefix_length = 0
-        if segment.prefix is not None:
-            prefix_length = segment.prefix.length
-            prefix_keys, prefix_values = segment.prefix.by_layer[id(module)]
-            keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
+        keys, values, prefix_length = _with_prefix(segment, module, key[:, :, tokens], value[:, :, tokens])
         length = segment.stop - segment.start
         window = sliding_window if sliding_window is not None and length + prefix_length > sliding_window else None
         is_slow = query.device.type == "cpu" and query.dtype != torch.float32 and length >= LONG_ENOUGH_FOR_BLOCKS
@@ -133,6 +128,16 @@ def packed_attention(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def _with_prefix(
+    segment: Segment, module: torch.nn.Module, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Keys and values of a segment behind those of its shared prefix, and the length of the prefix."""
+    if segment.prefix is None:
+        return keys, values, 0
+    prefix_keys, prefix_values = segment.prefix.by_layer[id(module)]
+    return torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2), segment.prefix.length
 
 
 def _attend(

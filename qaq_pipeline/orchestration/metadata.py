@@ -19,6 +19,7 @@ from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning
 from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import column_lineage
+from qaq_pipeline.schema.partition import Input
 from qaq_pipeline.screening.gates import Gate
 
 OWNERS = ["team:data-curation"]
@@ -119,7 +120,7 @@ def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.Meta
         table: name of the table.
         inputs: its inputs, as its provenance names them.
     """
-    found = column_lineage.sources_in(PIPELINE.column_sources, table, {name.partition("|")[0] for name in inputs})
+    found = column_lineage.sources_in(PIPELINE.column_sources, table, {Input.parse(name).table for name in inputs})
     stored = dg.TableColumnLineage(
         deps_by_column={
             column: [dg.TableColumnDep(asset_key=dg.AssetKey(name), column_name=source) for name, source in sources]

@@ -245,15 +245,16 @@ def version_page(
         "score_plots": score_plots(pairs, has_strata=is_one_pool),
         "models": _models_of(manifest),
         "drift": _drift_by_batch(flat, frozen),
-        "files": Table(
-            "Exported files",
-            ("file", "sha256", "bytes"),
-            [(name, sha256, sizes.get(name)) for name, sha256 in sorted(manifest["files"].items())],
-        ),
+        "files": _exported_files(manifest, sizes),
         "limits": dataset_card.limits(published),
         "columns": _exported_columns(manifest, flat, published.name),
     }
     return render("version.html", page)
+
+
+def _exported_files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Table:
+    rows = [(name, sha256, sizes.get(name)) for name, sha256 in sorted(manifest["files"].items())]
+    return Table("Exported files", ("file", "sha256", "bytes"), rows)
 
 
 def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:

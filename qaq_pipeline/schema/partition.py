@@ -73,15 +73,20 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A stored table that another was made from, as its provenance names it: `table`, or `table|model`."""
+    """A stored table that another was made from, as its provenance names it.
+
+    `table`; `table|model`, of the same batch; or `table|batch|model`, where a table is made from several batches.
+    """
 
     table: str
     model: str | None = None
+    batch: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> Self:
         """The input with this name."""
-        return cls(*name.split(_SEPARATOR))
+        table, *others = name.split(_SEPARATOR)
+        return cls(table, *reversed(others))
 
     def __str__(self) -> str:
-        return self.table if self.model is None else f"{self.table}{_SEPARATOR}{self.model}"
+        return _SEPARATOR.join(part for part in (self.table, self.batch, self.model) if part is not None)

@@ -180,7 +180,7 @@ def _provenance(batches: Mapping[str, Scores], ranking: RankingSettings, code_ve
         "partition": [named(ranking).name],
         "code_version": code_version,
         "inputs": {
-            f"rmi_scores|{batch}|{role}": table.data_version
+            str(Input("rmi_scores", role, batch)): table.data_version
             for batch, scores in batches.items()
             for role, table in scores.items()
         },

@@ -25,8 +25,13 @@ def test_a_key_that_cannot_be_a_path_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "model"), [("raw_data", "raw_data", None), ("logprobs|weak", "logprobs", "weak")]
+    ("name", "source"),
+    [
+        ("raw_data", Input("raw_data")),
+        ("logprobs|weak", Input("logprobs", "weak")),
+        ("rmi_scores|b1|weak", Input("rmi_scores", "weak", "b1")),
+    ],
 )
-def test_an_input_is_read_from_its_name_and_written_as_it(name: str, table: str, model: str | None) -> None:
-    assert Input.parse(name) == Input(table, model)
-    assert str(Input(table, model)) == name
+def test_an_input_is_read_from_its_name_and_written_as_it(name: str, source: Input) -> None:
+    assert Input.parse(name) == source
+    assert str(source) == name
