@@ -465,10 +465,13 @@ def test_a_gated_batch_is_not_calibrated_and_says_so(
     bad = deliver(*[("", "a")] * 3, ("q", "a"), name="bad.jsonl")
     with pytest.raises(RunError, match="b2 was left out"):
         curate(settings, instance, bad, batch="b2")
-    for name in ("planted_rows", "calibration"):
-        stored = open_storage(settings).tables.read(name, Partition("b2"))
-        assert stored.frame.is_empty()
-        assert stored.provenance["gate"]["reason"] == "too_many_rejected"
+    planted, calibration = (
+        open_storage(settings).tables.read(name, Partition("b2")) for name in ("planted_rows", "calibration")
+    )
+    assert planted.frame.is_empty()
+    assert calibration.frame.is_empty()
+    assert planted.provenance["gate"]["reason"] == "too_many_rejected"
+    assert "gate" not in calibration.provenance  # One copy of the verdict.
 
 
 @pytest.mark.slow
