@@ -182,10 +182,12 @@ def resolve_job(job_name: str) -> dg.JobDefinition:
 
 
 def _partition_key(partition: str | None) -> str | None:
-    model = None if partition is None else Partition.parse(partition).model
-    if partition is None or model is None:
+    if partition is None:
+        return None
+    parsed = Partition.parse(partition)
+    if parsed.model is None:
         return partition
-    return dg.MultiPartitionKey({"batch": Partition.parse(partition).batch, "model": model})
+    return dg.MultiPartitionKey({"batch": parsed.batch, "model": parsed.model})
 
 
 def _partition_tags(partition: str | None) -> dict[str, str]:

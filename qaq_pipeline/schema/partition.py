@@ -7,7 +7,7 @@ table has which partitions (`pipeline`). It imports no other module of the proje
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 _BATCH_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
@@ -65,10 +65,6 @@ class Partition:
 
     def __str__(self) -> str:
         return self.key
-
-    def of_model(self, model: str) -> Self:
-        """The partition of a model of the same batch."""
-        return replace(self, model=model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,6 @@ def test_a_partition_is_read_from_its_key_and_written_as_it(key: str, parts: tup
     assert str(partition) == partition.key == key
 
 
-def test_a_partition_of_a_batch_has_one_of_each_model() -> None:
-    assert Partition("b1").of_model("weak") == Partition("b1", "weak")
-
-
 @pytest.mark.parametrize("key", ["", "../evil", "[x]", "a|b|c", "b1|", "|strong", "b1|../evil"])
 def test_a_key_that_cannot_be_a_path_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="cannot be"):
