@@ -21,12 +21,14 @@ import dagster as dg
 import hypothesis
 import pytest
 import yaml
+from syrupy.assertion import SnapshotAssertion
 
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.naive import SPECIAL_TOKENS, VOCABULARY_SIZE
+from qaq_pipeline_tests.support.sentences import Check
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -129,6 +131,16 @@ def build_tiny_model(tiny: TinyModel, folder: Path) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer(tiny).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def check_sentence(snapshot: SnapshotAssertion, tmp_path: Path) -> Check:
+    """Asserts that what a person is shown is the sentence in the snapshot; the test's folder is `TMP`."""
+
+    def check(shown: object) -> None:
+        assert str(shown).replace(str(tmp_path), "TMP") == snapshot
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from qaq_pipeline.ingest.records import (
 )
 from qaq_pipeline.schema.tables import RawData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
+from qaq_pipeline_tests.support.sentences import Check
 
 ALPACA = {"instruction": "Sort.", "input": "", "output": "sorted(x)"}
 ORIGIN = {"source": "unit", "language": "py"}
@@ -275,13 +276,11 @@ def test_an_empty_turn_rejects_that_turn_only() -> None:
     assert frame["reason"].to_list() == [None, "empty_answer"]
 
 
-def test_the_shape_is_that_of_most_rows_and_the_rest_is_rejected() -> None:
+def test_the_shape_is_that_of_most_rows_and_the_rest_is_rejected(check_sentence: Check) -> None:
     pairs = [{"messages": turns(("user", "q"), ("assistant", "a"))}] * 2
     frame = read(jsonl(ALPACA, *pairs, "no object"))
     assert frame["reason"].to_list() == ["missing_query", None, None, "not_an_object"]
-    assert frame["detail"][0] == (
-        "shape messages: `messages` is absent or null; fields of the row: 'instruction', 'input', 'output'"
-    )
+    check_sentence(frame["detail"][0])
 
 
 @pytest.mark.parametrize("other", [{"messages": None}, {"prompt": "whole template"}, {"query": "", "source": 3}])
