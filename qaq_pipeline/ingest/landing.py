@@ -321,7 +321,7 @@ def _read_files(note: Mapping[str, Any]) -> dict[str, bytes]:
         now = {name: _stamp(infos[path]) for name, path in paths.items()}
     except (FileNotFoundError, KeyError) as error:
         raise LandingError(
-            f"{note['url']}: {error} is gone from the landing zone; deliver it again, or `qaq run` it"
+            f"{note['url']}: no longer in the landing zone ({error}); deliver it again, or `qaq run` it"
         ) from error
     except OSError as error:
         raise LandingError(f"{note['url']}: cannot be read ({error}); let this user read it, and run again") from error

@@ -59,23 +59,15 @@ _SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 _CONVERSATIONS = ("messages", "sharegpt")
 
-_ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bing": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "system": "system",
-    "developer": "system",
-}
+_ROLES = (
+    dict.fromkeys(("user", "human"), "user")
+    | dict.fromkeys(("assistant", "gpt", "model", "bing", "chatgpt", "bard"), "assistant")
+    | dict.fromkeys(("system", "developer"), "system")
+)
 
 _GZIP = b"\x1f\x8b"
-_ZSTANDARD = re.compile(
-    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"
-)  # a frame, or a skippable one, as pzstd puts first
+# A frame, or a skippable one, as pzstd puts first.
+_ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _PARQUET = b"PAR1"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -87,8 +79,9 @@ _BLANK = re.compile(r"[\s\u200b\u2060\ufeff]*")
 class UnreadableFileError(ValueError):
     """The file cannot be split into rows. The text names the file, the fault, its position and the remedy."""
 
-    def __init__(self, source_file: str, fault: str, remedy: str) -> None:
-        super().__init__(f"{source_file}: {fault}. {remedy}")
+
+class _UnreadableError(Exception):
+    """The fault of a file, and the remedy."""
 
 
 class _RejectedError(Exception):
@@ -98,6 +91,10 @@ class _RejectedError(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+    def of_shape(self, shape: str) -> _RejectedError:
+        """Return the reason with the shape as which the row was read."""
+        return _RejectedError(self.reason, f"shape {shape}: {self.detail}")
 
 
 class _Delivered(NamedTuple):
@@ -139,7 +136,7 @@ def read_file(content: bytes, source_file: str, batch: str, settings: RecordSett
     Raises:
         UnreadableFileError: the file is empty, damaged, or not a list of rows.
     """
-    delivered = list(_deliver(_decompress(content, source_file), source_file))
+    delivered = list(_deliver(content, source_file))
     shape = _detect_shape(delivered) if settings.shape == "auto" else settings.shape
     rows = [(batch, source_file, *cells) for row in delivered for cells in _read_row(row, shape, settings.multi_turn)]
     return pl.DataFrame(rows, schema=dtypes(RawData), orient="row")
@@ -173,7 +170,7 @@ def check_file(content: bytes, source_file: str) -> None:
     Raises:
         UnreadableFileError: as `read_file`.
     """
-    _deliver(_decompress(content, source_file), source_file)
+    _deliver(content, source_file)
 
 
 def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
@@ -199,15 +196,22 @@ def pair_id(system: str | None, query: str, answer: str) -> str:
 # Files -> delivered rows
 
 
-def _decompress(content: bytes, source_file: str) -> bytes:
+def _deliver(content: bytes, source_file: str) -> Iterable[_Delivered]:
+    """Split a file into rows now, and parse each row when it is requested."""
+    try:
+        return _split(_decompress(content))
+    except _UnreadableError as error:
+        raise UnreadableFileError(f"{source_file}: {error}") from error
+
+
+def _decompress(content: bytes) -> bytes:
     try:
         plain = _plain(content)
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-        raise UnreadableFileError(
-            source_file, f"the compressed data are cut off or damaged ({error})", "Copy or compress the file again."
-        ) from error
+        fault = f"the compressed data are cut off or damaged ({error})"
+        raise _UnreadableError(f"{fault}. Copy or compress the file again.") from error
     if plain is not content and _is_compressed(plain):
-        raise UnreadableFileError(source_file, "is compressed twice", "Decompress it once.")
+        raise _UnreadableError("is compressed twice. Decompress it once.")
     return plain
 
 
@@ -233,30 +237,25 @@ def _zstandard_frames(content: bytes) -> Iterator[bytes]:
         content = frame.unused_data
 
 
-def _deliver(content: bytes, source_file: str) -> Iterable[_Delivered]:
-    """Split a file into rows now, and parse each row when it is requested.
-
-    Of JSON lines, only the first two are parsed now: no later line can make the file unreadable.
-    """
+def _split(content: bytes) -> Iterable[_Delivered]:
     if content.startswith(_PARQUET):
-        return _deliver_parquet(content, source_file)
+        return _deliver_parquet(content)
     if content.startswith(_UTF16_BOMS):
-        raise UnreadableFileError(source_file, "is UTF-16 text", "Convert it to UTF-8.")
+        raise _UnreadableError("is UTF-16 text. Convert it to UTF-8.")
     content = content.removeprefix(_UTF8_BOM)
     if not content.strip():
-        raise UnreadableFileError(source_file, "is empty", "Write its rows into it, or `[]` where it has none.")
+        raise _UnreadableError("is empty. Write its rows into it, or `[]` where it has none.")
     if content.lstrip(b" \t\r\n").startswith(b"["):
-        return _deliver_array(content, source_file)
-    return _deliver_lines(content, source_file)
+        return _deliver_array(content)
+    return _deliver_lines(content)
 
 
-def _deliver_parquet(content: bytes, source_file: str) -> Iterable[_Delivered]:
+def _deliver_parquet(content: bytes) -> Iterable[_Delivered]:
     try:
         rows = list(_parquet_rows(content))
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UnreadableFileError(
-            source_file, f"is no complete Parquet file that can be read ({error})", "Copy or write the file again."
-        ) from error
+        fault = f"is no complete Parquet file that can be read ({error})"
+        raise _UnreadableError(f"{fault}. Copy or write the file again.") from error
     return (
         _Delivered(number, json.dumps(row, ensure_ascii=False, default=str), row) for number, row in enumerate(rows, 1)
     )
@@ -281,18 +280,17 @@ def _parse_int(digits: str) -> int | float:
 _DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
-def _deliver_array(content: bytes, source_file: str) -> Iterable[_Delivered]:
+def _deliver_array(content: bytes) -> Iterable[_Delivered]:
     # Invalid bytes become lone surrogates, so that they reject their row and not the file.
     text = content.decode("utf-8", "surrogateescape")
     try:
         elements = list(_array_elements(text))
     except json.JSONDecodeError as error:
         fault = f"line {error.lineno}, column {error.colno}: the JSON array cannot be read: {error.msg}"
-        raise UnreadableFileError(source_file, fault, "Write it again, or deliver one object per line.") from error
+        raise _UnreadableError(f"{fault}. Write it again, or deliver one object per line.") from error
     except RecursionError as error:
-        raise UnreadableFileError(
-            source_file, "the JSON array holds a value that is nested too deep", "Deliver one object per line."
-        ) from error
+        fault = "the JSON array holds a value that is nested too deep"
+        raise _UnreadableError(f"{fault}. Deliver one object per line.") from error
     return (_delivered_value(number, text[start:end], value) for number, (start, end, value) in enumerate(elements, 1))
 
 
@@ -319,13 +317,14 @@ def _skip_space(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _deliver_lines(content: bytes, source_file: str) -> Iterator[_Delivered]:
+def _deliver_lines(content: bytes) -> Iterator[_Delivered]:
+    # Only the first two lines are parsed now: no later line can make the file unreadable.
     lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
     first = [_delivered_line(*line) for line in islice(lines, 2)]
     if first[0].fault is not None:
-        _refuse_object_over_lines(content, first[0].source_row, source_file)
+        _refuse_object_over_lines(content, first[0].source_row)
     if len(first) == 1 and isinstance(first[0].value, dict):
-        _refuse_wrapped_list(first[0].value, source_file)
+        _refuse_wrapped_list(first[0].value)
     return chain(first, starmap(_delivered_line, lines))
 
 
@@ -361,7 +360,7 @@ def _shown_record(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _refuse_object_over_lines(content: bytes, first_line: int, source_file: str) -> None:
+def _refuse_object_over_lines(content: bytes, first_line: int) -> None:
     text = content.decode("utf-8", "surrogateescape")
     start = _skip_space(text, 0)
     try:
@@ -369,19 +368,18 @@ def _refuse_object_over_lines(content: bytes, first_line: int, source_file: str)
     except (json.JSONDecodeError, RecursionError):
         return
     if isinstance(value, dict) and "\n" in text[start:end]:
-        _refuse_wrapped_list(value, source_file)
+        _refuse_wrapped_list(value)
         fault = f"line {first_line}, column 1: a JSON object goes over several lines"
-        remedy = "Write one object per line (`jq -c .` does so), or one JSON array of objects."
-        raise UnreadableFileError(source_file, fault, remedy)
+        raise _UnreadableError(f"{fault}. Write one object per line (`jq -c .` does so), or one JSON array of objects.")
 
 
-def _refuse_wrapped_list(value: dict[str, object], source_file: str) -> None:
+def _refuse_wrapped_list(value: dict[str, object]) -> None:
     if any(_fits(value, shape) for shape in _SHAPES):
         return
     for name, content in value.items():
         if isinstance(content, list) and content and isinstance(content[0], dict):
             fault = f"the whole file is one JSON object, whose field {_shown(name)} holds the list"
-            raise UnreadableFileError(source_file, fault, "Deliver that list itself, as a JSON array or JSONL.")
+            raise _UnreadableError(f"{fault}. Deliver that list itself, as a JSON array or JSONL.")
 
 
 # Shapes
@@ -414,10 +412,11 @@ def _read_row(row: _Delivered, shape: str, multi_turn: str) -> Iterator[tuple[ob
     try:
         candidates = _candidates(row.value, shape, multi_turn)
     except _RejectedError as fault:
-        yield _cells(row, _NO_CANDIDATE, fault)
+        yield _cells(row, _NO_CANDIDATE, fault.of_shape(shape))
         return
     for candidate in candidates:
-        yield _cells(row, candidate, _fault(candidate, shape, row.value))
+        fault = _fault(candidate, row.value)
+        yield _cells(row, candidate, fault and fault.of_shape(shape))
 
 
 def _cells(row: _Delivered, candidate: _Candidate, fault: _RejectedError | None) -> tuple[object, ...]:
@@ -445,28 +444,27 @@ def _storable(value: object) -> str | None:
     return value
 
 
-def _fault(candidate: _Candidate, shape: str, record: dict[str, object]) -> _RejectedError | None:
+def _fault(candidate: _Candidate, record: dict[str, object]) -> _RejectedError | None:
     system, query, answer, _ = candidate
     for field, reason in ((query, RejectReason.MISSING_QUERY), (answer, RejectReason.MISSING_ANSWER)):
         if field.value is None:
-            return _missing(field.name, reason, shape, record)
+            return _missing(field.name, reason, record)
     for field in (system, query, answer):
         if field.value is not None and not isinstance(field.value, str):
-            found = f"shape {shape}: {field.name} is {_kind(field.value)}; text is expected"
-            return _RejectedError(RejectReason.WRONG_TYPE, found)
+            return _RejectedError(RejectReason.WRONG_TYPE, f"{field.name} is {_kind(field.value)}; text is expected")
     for field in (system, query, answer):
         if field.value is not None and _storable(field.value) is None:
-            found = f"shape {shape}: {field.name} holds half of a surrogate pair, which UTF-8 cannot hold"
+            found = f"{field.name} holds half of a surrogate pair, which UTF-8 cannot hold"
             return _RejectedError(RejectReason.INVALID_UTF8, found)
     for field, reason in ((query, RejectReason.EMPTY_QUERY), (answer, RejectReason.EMPTY_ANSWER)):
         if _BLANK.fullmatch(str(field.value)):
-            return _RejectedError(reason, f"shape {shape}: {field.name} is empty or only white space")
+            return _RejectedError(reason, f"{field.name} is empty or only white space")
     return None
 
 
-def _missing(name: str, reason: RejectReason, shape: str, record: dict[str, object]) -> _RejectedError:
+def _missing(name: str, reason: RejectReason, record: dict[str, object]) -> _RejectedError:
     names = ", ".join(_shown(field) for field in islice(record, 10)) or "none"
-    return _RejectedError(reason, f"shape {shape}: {name} is absent or null; fields of the row: {names}")
+    return _RejectedError(reason, f"{name} is absent or null; fields of the row: {names}")
 
 
 _KINDS: dict[type, str] = {
@@ -493,11 +491,11 @@ def _candidates(record: dict[str, object], shape: str, multi_turn: str) -> list[
     if shape in _CONVERSATIONS:
         [[field]] = _SHAPES[shape]
         if record.get(field) is None:
-            raise _missing(f"`{field}`", RejectReason.MISSING_QUERY, shape, record)
-        return _answered_turns(record, _turns(record[field], field, shape), shape, multi_turn)
+            raise _missing(f"`{field}`", RejectReason.MISSING_QUERY, record)
+        return _answered_turns(record, _turns(record[field], field), multi_turn)
     sides = (record.get("prompt"), record.get("completion"))
     if shape == "prompt_completion" and all(isinstance(side, list) for side in sides):
-        return _answered_turns(record, _prompted_turns(record, shape), shape, multi_turn)
+        return _answered_turns(record, _prompted_turns(record), multi_turn)
     return [_single_pair(record, shape)]
 
 
@@ -528,43 +526,42 @@ def _with_input(instruction: _Field, content: object) -> _Field:
     return _Field("`instruction` with `input`", f"{instruction.value}\n{content}")
 
 
-def _turns(value: object, field: str, shape: str) -> list[_Turn]:
+def _turns(value: object, field: str) -> list[_Turn]:
     if not isinstance(value, list):
-        found = f"shape {shape}: `{field}` is {_kind(value)}; a list of turns is expected"
-        raise _RejectedError(RejectReason.WRONG_TYPE, found)
-    return [_turn(turn, f"{field}[{index}]", shape) for index, turn in enumerate(value)]
+        raise _RejectedError(RejectReason.WRONG_TYPE, f"`{field}` is {_kind(value)}; a list of turns is expected")
+    return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
 
 
-def _turn(value: object, place: str, shape: str) -> _Turn:
+def _turn(value: object, place: str) -> _Turn:
     if not isinstance(value, dict):
-        found = f"shape {shape}: `{place}` is {_kind(value)}; an object with role and content is expected"
+        found = f"`{place}` is {_kind(value)}; an object with role and content is expected"
         raise _RejectedError(RejectReason.WRONG_TYPE, found)
     role_field = "role" if "role" in value else "from"
     text_field = "content" if "content" in value else "value"
     name = value.get(role_field)
     role = _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        found = f"shape {shape}: `{place}.{role_field}` is {_shown(name)}; known roles: {', '.join(_ROLES)}"
+        found = f"`{place}.{role_field}` is {_shown(name)}; known roles: {', '.join(_ROLES)}"
         raise _RejectedError(RejectReason.UNKNOWN_ROLE, found)
     return _Turn(role, _Field(f"`{place}.{text_field}`", value.get(text_field)))
 
 
-def _prompted_turns(record: dict[str, object], shape: str) -> list[_Turn]:
-    prompt = _turns(record["prompt"], "prompt", shape)
-    completion = _turns(record["completion"], "completion", shape)
+def _prompted_turns(record: dict[str, object]) -> list[_Turn]:
+    prompt = _turns(record["prompt"], "prompt")
+    completion = _turns(record["completion"], "completion")
     asked = [turn.role for turn in prompt if turn.role != "system"]
     answers = [turn for turn in completion if turn.role == "assistant"]
     if asked[-1:] != ["user"] or not answers:
-        found = f"shape {shape}: `prompt` does not end with a user turn, or `completion` has no assistant turn"
+        found = "`prompt` does not end with a user turn, or `completion` has no assistant turn"
         raise _RejectedError(RejectReason.NO_ANSWERED_TURN, found)
     return [*prompt, answers[0]]
 
 
-def _answered_turns(record: dict[str, object], turns: list[_Turn], shape: str, multi_turn: str) -> list[_Candidate]:
+def _answered_turns(record: dict[str, object], turns: list[_Turn], multi_turn: str) -> list[_Candidate]:
     spoken = [turn for turn in turns if turn.role != "system"]
     answered = [(q.text, a.text) for q, a in pairwise(spoken) if (q.role, a.role) == ("user", "assistant")]
     if not answered:
-        found = f"shape {shape}: no user turn is directly followed by an assistant turn; {len(turns)} turns"
+        found = f"no user turn is directly followed by an assistant turn; {len(turns)} turns"
         raise _RejectedError(RejectReason.NO_ANSWERED_TURN, found)
     system = _system_of(record, turns)
     pairs = [_Candidate(system, query, answer, index) for index, (query, answer) in enumerate(answered)]

@@ -50,9 +50,12 @@ def find(accepted: pl.DataFrame, benchmark: Benchmark, settings: ContaminationSe
     """
     parts = _parts(benchmark, settings)
     index = _Index.of(parts, settings)
-    chunks = [_find(chunk, parts, index, settings) for chunk in accepted.iter_slices(_ROWS_AT_ONCE)]
-    found = pl.concat([pl.DataFrame(schema=tables.dtypes(tables.Contamination)), *chunks])
-    return found.with_columns(benchmark=pl.lit(benchmark.name)).select(list(tables.dtypes(tables.Contamination)))
+    columns = tables.dtypes(tables.Contamination)
+    chunks = [
+        _find(chunk, parts, index, settings).with_columns(benchmark=pl.lit(benchmark.name)).select(list(columns))
+        for chunk in accepted.iter_slices(_ROWS_AT_ONCE)
+    ]
+    return pl.concat([pl.DataFrame(schema=columns), *chunks])
 
 
 def _parts(benchmark: Benchmark, settings: ContaminationSettings) -> list[_Part]:
@@ -117,17 +120,9 @@ def _find(rows: pl.DataFrame, parts: list[_Part], index: _Index, settings: Conta
     best = hits.sort("row", "share", "part", descending=[False, True, False]).unique(
         "row", keep="first", maintain_order=True
     )
-    columns = {
-        "task": [parts[part].task_id for part in best["part"]],
-        "reason": [parts[part].reason.value for part in best["part"]],
-    }
-    return rows[best["row"]].select(
-        *ROW_KEY,
-        pl.lit("").alias("benchmark"),
-        *(pl.Series(name, values, dtype=pl.String) for name, values in columns.items()),
-        best["share"],
-        best["matched_text"],
-    )
+    named = [(parts[part].task_id, parts[part].reason.value) for part in best["part"]]
+    tasks = pl.DataFrame(named, schema={"task": pl.String, "reason": pl.String}, orient="row")
+    return pl.concat([rows[best["row"]].select(ROW_KEY), tasks, best.select("share", "matched_text")], how="horizontal")
 
 
 _HIT = {"row": pl.Int64, "part": pl.Int64, "share": pl.Float64, "matched_text": pl.String}

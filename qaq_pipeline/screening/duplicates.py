@@ -14,7 +14,7 @@ batch, a pair is found by the bands of its own words.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,27 +119,26 @@ def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_th
     if near_threshold is not None:
         stands_for = _near(rows.filter(pl.col("order") == pl.col("first")), num_older, texts, near_threshold)
     found = [_duplicate(row, stands_for) for row in rows[num_older:].iter_rows(named=True) if _is_one(row, stands_for)]
-    columns = {
-        "order": pl.UInt32,
-        "duplicate_of": pl.UInt32,
-        "reason": pl.String,
-        "similarity": pl.Float64,
-        "evidence": pl.String,
-    }
-    names = rows.select(reference=row_place()).to_series()
-    frame = pl.DataFrame(found, schema=columns, orient="row")
-    pair_ids = rows["pair_id"]
-    is_same_pair = pair_ids.gather(frame["order"]) == pair_ids.gather(frame["duplicate_of"])
-    return rows[frame["order"]].select(
+    frame = pl.DataFrame(found, schema=_DUPLICATES, orient="row")
+    pairs, of = rows[frame["order"]], rows[frame["duplicate_of"]]
+    return pairs.select(
         *ROW_KEY,
         frame["reason"],
-        names.gather(frame["duplicate_of"]).alias("duplicate_of"),
+        of.select(duplicate_of=row_place()).to_series(),
         frame["similarity"],
-        pl.when(is_same_pair)
+        evidence=pl.when(pairs["pair_id"] == of["pair_id"])
         .then(pl.lit("equal system text, query and answer"))
-        .otherwise(frame["evidence"])
-        .alias("evidence"),
+        .otherwise(frame["evidence"]),
     )
+
+
+_DUPLICATES = {
+    "order": pl.UInt32,
+    "duplicate_of": pl.UInt32,
+    "reason": pl.String,
+    "similarity": pl.Float64,
+    "evidence": pl.String,
+}
 
 
 def _is_one(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) -> bool:
@@ -198,11 +197,8 @@ def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
 
 
 def _ngram_sets(rows: pl.DataFrame, texts: Texts) -> dict[int, Hashes]:
-    return dict(_each_ngram_set(rows, texts))
-
-
-def _each_ngram_set(rows: pl.DataFrame, texts: Texts) -> Iterator[tuple[int, Hashes]]:
+    found: dict[int, Hashes] = {}
     for chunk in rows.iter_slices(_ROWS_AT_ONCE):
         grams = _ngrams(texts(chunk.select(ROW_KEY)))
-        for index, order in enumerate(chunk["order"]):
-            yield order, np.unique(grams.row(index))
+        found |= {order: np.unique(grams.row(index)) for index, order in enumerate(chunk["order"])}
+    return found

@@ -21,8 +21,6 @@ from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
 from qaq_pipeline.screening import duplicates, shingles
 from qaq_pipeline.screening.duplicates import Texts
 
-_FOUND = {"reason": pl.String, "duplicate_of": pl.String, "similarity": pl.Float64, "evidence": pl.String}
-
 
 def screen(
     raw: pl.DataFrame,
@@ -57,32 +55,18 @@ def screen(
             "evidence", pl.format("flagged: it holds {}", "flagged"), separator="; ", ignore_nulls=True
         )
     )
-    rejected = raw.select(*ROW_KEY, "pair_id", "status", "reason", evidence="detail")
-    found = [
+    by_priority = (
         (gone, Status.WITHDRAWN),
         (twins, Status.DUPLICATE),
-        (
-            held.with_columns(duplicate_of=pl.lit(None, pl.String)),
-            Status.CONTAMINATED if is_dropped else Status.ACCEPTED,
-        ),
-    ]
-    verdicts = pl.concat(
-        [
-            frame.select(
-                *ROW_KEY,
-                *(pl.col(name).cast(dtype) for name, dtype in _FOUND.items()),
-                verdict=pl.lit(status.value),
-            )
-            for frame, status in found
-        ]
-    ).unique(ROW_KEY, keep="first", maintain_order=True)
-    joined = rejected.join(verdicts, on=ROW_KEY, how="left", suffix="_found", validate="1:1")
-    screened = joined.with_columns(
-        status=pl.coalesce("verdict", "status"),
-        reason=pl.coalesce("reason_found", "reason"),
-        evidence=pl.coalesce("evidence_found", "evidence"),
-        batch_gate=pl.lit(None, pl.String),
+        (held, Status.CONTAMINATED if is_dropped else Status.ACCEPTED),
+        (raw.select(*ROW_KEY, "status", "reason", evidence="detail"), None),
     )
+    verdicts = pl.concat(
+        [frame if status is None else frame.with_columns(status=pl.lit(status.value)) for frame, status in by_priority],
+        how="diagonal",
+    ).unique(ROW_KEY, keep="first", maintain_order=True)
+    rows = raw.select(*ROW_KEY, "pair_id", batch_gate=pl.lit(None, pl.String))
+    screened = rows.join(verdicts, on=ROW_KEY, validate="1:1")
     return screened.sort(ROW_KEY).select(list(dtypes(tables.ScreenedData)))
 
 
@@ -108,11 +92,7 @@ def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
 def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.DataFrame:
     why = pl.col("content_hash").replace_strict(withdrawn, default=None, return_dtype=pl.String)
     rows = signatures.select(*ROW_KEY, evidence=why)
-    return rows.drop_nulls("evidence").with_columns(
-        reason=pl.lit(WithdrawalReason.ROW_WITHDRAWN.value),
-        duplicate_of=pl.lit(None, pl.String),
-        similarity=pl.lit(None, pl.Float64),
-    )
+    return rows.drop_nulls("evidence").with_columns(reason=pl.lit(WithdrawalReason.ROW_WITHDRAWN.value))
 
 
 def _held(contamination: pl.DataFrame) -> pl.DataFrame:

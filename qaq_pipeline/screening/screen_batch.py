@@ -45,26 +45,12 @@ class FoundBenchmarks:
 
 @dataclass(frozen=True)
 class ScreenedBatch:
-    """ScreenedData of a batch, its verdict, and what it was compared with."""
+    """ScreenedData of a batch, and its verdict."""
 
     frame: pl.DataFrame
     gate: Gate | None
-    across_batches: bool
-    compared_with: Mapping[str, str]
-    """Data versions of screened_data of the older batches, by batch."""
-    benchmarks: Mapping[str, str]
-    withdrawn: Mapping[str, str]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Return the part of the table's provenance that its inputs do not show."""
-        return {
-            "across_batches": self.across_batches,
-            "compared_with": self.compared_with,
-            "benchmarks": self.benchmarks,
-            "withdrawn": self.withdrawn,
-            **gates.as_provenance(self.gate),
-        }
+    facts: Mapping[str, Any]
+    """The part of the table's provenance that its inputs do not show: what the batch was compared with."""
 
 
 def screen_batch(
@@ -93,28 +79,21 @@ def screen_batch(
     batch = raw_data.provenance["partition"][0]
     withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
     compared = {name: _read_older(storage, name, signatures.frame) for name in older}
-    related = {name: one.related for name, one in compared.items()}
-    raws = [
-        storage.tables.read("raw_data", Partition(name)).frame for name, rows in related.items() if not rows.is_empty()
-    ]
+    related = {name: rows for name, (rows, _) in compared.items() if not rows.is_empty()}
+    raws = [storage.tables.read("raw_data", Partition(name)).frame for name in related]
+    texts = screen.texts_of([raw_data.frame, *raws])
     frame = screen.screen(
-        raw_data.frame,
-        signatures.frame,
-        found.rows,
-        list(related.values()),
-        screen.texts_of([raw_data.frame, *raws]),
-        settings,
-        withdrawn,
+        raw_data.frame, signatures.frame, found.rows, list(related.values()), texts, settings, withdrawn
     )
     gate = _judge(batch, frame, withdrawn, limits)
-    return ScreenedBatch(
-        frame if gate is None else frame.with_columns(batch_gate=pl.lit(gate.reason.value)),
-        gate,
-        settings.duplicates.across_batches,
-        {name: one.version for name, one in compared.items()},
-        found.hashes,
-        withdrawn,
-    )
+    facts = {
+        "across_batches": settings.duplicates.across_batches,
+        "compared_with": {name: version for name, (_, version) in compared.items()},
+        "benchmarks": found.hashes,
+        "withdrawn": withdrawn,
+        **gates.as_provenance(gate),
+    }
+    return ScreenedBatch(frame.with_columns(batch_gate=pl.lit(gate and gate.reason.value, pl.String)), gate, facts)
 
 
 def _judge(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], limits: GateSettings) -> Gate | None:
@@ -122,17 +101,8 @@ def _judge(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], lim
     return gates.before_scoring(screened, limits) if reason is None else gates.withdrawn(reason)
 
 
-@dataclass(frozen=True)
-class _OlderBatch:
-    """Rows of an older batch that may represent rows of this one."""
-
-    related: pl.DataFrame
-    """Signatures that share their content or a band with this batch."""
-    version: str
-    """Data version of its screened_data."""
-
-
-def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> _OlderBatch:
+def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+    """Read the Signatures of an older batch that may represent own rows, and its screened_data's data version."""
     signed, screened = (storage.tables.read(name, Partition(batch)) for name in ("signatures", "screened_data"))
     if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
         raise OriginError(
@@ -141,7 +111,7 @@ def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> _OlderBatch:
         )
     accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
     standing = signed.frame.join(accepted, on=ROW_KEY, how="semi", maintain_order="left")
-    return _OlderBatch(duplicates.related(standing, own), screened.data_version)
+    return duplicates.related(standing, own), screened.data_version
 
 
 def find_benchmarks(

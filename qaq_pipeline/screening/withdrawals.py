@@ -80,17 +80,8 @@ def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, i
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     meant: list[tuple[str | None, str | None]] = [*sorted(rows.items())] or [(None, None)]
-    entries = [
-        _Entry(
-            at=now,
-            batch=check_batch_name(batch),
-            content_hash=content,
-            row=row,
-            reason=reason,
-            is_withdrawn=is_withdrawn,
-        )
-        for content, row in meant
-    ]
+    said = {"at": now, "batch": check_batch_name(batch), "reason": reason, "is_withdrawn": is_withdrawn}
+    entries = [{**said, "content_hash": content, "row": row} for content, row in meant]
     with storage.locks.hold("withdrawals"):
         storage.files.write_json([*_record(storage), *entries], *_RECORD)
 

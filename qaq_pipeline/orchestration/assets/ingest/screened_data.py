@@ -45,7 +45,7 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         with storage.locks.hold("batch_order", waits=True):
             older = _older(context, storage) if screening.duplicates.across_batches else []
             made = screen_batch.screen_batch(storage, raw_data, signatures, older, found, screening, limits)
-            metadata = of_screened_data(made.frame, older, made.benchmarks) | gate_metadata(made.gate)
+            metadata = of_screened_data(made.frame, older, found.hashes) | gate_metadata(made.gate)
             inputs = {"raw_data": raw_data, "signatures": signatures}
             result = table_result(context, made.frame, inputs, metadata, **made.facts)
             assert result.value is not None
