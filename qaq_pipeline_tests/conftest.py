@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -134,11 +135,16 @@ def build_tiny_model(tiny: TinyModel, folder: Path) -> Path:
 
 
 @pytest.fixture
-def check_sentence(snapshot: SnapshotAssertion, tmp_path: Path) -> Check:
-    """Asserts that what a person is shown is the sentence in the snapshot; the test's folder is `TMP`."""
+def check_sentence(snapshot: SnapshotAssertion, tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """Asserts that what a person is shown is the sentence in the snapshot; folders, runs and hashes are masked."""
+    masks = {
+        rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/[^/\s'\"]+": "TMP",
+        r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b": "RUN",
+        r"\b[0-9a-f]{16,64}\b": "HASH",
+    }
 
     def check(shown: object) -> None:
-        assert str(shown).replace(str(tmp_path), "TMP") == snapshot
+        assert functools.reduce(lambda text, mask: re.sub(mask, masks[mask], text), masks, str(shown)) == snapshot
 
     return check
 

@@ -24,6 +24,7 @@ from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline.storage.tables import Tables
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 from qaq_pipeline_tests.support.daemon import Daemon, land, some_rows, zone_of
+from qaq_pipeline_tests.support.sentences import Check
 
 SettingsFor = Callable[..., Settings]
 
@@ -32,14 +33,14 @@ SettingsFor = Callable[..., Settings]
 
 
 def test_a_delivery_becomes_a_batch_when_it_is_complete_and_once(
-    settings_for: SettingsFor, instance: dg.DagsterInstance
+    settings_for: SettingsFor, instance: dg.DagsterInstance, check_sentence: Check
 ) -> None:
     settings = settings_for()
     daemon = Daemon(settings, instance)
     land(settings, "week-1.jsonl")
     first = daemon.tick("landing_zone")
     assert not first.run_requests
-    assert "1 not complete yet" in str(first.skip_reason)
+    check_sentence(str(first.skip_reason))
     [request] = daemon.tick("landing_zone").run_requests or []
     assert request.partition_key == "week-1"
     assert instance.get_dynamic_partitions("batch") == ["week-1"]
@@ -49,7 +50,7 @@ def test_a_delivery_becomes_a_batch_when_it_is_complete_and_once(
 
 
 def test_a_corrected_delivery_is_read_again_and_a_touched_one_leaves_everything_as_it_was(
-    settings_for: SettingsFor, instance: dg.DagsterInstance
+    settings_for: SettingsFor, instance: dg.DagsterInstance, check_sentence: Check
 ) -> None:
     settings = settings_for()
     daemon = Daemon(settings, instance)
@@ -61,7 +62,7 @@ def test_a_corrected_delivery_is_read_again_and_a_touched_one_leaves_everything_
     assert daemon.events("raw_data") == 1
     [observed] = instance.fetch_observations(dg.AssetKey("raw_data"), limit=5).records
     assert observed.asset_observation is not None
-    assert observed.asset_observation.description == "Made again, with the same result."
+    check_sentence(observed.asset_observation.description)
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     assert daemon.events("raw_data") == 2
@@ -92,7 +93,7 @@ def test_a_sensor_that_died_before_its_cursor_was_stored_loses_and_repeats_nothi
 
 
 def test_hostile_names_are_refused_visibly_once_and_never_fail_a_tick(
-    settings_for: SettingsFor, instance: dg.DagsterInstance, caplog: pytest.LogCaptureFixture
+    settings_for: SettingsFor, instance: dg.DagsterInstance, caplog: pytest.LogCaptureFixture, check_sentence: Check
 ) -> None:
     settings = settings_for()
     daemon = Daemon(settings, instance)
@@ -106,19 +107,19 @@ def test_hostile_names_are_refused_visibly_once_and_never_fail_a_tick(
         alerts_by_tick.append([r.message for r in caplog.records if r.name == "qaq_pipeline.alerts"])
     assert instance.get_dynamic_partitions("batch") == ["good"]
     assert [len(alerts) for alerts in alerts_by_tick] == [1, 0, 0]
-    assert "x|y.jsonl is refused: batch name 'x|y' cannot be used" in alerts_by_tick[0][0]
-    assert "Refused in the landing zone: 5" in alerts_by_tick[0][0]
+    check_sentence(alerts_by_tick[0][0])
+    check_sentence(alerts_by_tick[0][0])
     refused = landing.read_refused(open_storage(settings))
     assert set(refused) == {"x|y.jsonl", "[x].jsonl", "a b.jsonl", "w.json", "w.jsonl"}
 
 
 def test_a_zone_that_cannot_be_reached_is_said_and_keeps_the_cursor(
-    settings_for: SettingsFor, instance: dg.DagsterInstance
+    settings_for: SettingsFor, instance: dg.DagsterInstance, check_sentence: Check
 ) -> None:
     daemon = Daemon(settings_for(landing={"url": "nonsense://zone"}), instance)
     daemon.cursors["landing_zone"] = "as it was"
     result = daemon.tick("landing_zone")
-    assert "'nonsense://zone' cannot be listed" in str(result.skip_reason)
+    check_sentence(str(result.skip_reason))
     assert result.cursor == "as it was"
 
 
@@ -160,12 +161,12 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
 # --- repeated screening --------------------------------------------------------------------------------------------
 
 
-def test_a_newer_batch_is_screened_anew_when_an_older_one_changed(two_batches: Daemon) -> None:
+def test_a_newer_batch_is_screened_anew_when_an_older_one_changed(two_batches: Daemon, check_sentence: Check) -> None:
     daemon = two_batches
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
-    assert "screened against another state of batch b1" in daemon.left_out()["b2"]
+    check_sentence(daemon.left_out()["b2"])
     [request] = daemon.tick("screening_anew").run_requests or []
     assert request.partition_key == "b2"
     assert daemon.statuses("b2")[2] == "accepted"
@@ -263,7 +264,9 @@ def test_the_nightly_job_follows_changed_settings_and_scores_nothing_for_them(
     assert len(daemon.kept()) == 2
 
 
-def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(two_batches: Daemon) -> None:
+def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(
+    two_batches: Daemon, check_sentence: Check
+) -> None:
     daemon = two_batches
     path = land(daemon.settings, "bad.jsonl", some_rows(18))
     land(daemon.settings, "fine.jsonl", some_rows(14, 15, 16))
@@ -278,8 +281,9 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(two
     path.unlink()
     daemon.instance.add_dynamic_partitions("batch", ["bad"])
     daemon.tick("landing_zone")
-    with pytest.raises(RunError, match=r"not refreshed:\nbatch bad: .*gone from the landing zone"):
+    with pytest.raises(RunError) as error:
         refresh.refresh_all(daemon.settings, daemon.instance)
+    check_sentence(error.value)
     assert set(daemon.left_out()) == {"bad"}
     assert len(daemon.kept()) == 2
     assert not daemon.night()
@@ -334,27 +338,27 @@ def test_sensors_and_schedule_start_where_the_settings_say_so_and_state_it(
     assert {"Runs from the start" in (part.description or "") for part in mine} == {is_started}
 
 
-def test_a_cron_that_is_none_is_named_with_its_field(settings_for: SettingsFor) -> None:
-    with pytest.raises(SettingsError, match=r"automation.refresh_cron: 'every night' is not a cron expression"):
+def test_a_cron_that_is_none_is_named_with_its_field(settings_for: SettingsFor, check_sentence: Check) -> None:
+    with pytest.raises(SettingsError) as error:
         build_defs(settings_for(automation={"refresh_cron": "every night"}))
+    check_sentence(error.value)
 
 
 # --- messages ------------------------------------------------------------------------------------------------------
 
 
-def test_a_person_is_told_whether_the_daemon_runs_and_how_the_last_night_ended(instance: dg.DagsterInstance) -> None:
+def test_a_person_is_told_whether_the_daemon_runs_and_how_the_last_night_ended(
+    instance: dg.DagsterInstance, check_sentence: Check
+) -> None:
     now = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
     daemon, night = unattended.unattended(instance, now)
     assert "No daemon has run here" in daemon
-    assert night == "No nightly refresh has run yet."
+    check_sentence(night)
 
     instance.add_daemon_heartbeat(DaemonHeartbeat(now.timestamp() - 40, "SENSOR", "id", []))
     assert unattended.unattended(instance, now)[0] == "The daemon runs."
     later = unattended.unattended(instance, now + timedelta(hours=3))[0]
-    assert (
-        later
-        == "The daemon was last seen on 2026-11-25 11:59 UTC: nothing is curated automatically. `qaq ui` starts it."
-    )
+    check_sentence(later)
 
 
 def test_a_person_is_told_of_the_newest_night(settings_for: SettingsFor, instance: dg.DagsterInstance) -> None:

@@ -12,6 +12,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
+from qaq_pipeline_tests.support.sentences import Check
 
 BRACKETS = "a[bold]b.jsonl"
 
@@ -61,7 +62,9 @@ def test_a_row_can_be_named_in_several_ways(home: Home, qaq: Qaq) -> None:
         assert qaq(home, "explain", "b1", name) == first
 
 
-def test_a_row_is_named_by_its_pair_or_its_place_alone_and_by_a_version(home: Home, qaq: Qaq) -> None:
+def test_a_row_is_named_by_its_pair_or_its_place_alone_and_by_a_version(
+    home: Home, qaq: Qaq, check_sentence: Check
+) -> None:
     decisions = open_storage_of(home).tables.read("decisions", Partition("b1")).frame
     pair_id = decisions.filter(source_row=3)["pair_id"][0]
     first = qaq(home, "explain", "b1", 3)
@@ -72,19 +75,19 @@ def test_a_row_is_named_by_its_pair_or_its_place_alone_and_by_a_version(home: Ho
     assert " in version 1 (" in of_version.out
     assert decisions.filter(source_row=3)["explanation"][0] in of_version.out
     error = qaq(home, "explain", "b1", 3, "--version=7").error()
-    assert "no version, or more than one, matches '7'; published versions: 1 (" in error
-    assert "no row '99' in version 1" in qaq(home, "explain", "b1", 99, "--version", "1").error()
+    check_sentence(error)
+    check_sentence(qaq(home, "explain", "b1", 99, "--version", "1").error())
     assert "no row 'abcdef123'" in qaq(home, "explain", "abcdef123").error()
 
 
-def test_a_row_is_found_by_its_text(home: Home, qaq: Qaq) -> None:
+def test_a_row_is_found_by_its_text(home: Home, qaq: Qaq, check_sentence: Check) -> None:
     shown = qaq(home, "explain", "--text", "Sum the squares", "--batch", "b1")
     assert shown.out == qaq(home, "explain", "b1", 2).out
     several = qaq(home, "explain", "--text", "def").out
     assert "b1/rows.jsonl:1.0: Reverse a string in Python." in several
     assert re.search(r"\d rows contain that text; explain one: `qaq explain b1/rows\.jsonl:1\.0`", several)
     missing = qaq(home, "explain", "--text", "nowhere").err
-    assert "no row in the current delivery of any batch contains 'nowhere'" in missing
+    check_sentence(missing)
 
 
 def test_explain_gives_all_of_it_as_json_and_the_templates_if_asked(home: Home, qaq: Qaq) -> None:
@@ -109,6 +112,8 @@ def test_markup_in_names_and_texts_is_shown_as_it_is(empty_home: Home, qaq: Qaq)
 @pytest.mark.parametrize(
     "row", ["99", "rows.jsonl:99", "other.jsonl:1", "rows.jsonl:1.7", "abcdef", "x", "²", "9" * 30, "a:²"]
 )
-def test_a_row_that_is_not_there_is_named_with_those_that_are(home: Home, qaq: Qaq, row: str) -> None:
+def test_a_row_that_is_not_there_is_named_with_those_that_are(
+    home: Home, qaq: Qaq, row: str, check_sentence: Check
+) -> None:
     error = qaq(home, "explain", "b1", row).error()
-    assert f"batch 'b1' has no row {row!r}; it has 20 rows, the first of file 'rows.jsonl'" in error
+    check_sentence(error)

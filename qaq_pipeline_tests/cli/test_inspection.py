@@ -16,6 +16,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Calibration, PlantedRows, dtypes
 from qaq_pipeline.storage.tables import StoredTable, empty
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
+from qaq_pipeline_tests.support.sentences import Check
 
 TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
@@ -125,9 +126,11 @@ def test_a_table_that_cannot_be_written_says_why(
     assert said in qaq(home, "table", *arguments).error(code)
 
 
-def test_a_table_that_no_batch_has_says_what_to_type(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+def test_a_table_that_no_batch_has_says_what_to_type(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, check_sentence: Check
+) -> None:
     shown = qaq(empty_home, "table", "decisions", "--to", tmp_path / "out.csv")
-    assert "no batch has decisions yet; run one with `qaq run FILE --batch NAME`" in shown.error()
+    check_sentence(shown.error())
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
         storage.files.remove(table, "b1", "table.parquet")
 
 
-def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq) -> None:
+def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq, check_sentence: Check) -> None:
     said = qaq(home, "calibration", "b1").error()
-    assert "not stored yet; materialise calibration first" in said
-    assert "Calibration follows the publication of a batch" in said
+    check_sentence(said)
+    check_sentence(said)

@@ -30,6 +30,7 @@ from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
+from qaq_pipeline_tests.support.sentences import Check
 
 NUM_TABLES = len(PIPELINE.tables_of_batch(Purpose.CURATION)) + 2
 """Two of them are there for each of two models."""
@@ -175,7 +176,9 @@ def test_a_changed_byte_of_the_manifest_is_found_before_anything_is_read_of_it(s
         assert "restore it from a backup" in str(error.value)
 
 
-def test_a_changed_record_of_what_made_the_rows_is_found_and_not_believed(walked: Lineage, storage: Storage) -> None:
+def test_a_changed_record_of_what_made_the_rows_is_found_and_not_believed(
+    walked: Lineage, storage: Storage, check_sentence: Check
+) -> None:
     ident = walked.batches[0].provenance_id
     path = Path(storage.files.url("provenance", f"{ident}.json"))
     data = path.read_bytes()
@@ -183,8 +186,9 @@ def test_a_changed_record_of_what_made_the_rows_is_found_and_not_believed(walked
     assert path.read_bytes() != data
     try:
         assert found(storage) == [str(path)]
-        with pytest.raises(StorageError, match="was changed since it was written"):
+        with pytest.raises(StorageError) as error:
             storage.provenance.read(ident)
+        check_sentence(error.value)
     finally:
         path.write_bytes(data)
 
@@ -198,14 +202,15 @@ def test_a_file_that_is_none_of_the_version_is_named(walked: Lineage, storage: S
         stranger.unlink()
 
 
-def test_white_space_in_the_manifest_is_a_changed_byte_too(storage: Storage) -> None:
+def test_white_space_in_the_manifest_is_a_changed_byte_too(storage: Storage, check_sentence: Check) -> None:
     version = versions.find_version(storage, "latest").version
     path = Path(storage.files.url(*versions.place(version, versions.MANIFEST)))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"  ", b" \n", 1))
     try:
-        with pytest.raises(LineageError, match="it is not the manifest of version"):
+        with pytest.raises(LineageError) as error:
             lineage.walk(storage, version)
+        check_sentence(error.value)
     finally:
         path.write_bytes(data)
 
@@ -340,10 +345,11 @@ def test_of_a_retired_version_the_manifest_and_what_it_was_made_from_are_left(
         trace.trace(copy, retired, "b1/b1.jsonl:1")
 
 
-def test_one_file_of_a_version_alone(walked: Lineage) -> None:
+def test_one_file_of_a_version_alone(walked: Lineage, check_sentence: Check) -> None:
     assert [file.name for file in lineage.only(walked, "scores.parquet").files] == ["scores.parquet"]
-    with pytest.raises(LineageError, match=r"no file 'x.json'; it has .*scores.parquet"):
+    with pytest.raises(LineageError) as error:
         lineage.only(walked, "x.json")
+    check_sentence(error.value)
 
 
 # --- one row --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from qaq_pipeline_tests.lm.test_runners import (
     unshared,
 )
 from qaq_pipeline_tests.support.naive import BOS, naive_logprobs, text
+from qaq_pipeline_tests.support.sentences import Check
 
 CPU = torch.device("cpu")
 
@@ -164,22 +165,26 @@ def test_a_model_left_in_training_scores_without_dropout_or_gradients(is_trainin
 
 
 @pytest.mark.parametrize(("family", "num_tokens"), [("llama", 60 + 3), ("bloom", 60 + 60)])
-def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(family: str, num_tokens: int) -> None:
+def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(
+    family: str, num_tokens: int, check_sentence: Check
+) -> None:
     model = tiny(family)
     scorer = CausalLM(model, family, free_bytes=lambda: 0)
     model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the batch ran"))
     batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
-    with pytest.raises(BatchTooLargeError, match=rf"^{num_tokens} tokens need \d+ MB, more than is free$"):
+    with pytest.raises(BatchTooLargeError) as error:
         scorer.score(batch)
+    check_sentence(error.value)
 
 
-def test_free_memory_is_asked_for_before_every_batch() -> None:
+def test_free_memory_is_asked_for_before_every_batch(check_sentence: Check) -> None:
     free = [1e12, 1e12, 0.0, 1e12]  # The facts use the first value.
     scorer = CausalLM(tiny("llama"), "tiny", free_bytes=functools.partial(free.pop, 0))
     batch = mixed_sequences()
     first = scorer.score(batch)
-    with pytest.raises(BatchTooLargeError, match="more than is free"):
+    with pytest.raises(BatchTooLargeError) as error:
         scorer.score(batch)
+    check_sentence(error.value)
     np.testing.assert_array_equal(scorer.score(batch)[0][0], first[0][0])
 
 
@@ -192,7 +197,7 @@ def test_free_memory_is_asked_for_before_every_batch() -> None:
     ],
     ids=["cpu", "cuda", "python"],
 )
-def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception) -> None:
+def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception, check_sentence: Check) -> None:
     model = tiny("llama")
     scorer = CausalLM(model, "tiny")
     batch = [sequence(list(range(60)), (1, 60)), sequence([1, 2, 3], (1, 3))]
@@ -202,8 +207,9 @@ def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception) 
         raise error
 
     hook = model.base_model.register_forward_pre_hook(run_out)
-    with pytest.raises(BatchTooLargeError, match=r"^63 tokens did not fit into memory$") as caught:
+    with pytest.raises(BatchTooLargeError) as caught:
         scorer.score(batch)
+    check_sentence(caught.value)
     # The traceback of the first error would keep the failed batch's tensors alive.
     assert caught.value.__context__ is caught.value.__cause__ is None
     hook.remove()
@@ -298,15 +304,18 @@ def test_a_model_whose_attention_sdpa_cannot_compute_is_loaded_all_the_same(tmp_
     assert_same(torch.from_numpy(value), naive_logprobs(model, ids[:20], ids[20:]))
 
 
-def test_a_sequence_alone_waits_for_memory_before_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_alone_waits_for_memory_before_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, check_sentence: Check
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr(causal_lm.time, "sleep", waited.append)
     alone = [sequence([1, 2, 3], (1, 3))]
     free = iter([1e12, 0.0, 0.0, 1e12])
     assert CausalLM(tiny("llama"), "tiny", free_bytes=lambda: next(free)).score(alone)
     assert waited == [1, 1]
-    with pytest.raises(BatchTooLargeError, match="more than is free"):
+    with pytest.raises(BatchTooLargeError) as error:
         CausalLM(tiny("llama"), "tiny", free_bytes=lambda: 0).score(alone)
+    check_sentence(error.value)
     assert len(waited) == 2 + causal_lm.PATIENCE_SECONDS
 
 
@@ -365,11 +374,12 @@ def test_there_is_a_model_for_each_gpu_that_nobody_holds(
             assert [load() for load in loads] == expected
 
 
-def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(tiny_model_dir: Callable[..., Path]) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"tiny: supports 512 tokens.*\(513\); set scoring.max_tokens to 512"
-    ):
+def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(
+    tiny_model_dir: Callable[..., Path], check_sentence: Check
+) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
         load_model(model_settings(), files(tiny_model_dir()), min_context=513)
+    check_sentence(error.value)
 
 
 def test_a_model_that_states_no_longest_sequence_is_taken_at_any_window(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qaq_pipeline.lm.devices import (
     resolve_device,
     resolve_dtype,
 )
+from qaq_pipeline_tests.support.sentences import Check
 
 CPU = torch.device("cpu")
 
@@ -41,19 +42,25 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
-def test_a_missing_device_is_an_error_that_names_the_remedy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_an_error_that_names_the_remedy(
+    device: str, monkeypatch: pytest.MonkeyPatch, check_sentence: Check
+) -> None:
     no_accelerator(monkeypatch)
-    with pytest.raises(DeviceNotFoundError, match=f"this machine has no device '{device}'; set `device: auto`"):
+    with pytest.raises(DeviceNotFoundError) as error:
         resolve_device(device)
+    check_sentence(error.value)
 
 
-def test_a_gpu_number_that_is_not_there_is_a_missing_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_number_that_is_not_there_is_a_missing_device(
+    monkeypatch: pytest.MonkeyPatch, check_sentence: Check
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     assert resolve_device("auto") == torch.device("cuda")
-    with pytest.raises(DeviceNotFoundError, match="this machine has no device 'cuda:2'"):
+    with pytest.raises(DeviceNotFoundError) as error:
         resolve_device("cuda:2")
+    check_sentence(error.value)
 
 
 def test_device_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,17 +147,15 @@ def free(directory: Path) -> list[str]:
         return []
 
 
-def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path) -> None:
+def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path, check_sentence: Check) -> None:
     with lease_devices(GPUS, tmp_path, limit=1, timeout=0) as first:
         assert first == ["cuda:0"]
         assert free(tmp_path) == ["cuda:1"]
         with lease_devices(GPUS, tmp_path, limit=9, timeout=0) as second:
             assert second == ["cuda:1"]
-            with (
-                pytest.raises(DeviceBusyError, match=r"cuda:0, cuda:1: in use by other scoring .*gpu-a\.lock"),
-                lease_devices(GPUS, tmp_path, limit=1, timeout=0.1),
-            ):
+            with pytest.raises(DeviceBusyError) as error, lease_devices(GPUS, tmp_path, limit=1, timeout=0.1):
                 pass
+            check_sentence(error.value)
     assert free(tmp_path) == ["cuda:0", "cuda:1"]
 
 

@@ -22,6 +22,7 @@ from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.model_files import FilesWatch, ModelFiles, ModelNotFoundError, chat_template, locate
 from qaq_pipeline_tests.conftest import TEMPLATES
 from qaq_pipeline_tests.support.naive import BOS, EOS, SPECIAL_TOKENS, VOCABULARY_SIZE, text
+from qaq_pipeline_tests.support.sentences import Check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,10 +86,10 @@ def test_a_directory_is_found_in_the_cache_folder_or_by_its_own_path(directory: 
     assert relative.revision.removeprefix("files:").isalnum()
 
 
-def test_a_missing_directory_is_an_error_that_names_it_and_what_is_expected(tmp_path: Path) -> None:
-    assert refusal(tmp_path, directory="absent") == (
-        f"{tmp_path / 'absent'}: has no config.json; set `directory` to a model directory in Hugging Face layout"
-    )
+def test_a_missing_directory_is_an_error_that_names_it_and_what_is_expected(
+    tmp_path: Path, check_sentence: Check
+) -> None:
+    check_sentence(refusal(tmp_path, directory="absent"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
@@ -266,11 +267,11 @@ def interleaved(weight: Any, num_heads: int | None) -> Any:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
-def test_a_missing_gguf_file_is_an_error_that_names_it_and_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_gguf_file_is_an_error_that_names_it_and_the_remedy(tmp_path: Path, check_sentence: Check) -> None:
     message = refusal(tmp_path, gguf="absent.gguf")
     assert message.startswith(f"{tmp_path / 'absent.gguf'}: no such GGUF file.")
     assert "`make demo`" in message
-    assert "correct `gguf` or `model_cache`" in message
+    check_sentence(message)
 
 
 def test_a_gguf_file_is_converted_once_to_the_very_same_model(
@@ -373,13 +374,17 @@ def test_of_several_named_templates_the_default_one_is_borrowed(
 
 
 @pytest.mark.parametrize("source", ["absent.jinja", "nobody/absent"])
-def test_a_template_source_that_is_not_there_is_an_error_that_names_it(source: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=f"chat_template_from: '{source}' cannot be read"):
+def test_a_template_source_that_is_not_there_is_an_error_that_names_it(
+    source: str, tmp_path: Path, check_sentence: Check
+) -> None:
+    with pytest.raises(ModelNotFoundError) as error:
         chat_template(source, tmp_path)
+    check_sentence(error.value)
 
 
 def test_a_template_source_without_a_template_is_an_error_that_says_so(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, check_sentence: Check
 ) -> None:
-    with pytest.raises(ModelNotFoundError, match="has no chat template"):
+    with pytest.raises(ModelNotFoundError) as error:
         chat_template(str(tiny_model_dir(template="none")), tmp_path)
+    check_sentence(error.value)

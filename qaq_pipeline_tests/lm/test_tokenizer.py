@@ -15,6 +15,7 @@ from qaq_pipeline.lm.tokenizer import HfTokenizer, load_tokenizer
 from qaq_pipeline_tests.conftest import TEMPLATES
 from qaq_pipeline_tests.lm.test_causal_lm import files, model_settings
 from qaq_pipeline_tests.support.naive import BOS, END_OF_TEXT, IM_END, IM_START, text
+from qaq_pipeline_tests.support.sentences import Check
 
 
 def tokenizer_of(folder: Path, template: str | None = None) -> HfTokenizer:
@@ -43,17 +44,19 @@ def test_without_a_named_end_of_text_token_the_end_of_sequence_token_stands_for_
     assert HfTokenizer(tokenizer).end_of_text_id == eos_token_id
 
 
-def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="old/model: a fast tokenizer"):
+def test_a_slow_tokenizer_is_refused(check_sentence: Check) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
         HfTokenizer(SimpleNamespace(is_fast=False, name_or_path="old/model"))
+    check_sentence(error.value)
 
 
 def test_a_model_without_a_chat_template_is_an_error_that_names_the_remedy(
-    tiny_model_dir: Callable[..., Path],
+    tiny_model_dir: Callable[..., Path], check_sentence: Check
 ) -> None:
     tokenizer = tokenizer_of(tiny_model_dir(template="none"))
-    with pytest.raises(UnsupportedModelError, match="set `frame: plain`, or `chat_template_from`"):
+    with pytest.raises(UnsupportedModelError) as error:
         tokenizer.render_chat([{"role": "user", "content": "x"}])
+    check_sentence(error.value)
 
 
 def test_a_borrowed_template_replaces_the_models_own(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from qaq_pipeline.publication.exports import (
 )
 from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows
+from qaq_pipeline_tests.support.sentences import Check
 
 
 def selected(*texts: tuple[str | None, str, str]) -> pl.DataFrame:
@@ -196,12 +197,15 @@ def test_every_format_of_the_settings_has_a_file_of_its_own() -> None:
     assert len({one.path for one in FORMATS.values()}) == len(FORMATS)
 
 
-def test_a_format_whose_package_is_missing_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_whose_package_is_missing_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, check_sentence: Check
+) -> None:
     check_installed(["messages", "parquet"])
     monkeypatch.setitem(sys.modules, "datasets", None)
     check_installed(["messages", "parquet"])
-    with pytest.raises(SettingsError, match=r"hf needs the package datasets; install qaq-pipeline\[datasets\]"):
+    with pytest.raises(SettingsError) as error:
         check_installed(["messages", "hf"])
+    check_sentence(error.value)
 
 
 # --- meta -----------------------------------------------------------------------------------------------------------

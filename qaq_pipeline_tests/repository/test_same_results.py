@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from bench.same_results import MAP, Comparison, Names, compare, copy_home, report
+from qaq_pipeline_tests.support.sentences import Check
 
 DECISIONS = "decisions/b1/table.parquet"
 SCORES = "curated_dataset/v1/scores.parquet"
@@ -75,10 +76,10 @@ def test_one_changed_number_inside_a_list_is_a_difference(old: Path, new: Path) 
     ]
 
 
-def test_a_changed_byte_of_a_training_file_is_a_difference(old: Path, new: Path) -> None:
+def test_a_changed_byte_of_a_training_file_is_a_difference(old: Path, new: Path, check_sentence: Check) -> None:
     (new / "curated_dataset" / "v2" / "diff_high" / "alpaca.json").write_text('[{"instruction": "q1"},\n{"x": "q2"}]')
     (difference,) = compare(old, new, Names.read(MAP)).differences
-    assert "diff_high/alpaca.json: the bytes differ: line 2" in difference
+    check_sentence(difference)
 
 
 def test_a_changed_value_of_a_manifest_is_a_difference_but_for_the_hash_of_text(old: Path, new: Path) -> None:

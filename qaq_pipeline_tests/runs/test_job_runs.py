@@ -17,6 +17,7 @@ from qaq_pipeline.runs import job_runs, registration, run_batch
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline_tests.support.sentences import Check
 
 SettingsFor = Callable[..., Settings]
 
@@ -28,6 +29,7 @@ def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
     delivered: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
+    check_sentence: Check,
 ) -> None:
     settings = settings_for()
     run_job = job_runs._run_job
@@ -41,7 +43,8 @@ def test_a_signal_that_dagster_drops_between_two_steps_ends_the_run(
     registration.register(settings, instance, "b1", [delivered], None)
     with monkeypatch.context() as patch:
         patch.setattr(job_runs, "_run_job", run_and_be_told_to_end)
-        with pytest.raises(RunError, match="interrupted by a signal after ingest_batch of b1; run again to go on"):
+        with pytest.raises(RunError) as error:
             run_batch.run_batch(settings, instance, "b1")
+        check_sentence(error.value)
     assert open_storage(settings).tables.has("screened_data", Partition("b1"))
     assert not open_storage(settings).tables.has("logprobs", Partition("b1", "strong"))

@@ -20,6 +20,7 @@ from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
 from qaq_pipeline_tests.support.frames import IDENTITY, cached, pair_name, raw_rows
+from qaq_pipeline_tests.support.sentences import Check
 
 SCORED_WITH = {"libraries": {"torch": "2.13.0"}, "device": "cpu"}
 
@@ -198,14 +199,14 @@ def test_a_shard_that_vanishes_while_shards_are_read_is_no_error(
     assert storage.scores.read(IDENTITY, pair_ids(1, 2)).height == 1
 
 
-def test_a_changed_shard_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage) -> None:
+def test_a_changed_shard_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage, check_sentence: Check) -> None:
     any_storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
     digest = IDENTITY.digest()
     (name,) = any_storage.scores.shards(digest)
     assert any_storage.scores.fault(digest, name) is None
     place = any_storage.scores.place(digest, name)
     any_storage.files.write_bytes(flip_a_byte(any_storage.files.read_bytes(*place)), *place)
-    assert any_storage.scores.fault(digest, name) == "it was changed since it was written"
+    check_sentence(any_storage.scores.fault(digest, name))
     any_storage.files.remove(*place)
     with pytest.raises(StorageError, match="not stored yet"):
         any_storage.scores.fault(digest, name)

@@ -20,6 +20,7 @@ from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
 from qaq_pipeline_tests.support.frames import raw_rows, rejected
+from qaq_pipeline_tests.support.sentences import Check
 
 PROVENANCE = {"code_version": "1-abc", "inputs": {}, "files": {"größe.jsonl": "12"}, "partition": ["b1"]}
 
@@ -76,14 +77,16 @@ def test_a_frame_that_does_not_fit_is_not_written(storage: Storage) -> None:
     assert table_file(storage).read_bytes() == before
 
 
-def test_a_table_that_is_not_declared_is_refused_with_those_that_are(storage: Storage) -> None:
-    with pytest.raises(StorageError, match=r"'surprise' is no table; known: raw_data, signatures, screened_data"):
+def test_a_table_that_is_not_declared_is_refused_with_those_that_are(storage: Storage, check_sentence: Check) -> None:
+    with pytest.raises(StorageError) as error:
         storage.tables.read("surprise", Partition("b1"))
+    check_sentence(error.value)
 
 
-def test_a_missing_table_is_named_with_its_remedy(any_storage: Storage) -> None:
-    with pytest.raises(StorageError, match=r"raw_data/b1/table\.parquet: not stored yet; materialise raw_data first"):
+def test_a_missing_table_is_named_with_its_remedy(any_storage: Storage, check_sentence: Check) -> None:
+    with pytest.raises(StorageError) as error:
         any_storage.tables.read("raw_data", Partition("b1"))
+    check_sentence(error.value)
 
 
 @given(cuts=st.lists(st.integers(0, 8), max_size=4), order=st.permutations(range(8)))
@@ -134,26 +137,31 @@ def foreign(footer: str | None = None, frame: pl.DataFrame = ROWS) -> bytes:
         foreign('{"provenance": {}, "data_version": "0"}', ROWS.with_columns(pl.col("source_row").cast(pl.Int32))),
     ],
 )
-def test_a_foreign_file_or_one_of_an_old_schema_is_named_with_its_remedy(storage: Storage, content: bytes) -> None:
+def test_a_foreign_file_or_one_of_an_old_schema_is_named_with_its_remedy(
+    storage: Storage, content: bytes, check_sentence: Check
+) -> None:
     storage.files.write_bytes(content, *TABLE)
-    with pytest.raises(StorageError, match=r"raw_data/b1/table\.parquet: .*materialise it again"):
+    with pytest.raises(StorageError) as error:
         storage.tables.read("raw_data", Partition("b1"))
+    check_sentence(error.value)
 
 
-def test_a_file_of_an_old_schema_is_told_from_a_damaged_one(storage: Storage) -> None:
+def test_a_file_of_an_old_schema_is_told_from_a_damaged_one(storage: Storage, check_sentence: Check) -> None:
     storage.files.write_bytes(foreign('{"provenance": {}, "data_version": "0"}', ROWS.drop("answer")), *TABLE)
-    with pytest.raises(StorageError, match="it has other columns than raw_data has now"):
+    with pytest.raises(StorageError) as error:
         storage.tables.read("raw_data", Partition("b1"))
+    check_sentence(error.value)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torn_table_is_an_error_wherever_it_ends(storage: Storage) -> None:
+def test_a_torn_table_is_an_error_wherever_it_ends(storage: Storage, check_sentence: Check) -> None:
     storage.tables.write(StoredTable(ROWS, PROVENANCE), "raw_data", Partition("b1"))
     whole = storage.files.read_bytes(*TABLE)
     for length in range(0, len(whole), 41):
         storage.files.write_bytes(whole[:length], *TABLE)
-        with pytest.raises(StorageError, match=r"raw_data/b1/table\.parquet: .*materialise it again"):
+        with pytest.raises(StorageError) as error:
             storage.tables.read("raw_data", Partition("b1"))
+        check_sentence(error.value)
 
 
 def test_a_changed_byte_never_gives_other_rows(storage: Storage) -> None:
@@ -171,11 +179,12 @@ def test_a_changed_byte_never_gives_other_rows(storage: Storage) -> None:
     assert refused > 0
 
 
-def test_a_changed_table_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage) -> None:
+def test_a_changed_table_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage, check_sentence: Check) -> None:
     any_storage.tables.write(StoredTable(ROWS, PROVENANCE), "raw_data", Partition("b1"))
     assert any_storage.tables.fault("raw_data", Partition("b1")) is None
     whole = any_storage.files.read_bytes(*TABLE)
     any_storage.files.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:], *TABLE)
-    assert any_storage.tables.fault("raw_data", Partition("b1")) == "it was changed since it was written"
-    with pytest.raises(StorageError, match=r"raw_data/b2/table\.parquet: not stored yet"):
+    check_sentence(any_storage.tables.fault("raw_data", Partition("b1")))
+    with pytest.raises(StorageError) as error:
         any_storage.tables.fault("raw_data", Partition("b2"))
+    check_sentence(error.value)
