@@ -54,8 +54,8 @@ def delivery(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def slow_settings(settings_for: Callable[..., Settings]) -> Callable[[], Settings]:
-    """Settings under which the scoring takes seconds, in small batches, and a shard is stored for every few."""
-    return lambda: settings_for(runtime={"batch_tokens": 300, "shard_seconds": 0.02}, ranking={"num_strata": 5})
+    """Settings under which the scoring takes seconds, in small batches, and a shard is stored for each."""
+    return lambda: settings_for(runtime={"batch_tokens": 300, "shard_seconds": 0}, ranking={"num_strata": 5})
 
 
 def shards(storage_root: Path) -> dict[str, int]:
