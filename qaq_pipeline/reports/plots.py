@@ -66,22 +66,17 @@ def flow(steps: pl.DataFrame) -> Plot:
     """Plot the rows that remain and that leave at each step, from delivered to selected (`summaries.flow`)."""
     import altair as alt
 
+    title = "From delivered to selected"
     caption = "Rows that remain after each step; the pale part is the rows that left at that step."
-    if steps.is_empty() or not steps["rows"][0]:
-        return Plot("flow", "From delivered to selected", caption, None, steps)
-    order = steps["step"].to_list()
+    if not steps["rows"][0]:
+        return Plot("flow", title, caption, None, steps)
     said = pl.when(pl.col("left") > 0).then(pl.format("{}  (-{})", _count("rows"), _count("left")))
     bars = steps.with_columns(before=pl.col("rows") + pl.col("left"), label=said.otherwise(_count("rows")))
-    y = _names("step", order)
-    base = alt.Chart(bars)
-    left = base.mark_bar(color=_TWO, opacity=0.3).encode(y=y, x=alt.X("rows:Q", title="rows"), x2="before:Q")
-    stay = base.mark_bar(color=_ONE, opacity=0.85).encode(y=y, x=alt.X("rows:Q", title="rows"))
-    longest = int(bars["rows"][0])
-    text = base.mark_text(align="left", dx=4, color=_INK).encode(y=y, x="before:Q", text="label:N")
-    limits = alt.Scale(domain=[0, longest * 2], nice=False)
-    ticks = _rows_axis(longest)
-    chart = alt.layer(left.encode(x=alt.X("rows:Q", scale=limits, axis=ticks)), stay, text)
-    return Plot("flow", "From delivered to selected", caption, _sized(chart, 30 * steps.height + 50), steps)
+    remaining = _labelled_bars(bars, "step", "rows", 2 * bars["rows"][0], label_at="before")
+    leaving = (
+        alt.Chart(bars).mark_bar(color=_TWO, opacity=0.3).encode(y=_names("step", bars), x="rows:Q", x2="before:Q")
+    )
+    return Plot("flow", title, caption, _drawn(30 * steps.height + 50, leaving, *remaining), steps)
 
 
 def by_reason(counts: pl.DataFrame) -> Plot:
@@ -91,22 +86,14 @@ def by_reason(counts: pl.DataFrame) -> Plot:
     title, caption = "Rows by decision and reason", "Every delivered row has one decision and one reason for it."
     if counts.is_empty():
         return Plot("by_reason", title, caption, None, counts)
-    said = counts.with_columns(
+    bars = counts.with_columns(
         name=pl.format("{}: {}", *(pl.col(c).str.replace_all("_", " ") for c in ("decision", "reason"))),
         label=pl.format("{}  ({} %)", _count("rows"), (100 * pl.col("rows") / pl.col("rows").sum()).round(1)),
         is_selected=pl.col("decision") == "selected",
     )
-    y = _names("name", said["name"].to_list())
-    longest = int(said["rows"].max())  # type: ignore[arg-type]
-    x = alt.X(
-        "rows:Q",
-        scale=alt.Scale(domain=[0, longest * 2.2], nice=False),
-        axis=_rows_axis(longest),
-    )
     colour = alt.condition("datum.is_selected", alt.value(_ONE), alt.value(_THREE))
-    bars = alt.Chart(said).mark_bar(opacity=0.85).encode(y=y, x=x, color=colour)
-    text = alt.Chart(said).mark_text(align="left", dx=4, color=_INK).encode(y=y, x="rows:Q", text="label:N")
-    return Plot("by_reason", title, caption, _sized(alt.layer(bars, text), 26 * said.height + 50), counts)
+    layers = _labelled_bars(bars, "name", "rows", 2.2 * max(bars["rows"]), colour)
+    return Plot("by_reason", title, caption, _drawn(26 * bars.height + 50, *layers), counts)
 
 
 def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
@@ -125,32 +112,34 @@ def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
     )
     if cells.is_empty():
         return Plot(name, title, caption, None, strata)
-    x, y = _axis("x", cells, "log PPL(Q), nats per token"), _axis("y", cells, "RMI, nats per token")
-    rects = _heat(cells, x, y, "rows", "pairs")
+    across, up = ([min(cells[axis]), max(cells[f"{axis}2"])] for axis in ("x", "y"))
+    no_grid = alt.Axis(grid=False)
+    x = alt.X("x:Q", scale=alt.Scale(domain=across, nice=False), title="log PPL(Q), nats per token", axis=no_grid)
+    y = alt.Y("y:Q", scale=alt.Scale(domain=up, nice=False), title="RMI, nats per token", axis=no_grid)
+    rects = _heat(cells, x, y)
     if strata.is_empty():
-        return Plot(name, title, caption, _sized(alt.layer(rects), 320), strata)
-    (left, right), (bottom, top) = _ends(cells, "x"), _ends(cells, "y")
-    seen = strata.with_columns(
-        pl.col("low", "high").clip(left, right), pl.col("low_tail", "high_tail").clip(bottom, top)
-    )
+        return Plot(name, title, caption, _drawn(320, rects), strata)
+    seen = strata.with_columns(pl.col("low", "high").clip(*across), pl.col("low_tail", "high_tail").clip(*up))
     edges = alt.Chart(seen.slice(1)).mark_rule(color=_MUTED, strokeDash=[1, 3]).encode(x="low:Q")
     tails = [
         alt.Chart(seen).mark_rule(color=_TWO, strokeWidth=2).encode(x="low:Q", x2="high:Q", y=alt.Y(f"{tail}:Q"))
         for tail in ("low_tail", "high_tail")
     ]
-    return Plot(name, title, caption, _sized(alt.layer(rects, edges, *tails), 320), strata)
+    return Plot(name, title, caption, _drawn(320, rects, edges, *tails), strata)
 
 
 def ranks(cells: pl.DataFrame, is_selected: bool = False) -> Plot:
     """Plot the pairs, or the selected share, by rank under both models (`summaries.rank_grid`)."""
     import altair as alt
 
-    name = "ranks_selected" if is_selected else "ranks"
-    title = "Selected by rank under both models" if is_selected else "Rank under the strong and the weak model"
-    what = "share selected" if is_selected else "pairs"
+    name, title, more = (
+        ("ranks_selected", "Selected by rank under both models", "a larger share of the cell")
+        if is_selected
+        else ("ranks", "Rank under the strong and the weak model", "more pairs")
+    )
     caption = (
-        f"A stronger colour means {'a larger share of the cell' if is_selected else 'more pairs'}. On the line both "
-        "models give the same rank; below and right of it, the strong model ranks the pair higher than the weak one."
+        f"A stronger colour means {more}. On the line both models give the same rank; below and right of it, the "
+        "strong model ranks the pair higher than the weak one."
     )
     table = _crosstab(cells)
     if cells.is_empty():
@@ -158,10 +147,9 @@ def ranks(cells: pl.DataFrame, is_selected: bool = False) -> Plot:
     unit = alt.Scale(domain=[0, 1], nice=False)
     x = alt.X("x:Q", scale=unit, title="rank of RMI, strong model (share of its stratum)")
     y = alt.Y("y:Q", scale=unit, title="rank of RMI, weak model (share)")
-    rects = _heat(cells, x, y, "share" if is_selected else "rows", what, is_share=is_selected)
     ends = pl.DataFrame({"x": [0.0], "y": [0.0], "x2": [1.0], "y2": [1.0]})
     line = alt.Chart(ends).mark_rule(color=_TWO, strokeDash=[6, 3]).encode(x="x:Q", y="y:Q", x2="x2:Q", y2="y2:Q")
-    return Plot(name, title, caption, _sized(alt.layer(rects, line), 400), table)
+    return Plot(name, title, caption, _drawn(400, _heat(cells, x, y, is_share=is_selected), line), table)
 
 
 def _crosstab(cells: pl.DataFrame) -> pl.DataFrame:
@@ -191,79 +179,24 @@ def _by_group(shares: pl.DataFrame) -> pl.DataFrame:
     return shares if shares.is_empty() else shares.pivot("group", index=["low", "high"], values="share")
 
 
-def _steps(
-    shares: pl.DataFrame, title: str, *, is_log: bool = False, marks: Sequence[float] = ()
-) -> alt.TopLevelMixin | None:
-    """Draw shares by group as step lines over the bins, with vertical lines at the marks."""
-    import altair as alt
-
-    if shares.is_empty():
-        return None
-    groups = shares["group"].unique(maintain_order=True).to_list()
-    # The last step needs one more point, its right end.
-    ends = shares.group_by("group", maintain_order=True).last().with_columns(low="high")
-    points = pl.concat([shares, ends])
-    scale = alt.Scale(type="log", base=2, nice=False) if is_log else alt.Scale(zero=False, nice=False)
-    colours = [_ONE, _THREE, _TWO][: len(groups)] if len(groups) > 2 else [_ONE, _TWO][: len(groups)]
-    legend = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300, columns=3)
-    chart = (
-        alt.Chart(points)
-        .mark_line(interpolate="step-after", strokeWidth=2)
-        .encode(
-            x=alt.X(
-                "low:Q", scale=scale, title=title, axis=alt.Axis(grid=False, format=",", tickCount=7, labelOverlap=True)
-            ),
-            y=alt.Y("share:Q", title="share of the group's pairs", axis=alt.Axis(format="~%", tickCount=5)),
-            color=alt.Color("group:N", sort=groups, scale=alt.Scale(domain=groups, range=colours), legend=legend),
-            strokeDash=alt.StrokeDash(
-                "group:N", sort=groups, scale=alt.Scale(domain=groups, range=_DASHES[: len(groups)])
-            ),
-        )
-    )
-    if not marks:
-        return _sized(chart, 260)
-    rules = alt.Chart(pl.DataFrame({"mark": list(marks)})).mark_rule(color=_INK, strokeWidth=1.5).encode(x="mark:Q")
-    return _sized(alt.layer(chart, rules), 260)
-
-
 def overlap(shares: pl.DataFrame) -> Plot:
     """Plot the overlap of two selections, as a share of the first one's pairs (`summaries.overlap`)."""
-    title = "Overlap of the selections"
+    share = pl.col("of_first")
+    label = pl.format("{} %", _percent(share)).fill_null("none")
+    chart = _labelled_grid(shares, "first", "second", label, share.fill_null(0.0))
     caption = "Share of the pairs of the row's selection that the column's selection also takes."
-    if shares.is_empty():
-        return Plot("overlap", title, caption, None, shares)
-    is_known = pl.col("of_first").is_not_null()
-    said = shares.with_columns(
-        label=pl.when(is_known)
-        .then(pl.format("{} %", (100 * pl.col("of_first")).round(0).cast(pl.Int64)))
-        .otherwise(pl.lit("none")),
-        strength=pl.col("of_first").fill_null(0.0),
-        is_below=pl.lit(False),
-    )
-    return Plot("overlap", title, caption, _labelled_grid(said, "first", "second"), shares)
+    return Plot("overlap", "Overlap of the selections", caption, chart, shares)
 
 
 def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
     """Plot the selected share of rows by stratum, language, source or batch (`summaries.kept_by`, `strata`)."""
-    import altair as alt
-
     title, caption = f"Share selected by {of}", f"Selected share of the rows of each {of}."
     if shares.is_empty():
         return Plot(name, title, caption, None, shares)
-    said = shares.with_columns(
-        pl.col(by).cast(pl.String),
-        label=pl.format("{} of {}", _count("selected"), _count("rows")),
-    )
-    highest = float(said["share"].max() or 0)  # type: ignore[arg-type]
-    y = _names(by, said[by].to_list())
-    x = alt.X(
-        "share:Q",
-        scale=alt.Scale(domain=[0, max(highest, 0.01) * 1.7], nice=False),
-        axis=alt.Axis(format="~%", title="share selected", tickCount=5),
-    )
-    bars = alt.Chart(said).mark_bar(color=_ONE, opacity=0.85).encode(y=y, x=x)
-    text = alt.Chart(said).mark_text(align="left", dx=4, color=_INK).encode(y=y, x="share:Q", text="label:N")
-    return Plot(name, title, caption, _sized(alt.layer(bars, text), 24 * said.height + 50), shares)
+    label = pl.format("{} of {}", _count("selected"), _count("rows"))
+    bars = shares.with_columns(pl.col(by).cast(pl.String), label=label)
+    layers = _labelled_bars(bars, by, "share", 1.7 * max(0.01, *bars["share"]))
+    return Plot(name, title, caption, _drawn(24 * bars.height + 50, *layers), shares)
 
 
 # --- of a calibration -----------------------------------------------------------------------------------------------
@@ -283,16 +216,10 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
     if intervals.is_empty():
         return Plot("told_apart", title, caption, None, intervals)
     groups, defects = (intervals[name].unique(maintain_order=True).to_list() for name in ("group", "defect"))
-    y = _names("defect", defects)
     base = alt.Chart(intervals).encode(
-        y=y,
+        y=_names("defect", intervals),
         yOffset=alt.YOffset("group:N", sort=groups),
-        color=alt.Color(
-            "group:N",
-            sort=groups,
-            scale=alt.Scale(domain=groups, range=[_ONE, _TWO, _THREE][: len(groups)]),
-            legend=alt.Legend(orient="top", title=None, columns=3),
-        ),
+        color=_group_colour(groups, [_ONE, _TWO, _THREE]),
     )
     limits = alt.Scale(domain=[0, 1], nice=False)
     axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], grid=True)
@@ -304,37 +231,30 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
     bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("lower:Q", scale=limits), x2="upper:Q")
     chance = alt.Chart(pl.DataFrame({"chance": [0.5]})).mark_rule(color=_MUTED, strokeDash=[6, 3]).encode(x="chance:Q")
     height = (14 * len(groups) + 8) * len(defects) + 80
-    return Plot("told_apart", title, caption, _sized(alt.layer(chance, bars, points), height), intervals)
+    return Plot("told_apart", title, caption, _drawn(height, chance, bars, points), intervals)
 
 
 def auroc_grid(name: str, of: str, cells: pl.DataFrame) -> Plot:
     """Plot the AUROC of every score for every defect: score, defect, value (`calibration_page`)."""
-    title = f"P(clean > planted) of every score, {of}"
     caption = (
         "A stronger colour is farther from chance (0.5); the colours differ above and below it. Below 0.5 the defect "
         "scores above its original: for a perplexity, that can detect it as well."
     )
-    said = cells.with_columns(
-        label=pl.col("value").round(2).map_elements(lambda value: f"{value:.2f}", return_dtype=pl.String),
-        strength=(pl.col("value") - 0.5).abs() * 2,
-        is_below=pl.col("value") < 0.5,
-    )
-    return Plot(name, title, caption, _labelled_grid(said, "score", "defect"), cells)
+    value = pl.col("value")
+    label = value.round(2).map_elements(lambda number: f"{number:.2f}", return_dtype=pl.String)
+    chart = _labelled_grid(cells, "score", "defect", label, (value - 0.5).abs() * 2, is_below=value < 0.5)
+    return Plot(name, f"P(clean > planted) of every score, {of}", caption, chart, cells)
 
 
 def kept_grid(shares: pl.DataFrame) -> Plot:
     """Plot the share of each defect that each selection takes: selection, defect, value (`calibration_page`)."""
-    title = "Share that each selection takes"
     caption = (
         "Share of the column's rows that the row's selection takes. `clean` is the whole batch: a useful selection "
         "takes a smaller share of a defect than of `clean`."
     )
-    said = shares.with_columns(
-        label=pl.format("{}%", (100 * pl.col("value")).round(0).cast(pl.Int64)),
-        strength=pl.col("value"),
-        is_below=pl.lit(False),
-    )
-    return Plot("kept_defects", title, caption, _labelled_grid(said, "selection", "defect"), shares)
+    share = pl.col("value")
+    chart = _labelled_grid(shares, "selection", "defect", pl.format("{}%", _percent(share)), share)
+    return Plot("kept_defects", "Share that each selection takes", caption, chart, shares)
 
 
 def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
@@ -345,48 +265,105 @@ def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
     return Plot(f"cuts_{role}", title, caption, chart, _by_group(shares))
 
 
-def _labelled_grid(cells: pl.DataFrame, row: str, column: str) -> alt.TopLevelMixin | None:
-    """Draw a grid of cells with their `label`, coloured by `strength` in [0, 1] and `is_below`."""
+# --- parts of charts ------------------------------------------------------------------------------------------------
+
+
+def _steps(
+    shares: pl.DataFrame, title: str, *, is_log: bool = False, marks: Sequence[float] = ()
+) -> alt.TopLevelMixin | None:
+    """Draw shares by group as step lines over the bins, with vertical lines at the marks."""
+    import altair as alt
+
+    if shares.is_empty():
+        return None
+    groups = shares["group"].unique(maintain_order=True).to_list()
+    # The last step needs one more point, its right end.
+    ends = shares.group_by("group", maintain_order=True).last().with_columns(low="high")
+    scale = alt.Scale(type="log", base=2, nice=False) if is_log else alt.Scale(zero=False, nice=False)
+    axis = alt.Axis(grid=False, format=",", tickCount=7, labelOverlap=True)
+    dashes = alt.Scale(domain=groups, range=_DASHES[: len(groups)])
+    lines = (
+        alt.Chart(pl.concat([shares, ends]))
+        .mark_line(interpolate="step-after", strokeWidth=2)
+        .encode(
+            x=alt.X("low:Q", scale=scale, title=title, axis=axis),
+            y=alt.Y("share:Q", title="share of the group's pairs", axis=alt.Axis(format="~%", tickCount=5)),
+            color=_group_colour(
+                groups, [_ONE, _THREE, _TWO] if len(groups) > 2 else [_ONE, _TWO], symbolType="stroke", symbolSize=300
+            ),
+            strokeDash=alt.StrokeDash("group:N", sort=groups, scale=dashes),
+        )
+    )
+    rules = alt.Chart(pl.DataFrame({"mark": list(marks)})).mark_rule(color=_INK, strokeWidth=1.5).encode(x="mark:Q")
+    return _drawn(260, lines, *([rules] if marks else []))
+
+
+def _group_colour(groups: Sequence[str], colours: Sequence[str], **legend: Any) -> alt.Color:
+    """Give each group a colour, with a legend on top."""
+    import altair as alt
+
+    scale = alt.Scale(domain=list(groups), range=colours[: len(groups)])
+    return alt.Color(
+        "group:N", sort=list(groups), scale=scale, legend=alt.Legend(orient="top", title=None, columns=3, **legend)
+    )
+
+
+def _labelled_bars(
+    bars: pl.DataFrame, names: str, lengths: str, end: float, colour: Any = None, label_at: str | None = None
+) -> list[alt.Chart]:
+    """Draw a bar per row with its `label` behind it, on an axis up to `end`: of rows, or of shares."""
+    import altair as alt
+
+    if lengths == "rows":
+        longest = max(bars["rows"])
+        form = "~s" if longest >= _LONG_COUNT else ",d"
+        axis = alt.Axis(values=_ticks(longest), format=form, title="rows", labelOverlap=True)
+    else:
+        axis = alt.Axis(format="~%", title="share selected", tickCount=5)
+    x = alt.X(f"{lengths}:Q", scale=alt.Scale(domain=[0, end], nice=False), axis=axis)
+    base = alt.Chart(bars).encode(y=_names(names, bars))
+    text = base.mark_text(align="left", dx=4, color=_INK).encode(x=f"{label_at or lengths}:Q", text="label:N")
+    return [base.mark_bar(opacity=0.85).encode(x=x, color=colour or alt.value(_ONE)), text]
+
+
+def _labelled_grid(
+    cells: pl.DataFrame, row: str, column: str, label: pl.Expr, strength: pl.Expr, is_below: pl.Expr | bool = False
+) -> alt.TopLevelMixin | None:
+    """Draw a grid of cells with their label, coloured by strength in [0, 1], and in another colour if below chance."""
     import altair as alt
 
     if cells.is_empty():
         return None
     rows, columns = (cells[name].unique(maintain_order=True).to_list() for name in (row, column))
-    below = alt.Axis(labelAngle=-40, labelLimit=_LONGEST_NAME, orient="bottom", grid=False, minExtent=80)
-    x = alt.X(f"{column}:N", sort=columns, title=None, axis=below)
-    y = _names(row, rows)
-    rects = (
-        alt.Chart(cells)
-        .mark_rect()
-        .encode(
-            x=x,
-            y=y,
-            opacity=alt.Opacity(
-                "strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.02, 0.4], nice=False), legend=None
-            ),
-            color=alt.condition("datum.is_below", alt.value(_TWO), alt.value(_ONE)),
-        )
+    axis = alt.Axis(labelAngle=-40, labelLimit=_LONGEST_NAME, orient="bottom", grid=False, minExtent=80)
+    base = alt.Chart(cells.with_columns(label=label, strength=strength, is_below=is_below)).encode(
+        x=alt.X(f"{column}:N", sort=columns, title=None, axis=axis), y=_names(row, cells)
     )
-    text = alt.Chart(cells).mark_text(color=_INK).encode(x=x, y=y, text="label:N")
-    return _sized(alt.layer(rects, text), 28 * len(rows) + 90)
+    scale = alt.Scale(domain=[0, 1], range=[0.02, 0.4], nice=False)
+    rects = base.mark_rect().encode(
+        opacity=alt.Opacity("strength:Q", scale=scale, legend=None),
+        color=alt.condition("datum.is_below", alt.value(_TWO), alt.value(_ONE)),
+    )
+    text = base.mark_text(color=_INK).encode(text="label:N")
+    return _drawn(28 * len(rows) + 90, rects, text)
 
 
-# --- parts of charts ------------------------------------------------------------------------------------------------
-
-
-def _heat(cells: pl.DataFrame, x: Any, y: Any, value: str, title: str, *, is_share: bool = False) -> alt.Chart:
-    """Draw cells in one colour whose opacity grows with `value`."""
+def _heat(cells: pl.DataFrame, x: alt.X, y: alt.Y, *, is_share: bool = False) -> alt.Chart:
+    """Draw cells in one colour whose opacity grows with the selected share or the number of pairs."""
     import altair as alt
 
-    top = 1.0 if is_share else float(cells[value].max())  # type: ignore[arg-type]
-    values = [0, 0.5, 1] if is_share else sorted({1, max(1, round(top / 2)), round(top)})
+    if is_share:
+        value, title, form, top, values = "share", "share selected:", "~%", 1, [0, 0.5, 1]
+    else:
+        top = max(cells["rows"])
+        value, title, form, values = "rows", "pairs:", ",d", sorted({1, max(1, round(top / 2)), top})
     legend = alt.Legend(
         orient="top",
-        title=f"{title}:",
+        title=title,
         titleOrient="left",
         direction="horizontal",
         symbolType="square",
-        format="~%" if is_share else ",d",
+        format=form,
         values=values,
         titleLimit=200,
     )
@@ -398,33 +375,14 @@ def _heat(cells: pl.DataFrame, x: Any, y: Any, value: str, title: str, *, is_sha
     )
 
 
-def _ends(cells: pl.DataFrame, channel: str) -> tuple[float, float]:
-    """Return the first and last edge of the cells."""
-    return float(cells[channel].min()), float(cells[f"{channel}2"].max())  # type: ignore[arg-type]
-
-
-def _axis(channel: str, cells: pl.DataFrame, title: str) -> Any:
-    import altair as alt
-
-    limits = alt.Scale(domain=list(_ends(cells, channel)), nice=False)
-    return (alt.X if channel == "x" else alt.Y)(f"{channel}:Q", scale=limits, title=title, axis=alt.Axis(grid=False))
-
-
-def _names(column: str, names: Sequence[str]) -> Any:
+def _names(column: str, rows: pl.DataFrame) -> alt.Y:
     """Build an axis of names, the first on top. Its width is fixed: a browser's font is wider than vl-convert's."""
     import altair as alt
 
+    names = rows[column].unique(maintain_order=True).to_list()
     room = min(_LONGEST_NAME, round(_LETTER * max(map(len, names)))) + 8
     axis = alt.Axis(labelLimit=_LONGEST_NAME, grid=False, minExtent=room, maxExtent=room)
-    return alt.Y(f"{column}:N", sort=list(names), title=None, axis=axis)
-
-
-def _rows_axis(longest: int) -> Any:
-    """Build an axis of row counts whose labels do not overlap."""
-    import altair as alt
-
-    form = "~s" if longest >= _LONG_COUNT else ",d"
-    return alt.Axis(values=_ticks(longest), format=form, title="rows", labelOverlap=True)
+    return alt.Y(f"{column}:N", sort=names, title=None, axis=axis)
 
 
 def _ticks(longest: int) -> list[int]:
@@ -440,11 +398,18 @@ def _count(column: str) -> pl.Expr:
     return pl.col(column).map_elements(lambda value: f"{value:,}", return_dtype=pl.String)
 
 
-def _sized(chart: Any, height: int) -> alt.TopLevelMixin:
+def _percent(share: pl.Expr) -> pl.Expr:
+    return (100 * share).round(0).cast(pl.Int64)
+
+
+def _drawn(height: int, *layers: alt.Chart) -> alt.TopLevelMixin:
+    """Draw the layers over each other, in the style of all plots."""
     import altair as alt
 
+    fit = alt.AutoSizeParams(type="fit", contains="padding")
     return (
-        chart.properties(width=WIDTH, height=height, autosize=alt.AutoSizeParams(type="fit", contains="padding"))
+        alt.layer(*layers)
+        .properties(width=WIDTH, height=height, autosize=fit)
         .configure(aria=False, font="system-ui, sans-serif", background="transparent", padding=4)
         .configure_view(stroke=None)
         .configure_axis(
