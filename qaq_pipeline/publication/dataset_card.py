@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import polars as pl
 import pyarrow as pa
 import yaml
@@ -27,11 +26,12 @@ from qaq_pipeline.config.selections import (
     SumSelection,
 )
 from qaq_pipeline.config.settings import ExportSettings
-from qaq_pipeline.publication import exports
+from qaq_pipeline.publication import exports, templates
 from qaq_pipeline.publication.exports import FORMATS
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Status
+from qaq_pipeline.selection.decisions import by_reason
 
 _SIZES = {
     10**3: "n<1K",
@@ -96,29 +96,16 @@ def dataset_card(
         "rows_in": sum(entry["rows_in"] for entry in entries),
         "batches": [(one["batch"], one["rows_in"], one["rows_selected"], one.get("pool", "")) for one in entries],
         "identity": ("role", *(field.replace("_", " ") for field in _IDENTITY), "batches"),
-        "models": _models(entries),
+        "models": models(entries, _IDENTITY),
         "strata": _strata(decisions),
-        "decisions": _decisions(decisions),
+        "decisions": by_reason(decisions).rows(),
         "benchmarks": _benchmarks(benchmarks),
         "unchecked": sorted(batch for batch, checked in benchmarks.items() if not checked),
         "num_flagged": _num_flagged(screened, decisions),
         "limits": limits(selection),
         **_files(exported, export),
     }
-    return _template().render(page).encode()
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("qaq_pipeline", "pages"),
-        autoescape=jinja2.select_autoescape(),  # Of HTML; in Markdown the filter `shown` escapes.
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["shown"] = _shown
-    return environment.get_template("dataset_card.md")
+    return templates.render("dataset_card.md", page, {"shown": _shown})
 
 
 def _is_the_papers(selection: Selection) -> bool:
@@ -228,20 +215,14 @@ def _strata(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
     ]
 
 
-def _models(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str | int, ...]]:
-    """One row for each role and identity, with the batches that were scored so."""
+def models(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[tuple[str | int, ...]]:
+    """List each role and identity by these fields, with the batches that were scored so."""
     batches: dict[tuple[str | int, ...], list[str]] = {}
     for entry in entries:
         for role, identity in entry["models"].items():
-            key = (role, *(identity[field] for field in _IDENTITY))
+            key = (role, *(identity[field] for field in fields))
             batches.setdefault(key, []).append(entry["batch"])
     return [(*key, ", ".join(names)) for key, names in sorted(batches.items())]
-
-
-def _decisions(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
-    counts = decisions.group_by("decision", "reason").len().sort("len", "reason", descending=[True, False])
-    order = [decision.value for decision in Decision]
-    return sorted(counts.rows(), key=lambda row: order.index(row[0]))
 
 
 def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:

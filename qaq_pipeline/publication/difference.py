@@ -57,3 +57,9 @@ def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
             reason_after="reason_after",
         ).sort(key),
     )
+
+
+def count_changes(found: pl.DataFrame) -> list[tuple[str, str, int]]:
+    """Count the rows of a Difference that entered, then those that left, by cause."""
+    counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
+    return [("entered" if added else "left", change, n) for added, change, n in counts.iter_rows()]

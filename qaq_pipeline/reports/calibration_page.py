@@ -16,7 +16,7 @@ from qaq_pipeline.calibration.calibration import CONFIDENCE, Judged
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.reports import pages, plots, summaries
 from qaq_pipeline.reports.check_metrics import Finding
-from qaq_pipeline.reports.pages import Example, Examples, Made, Table
+from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
@@ -291,14 +291,14 @@ def page(
             "cuts": cuts,
             "offered": calibration.offered_yaml(frame, settings.published),
             "blind": None if finding.passed else BLIND,
-            "examples": [] if judged is None else _examples(judged, planted, settings),
+            "examples": {} if judged is None else _examples(judged, planted, settings),
             "limits": LIMITS,
             "made": made,
         },
     )
 
 
-def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list[Examples]:
+def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> dict[str, list[Example]]:
     """Return three scored rows per defect: the best, the median and the worst detected by RMI.
 
     An echo is detected if it scores above its original, any other defect if it scores below.
@@ -310,14 +310,14 @@ def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> list
     )
     below = pl.col(f"{roles[0]}:twin") - pl.col(roles[0])
     told = texts.with_columns(told=pl.when(pl.col("defect") == Defect.ECHO.value).then(-below).otherwise(below))
-    found = []
+    found = {}
     for defect in settings.calibration.defects:
         of_defect = told.filter(pl.col("defect") == defect.value)
         rows = of_defect.drop_nulls("told").sort("told", "pair_id", descending=[True, False])
         if not rows.is_empty():
             shown = rows[sorted({0, rows.height // 2, rows.height - 1})]
             title = f"{defect.value} ({of_defect.height:,} rows): {defect.meaning}"
-            found.append(Examples(title, [_example(row, roles) for row in shown.iter_rows(named=True)]))
+            found[title] = [_example(row, roles) for row in shown.iter_rows(named=True)]
     return found
 
 

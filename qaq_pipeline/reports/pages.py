@@ -10,17 +10,18 @@ of `pages/` escape every value, and invisible characters are shown by code point
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import jinja2
 import polars as pl
 from markupsafe import Markup
 
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.publication import dataset_card, exports
+from qaq_pipeline.publication import dataset_card, difference, exports, templates
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import drift, plots, summaries
@@ -31,11 +32,9 @@ from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import gates
+from qaq_pipeline.selection.decisions import by_reason
 
 MOST_EXAMPLES = 10
-_CLIPPED = 280
-_LONGEST_TEXT = 4_000
-"""Characters of a text that a page shows, so that 10 examples of 20 reasons stay under 2 MB."""
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
 """Decisions, reasons and statuses of rows whose text no page shows. In a gated batch, only the status shows it."""
@@ -61,8 +60,11 @@ _COST = {
     "processes": "processes",
     "share_of_matmul_peak": "share of the matmul peak",
     "batches_halved": "batches halved for memory",
+    "device_hours": "device hours",
 }
-"""Metadata of a scoring's materialisation, and their labels on a page."""
+"""Metadata of a scoring's materialisation and what follows from them, and their labels on a page."""
+Frozen = tuple[str, pl.DataFrame]
+"""Name and rows of a reference."""
 
 
 @dataclass(frozen=True)
@@ -111,29 +113,13 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """A group of example rows."""
-
-    title: str
-    rows: Sequence[Example]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Columns of one file that have the same sources."""
-
-    columns: Sequence[str]
-    sources: Mapping[str, Sequence[str]]
-    """Source columns by table; empty if there are none."""
-
-
-@dataclass(frozen=True)
 class ColumnLineage:
     """The sources of the columns of a stored table, or of files of one format."""
 
     title: str
     num_columns: int
-    rows: Sequence[Sources]
+    rows: Sequence[tuple[Sequence[str], Mapping[str, Sequence[str]]]]
+    """Columns that have the same sources, and these by table; empty if there are none."""
     underived: str
     """The text for a column without source columns."""
 
@@ -142,7 +128,7 @@ def batch_page(
     tables: BatchTables,
     scorings: Sequence[Scoring],
     published: Selection,
-    frozen: tuple[str, pl.DataFrame] | None,
+    frozen: Frozen | None,
     made: Made,
     examples: int = MOST_EXAMPLES,
     calibration: str | None = None,
@@ -159,35 +145,29 @@ def batch_page(
         calibration: link from this page to its calibration page; None if it is not calibrated.
     """
     raw, decided = tables["raw_data"], tables["decisions"]
-    flat = with_origin(flat_scores(decided.frame), raw.frame)
+    flat = flat_rows(tables)
     pairs = summaries.pairs(flat)
-    gate = gates.of_provenance(decided.provenance)
-    page = {
+    page = _of_rows(flat, pairs, published) | {
         "title": f"Batch {tables.batch}",
         "batch": tables.batch,
-        "gate": gate,
-        "published": published.name,
-        "num_rows": flat.height,
-        "num_selected": flat.filter(_is_selected()).height,
-        "num_pairs": pairs.height,
+        "gate": gates.of_provenance(decided.provenance),
         "made": made,
-        "outcome": _outcome(flat),
-        "outcome_plots": [plots.flow(summaries.flow(flat)), plots.by_reason(summaries.by_reason(flat))],
         "files": _files(raw.frame, raw.provenance["files"]),
         "models": _models(scorings),
         "cost": _cost(scorings),
         "made_of": _made_of(tables),
-        "recipe": _recipe(published),
-        "selections": _selections(flat, published),
-        "selection_plots": _selection_plots(flat, pairs),
-        "score_plots": score_plots(pairs),
         "calibration": calibration,
-        "drift": _drift(scorings, frozen),
-        "drift_plots": _drift_plots(pairs, frozen),
+        "drift": _drift(partial(_drift_of_batch, scorings), frozen),
+        "drift_plots": [] if frozen is None else _drift_plots(pairs, frozen[1]),
         "examples": _examples(flat, pairs, tables, examples),
-        "limits": dataset_card.limits(published),
-        "columns": _stored_columns(),
+        "columns": [
+            _lineage(table, column_lineage.of_table(PIPELINE.column_sources, table), column_lineage.UNDERIVED)
+            for table in PIPELINE.column_sources
+        ],
     }
+    page["selection_plots"] += [
+        plots.kept(f"kept_{of}", summaries.kept_by(flat, of), of) for of in ("language", "source")
+    ]
     return render("batch.html", page)
 
 
@@ -198,7 +178,7 @@ def version_page(
     published: Selection,
     neighbours: Mapping[str, Any],
     sizes: Mapping[str, int],
-    frozen: tuple[str, pl.DataFrame] | None,
+    frozen: Frozen | None,
     made: Made,
 ) -> bytes:
     """Render the page of a published version.
@@ -215,72 +195,84 @@ def version_page(
         made: the run that renders the page, and when.
     """
     pairs = summaries.pairs(flat)
-    by_batch = summaries.kept_by(flat, "batch", most=40)
     is_one_pool = len({entry["pool"] for entry in manifest["batches"]}) == 1
-    page = {
+    page = _of_rows(flat, pairs, published, has_strata=is_one_pool) | {
         "title": f"Version {version}",
         "version": version,
-        "published": published.name,
-        "num_rows": flat.height,
-        "num_selected": flat.filter(_is_selected()).height,
-        "num_pairs": pairs.height,
         "made": made,
-        "batches": _batches(manifest),
+        "batches": _batches(manifest["batches"]),
         "pages": neighbours["pages"],
-        "excluded": _excluded(neighbours["excluded"]),
+        "excluded": Table("Batches left out", ("batch", "reason"), sorted(neighbours["excluded"].items())),
         "previous": neighbours["previous"],
         "difference": _difference(neighbours["difference"]),
-        "outcome": _outcome(flat),
-        "outcome_plots": [
-            plots.flow(summaries.flow(flat)),
-            plots.by_reason(summaries.by_reason(flat)),
-            plots.kept("kept_batch", by_batch, "batch"),
-        ],
-        "recipe": _recipe(published),
-        "selections": _selections(flat, published),
-        "selection_plots": [
-            plots.overlap(summaries.overlap(flat)),
-            *(_kept_by_stratum(pairs) if is_one_pool and "strong" in summaries.roles(flat) else []),
-        ],
-        "score_plots": score_plots(pairs, has_strata=is_one_pool),
-        "models": _models_of(manifest),
-        "drift": _drift_by_batch(flat, frozen),
-        "files": _exported_files(manifest, sizes),
-        "limits": dataset_card.limits(published),
+        "models": _models_of(manifest["batches"]),
+        "drift": _drift(partial(_drift_by_batch, pairs), frozen),
+        "files": Table(
+            "Exported files",
+            ("file", "sha256", "bytes"),
+            [(name, sha256, sizes.get(name)) for name, sha256 in sorted(manifest["files"].items())],
+        ),
         "columns": _exported_columns(manifest, flat, published.name),
     }
+    page["outcome_plots"].append(plots.kept("kept_batch", summaries.kept_by(flat, "batch", most=40), "batch"))
     return render("version.html", page)
 
 
-def _exported_files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Table:
-    rows = [(name, sha256, sizes.get(name)) for name, sha256 in sorted(manifest["files"].items())]
-    return Table("Exported files", ("file", "sha256", "bytes"), rows)
+def _of_rows(
+    flat: pl.DataFrame, pairs: pl.DataFrame, published: Selection, *, has_strata: bool = True
+) -> dict[str, Any]:
+    """Return what both pages say of their rows; strata are drawn only if all pairs were ranked in the same ones."""
+    reasons = by_reason(flat)
+    selection_plots = [plots.overlap(summaries.overlap(flat))]
+    if has_strata and "strong" in summaries.roles(flat):
+        strata = summaries.strata(pairs, "strong")
+        selection_plots.append(plots.kept("kept_stratum", strata, "stratum of PPL(Q)", "stratum"))
+    return {
+        "published": published.name,
+        "num_rows": flat.height,
+        "num_selected": flat.filter(decision=Decision.SELECTED.value).height,
+        "num_pairs": pairs.height,
+        "outcome": Table(
+            "Rows by decision and reason",
+            ("decision", "reason", "rows", "share"),
+            [(decision, reason, n, _share(n, flat.height)) for decision, reason, n in reasons.iter_rows()],
+            ("all", "", flat.height, _share(flat.height, flat.height)),
+        ),
+        "outcome_plots": [plots.flow(summaries.flow(flat)), plots.by_reason(reasons)],
+        "recipe": _recipe(published),
+        "selections": Table(
+            "Selections and controls",
+            ("selection", "kind", "rows", "answer tokens", "shared with published", "share"),
+            [(*size, _share(size[-1], size[2])) for size in summaries.sizes(flat, published.name)],
+        ),
+        "selection_plots": selection_plots,
+        "score_plots": _score_plots(pairs, has_strata=has_strata),
+        "limits": dataset_card.limits(published),
+    }
 
 
-def with_origin(flat: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
-    """Join source and language of RawData to the flat scores."""
-    return summaries.with_texts(flat, raw, ("source", "language"))
+def flat_rows(tables: BatchTables) -> pl.DataFrame:
+    """Return the flat scores of a batch, with source and language of RawData."""
+    flat = flat_scores(tables["decisions"].frame)
+    return summaries.with_texts(flat, tables["raw_data"].frame, ("source", "language"))
 
 
-def score_plots(pairs: pl.DataFrame, *, has_strata: bool = True) -> list[Plot]:
-    """Plot scores and ranks of distinct pairs; strata are drawn only if all pairs were ranked in the same ones."""
+def _score_plots(pairs: pl.DataFrame, *, has_strata: bool) -> list[Plot]:
     grid = summaries.rank_grid(pairs)
     of_models = [
-        plots.density(
-            summaries.density(pairs, role), _strata_with_edges(pairs, role) if has_strata else pl.DataFrame(), role
-        )
+        plots.density(summaries.density(pairs, role), _strata_with_edges(pairs, role, has_strata=has_strata), role)
         for role in summaries.roles(pairs)
     ]
-    return [*of_models, plots.ranks(grid), plots.ranks(grid, is_selected=True), *length_plots(pairs)]
+    return [*of_models, plots.ranks(grid), plots.ranks(grid, is_selected=True), *_length_plots(pairs)]
 
 
-def _strata_with_edges(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
-    """Return the strata of a model; none if they come from another model."""
+def _strata_with_edges(pairs: pl.DataFrame, role: str, *, has_strata: bool) -> pl.DataFrame:
+    """Return the strata of a model; none if the pairs have no common ones, or if they come from another model."""
     strata = summaries.strata(pairs, role)
-    return strata if summaries.has_edges(strata) else strata.clear()
+    return strata if has_strata and summaries.has_edges(strata) else strata.clear()
 
 
-def length_plots(pairs: pl.DataFrame) -> list[Plot]:
+def _length_plots(pairs: pl.DataFrame) -> list[Plot]:
     """Plot the lengths of queries and answers: selected pairs, all pairs, and the random control."""
     lengths = {"query": "num_q_tokens_strong", "answer": "num_a_tokens_strong"}
     return [
@@ -291,13 +283,13 @@ def length_plots(pairs: pl.DataFrame) -> list[Plot]:
 
 def batch_overview(tables: BatchTables) -> list[Plot]:
     """Return the plots of a batch that the UI shows."""
-    flat = with_origin(flat_scores(tables["decisions"].frame), tables["raw_data"].frame)
+    flat = flat_rows(tables)
     pairs = summaries.pairs(flat)
     return [
         plots.flow(summaries.flow(flat)),
         plots.overlap(summaries.overlap(flat)),
         plots.ranks(summaries.rank_grid(pairs), is_selected=True),
-        *length_plots(pairs),
+        *_length_plots(pairs),
     ]
 
 
@@ -320,17 +312,6 @@ def density_without_strata(scores: pl.DataFrame, role: str) -> Plot:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _is_selected() -> pl.Expr:
-    return pl.col("decision") == Decision.SELECTED.value
-
-
-def _outcome(flat: pl.DataFrame) -> Table:
-    counts = summaries.by_reason(flat)
-    rows = [(decision, reason, n, _share(n, flat.height)) for decision, reason, n in counts.iter_rows()]
-    total = ("all", "", sum(row[2] for row in rows), _share(flat.height, flat.height))
-    return Table("Rows by decision and reason", ("decision", "reason", "rows", "share"), rows, total)
-
-
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else ""
 
@@ -345,36 +326,32 @@ def _files(raw: pl.DataFrame, files: Mapping[str, str]) -> Table:
 
 def _models(scorings: Sequence[Scoring]) -> Table:
     """Build the table of the models, one column per model."""
-    made_of = [scoring.provenance for scoring in scorings]
-    identity = [one.get("identity", {}) for one in made_of]
-    rows: list[tuple[Any, ...]] = [
-        (name.replace("_", " "), *(one.get(name, _UNKNOWN) for one in identity)) for name in _IDENTITY
+    facts = [
+        one.provenance["identity"]
+        | {name: one.provenance[name] for name in ("frame", "identity_hash")}
+        | {"scored_with": "; ".join(map(_scorer, one.provenance["scored_with"]))}
+        for one in scorings
     ]
-    rows += [
-        (name.replace("_", " "), *(one.get(name, _UNKNOWN) for one in made_of))
-        for name in ("frame", "device", "identity_hash")
-    ]
-    libraries = [", ".join(f"{k} {v}" for k, v in one.get("libraries", {}).items()) for one in made_of]
-    rows.append(("libraries", *(said or _UNKNOWN for said in libraries)))
+    names = (*_IDENTITY, "frame", "identity_hash", "scored_with")
+    rows = [(name.replace("_", " "), *(of_model[name] for of_model in facts)) for name in names]
     return Table("The models that scored", ("", *(scoring.role for scoring in scorings)), rows)
 
 
-def _models_of(manifest: Mapping[str, Any]) -> Table:
+def _scorer(scorer: Mapping[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(scorer["libraries"].items()))
+    return f"{libraries}, on {scorer['device']}"
+
+
+def _models_of(entries: Sequence[Mapping[str, Any]]) -> Table:
     """Build the table of the models, one row per role and identity, with its batches."""
-    batches: dict[tuple[Any, ...], list[str]] = {}
-    for entry in manifest["batches"]:
-        for role, identity in entry["models"].items():
-            key = (role, *(identity.get(name, _UNKNOWN) for name in _IDENTITY))
-            batches.setdefault(key, []).append(entry["batch"])
-    rows = [(*key, ", ".join(names)) for key, names in sorted(batches.items(), key=str)]
-    return Table("The models that scored", ("role", *(n.replace("_", " ") for n in _IDENTITY), "batches"), rows)
+    head = ("role", *(name.replace("_", " ") for name in _IDENTITY), "batches")
+    return Table("The models that scored", head, dataset_card.models(entries, _IDENTITY))
 
 
 def _cost(scorings: Sequence[Scoring]) -> Table:
     """Build the table of costs, one column per model; facts missing from the event log are unknown."""
-    known = [scoring.cost or {} for scoring in scorings]
+    known = [{"device_hours": _device_hours(one.cost or {})} | dict(one.cost or {}) for one in scorings]
     rows = [(label, *(cost.get(name, _UNKNOWN) for cost in known)) for name, label in _COST.items()]
-    rows.append(("device hours", *(_device_hours(cost) for cost in known)))
     return Table("Throughput and cost of scoring", ("", *(scoring.role for scoring in scorings)), rows)
 
 
@@ -387,20 +364,18 @@ def _device_hours(cost: Mapping[str, Any]) -> str:
 
 def _made_of(tables: BatchTables) -> Table:
     decided, screened = tables["decisions"], tables["screened_data"].provenance
-    facts: list[tuple[str, Any]] = [
+    facts = [
         ("provenance id of the decisions", decided.provenance_id),
-        ("pool of the ranks", decided.provenance.get("pool_id", _UNKNOWN)),
-        ("settings hash of all selections", decided.provenance.get("settings_hash", _UNKNOWN)),
-        ("settings hash of the published selection", decided.provenance.get("published_hash", _UNKNOWN)),
-        ("settings hash of the ranks", decided.provenance.get("ranking_hash", _UNKNOWN)),
+        ("pool of the ranks", decided.provenance["pool_id"]),
+        ("settings hash of all selections", decided.provenance["settings_hash"]),
+        ("settings hash of the published selection", decided.provenance["published_hash"]),
+        ("settings hash of the ranks", decided.provenance["ranking_hash"]),
+        *((f"data version of {name}", table.data_version) for name, table in tables.tables.items()),
+        *((f"input version of {name}", version) for name, version in sorted(decided.provenance["inputs"].items())),
+        *((f"benchmark {name}, sha256", sha256) for name, sha256 in sorted(screened["benchmarks"].items())),
+        ("older batches compared for duplicates", ", ".join(sorted(screened["compared_with"])) or "none"),
     ]
-    facts += [(f"data version of {name}", table.data_version) for name, table in tables.tables.items()]
-    facts += [(f"input version of {name}", version) for name, version in sorted(decided.provenance["inputs"].items())]
-    facts += [(f"benchmark {name}, sha256", sha256) for name, sha256 in sorted(screened.get("benchmarks", {}).items())]
-    older = ", ".join(sorted(screened.get("compared_with", {}))) or "none"
-    return Table(
-        "Provenance of the decisions", ("", "value"), [*facts, ("older batches compared for duplicates", older)]
-    )
+    return Table("Provenance of the decisions", ("", "value"), facts)
 
 
 def _recipe(published: Selection) -> Table:
@@ -419,25 +394,7 @@ def _setting(value: Any) -> str:
     return f"({value[0]:g}, {value[1]:g}]" if isinstance(value, list) else str(value)
 
 
-def _selections(flat: pl.DataFrame, published: Selection) -> Table:
-    found = summaries.sizes(flat, published.name)
-    rows = [
-        (
-            one["selection"],
-            "control" if one["is_control"] else "published" if one["is_published"] else "named",
-            one["pairs"],
-            one["answer_tokens"],
-            one["shared"],
-            _share(one["shared"], one["pairs"]),
-        )
-        for one in found.iter_rows(named=True)
-    ]
-    head = ("selection", "kind", "rows", "answer tokens", "shared with published", "share")
-    return Table("Selections and controls", head, rows)
-
-
-def _batches(manifest: Mapping[str, Any]) -> Table:
-    entries = manifest["batches"]
+def _batches(entries: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         (
             e["batch"],
@@ -454,66 +411,48 @@ def _batches(manifest: Mapping[str, Any]) -> Table:
     return Table("Batches of this version", head, rows, ("all", rows_in, selected, _share(selected, rows_in), "", ""))
 
 
-def _excluded(reasons: Mapping[str, str]) -> Table:
-    return Table("Batches left out", ("batch", "reason"), sorted(reasons.items()))
-
-
 def _difference(found: pl.DataFrame | None) -> Table | None:
     if found is None:
         return None
-    counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
-    rows = [("entered" if added else "left", change, n) for added, change, n in counts.iter_rows()]
+    rows = difference.count_changes(found)
     return Table("Rows that entered and left", ("", "reason", "rows"), rows, ("all", "", found.height))
 
 
-def _drift(scorings: Sequence[Scoring], frozen: tuple[str, pl.DataFrame] | None) -> Table | str:
-    """Compute PSI and Kolmogorov-Smirnov against the reference, or return the reason why there are none."""
+def _drift(tabulate: Callable[[str, pl.DataFrame], Table], frozen: Frozen | None) -> Table | str:
+    """Tabulate PSI and Kolmogorov-Smirnov against the reference, or return the reason why they are unknown."""
     if frozen is None:
         return "The drift is unknown: no reference is configured (ranking.reference), or it is not built yet."
-    name, rows = frozen
     try:
-        found = drift.drift({scoring.role: scoring.scores for scoring in scorings}, rows)
+        return tabulate(*frozen)
     except ValueError as error:
-        return f"The drift from the reference {name} is unknown: {error}."
-    if not found.statistics:
-        return f"No pair of the batch has an RMI: the drift from the reference {name} is unknown."
-    said = [(statistic.replace("_", " "), value) for statistic, value in found.statistics.items()]
-    return Table(f"Drift from the reference {name} (0: no drift)", ("statistic", "value"), said)
+        return f"The drift from the reference {frozen[0]} is unknown: {error}."
 
 
-def _drift_by_batch(flat: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None) -> Table | str:
-    roles = summaries.roles(flat)
-    if frozen is None or not roles:
-        return "The drift is unknown: no reference is configured (ranking.reference), or it is not built yet."
-    name, rows = frozen
-    found: dict[str, Mapping[str, float]] = {}
-    for (batch,), of_batch in summaries.pairs(flat).partition_by("batch", as_dict=True, maintain_order=True).items():
-        columns = {role: {q: f"{q}_{role}" for q in ("log_ppl_q", "rmi")} for role in roles}
-        scores = {role: of_batch.select(**of_role) for role, of_role in columns.items()}
-        try:
-            found[str(batch)] = drift.drift(scores, rows).statistics
-        except ValueError as error:
-            return f"The drift from the reference {name} is unknown: {error}."
-    names = list(dict.fromkeys(statistic for one in found.values() for statistic in one))
+def _drift_of_batch(scorings: Sequence[Scoring], name: str, reference: pl.DataFrame) -> Table:
+    found = drift.drift({scoring.role: scoring.scores for scoring in scorings}, reference).statistics
+    if not found:
+        raise ValueError("no pair of the batch has an RMI")
+    rows = [(statistic.replace("_", " "), value) for statistic, value in found.items()]
+    return Table(f"Drift from the reference {name} (0: no drift)", ("statistic", "value"), rows)
+
+
+def _drift_by_batch(pairs: pl.DataFrame, name: str, reference: pl.DataFrame) -> Table:
+    columns = {role: {q: f"{q}_{role}" for q in ("log_ppl_q", "rmi")} for role in summaries.roles(pairs)}
+    found = {
+        batch: drift.drift({role: rows.select(**of_role) for role, of_role in columns.items()}, reference).statistics
+        for (batch,), rows in pairs.partition_by("batch", as_dict=True, maintain_order=True).items()
+    }
+    names = list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
     head = ("batch", *(statistic.replace("_", " ") for statistic in names))
-    said = [(batch, *(one.get(statistic) for statistic in names)) for batch, one in found.items()]
-    return Table(f"Drift from the reference {name}, by batch (0: no drift)", head, said)
+    rows = [(batch, *(one.get(statistic) for statistic in names)) for batch, one in found.items()]
+    return Table(f"Drift from the reference {name}, by batch (0: no drift)", head, rows)
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
-def _stored_columns() -> list[ColumnLineage]:
-    """Return the lineage of every stored table's columns, in the order of the pipeline."""
-    return [
-        _lineage(table, column_lineage.of_table(PIPELINE.column_sources, table), column_lineage.UNDERIVED)
-        for table in PIPELINE.column_sources
-    ]
-
-
 def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published: str) -> list[ColumnLineage]:
     """Return the lineage of every exported file of rows; files of one format and source table are grouped."""
-    has_meta = manifest.get("export", {}).get("meta", False)  # Manifests of format 1 have no such key.
     files: dict[tuple[str, str], dict[str, None]] = {}
     for name in sorted(manifest["files"]):
         selection, _, path = name.partition("/")
@@ -523,7 +462,7 @@ def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published
     records = [
         _lineage(
             title := ", ".join(names),
-            column_lineage.of_records(title, exports.columns(written, has_meta=has_meta).names, rows),
+            column_lineage.of_records(title, exports.columns(written, has_meta=manifest["export"]["meta"]).names, rows),
             "no source column: always empty",
         )
         for (rows, written), names in sorted(files.items(), key=lambda one: one[0][0], reverse=True)
@@ -536,78 +475,52 @@ def _lineage(title: str, rows: Sequence[Derivation], underived: str) -> ColumnLi
     alike: dict[tuple[Column, ...], list[str]] = {}
     for row in rows:
         alike.setdefault(row.sources, []).append(row.column)
-    made_of = [Sources(columns, column_lineage.by_table(sources)) for sources, columns in alike.items()]
+    made_of = [(columns, column_lineage.by_table(sources)) for sources, columns in alike.items()]
     return ColumnLineage(title, len(rows), made_of, underived)
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
 
 
-def _selection_plots(flat: pl.DataFrame, pairs: pl.DataFrame) -> list[Plot]:
-    return [
-        plots.overlap(summaries.overlap(flat)),
-        *(_kept_by_stratum(pairs) if "strong" in summaries.roles(flat) else []),
-        *(plots.kept(f"kept_{of}", summaries.kept_by(flat, of), of) for of in ("language", "source")),
-    ]
-
-
-def _kept_by_stratum(pairs: pl.DataFrame) -> list[Plot]:
-    return [plots.kept("kept_stratum", summaries.strata(pairs, "strong"), "stratum of PPL(Q)", "stratum")]
-
-
-def _drift_plots(pairs: pl.DataFrame, frozen: tuple[str, pl.DataFrame] | None) -> list[Plot]:
-    if frozen is None:
-        return []
-    quantities = {"log PPL(Q)": "log_ppl_q", "RMI": "rmi"}
+def _drift_plots(pairs: pl.DataFrame, reference: pl.DataFrame) -> list[Plot]:
+    frozen = {role: reference.filter(pl.col("rmi").is_not_null(), model=role) for role in summaries.roles(pairs)}
     return [
         plots.drift(
-            said,
-            role,
-            summaries.spread(
-                {"batch": pairs[f"{quantity}_{role}"], "reference": _of_role(frozen[1], role)[quantity]},
-            ),
+            said, role, summaries.spread({"batch": pairs[f"{quantity}_{role}"], "reference": of_role[quantity]})
         )
-        for role in summaries.roles(pairs)
-        for said, quantity in quantities.items()
+        for role, of_role in frozen.items()
+        for said, quantity in (("log PPL(Q)", "log_ppl_q"), ("RMI", "rmi"))
     ]
-
-
-def _of_role(frozen: pl.DataFrame, role: str) -> pl.DataFrame:
-    return frozen.filter(pl.col("model") == role).drop_nulls("rmi")
 
 
 # --- examples -------------------------------------------------------------------------------------------------------
 
 
-def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most: int) -> list[Examples]:
-    groups = summaries.tails(pairs, "strong", most)
-    reasons = summaries.of_each_reason(flat, most)
-    groups |= {f"{decision}: {reason} ({n:,} rows)": rows for decision, reason, n, rows in reasons}
-    texts = ("query", "answer", "record")
+def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most: int) -> dict[str, list[Example]]:
+    """Return groups of examples by title."""
+    roles = summaries.roles(flat)
     screened = tables["screened_data"].frame.select(*ROW_KEY, "status")
-    return [
-        Examples(
-            title[0].upper() + title[1:],
-            [
-                _example(row, summaries.roles(flat))
-                for row in summaries.with_texts(rows, tables["raw_data"].frame, texts)
-                .join(screened, on=ROW_KEY, how="left", maintain_order="left")
-                .with_columns(place=row_place())
-                .iter_rows(named=True)
-            ],
-        )
+    groups = summaries.tails(pairs, "strong", most) | summaries.of_each_reason(flat, most)
+    return {
+        title[0].upper() + title[1:]: [
+            _example(row, roles)
+            for row in summaries.with_texts(rows, tables["raw_data"].frame, ("query", "answer", "record"))
+            .join(screened, on=ROW_KEY, how="left", maintain_order="left")
+            .with_columns(place=row_place())
+            .iter_rows(named=True)
+        ]
         for title, rows in groups.items()
-    ]
+    }
 
 
-def _example(row: Mapping[str, Any], roles: Iterable[str]) -> Example:
+def _example(row: Mapping[str, Any], roles: Sequence[str]) -> Example:
     texts = {name: row[name] for name in ("query", "answer") if row[name] is not None} or {"record": row["record"]}
     is_withdrawn = _WITHDRAWN & {row["decision"], row["reason"], row["status"]}
     numbers = [
         f"{role}: RMI {row[f'rmi_{role}']:.3f} nats/token, rank {row[f'rank_{role}']:.3f} in stratum "
         f"{row[f'stratum_{role}']}"
         for role in roles
-        if row.get(f"rank_{role}") is not None
+        if row[f"rank_{role}"] is not None
     ]
     return Example(
         place=row["place"],
@@ -623,20 +536,8 @@ def _example(row: Mapping[str, Any], roles: Iterable[str]) -> Example:
 
 
 def render(template: str, page: Mapping[str, Any]) -> bytes:
-    """Render a template of `pages/` with text, numbers, `Table`s, `Plot`s and `Examples`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("qaq_pipeline", "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["picture"] = _picture
-    environment.filters["numbers"] = _numbers
-    environment.tests["number"] = lambda value: isinstance(value, int | float)
-    limits = {"clipped": _CLIPPED, "longest": _LONGEST_TEXT}
-    return environment.get_template(template).render(limits_of_text=limits, **page).encode()
+    """Render a template of `pages/` with text, numbers, `Table`s, `Plot`s and `Example`s."""
+    return templates.render(template, page, {"picture": _picture, "numbers": _numbers}, finalize=_shown)
 
 
 def _shown(value: Any) -> Any:

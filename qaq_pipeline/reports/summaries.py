@@ -20,6 +20,7 @@ import polars as pl
 from qaq_pipeline.config.selections import CONTROL_PREFIX
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision
+from qaq_pipeline.selection.decisions import by_reason
 
 TAIL = 0.05
 """Share of a stratum in each tail of RMI: possible mismatches in the low tail, possible echoes in the high one."""
@@ -35,12 +36,13 @@ _UNSEEN = re.compile(
 _IN_PART = 0.001
 """Share of pairs at each end of an axis that a plot may leave out."""
 
+_GATES = "batch passed its gates"
 _STEPS = (
     (Decision.REJECTED, "readable"),
     (Decision.WITHDRAWN, "not withdrawn"),
     (Decision.CONTAMINATED, "not contaminated"),
     (Decision.DUPLICATE, "not a duplicate"),
-    (Decision.BATCH_GATED, "batch passed its gates"),
+    (Decision.BATCH_GATED, _GATES),
     (Decision.UNSCORABLE, "scorable"),
     (Decision.NOT_SELECTED, "selected"),
 )
@@ -60,24 +62,15 @@ def selections(flat: pl.DataFrame) -> list[str]:
 def pairs(flat: pl.DataFrame) -> pl.DataFrame:
     """Return the representative row of each distinct scored pair; `is_selected` is the published selection's."""
     scored = pl.any_horizontal(pl.lit(False), *(pl.col(f"num_q_tokens_{role}").is_not_null() for role in roles(flat)))
-    chosen = pl.col("decision") == Decision.SELECTED.value
     return (
         flat.filter(scored)
         .sort(pl.col("decision").is_in(_STANDS_FOR_NO_PAIR), *ROW_KEY)
         .unique("pair_id", keep="first", maintain_order=True)
-        .with_columns(is_selected=chosen)
+        .with_columns(is_selected=_is_selected())
     )
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
-
-
-def by_reason(flat: pl.DataFrame) -> pl.DataFrame:
-    """Count rows as decision, reason, rows: decisions in their order, the most frequent reason first."""
-    order = {decision.value: place for place, decision in enumerate(Decision)}
-    counts = flat.group_by("decision", "reason").agg(rows=pl.len().cast(pl.Int64))
-    place = pl.col("decision").replace_strict(order, return_dtype=pl.Int64)
-    return counts.sort(place, "rows", "reason", descending=[False, True, False])
 
 
 def flow(flat: pl.DataFrame) -> pl.DataFrame:
@@ -86,33 +79,23 @@ def flow(flat: pl.DataFrame) -> pl.DataFrame:
     The gates are a step only if a batch failed one.
     """
     counts = dict(flat.group_by("decision").len().iter_rows())
-    remaining = flat.height
-    steps: list[tuple[str, int, int]] = [("delivered", remaining, 0)]
-    for decision, step in _STEPS:
-        leaving = counts.get(decision.value, 0)
-        if decision is Decision.BATCH_GATED and not leaving:
-            continue
-        remaining -= leaving
-        steps.append((step, remaining, leaving))
-    return pl.DataFrame(steps, schema={"step": pl.String, "rows": pl.Int64, "left": pl.Int64}, orient="row")
+    leaving = {"delivered": 0} | {step: counts.get(decision.value, 0) for decision, step in _STEPS}
+    steps = pl.DataFrame({"step": list(leaving), "left": pl.Series(leaving.values(), dtype=pl.Int64)})
+    shown = steps.filter((pl.col("step") != _GATES) | (pl.col("left") > 0))
+    return shown.select("step", rows=flat.height - pl.col("left").cum_sum(), left="left")
 
 
 def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
     """Count value, rows, selected, share by the most frequent values of a column, with the rest in one row."""
-    named = flat.select(
-        value=pl.col(column).cast(pl.String).fill_null("not stated"),
-        is_selected=pl.col("decision") == Decision.SELECTED.value,
-    )
+    named = flat.select(value=pl.col(column).cast(pl.String).fill_null("not stated"), is_selected=_is_selected())
     counts = named.group_by("value").agg(rows=pl.len(), selected=pl.col("is_selected").sum())
     ordered = counts.sort("rows", "value", descending=[True, False])
     rest = ordered.slice(most)
     shown = ordered.head(most) if rest.height > 1 else ordered
     shown = shown.with_columns(value=pl.Series(_as_labels(shown["value"].to_list()), dtype=pl.String))
     if rest.height > 1:
-        others = pl.DataFrame({"value": [f"{rest.height} others"]}).with_columns(
-            rows=pl.lit(rest["rows"].sum()), selected=pl.lit(rest["selected"].sum())
-        )
-        shown = pl.concat([shown, others], how="vertical_relaxed")
+        others = rest.select(pl.lit(f"{rest.height} others").alias("value"), pl.col("rows", "selected").sum())
+        shown = pl.concat([shown, others])
     return _with_share(shown)
 
 
@@ -165,24 +148,20 @@ def overlap(flat: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=columns, orient="row")
 
 
-def sizes(flat: pl.DataFrame, published: str) -> pl.DataFrame:
-    """Count selection, pairs, answer_tokens, shared; `shared` is the pairs that the published selection also takes."""
-    answer_tokens = next((name for name in flat.columns if name == "num_a_tokens_strong"), None)
-    frames = []
+def sizes(flat: pl.DataFrame, published: str) -> list[tuple[str, str, int, int | None, int]]:
+    """List name, kind, pairs and answer tokens of each selection, and the pairs that the published one also takes."""
+    has_tokens = "num_a_tokens_strong" in flat.columns
+    found = []
     for name in selections(flat):
-        of_it = flat.filter(pl.col(f"{_SELECTED}{name}").fill_null(value=False))
-        shared = of_it.filter(pl.col("decision") == Decision.SELECTED.value).height
-        frames.append(
-            {
-                "selection": name,
-                "is_control": name.startswith(CONTROL_PREFIX),
-                "is_published": name == published,
-                "pairs": of_it.height,
-                "answer_tokens": None if answer_tokens is None else int(of_it[answer_tokens].sum()),
-                "shared": shared,
-            }
-        )
-    return pl.DataFrame(frames)
+        of_it = flat.filter(f"{_SELECTED}{name}")
+        kind = "control" if name.startswith(CONTROL_PREFIX) else "published" if name == published else "named"
+        tokens = int(of_it["num_a_tokens_strong"].sum()) if has_tokens else None
+        found.append((name, kind, of_it.height, tokens, of_it.filter(_is_selected()).height))
+    return found
+
+
+def _is_selected() -> pl.Expr:
+    return pl.col("decision") == Decision.SELECTED.value
 
 
 # --- numbers of pairs -----------------------------------------------------------------------------------------------
@@ -227,49 +206,30 @@ def density(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
 
 def rank_grid(pairs: pl.DataFrame, bins: int = 20) -> pl.DataFrame:
     """Count pairs by rank under both models, as x, x2, y, y2, rows, selected, share; no selection gives 0."""
-    if not {"rank_strong", "rank_weak"} <= set(pairs.columns):
-        return _grid(pl.DataFrame(schema={"x": pl.Float64, "y": pl.Float64, "is_selected": pl.Boolean}), [], [])
-    chosen = pl.col("is_selected") if "is_selected" in pairs.columns else pl.lit(None, pl.Boolean).alias("is_selected")
-    known = pairs.select(chosen, x="rank_strong", y="rank_weak").drop_nulls(["x", "y"])
+    ranks = {"x": "rank_strong", "y": "rank_weak"}
+    if not set(ranks.values()) <= set(pairs.columns):
+        pairs = pl.DataFrame(schema=dict.fromkeys(ranks.values(), pl.Float64))
+    chosen = pl.col("is_selected") if "is_selected" in pairs.columns else pl.lit(None, pl.Boolean)
+    known = pairs.select(chosen.alias("is_selected"), **ranks).drop_nulls(["x", "y"])
     edges = np.linspace(0, 1, bins + 1)
-    return _grid(known, edges, edges)
+    cells = _grid(known, edges, edges, selected=pl.col("is_selected").sum().cast(pl.Int64))
+    return cells.with_columns(share=pl.col("selected") / pl.col("rows"))
 
 
 def _edges(values: pl.Series, bins: int) -> np.ndarray:
     """Return equal steps over the values, without a thousandth at each end; a single value gets one step around it."""
-    if values.is_empty():
-        return np.empty(0)
-    low, high = values.quantile(_IN_PART, "lower"), values.quantile(1 - _IN_PART, "higher")
-    assert low is not None
-    assert high is not None
+    low, high = (float(values.quantile(end, how) or 0) for end, how in ((_IN_PART, "lower"), (1 - _IN_PART, "higher")))
     return np.linspace(low, high, bins + 1) if low < high else np.array([low - 0.5, high + 0.5])
 
 
-def _grid(points: pl.DataFrame, x_edges: np.ndarray | list[float], y_edges: np.ndarray | list[float]) -> pl.DataFrame:
+def _grid(points: pl.DataFrame, x_edges: np.ndarray, y_edges: np.ndarray, **counts: pl.Expr) -> pl.DataFrame:
     """Count the points x, y by cell (edge, edge]; the first cell is closed on both sides."""
-    has_selected = "is_selected" in points.columns
-    counted = [pl.len().cast(pl.Int64).alias("rows")]
-    counted += [pl.col("is_selected").sum().cast(pl.Int64).alias("selected")] if has_selected else []
-    cells = points.with_columns(i=_bin(points["x"], x_edges), j=_bin(points["y"], y_edges)).drop_nulls(["i", "j"])
-    counts = cells.group_by("i", "j").agg(counted).sort("i", "j")
-    edges = {"x": (x_edges, "i"), "y": (y_edges, "j")}
-    placed = counts.with_columns(
-        pl.Series(f"{axis}{'' if end == 0 else 2}", np.asarray(of, dtype=float)[counts[place].to_numpy() + end])
-        for axis, (of, place) in edges.items()
-        for end in (0, 1)
-    )
-    shared = [pl.col("selected"), (pl.col("selected") / pl.col("rows")).alias("share")] if has_selected else []
-    return placed.select("x", "x2", "y", "y2", "rows", *shared)
-
-
-def _bin(values: pl.Series, edges: np.ndarray | list[float]) -> pl.Series:
-    """Return the number of each value's bin, from 0; null outside the edges."""
-    if len(edges) == 0:
-        return pl.Series([None] * len(values), dtype=pl.Int64)
-    place = np.maximum(np.searchsorted(edges, values.to_numpy(), side="left") - 1, 0)
-    inside = (values.to_numpy() >= edges[0]) & (values.to_numpy() <= edges[-1])
-    numbers = pl.DataFrame({"place": place, "inside": inside})
-    return numbers.select(pl.when("inside").then(pl.col("place").cast(pl.Int64)))["place"]
+    for axis, edges in (("x", x_edges), ("y", y_edges)):
+        points = points.filter(pl.col(axis).is_between(edges[0], edges[-1]))
+        place = np.maximum(np.searchsorted(edges, points[axis].to_numpy()) - 1, 0)
+        points = points.with_columns(pl.Series(axis, edges[place]), pl.Series(f"{axis}2", edges[place + 1]))
+    cells = points.group_by("x", "x2", "y", "y2").agg(rows=pl.len().cast(pl.Int64), **counts)
+    return cells.sort("x", "y")
 
 
 def lengths(groups: dict[str, pl.Series]) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -283,38 +243,42 @@ def lengths(groups: dict[str, pl.Series]) -> tuple[pl.DataFrame, pl.DataFrame]:
             logarithmic axis, the same for all groups.
         group, pairs, p5, median, mean, p95: tokens.
     """
-    longest = max((int(values.max() or 0) for values in groups.values() if len(values)), default=0)  # type: ignore[arg-type]
-    edges = np.unique(np.floor(np.geomspace(1, longest + 1, 25))) if longest else np.empty(0)
-    binned, said = [], []
-    for group, values in groups.items():
-        if values.is_empty():
-            continue
-        counts = np.histogram(np.maximum(values.to_numpy(), 1), edges)[0] if longest else np.empty(0)
-        binned += [
-            (group, float(low), float(high), int(count) / len(values))
-            for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
-        ]
-        quantiles = [values.quantile(q, "nearest") for q in (TAIL, 0.5, 1 - TAIL)]
-        said.append((group, len(values), quantiles[0], quantiles[1], values.mean(), quantiles[2]))
-    shares = {"group": pl.String, "low": pl.Float64, "high": pl.Float64, "share": pl.Float64}
-    numbers = dict.fromkeys(("p5", "median", "mean", "p95"), pl.Float64)
-    return (
-        pl.DataFrame(binned, schema=shares, orient="row"),
-        pl.DataFrame(said, schema={"group": pl.String, "pairs": pl.Int64} | numbers, orient="row"),
-    )
+    known = {group: values for group, values in groups.items() if not values.is_empty()}
+    longest = max((max(values) for values in known.values()), default=0)
+    edges = np.unique(np.floor(np.geomspace(1, longest + 1, 25)))
+    quantiles = {"p5": TAIL, "median": 0.5, "p95": 1 - TAIL}
+    said = [
+        {"group": group, "pairs": len(values), "mean": values.mean()}
+        | {name: values.quantile(share, "nearest") for name, share in quantiles.items()}
+        for group, values in known.items()
+    ]
+    schema = {"group": pl.String, "pairs": pl.Int64} | dict.fromkeys(("p5", "median", "mean", "p95"), pl.Float64)
+    at_least_one = {group: values.clip(1) for group, values in known.items()}
+    return _shares(at_least_one, edges), pl.DataFrame(said, schema=schema)
+
+
+def _shares(groups: Mapping[str, pl.Series], edges: np.ndarray) -> pl.DataFrame:
+    """Return group, low, high, share: the share of the group's values in each bin [low, high)."""
+    rows = [
+        (group, float(low), float(high), int(count) / len(values))
+        for group, values in groups.items()
+        for low, high, count in zip(edges[:-1], edges[1:], np.histogram(values.to_numpy(), edges)[0], strict=True)
+    ]
+    schema = {"group": pl.String, "low": pl.Float64, "high": pl.Float64, "share": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
     """Return the token counts of the selected pairs, of all scored pairs, and of the random control."""
     control = f"{_SELECTED}{CONTROL_PREFIX}random"
-    drawn = pairs.filter(pl.col(control).fill_null(value=False)) if control in pairs.columns else pairs.clear()
     if column not in pairs.columns:
         return {}
-    return {
-        "selected": pairs.filter("is_selected")[column].drop_nulls(),
-        "all scored pairs": pairs[column].drop_nulls(),
-        "random control": drawn[column].drop_nulls(),
+    groups = {
+        "selected": pairs.filter("is_selected"),
+        "all scored pairs": pairs,
+        "random control": pairs.filter(control) if control in pairs.columns else pairs.clear(),
     }
+    return {group: rows[column].drop_nulls() for group, rows in groups.items()}
 
 
 def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
@@ -327,15 +291,8 @@ def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
         groups: the number of every pair, by the group's name; nulls and groups without a number are left out.
     """
     values = {group: of.drop_nulls().cast(pl.Float64) for group, of in groups.items() if of.drop_nulls().len()}
-    ends = [_edges(of, 1) for of in values.values()]
-    edges = _edges(pl.Series([end for pair in ends for end in pair], dtype=pl.Float64), 30)
-    rows = [
-        (group, float(low), float(high), int(count) / len(of))
-        for group, of in values.items()
-        for low, high, count in zip(edges[:-1], edges[1:], np.histogram(of.to_numpy(), edges)[0], strict=True)
-    ]
-    columns = {"group": pl.String, "low": pl.Float64, "high": pl.Float64, "share": pl.Float64}
-    return pl.DataFrame(rows, schema=columns, orient="row")
+    ends = [float(end) for of in values.values() for end in _edges(of, 1)]
+    return _shares(values, _edges(pl.Series(ends, dtype=pl.Float64), 30))
 
 
 # --- examples -------------------------------------------------------------------------------------------------------
@@ -356,12 +313,12 @@ def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, pl.DataFrame]:
     }
 
 
-def of_each_reason(flat: pl.DataFrame, most: int) -> list[tuple[str, str, int, pl.DataFrame]]:
-    """Return decision, reason, rows, and examples: spread evenly over the delivery, the same on every call."""
-    found = []
+def of_each_reason(flat: pl.DataFrame, most: int) -> dict[str, pl.DataFrame]:
+    """Return examples of each decision and reason, spread evenly over the delivery, the same on every call."""
+    found = {}
     for decision, reason, rows in by_reason(flat).iter_rows():
-        of_it = flat.filter((pl.col("decision") == decision) & (pl.col("reason") == reason)).sort(ROW_KEY)
-        found.append((decision, reason, rows, of_it[evenly(rows, most)]))
+        of_it = flat.filter(decision=decision, reason=reason).sort(ROW_KEY)
+        found[f"{decision}: {reason} ({rows:,} rows)"] = of_it[evenly(rows, most)]
     return found
 
 

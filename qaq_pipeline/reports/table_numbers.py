@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from qaq_pipeline.publication import difference
 from qaq_pipeline.publication.curated_dataset import Publication
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.vocabularies import Quantity, Status
@@ -161,10 +162,9 @@ def _difference(published: Publication) -> Numbers:
     found = published.difference
     if found is None:
         return {}
-    counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
     return {
         "previous_version": published.previous,
         "rows_entered": int(found["is_added"].sum()),
         "rows_left": int((~found["is_added"]).sum()),
-        "changes": {f"{'entered' if added else 'left'}: {why}": n for added, why, n in counts.iter_rows()},
+        "changes": {f"{way}: {why}": n for way, why, n in difference.count_changes(found)},
     }

@@ -86,6 +86,14 @@ def selected_rows(selection: str, raw: pl.DataFrame, decisions: pl.DataFrame) ->
     return rows.sort("position").select(list(tables.dtypes(tables.SelectedSubset)))
 
 
+def by_reason(decisions: pl.DataFrame) -> pl.DataFrame:
+    """Count rows as decision, reason, rows: decisions in their order, the most frequent reason first."""
+    order = {decision.value: place for place, decision in enumerate(Decision)}
+    counts = decisions.group_by("decision", "reason").agg(rows=pl.len().cast(pl.Int64))
+    place = pl.col("decision").replace_strict(order, return_dtype=pl.Int64)
+    return counts.sort(place, "rows", "reason", descending=[False, True, False])
+
+
 def _is(decision: Decision) -> pl.Expr:
     return pl.col("decision") == decision.value
 

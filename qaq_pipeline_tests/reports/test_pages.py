@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import time
@@ -29,7 +30,7 @@ from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
-from qaq_pipeline_tests.support.frames import rejected
+from qaq_pipeline_tests.support.frames import IDENTITY, rejected
 from qaq_pipeline_tests.support.server import CHROMIUM, CHROMIUM_OPTIONS, NEEDS_CHROMIUM
 
 DERIVED = PIPELINE.column_sources
@@ -38,6 +39,12 @@ MADE = Made("2026-11-25T12:00:00+00:00", "a-run", "1-x")
 EVERY_FORMAT = ("alpaca", "messages", "parquet", "prompt_completion", "sharegpt")
 """All of `export.formats` except `hf`, which needs the extra `datasets`."""
 CONTROLS = ["control_random", "control_stratified_random"]
+SCORED = {
+    "identity": dataclasses.asdict(IDENTITY),
+    "frame": "chat",
+    "identity_hash": "i",
+    "scored_with": [{"libraries": {"torch": "2.13"}, "device": device} for device in ("cpu", "cuda")],
+}
 HOSTILE = {
     1: {"query": "my password is hunter2", "answer": "thanks"},
     97: rejected(detail="<i>blank</i>")  # One of three rejected rows, so always among the examples.
@@ -86,8 +93,7 @@ def page_of(
     num_rows: int = 300, changes: dict[int, dict[str, Any]] | None = None, **options: Any
 ) -> tuple[bytes, BatchTables]:
     made = synthetic.batch(SETTINGS, num_rows, changes=changes)
-    provenance = {"identity": {"model": "tiny", "revision": "r1"}, "frame": "chat", "identity_hash": "i"}
-    scorings = [Scoring(role, provenance, frame, options.get("cost")) for role, frame in made.scores.items()]
+    scorings = [Scoring(role, SCORED, frame, options.get("cost")) for role, frame in made.scores.items()]
     tables = options.get("changed", lambda tables: tables)(made.tables)
     frozen = ("r1", rank_reference.freeze([made.scores], SETTINGS.ranking)[0]) if options.get("frozen") else None
     linked = {"calibration": options.get("calibration")}
@@ -166,6 +172,14 @@ def test_what_the_event_log_does_not_say_is_unknown_and_what_it_says_is_shown(
     assert {cell for row in unknown[1:] for cell in row[1:]} == {"unknown"}
     known = {row[0]: row[1] for row in Seen(plain[0]).tables["Throughput and cost of scoring"]}
     assert (known["tokens"], known["device hours"], known["tokens/s"]) == ("1,234,567", "4.0000", "unknown")
+
+
+def test_the_models_come_with_their_identity_and_with_what_scored_their_pairs(
+    plain: tuple[bytes, BatchTables],
+) -> None:
+    known = {row[0]: row[1:] for row in Seen(plain[0]).tables["The models that scored"]}
+    assert known["revision"] == [IDENTITY.revision] * 2
+    assert known["scored with"] == ["torch 2.13, on cpu; torch 2.13, on cuda"] * 2
 
 
 def gate(tables: BatchTables) -> BatchTables:
@@ -355,7 +369,7 @@ def test_text_has_contrast_aa_in_both_schemes(hostile: bytes) -> None:
 def large() -> bytes:
     """A page of 300,000 rows."""
     made = synthetic.batch(SETTINGS, 300_000)
-    scorings = [Scoring(role, {}, frame) for role, frame in made.scores.items()]
+    scorings = [Scoring(role, SCORED, frame) for role, frame in made.scores.items()]
     start = time.process_time()
     page = pages.batch_page(made.tables, scorings, SETTINGS.published, None, MADE)
     print(f"{len(page):,} bytes in {time.process_time() - start:.1f} s of all cores")

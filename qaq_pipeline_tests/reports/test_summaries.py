@@ -12,6 +12,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.schema.vocabularies import Decision
+from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline_tests.support import synthetic
 
 SETTINGS = parse_settings(
@@ -37,7 +38,7 @@ def published(settings: Settings = SETTINGS) -> str:
 
 
 def test_rows_by_reason_and_the_flow_add_up_to_all_rows(flat: pl.DataFrame) -> None:
-    counts, steps = summaries.by_reason(flat), summaries.flow(flat)
+    counts, steps = by_reason(flat), summaries.flow(flat)
     assert counts["rows"].sum() == steps["rows"][0] == flat.height
     assert steps["rows"].to_list() == [flat.height - left for left in np.cumsum(steps["left"].to_numpy())]
     assert steps["rows"][-1] == sum(decision == "selected" for decision in flat["decision"])

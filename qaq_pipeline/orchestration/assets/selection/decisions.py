@@ -7,11 +7,12 @@ from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import footer_before, provenance_of, table_result
 from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, pictures
 from qaq_pipeline.orchestration.run_log import report_gate
-from qaq_pipeline.reports import plots, summaries
+from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.table_numbers import of_decisions
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import stored_reference
+from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline.selection.scored_batch import ScoredBatch
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
@@ -48,7 +49,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         frame = batch.decide(verdicts, published, storage.provenance.write(made_of, context.run.run_id), gate)
         _report_gate(context, storage, settings, screened_data, gate)
         metadata = of_decisions(frame, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
-        metadata |= pictures(context, settings, lambda: [plots.by_reason(summaries.by_reason(frame))])
+        metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(frame))])
         return table_result(context, frame, inputs, metadata, **facts)
 
     return decisions
