@@ -104,7 +104,6 @@ def calibration(
 ) -> None:
     """Show how well the scores separate good rows from bad ones in a batch, and the cuts of RMI that follow."""
     from qaq_pipeline.calibration import calibration as judging
-    from qaq_pipeline.calibration import planting
     from qaq_pipeline.freshness import staleness
     from qaq_pipeline.reports import calibration_page, check_metrics, page_store
     from qaq_pipeline.screening import gates
@@ -121,7 +120,7 @@ def calibration(
         fail(f"batch {batch} is gated and therefore not calibrated: {gate.sentence}")
     if changed := staleness.changed_inputs(storage, "calibration", batch):
         warn(f"It used older scores: {', '.join(changed)} changed since; `qaq refresh` calibrates again.")
-    finding = check_metrics.discrimination(stored.frame, settings.calibration.min_auc, planting.ENOUGH)
+    finding = check_metrics.discrimination(stored.frame, settings.calibration.min_auc)
     say(finding.sentence, style=None if finding.passed else "yellow")
     render.print_page_tables(calibration_page.tables(stored.frame))
     for sentence in calibration_page.missing(stored.frame):

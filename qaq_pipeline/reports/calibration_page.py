@@ -6,16 +6,17 @@ Belongs here: the layout of the numbers, from Calibration to tables, plots and b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.calibration import calibration
 from qaq_pipeline.calibration.calibration import CONFIDENCE, Judged
-from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.reports import pages, plots, summaries
-from qaq_pipeline.reports.check_metrics import Finding
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import CalibrationSettings
+from qaq_pipeline.reports import check_metrics, pages, plots, summaries
 from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
@@ -76,17 +77,13 @@ def tables(frame: pl.DataFrame) -> list[Table]:
 def missing(frame: pl.DataFrame) -> list[str]:
     """Return sentences that name what `tables` omits: defects that were not planted, scores that were not wanted."""
     wanted = _of(frame, Statistic.AUROC)
-    absent = {
-        reason: wanted.filter(pl.col("null_reason") == reason.value)
-        for reason in (UnknownReason.NOT_PLANTED, UnknownReason.NOT_WANTED)
-    }
-    names = absent[UnknownReason.NOT_PLANTED]["defect"].unique(maintain_order=True).to_list()
-    scores = [_SCORES[name] for name in absent[UnknownReason.NOT_WANTED]["measure"].unique(maintain_order=True)]
+    defects = _distinct(wanted.filter(null_reason=UnknownReason.NOT_PLANTED.value), "defect")
+    measures = _distinct(wanted.filter(null_reason=UnknownReason.NOT_WANTED.value), "measure")
     sentences = {
-        f"Not planted: {', '.join(names)}.": names,
-        f"Not scored, because `scoring.quantities` does not include it: {', '.join(scores)}.": scores,
+        "Not planted": defects,
+        "Not scored, because `scoring.quantities` does not include it": [_SCORES[name] for name in measures],
     }
-    return [sentence for sentence, of in sentences.items() if of]
+    return [f"{sentence}: {', '.join(names)}." for sentence, names in sentences.items() if names]
 
 
 def as_markdown(frame: pl.DataFrame) -> str:
@@ -100,7 +97,11 @@ def as_markdown(frame: pl.DataFrame) -> str:
 
 
 def _of(frame: pl.DataFrame, statistic: Statistic) -> pl.DataFrame:
-    return frame.filter(pl.col("statistic") == statistic.value)
+    return frame.filter(statistic=statistic.value)
+
+
+def _distinct(rows: pl.DataFrame, column: str) -> list[str]:
+    return rows[column].unique(maintain_order=True).to_list()
 
 
 def _is_asked() -> pl.Expr:
@@ -109,59 +110,45 @@ def _is_asked() -> pl.Expr:
 
 def _by_score(caption: str, rows: pl.DataFrame) -> Table:
     """Build a table of score, defect and one column per model; a repeated score is blank."""
-    models = rows["model"].unique(maintain_order=True).to_list()
+    models = _distinct(rows, "model")
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows.filter(_is_asked()).iter_rows(named=True):
         found.setdefault((row["measure"], row["defect"]), {})[row["model"]] = _said(row)
-    lines = sorted(found.items(), key=lambda item: list(_SCORES).index(item[0][0]))
-    labels = _once(_SCORES[measure] for (measure, _), _ in lines)
-    return Table(
-        caption,
-        ("score", "defect", *models),
-        [
-            (label, defect, *(cells.get(model, "") for model in models))
-            for label, ((_, defect), cells) in zip(labels, lines, strict=True)
-        ],
-    )
+    keys = sorted(found, key=lambda key: list(_SCORES).index(key[0]))
+    labels = _once([_SCORES[measure] for measure, _ in keys])
+    lines = [
+        (label, key[1], *(found[key].get(model, "") for model in models))
+        for label, key in zip(labels, keys, strict=True)
+    ]
+    return Table(caption, ("score", "defect", *models), lines)
 
 
 def _kept(caption: str, rows: pl.DataFrame) -> Table:
     known = rows.filter(_is_asked())
-    labels = _once(known["measure"])
-    return Table(
-        caption,
-        ("selection", "rows", "kept", "share"),
-        [
-            (label, row["defect"], f"{row['num_kept']} of {row['num_clean'] or row['num_planted']}", _said(row))
-            for label, row in zip(labels, known.iter_rows(named=True), strict=True)
-        ],
-    )
+    lines = [
+        (label, row["defect"], f"{row['num_kept']} of {row['num_clean'] or row['num_planted']}", _said(row))
+        for label, row in zip(_once(known["measure"]), known.iter_rows(named=True), strict=True)
+    ]
+    return Table(caption, ("selection", "rows", "kept", "share"), lines)
 
 
 def _cut_table(frame: pl.DataFrame) -> Table:
     """Build the table of suggested cuts of RMI, with the clean rows that each keeps."""
-    rows = frame.filter(pl.col("statistic").is_in(_CUTS))
-    return Table(
-        "Cuts of RMI, nats per token",
-        ("cut", "model", "RMI", "clean rows kept"),
-        [
-            (
-                row["statistic"].replace("_", " "),
-                row["model"],
-                _said(row),
-                "" if row["num_kept"] is None else f"{row['num_kept']:,} of {row['num_clean']:,}",
-            )
-            for row in rows.iter_rows(named=True)
-        ],
-    )
+    lines = [
+        (
+            row["statistic"].replace("_", " "),
+            row["model"],
+            _said(row),
+            "" if row["num_kept"] is None else f"{row['num_kept']:,} of {row['num_clean']:,}",
+        )
+        for row in frame.filter(pl.col("statistic").is_in(_CUTS)).iter_rows(named=True)
+    ]
+    return Table("Cuts of RMI, nats per token", ("cut", "model", "RMI", "clean rows kept"), lines)
 
 
-def _once(labels: Any) -> Iterator[str]:
-    """Yield each label, with repeats of the one before blanked."""
-    before = None
-    for label in labels:
-        yield "" if label == before else label
-        before = label
+def _once(labels: Iterable[str]) -> list[str]:
+    """Return the labels, with repeats of the one before blanked."""
+    return ["" if label == before else label for before, label in itertools.pairwise(["", *labels])]
 
 
 def _said(row: Mapping[str, Any]) -> str:
@@ -174,69 +161,51 @@ def _said(row: Mapping[str, Any]) -> str:
 
 
 def told_apart(frame: pl.DataFrame) -> Plot:
-    """Plot the AUROC of RMI for each defect, from a Calibration."""
-    auroc = _known_aurocs(frame)
-    return plots.told_apart(_intervals(auroc, _roles(auroc)))
+    """Plot the AUROCs of every model's RMI, and of the answer length in the first model's tokens."""
+    auroc, roles = _known_aurocs(frame)
+    groups = {("rmi", role): f"RMI, {role}" for role in roles}
+    groups |= {("num_a_tokens_untruncated", role): "answer length" for role in roles[:1]}
+    parts = [
+        auroc.filter(measure=measure, model=role).with_columns(group=pl.lit(name))
+        for (measure, role), name in groups.items()
+    ]
+    return plots.told_apart(pl.concat(parts).select("group", "defect", "value", "lower", "upper") if parts else auroc)
 
 
 def _grids(frame: pl.DataFrame) -> list[Plot]:
-    auroc = _known_aurocs(frame)
+    auroc, roles = _known_aurocs(frame)
+    cells = auroc.with_columns(score=pl.col("measure").replace_strict(_SCORES))
     return [
-        *(plots.auroc_grid(f"auroc_{role}", f"{role} model", _cells(auroc, role)) for role in _roles(auroc)),
-        plots.auroc_grid("auroc_both", "both models together", _cells(auroc, BOTH_MODELS)),
+        plots.auroc_grid(f"auroc_{name}", of, cells.filter(model=model).select("score", "defect", "value"))
+        for name, of, model in (
+            *((role, f"{role} model", role) for role in roles),
+            ("both", "both models together", BOTH_MODELS),
+        )
     ]
 
 
 def _cut_plots(frame: pl.DataFrame, judged: Judged | None) -> list[Plot]:
     if judged is None:
         return []
-    roles = _roles(_known_aurocs(frame))
-    return [plots.cuts(_spread(judged, role), role, _marks(frame, role)) for role in roles]
-
-
-def _known_aurocs(frame: pl.DataFrame) -> pl.DataFrame:
-    return _of(frame, Statistic.AUROC).drop_nulls("value")
-
-
-def _roles(auroc: pl.DataFrame) -> list[str]:
-    return [name for name in auroc["model"].unique(maintain_order=True) if name != BOTH_MODELS]
-
-
-def _intervals(auroc: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
-    """Return the AUROCs of every model's RMI, and of the answer length in the first model's tokens."""
-    groups = {("rmi", role): f"RMI, {role}" for role in roles}
-    groups |= {("num_a_tokens_untruncated", role): "answer length" for role in roles[:1]}
-    parts = [
-        auroc.filter(pl.col("measure") == measure, pl.col("model") == role).select(
-            pl.lit(name).alias("group"), _in_words(), "value", "lower", "upper"
+    values = frame.filter(pl.col("statistic").is_in(_CUTS)).drop_nulls("value")
+    return [
+        plots.cuts(
+            summaries.spread({label: calibration.rmi_of(judged, role, defect) for label, defect in _GROUPS.items()}),
+            role,
+            values.filter(model=role)["value"].to_list(),
         )
-        for (measure, role), name in groups.items()
+        for role in _known_aurocs(frame)[1]
     ]
-    return pl.concat(parts) if parts else auroc.select(pl.lit("").alias("group"), "defect", "value", "lower", "upper")
 
 
-def _cells(auroc: pl.DataFrame, model: str) -> pl.DataFrame:
-    of_model = auroc.filter(pl.col("model") == model)
-    return of_model.select(pl.col("measure").replace_strict(_SCORES).alias("score"), _in_words(), "value")
+def _known_aurocs(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Return the AUROCs that are known, with the labels of defects on an axis, and the models that have one."""
+    auroc = _in_words(_of(frame, Statistic.AUROC))
+    return auroc, [name for name in _distinct(auroc, "model") if name != BOTH_MODELS]
 
 
-def _kept_cells(frame: pl.DataFrame) -> pl.DataFrame:
-    rows = _of(frame, Statistic.KEPT_SHARE).drop_nulls("value")
-    return rows.select(pl.col("measure").alias("selection"), _in_words(), "value")
-
-
-def _in_words() -> pl.Expr:
-    """Return the defect's label on an axis."""
-    return pl.col("defect").str.replace_all("_", " ")
-
-
-def _spread(judged: Judged, role: str) -> pl.DataFrame:
-    return summaries.spread({label: calibration.rmi_of(judged, role, defect) for label, defect in _GROUPS.items()})
-
-
-def _marks(frame: pl.DataFrame, role: str) -> list[float]:
-    of_role = frame.filter(pl.col("statistic").is_in(_CUTS), pl.col("model") == role)
-    return of_role["value"].drop_nulls().to_list()
+def _in_words(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.drop_nulls("value").with_columns(pl.col("defect").str.replace_all("_", " "))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -247,8 +216,8 @@ def page(
     frame: pl.DataFrame,
     judged: Judged | None,
     planted: pl.DataFrame,
-    settings: Settings,
-    finding: Finding,
+    settings: CalibrationSettings,
+    published: Selection,
     gate: Gate | None,
     made: Made,
 ) -> bytes:
@@ -259,12 +228,17 @@ def page(
         frame: its Calibration.
         judged: the scores that `frame` was computed from; None if nothing was planted.
         planted: its PlantedRows.
-        settings: the settings of the calibration.
-        finding: whether the models can tell good from bad.
+        settings: of the calibration.
+        published: the selection that gets the suggested cuts.
         gate: why the batch was not scored; None if it was.
         made: the run that renders the page, and when.
     """
+    kept_cells = _in_words(_of(frame, Statistic.KEPT_SHARE))
     *of_aurocs, kept, cuts = tables(frame)
+    finding = check_metrics.discrimination(frame, settings.min_auc)
+    defects = [
+        (defect.value, planted.filter(defect=defect.value).height, defect.meaning) for defect in settings.defects
+    ]
     return pages.render(
         "calibration.html",
         {
@@ -274,36 +248,29 @@ def page(
             "finding": finding,
             "num_planted": planted.height,
             "num_pairs": 0 if judged is None else judged.clean["pair_id"].n_unique(),
-            "defects": Table(
-                "Planted defects",
-                ("defect", "rows", "meaning"),
-                [
-                    (defect.value, planted.filter(pl.col("defect") == defect.value).height, defect.meaning)
-                    for defect in settings.calibration.defects
-                ],
-            ),
+            "defects": Table("Planted defects", ("defect", "rows", "meaning"), defects),
             "auroc_plots": [told_apart(frame), *_grids(frame)],
-            "kept_plots": [plots.kept_grid(_kept_cells(frame))],
+            "kept_plots": [plots.kept_grid(kept_cells.select(selection="measure", defect="defect", value="value"))],
             "cut_plots": _cut_plots(frame, judged),
             "tables": of_aurocs,
             "missing": missing(frame),
             "kept": kept,
             "cuts": cuts,
-            "offered": calibration.offered_yaml(frame, settings.published),
+            "offered": calibration.offered_yaml(frame, published),
             "blind": None if finding.passed else BLIND,
-            "examples": {} if judged is None else _examples(judged, planted, settings),
+            "examples": {} if judged is None else _examples(judged, planted, settings.defects),
             "limits": LIMITS,
             "made": made,
         },
     )
 
 
-def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> dict[str, list[Example]]:
+def _examples(judged: Judged, planted: pl.DataFrame, defects: Iterable[Defect]) -> dict[str, list[Example]]:
     """Return three scored rows per defect: the best, the median and the worst detected by RMI.
 
     An echo is detected if it scores above its original, any other defect if it scores below.
     """
-    roles = sorted(settings.models)
+    roles = sorted(judged.clean["model"].unique())
     after = planted.select("pair_id", "defect", "original_pair_id", "query", "answer")
     texts = after.join(_rmi_columns(judged.planted, ""), on="pair_id", validate="1:1").join(
         _rmi_columns(judged.clean, ":twin"), left_on="original_pair_id", right_on="pair_id", how="left"
@@ -311,8 +278,8 @@ def _examples(judged: Judged, planted: pl.DataFrame, settings: Settings) -> dict
     below = pl.col(f"{roles[0]}:twin") - pl.col(roles[0])
     told = texts.with_columns(told=pl.when(pl.col("defect") == Defect.ECHO.value).then(-below).otherwise(below))
     found = {}
-    for defect in settings.calibration.defects:
-        of_defect = told.filter(pl.col("defect") == defect.value)
+    for defect in defects:
+        of_defect = told.filter(defect=defect.value)
         rows = of_defect.drop_nulls("told").sort("told", "pair_id", descending=[True, False])
         if not rows.is_empty():
             shown = rows[sorted({0, rows.height // 2, rows.height - 1})]

@@ -15,6 +15,7 @@ from typing import Any
 
 import polars as pl
 
+from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings
 from qaq_pipeline.reports.table_numbers import count_by
 from qaq_pipeline.schema.long_form import to_long
@@ -203,7 +204,7 @@ def _and(names: Sequence[str]) -> str:
     return " and ".join(names)
 
 
-def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Finding:
+def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = planting.ENOUGH) -> Finding:
     """Check by AUROC that every model's RMI separates the batch's pairs from mismatched ones.
 
     Args:

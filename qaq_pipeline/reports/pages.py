@@ -34,7 +34,6 @@ from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection.decisions import by_reason
 
-MOST_EXAMPLES = 10
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
 """Decisions, reasons and statuses of rows whose text no page shows. In a gated batch, only the status shows it."""
@@ -130,7 +129,7 @@ def batch_page(
     published: Selection,
     frozen: Frozen | None,
     made: Made,
-    examples: int = MOST_EXAMPLES,
+    examples: int,
     calibration: str | None = None,
 ) -> bytes:
     """Render the page of a batch.

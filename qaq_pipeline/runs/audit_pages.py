@@ -77,7 +77,7 @@ def find_version_page(settings: Settings, version: str) -> str:
     page = versions.page_place(found)
     if not storage.files.exists(*page):
         made = Made(datetime.now(UTC).isoformat(timespec="seconds"), "qaq report", "")
-        page_store.write_version_page(storage, settings, found, made)
+        page_store.write_version_page(storage, found, settings.ranking.reference, made)
     return _url(settings, page, f"version {found!r} has no page")
 
 

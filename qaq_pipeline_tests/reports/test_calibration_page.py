@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.calibration.calibration import Judged, calibrate
-from qaq_pipeline.reports import calibration_page, check_metrics
+from qaq_pipeline.reports import calibration_page
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Defect, GateReason, Statistic
@@ -24,8 +24,9 @@ def judged() -> Judged:
 
 
 def page_of(frame: pl.DataFrame, judged: Judged | None, planted: pl.DataFrame, gate: Gate | None = None) -> str:
-    finding = check_metrics.discrimination(frame, 0.8, 20)
-    return calibration_page.page("b1", frame, judged, planted, settings(), finding, gate, MADE).decode()
+    wanted = settings()
+    page = calibration_page.page("b1", frame, judged, planted, wanted.calibration, wanted.published, gate, MADE)
+    return page.decode()
 
 
 def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: Judged) -> None:

@@ -97,7 +97,7 @@ def page_of(
     tables = options.get("changed", lambda tables: tables)(made.tables)
     frozen = ("r1", rank_reference.freeze([made.scores], SETTINGS.ranking)[0]) if options.get("frozen") else None
     linked = {"calibration": options.get("calibration")}
-    return pages.batch_page(tables, scorings, SETTINGS.published, frozen, MADE, **linked), tables
+    return pages.batch_page(tables, scorings, SETTINGS.published, frozen, MADE, 10, **linked), tables
 
 
 def changed(tables: BatchTables, **others: StoredTable) -> BatchTables:
@@ -371,7 +371,7 @@ def large() -> bytes:
     made = synthetic.batch(SETTINGS, 300_000)
     scorings = [Scoring(role, SCORED, frame) for role, frame in made.scores.items()]
     start = time.process_time()
-    page = pages.batch_page(made.tables, scorings, SETTINGS.published, None, MADE)
+    page = pages.batch_page(made.tables, scorings, SETTINGS.published, None, MADE, 10)
     print(f"{len(page):,} bytes in {time.process_time() - start:.1f} s of all cores")
     return page
 

@@ -52,12 +52,21 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         batch = context.partition_key
         rows = {"raw_data": raw_data, "screened_data": screened_data}
         tables = BatchTables(batch, rows | {"decisions": decisions, "selected_subset": selected_subset})
-        page_store.require_one_decision(tables, settings)
+        page_store.require_one_decision(tables, settings.published)
         scorings = [
             Scoring(role, table.provenance, table.frame, _cost(context, Partition(batch, role), table))
             for role, table in sorted(rmi_scores.items())
         ]
-        version = page_store.write_batch_page(storage, settings, tables, scorings, made_by(context))
+        version = page_store.write_batch_page(
+            storage,
+            tables,
+            scorings,
+            settings.published,
+            settings.ranking.reference,
+            settings.reports,
+            made_by(context),
+            is_calibrated=settings.is_calibrated,
+        )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version),
             metadata={

@@ -6,8 +6,6 @@ import dagster as dg
 import polars as pl
 
 from qaq_pipeline.calibration import calibration as pure
-from qaq_pipeline.calibration import planting
-from qaq_pipeline.calibration.calibration import Judged
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.failures import refusing
@@ -47,13 +45,26 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         frozen = None if batch.gate else stored_reference.read_pool(storage, ranking)
         judged = batch.judge(settings, frozen)
         frame = empty(Calibration) if batch.gate else pure.calibrate(judged, settings)
-        finding = check_metrics.discrimination(frame, settings.calibration.min_auc, planting.ENOUGH)
+        finding = check_metrics.discrimination(frame, settings.calibration.min_auc)
         if not batch.gate and not finding.passed:
             context.log.warning(finding.sentence)
         metadata = _metadata(frame, settings, finding) | gate_metadata(batch.gate)
         metadata |= pictures(context, settings, lambda: [calibration_page.told_apart(frame)])
         if settings.reports.pages:
-            metadata |= _write_page(context, storage, settings, batch, frame, judged, finding)
+            made, planted = made_by(context), batch.planted_rows.frame
+            page = calibration_page.page(
+                context.partition_key,
+                frame,
+                judged,
+                planted,
+                settings.calibration,
+                settings.published,
+                batch.gate,
+                made,
+            )
+            place = page_store.calibration_page(context.partition_key)
+            storage.files.write_bytes(page, *place)
+            metadata["page"] = dg.MetadataValue.path(storage.files.url(*place))
         inputs = batch.inputs | ({} if frozen is None else {stored_reference.NAME: frozen})
         return table_result(context, frame, inputs, metadata)
 
@@ -68,19 +79,3 @@ def _metadata(frame: pl.DataFrame, settings: Settings, finding: Finding) -> dict
         "finding": finding.sentence,
         **finding.numbers,
     }
-
-
-def _write_page(
-    context: dg.AssetExecutionContext,
-    storage: Storage,
-    settings: Settings,
-    batch: PlantedBatch,
-    frame: pl.DataFrame,
-    judged: Judged | None,
-    finding: Finding,
-) -> dict[str, Any]:
-    name, made, planted = context.partition_key, made_by(context), batch.planted_rows.frame
-    page = calibration_page.page(name, frame, judged, planted, settings, finding, batch.gate, made)
-    place = page_store.calibration_page(name)
-    storage.files.write_bytes(page, *place)
-    return {"page": dg.MetadataValue.path(storage.files.url(*place))}
