@@ -44,7 +44,7 @@ _SIZES = {
 }
 """The hub's names for fewer rows than these."""
 
-_IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
+IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
 """Fields of a score identity that a reader compares."""
 
 _OF_RMI = DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection
@@ -95,8 +95,8 @@ def dataset_card(
         "exported": exported,
         "rows_in": sum(entry["rows_in"] for entry in entries),
         "batches": [(one["batch"], one["rows_in"], one["rows_selected"], one.get("pool", "")) for one in entries],
-        "identity": ("role", *(field.replace("_", " ") for field in _IDENTITY), "batches"),
-        "models": models(entries, _IDENTITY),
+        "identity": ("role", *(field.replace("_", " ") for field in IDENTITY), "batches"),
+        "models": models(entries, IDENTITY),
         "strata": _strata(decisions),
         "decisions": by_reason(decisions).rows(),
         "benchmarks": _benchmarks(benchmarks),

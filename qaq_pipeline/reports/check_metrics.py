@@ -9,7 +9,7 @@ A number that cannot be computed is left out, and the sentence gives the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import polars as pl
 
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import CheckSettings, RankingSettings
-from qaq_pipeline.reports.table_numbers import count_by
+from qaq_pipeline.reports.table_numbers import count_by, spearman_of_ranks
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
@@ -25,9 +25,6 @@ from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quant
 _LEAST_EVIDENCE = 100
 """Pairs, n m / (n + m). Batches drawn from the reference itself exceed the default limits of drift in 50 % of
 cases with 50 pairs against 5,000, in 2 % with 100, and in 1.5 % with 200 against 200."""
-
-
-_AUROC = ("defect", "model", "value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,46 +39,30 @@ class Finding:
 
 def rejected_rows(raw: pl.DataFrame, max_share: float | None) -> Finding:
     """Count the rows of RawData that cannot be read; without `max_share`, any share passes."""
-    counts = {"rows": raw.height, "rejected": int((raw["status"] == Status.REJECTED.value).sum())}
+    counts = {"rows": raw.height, "rejected": raw.filter(status=Status.REJECTED.value).height}
     if raw.is_empty():
         return Finding(False, "The delivery has no rows.", counts)
-    share = counts["rejected"] / raw.height
-    by_reason = count_by(raw["reason"])
-    limit = "no limit" if max_share is None else f"limit {max_share:g}, gates.max_rejected_share"
-    return Finding(
-        max_share is None or share <= max_share,
-        f"{counts['rejected']} of {raw.height} rows cannot be read (share {share:.4g}; {limit})." + _listed(by_reason),
-        counts | {"rejected_share": share, "rejected_by_reason": by_reason},
-    )
+    return _at_most(max_share, "gates.max_rejected_share", counts, "rows cannot be read", raw["reason"])
 
 
 def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
     """Count the rows by status, and check the gate before scoring; `gate` is its sentence if it failed."""
-    statuses = {status: int((screened["status"] == status.value).sum()) for status in Status}
-    counts: dict[str, float | int] = {"rows": screened.height}
-    counts |= {f"{status}_rows": number for status, number in statuses.items()}
-    if not screened.is_empty():
-        counts |= {f"{status}_share": number / screened.height for status, number in statuses.items()}
+    statuses = {status: screened.filter(status=status.value).height for status in Status}
+    counts = {"rows": screened.height} | {f"{status}_rows": number for status, number in statuses.items()}
+    shares = {f"{status}_share": number / screened.height for status, number in statuses.items() if screened.height}
     accepted = f"{statuses[Status.ACCEPTED]} of {screened.height} rows will be scored"
     sentence = f"{accepted}." if gate is None else f"The batch is gated before scoring: {gate}."
-    return Finding(gate is None, sentence, counts)
+    return Finding(gate is None, sentence, counts | shares)
 
 
 def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
     """Count the wanted quantities of Logprobs that are null, by reason."""
     reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
     wanted = reasons.filter(reasons.ne_missing(NullReason.NOT_WANTED.value))
-    null = wanted.drop_nulls()
-    counts = {"wanted": len(wanted), "null": len(null)}
+    counts = {"wanted": len(wanted), "null": wanted.count()}
     if wanted.is_empty():
         return Finding(True, "No pair was to be scored.", counts)
-    share, by_reason = len(null) / len(wanted), count_by(null)
-    return Finding(
-        share <= max_share,
-        f"{len(null)} of {len(wanted)} wanted quantities are null (share {share:.4g}; limit {max_share:g}, "
-        "checks.max_null_share)." + _listed(by_reason),
-        counts | {"null_share": share, "null_by_reason": by_reason},
-    )
+    return _at_most(max_share, "checks.max_null_share", counts, "wanted quantities are null", wanted)
 
 
 def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
@@ -89,13 +70,32 @@ def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
     counts = {"pairs": logprobs.height, "truncated": int(logprobs["is_truncated"].sum())}
     if logprobs.is_empty():
         return Finding(True, "No pair was to be scored.", counts)
-    share = counts["truncated"] / logprobs.height
-    return Finding(
-        share <= max_share,
-        f"{counts['truncated']} of {logprobs.height} answers are truncated to scoring.max_tokens (share {share:.4g}; "
-        f"limit {max_share:g}, checks.max_truncated_share).",
-        counts | {"truncated_share": share},
-    )
+    return _at_most(max_share, "checks.max_truncated_share", counts, "answers are truncated to scoring.max_tokens")
+
+
+def _at_most(
+    limit: float | None, setting: str, counts: Mapping[str, int], what: str, reasons: pl.Series | None = None
+) -> Finding:
+    """Check that the second count is at most this share of the first; without a limit, any share passes.
+
+    Args:
+        limit: of the share.
+        setting: that contains the limit.
+        counts: all, and those of which the share is limited, by name.
+        what: the end of a sentence about the latter.
+        reasons: of the latter, among nulls.
+    """
+    (_, whole), (name, part) = counts.items()
+    share = part / whole
+    said = "no limit" if limit is None else f"limit {limit:g}, {setting}"
+    sentence = f"{part} of {whole} {what} (share {share:.4g}; {said})."
+    by_reason = {} if reasons is None else count_by(reasons)
+    if by_reason:
+        sentence += f" {', '.join(f'{reason}: {number}' for reason, number in by_reason.items())}."
+    numbers: dict[str, Any] = {**counts, f"{name}_share": share}
+    if reasons is not None:
+        numbers[f"{name}_by_reason"] = by_reason
+    return Finding(limit is None or share <= limit, sentence, numbers)
 
 
 def mean_rmi(scores: pl.DataFrame, min_mean: float) -> Finding:
@@ -128,15 +128,12 @@ def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Findi
     """Check that every model of DisagreementScores has the wanted strata, each with enough rows."""
     by_model = to_long(disagreement, "ranks")
     ranks = by_model.drop_nulls("stratum")
-    if ranks.is_empty():
-        return Finding(False, f"None of {disagreement.height} pairs is ranked: there are no strata.", {"num_strata": 0})
     unranked = sorted(set(by_model["model"]) - set(ranks["model"]))
-    if unranked:
-        return Finding(
-            False,
-            f"None of {disagreement.height} pairs is ranked under the models {unranked}, so they have no strata.",
-            {"num_strata": 0},
+    if unranked or ranks.is_empty():
+        models = (
+            ": there are no strata" if ranks.is_empty() else f" under the models {unranked}, so they have no strata"
         )
+        return Finding(False, f"None of {disagreement.height} pairs is ranked{models}.", {"num_strata": 0})
     rows = ranks.group_by("model", "stratum").len()
     strata = rows.group_by("model").agg(num_strata=pl.len(), fewest=pl.col("len").min()).sort("model")
     num_strata, fewest = int(strata["num_strata"].min()), int(strata["fewest"].min())  # type: ignore[arg-type]
@@ -152,21 +149,18 @@ def filled_strata(disagreement: pl.DataFrame, ranking: RankingSettings) -> Findi
 
 def rank_correlation(disagreement: pl.DataFrame, maximum: float) -> Finding:
     """Compute Spearman's correlation of the strong and weak model's ranks: near 1, their gap is mostly noise."""
-    by_model = to_long(disagreement, "ranks")
-    of_both = {role: by_model.filter(pl.col("model") == role)["rank"] for role in ("strong", "weak")}
-    ranks = pl.DataFrame(of_both).drop_nulls()
-    numbers: dict[str, float | int] = {"pairs_ranked_by_both": ranks.height}
-    correlation = ranks.select(pl.corr("strong", "weak", method="spearman")).item() if ranks.height else None
-    if correlation is None or math.isnan(correlation):
+    num_ranked, correlation = spearman_of_ranks(disagreement)
+    numbers = {"pairs_ranked_by_both": num_ranked}
+    if correlation is None:
         return Finding(
             False,
-            f"The correlation of the models' ranks over {ranks.height} pairs is undefined: there are too few pairs, or "
+            f"The correlation of the models' ranks over {num_ranked} pairs is undefined: there are too few pairs, or "
             "all ranks are equal. It is not known if the second model adds information.",
             numbers,
         )
     return Finding(
         correlation < maximum,
-        f"Spearman's correlation of the models' ranks is {correlation:.4g} over {ranks.height} pairs, expected below "
+        f"Spearman's correlation of the models' ranks is {correlation:.4g} over {num_ranked} pairs, expected below "
         f"{maximum:g} (checks.max_rank_correlation): above it, the second model adds little.",
         numbers | {"spearman": correlation},
     )
@@ -200,10 +194,6 @@ def drift(numbers: Mapping[str, float], evidence: float, limits: CheckSettings) 
     )
 
 
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(names)
-
-
 def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = planting.ENOUGH) -> Finding:
     """Check by AUROC that every model's RMI separates the batch's pairs from mismatched ones.
 
@@ -212,9 +202,11 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = plan
         min_auc: the lowest AUROC that passes.
         enough: the fewest planted rows that are judged.
     """
-    of_rmi = calibration.filter(pl.col("statistic") == Statistic.AUROC.value, pl.col("measure") == "rmi")
+    of_rmi = calibration.filter(statistic=Statistic.AUROC.value, measure="rmi")
     known = of_rmi.drop_nulls("value")
-    numbers = {f"auroc_{defect}_{model}": auc for defect, model, auc in known.select(_AUROC).iter_rows()}
+    numbers = {
+        f"auroc_{defect}_{model}": auc for defect, model, auc in known.select("defect", "model", "value").iter_rows()
+    }
     is_mismatch = pl.col("defect") == Defect.OTHER_ANSWER.value
     kept = calibration.filter(pl.col("statistic") == Statistic.KEPT_SHARE.value, is_mismatch)
     num_planted = max(kept["num_planted"], default=0)  # Scored or not: the same in every selection.
@@ -226,13 +218,13 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = plan
         )
     mismatches = known.filter(is_mismatch, pl.col("num_planted") >= enough)
     unjudged = sorted(set(of_rmi["model"]) - set(mismatches["model"]))
-    unknown = f"Not judged: {_and(unjudged)}, with fewer than {enough} scored rows of {Defect.OTHER_ANSWER}. "
+    unknown = f"Not judged: {' and '.join(unjudged)}, with fewer than {enough} scored rows of {Defect.OTHER_ANSWER}. "
     said = ", ".join(
         f"{model} {auc:.3f} [{lower:.3f}, {upper:.3f}]"
         for model, auc, lower, upper in mismatches.select("model", "value", "lower", "upper").iter_rows()
     )
     blind = sorted(mismatches.filter(pl.col("value") < min_auc)["model"])
-    verdict = f"RMI cannot tell good from bad on this batch under {_and(blind)}: do not trust its selection. "
+    verdict = f"RMI cannot tell good from bad on this batch under {' and '.join(blind)}: do not trust its selection. "
     return Finding(
         not blind and not unjudged,
         (verdict if blind else "")
@@ -249,7 +241,7 @@ def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:
         "rows": num_rows,
         "decided_rows": decisions.select(ROW_KEY).n_unique(),
         "decisions": decisions.height,
-        "selected": int((decisions["decision"] == Decision.SELECTED.value).sum()),
+        "selected": decisions.filter(decision=Decision.SELECTED.value).height,
     }
     share = {"selected_share": counts["selected"] / num_rows} if num_rows else {}
     return Finding(
@@ -300,10 +292,13 @@ def left_out(registered: Mapping[str, str | None]) -> Finding:
     """Check that every registered batch is in a version; `registered` gives the reason why one is not, else None."""
     missing = {batch: reason for batch, reason in sorted(registered.items()) if reason is not None}
     numbers = {"registered_batches": len(registered), "batches_left_out": len(missing)}
-    if not missing:
-        return Finding(True, f"All {len(registered)} registered batches are in the version.", numbers)
     said = ". ".join(f"{batch}: {reason}" for batch, reason in missing.items())
-    return Finding(False, f"{len(missing)} of {len(registered)} registered batches are left out. {said}.", numbers)
+    sentence = (
+        f"{len(missing)} of {len(registered)} registered batches are left out. {said}."
+        if missing
+        else f"All {len(registered)} registered batches are in the version."
+    )
+    return Finding(not missing, sentence, numbers)
 
 
 def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None], num_bytes: int) -> Finding:
@@ -322,7 +317,3 @@ def matching_files(expected: Mapping[str, str], found: Mapping[str, str | None],
         else f"All {len(expected)} files match the manifest.",
         numbers,
     )
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return f" {', '.join(f'{name}: {number}' for name, number in counts.items())}." if counts else ""

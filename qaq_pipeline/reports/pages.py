@@ -38,17 +38,7 @@ _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
 """Decisions, reasons and statuses of rows whose text no page shows. In a gated batch, only the status shows it."""
 
-_IDENTITY = (
-    "model",
-    "revision",
-    "dtype",
-    "prior",
-    "template_hash",
-    "tokenizer_hash",
-    "max_tokens",
-    "too_long",
-    "engine",
-)
+_IDENTITY = (*dataset_card.IDENTITY, "engine")
 _COST = {
     "quantities_scored": "likelihoods scored",
     "quantities_from_cache": "likelihoods from the cache",
@@ -62,6 +52,7 @@ _COST = {
     "device_hours": "device hours",
 }
 """Metadata of a scoring's materialisation and what follows from them, and their labels on a page."""
+
 Frozen = tuple[str, pl.DataFrame]
 """Name and rows of a reference."""
 
@@ -318,9 +309,7 @@ def _share(part: int, whole: int) -> str:
 def _files(raw: pl.DataFrame, files: Mapping[str, str]) -> Table:
     rows = dict(raw.group_by("source_file").len().iter_rows())
     delivered = [(name, sha256, rows.get(name, 0)) for name, sha256 in sorted(files.items())]
-    return Table(
-        "Delivered files", ("file", "sha256", "rows"), delivered, ("all", "", sum(row[2] for row in delivered))
-    )
+    return Table("Delivered files", ("file", "sha256", "rows"), delivered, ("all", "", raw.height))
 
 
 def _models(scorings: Sequence[Scoring]) -> Table:

@@ -329,5 +329,4 @@ def evenly(length: int, most: int) -> list[int]:
 
 def with_texts(rows: pl.DataFrame, raw: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
     """Join columns of RawData to the rows, keeping their order."""
-    wanted = [name for name in columns if name not in rows.columns]
-    return rows.join(raw.select(*ROW_KEY, *wanted), on=ROW_KEY, how="left", maintain_order="left")
+    return rows.join(raw.select(*ROW_KEY, *columns), on=ROW_KEY, how="left", maintain_order="left")

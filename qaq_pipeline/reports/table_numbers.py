@@ -31,8 +31,8 @@ def count_by(values: pl.Series) -> dict[str, int]:
 def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str]) -> Numbers:
     """Count the accepted and rejected rows of a delivery, and list the hash of each file."""
     return {
-        "accepted": int((raw["status"] == Status.ACCEPTED.value).sum()),
-        "rejected": int((raw["status"] == Status.REJECTED.value).sum()),
+        "accepted": raw.filter(status=Status.ACCEPTED.value).height,
+        "rejected": raw.filter(status=Status.REJECTED.value).height,
         "rejected_by_reason": count_by(raw["reason"]),
         "files": dict(files),
     }
@@ -101,16 +101,22 @@ def of_rmi_scores(scores: pl.DataFrame) -> Numbers:
 
 def of_disagreement_scores(frame: pl.DataFrame, warnings: Sequence[str]) -> Numbers:
     """Report ranked pairs, strata, warnings, and the correlation of the ranks if it is defined."""
-    of = {role: to_long(frame, "ranks").filter(pl.col("model") == role) for role in ("strong", "weak")}
-    ranks = pl.DataFrame({role: long["rank"] for role, long in of.items()})
-    correlation = ranks.select(pl.corr("strong", "weak", method="spearman")).item()
-    is_known = correlation is not None and math.isfinite(correlation)
+    num_ranked, correlation = spearman_of_ranks(frame)
+    strata = to_long(frame, "ranks").filter(model="strong")["num_strata"]
     return {
-        "ranked_by_both": frame.height - frame["gap"].null_count(),
-        "num_strata": 0 if ranks.is_empty() else of["strong"]["num_strata"][0],
+        "ranked_by_both": num_ranked,
+        "num_strata": 0 if strata.is_empty() else strata[0],
         "warnings": list(warnings),
-        **({"spearman_of_ranks": round(correlation, 4)} if is_known else {}),
+        **({} if correlation is None else {"spearman_of_ranks": round(correlation, 4)}),
     }
+
+
+def spearman_of_ranks(disagreement: pl.DataFrame) -> tuple[int, float | None]:
+    """Count the pairs that both models rank, and correlate their ranks; None if the correlation is undefined."""
+    by_model = to_long(disagreement, "ranks")
+    ranks = pl.DataFrame({role: by_model.filter(model=role)["rank"] for role in ("strong", "weak")}).drop_nulls()
+    correlation = ranks.select(pl.corr("strong", "weak", method="spearman")).item()
+    return ranks.height, None if correlation is None or math.isnan(correlation) else correlation
 
 
 def of_rank_reference(frame: pl.DataFrame, name: str, batches: Sequence[str], warnings: Sequence[str]) -> Numbers:
