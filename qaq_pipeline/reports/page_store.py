@@ -1,7 +1,7 @@
-"""The audit pages in the storage: what each is made of, where it lies, and whether it is still of what stands now.
+"""The audit pages in the storage: the place of each, the tables that it shows, and the test if it is stale.
 
-Belongs here: reading the tables that a page shows, storing it. Does not belong here: what stands on it (`report`), who
-asks for it (assets, `runs.audit_pages`), and Dagster.
+Belongs here: reading the tables of a page and storing it. Does not belong here: its content (`pages`), the callers
+(assets, `runs.audit_pages`), and Dagster.
 
     reports/<batch>/report.html                  and made_of.json: versions of what it was made of
     reports/<batch>/calibration.html             written with the table
@@ -35,12 +35,12 @@ _INPUTS = [name for name in PIPELINE["batch_report"].inputs if not PIPELINE[name
 
 
 def batch_page(batch: str) -> tuple[str, ...]:
-    """Where the page of a batch lies."""
+    """Return the place of the page of a batch."""
     return (_FOLDER, batch, "report.html")
 
 
 def calibration_page(batch: str) -> tuple[str, ...]:
-    """Where the page of a batch's calibration lies."""
+    """Return the place of the page of a batch's calibration."""
     return (_FOLDER, batch, "calibration.html")
 
 
@@ -49,7 +49,7 @@ def _made_of(batch: str) -> tuple[str, ...]:
 
 
 def forget(storage: Storage, batches: Sequence[str]) -> None:
-    """Remove the pages of batches, which show texts as they stood; they are made again, where they are wanted."""
+    """Remove the pages of batches, which show old texts; pages that are wanted are rendered again."""
     for batch in batches:
         for page in (batch_page(batch), calibration_page(batch)):
             if storage.files.exists(*page):
@@ -105,7 +105,7 @@ def write_batch_page(
 
 
 def write_version_page(storage: Storage, version: str, reference: ReferenceSettings | None, made: Made) -> pl.DataFrame:
-    """Make and store the page of a version whose files are kept; its scores.
+    """Render and store the page of a version whose files are kept; return its scores.
 
     Raises:
         StorageError: there is no such version, or its files were not kept.
@@ -129,14 +129,14 @@ def write_version_page(storage: Storage, version: str, reference: ReferenceSetti
 
 
 def read_reference(storage: Storage, reference: ReferenceSettings | None) -> Frozen | None:
-    """The reference that drift is measured against; None: none is configured, or it is not made yet."""
+    """Read the reference to measure drift against; None if none is configured, or if it is not built yet."""
     if reference is None or not storage.tables.has(stored_reference.NAME, Partition(reference.name)):
         return None
     return reference.name, storage.tables.read(stored_reference.NAME, Partition(reference.name)).frame
 
 
 def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The version before, the difference to it, the batches left out, and the pages of batches."""
+    """Find the previous version, the difference to it, the batches left out, and the pages of batches."""
     kept = versions.kept_versions(storage)
     previous = [None, *kept][kept.index(version)]
     difference = None if previous is None else versions.read_difference(storage, previous, version)
