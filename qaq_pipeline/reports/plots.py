@@ -80,7 +80,7 @@ def flow(steps: pl.DataFrame) -> Plot:
 
 
 def by_reason(counts: pl.DataFrame) -> Plot:
-    """Plot the rows by decision and reason (`summaries.by_reason`)."""
+    """Plot the rows by decision and reason (`selection.decisions.by_reason`)."""
     import altair as alt
 
     title, caption = "Rows by decision and reason", "Every delivered row has one decision and one reason for it."
