@@ -3,12 +3,13 @@
 Belongs here: what jobs, conditions, lineage, staleness and publication derive from. Does not belong here: the columns
 of a table (`schema.tables`), and how an asset is made (`orchestration.assets`).
 
-To add a table, write its schema, its entry here, and its asset in `orchestration/assets/<group>/<name>.py`.
+To add a table, write its schema, the sources of its columns, its entry here, and its asset in
+`orchestration/assets/<group>/<name>.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -60,8 +61,8 @@ class Asset:
     purpose: Purpose = Purpose.CURATION
     schema: type[dy.Schema] | None = None
     """Schema of the stored table; None: it is no table."""
-    sources: Callable[[], Mapping[str, Sources]] | None = None
-    """Columns from which each column of the table is derived."""
+    sources: Mapping[str, Sources] | None = None
+    """Columns from which each column of the table is derived; by default those in `column_lineage.SOURCES`."""
     is_published: bool = False
     """Whether its table of a batch is part of a publication."""
     module: str = field(default="", kw_only=True)
@@ -163,12 +164,12 @@ class Pipeline:
         """
         found: dict[str, dict[str, Sources]] = {}
         for asset in self.assets:
-            if asset.sources is not None:
-                sources, columns = asset.sources(), asset.table.columns()
-                if sources.keys() != columns.keys():
-                    wrong = sorted(sources.keys() ^ columns.keys())
+            sources = asset.sources or column_lineage.SOURCES.get(asset.name)
+            if sources is not None:
+                columns = asset.table.columns()
+                if wrong := sorted(sources.keys() ^ columns.keys()):
                     raise ValueError(f"{asset.name}: its columns and their declared sources differ in {wrong}")
-                found[asset.name] = {column: sources[column] for column in columns}
+                found[asset.name] = {column: tuple(dict.fromkeys(sources[column])) for column in columns}
         return found
 
 
@@ -179,7 +180,6 @@ PIPELINE = Pipeline(
             group="ingest",
             job="ingest_batch",
             schema=tables.RawData,
-            sources=column_lineage.raw_data,
             is_published=True,
         ),
         Asset(
@@ -188,7 +188,6 @@ PIPELINE = Pipeline(
             job="ingest_batch",
             inputs=("raw_data",),
             schema=tables.Signatures,
-            sources=column_lineage.signatures,
         ),
         Asset(
             "screened_data",
@@ -196,7 +195,6 @@ PIPELINE = Pipeline(
             job="ingest_batch",
             inputs=("raw_data", "signatures"),
             schema=tables.ScreenedData,
-            sources=column_lineage.screened_data,
             is_published=True,
         ),
         Asset(
@@ -206,7 +204,6 @@ PIPELINE = Pipeline(
             inputs=("raw_data", "screened_data"),
             partitioning=Partitioning.BATCH_AND_MODEL,
             schema=tables.Logprobs,
-            sources=column_lineage.logprobs,
         ),
         Asset(
             "rmi_scores",
@@ -215,7 +212,6 @@ PIPELINE = Pipeline(
             inputs=("logprobs",),
             partitioning=Partitioning.BATCH_AND_MODEL,
             schema=tables.RmiScores,
-            sources=column_lineage.rmi_scores,
         ),
         Asset(
             "rank_reference",
@@ -225,7 +221,6 @@ PIPELINE = Pipeline(
             partitioning=Partitioning.REFERENCE,
             purpose=Purpose.REFERENCE,
             schema=tables.RankReference,
-            sources=column_lineage.rank_reference,
         ),
         Asset(
             "disagreement_scores",
@@ -234,7 +229,6 @@ PIPELINE = Pipeline(
             inputs=("rmi_scores",),
             optional_inputs=("rank_reference",),
             schema=tables.DisagreementScores,
-            sources=column_lineage.disagreement_scores,
         ),
         Asset(
             "decisions",
@@ -243,7 +237,6 @@ PIPELINE = Pipeline(
             inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores"),
             optional_inputs=("rank_reference",),
             schema=tables.Decisions,
-            sources=column_lineage.decisions,
             is_published=True,
         ),
         Asset(
@@ -252,7 +245,6 @@ PIPELINE = Pipeline(
             job="select_from_batch",
             inputs=("raw_data", "decisions"),
             schema=tables.SelectedSubset,
-            sources=column_lineage.selected_subset,
             is_published=True,
         ),
         Asset(
@@ -285,7 +277,6 @@ PIPELINE = Pipeline(
             inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores"),
             purpose=Purpose.CALIBRATION,
             schema=tables.PlantedRows,
-            sources=column_lineage.planted_rows,
         ),
         Asset(
             "planted_scores",
@@ -295,7 +286,6 @@ PIPELINE = Pipeline(
             partitioning=Partitioning.BATCH_AND_MODEL,
             purpose=Purpose.CALIBRATION,
             schema=tables.PlantedScores,
-            sources=column_lineage.planted_scores,
         ),
         Asset(
             "calibration",
@@ -305,7 +295,6 @@ PIPELINE = Pipeline(
             optional_inputs=("rank_reference",),
             purpose=Purpose.CALIBRATION,
             schema=tables.Calibration,
-            sources=column_lineage.calibration,
         ),
     )
 )

@@ -17,9 +17,10 @@ from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Pipeline, Purpo
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.schema.column_lineage import SOURCES
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
-from qaq_pipeline_tests.support.answer_lengths import sources_of_lengths, with_answer_lengths
+from qaq_pipeline_tests.support.answer_lengths import SOURCES_OF_LENGTHS, with_answer_lengths
 
 REFERENCE = {"pool": "reference", "reference": {"name": "frozen", "batches": ["b1"]}}
 
@@ -67,9 +68,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 def test_every_column_has_declared_sources() -> None:
     entry = PIPELINE["signatures"]
-    torn = Pipeline(
-        (PIPELINE["raw_data"], Asset("t", "g", "j", schema=entry.schema, sources=PIPELINE["raw_data"].sources))
-    )
+    torn = Pipeline((PIPELINE["raw_data"], Asset("t", "g", "j", schema=entry.schema, sources=SOURCES["raw_data"])))
     with pytest.raises(ValueError, match=r"t: its columns and their declared sources differ in \['answer', 'bands'"):
         _ = torn.column_sources
 
@@ -134,4 +133,4 @@ def test_one_entry_adds_a_table_to_jobs_conditions_staleness_publication_and_lin
     [batch] = walk(storage, published.version, pipeline).batches
     [table] = [table for table in batch.tables if table.name == "answer_lengths"]
     assert (table.state, table.stored) == (State.AS_PUBLISHED, stored.data_version)
-    assert pipeline.column_sources["answer_lengths"] == sources_of_lengths()
+    assert pipeline.column_sources["answer_lengths"] == SOURCES_OF_LENGTHS

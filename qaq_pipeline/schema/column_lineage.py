@@ -30,7 +30,7 @@ class Derivation:
 
     table: str
     column: str
-    sources: tuple[Column, ...]
+    sources: Sources
     """Empty if the column comes from the delivery (raw_data), the settings or the partition."""
 
 
@@ -38,183 +38,123 @@ UNDERIVED = "no source column: from the delivery, the settings or the partition"
 """The text for a column without sources."""
 
 
-def _of(table: str, *columns: str) -> tuple[Column, ...]:
+def _of(table: str, *columns: str) -> Sources:
     return tuple((table, column) for column in columns)
 
 
-def _merged(*sources: tuple[Column, ...]) -> tuple[Column, ...]:
-    return tuple(dict.fromkeys(column for part in sources for column in part))
-
-
-def _same(table: str, *columns: str) -> dict[str, tuple[Column, ...]]:
+def _same(table: str, *columns: str) -> dict[str, Sources]:
     return {column: _of(table, column) for column in columns}
 
 
-_TEXT = _of("raw_data", "query", "answer")
 _CONTENT = _of("raw_data", "system", "query", "answer")
-_SIGNED = (*_of("signatures", *ROW_KEY, "content_hash", "bands"), *_TEXT)
+_SIGNED = _of("signatures", *ROW_KEY, "content_hash", "bands") + _of("raw_data", "query", "answer")
 """The columns that are used to find duplicates and benchmark tasks."""
+_SCREENED = _of("raw_data", "status") + _SIGNED
+_SCREENED_FOR = _SCREENED + _of("raw_data", "reason")
 
+_TOKENS = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
+_LOG_PPL = {
+    f"log_ppl_{quantity}": _of("logprobs", f"sum_nll_{quantity}", _TOKENS.get(quantity, "num_a_tokens"))
+    for quantity in Quantity
+}
+"""A sum divided by a count."""
+_RMI = _of("logprobs", "sum_nll_q", "num_q_tokens", "sum_nll_q_given_a", "null_reason_q", "null_reason_q_given_a")
+_IFD = _LOG_PPL["log_ppl_a"] + _of(
+    "logprobs", "sum_nll_a_given_q", "null_reason_a", "null_reason_a_given_q", "num_q_tokens"
+)
+"""RMI and IFD are null if a sum is."""
 
-def raw_data() -> dict[str, Sources]:
-    """Return no sources: no column of raw_data is derived from another table."""
-    return dict.fromkeys(tables.RawData.columns(), ())
-
-
-def signatures() -> dict[str, Sources]:
-    """Return the sources of the hashes of accepted rows."""
-    accepted = _of("raw_data", "status")
-    key = {column: _merged(_of("raw_data", column), accepted) for column in ROW_KEY}
-    return key | {"pair_id": _of("raw_data", "pair_id"), "content_hash": _CONTENT, "bands": _CONTENT}
-
-
-def screened_data() -> dict[str, Sources]:
-    """Return the sources of the verdicts of screening."""
-    verdict = _merged(_of("raw_data", "status"), _SIGNED)
-    reason = _merged(verdict, _of("raw_data", "reason"))
-    return {
-        **_same("raw_data", *ROW_KEY, "pair_id"),
-        "status": verdict,
-        "reason": reason,
-        "duplicate_of": _SIGNED,
-        "similarity": _SIGNED,
-        "evidence": _merged(_SIGNED, _of("raw_data", "detail")),
-        "batch_gate": reason,
-    }
-
-
-def logprobs() -> dict[str, Sources]:
-    """Return the sources of the sums. Each depends on all texts of the pair, because all must fit into the window."""
-    scored = {f"{column}_{quantity}": _CONTENT for quantity in Quantity for column in ("sum_nll", "null_reason")}
-    return scored | {
-        "pair_id": _merged(_of("raw_data", "pair_id"), _of("screened_data", "status", "batch_gate")),
-        "num_q_tokens": _of("raw_data", "query"),
-        "num_a_tokens": _CONTENT,
-        "num_a_tokens_untruncated": _of("raw_data", "answer"),
-        "is_truncated": _CONTENT,
-    }
-
-
-def rmi_scores() -> dict[str, Sources]:
-    """Return the sources of log PPL(X), a sum divided by a count, and of RMI and IFD, which are null if a sum is."""
-    tokens = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
-    log_ppl = {
-        quantity: _of("logprobs", f"sum_nll_{quantity}", tokens.get(quantity, "num_a_tokens")) for quantity in Quantity
-    }
-    rmi = _score(log_ppl, Quantity.Q, Quantity.Q_GIVEN_A)
-    ifd = _score(log_ppl, Quantity.A, Quantity.A_GIVEN_Q)
-    counts = ("num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
-    return {
-        **_same("logprobs", "pair_id", *counts),
-        **{f"log_ppl_{quantity}": sources for quantity, sources in log_ppl.items()},
-        "rmi": rmi,
-        "null_reason_rmi": rmi,
-        "ifd_ppl": ifd,
-        "ifd_loss": ifd,
-        "null_reason_ifd": ifd,
-        "is_short_query": _of("logprobs", "num_q_tokens"),
-    }
-
-
-def _score(log_ppl: Mapping[Quantity, tuple[Column, ...]], *parts: Quantity) -> tuple[Column, ...]:
-    reasons = _of("logprobs", *(f"null_reason_{part}" for part in parts), "num_q_tokens")
-    return _merged(*(log_ppl[part] for part in parts), reasons)
-
-
+_NUMBERS = _of("rmi_scores", *(name for name in tables.RmiScores.columns() if name != "pair_id"))
+_RANKED = _of("disagreement_scores", "pair_id", "gap", "rank_sum", "ranks")
+_REFERENCE = _of("rank_reference", *tables.RankReference.columns())
 _BINNED = _of("rmi_scores", "pair_id", "log_ppl_q", "rmi")
 """The sources of strata: pairs with an RMI, in the order of (log PPL(Q), pair_id)."""
-_EDGES = _of("rank_reference", "pair_id", "model", "stratum_log_ppl_q", "stratum", "num_strata")
-_RANK = _merged(_BINNED, _EDGES, _of("rank_reference", "rmi", "rank"))
+_RANK = _BINNED + _of("rank_reference", "pair_id", "model", "stratum_log_ppl_q", "stratum", "num_strata", "rmi", "rank")
+_SCORES = _NUMBERS + _of("disagreement_scores", "ranks")
+_VERDICT = _of("screened_data", "status") + _RANKED + _NUMBERS + _REFERENCE + _of("screened_data", "batch_gate")
+_REASON = _VERDICT + _of("screened_data", "reason")
+_TAKEN = _of("decisions", "verdicts")
 
+_PLANTED = (
+    _of("raw_data", *ROW_KEY, "pair_id", "language", "system", "query", "answer")
+    + _of("screened_data", "status", "batch_gate")
+    + _of("rmi_scores", "rmi")
+    + _of("disagreement_scores", "pair_id", "gap", "ranks")
+)
+"""Texts of pairs that both models rank, from each stratum in turn."""
+_JUDGED = (
+    _of("planted_rows", "pair_id", "defect", "original_pair_id")
+    + _of("planted_scores", *tables.PlantedScores.columns())
+    + _of("rmi_scores", *tables.RmiScores.columns())
+    + _RANKED
+    + _REFERENCE
+)
 
-def rank_reference() -> dict[str, Sources]:
-    """Return the sources of a frozen pool."""
-    return {
-        **{column: _of("rmi_scores", column) for column in tables.RmiScores.columns()},
+SOURCES: ColumnSources = {
+    "raw_data": dict.fromkeys(tables.RawData.columns(), ()),
+    "signatures": {
+        **{column: _of("raw_data", column, "status") for column in ROW_KEY},
+        **_same("raw_data", "pair_id"),
+        **dict.fromkeys(("content_hash", "bands"), _CONTENT),
+    },
+    "screened_data": {
+        **_same("raw_data", *ROW_KEY, "pair_id"),
+        "status": _SCREENED,
+        **dict.fromkeys(("reason", "batch_gate"), _SCREENED_FOR),
+        **dict.fromkeys(("duplicate_of", "similarity"), _SIGNED),
+        "evidence": _SIGNED + _of("raw_data", "detail"),
+    },
+    # Every score depends on all texts of the pair, because all must fit into the window.
+    "logprobs": dict.fromkeys(tables.Logprobs.columns(), _CONTENT)
+    | {
+        "pair_id": _of("raw_data", "pair_id") + _of("screened_data", "status", "batch_gate"),
+        "num_q_tokens": _of("raw_data", "query"),
+        "num_a_tokens_untruncated": _of("raw_data", "answer"),
+    },
+    "rmi_scores": {
+        **_same("logprobs", "pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated"),
+        **_LOG_PPL,
+        **dict.fromkeys(("rmi", "null_reason_rmi"), _RMI),
+        **dict.fromkeys(("ifd_ppl", "ifd_loss", "null_reason_ifd"), _IFD),
+        "is_short_query": _of("logprobs", "num_q_tokens"),
+    },
+    "rank_reference": {
+        **_same("rmi_scores", *tables.RmiScores.columns()),
         "model": (),
         "stratum_log_ppl_q": _of("rmi_scores", "log_ppl_q", "rmi"),
-        "stratum": _BINNED,
         "num_strata": _of("rmi_scores", "rmi"),
-        "rank": _BINNED,
-    }
-
-
-def disagreement_scores() -> dict[str, Sources]:
-    """Return the sources of strata, ranks and gaps."""
-    return {
-        "pair_id": _of("rmi_scores", "pair_id"),
+        **dict.fromkeys(("stratum", "rank"), _BINNED),
+    },
+    "disagreement_scores": {
+        **_same("rmi_scores", "pair_id"),
         "pool_id": (),
-        "gap": _RANK,
-        "rank_sum": _RANK,
+        **dict.fromkeys(("gap", "rank_sum", "ranks"), _RANK),
         "null_reason": _of("rmi_scores", "null_reason_rmi"),
-        "ranks": _RANK,
-    }
-
-
-def decisions() -> dict[str, Sources]:
-    """Return the sources of decisions and their reasons."""
-    fields = [name for name in tables.MODEL_SCORE.inner if name in tables.RmiScores.columns()]
-    reasons = ("null_reason_rmi", "null_reason_ifd")
-    numbers = (*fields, *reasons, "num_a_tokens_untruncated")
-    verdict = _merged(
-        _of("disagreement_scores", "pair_id", "gap", "rank_sum", "ranks"),
-        _of("rmi_scores", *numbers),
-        _of("rank_reference", *tables.RankReference.columns()),
-        _of("screened_data", "batch_gate"),
-    )
-    scores = _merged(_of("rmi_scores", *fields, *reasons), _of("disagreement_scores", "ranks"))
-    decision = _merged(_of("screened_data", "status"), verdict)
-    reason = _merged(decision, _of("screened_data", "reason"))
-    words = _merged(_of("screened_data", "duplicate_of", "evidence"), _of("raw_data", "detail"))
-    return {
+    },
+    "decisions": {
         **_same("screened_data", *ROW_KEY, "pair_id", "duplicate_of", "similarity", "evidence"),
-        "decision": decision,
-        "reason": reason,
-        "explanation": _merged(reason, words, scores, _of("disagreement_scores", "pool_id")),
         **_same("disagreement_scores", "gap", "rank_sum"),
-        "scores": scores,
-        "verdicts": _merged(_of("screened_data", "status"), verdict),
+        **dict.fromkeys(("decision", "verdicts"), _VERDICT),
+        "reason": _REASON,
+        "explanation": _REASON
+        + _of("screened_data", "duplicate_of", "evidence")
+        + _of("raw_data", "detail")
+        + _of("disagreement_scores", "pool_id"),
+        "scores": _SCORES,
         "provenance_id": (),
-    }
-
-
-def selected_subset() -> dict[str, Sources]:
-    """Return the sources of the published rows."""
-    taken = _of("decisions", "verdicts")
-    copied = ("pair_id", "system", "query", "answer", "source", "language")
-    key = {column: _merged(_of("raw_data", column), taken) for column in ROW_KEY}
-    return key | {"position": taken} | _same("raw_data", *copied)
-
-
-def planted_rows() -> dict[str, Sources]:
-    """Return the sources of planted rows: the texts of pairs that both models rank, from each stratum in turn."""
-    made = _merged(
-        _of("raw_data", *ROW_KEY, "pair_id", "language"),
-        _CONTENT,
-        _of("screened_data", "status", "batch_gate"),
-        _of("rmi_scores", "rmi"),
-        _of("disagreement_scores", "pair_id", "gap", "ranks"),
-    )
-    return dict.fromkeys(tables.PlantedRows.columns(), made)
-
-
-def planted_scores() -> dict[str, Sources]:
-    """Return the sources of the scores of planted rows."""
-    texts = _of("planted_rows", "system", "query", "answer")
-    return dict.fromkeys(tables.PlantedScores.columns(), texts) | {"pair_id": _of("planted_rows", "pair_id")}
-
-
-def calibration() -> dict[str, Sources]:
-    """Return the sources of a calibration. The settings decide its keys; each value depends on all scores compared."""
-    judged = _merged(
-        _of("planted_rows", "pair_id", "defect", "original_pair_id"),
-        _of("planted_scores", *tables.PlantedScores.columns()),
-        _of("rmi_scores", *tables.RmiScores.columns()),
-        _of("disagreement_scores", "pair_id", "gap", "rank_sum", "ranks"),
-        _of("rank_reference", *tables.RankReference.columns()),
-    )
-    keys = tables.Calibration.primary_key()
-    return {column: () if column in keys else judged for column in tables.Calibration.columns()}
+    },
+    "selected_subset": {
+        **{column: _of("raw_data", column) + _TAKEN for column in ROW_KEY},
+        "position": _TAKEN,
+        **_same("raw_data", "pair_id", "system", "query", "answer", "source", "language"),
+    },
+    "planted_rows": dict.fromkeys(tables.PlantedRows.columns(), _PLANTED),
+    "planted_scores": dict.fromkeys(tables.PlantedScores.columns(), _of("planted_rows", "system", "query", "answer"))
+    | _same("planted_rows", "pair_id"),
+    "calibration": dict.fromkeys(tables.Calibration.columns(), _JUDGED)
+    | dict.fromkeys(tables.Calibration.primary_key(), ()),
+}
+"""Sources of every stored table of the pipeline; the settings decide the keys of a calibration."""
 
 
 EXPORTED: dict[str, tuple[str, ...]] = {
@@ -233,23 +173,16 @@ EXPORTED: dict[str, tuple[str, ...]] = {
 
 def of_records(file: str, fields: Iterable[str], table: str) -> list[Derivation]:
     """Return the fields of a file's records; `table` is selected_subset, or raw_data for another selection."""
-    record = _of("raw_data", "record")
-    return [
-        Derivation(file, field, _merged(_of(table, *EXPORTED[field]), record if field == "meta" else ()))
-        for field in fields
-    ]
+    records = {"meta": _of("raw_data", "record")}
+    return [Derivation(file, field, _of(table, *EXPORTED[field]) + records.get(field, ())) for field in fields]
 
 
 def of_scores(file: str, columns: Iterable[str]) -> list[Derivation]:
     """Return the columns of a scores Parquet: those of decisions, one per score and model, and `field:selection`."""
-    decided = tables.Decisions.columns()
+    of = {name: name for name in tables.Decisions.columns()}
     return [
-        Derivation(
-            file,
-            column,
-            _of("decisions", column if column in decided else "verdicts" if ":" in column else "scores"),
-        )
-        for column in columns
+        Derivation(file, name, _of("decisions", of.get(name, "verdicts" if ":" in name else "scores")))
+        for name in columns
     ]
 
 

@@ -30,58 +30,55 @@ from qaq_pipeline.schema.vocabularies import (
     WithdrawalReason,
 )
 
-NATS = "nats"
-NATS_PER_TOKEN = "nats/token"
-TOKENS = "tokens"
 
-
-def _closed(*vocabularies: type[Vocabulary], nullable: bool = False, description: str) -> dy.String:
+def _closed(
+    *vocabularies: type[Vocabulary],
+    description: str,
+    nullable: bool = False,
+    primary_key: bool = False,
+    explains: str | None = None,
+) -> dy.String:
+    """A column of words; `explains` names the column that is null exactly where this one gives a reason."""
     values = [member.value for vocabulary in vocabularies for member in vocabulary]
     return dy.String(
         nullable=nullable,
+        primary_key=primary_key,
         check=lambda column: column.is_in(values),
-        metadata={"vocabularies": vocabularies},
+        metadata={"vocabularies": vocabularies, "explains": explains},
         description=f"{description} One of: {', '.join(values)}.",
     )
 
 
+def _null_reason(value: str, vocabulary: type[Vocabulary] = NullReason) -> dy.String:
+    description = f"Reason why {value} is null; otherwise null."
+    return _closed(vocabulary, nullable=True, explains=value, description=description)
+
+
+def _nats(description: str, unit: str = "nats/token", minimum: float | None = 0.0) -> dy.Float64:
+    return dy.Float64(nullable=True, min=minimum, metadata={"unit": unit}, description=description)
+
+
 def _nll(symbol: str) -> dy.Float64:
-    return dy.Float64(
-        nullable=True,
-        min=0.0,
-        metadata={"unit": NATS},
-        description=f"Sum of -ln p over the scored tokens of {symbol}. Null: see the null reason.",
-    )
+    return _nats(f"Sum of -ln p over the scored tokens of {symbol}. Null: see the null reason.", unit="nats")
 
 
 def _log_ppl(symbol: str) -> dy.Float64:
-    return dy.Float64(
-        nullable=True,
-        min=0.0,
-        metadata={"unit": NATS_PER_TOKEN},
-        description=f"log PPL({symbol}) = sum of NLL / scored tokens. Null: see the null reason.",
-    )
+    return _nats(f"log PPL({symbol}) = sum of NLL / scored tokens. Null: see the null reason.")
 
 
-def _null_reason(of: str) -> dy.String:
-    return _closed(NullReason, nullable=True, description=f"Reason why {of} is null; otherwise null.")
+def _count(what: str) -> dy.Int64:
+    return dy.Int64(min=0, metadata={"unit": "tokens"}, description=what)
 
 
-def _count(what: str, *, minimum: int = 0) -> dy.Int64:
-    return dy.Int64(min=minimum, metadata={"unit": TOKENS}, description=what)
+class _Explained(dy.Schema):
+    """A table in which no value is null without a reason."""
 
-
-def _nullable_rank(of: str) -> dy.Float64:
-    return dy.Float64(
-        nullable=True,
-        min_exclusive=0.0,
-        max=1.0,
-        description=f"Rank of RMI within the stratum, in (0, 1], {of}; ties get their average. Null: not scorable.",
-    )
-
-
-def _null_iff_reason(value: str, reason: str) -> pl.Expr:
-    return pl.col(value).is_null() == pl.col(reason).is_not_null()
+    @dy.rule()
+    def null_iff_reason(cls) -> pl.Expr:
+        explained = {name: (column.metadata or {}).get("explains") for name, column in cls.columns().items()}
+        return pl.all_horizontal(
+            pl.col(value).is_null() == pl.col(reason).is_not_null() for reason, value in explained.items() if value
+        )
 
 
 class _RowKey(dy.Schema):
@@ -102,6 +99,12 @@ class _RowKey(dy.Schema):
 
 
 _PAIR_ID = r"^[0-9a-f]{32}$"
+
+
+class _PairScores(_Explained):
+    """A table of scores: one row per distinct pair."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
 
 
 class RawData(_RowKey):
@@ -163,9 +166,7 @@ class Contamination(_RowKey):
 class ScreenedData(_RowKey):
     """The rows of raw_data with the results of screening, before any GPU time. Only accepted rows are scored."""
 
-    pair_id = dy.String(
-        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null if rejected."
-    )
+    pair_id = RawData.pair_id
     status = _closed(Status, description="Accepted, rejected (as in raw_data), withdrawn, contaminated or duplicate.")
     reason = _closed(
         RejectReason,
@@ -185,9 +186,7 @@ class ScreenedData(_RowKey):
         description="Duplicate: Jaccard similarity to that row. Contaminated: share of the benchmark's text in the "
         "row. Otherwise null.",
     )
-    evidence = dy.String(
-        nullable=True, description="Evidence for the verdict, in words; null if accepted and not flagged."
-    )
+    evidence = dy.String(nullable=True, description="Evidence for the verdict of screening, in words; null if none.")
     batch_gate = _closed(
         GateReason,
         nullable=True,
@@ -204,31 +203,18 @@ class ScreenedData(_RowKey):
         return ~accepted | pl.struct("pair_id", "status").is_unique()
 
 
-class CachedScores(dy.Schema):
+class CachedScores(_PairScores):
     """Score cache: one row per scored quantity of a pair, under one score identity (the folder's name)."""
 
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    quantity = dy.String(
-        primary_key=True,
-        check=lambda column: column.is_in([q.value for q in Quantity]),
-        metadata={"vocabularies": (Quantity,)},
-        description="The likelihood.",
-    )
-    sum_nll = dy.Float64(
-        nullable=True, min=0.0, metadata={"unit": NATS}, description="Sum of NLL. Null: see the reason."
-    )
+    quantity = _closed(Quantity, primary_key=True, description="The likelihood.")
+    sum_nll = _nats("Sum of NLL. Null: see the reason.", unit="nats")
     num_tokens = _count("Scored tokens: divisor of the mean.")
-    null_reason = _null_reason("the sum")
-
-    @dy.rule()
-    def null_iff_reason(cls) -> pl.Expr:
-        return _null_iff_reason("sum_nll", "null_reason")
+    null_reason = _null_reason("sum_nll")
 
 
-class Logprobs(dy.Schema):
+class Logprobs(_PairScores):
     """Sums of negative log-likelihoods of each distinct accepted pair under one model, with token counts."""
 
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     sum_nll_q = _nll("Q after the prior's context")
     sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
     sum_nll_a = _nll("A after an empty query, in the forward frame")
@@ -243,10 +229,6 @@ class Logprobs(dy.Schema):
     is_truncated = dy.Bool(description="True if the end of A was cut to fit the window. Q is never cut.")
 
     @dy.rule()
-    def null_iff_reason(cls) -> pl.Expr:
-        return pl.all_horizontal(_null_iff_reason(f"sum_nll_{q}", f"null_reason_{q}") for q in Quantity)
-
-    @dy.rule()
     def scored_has_tokens(cls) -> pl.Expr:
         counts = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
         return pl.all_horizontal(
@@ -254,19 +236,14 @@ class Logprobs(dy.Schema):
         )
 
 
-class RmiScores(dy.Schema):
+class RmiScores(_PairScores):
     """Scores without ranks of each pair under one model, computed from its sums in seconds without a GPU."""
 
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     log_ppl_q = _log_ppl("Q")
     log_ppl_q_given_a = _log_ppl("Q | A")
     log_ppl_a = _log_ppl("A")
     log_ppl_a_given_q = _log_ppl("A | Q")
-    rmi = dy.Float64(
-        nullable=True,
-        metadata={"unit": NATS_PER_TOKEN},
-        description="RMI = log PPL(Q) - log PPL(Q | A). Low: mismatch. Very high: A echoes Q.",
-    )
+    rmi = _nats("RMI = log PPL(Q) - log PPL(Q | A). Low: mismatch. Very high: A echoes Q.", minimum=None)
     ifd_ppl = dy.Float64(
         nullable=True, min=0.0, description="IFD as a ratio of perplexities: exp(log PPL(A | Q) - log PPL(A))."
     )
@@ -279,37 +256,6 @@ class RmiScores(dy.Schema):
     is_truncated = dy.Bool(description="True if the end of A was cut.")
     is_short_query = dy.Bool(description="True if Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
 
-    @dy.rule()
-    def null_iff_reason(cls) -> pl.Expr:
-        return _null_iff_reason("rmi", "null_reason_rmi") & _null_iff_reason("ifd_ppl", "null_reason_ifd")
-
-
-MODEL_RANK = dy.Struct(
-    {
-        "model": dy.String(description="Role of the model."),
-        "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1; null: not scorable."),
-        "num_strata": dy.Int64(description="Number of strata in the model's pool."),
-        "rank": dy.Float64(nullable=True, description="Rank of RMI within the stratum, in (0, 1]."),
-    }
-)
-
-
-class DisagreementScores(dy.Schema):
-    """Strata, ranks, the gap between the strong and the weak model, and the pool on which they depend."""
-
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    pool_id = dy.String(description="Pool of the ranks: batch:<name> or reference:<name>:<version>.")
-    gap = dy.Float64(
-        nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
-    )
-    rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
-    null_reason = _null_reason("the gap")
-    ranks = dy.List(MODEL_RANK, description="Stratum and rank under each model, models in alphabetical order.")
-
-    @dy.rule()
-    def null_iff_reason(cls) -> pl.Expr:
-        return _null_iff_reason("gap", "null_reason")
-
 
 class RankReference(RmiScores):
     """A frozen pool: the scores, strata and ranks of its pairs under each model.
@@ -319,15 +265,19 @@ class RankReference(RmiScores):
     """
 
     model = dy.String(primary_key=True, description="Role of the model.")
-    stratum_log_ppl_q = dy.Float64(
-        nullable=True,
-        min=0.0,
-        metadata={"unit": NATS_PER_TOKEN},
-        description="log PPL(Q) that determines the stratum: the model's own or the strong model's; null: no rank.",
+    stratum_log_ppl_q = _nats(
+        "log PPL(Q) that determines the stratum: the model's own or the strong model's; null: no rank."
     )
-    stratum = dy.Int64(nullable=True, min=1, description="Stratum of PPL(Q) in the reference, from 1; null: no rank.")
-    num_strata = dy.Int64(min=1, description="Number of strata of the model's pool in the reference.")
-    rank = _nullable_rank("in the reference")
+    stratum = dy.Int64(
+        nullable=True, min=1, description="Stratum of PPL(Q) in the model's pool, from 1; null: no rank."
+    )
+    num_strata = dy.Int64(min=1, description="Number of strata of the model's pool.")
+    rank = dy.Float64(
+        nullable=True,
+        min_exclusive=0.0,
+        max=1.0,
+        description="Rank of RMI within the stratum, in (0, 1]; ties get their average; null: no score.",
+    )
 
     @dy.rule()
     def ranked_in_a_stratum(cls) -> pl.Expr:
@@ -335,13 +285,30 @@ class RankReference(RmiScores):
         return (pl.col("stratum").is_not_null() == ranked) & (pl.col("stratum_log_ppl_q").is_not_null() == ranked)
 
 
+_MODEL = dy.String(description="Role of the model.")
+
+MODEL_RANK = dy.Struct(
+    {"model": _MODEL} | {name: RankReference.columns()[name] for name in ("stratum", "num_strata", "rank")}
+)
+
+
+class DisagreementScores(_PairScores):
+    """Strata, ranks, the gap between the strong and the weak model, and the pool on which they depend."""
+
+    pool_id = dy.String(description="Pool of the ranks: batch:<name> or reference:<name>:<version>.")
+    gap = dy.Float64(
+        nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
+    )
+    rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
+    null_reason = _null_reason("gap")
+    ranks = dy.List(MODEL_RANK, description="Stratum and rank under each model, models in alphabetical order.")
+
+
 VERDICT = dy.Struct(
     {
         "selection": dy.String(description="Name of the selection."),
         "is_selected": dy.Bool(description="True if the selection takes this pair."),
-        "reason": dy.String(
-            metadata={"vocabularies": (SelectionReason,)}, description="Reason why it is taken or not."
-        ),
+        "reason": _closed(SelectionReason, description="Reason why it is taken or not."),
         "score": dy.Float64(nullable=True, description="The value that orders the selection."),
         "position": dy.Int64(nullable=True, description="Place in that order, from 1; null if it has none."),
         "cut": dy.Float64(
@@ -354,26 +321,12 @@ VERDICT = dy.Struct(
 
 MODEL_SCORE = dy.Struct(
     {
-        "model": dy.String(description="Role of the model."),
-        "rmi": dy.Float64(nullable=True, description="RMI, nats/token."),
-        "log_ppl_q": dy.Float64(nullable=True, description="log PPL(Q), nats/token."),
-        "log_ppl_q_given_a": dy.Float64(nullable=True, description="log PPL(Q | A), nats/token."),
-        "log_ppl_a": dy.Float64(nullable=True, description="log PPL(A), nats/token."),
-        "log_ppl_a_given_q": dy.Float64(nullable=True, description="log PPL(A | Q), nats/token."),
-        "ifd_ppl": dy.Float64(nullable=True, description="IFD as a ratio of perplexities."),
-        "ifd_loss": dy.Float64(nullable=True, description="IFD as a ratio of losses."),
-        "num_q_tokens": dy.Int64(description="Scored tokens of Q."),
-        "num_a_tokens": dy.Int64(description="Scored tokens of A after truncation."),
-        "num_a_tokens_untruncated": dy.Int64(description="All tokens of A."),
-        "is_truncated": dy.Bool(description="True if the end of A was cut."),
-        "is_short_query": dy.Bool(description="True if Q is so short that its scores are noisy."),
-        "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1."),
-        "num_strata": dy.Int64(description="Number of strata in the model's pool."),
-        "rank": dy.Float64(nullable=True, description="Rank of RMI within the stratum, in (0, 1]."),
-        "null_reason": dy.String(
-            nullable=True,
-            metadata={"vocabularies": (NullReason,)},
-            description="Reason why a requested score is null; otherwise null.",
+        "model": _MODEL,
+        "rmi": RmiScores.rmi,
+        **{name: column for name, column in RmiScores.columns().items() if name != "pair_id" and "reason" not in name},
+        **MODEL_RANK.inner,
+        "null_reason": _closed(
+            NullReason, nullable=True, description="Reason why a requested score is null; otherwise null."
         ),
     }
 )
@@ -382,7 +335,7 @@ MODEL_SCORE = dy.Struct(
 class Decisions(_RowKey):
     """The decision about every delivered row under every named selection, with its reason and numbers."""
 
-    pair_id = dy.String(nullable=True, regex=_PAIR_ID, description="Content hash; null if rejected.")
+    pair_id = RawData.pair_id
     decision = _closed(Decision, description="Decision under the published selection.")
     reason = _closed(
         SelectionReason,
@@ -395,20 +348,11 @@ class Decisions(_RowKey):
         description="Reason for the decision.",
     )
     explanation = dy.String(min_length=1, description="The reason as a sentence, with its numbers.")
-    duplicate_of = dy.String(
-        nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
-    )
-    similarity = dy.Float64(
-        nullable=True,
-        description="Duplicate: Jaccard similarity to that row. Contaminated: share of the benchmark's text in the "
-        "row. Otherwise null.",
-    )
-    evidence = dy.String(
-        nullable=True,
-        description="Evidence for the verdict of screening, in words; null if there is none.",
-    )
-    gap = dy.Float64(nullable=True, description="rank_strong - rank_weak; null if a model could not score the pair.")
-    rank_sum = dy.Float64(nullable=True, description="rank_strong + rank_weak.")
+    duplicate_of = ScreenedData.duplicate_of
+    similarity = ScreenedData.similarity
+    evidence = ScreenedData.evidence
+    gap = DisagreementScores.gap
+    rank_sum = DisagreementScores.rank_sum
     scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty if the pair was not scored.")
     verdicts = dy.List(
         VERDICT, description="Verdict of every named selection and control; empty if the pair was not scored."
@@ -442,14 +386,10 @@ BOTH_MODELS = "strong-weak"
 """The value of `model` for a number that needs both models; no model can have this name."""
 
 
-class Calibration(dy.Schema):
+class Calibration(_Explained):
     """A validation of the scores by planted defects: how well they tell good pairs from bad. One number per row."""
 
-    statistic = dy.String(
-        primary_key=True,
-        check=lambda column: column.is_in(list(Statistic)),
-        description=f"The statistic. One of: {', '.join(Statistic)}.",
-    )
+    statistic = _closed(Statistic, primary_key=True, description="The statistic.")
     defect = dy.String(
         primary_key=True,
         check=lambda column: column.is_in([CLEAN, *Defect]),
@@ -468,11 +408,7 @@ class Calibration(dy.Schema):
     num_clean = dy.Int64(min=0, description="Rows as delivered behind the value.")
     num_planted = dy.Int64(min=0, description="Planted rows behind the value.")
     num_kept = dy.Int64(nullable=True, min=0, description="kept_share: rows kept. Cuts: clean rows that the cut keeps.")
-    null_reason = _closed(UnknownReason, nullable=True, description="Reason why the value is null; otherwise null.")
-
-    @dy.rule()
-    def null_iff_reason(cls) -> pl.Expr:
-        return _null_iff_reason("value", "null_reason")
+    null_reason = _null_reason("value", UnknownReason)
 
 
 class SelectedSubset(_RowKey):
@@ -480,11 +416,11 @@ class SelectedSubset(_RowKey):
 
     position = dy.Int64(min=1, description="Place in the selection's order, from 1.")
     pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    system = dy.String(nullable=True, description="The row's own system text.")
+    system = RawData.system
     query = dy.String(description="Q, as delivered.")
     answer = dy.String(description="A, as delivered.")
-    source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
-    language = dy.String(nullable=True, description="The row's own `language` field; null if it has none.")
+    source = RawData.source
+    language = RawData.language
 
 
 class Difference(_RowKey):

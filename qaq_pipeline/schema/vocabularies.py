@@ -52,10 +52,7 @@ class DuplicateReason(Vocabulary):
     """Reasons why a readable row is not scored although its text is valid."""
 
     EXACT_DUPLICATE = "exact_duplicate", "The row equals the older one except for white space and Unicode form."
-    NEAR_DUPLICATE = (
-        "near_duplicate",
-        "The similarity to the older row is at least `screening.duplicates.near_threshold`.",
-    )
+    NEAR_DUPLICATE = "near_duplicate", "The similarity to the older row reaches `screening.duplicates.near_threshold`."
 
 
 class ContaminationReason(Vocabulary):
@@ -78,10 +75,7 @@ class GateReason(Vocabulary):
     EMPTY_BATCH = "empty_batch", "The batch has no rows."
     UNREADABLE_FILE = "unreadable_file", "A file of the batch cannot be split into rows."
     TOO_MANY_REJECTED = "too_many_rejected", "The share of rejected rows is above `gates.max_rejected_share`."
-    TOO_FEW_SCORABLE = (
-        "too_few_scorable",
-        "A model scored a smaller share of the pairs than `gates.min_scorable_share`.",
-    )
+    TOO_FEW_SCORABLE = "too_few_scorable", "The share of pairs that a model scored is below `gates.min_scorable_share`."
     MODEL_CHANGED = "model_changed", "The files of a model changed during scoring."
 
 
@@ -146,10 +140,7 @@ class Defect(Vocabulary):
     CUT_ANSWER = "cut_answer", "The end of the answer is missing."
     FILLER = "filler", "The answer has no content."
     WRONG_LANGUAGE = "wrong_language", "The answer is in another programming language than the query asks for."
-    ONE_TOKEN_BUG = (
-        "one_token_bug",
-        "One operator, name or number of the code is replaced; no likelihood can be expected to show it.",
-    )
+    ONE_TOKEN_BUG = "one_token_bug", "One operator, name or number of the code is replaced: the negative control."
 
 
 class Statistic(Vocabulary):
@@ -158,10 +149,7 @@ class Statistic(Vocabulary):
     AUROC = "auroc", "P(a row as delivered scores above a planted one), ties counted half."
     PAIRED_SHARE = "paired_share", "Share of planted rows that score below their own original."
     KEPT_SHARE = "kept_share", "Share of rows that a selection takes."
-    LOW_CUT = (
-        "low_cut",
-        "The largest RMI that cannot be told from a mismatch at the false-discovery rate.",
-    )
+    LOW_CUT = "low_cut", "The largest RMI that cannot be told from a mismatch at the false-discovery rate."
     HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
 
 

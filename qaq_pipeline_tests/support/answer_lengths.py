@@ -19,8 +19,10 @@ class AnswerLengths(dy.Schema):
     num_characters = dy.Int64(min=0)
 
 
-def sources_of_lengths() -> dict[str, Sources]:
-    return {"pair_id": (("raw_data", "pair_id"),), "num_characters": (("raw_data", "answer"),)}
+SOURCES_OF_LENGTHS: dict[str, Sources] = {
+    "pair_id": (("raw_data", "pair_id"),),
+    "num_characters": (("raw_data", "answer"),),
+}
 
 
 def build_answer_lengths(_settings: Settings) -> dg.AssetsDefinition:
@@ -42,7 +44,7 @@ def with_answer_lengths() -> Pipeline:
         job=PIPELINE["selected_subset"].job,
         inputs=("raw_data",),
         schema=AnswerLengths,
-        sources=sources_of_lengths,
+        sources=SOURCES_OF_LENGTHS,
         is_published=True,
         module=__name__,
     )
