@@ -269,28 +269,30 @@ def announce(storage: Storage, url: str, landed: Landed) -> str | None:
     settled = _settled(storage, landed.batch)
     if settled["note"] == json.loads(json.dumps(note)):
         return None
-    storage.deliveries.write_note(note, landed.batch, _ANNOUNCED)
+    storage.files.write_json(note, *storage.deliveries.place(landed.batch, _ANNOUNCED))
     return f"{path}|{landed.num_bytes} bytes|{landed.fingerprint}|{settled['number']}"
 
 
 def is_announced(storage: Storage, batch: str) -> bool:
     """Return whether the zone has a delivery of the batch that is not copied yet."""
-    return storage.deliveries.has_note(batch, _ANNOUNCED)
+    return storage.files.exists(*storage.deliveries.place(batch, _ANNOUNCED))
 
 
 def settle(storage: Storage, batch: str) -> None:
     """Close the announced delivery: it was copied, or a manual delivery of the batch replaced it."""
     if is_announced(storage, batch):
-        note = storage.deliveries.read_note(batch, _ANNOUNCED)
-        number = _settled(storage, batch)["number"] + 1
-        storage.deliveries.write_note({"note": note, "number": number}, batch, _SETTLED)
-        storage.deliveries.remove_note(batch, _ANNOUNCED)
+        settled = {"note": _announced(storage, batch), "number": _settled(storage, batch)["number"] + 1}
+        storage.files.write_json(settled, *storage.deliveries.place(batch, _SETTLED))
+        storage.files.remove(*storage.deliveries.place(batch, _ANNOUNCED))
+
+
+def _announced(storage: Storage, batch: str) -> dict[str, Any]:
+    return storage.files.read_json(*storage.deliveries.place(batch, _ANNOUNCED))
 
 
 def _settled(storage: Storage, batch: str) -> dict[str, Any]:
-    if not storage.deliveries.has_note(batch, _SETTLED):
-        return {"note": None, "number": 0}
-    return storage.deliveries.read_note(batch, _SETTLED)
+    place = storage.deliveries.place(batch, _SETTLED)
+    return storage.files.read_json(*place) if storage.files.exists(*place) else {"note": None, "number": 0}
 
 
 def receive(storage: Storage, batch: str) -> Delivery:
@@ -302,9 +304,9 @@ def receive(storage: Storage, batch: str) -> Delivery:
     """
     if not is_announced(storage, batch):
         return storage.deliveries.current(batch)
-    note = storage.deliveries.read_note(batch, _ANNOUNCED)
+    note = _announced(storage, batch)
     delivery = storage.deliveries.store(batch, _read_files(note))
-    if storage.deliveries.read_note(batch, _ANNOUNCED) == note:  # Else another delivery was announced meanwhile.
+    if _announced(storage, batch) == note:  # Else another delivery was announced meanwhile.
         settle(storage, batch)
     return delivery
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import ExportSettings, Settings
 from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
@@ -89,9 +90,9 @@ def publish(
     run_id: str | None = None,
 ) -> Publication:
     """Write a version, log it as the newest one, and retire old ones. Call it under `versions.lock`."""
-    files = dataset_files(settings, batches)
+    files = dataset_files(settings.published, settings.exported, settings.export, batches)
     manifest = {
-        **_recipe(settings),
+        **_recipe(settings.published, settings.export),
         "batches": [_entry(batch) for batch in batches],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
@@ -116,40 +117,42 @@ def is_current(storage: Storage, registered: Sequence[str], settings: Settings) 
         return not included
     published = versions.read_manifest(storage, newest.version)
     entered = {entry["batch"]: entry["data_versions"] for entry in published["batches"]}
-    stored = {
-        batch: {name: footer.data_version for name, footer in footers.items()} for batch, footers in included.items()
-    }
     return (
-        entered.keys() == stored.keys()
-        and all(entered[batch] | stored[batch] == entered[batch] for batch in stored)
-        and all(published.get(name) == value for name, value in _recipe(settings).items())
+        entered.keys() == included.keys()
+        and all(
+            entered[batch].get(name) == footer.data_version
+            for batch, footers in included.items()
+            for name, footer in footers.items()
+        )
+        and published | _recipe(settings.published, settings.export) == published
     )
 
 
-def _recipe(settings: Settings) -> dict[str, Any]:
+def _recipe(published: Selection, export: ExportSettings) -> dict[str, Any]:
     """The part of a manifest that the settings determine."""
     return {
         "format": versions.MANIFEST_FORMAT,
-        "selection": settings.published.model_dump(mode="json"),
-        "export": settings.export.model_dump(mode="json"),
+        "selection": published.model_dump(mode="json"),
+        "export": export.model_dump(mode="json"),
     }
 
 
-def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[str, bytes]:
+def dataset_files(
+    published: Selection, selections: Sequence[str], export: ExportSettings, batches: Sequence[BatchTables]
+) -> dict[str, bytes]:
     """The files of a version by path: each exported selection in each format, the scores, and the card."""
     decided = _concat(batches, "decisions")
     files, exported = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}
-    for selection in settings.exported:
-        rows = _rows(selection, batches, settings)
-        for export_format in settings.export.formats:
-            written = exports.export(export_format, rows)
-            files |= {f"{selection}/{name}": data for name, data in written.items()}
+    for selection in selections:
+        rows = _rows(batches, None if selection == published.name else selection, has_meta=export.meta)
+        for name in export.formats:
+            files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
         exported[selection] = rows.height
-    files["dataset_info.json"] = exports.llama_factory_info(exported, settings.export.formats)
+    files["dataset_info.json"] = exports.llama_factory_info(exported, export.formats)
     files["README.md"] = dataset_card.dataset_card(
-        settings.published,
+        published,
         exported,
-        settings.export,
+        export,
         [_entry(batch) for batch in batches],
         _concat(batches, "screened_data"),
         decided,
@@ -158,21 +161,17 @@ def dataset_files(settings: Settings, batches: Sequence[BatchTables]) -> dict[st
     return files
 
 
-def _rows(selection: str, batches: Sequence[BatchTables], settings: Settings) -> pl.DataFrame:
-    """The rows of a selection, batch by batch, best first."""
-    of_batches = [_rows_of_batch(selection, batch, settings) for batch in batches]
-    rows = pl.concat([empty(PIPELINE["selected_subset"].table), *of_batches])
-    if not settings.export.meta:
+def _rows(batches: Sequence[BatchTables], selection: str | None, *, has_meta: bool) -> pl.DataFrame:
+    """The rows of a selection (None: the published one), batch by batch, best first."""
+    rows = _concat(batches, "selected_subset")
+    if selection is not None:
+        frames = [(batch["raw_data"].frame, batch["decisions"].frame) for batch in batches]
+        rows = pl.concat([rows.clear(), *(decisions.selected_rows(selection, *of_batch) for of_batch in frames)])
+    if not has_meta:
         return rows
     screened = _concat(batches, "screened_data")
     barred = screened.filter(pl.col("status").is_in([Status.WITHDRAWN.value, Status.CONTAMINATED.value]))
     return exports.with_meta(rows, _concat(batches, "raw_data"), barred)
-
-
-def _rows_of_batch(selection: str, batch: BatchTables, settings: Settings) -> pl.DataFrame:
-    if selection == settings.published.name:
-        return batch["selected_subset"].frame
-    return decisions.selected_rows(selection, batch["raw_data"].frame, batch["decisions"].frame)
 
 
 def _concat(batches: Sequence[BatchTables], table: str) -> pl.DataFrame:

@@ -18,13 +18,7 @@ import polars as pl
 import pyarrow as pa
 import yaml
 
-from qaq_pipeline.config.selections import (
-    DiffSelection,
-    RmiBandSelection,
-    RmiTopSelection,
-    Selection,
-    SumSelection,
-)
+from qaq_pipeline.config.selections import DiffSelection, RmiBandSelection, RmiTopSelection, Selection, SumSelection
 from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication import exports, templates
 from qaq_pipeline.publication.exports import FORMATS
@@ -46,6 +40,8 @@ _SIZES = {
 
 IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
 """Fields of a score identity that a reader compares."""
+
+_SELECTED = pl.col("decision") == Decision.SELECTED.value
 
 _OF_RMI = DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection
 
@@ -108,21 +104,10 @@ def dataset_card(
     return templates.render("dataset_card.md", page, {"shown": _shown})
 
 
-def _is_the_papers(selection: Selection) -> bool:
-    """True if it is the selection of the paper: the quarter of all pairs with the highest gaps."""
-    return (
-        isinstance(selection, DiffSelection)
-        and selection.strategy == "diff_high"
-        and selection.budget.fraction == 0.25
-        and selection.min_gap is None
-        and selection.rank_strong is None
-        and selection.rmi_strong is None
-    )
-
-
 def limits(selection: Selection) -> tuple[str, ...]:
     """Limits of the numbers of a selection, in sentences."""
-    return ((_PAPER,) if _is_the_papers(selection) else ()) + _LIMITS
+    papers = DiffSelection(name=selection.name, strategy="diff_high")  # By default a quarter, without conditions.
+    return (_PAPER, *_LIMITS) if selection == papers else _LIMITS
 
 
 def _title(selection: Selection) -> str:
@@ -131,7 +116,6 @@ def _title(selection: Selection) -> str:
 
 
 def _metadata(selection: Selection, exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any]:
-    num_rows = exported[selection.name]
     configs = _configs(exported, export)
     return {
         "license": "unknown",
@@ -139,7 +123,7 @@ def _metadata(selection: Selection, exported: Mapping[str, int], export: ExportS
         "language": ["code"],
         "task_categories": ["text-generation"],
         "tags": ["code", "instruction-tuning", "synthetic", "data-selection", "qaq", "arxiv:2603.12165"],
-        "size_categories": [next((name for limit, name in _SIZES.items() if num_rows < limit), "n>1B")],
+        "size_categories": [next((name for limit, name in _SIZES.items() if exported[selection.name] < limit), "n>1B")],
         "configs": [
             {"config_name": name, "data_files": [{"split": "train", "path": path}]}
             | ({"default": True} if name == next(iter(configs)) else {})
@@ -160,17 +144,14 @@ def _configs(exported: Mapping[str, int], export: ExportSettings) -> dict[str, t
     files, or, where there are none, the Parquet files; and it can load no file without rows. So `scores.parquet`, which
     is nothing to train on either, is none of them.
     """
-    kinds = _loaded_by_json(export) or [kind for kind in export.formats if kind == "parquet"]
+    kinds = [kind for kind in export.formats if FORMATS[kind].is_json]
+    kinds = kinds or [kind for kind in export.formats if kind == "parquet"]
     return {
         f"{name}-{kind}": (kind, f"{name}/{FORMATS[kind].path}")
         for name, num_rows in exported.items()
         for kind in kinds
         if num_rows
     }
-
-
-def _loaded_by_json(export: ExportSettings) -> list[str]:
-    return [kind for kind in export.formats if FORMATS[kind].is_json]
 
 
 def _features(columns: Iterable[pa.Field]) -> list[dict[str, Any]]:
@@ -190,11 +171,11 @@ def _files(exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any
         (kind, FORMATS[kind].path, ", ".join(exports.columns(kind, has_meta=export.meta).names))
         for kind in export.formats
     ]
-    json_configs = _configs(exported, export) if _loaded_by_json(export) else {}
+    of_json = (name for name, (kind, _) in _configs(exported, export).items() if FORMATS[kind].is_json)
     return {
         "formats": export.formats,
         "files": files,
-        "json_config": next(iter(json_configs), None),
+        "json_config": next(of_json, None),
         "llama_factory": next(iter(exports.llama_factory_entries(exported, export.formats)), None),
     }
 
@@ -205,7 +186,7 @@ def _strata(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
     ranked = to_long(scored, "scores", "decision").drop_nulls("stratum")
     strata = ranked.group_by("model", "num_strata", "stratum").agg(
         pl.len().alias("pairs"),
-        (pl.col("decision") == Decision.SELECTED.value).sum().alias("selected"),
+        _SELECTED.sum().alias("selected"),
         pl.col("log_ppl_q").min().alias("lowest"),
         pl.col("log_ppl_q").max().alias("highest"),
     )
@@ -228,8 +209,7 @@ def models(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[
 def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:
     """Selected rows that hold a benchmark's task, where such rows are flagged and not dropped."""
     flagged = screened.filter(pl.col("status") == Status.ACCEPTED.value, pl.col("evidence").is_not_null())
-    selected = decisions.filter(pl.col("decision") == Decision.SELECTED.value)
-    return flagged.join(selected, on=ROW_KEY, how="semi").height
+    return flagged.join(decisions.filter(_SELECTED), on=ROW_KEY, how="semi").height
 
 
 def _benchmarks(benchmarks: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import polars as pl
 
-from qaq_pipeline.publication import flat_scores, versions
+from qaq_pipeline.publication import versions
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Change, Decision
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.storage import Storage
 
 
@@ -18,7 +19,7 @@ def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
     """Compare two stored versions, and store the difference if they are not the same version."""
     found = difference(versions.read_scores(storage, older), versions.read_scores(storage, newer))
     if older != newer:
-        storage.files.write_bytes(flat_scores.parquet(found), *versions.difference_place(older, newer))
+        storage.files.write_bytes(parquet_file.encode(found, {}), *versions.difference_place(older, newer))
     return found
 
 

@@ -1,6 +1,6 @@
 """The training files of selected rows, in every exported format. They hold no scores.
 
-Belongs here: one function per format, from rows to bytes, and what a reader of the files has to know. Does not belong
+Belongs here: the record of each format, its files, and what a reader of the files has to know. Does not belong
 here: which rows are exported, and where the files are stored.
 
 Rows are SelectedSubset, optionally with the column `meta` (`with_meta`); every record then has it. All records of a
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import polars as pl
@@ -30,51 +30,6 @@ _ROWS_AT_A_TIME = 10_000
 """Rows in one Arrow record batch, whose texts must stay below 2 GB."""
 
 _META = (*ROW_KEY, "pair_id", "source", "language", "record")
-
-
-def messages_jsonl(rows: pl.DataFrame) -> bytes:
-    """OpenAI messages, one conversation per line: the row's own system text, if any, then Q and A."""
-    return _jsonl(_records(rows, _messages))
-
-
-def alpaca_json(rows: pl.DataFrame) -> bytes:
-    """Alpaca: a JSON array of instruction (all of Q), input (empty), output (A) and system (may be empty)."""
-    return b"[\n" + b",\n".join(map(_json, _records(rows, _alpaca))) + b"\n]\n"
-
-
-def prompt_completion_jsonl(rows: pl.DataFrame) -> bytes:
-    """Prompt and completion as lists of messages: the row's own system text, if any, and Q; then A.
-
-    TRL would join plain texts without the turns of a chat template and without a system text. It renders lists of
-    messages with the template, and the loss is on the completion alone.
-    """
-    return _jsonl(_records(rows, _prompt_completion))
-
-
-def sharegpt_jsonl(rows: pl.DataFrame) -> bytes:
-    """ShareGPT, one conversation per line: from system (if the row has a system text), human and gpt."""
-    return _jsonl(_records(rows, _sharegpt))
-
-
-def messages_parquet(rows: pl.DataFrame) -> bytes:
-    """The records of `messages_jsonl` as Parquet, with the types that `datasets` gives to the JSONL."""
-    stream = io.BytesIO()
-    pq.write_table(_messages_table(rows), stream, compression="zstd")
-    return stream.getvalue()
-
-
-def messages_folder(rows: pl.DataFrame) -> dict[str, bytes]:
-    """The records of `messages_jsonl` as the files of `Dataset.save_to_disk`, by name; needs the extra `datasets`.
-
-    The fingerprint is a hash of the rows, not a random number: the same rows give the same files.
-    """
-    from datasets import Dataset
-
-    fingerprint = hashlib.blake2b(messages_jsonl(rows), digest_size=8).hexdigest()
-    with tempfile.TemporaryDirectory() as folder:
-        # One shard even without rows: `load_from_disk` fails if there is none.
-        Dataset(_messages_table(rows), fingerprint=fingerprint).save_to_disk(folder, num_shards=1)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl.DataFrame:
@@ -106,9 +61,9 @@ class Format:
     """One of `export.formats`."""
 
     path: str
-    """File or folder in the folder of a selection."""
-    write: Callable[[pl.DataFrame], bytes | dict[str, bytes]]
-    """From rows to the file, or to the files of the folder by name."""
+    """File or folder in the folder of a selection; its suffix says how the records are written."""
+    record: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """From a row to its record, without `meta`."""
     columns: pa.Schema
     """Columns of its records as `datasets` loads them, without `meta`."""
     llama_factory: Mapping[str, Any] | None = None
@@ -122,15 +77,23 @@ class Format:
 
 def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
     """The files of the rows in a format of `export.formats`, by path in the folder of a selection."""
-    written = FORMATS[name].write(rows)
-    if isinstance(written, bytes):
-        return {FORMATS[name].path: written}
-    return {f"{FORMATS[name].path}/{file}": data for file, data in written.items()}
+    path = FORMATS[name].path
+    match PurePath(path).suffix:
+        case ".jsonl":
+            return {path: _jsonl(_records(name, rows))}
+        case ".json":
+            return {path: b"[\n" + b",\n".join(map(_json, _records(name, rows))) + b"\n]\n"}
+        case ".parquet":
+            stream = io.BytesIO()
+            pq.write_table(_table(name, rows), stream, compression="zstd")
+            return {path: stream.getvalue()}
+        case _:
+            return {f"{path}/{file}": data for file, data in _saved_to_disk(name, rows).items()}
 
 
 def columns(name: str, *, has_meta: bool) -> pa.Schema:
     """The columns of a format's records, as `datasets` loads them."""
-    meta = [pa.field("meta", pa.string())] if has_meta else []
+    meta = _strings("meta") if has_meta else []
     return pa.schema([*FORMATS[name].columns, *meta])
 
 
@@ -166,9 +129,9 @@ def llama_factory_entries(exported: Mapping[str, int], formats: Sequence[str]) -
 # --- records ------------------------------------------------------------------------------------------------------
 
 
-def _records(rows: pl.DataFrame, record: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _records(name: str, rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
     for row in rows.iter_rows(named=True):
-        yield record(row) | ({"meta": row["meta"]} if "meta" in row else {})
+        yield FORMATS[name].record(row) | ({"meta": row["meta"]} if "meta" in row else {})
 
 
 def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -181,20 +144,28 @@ def _completion(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"messages": [*_prompt(row), *_completion(row)]}
+    """OpenAI messages, one conversation: the row's own system text, if any, then Q and A."""
+    return {"messages": _prompt(row) + _completion(row)}
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompt and completion as lists of messages: the row's own system text, if any, and Q; then A.
+
+    TRL would join plain texts without the turns of a chat template and without a system text. It renders lists of
+    messages with the template, and the loss is on the completion alone.
+    """
     return {"prompt": _prompt(row), "completion": _completion(row)}
 
 
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """ShareGPT, one conversation: from system (if the row has a system text), human and gpt."""
     speakers = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [*_prompt(row), *_completion(row)]
+    turns = _prompt(row) + _completion(row)
     return {"conversations": [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]}
 
 
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Alpaca: instruction (all of Q), input (empty), output (A) and system (may be empty)."""
     return {"instruction": row["query"], "input": "", "output": row["answer"], "system": row["system"] or ""}
 
 
@@ -209,13 +180,26 @@ def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def _messages_table(rows: pl.DataFrame) -> pa.Table:
-    records = columns("messages", has_meta="meta" in rows.columns)
-    batches = [
-        pa.RecordBatch.from_pylist(list(_records(part, _messages)), schema=records)
-        for part in rows.iter_slices(_ROWS_AT_A_TIME)
-    ]
-    return pa.Table.from_batches(batches, schema=records)
+def _table(name: str, rows: pl.DataFrame) -> pa.Table:
+    """The records with the types that `datasets` gives to them when it reads them from JSONL."""
+    schema = columns(name, has_meta="meta" in rows.columns)
+    parts = rows.iter_slices(_ROWS_AT_A_TIME)
+    batches = [pa.RecordBatch.from_pylist(list(_records(name, part)), schema=schema) for part in parts]
+    return pa.Table.from_batches(batches, schema=schema)
+
+
+def _saved_to_disk(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
+    """The records as the files of `Dataset.save_to_disk`, by name; needs the extra `datasets`.
+
+    The fingerprint is a hash of the rows, not a random number: the same rows give the same files.
+    """
+    from datasets import Dataset
+
+    fingerprint = hashlib.blake2b(_jsonl(_records(name, rows)), digest_size=8).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        # One shard even without rows: `load_from_disk` fails if there is none.
+        Dataset(_table(name, rows), fingerprint=fingerprint).save_to_disk(folder, num_shards=1)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 # --- the formats --------------------------------------------------------------------------------------------------
@@ -240,25 +224,25 @@ _LLAMA_FACTORY_MESSAGES = {
 }
 
 FORMATS = {
-    "messages": Format("messages.jsonl", messages_jsonl, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
+    "messages": Format("messages.jsonl", _messages, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
     "prompt_completion": Format(
         "prompt_completion.jsonl",
-        prompt_completion_jsonl,
+        _prompt_completion,
         pa.schema([pa.field("prompt", _CHAT), pa.field("completion", _CHAT)]),
     ),
     "alpaca": Format(
         "alpaca.json",
-        alpaca_json,
+        _alpaca,
         pa.schema(_strings("instruction", "input", "output", "system")),
         {"columns": {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}},
     ),
     "sharegpt": Format(
         "sharegpt.jsonl",
-        sharegpt_jsonl,
+        _sharegpt,
         pa.schema([pa.field("conversations", pa.list_(pa.struct(_strings("from", "value"))))]),
         {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
     ),
-    "parquet": Format("messages.parquet", messages_parquet, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
-    "hf": Format("hf", messages_folder, _MESSAGES),
+    "parquet": Format("messages.parquet", _messages, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
+    "hf": Format("hf", _messages, _MESSAGES),
 }
 """By name in `export.formats`."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.versions import MANIFEST, MANIFEST_FORMAT
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
-from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.files import Files, StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -76,14 +76,7 @@ class _Target(Protocol):
         """Write files and remove others."""
 
 
-def publish(
-    storage: Storage,
-    version: str,
-    to: str,
-    *,
-    is_private: bool = False,
-    is_dry_run: bool = False,
-) -> Copy:
+def publish(storage: Storage, version: str, to: str, *, is_private: bool = False, is_dry_run: bool = False) -> Copy:
     """Copy a version to a target, unless it is there already.
 
     Args:
@@ -177,28 +170,28 @@ class _Folder:
 
     def __init__(self, url: str) -> None:
         try:
-            self._storage = Storage(url, Path())  # Its locks are not used.
+            self._files = Files(url)
         except (ImportError, ValueError) as error:  # A protocol that is unknown, or whose package is not installed.
             raise PublishError(f"{url}: {error}") from error
 
     @property
     def url(self) -> str:
-        return self._storage.files.url().rstrip("/")
+        return self._files.url().rstrip("/")
 
     def manifest(self) -> Any:
-        return self._storage.files.read_json(MANIFEST) if self._storage.files.exists(MANIFEST) else None
+        return self._files.read_json(MANIFEST) if self._files.exists(MANIFEST) else None
 
     def existing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self._storage.files.exists(*name.split("/"))]
+        return [name for name in names if self._files.exists(*name.split("/"))]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
         """Write a provisional manifest first: it lists the files until the final one, written last, replaces it."""
         begun = {"format": MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
-        self._storage.files.write_json(begun, MANIFEST)
+        self._files.write_json(begun, MANIFEST)
         for name in obsolete:
-            self._storage.files.remove(*name.split("/"))
+            self._files.remove(*name.split("/"))
         for name, data in files.items():
-            self._storage.files.write_bytes(data, *name.split("/"))
+            self._files.write_bytes(data, *name.split("/"))
 
 
 class _Repository:
@@ -238,10 +231,8 @@ class _Repository:
                 return None
 
     def existing(self, names: Sequence[str]) -> list[str]:
-        if not names:
-            return []
         with _naming(self._repo):
-            there = set(self._api.list_repo_files(**self._at))
+            there = set(self._api.list_repo_files(**self._at)) if names else ()
         return [name for name in names if name in there]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:

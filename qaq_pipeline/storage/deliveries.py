@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.files import Files, StorageError, hash_json
@@ -43,29 +42,27 @@ class Deliveries:
 
     def store(self, batch: str, files: Mapping[str, bytes], limit: int | None = None) -> Delivery:
         """Keep an immutable copy of a delivery; the same content is stored once."""
-        check_batch_name(batch)
         delivery = Delivery(batch, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, limit)
         for name, data in files.items():
-            copy = (_FOLDER, batch, delivery.content_hash, name)
+            copy = self.place(batch, delivery.content_hash, name)
             if not (self._files.exists(*copy) and self._files.read_bytes(*copy) == data):  # Replace a damaged copy.
                 self._files.write_bytes(data, *copy)
-        self._files.write_json({"files": delivery.files, "limit": limit}, _FOLDER, batch, "current.json")
+        self._files.write_json({"files": delivery.files, "limit": limit}, *self.place(batch, "current.json"))
         return delivery
 
     def has(self, batch: str) -> bool:
         """Whether the batch was ever delivered."""
-        return self._files.exists(_FOLDER, check_batch_name(batch), "current.json")
+        return self._files.exists(*self.place(batch, "current.json"))
 
     def current(self, batch: str) -> Delivery:
         """The newest delivery of a batch. Raises `StorageError` where there is none."""
         if not self.has(batch):
             raise StorageError(f"batch {batch!r} was never delivered; register it with `qaq run FILE --batch {batch}`")
-        pointer = self._files.read_json(_FOLDER, batch, "current.json")
+        pointer = self._files.read_json(*self.place(batch, "current.json"))
         return Delivery(batch, pointer["files"], pointer["limit"])
 
     def read(self, delivery: Delivery) -> dict[str, bytes]:
         """The delivered bytes by file name. Raises `StorageError` where a copy was changed."""
-        check_batch_name(delivery.batch)
         contents = {}
         for name, sha256 in delivery.files.items():
             parts = self.place(delivery.batch, delivery.content_hash, name)
@@ -78,26 +75,8 @@ class Deliveries:
 
     def copies(self, batch: str) -> list[str]:
         """Names of the folders with copies of a batch's deliveries."""
-        return [name for name in self._files.names(_FOLDER, batch) if _COPY.match(name)]
+        return [name for name in self._files.names(*self.place(batch)) if _COPY.match(name)]
 
     def place(self, batch: str, *inside: str) -> tuple[str, ...]:
-        """Parts of the path of a batch's deliveries, or of something in them."""
-        return (_FOLDER, batch, *inside)
-
-    # --- notes of the landing zone -------------------------------------------------------------------------------
-
-    def write_note(self, note: Any, batch: str, name: str) -> None:
-        """Keep a note about a batch's deliveries."""
-        self._files.write_json(note, _FOLDER, check_batch_name(batch), name)
-
-    def has_note(self, batch: str, name: str) -> bool:
-        """Whether there is a note of that name."""
-        return self._files.exists(_FOLDER, check_batch_name(batch), name)
-
-    def read_note(self, batch: str, name: str) -> Any:
-        """A note. Raises `StorageError` where there is none."""
-        return self._files.read_json(_FOLDER, check_batch_name(batch), name)
-
-    def remove_note(self, batch: str, name: str) -> None:
-        """Remove a note."""
-        self._files.remove(_FOLDER, check_batch_name(batch), name)
+        """Parts of the path of a batch's deliveries, or of something in them. Raises ValueError for no batch's name."""
+        return (_FOLDER, check_batch_name(batch), *inside)

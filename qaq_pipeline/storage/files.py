@@ -66,7 +66,10 @@ class Files:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
         try:
-            _write_through(data, temporary)
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())  # Else the rename could reach the disk before the content.
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -110,6 +113,10 @@ class Files:
         """Whether there is a file or a folder."""
         return self._fs.exists(self.path(*parts))
 
+    def sha256(self, *parts: str) -> str:
+        """Hash of a file (64 hex digits). Raises `StorageError` where there is no file."""
+        return hashlib.sha256(self.read_bytes(*parts)).hexdigest()
+
     def size(self, *parts: str) -> int:
         """Size of a file in bytes."""
         return int(self._fs.size(self.path(*parts)))
@@ -139,11 +146,3 @@ class Files:
     def remove_folder(self, *parts: str) -> None:
         """Remove a folder and everything in it."""
         self._fs.rm(self.path(*parts), recursive=True)
-
-
-def _write_through(data: bytes, path: Path) -> None:
-    """Write and flush to the disk, so that a rename cannot come before the content."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

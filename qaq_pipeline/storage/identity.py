@@ -5,10 +5,9 @@ Belongs here: the fields of the identity and its hash. Does not belong here: how
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from qaq_pipeline.storage.files import hash_json
 
 ENGINE = "transformers-body-and-head"
 ENGINE_VERSION = "2"
@@ -37,5 +36,4 @@ class ScoreIdentity:
     def digest(self) -> str:
         """Hash of all fields (32 hex digits): names the folder of the score cache."""
         # The constant is part of every existing digest: without it, no cached score would be found.
-        fields = json.dumps(dataclasses.asdict(self) | {"token_logprobs": False}, sort_keys=True)
-        return hashlib.blake2b(fields.encode(), digest_size=16).hexdigest()
+        return hash_json(asdict(self) | {"token_logprobs": False})

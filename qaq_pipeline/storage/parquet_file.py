@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars.exceptions import PanicException, PolarsError
 
 from qaq_pipeline.storage import row_lookup
 
@@ -24,10 +25,8 @@ _NO_HASH = "0" * 32
 _FOOTER_TAIL_BYTES = 8
 _KNOWN_FIELDS = {"provenance", "data_version", "scored_with", _FILE_HASH}
 
-UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, KeyError, TypeError, ValueError)
-"""Raised while rows and footer are read from bytes that are no file of ours, or a damaged one."""
-NO_FOOTER = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
-"""Raised while a footer alone is read; pyarrow raises OSError for some damage."""
+UNREADABLE = (PolarsError, PanicException, pa.ArrowException, OSError, KeyError, TypeError, ValueError)
+"""Raised while rows or a footer are read from a file that is none of ours, or a damaged one."""
 
 
 def encode(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
@@ -55,7 +54,7 @@ def footer_of(data: bytes) -> dict[str, Any]:
 
 
 def read_footer(stream: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The footer of a file, and the number of its rows, without its rows. Raises one of `NO_FOOTER`."""
+    """The footer of a file, and the number of its rows, without its rows. Raises one of `UNREADABLE`."""
     metadata = pq.read_metadata(stream)
     return json.loads((metadata.metadata or {})[_FOOTER_KEY.encode()]), metadata.num_rows
 
@@ -72,21 +71,15 @@ def file_fault(data: bytes) -> str | None:
     try:
         footer = read_footer(io.BytesIO(data))[0]
         version, file_hash = footer["data_version"], footer[_FILE_HASH]
-    except NO_FOOTER as error:
+    except UNREADABLE as error:
         return f"it cannot be read ({error})"
-    is_whole = _hash_without(data, file_hash) == file_hash
+    before, _, after = data.rpartition(file_hash.encode())
+    is_whole = _hash(before, _NO_HASH.encode(), after) == file_hash
     is_ours = footer.keys() <= _KNOWN_FIELDS and content_hash(data) == version
     return None if is_whole and is_ours else "it was changed since it was written"
 
 
-def _hash_without(data: bytes, file_hash: str) -> str | None:
-    """Hash of a file in which its own hash is zeros; None where the file does not contain it."""
-    start = data.rfind(file_hash.encode())
-    view = memoryview(data)
-    return None if start < 0 else _hash(view[:start], _NO_HASH.encode(), view[start + len(file_hash) :])
-
-
-def _hash(*parts: bytes | memoryview) -> str:
+def _hash(*parts: bytes) -> str:
     """Hash of bytes (32 hex digits), in parts."""
     hashed = hashlib.blake2b(digest_size=16)
     for part in parts:

@@ -59,8 +59,7 @@ class ProvenanceRecords:
                 f"{self._files.url(*record)}: it was changed since it was written, and nothing it says can be trusted; "
                 "restore it from a backup, or remove it: `qaq refresh` writes what stands now"
             )
-        names = [name for name in self._files.names(*runs) if name.endswith(".json")]
-        made_by = [self._files.read_json(*runs, name) for name in names]
+        made_by = [self._files.read_json(*runs, name) for name in self._files.names(*runs) if name.endswith(".json")]
         return Provenance(provenance_id, made_of, sorted(made_by, key=lambda run: run["time"]))
 
     def place(self, provenance_id: str) -> tuple[str, ...]:

@@ -51,15 +51,11 @@ def meant(row: str) -> list[Where]:
     """
     file, _, position = row.rpartition(":")
     number, _, turn = position.partition(".")
-    found: list[Where] = []
     if file and _is_row(number):
-        of_file: list[Condition] = [("source_file", "==", file), ("source_row", "==", int(number))]
-        return [[*of_file, ("turn_index", "==", int(turn))] if _is_row(turn) else of_file]
-    if _is_row(row):
-        found.append([("source_row", "==", int(row))])
-    if is_pair(row):
-        found.append(of_pair(row))
-    return found
+        of_turn: list[Condition] = [("turn_index", "==", int(turn))] if _is_row(turn) else []
+        return [[("source_file", "==", file), ("source_row", "==", int(number)), *of_turn]]
+    of_number: list[Where] = [[("source_row", "==", int(row))]] if _is_row(row) else []
+    return [*of_number, of_pair(row)] if is_pair(row) else of_number
 
 
 def meant_in(batch: str, row: str) -> list[Where]:
@@ -115,13 +111,12 @@ def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = No
     with pq.ParquetFile(stream) as file:
         wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
         asked = list({name: None for name, _, _ in where})
-        found = [_frame(file.read_row_groups([], wanted))]
+        holds = pl.all_horizontal(pl.lit(True), *_expressions(where)).fill_null(False)
+        found = [pl.DataFrame(file.read_row_groups([], wanted))]
         for group in _groups_left(file.metadata, where):
-            is_wanted = _frame(file.read_row_group(group, asked)).select(
-                pl.all_horizontal(pl.lit(True), *_expressions(where)).fill_null(False)
-            )
-            if is_wanted.to_series().any():
-                found.append(_frame(file.read_row_group(group, wanted)).filter(is_wanted.to_series()))
+            is_wanted = pl.DataFrame(file.read_row_group(group, asked)).select(holds).to_series()
+            if is_wanted.any():
+                found.append(pl.DataFrame(file.read_row_group(group, wanted)).filter(is_wanted))
     return pl.concat(found)
 
 
@@ -129,13 +124,7 @@ def scan(stream: BinaryIO, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     """Yield these columns of a Parquet file, one row group at a time."""
     with pq.ParquetFile(stream) as file:
         for group in range(file.num_row_groups):
-            yield _frame(file.read_row_group(group, list(columns)))
-
-
-def _frame(table: Any) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+            yield pl.DataFrame(file.read_row_group(group, list(columns)))
 
 
 def _groups_left(metadata: pq.FileMetaData, where: Where) -> list[int]:

@@ -9,29 +9,28 @@ score_cache/<identity>/set_aside/               files that are no shards
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.schema.tables import CachedScores, TableError, dtypes, enforce
+from qaq_pipeline.schema.tables import CachedScores, dtypes, enforce
 from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import Files, StorageError
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.locks import Locks, PartitionBusyError
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.tables import StoredTable
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = "score_cache"
 _IDENTITY, _HITS, _SET_ASIDE = "identity.json", "hits.json", "set_aside"
-_NO_SHARD = (*parquet_file.UNREADABLE, TableError)
+_NO_SCORES = pl.DataFrame(schema=dtypes(CachedScores) | {"scored_with": pl.String()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,8 @@ class ScoreCache:
         wanted = pl.col("pair_id").is_in(pair_ids.implode())
         digest = identity.digest()
         shards = [self._shard_or_aside(digest, name).filter(wanted) for name in self.shards(digest)]
-        scores = pl.concat([_no_scores(), *shards])
-        order = [*key, "sum_nll", "scored_with"]
-        return scores.sort(order, nulls_last=True).unique(key, keep="first", maintain_order=True)
+        scores = pl.concat([_NO_SCORES, *shards]).sort(*key, "sum_nll", "scored_with", nulls_last=True)
+        return scores.unique(key, keep="first", maintain_order=True)
 
     def append(self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> None:
         """Add a shard of scores, under the hash of its bytes: an equal one is the same file.
@@ -81,9 +79,9 @@ class ScoreCache:
             scores: as `CachedScores`.
             scored_with: the libraries and the device that scored them.
         """
-        folder = (_FOLDER, identity.digest())
+        folder = self.place(identity.digest())
         if not self._files.exists(*folder, _IDENTITY):
-            self._files.write_json(dataclasses.asdict(identity), *folder, _IDENTITY)
+            self._files.write_json(asdict(identity), *folder, _IDENTITY)
         frame = enforce(CachedScores, scores)
         footer = {"data_version": StoredTable(frame).data_version, "scored_with": scored_with}
         data = parquet_file.encode(frame, footer)
@@ -91,11 +89,10 @@ class ScoreCache:
 
     def count_hits(self, identity: ScoreIdentity, number: int) -> None:
         """Add to the count of scores that runs have taken from the cache."""
-        parts = (_FOLDER, identity.digest(), _HITS)
+        digest = identity.digest()
         # A statistic: no scoring fails for it.
-        with contextlib.suppress(PartitionBusyError), self._locks.hold(_FOLDER, identity.digest()):
-            before = self._files.read_json(*parts) if self._files.exists(*parts) else 0
-            self._files.write_json(before + number, *parts)
+        with contextlib.suppress(PartitionBusyError), self._locks.hold(_FOLDER, digest):
+            self._files.write_json(self._num_hits(digest) + number, *self.place(digest, _HITS))
 
     def models(self) -> list[CachedModel]:
         """The content of the cache, by model."""
@@ -120,15 +117,14 @@ class ScoreCache:
         Raises:
             StorageError: there is no such shard.
         """
-        found = hashlib.sha256(self._files.read_bytes(*self.place(digest, name))).hexdigest()
-        return None if name == f"{found}.parquet" else "it was changed since it was written"
+        is_same = name == f"{self._files.sha256(*self.place(digest, name))}.parquet"
+        return None if is_same else "it was changed since it was written"
 
     def place(self, digest: str, *inside: str) -> tuple[str, ...]:
         """Parts of the path of an identity's folder, or of something in it."""
         return (_FOLDER, digest, *inside)
 
     def _model(self, digest: str) -> CachedModel:
-        hits = (_FOLDER, digest, _HITS)
         contents = [self._files.read_bytes(_FOLDER, digest, name) for name in self.shards(digest)]
         return CachedModel(
             digest=digest,
@@ -137,8 +133,12 @@ class ScoreCache:
             num_set_aside=len(self._files.names(_FOLDER, digest, _SET_ASIDE)),
             num_scores=sum(map(_num_rows, contents)),
             num_bytes=sum(map(len, contents)),
-            num_hits=self._files.read_json(*hits) if self._files.exists(*hits) else 0,
+            num_hits=self._num_hits(digest),
         )
+
+    def _num_hits(self, digest: str) -> int:
+        hits = self.place(digest, _HITS)
+        return self._files.read_json(*hits) if self._files.exists(*hits) else 0
 
     def _shard_or_aside(self, digest: str, name: str) -> pl.DataFrame:
         """The shard; no scores where the file is none and is set aside, or is gone since it was listed."""
@@ -146,19 +146,19 @@ class ScoreCache:
         try:
             data = self._files.read_bytes(*parts)
         except StorageError:  # Another reader set it aside, or it was pruned.
-            return _no_scores()
+            return _NO_SCORES
         try:
             return _read_shard(data)
-        except _NO_SHARD as error:
+        except parquet_file.UNREADABLE as error:
             path = self._files.path(*parts)
             logger.warning("%s: no shard of scores (%s); set aside, its pairs are scored again", path, error)
         with contextlib.suppress(FileNotFoundError):  # Another reader was faster.
             self._files.move(parts, self.place(digest, _SET_ASIDE, name))
-        return _no_scores()
+        return _NO_SCORES
 
 
 def _read_shard(data: bytes) -> pl.DataFrame:
-    """The scores of a shard, labelled. Raises one of `_NO_SHARD` where it is none."""
+    """The scores of a shard, labelled. Raises one of `UNREADABLE` where it is none."""
     footer = parquet_file.footer_of(data)
     if parquet_file.content_hash(data) != footer["data_version"]:
         raise ValueError("it was changed since it was written")
@@ -170,13 +170,9 @@ def _read_shard(data: bytes) -> pl.DataFrame:
     return frame.with_columns(scored_with=pl.lit(json.dumps(footer["scored_with"], sort_keys=True)))
 
 
-def _no_scores() -> pl.DataFrame:
-    return empty(CachedScores).with_columns(scored_with=pl.lit(None, pl.String))
-
-
 def _num_rows(data: bytes) -> int:
     """Rows of a shard; 0 where it is none."""
     try:
         return _read_shard(data).height
-    except _NO_SHARD:
+    except parquet_file.UNREADABLE:
         return 0

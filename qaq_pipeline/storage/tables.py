@@ -10,6 +10,7 @@ Belongs here: writing, reading and searching the tables of the pipeline. Does no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +31,7 @@ from qaq_pipeline.storage.row_lookup import Where
 _TABLE_FILE = "table.parquet"
 _INDEX_FILE = "pair_index.parquet"
 _INDEXED = ("decisions",)
-_UNREADABLE_ROWS = (pa.ArrowException, KeyError)
+_NO_ROWS = (pa.ArrowException, KeyError)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,9 @@ class Tables:
         """
         parts = self._existing(name, partition)
         data = self._files.read_bytes(*parts)
-        try:
+        with self._reading(parts, parquet_file.UNREADABLE):
             footer = parquet_file.footer_of(data)
             table = StoredTable(parquet_file.decode(data), footer["provenance"], footer["data_version"])
-        except parquet_file.UNREADABLE as error:
-            raise self._unreadable(parts, error) from error
         if dict(table.frame.schema) != dtypes(self._pipeline[name].table):
             raise StorageError(f"{self._files.url(*parts)}: it has other columns than {name} has now; {_AGAIN}")
         if parquet_file.content_hash(data) != table.data_version:
@@ -121,19 +120,21 @@ class Tables:
             StorageError: it is missing, or torn.
         """
         parts = self._existing(name, partition)
-        try:
-            with self._files.open(*parts) as stream:
-                footer, num_rows = parquet_file.read_footer(stream)
+        with self._reading(parts, parquet_file.UNREADABLE), self._files.open(*parts) as stream:
+            footer, num_rows = parquet_file.read_footer(stream)
             return Footer(footer["provenance"], footer["data_version"], num_rows)
-        except parquet_file.NO_FOOTER as error:
-            raise self._unreadable(parts, error) from error
+
+    def readable_footer(self, name: str, partition: Partition) -> Footer | None:
+        """The footer of a stored table; None where the table is missing or cannot be read."""
+        try:
+            return self.footer(name, partition)
+        except StorageError:
+            return None
 
     def version(self, name: str, partition: Partition) -> str | None:
         """Data version of a stored table, from its footer alone; None where it is missing or cannot be read."""
-        try:
-            return self.footer(name, partition).data_version
-        except StorageError:
-            return None
+        footer = self.readable_footer(name, partition)
+        return None if footer is None else footer.data_version
 
     def fault(self, name: str, partition: Partition) -> str | None:
         """The fault of a stored table of which any byte was changed, as a sentence; None: no fault.
@@ -167,11 +168,8 @@ class Tables:
 
     def find_in_file(self, where: Where, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """Rows of any Parquet file under the root, as `find`."""
-        try:
-            with self._files.open(*parts) as stream:
-                return row_lookup.read_rows(stream, where, columns)
-        except _UNREADABLE_ROWS as error:
-            raise self._unreadable(parts, error) from error
+        with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
+            return row_lookup.read_rows(stream, where, columns)
 
     def scan(self, name: str, partition: Partition, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Columns of a stored table, some thousand rows at a time.
@@ -180,11 +178,8 @@ class Tables:
             StorageError: the table is missing, or torn.
         """
         parts = self._existing(name, partition)
-        try:
-            with self._files.open(*parts) as stream:
-                yield from row_lookup.scan(stream, columns)
-        except _UNREADABLE_ROWS as error:
-            raise self._unreadable(parts, error) from error
+        with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
+            yield from row_lookup.scan(stream, columns)
 
     def find_pair(self, start: str, name: str, partition: Partition, most: int | None = None) -> FoundRows:
         """Rows of a table by the first digits of their pair_id, through its index where the index is current.
@@ -198,9 +193,8 @@ class Tables:
         Raises:
             StorageError: the table is missing, or torn.
         """
-        version = self.footer(name, partition).data_version
-        index = (*self._folder(name, partition), _INDEX_FILE)
-        return self.find_pair_in_file(start, self._place(name, partition), index, version, most)
+        place, index = self._place(name, partition), (*self._folder(name, partition), _INDEX_FILE)
+        return self.find_pair_in_file(start, place, index, self.footer(name, partition).data_version, most)
 
     def find_pair_in_file(
         self,
@@ -230,7 +224,7 @@ class Tables:
         try:
             with self._files.open(*parts) as stream:
                 return parquet_file.read_footer(stream)[0]["data_version"]
-        except parquet_file.NO_FOOTER:
+        except parquet_file.UNREADABLE:
             return None
 
     # --- places --------------------------------------------------------------------------------------------------
@@ -251,8 +245,13 @@ class Tables:
             raise StorageError(f"{self._files.url(*parts)}: not stored yet; materialise {name} first")
         return parts
 
-    def _unreadable(self, parts: Sequence[str], error: Exception) -> StorageError:
-        return StorageError(f"{self._files.url(*parts)}: it cannot be read ({error}); {_AGAIN}")
+    @contextlib.contextmanager
+    def _reading(self, parts: Sequence[str], damage: tuple[type[Exception], ...]) -> Iterator[None]:
+        """Raise these errors as `StorageError`, with the file and the remedy."""
+        try:
+            yield
+        except damage as error:
+            raise StorageError(f"{self._files.url(*parts)}: it cannot be read ({error}); {_AGAIN}") from error
 
 
 _AGAIN = "materialise it again"

@@ -22,7 +22,6 @@ from qaq_pipeline.publication.exports import (
     columns,
     export,
     llama_factory_info,
-    messages_parquet,
     with_meta,
 )
 from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
@@ -173,7 +172,7 @@ def test_the_order_of_the_rows_is_that_of_the_selection(name: str) -> None:
 
 def test_a_table_of_many_parts_is_whole() -> None:
     many = pl.concat([TWO] * 5_001)
-    assert pq.read_table(io.BytesIO(messages_parquet(many))).num_rows == 10_002
+    assert pq.read_table(io.BytesIO(export("parquet", many)["messages.parquet"])).num_rows == 10_002
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

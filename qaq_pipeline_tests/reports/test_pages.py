@@ -284,7 +284,7 @@ def version_of(num_rows: int = 300, *, has_meta: bool = False) -> tuple[bytes, p
         "models": tables["decisions"].provenance["models"],
     }
     settings = SETTINGS.model_copy(update={"export": ExportSettings(formats=EVERY_FORMAT, meta=has_meta)})
-    files = curated_dataset.dataset_files(settings, [tables])
+    files = curated_dataset.dataset_files(settings.published, settings.exported, settings.export, [tables])
     manifest = {
         "batches": [entry],
         "export": settings.export.model_dump(mode="json"),
