@@ -105,7 +105,7 @@ def _table(table: Table) -> Text:
 
 
 def _partition(table: Table) -> str:
-    return f"{table.name}[{'|'.join(table.partition)}]"
+    return f"{table.name}[{table.partition}]"
 
 
 def _file(file: File) -> Text:

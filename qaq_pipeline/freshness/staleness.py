@@ -19,7 +19,7 @@ from qaq_pipeline.ingest import landing
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.screening import batch_order, withdrawals
-from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage
 
 
@@ -173,10 +173,8 @@ class Freshness:
         return self._storage.tables.version(source.table, Partition(*partition) if is_of_same_model else of_batch)
 
     def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
-        try:
-            return self._storage.tables.footer(table, Partition(*partition)).provenance
-        except StorageError:
-            return None
+        footer = self._storage.tables.readable_footer(table, Partition(*partition))
+        return None if footer is None else footer.provenance
 
     @cached_property
     def _comparable(self) -> dict[str, str]:

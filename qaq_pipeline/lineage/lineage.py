@@ -12,11 +12,9 @@ reported as replaced.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -65,7 +63,7 @@ class Table:
     """A partition of a stored table that a version was made from."""
 
     name: str
-    partition: tuple[str, ...]
+    partition: Partition
     path: str
     entered: str | None
     """Data version that the version was made from; None: unknown."""
@@ -153,7 +151,7 @@ def only(lineage: Lineage, name: str) -> Lineage:
     if not files:
         known = ", ".join(file.name for file in lineage.files)
         raise LineageError(f"version {lineage.version} has no file {name!r}; it has {known}")
-    return dataclasses.replace(lineage, files=files, is_whole=False)
+    return replace(lineage, files=files, is_whole=False)
 
 
 def _read_manifest(storage: Storage, version: str, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -176,40 +174,38 @@ def _read_manifest(storage: Storage, version: str, parts: tuple[str, ...]) -> di
 
 
 def _batch(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> Batch:
-    footers, tables = _tables(storage, entry, pipeline)
+    tables, raw_data = _tables(storage, entry, pipeline)
     return Batch(
         name=entry["batch"],
         rows_in=entry["rows_in"],
         rows_selected=entry["rows_selected"],
         provenance_id=entry["provenance_id"],
-        tables=tuple(tables),
+        tables=tables,
         scores=tuple(_shards(storage, role, identity) for role, identity in sorted(entry["models"].items())),
-        delivery=_delivery(storage, entry, footers.get("raw_data")),
+        delivery=_delivery(storage, entry, raw_data),
     )
 
 
-def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> tuple[dict[str, Footer], list[Table]]:
-    """The tables of a batch, and by key the footers of those that are unchanged since the version was published.
+def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> tuple[tuple[Table, ...], Footer | None]:
+    """The tables of a batch, and the footer of raw_data unless it was replaced since the version was published.
 
-    The manifest says most of the versions, the footers of these the rest.
+    The manifest says most of the versions, the footers of unchanged tables the rest.
     """
-    entered, footers, tables = dict(entry["data_versions"]), {}, []
+    entered, raw_data, tables = dict(entry["data_versions"]), None, []
     for key, name, partition in _partitions(entry, pipeline):
-        footer = _footer(storage, name, partition)
+        footer = storage.tables.readable_footer(name, partition)
         state = _state(footer, entered.get(key))
         if footer is not None and state is State.AS_PUBLISHED:
             inputs = {} if pipeline[name].purpose is Purpose.REFERENCE else _inputs(footer, partition, pipeline)
             if any(entered.setdefault(source, version) != version for source, version in inputs.items()):
                 state = State.SAME_CONTENT
-            footers[key] = footer
+            raw_data = footer if name == "raw_data" else raw_data
         stored = None if footer is None else footer.data_version
-        tables.append(
-            Table(name, partition, storage.tables.url(name, Partition(*partition)), entered.get(key), stored, state)
-        )
-    return footers, tables
+        tables.append(Table(name, partition, storage.tables.url(name, partition), entered.get(key), stored, state))
+    return tuple(tables), raw_data
 
 
-def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[str, str, Partition]]:
     """Key (as in a provenance), table and partition of everything from which a batch's selection was made.
 
     From the publication back to the delivery: each table's inputs come after it.
@@ -218,17 +214,16 @@ def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[
         name = asset.name
         if asset.purpose is Purpose.REFERENCE:
             if name in entry["data_versions"]:
-                yield name, name, (str(rank_reference.name_in(entry["pool"])),)
+                yield name, name, Partition(str(rank_reference.name_in(entry["pool"])))
             continue
         for partition in asset.partitions(entry["batch"], list(entry["models"])):
-            yield str(Input(name, partition.model)), name, partition.parts
+            yield str(Input(name, partition.model)), name, partition
 
 
-def _inputs(footer: Footer, partition: tuple[str, ...], pipeline: Pipeline) -> dict[str, str]:
+def _inputs(footer: Footer, partition: Partition, pipeline: Pipeline) -> dict[str, str]:
     """Data versions of a table's inputs, by key: an input of the same model gets the model's name."""
-    _, *model = partition
     return {
-        str(Input(name, *model)) if name in pipeline and pipeline[name].has_models else name: version
+        str(Input(name, partition.model)) if name in pipeline and pipeline[name].has_models else name: version
         for name, version in footer.provenance.get("inputs", {}).items()
     }
 
@@ -239,13 +234,6 @@ def _state(footer: Footer | None, entered: str | None) -> State:
     if entered is None:
         return State.UNKNOWN
     return State.AS_PUBLISHED if footer.data_version == entered else State.REPLACED
-
-
-def _footer(storage: Storage, name: str, partition: tuple[str, ...]) -> Footer | None:
-    try:
-        return storage.tables.footer(name, Partition(*partition))
-    except StorageError:
-        return None
 
 
 def _shards(storage: Storage, role: str, identity: Mapping[str, Any]) -> Shards:
@@ -267,12 +255,7 @@ def _copy_of(storage: Storage, batch: str, files: Mapping[str, str]) -> str | No
     for folder in sorted(storage.deliveries.copies(batch), key=lambda name: name != whole):
         parts = storage.deliveries.place(batch, folder)
         if all(storage.files.exists(*parts, *name.split("/")) for name in files) and (
-            folder == whole or all(sha256_of(storage, *parts, *name.split("/")) == files[name] for name in files)
+            folder == whole or all(storage.files.sha256(*parts, *name.split("/")) == files[name] for name in files)
         ):
             return folder
     return None
-
-
-def sha256_of(storage: Storage, *parts: str) -> str:
-    """Hash of a stored file (64 hex digits)."""
-    return hashlib.sha256(storage.files.read_bytes(*parts)).hexdigest()

@@ -92,12 +92,11 @@ def find_row(storage: Storage, batch: str, row: str, version: Published | None =
         StorageError: the batch has no decisions, or the version's files are gone.
     """
     for where in row_lookup.meant_in(batch, row):
-        is_pair = where[0][0] == "pair_id"
-        answer = (
-            find_pair(storage, where[0][2], version, [batch])
-            if is_pair
-            else Answer(_rows(storage, [("batch", "==", batch), *where], version, batch))
-        )
+        column, _, value = where[0]
+        if column == "pair_id":
+            answer = find_pair(storage, value, version, [batch])
+        else:
+            answer = Answer(_rows(storage, [("batch", "==", batch), *where], version, batch))
         if answer.rows:
             return answer
     if version is None:
@@ -117,18 +116,16 @@ def find_pair(
         _check_kept(storage, version)
         found = versions.find_pair(storage, version.version, start, MOST_ROWS, batches)
         return Answer(_nested(found.frame), () if found.is_indexed else (f"version {version.number}",))
-    rows, unindexed = [], []
     asked = storage.tables.batches_with("decisions") if batches is None else batches
 
     def find(batch: str) -> FoundRows:
         return storage.tables.find_pair(start, "decisions", Partition(batch), most=MOST_ROWS)
 
     with ThreadPoolExecutor(_READERS) as readers:  # In a remote storage each batch takes several round trips.
-        answers = list(readers.map(find, asked))
-    for batch, found in zip(asked, answers, strict=True):
-        rows += _dicts(found.frame)
-        unindexed += [] if found.is_indexed else [f"decisions of {batch}"]
-    return Answer(rows[:MOST_ROWS], tuple(unindexed))
+        answers = dict(zip(asked, readers.map(find, asked), strict=True))
+    rows = [row for found in answers.values() for row in _dicts(found.frame)]
+    unindexed = tuple(f"decisions of {batch}" for batch, found in answers.items() if not found.is_indexed)
+    return Answer(rows[:MOST_ROWS], unindexed)
 
 
 def _rows(storage: Storage, where: row_lookup.Where, version: Published | None, batch: str) -> list[dict[str, Any]]:

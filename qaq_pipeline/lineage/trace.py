@@ -11,8 +11,7 @@ import polars as pl
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
 from qaq_pipeline.publication import versions
 from qaq_pipeline.schema.long_form import to_columns
-from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.storage import Storage
 
@@ -79,10 +78,10 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
         raise LineageError(f"{row!r}: batch {name} has no such row; give it as {name}/FILE:ROW or {name}/FILE:ROW.TURN")
     keys = found.select(*ROW_KEY, "pair_id")
     exported = _record_numbers(scores, lineage, keys)
-    rows_of_tables = {table: _rows_of(storage, table, keys) for table in batch.tables}
+    in_tables = [_rows_of(storage, table, keys) for table in batch.tables]
     return [
-        _path(storage, batch, key, numbers, {table: rows[place] for table, rows in rows_of_tables.items()})
-        for place, (key, numbers) in enumerate(zip(keys.iter_rows(named=True), exported, strict=True))
+        _path(storage, batch, key, numbers, rows)
+        for key, numbers, *rows in zip(keys.iter_rows(named=True), exported, *in_tables, strict=True)
     ]
 
 
@@ -115,34 +114,28 @@ def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRo
     """The table's row for each key; None: it has none, or the table has changed since the version was published."""
     if table.name not in _SHOWN or table.state not in (State.AS_PUBLISHED, State.SAME_CONTENT):
         return [None] * keys.height
-    frame = storage.tables.read(table.name, Partition(*table.partition)).frame
+    frame = storage.tables.read(table.name, table.partition).frame
     on, shown = [name for name in ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
     numbered = frame.select(*on, *shown, number=pl.int_range(1, pl.len() + 1))
     found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1").drop(on)
     if "ranks" in shown:
         found = to_columns(found, "ranks", fields=["rank"])
     return [
-        None if number is None else TableRow(table, number, facts)
+        None if facts["number"] is None else TableRow(table, facts.pop("number"), facts)
         for facts in found.iter_rows(named=True)
-        for number in [facts.pop("number")]
     ]
 
 
 def _path(
-    storage: Storage,
-    batch: Batch,
-    key: Mapping[str, Any],
-    exported: dict[str, int],
-    rows: Mapping[Table, TableRow | None],
+    storage: Storage, batch: Batch, key: Mapping[str, Any], exported: dict[str, int], rows: Iterable[TableRow | None]
 ) -> RowPath:
-    delivered = next(file for file in batch.delivery.files if file.name == key["source_file"])
     return RowPath(
-        row=f"{key['batch']}/{key['source_file']}:{key['source_row']}.{key['turn_index']}",
+        row=str(RowPlace.of(key)),
         pair_id=key["pair_id"],
         exported=exported,
-        tables=tuple(row for row in rows.values() if row is not None),
+        tables=tuple(row for row in rows if row is not None),
         shards=tuple(_holding(storage, batch.scores, key["pair_id"])),
-        delivered=delivered,
+        delivered=next(file for file in batch.delivery.files if file.name == key["source_file"]),
         source_row=key["source_row"],
     )
 

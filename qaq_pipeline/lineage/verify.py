@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qaq_pipeline.lineage.lineage import Batch, Lineage, Shards, Table, sha256_of
+from qaq_pipeline.lineage.lineage import Batch, Lineage, Shards, Table
 from qaq_pipeline.publication import versions
-from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 
@@ -75,14 +74,14 @@ def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
 def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Finding]:
     remedy = _REFERENCE_REMEDY if table.name == "rank_reference" else _TABLE_REMEDY
     try:
-        fault = storage.tables.fault(table.name, Partition(*table.partition))
+        fault = storage.tables.fault(table.name, table.partition)
     except StorageError:
         yield Finding(table.path, f"it is missing: the lineage of batch {batch.name} breaks off here", remedy)
         return
     if fault:
         yield Finding(table.path, f"{fault}: what was made from it cannot be traced through it", remedy)
     elif table.name == "decisions" and table.stored == table.entered:
-        found = storage.tables.footer(table.name, Partition(*table.partition)).provenance
+        found = storage.tables.footer(table.name, table.partition).provenance
         if hash_json(found) != batch.provenance_id:
             yield Finding(table.path, f"its provenance is not the published one of {batch.name}", remedy)
 
@@ -121,7 +120,7 @@ def _verify_delivery(storage: Storage, batch: Batch) -> Iterator[Finding]:
 
 def _differs(storage: Storage, sha256: str, *parts: str) -> str | None:
     try:
-        found = sha256_of(storage, *parts)
+        found = storage.files.sha256(*parts)
     except StorageError:
         return "it is missing"
     return None if found == sha256 else f"its sha256 is {found}, not {sha256}"

@@ -14,7 +14,6 @@ from qaq_pipeline.orchestration.metadata import lineage_of_columns, version_of
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import Footer, StoredTable
 
@@ -71,10 +70,7 @@ def provenance_of(
 
 def footer_before(context: dg.AssetExecutionContext, storage: Storage) -> Footer | None:
     """The footer of the partition before it is made again; None where it is not stored, or is torn."""
-    try:
-        return storage.tables.footer(context.asset_key.path[-1], Partition.parse(context.partition_key))
-    except StorageError:
-        return None
+    return storage.tables.readable_footer(context.asset_key.path[-1], Partition.parse(context.partition_key))
 
 
 def unless_same(

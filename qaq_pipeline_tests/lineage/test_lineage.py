@@ -143,7 +143,7 @@ def test_a_version_goes_back_to_every_table_shard_and_delivered_file(walked: Lin
         assert set(names) == set(PIPELINE.tables_of_batch(Purpose.CURATION))
         assert {table.state for table in batch.tables} == {State.AS_PUBLISHED}
         for table in batch.tables:
-            assert storage.tables.version(table.name, Partition(*table.partition)) == table.entered == table.stored
+            assert storage.tables.version(table.name, table.partition) == table.entered == table.stored
         assert [shards.model for shards in batch.scores] == ["strong", "weak"]
         (delivered,) = batch.delivery.files
         assert hashlib.sha256(Path(delivered.path).read_bytes()).hexdigest() == delivered.sha256
@@ -395,7 +395,7 @@ def test_a_row_goes_through_its_tables_and_the_shards_of_its_pair(walked: Lineag
     rows = {row.table.name: row for row in path.tables}
     assert set(PIPELINE.tables_of_batch(Purpose.CURATION)) - {"selected_subset"} <= set(rows)
     for row in path.tables:
-        frame = storage.tables.read(row.table.name, Partition(*row.table.partition)).frame
+        frame = storage.tables.read(row.table.name, row.table.partition).frame
         shown = to_columns(frame, "ranks") if row.table.name == "disagreement_scores" else frame
         stored = shown.row(row.number - 1, named=True)
         assert stored["pair_id"] == path.pair_id
