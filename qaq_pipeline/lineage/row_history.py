@@ -114,12 +114,12 @@ def find_pair(
     """
     if version is not None:
         _check_kept(storage, version)
-        found = versions.find_pair(storage, version.version, start, MOST_ROWS, batches)
+        found = versions.find_pair(storage, version.version, start, MOST_ROWS, batches or ())
         return Answer(_nested(found.frame), () if found.is_indexed else (f"version {version.number}",))
     asked = storage.tables.batches_with("decisions") if batches is None else batches
 
     def find(batch: str) -> FoundRows:
-        return storage.tables.find_pair(start, "decisions", Partition(batch), most=MOST_ROWS)
+        return storage.tables.find_pair(start, MOST_ROWS, "decisions", Partition(batch))
 
     with ThreadPoolExecutor(_READERS) as readers:  # In a remote storage each batch takes several round trips.
         answers = dict(zip(asked, readers.map(find, asked), strict=True))

@@ -27,16 +27,8 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Status
 from qaq_pipeline.selection.decisions import by_reason
 
-_SIZES = {
-    10**3: "n<1K",
-    10**4: "1K<n<10K",
-    10**5: "10K<n<100K",
-    10**6: "100K<n<1M",
-    10**7: "1M<n<10M",
-    10**8: "10M<n<100M",
-    10**9: "100M<n<1B",
-}
-"""The hub's names for fewer rows than these."""
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
+"""The hub's names for numbers of rows of up to 3 digits, of 4, 5, 6, 7, 8, 9, and of more."""
 
 IDENTITY = ("model", "revision", "dtype", "tokenizer_hash", "template_hash", "prior", "max_tokens", "too_long")
 """Fields of a score identity that a reader compares."""
@@ -116,14 +108,14 @@ def _title(selection: Selection) -> str:
 
 
 def _metadata(selection: Selection, exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any]:
-    configs = _configs(exported, export)
+    configs, num_digits = _configs(exported, export), len(str(exported[selection.name]))
     return {
         "license": "unknown",
         "pretty_name": _title(selection),
         "language": ["code"],
         "task_categories": ["text-generation"],
         "tags": ["code", "instruction-tuning", "synthetic", "data-selection", "qaq", "arxiv:2603.12165"],
-        "size_categories": [next((name for limit, name in _SIZES.items() if exported[selection.name] < limit), "n>1B")],
+        "size_categories": [_SIZES[min(max(num_digits - 3, 0), len(_SIZES) - 1)]],
         "configs": [
             {"config_name": name, "data_files": [{"split": "train", "path": path}]}
             | ({"default": True} if name == next(iter(configs)) else {})

@@ -9,19 +9,18 @@ of an earlier version that this one does not have are removed; nothing else is t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.versions import MANIFEST, MANIFEST_FORMAT
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
-from qaq_pipeline.storage.files import Files, StorageError, hash_json
+from qaq_pipeline.storage.files import Files, hash_json
 from qaq_pipeline.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -54,26 +53,6 @@ class Copy:
     """Files of an earlier version."""
     replaced: tuple[str, ...] = ()
     """Files that others had put there, such as a card; a repository keeps them in its history."""
-
-
-class _Target(Protocol):
-    """A place to which a version is copied."""
-
-    has_history: bool
-    """True if replaced files can be restored there."""
-
-    @property
-    def url(self) -> str:
-        """Address for readers."""
-
-    def manifest(self) -> Any:
-        """JSON value of the manifest at the target; None: there is none."""
-
-    def existing(self, names: Sequence[str]) -> list[str]:
-        """The files of these names that exist at the target."""
-
-    def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:
-        """Write files and remove others."""
 
 
 def publish(storage: Storage, version: str, to: str, *, is_private: bool = False, is_dry_run: bool = False) -> Copy:
@@ -129,15 +108,11 @@ def _existing_version(storage: Storage, name: str) -> str:
 
 def _read_files(storage: Storage, version: str) -> dict[str, bytes]:
     """The files of a version by path, unchanged since they were published; the manifest comes last."""
-    files = {}
-    for name, sha256 in versions.read_manifest(storage, version)["files"].items():
-        stored = versions.place(version, name)
-        files[name] = storage.files.read_bytes(*stored)
-        if hashlib.sha256(files[name]).hexdigest() != sha256:
-            raise StorageError(
-                f"{storage.files.url(*stored)}: changed since it was published; restore it, or remove the version's "
-                "folder and run `qaq refresh`"
-            )
+    remedy = "restore it, or remove the version's folder and run `qaq refresh`"
+    files = {
+        name: storage.files.read_unchanged(sha256, remedy, *versions.place(version, name))
+        for name, sha256 in versions.read_manifest(storage, version)["files"].items()
+    }
     return files | {MANIFEST: storage.files.read_bytes(*versions.place(version, MANIFEST))}
 
 
@@ -167,6 +142,7 @@ class _Folder:
     """A folder, or any fsspec URL."""
 
     has_history = False
+    """True if replaced files can be restored there."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -176,16 +152,22 @@ class _Folder:
 
     @property
     def url(self) -> str:
+        """Address for readers."""
         return self._files.url().rstrip("/")
 
     def manifest(self) -> Any:
+        """JSON value of the manifest at the target; None: there is none."""
         return self._files.read_json(MANIFEST) if self._files.exists(MANIFEST) else None
 
     def existing(self, names: Sequence[str]) -> list[str]:
+        """The files of these names that exist at the target."""
         return [name for name in names if self._files.exists(*name.split("/"))]
 
     def replace(self, files: Mapping[str, bytes], obsolete: Sequence[str], message: str) -> None:  # noqa: ARG002
-        """Write a provisional manifest first: it lists the files until the final one, written last, replaces it."""
+        """Write files and remove others.
+
+        A provisional manifest is written first. It lists the files until the final one, written last, replaces it.
+        """
         begun = {"format": MANIFEST_FORMAT, "files": dict.fromkeys([*files, *obsolete])}
         self._files.write_json(begun, MANIFEST)
         for name in obsolete:

@@ -196,12 +196,10 @@ def find_rows(
     return storage.tables.find_in_file(where, *place(version, SCORES), columns=columns)
 
 
-def find_pair(
-    storage: Storage, version: str, start: str, most: int | None = None, batches: Sequence[str] | None = None
-) -> FoundRows:
-    """Rows of a version's scores by the first digits of their pair_id; of these batches, or of any."""
+def find_pair(storage: Storage, version: str, start: str, most: int, batches: Sequence[str] = ()) -> FoundRows:
+    """Rows of a version's scores by the first digits of their pair_id; of these batches, or of all if none is named."""
     sha256 = read_manifest(storage, version)["files"][SCORES]
-    return storage.tables.find_pair_in_file(start, place(version, SCORES), index_place(version), sha256, most, batches)
+    return storage.tables.find_pair_in_file(start, most, place(version, SCORES), index_place(version), sha256, batches)
 
 
 def retire(storage: Storage, version: str) -> None:

@@ -63,15 +63,11 @@ class Deliveries:
 
     def read(self, delivery: Delivery) -> dict[str, bytes]:
         """The delivered bytes by file name. Raises `StorageError` where a copy was changed."""
-        contents = {}
-        for name, sha256 in delivery.files.items():
-            parts = self.place(delivery.batch, delivery.content_hash, name)
-            contents[name] = self._files.read_bytes(*parts)
-            if hashlib.sha256(contents[name]).hexdigest() != sha256:
-                raise StorageError(
-                    f"{self._files.url(*parts)}: changed since it was delivered; deliver the batch again"
-                )
-        return contents
+        copy = self.place(delivery.batch, delivery.content_hash)
+        return {
+            name: self._files.read_unchanged(sha256, "deliver the batch again", *copy, name)
+            for name, sha256 in delivery.files.items()
+        }
 
     def copies(self, batch: str) -> list[str]:
         """Names of the folders with copies of a batch's deliveries."""

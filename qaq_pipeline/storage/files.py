@@ -20,6 +20,9 @@ import fsspec
 import polars as pl
 from fsspec.implementations.local import LocalFileSystem
 
+Place = tuple[str, ...]
+"""Parts of the path of a file or folder below the root."""
+
 
 class StorageError(ValueError):
     """A stored file is missing, torn or foreign. The text names the path and the remedy."""
@@ -81,6 +84,13 @@ class Files:
         except FileNotFoundError as error:
             raise StorageError(f"{self.url(*parts)}: not stored yet") from error
 
+    def read_unchanged(self, sha256: str, remedy: str, *parts: str) -> bytes:
+        """The bytes of a file. Raises `StorageError` with the remedy where they do not have this hash."""
+        data = self.read_bytes(*parts)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(f"{self.url(*parts)}: changed since it was written; {remedy}")
+        return data
+
     def open(self, *parts: str) -> BinaryIO:
         """A stream that reads the file. Raises FileNotFoundError where there is none."""
         return self._fs.open(self.path(*parts), "rb")
@@ -133,7 +143,7 @@ class Files:
         start = self.path(*parts)
         return sorted(path.removeprefix(start).lstrip("/") for path in self._fs.find(start))
 
-    def move(self, source: Sequence[str], target: Sequence[str]) -> None:
+    def move(self, source: Place, target: Place) -> None:
         """Move a file or a folder. Raises FileNotFoundError where it is gone."""
         if isinstance(self._fs, LocalFileSystem):
             Path(self.path(*target)).parent.mkdir(parents=True, exist_ok=True)

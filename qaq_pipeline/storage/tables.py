@@ -25,7 +25,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import dtypes, enforce
 from qaq_pipeline.storage import parquet_file, row_lookup
-from qaq_pipeline.storage.files import Files, StorageError, hash_json
+from qaq_pipeline.storage.files import Files, Place, StorageError, hash_json
 from qaq_pipeline.storage.row_lookup import Where
 
 _TABLE_FILE = "table.parquet"
@@ -181,37 +181,31 @@ class Tables:
         with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
             yield from row_lookup.scan(stream, columns)
 
-    def find_pair(self, start: str, name: str, partition: Partition, most: int | None = None) -> FoundRows:
+    def find_pair(self, start: str, most: int, name: str, partition: Partition) -> FoundRows:
         """Rows of a table by the first digits of their pair_id, through its index where the index is current.
 
         Args:
             start: the digits.
+            most: how many rows at most.
             name: of the table.
             partition: of the table.
-            most: how many rows at most; None: all.
 
         Raises:
             StorageError: the table is missing, or torn.
         """
         place, index = self._place(name, partition), (*self._folder(name, partition), _INDEX_FILE)
-        return self.find_pair_in_file(start, place, index, self.footer(name, partition).data_version, most)
+        return self.find_pair_in_file(start, most, place, index, self.footer(name, partition).data_version)
 
     def find_pair_in_file(
-        self,
-        start: str,
-        parts: Sequence[str],
-        index: Sequence[str],
-        version: str,
-        most: int | None = None,
-        batches: Sequence[str] | None = None,
+        self, start: str, most: int, file: Place, index: Place, version: str, batches: Sequence[str] = ()
     ) -> FoundRows:
-        """The same for any Parquet file of that version and its index, in these batches or in all."""
+        """The same for any Parquet file of that version and its index, in these batches, or in all if none is named."""
         where = row_lookup.of_pair(start)
-        of_batch = pl.lit(True) if batches is None else pl.col("batch").is_in(list(batches))
+        of_batch = pl.col("batch").is_in(list(batches)) if batches else pl.lit(True)
         if self._index_version(*index) != version:
-            return FoundRows(self.find_in_file(where, *parts).filter(of_batch)[:most], is_indexed=False)
+            return FoundRows(self.find_in_file(where, *file).filter(of_batch)[:most], is_indexed=False)
         keys = self.find_in_file(where, *index).filter(of_batch).select(ROW_KEY)
-        found = [self.find_in_file(row_lookup.of_key(key), *parts) for key in keys[:most].rows()]
+        found = [self.find_in_file(row_lookup.of_key(key), *file) for key in keys[:most].rows()]
         return FoundRows(pl.concat(found) if found else pl.DataFrame(), is_indexed=True)
 
     def write_pair_index(self, rows: pl.DataFrame, version: str, *parts: str) -> None:
@@ -246,7 +240,7 @@ class Tables:
         return parts
 
     @contextlib.contextmanager
-    def _reading(self, parts: Sequence[str], damage: tuple[type[Exception], ...]) -> Iterator[None]:
+    def _reading(self, parts: Place, damage: tuple[type[Exception], ...]) -> Iterator[None]:
         """Raise these errors as `StorageError`, with the file and the remedy."""
         try:
             yield
