@@ -288,7 +288,12 @@ class RankReference(RmiScores):
 _MODEL = dy.String(description="Role of the model.")
 
 MODEL_RANK = dy.Struct(
-    {"model": _MODEL} | {name: RankReference.columns()[name] for name in ("stratum", "num_strata", "rank")}
+    {
+        "model": _MODEL,
+        "stratum": RankReference.stratum,
+        "num_strata": dy.Int64(min=0, description="Number of strata of the model's pool; 0: the pool is empty."),
+        "rank": RankReference.rank,
+    }
 )
 
 
