@@ -26,8 +26,8 @@ class Budget(Closed):
     answer_tokens: int | None = Field(
         None,
         ge=1,
-        description="Answer tokens before truncation, in the strong model's tokenizer; per batch or of the "
-        "reference, as for `count`.",
+        description="Number of answer tokens, counted before truncation with the strong model's tokenizer: per batch, "
+        "or with `ranking.pool: reference`, in the reference.",
     )
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class _Disagreement(Closed):
     rmi_strong: tuple[float | None, float | None] | None = Field(
         None,
         description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no limit. A "
-        "calibration suggests both: mismatches lie below, echoes above.",
+        "calibration suggests lo and hi: mismatches lie below lo, echoes above hi.",
     )
 
     @model_validator(mode="after")

@@ -108,7 +108,7 @@ class Format:
     path: str
     """File or folder in the folder of a selection."""
     write: Callable[[pl.DataFrame], bytes | dict[str, bytes]]
-    """From rows to the file, or to the files of the folder by name."""
+    """Converts the rows to the bytes of the file; for a folder, to the bytes of each file by its name."""
     columns: pa.Schema
     """Columns of its records as `datasets` loads them, without `meta`."""
     llama_factory: Mapping[str, Any] | None = None

@@ -142,12 +142,15 @@ class Signatures(_RowKey):
     )
     bands = dy.List(
         dy.UInt64(),
-        description="MinHash bands of the 5-word sequences of query and answer; empty if there are no words.",
+        description="25 short hashes (MinHash bands) of the 5-word sequences of query and answer; similar rows "
+        "probably share one. Empty if there are no words.",
     )
 
 
 class Contamination(_RowKey):
-    """The rows of a batch that contain a task of one benchmark, each with the task that it contains most of."""
+    """The rows of a batch that contain a task of one benchmark. If a row contains several, it is stored with
+    the task of which it contains the largest share.
+    """
 
     benchmark = dy.String(description="Name of the benchmark.")
     task = dy.String(description="The task's id.")
@@ -237,8 +240,10 @@ class Logprobs(dy.Schema):
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
     null_reason_a_given_q = _null_reason("sum_nll_a_given_q")
-    num_q_tokens = _count("Scored tokens of Q, the same in both passes: divisor of both means.")
-    num_a_tokens = _count("Scored tokens of A after truncation: divisor of both means.")
+    num_q_tokens = _count(
+        "Number of scored tokens of Q; the same for sum_nll_q and sum_nll_q_given_a. Each sum is divided by it."
+    )
+    num_a_tokens = _count("Number of scored tokens of A after truncation. Each sum of A is divided by it.")
     num_a_tokens_untruncated = _count("All tokens of A.")
     is_truncated = dy.Bool(description="True if the end of A was cut to fit the window. Q is never cut.")
 
@@ -255,7 +260,7 @@ class Logprobs(dy.Schema):
 
 
 class RmiScores(dy.Schema):
-    """Scores without ranks of each pair under one model, computed from its sums in seconds without a GPU."""
+    """The scores of each pair under one model, not yet ranked; computed from the sums of logprobs without a GPU."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     log_ppl_q = _log_ppl("Q")
@@ -346,7 +351,8 @@ VERDICT = dy.Struct(
         "position": dy.Int64(nullable=True, description="Place in that order, from 1; null if it has none."),
         "cut": dy.Float64(
             nullable=True,
-            description="Score of the last pair taken, here or in the reference; null if none or all were taken.",
+            description="Score of the last pair taken, in this batch or, with `ranking.pool: reference`, in the "
+            "reference; null if no pair or every pair was taken.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }
@@ -432,7 +438,7 @@ class PlantedRows(dy.Schema):
 
 
 class PlantedScores(RmiScores):
-    """Scores without ranks of each planted pair under one model, with the columns of rmi_scores."""
+    """The scores of each planted pair under one model, not yet ranked, with the columns of rmi_scores."""
 
 
 CLEAN = "clean"
@@ -453,10 +459,13 @@ class Calibration(dy.Schema):
     defect = dy.String(
         primary_key=True,
         check=lambda column: column.is_in([CLEAN, *Defect]),
-        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. The null of a low cut is "
-        f"{Defect.OTHER_ANSWER}, that of a high cut {Defect.ECHO}. One of: {CLEAN}, {', '.join(Defect)}.",
+        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. For low_cut it is "
+        f"{Defect.OTHER_ANSWER}, for high_cut {Defect.ECHO}: the planted rows from which the cut is computed. One of: "
+        f"{CLEAN}, {', '.join(Defect)}.",
     )
-    model = dy.String(primary_key=True, description=f"Role of the model; `{BOTH_MODELS}`: both models of the gap.")
+    model = dy.String(
+        primary_key=True, description=f"Role of the model; `{BOTH_MODELS}` if the number needs both models."
+    )
     measure = dy.String(primary_key=True, description="The score that is judged; for kept_share, the named selection.")
     value = dy.Float64(
         nullable=True,
