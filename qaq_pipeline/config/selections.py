@@ -19,7 +19,9 @@ CONTROL_PREFIX = "control_"
 class Budget(Closed):
     """The size of a selection: exactly one of the three fields."""
 
-    fraction: float | None = Field(None, gt=0, le=1, description="Share of the pool: k = floor(f * n + 1/2) pairs.")
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="Share of the selection's pool: floor(f * n + 1/2) of n pairs."
+    )
     count: int | None = Field(
         None, ge=1, description="Pairs per batch; with `ranking.pool: reference`, pairs of the reference."
     )
@@ -142,7 +144,7 @@ class RandomSelection(Closed):
     strategy: Literal["random", "stratified_random"]
     budget: Budget = _BUDGET
     model: str = _ROLE
-    seed: int = Field(0, ge=0, description="Key of the hash.")
+    seed: int = Field(0, ge=0, description="Key of the hash that orders the pairs.")
 
 
 Selection = Annotated[

@@ -111,9 +111,11 @@ class CheckSettings(Closed):
     """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
     max_null_share: float = Field(
-        0.05, ge=0, le=1, description="Maximum share of requested quantities that are null under a model."
+        0.05, ge=0, le=1, description="Maximum share of the requested likelihoods that are null under a model."
     )
-    max_truncated_share: float = Field(0.1, ge=0, le=1, description="Maximum share of answers cut to fit the window.")
+    max_truncated_share: float = Field(
+        0.1, ge=0, le=1, description="Maximum share of answers that are truncated to fit into `scoring.max_tokens`."
+    )
     min_mean_rmi: float = Field(
         0.0, ge=-10, le=10, description="The mean RMI of a batch under a model must be above this, in nats/token."
     )
@@ -199,7 +201,9 @@ class ModelSettings(Closed):
         description="System prompt of every pass; a row's own system text replaces it.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the weights. `auto`: bfloat16 if natively fast, otherwise float32."
+        "auto",
+        description="Type of the weights. `auto`: bfloat16 if the device has hardware support for it, "
+        "otherwise float32.",
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Device: auto, cpu, mps, cuda or cuda:N."
@@ -272,10 +276,10 @@ class RuntimeSettings(Closed):
 
 
 class ReferenceSettings(Closed):
-    """A frozen pool: the scored pairs of some batches. The ranks and cuts of every batch can be taken against it."""
+    """A reference: the scored pairs of a fixed set of batches. Ranks and cuts can be computed against it."""
 
     name: str = Field(
-        pattern=NAME, description="Name of the reference. It is frozen: a change of the batches needs a new name."
+        pattern=NAME, description="Name of the reference. Its content is fixed: other batches need another name."
     )
     batches: tuple[str, ...] = Field(
         min_length=1,
@@ -304,10 +308,11 @@ class RankingSettings(Closed):
         "own", description="PPL(Q) that defines the strata: each model's own, or the strong model's for all."
     )
     pool: Literal["batch", "reference"] = Field(
-        "batch", description="Pool in which pairs are ranked: the batch itself or the reference."
+        "batch",
+        description="The ranking pool, the pairs with which a pair is compared: the batch itself or the reference.",
     )
     reference: ReferenceSettings | None = Field(
-        None, description="Frozen pool for the ranks of `pool: reference`; with `pool: batch`, for drift only."
+        None, description="The reference for the ranks of `pool: reference`; with `pool: batch`, for drift only."
     )
 
     def without_pool(self) -> dict[str, Any]:

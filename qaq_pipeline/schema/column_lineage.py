@@ -128,7 +128,7 @@ _RANK = _merged(_BINNED, _EDGES, _of("rank_reference", "rmi", "rank"))
 
 
 def rank_reference() -> dict[str, Sources]:
-    """Return the sources of a frozen pool."""
+    """Return the sources of a reference."""
     return {
         **{column: _of("rmi_scores", column) for column in tables.RmiScores.columns()},
         "model": (),

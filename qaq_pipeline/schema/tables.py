@@ -245,7 +245,9 @@ class Logprobs(dy.Schema):
     )
     num_a_tokens = _count("Number of scored tokens of A after truncation. Each sum of A is divided by it.")
     num_a_tokens_untruncated = _count("All tokens of A.")
-    is_truncated = dy.Bool(description="True if the end of A was cut to fit the window. Q is never cut.")
+    is_truncated = dy.Bool(
+        description="True if the end of A was removed to fit into `scoring.max_tokens`. Q is never shortened."
+    )
 
     @dy.rule()
     def null_iff_reason(cls) -> pl.Expr:
@@ -281,7 +283,7 @@ class RmiScores(dy.Schema):
     num_q_tokens = _count("Scored tokens of Q.")
     num_a_tokens = _count("Scored tokens of A after truncation.")
     num_a_tokens_untruncated = _count("All tokens of A.")
-    is_truncated = dy.Bool(description="True if the end of A was cut.")
+    is_truncated = dy.Bool(description="True if the end of A was removed to fit into `scoring.max_tokens`.")
     is_short_query = dy.Bool(description="True if Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
 
     @dy.rule()
@@ -293,7 +295,7 @@ MODEL_RANK = dy.Struct(
     {
         "model": dy.String(description="Role of the model."),
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1; null: not scorable."),
-        "num_strata": dy.Int64(description="Number of strata in the model's pool."),
+        "num_strata": dy.Int64(description="Number of strata under the model."),
         "rank": dy.Float64(nullable=True, description="Rank of RMI within the stratum, in (0, 1]."),
     }
 )
@@ -303,9 +305,12 @@ class DisagreementScores(dy.Schema):
     """Strata, ranks, the gap between the strong and the weak model, and the pool on which they depend."""
 
     pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
-    pool_id = dy.String(description="Pool of the ranks: batch:<name> or reference:<name>:<version>.")
+    pool_id = dy.String(description="The ranking pool: batch:<name> or reference:<name>:<version>.")
     gap = dy.Float64(
-        nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
+        nullable=True,
+        min=-1.0,
+        max=1.0,
+        description="rank_strong - rank_weak (cognitive gap). High: only the strong model ranks it high.",
     )
     rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
     null_reason = _null_reason("the gap")
@@ -317,7 +322,7 @@ class DisagreementScores(dy.Schema):
 
 
 class RankReference(RmiScores):
-    """A frozen pool: the scores, strata and ranks of its pairs under each model.
+    """A reference, a fixed set of batches: the scores, strata and ranks of its pairs under each model.
 
     The edges of the strata, the distribution of RMI within each stratum, and the cut of every selection follow from
     these rows.
@@ -331,7 +336,7 @@ class RankReference(RmiScores):
         description="log PPL(Q) that determines the stratum: the model's own or the strong model's; null: no rank.",
     )
     stratum = dy.Int64(nullable=True, min=1, description="Stratum of PPL(Q) in the reference, from 1; null: no rank.")
-    num_strata = dy.Int64(min=1, description="Number of strata of the model's pool in the reference.")
+    num_strata = dy.Int64(min=1, description="Number of strata of the reference under the model.")
     rank = _nullable_rank("in the reference")
 
     @dy.rule()
@@ -345,10 +350,13 @@ VERDICT = dy.Struct(
         "selection": dy.String(description="Name of the selection."),
         "is_selected": dy.Bool(description="True if the selection takes this pair."),
         "reason": dy.String(
-            metadata={"vocabularies": (SelectionReason,)}, description="Reason why it is taken or not."
+            metadata={"vocabularies": (SelectionReason,)}, description="Reason why the selection takes the pair or not."
         ),
         "score": dy.Float64(nullable=True, description="The value that orders the selection."),
-        "position": dy.Int64(nullable=True, description="Place in that order, from 1; null if it has none."),
+        "position": dy.Int64(
+            nullable=True,
+            description="Place of the pair in the order of the selection, from 1; null if the pair has no place.",
+        ),
         "cut": dy.Float64(
             nullable=True,
             description="Score of the last pair taken, in this batch or, with `ranking.pool: reference`, in the "
@@ -371,10 +379,10 @@ MODEL_SCORE = dy.Struct(
         "num_q_tokens": dy.Int64(description="Scored tokens of Q."),
         "num_a_tokens": dy.Int64(description="Scored tokens of A after truncation."),
         "num_a_tokens_untruncated": dy.Int64(description="All tokens of A."),
-        "is_truncated": dy.Bool(description="True if the end of A was cut."),
+        "is_truncated": dy.Bool(description="True if the end of A was removed to fit into `scoring.max_tokens`."),
         "is_short_query": dy.Bool(description="True if Q is so short that its scores are noisy."),
         "stratum": dy.Int64(nullable=True, description="Stratum of PPL(Q), from 1."),
-        "num_strata": dy.Int64(description="Number of strata in the model's pool."),
+        "num_strata": dy.Int64(description="Number of strata under the model."),
         "rank": dy.Float64(nullable=True, description="Rank of RMI within the stratum, in (0, 1]."),
         "null_reason": dy.String(
             nullable=True,
