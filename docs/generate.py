@@ -117,7 +117,7 @@ def _column_meaning(column: dy.Column) -> str:
     vocabularies = (column.metadata or {}).get("vocabularies", ())
     text = (column.description or "").partition(" One of:")[0] if vocabularies else column.description or ""
     links = ", ".join(f"[{one.__name__}](#{one.__name__.lower()})" for one in vocabularies)
-    return f"{_text(text)} Words: {links}." if links else _text(text)
+    return f"{_text(text)} Allowed values: {links}." if links else _text(text)
 
 
 def _vocabulary_section(vocabulary: type[Vocabulary]) -> str:
@@ -211,7 +211,9 @@ def _fields(model: Json, sections: Mapping[str, _Section]) -> str:
     rows = []
     for name, field in model["properties"].items():
         inside = [sections[inner] for _, inner in _models_in(field)]
-        meaning = field.get("description") or (inside[0].model["description"] if inside else "Identifies this variant.")
+        meaning = field.get("description") or (
+            inside[0].model["description"] if inside else f"The {name} of this entry; its other fields depend on it."
+        )
         value = _links(field, sections) if inside else _value(field)
         rows.append((f"`{name}`", value, _default(field), _text(meaning)))
     return _markdown(("field", "value", "default", "meaning"), rows)
@@ -240,7 +242,7 @@ def _value(field: Json) -> str:
     if field["type"] == "array":
         return _list(field)
     if "pattern" in field:
-        return f"text as `{field['pattern']}`"
+        return f"text that matches `{field['pattern']}`"
     return _NAMES.get(field["type"], "`null`") + _limits(field)
 
 
@@ -250,7 +252,7 @@ def _words(field: Json, last: str) -> str:
 
 
 def _list(field: Json) -> str:
-    """Return `list of 2 numbers`, `non-empty list of text as …` or `list of any of …`."""
+    """Return `list of 2 numbers`, `non-empty list of text that matches …` or `list of any of …`."""
     length = len(field.get("prefixItems", ()))
     item = field["prefixItems"][0] if length else field["items"]
     many = f"{'non-empty ' if field.get('minItems') and not length else ''}list of {f'{length} ' if length else ''}"

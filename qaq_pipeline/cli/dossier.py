@@ -139,7 +139,7 @@ def _fate(dossier: Dossier, fate: Fate) -> str:
     if fate.fault is not None:
         return f"the row's fate is unknown: {fate.fault}"
     if fate.row is not None and fate.row["pair_id"] != dossier.row["pair_id"]:
-        other = f"this place then held another text (pair_id {fate.row['pair_id']})"
+        other = f"this file and row number had another text (pair_id {fate.row['pair_id']})"
         return f"{other}: {fate.row['decision']}"
     before = dossier.fates[dossier.fates.index(fate) - 1] if dossier.fates[0] is not fate else None
     is_same = before is not None and before.row is not None and before.row["pair_id"] == dossier.row["pair_id"]

@@ -32,7 +32,11 @@ def explain(
     text: Annotated[str | None, typer.Option("--text", help="Find the rows that contain this text.")] = None,
     batch: Annotated[str | None, typer.Option("--batch", help="With --text: only in this batch.")] = None,
     version: Annotated[
-        str | None, typer.Option("--version", help="A published version, by number or hash. Default: the decisions.")
+        str | None,
+        typer.Option(
+            "--version",
+            help="Explain the row in a published version, by number or hash. Default: in the current decisions.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     provenance: Annotated[bool, typer.Option("--provenance", help="Print the text of the templates too.")] = False,

@@ -102,7 +102,7 @@ def calibration(
     batch: Annotated[str, typer.Argument(help="Name of the batch.")],
     config_file: ConfigOption = None,
 ) -> None:
-    """Show how well the scores separate good rows from bad ones in a batch, and the cuts of RMI that follow."""
+    """Show how well the scores separate good rows of a batch from planted bad ones, and the cuts of RMI to use."""
     from qaq_pipeline.calibration import calibration as judging
     from qaq_pipeline.freshness import staleness
     from qaq_pipeline.reports import calibration_page, check_metrics, page_store

@@ -21,7 +21,11 @@ def lineage(
     row: Annotated[str | None, typer.Option("--row", help="Trace one row: BATCH/FILE:ROW[.TURN].")] = None,
     columns: Annotated[
         str | None,
-        typer.Option("--columns", help="Show the source of columns, for every version: TABLE or TABLE.COLUMN."),
+        typer.Option(
+            "--columns",
+            help="Show from which columns a table (TABLE) or a column (TABLE.COLUMN) is computed, the same for all "
+            "versions.",
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its hash; exit 1 if one differs.")

@@ -32,11 +32,13 @@ def refresh(config_file: ConfigOption = None) -> None:
 
 def withdraw(
     what: Annotated[str, typer.Argument(help="A batch, or one of its rows: BATCH/FILE:ROW, BATCH/FILE:ROW.TURN.")],
-    reason: Annotated[str, typer.Option("--reason", help="The reason; it is kept for good, and shown for every row.")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="The reason. It is stored permanently, and shown for every withdrawn row.")
+    ],
     restore: Annotated[bool, typer.Option("--restore", help="Revoke the withdrawal.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Publish without a batch, or without the text of a row wherever it occurs. Older versions stay."""
+    """Withdraw a batch, or the text of a row in every batch, and publish a version without it. Older versions stay."""
     from qaq_pipeline.publication import versions
     from qaq_pipeline.publication.withdrawn import withdrawn_batches
     from qaq_pipeline.runs import withdrawal
@@ -79,7 +81,7 @@ def publish(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be written.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Copy a version to the Hugging Face hub in one commit, or to a folder. A second copy of a version does nothing."""
+    """Copy a version to the Hugging Face hub in one commit, or to a folder; if it is already there, write nothing."""
     from qaq_pipeline.publication import hub
     from qaq_pipeline.storage.files import StorageError
     from qaq_pipeline.storage.storage import open_storage

@@ -19,15 +19,17 @@ CONTROL_PREFIX = "control_"
 class Budget(Closed):
     """The size of a selection: exactly one of the three fields."""
 
-    fraction: float | None = Field(None, gt=0, le=1, description="Share of the pool: k = floor(f * n + 1/2) pairs.")
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="Share of the selection's pool: floor(f * n + 1/2) of n pairs."
+    )
     count: int | None = Field(
         None, ge=1, description="Pairs per batch; with `ranking.pool: reference`, pairs of the reference."
     )
     answer_tokens: int | None = Field(
         None,
         ge=1,
-        description="Answer tokens before truncation, in the strong model's tokenizer; per batch or of the "
-        "reference, as for `count`.",
+        description="Number of answer tokens, counted before truncation with the strong model's tokenizer: per batch, "
+        "or with `ranking.pool: reference`, in the reference.",
     )
 
     @model_validator(mode="after")
@@ -53,7 +55,7 @@ class _Disagreement(Closed):
     rmi_strong: tuple[float | None, float | None] | None = Field(
         None,
         description="Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no limit. A "
-        "calibration suggests both: mismatches lie below, echoes above.",
+        "calibration suggests lo and hi: mismatches lie below lo, echoes above hi.",
     )
 
     @model_validator(mode="after")
@@ -142,7 +144,7 @@ class RandomSelection(Closed):
     strategy: Literal["random", "stratified_random"]
     budget: Budget = _BUDGET
     model: str = _ROLE
-    seed: int = Field(0, ge=0, description="Key of the hash.")
+    seed: int = Field(0, ge=0, description="Key of the hash that orders the pairs.")
 
 
 Selection = Annotated[

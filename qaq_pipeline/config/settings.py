@@ -48,7 +48,9 @@ class DuplicateSettings(Closed):
         description="Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: "
         "only equal rows are duplicates.",
     )
-    across_batches: bool = Field(True, description="Allow a row of an older batch to represent a row of a newer one.")
+    across_batches: bool = Field(
+        True, description="Also remove a row as a duplicate if the equal or similar row is in an older batch."
+    )
 
 
 class BenchmarkSettings(Closed):
@@ -63,14 +65,16 @@ class ContaminationSettings(Closed):
 
     benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to exclude.")
     action: Literal["drop", "flag"] = Field(
-        "drop", description="drop: such a row is not scored or selected. flag: it can be, and the evidence is stored."
+        "drop",
+        description="drop: such a row is neither scored nor selected. flag: such a row is scored and can be selected; "
+        "the evidence is stored.",
     )
     ngram_words: int = Field(10, ge=3, le=50, description="Length of the compared word sequences, in words.")
     min_share: float = Field(
         0.2, gt=0, le=1, description="Minimum share of a task's word sequences in a contaminated row."
     )
     min_solution_words: int = Field(
-        10, ge=1, description="Minimum length of a solution to search for word for word, in words."
+        10, ge=1, description="A solution is searched for in exact form only if it has at least this many words."
     )
     trivial_solutions: tuple[str, ...] = Field(
         (), description="Solutions that are too common to search for; white space is ignored."
@@ -107,9 +111,11 @@ class CheckSettings(Closed):
     """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
     max_null_share: float = Field(
-        0.05, ge=0, le=1, description="Maximum share of requested quantities that are null under a model."
+        0.05, ge=0, le=1, description="Maximum share of the requested likelihoods that are null under a model."
     )
-    max_truncated_share: float = Field(0.1, ge=0, le=1, description="Maximum share of answers cut to fit the window.")
+    max_truncated_share: float = Field(
+        0.1, ge=0, le=1, description="Maximum share of answers that are truncated to fit into `scoring.max_tokens`."
+    )
     min_mean_rmi: float = Field(
         0.0, ge=-10, le=10, description="The mean RMI of a batch under a model must be above this, in nats/token."
     )
@@ -195,7 +201,9 @@ class ModelSettings(Closed):
         description="System prompt of every pass; a row's own system text replaces it.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the weights. `auto`: bfloat16 if natively fast, otherwise float32."
+        "auto",
+        description="Type of the weights. `auto`: bfloat16 if the device has hardware support for it, "
+        "otherwise float32.",
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Device: auto, cpu, mps, cuda or cuda:N."
@@ -238,9 +246,9 @@ class EligibilitySettings(Closed):
     """The conditions for a pair to be ranked and selected."""
 
     min_query_tokens: int = Field(
-        1, ge=1, description="Pairs whose Q has fewer tokens are not ranked or selected, in tokens."
+        1, ge=1, description="Minimum number of tokens of Q. Pairs with fewer are not ranked or selected."
     )
-    short_query_tokens: int = Field(4, ge=0, description="Pairs whose Q has fewer tokens are flagged, in tokens.")
+    short_query_tokens: int = Field(4, ge=0, description="Number of tokens of Q. Pairs with fewer are flagged.")
 
 
 class RuntimeSettings(Closed):
@@ -252,8 +260,8 @@ class RuntimeSettings(Closed):
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="Maximum tokens of one forward pass with padding; limits memory. Default: 1,024 on a CPU; on a GPU "
-        "up to 32,768, by its free memory.",
+        description="Maximum number of tokens of one forward pass, padding included. It limits memory. Default: 1,024 "
+        "on a CPU; on a GPU up to 32,768, depending on its free memory.",
     )
     processes: int | None = Field(
         None,
@@ -268,10 +276,10 @@ class RuntimeSettings(Closed):
 
 
 class ReferenceSettings(Closed):
-    """A frozen pool: the scored pairs of some batches. The ranks and cuts of every batch can be taken against it."""
+    """A reference: the scored pairs of a fixed set of batches. Ranks and cuts can be computed against it."""
 
     name: str = Field(
-        pattern=NAME, description="Name of the reference. It is frozen: a change of the batches needs a new name."
+        pattern=NAME, description="Name of the reference. Its content is fixed: other batches need another name."
     )
     batches: tuple[str, ...] = Field(
         min_length=1,
@@ -300,10 +308,11 @@ class RankingSettings(Closed):
         "own", description="PPL(Q) that defines the strata: each model's own, or the strong model's for all."
     )
     pool: Literal["batch", "reference"] = Field(
-        "batch", description="Pool in which pairs are ranked: the batch itself or the reference."
+        "batch",
+        description="The ranking pool, the pairs with which a pair is compared: the batch itself or the reference.",
     )
     reference: ReferenceSettings | None = Field(
-        None, description="Frozen pool for the ranks of `pool: reference`; with `pool: batch`, for drift only."
+        None, description="The reference for the ranks of `pool: reference`; with `pool: batch`, for drift only."
     )
 
     def without_pool(self) -> dict[str, Any]:
@@ -324,7 +333,8 @@ class CalibrationSettings(Closed):
     defects: tuple[Defect, ...] = Field(
         tuple(Defect),
         min_length=1,
-        description="Defects to plant, the most informative first. A small batch has rows for the first only.",
+        description="Defects to plant, the most informative first. A small batch has too few rows for all of them, so "
+        "only the first defects of the list are planted.",
     )
     rows_per_defect: int = Field(100, ge=1, le=1000, description="Maximum number of planted rows per defect.")
     max_share: float | None = Field(
@@ -339,7 +349,8 @@ class CalibrationSettings(Closed):
         0.8,
         ge=0.5,
         le=1,
-        description="Minimum AUROC with which a model's RMI must separate rows from those with another answer.",
+        description="Minimum AUROC with which a model's RMI must separate rows from the same queries with another "
+        "row's answer.",
     )
 
     @model_validator(mode="after")
@@ -439,7 +450,12 @@ class ReportSettings(Closed):
 
     pages: bool = Field(True, description="Write a page for every batch and every published version.")
     pictures: bool = Field(True, description="Show plots of the assets in the UI, each under 100 KB.")
-    examples: int = Field(10, ge=0, le=25, description="Maximum rows shown on a page for each reason and each tail.")
+    examples: int = Field(
+        10,
+        ge=0,
+        le=25,
+        description="Maximum number of example rows on a page for each reason, and for the lowest and the highest RMI.",
+    )
 
 
 class AlertSettings(Closed):

@@ -44,7 +44,7 @@ class State(StrEnum):
     AS_PUBLISHED = "as published"
     SAME_CONTENT = "rebuilt since, with the same content"
     REPLACED = "replaced since"
-    UNKNOWN = "unknown: the table derived from it has been replaced"
+    UNKNOWN = "unknown whether as published: the table made from it, which recorded its version, has been replaced"
     MISSING = "missing, or unreadable"
 
 

@@ -61,9 +61,9 @@ class Matches:
 
     batch: str
     rows: list[dict[str, Any]]
-    """At most the first `MOST_ROWS` of them: key, pair_id, query and answer."""
+    """The rows found, at most the first `MOST_ROWS`, each with key, pair_id, query and answer."""
     number: int
-    """Number of all of them."""
+    """Number of all rows found."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,8 @@ def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
 
 def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
     remedy = (
-        "do not train on it; restore it from a backup, or remove the version's manifest.json, and the next `qaq "
-        "refresh` writes the current state, under the same hash if that is the same"
+        "do not train on this version; either restore the file from a backup, or remove the version's manifest.json "
+        "and run `qaq refresh`, which publishes the current state (under the same hash if the content is the same)"
     )
     for file in lineage.files if lineage.is_kept else ():
         fault = _differs(storage, file.sha256, *versions.place(lineage.version, file.name))

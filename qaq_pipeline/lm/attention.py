@@ -32,7 +32,7 @@ than torch's kernel in half precision on a CPU, but not in fp32."""
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
 )
-"""Arguments that architectures pass to their attention and that do not affect this one."""
+"""Arguments that architectures pass to an attention function and that have no effect on `packed_attention`."""
 
 
 class AttentionUnsupportedError(ValueError):

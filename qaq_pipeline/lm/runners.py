@@ -246,8 +246,8 @@ def _check_positions(model: Any, max_tokens: int) -> None:
         kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
         if kind in _ROPE_BY_LENGTH and max_tokens > (original or 0):
             raise AttentionUnsupportedError(
-                f"{kind} positions depend on the longest sequence of a batch, unless scoring.max_tokens is at most "
-                f"{original}"
+                f"{kind} positions depend on the longest sequence of a forward pass, so sequences cannot be scored "
+                f"together; to allow it, set scoring.max_tokens to {original} or less"
             )
 
 

@@ -59,7 +59,7 @@ def of_batch(last_input: str) -> dg.AutomationCondition:
 
 
 def of_reference() -> dg.AutomationCondition:
-    """The reference: made once, when the scores of all its batches are there. It is frozen, so nothing makes it anew.
+    """The reference: made once, when the scores of all its batches are there. It is fixed, so nothing makes it again.
 
     Where it could not be made, it waits for a person, whom the failed run alerts.
     """

@@ -26,7 +26,7 @@ _REFUSALS = (BenchmarkError, LandingError, NothingToPublishError, OriginError, S
 """Errors that say what a person has to do: running the step again would raise them again."""
 
 _FAILURE = f"{dg.Failure.__module__}.{dg.Failure.__name__}: "
-"""The beginning of the message of a step that raised a Failure."""
+"""The beginning of the error message of a step that raised `dg.Failure`."""
 
 
 def refusing(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:

@@ -25,7 +25,7 @@ WIDTH = 400
 _MOST_PNG_BYTES = 75_000
 """100 KB as base64 in a page of the UI."""
 _SCALES = (1.0, 0.75)
-"""At most 1: the event log keeps every picture of every batch twice."""
+"""Scales of the pictures to try, largest first. None is above 1: the event log stores every picture twice."""
 
 _INK, _MUTED, _GRID, _ONE, _TWO, _THREE = "#1b1f24", "#57606b", "#d3d9e0", "#0b5cab", "#b04a00", "#6b6b6c"
 VARIABLES = {
@@ -99,13 +99,14 @@ def by_reason(counts: pl.DataFrame) -> Plot:
 def density(cells: pl.DataFrame, strata: pl.DataFrame, role: str) -> Plot:
     """Plot the pairs by PPL(Q) and RMI, with strata and both tails (`summaries.density`, `summaries.strata`).
 
-    `strata` is empty if the pairs have no common strata of this model.
+    `strata` is empty if the pairs were not all ranked in the same strata of this model.
     """
     import altair as alt
 
     name, title = f"density_{role}", f"Query perplexity and RMI, {role} model"
     caption = "A stronger colour means more pairs. " + (
-        "No strata are drawn: these pairs have no common strata of this model."
+        "No strata are drawn: these pairs were not all ranked in the same strata, or the strata come from the PPL(Q) "
+        "of another model."
         if strata.is_empty()
         else "Vertical lines are the edges of the strata of PPL(Q). The 5 % of each stratum with the lowest RMI "
         "(possible mismatches) are below the lower line, the 5 % with the highest (possible echoes) above the upper."
@@ -190,7 +191,7 @@ def overlap(shares: pl.DataFrame) -> Plot:
 
 def kept(name: str, shares: pl.DataFrame, of: str, by: str = "value") -> Plot:
     """Plot the selected share of rows by stratum, language, source or batch (`summaries.kept_by`, `strata`)."""
-    title, caption = f"Share selected by {of}", f"Selected share of the rows of each {of}."
+    title, caption = f"Share selected by {of}", f"For each {of}: the share of its rows that was selected."
     if shares.is_empty():
         return Plot(name, title, caption, None, shares)
     label = pl.format("{} of {}", _count("selected"), _count("rows"))

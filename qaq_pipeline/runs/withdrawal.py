@@ -38,7 +38,7 @@ class Withdrawal:
 def withdraw(
     settings: Settings, instance: dg.DagsterInstance, what: Withdrawal, events: Events | None = None
 ) -> Refreshed:
-    """Withdraw a batch, or the text of a row wherever it occurs, and publish without it; or revoke that.
+    """Withdraw a batch, or the text of a row in every batch, and publish without it; or revoke a withdrawal.
 
     Raises:
         RunError: there is no such batch or row, or a stage that follows failed.

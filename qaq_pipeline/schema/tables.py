@@ -145,12 +145,15 @@ class Signatures(_RowKey):
     )
     bands = dy.List(
         dy.UInt64(),
-        description="MinHash bands of the 5-word sequences of query and answer; empty if there are no words.",
+        description="25 short hashes (MinHash bands) of the 5-word sequences of query and answer; similar rows "
+        "probably share one. Empty if there are no words.",
     )
 
 
 class Contamination(_RowKey):
-    """The rows of a batch that contain a task of one benchmark, each with the task that it contains most of."""
+    """The rows of a batch that contain a task of one benchmark. If a row contains several, it is stored with
+    the task of which it contains the largest share.
+    """
 
     benchmark = dy.String(description="Name of the benchmark.")
     task = dy.String(description="The task's id.")
@@ -223,10 +226,14 @@ class Logprobs(_PairScores):
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
     null_reason_a_given_q = _null_reason("sum_nll_a_given_q")
-    num_q_tokens = _count("Scored tokens of Q, the same in both passes: divisor of both means.")
-    num_a_tokens = _count("Scored tokens of A after truncation: divisor of both means.")
+    num_q_tokens = _count(
+        "Number of scored tokens of Q; the same for sum_nll_q and sum_nll_q_given_a. Each sum is divided by it."
+    )
+    num_a_tokens = _count("Number of scored tokens of A after truncation. Each sum of A is divided by it.")
     num_a_tokens_untruncated = _count("All tokens of A.")
-    is_truncated = dy.Bool(description="True if the end of A was cut to fit the window. Q is never cut.")
+    is_truncated = dy.Bool(
+        description="True if the end of A was removed to fit into `scoring.max_tokens`. Q is never shortened."
+    )
 
     @dy.rule()
     def scored_has_tokens(cls) -> pl.Expr:
@@ -253,12 +260,12 @@ class RmiScores(_PairScores):
     num_q_tokens = _count("Scored tokens of Q.")
     num_a_tokens = _count("Scored tokens of A after truncation.")
     num_a_tokens_untruncated = _count("All tokens of A.")
-    is_truncated = dy.Bool(description="True if the end of A was cut.")
+    is_truncated = dy.Bool(description="True if the end of A was removed to fit into `scoring.max_tokens`.")
     is_short_query = dy.Bool(description="True if Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
 
 
 class RankReference(RmiScores):
-    """A frozen pool: the scores, strata and ranks of its pairs under each model.
+    """A reference, a fixed set of batches: the scores, strata and ranks of its pairs under each model.
 
     The edges of the strata, the distribution of RMI within each stratum, and the cut of every selection follow from
     these rows.
@@ -315,10 +322,14 @@ VERDICT = dy.Struct(
         "is_selected": dy.Bool(description="True if the selection takes this pair."),
         "reason": _closed(SelectionReason, description="Reason why it is taken or not."),
         "score": dy.Float64(nullable=True, description="The value that orders the selection."),
-        "position": dy.Int64(nullable=True, description="Place in that order, from 1; null if it has none."),
+        "position": dy.Int64(
+            nullable=True,
+            description="Place of the pair in the order of the selection, from 1; null if the pair has no place.",
+        ),
         "cut": dy.Float64(
             nullable=True,
-            description="Score of the last pair taken, here or in the reference; null if none or all were taken.",
+            description="Score of the last pair taken, in this batch or, with `ranking.pool: reference`, in the "
+            "reference; null if no pair or every pair was taken.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }
@@ -381,7 +392,7 @@ class PlantedRows(dy.Schema):
 
 
 class PlantedScores(RmiScores):
-    """Scores without ranks of each planted pair under one model, with the columns of rmi_scores."""
+    """The scores of each planted pair under one model, not yet ranked, with the columns of rmi_scores."""
 
 
 CLEAN = "clean"
@@ -398,10 +409,13 @@ class Calibration(_Explained):
     defect = dy.String(
         primary_key=True,
         check=lambda column: column.is_in([CLEAN, *Defect]),
-        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. The null of a low cut is "
-        f"{Defect.OTHER_ANSWER}, that of a high cut {Defect.ECHO}. One of: {CLEAN}, {', '.join(Defect)}.",
+        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. For low_cut it is "
+        f"{Defect.OTHER_ANSWER}, for high_cut {Defect.ECHO}: the planted rows from which the cut is computed. One of: "
+        f"{CLEAN}, {', '.join(Defect)}.",
     )
-    model = dy.String(primary_key=True, description=f"Role of the model; `{BOTH_MODELS}`: both models of the gap.")
+    model = dy.String(
+        primary_key=True, description=f"Role of the model; `{BOTH_MODELS}` if the number needs both models."
+    )
     measure = dy.String(primary_key=True, description="The score that is judged; for kept_share, the named selection.")
     value = dy.Float64(
         nullable=True,

@@ -29,7 +29,7 @@ class Status(Vocabulary):
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
-    DUPLICATE = "duplicate", "An older row represents this one."
+    DUPLICATE = "duplicate", "An equal or similar row that comes before this one represents it."
 
 
 class RejectReason(Vocabulary):
@@ -80,7 +80,7 @@ class GateReason(Vocabulary):
 
 
 class Quantity(Vocabulary):
-    """The four negative log-likelihoods of a pair (method: log PPL(X | C))."""
+    """The four likelihoods of a pair, stored as NLL(X | C); the section Scores of the page The method defines them."""
 
     Q = "q", "The query in the context of the prior."
     Q_GIVEN_A = "q_given_a", "The query after the reverse prompt with the answer."
@@ -96,7 +96,7 @@ class NullReason(Vocabulary):
     PAIR_TOO_LONG = "pair_too_long", "The pair exceeds `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
     NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
     NON_FINITE = "non_finite", "The model or the formula returned a number that is not finite."
-    OUT_OF_MEMORY = "out_of_memory", "The pair did not fit into memory, even in a batch of its own."
+    OUT_OF_MEMORY = "out_of_memory", "The pair did not fit into memory, even alone in a forward pass."
     TOO_FEW_QUERY_TOKENS = "too_few_query_tokens", "The query has fewer tokens than `eligibility.min_query_tokens`."
 
 
@@ -108,7 +108,7 @@ class Decision(Vocabulary):
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
-    DUPLICATE = "duplicate", "An older row represents this one."
+    DUPLICATE = "duplicate", "An equal or similar row that comes before this one represents it."
     UNSCORABLE = "unscorable", "A model that the selection uses has no score for the pair."
     BATCH_GATED = "batch_gated", "No row of the batch is scored or published."
 
@@ -131,7 +131,7 @@ class SelectionReason(Vocabulary):
 
 
 class Defect(Vocabulary):
-    """The ways in which a pair is made bad to validate the scores; the most informative first."""
+    """The ways in which a copy of a pair is made bad to validate the scores; the most informative first."""
 
     OTHER_ANSWER = "other_answer", "The answer is replaced by that of another row of the stratum."
     ECHO = "echo", "The answer repeats the query."
@@ -158,9 +158,15 @@ class UnknownReason(Vocabulary):
 
     NOT_PLANTED = "not_planted", "No row has this defect: it could not be planted, or the batch is too small."
     NOT_WANTED = "not_wanted", "`scoring.quantities` does not include it."
-    NOT_SCORED = "not_scored", "No row on one of the sides has the number."
-    NONE_TOLD_FROM_NULL = "none_told_from_null", "No row differs from the null, so there is no cut."
-    ALL_TOLD_FROM_NULL = "all_told_from_null", "Every row differs from the null, so there is nothing to cut."
+    NOT_SCORED = "not_scored", "None of the rows as delivered, or none of the planted rows, has this score."
+    NONE_TOLD_FROM_NULL = (
+        "none_told_from_null",
+        "No row can be distinguished from the planted mismatches, so there is no cut.",
+    )
+    ALL_TOLD_FROM_NULL = (
+        "all_told_from_null",
+        "Every row can be distinguished from the planted mismatches, so there is nothing to cut.",
+    )
 
 
 SELECTED_REASONS = (SelectionReason.WITHIN_BUDGET, SelectionReason.IN_BAND)

@@ -115,9 +115,10 @@ class ScoringReport:
     num_sequences: int
     num_tokens: int
     num_computed_tokens: int
-    """Tokens that the model computed, including padding. A shared prefix counts only when it is computed."""
+    """Number of tokens that went through the model, padding included. A shared prefix counts each time it goes through
+    the model, not for every sequence that uses it."""
     num_splits: int
-    """Batches that did not fit into memory and were halved."""
+    """Number of forward passes that did not fit into memory and were divided into two."""
     seconds: float
     runner: str | None = None
     """The name of the runner (see `lm.runners`); None if nothing was scored."""

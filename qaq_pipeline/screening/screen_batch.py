@@ -74,7 +74,7 @@ def screen_batch(
         limits: when a batch is gated.
 
     Raises:
-        OriginError: signatures of an older batch have another version.
+        OriginError: another version of the code made the signatures of an older batch.
     """
     batch = raw_data.provenance["partition"][0]
     withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
@@ -106,8 +106,8 @@ def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> tuple[pl.Dat
     signed, screened = (storage.tables.read(name, Partition(batch)) for name in ("signatures", "screened_data"))
     if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
         raise OriginError(
-            f"signatures of batch {batch} have another version; materialise signatures, then screened_data, of "
-            "every batch, oldest first"
+            f"the signatures of batch {batch} were made by another version of the code; in the UI, materialise "
+            "signatures of every batch, then screened_data of every batch, the oldest batch first"
         )
     accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
     standing = signed.frame.join(accepted, on=ROW_KEY, how="semi", maintain_order="left")

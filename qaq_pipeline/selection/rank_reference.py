@@ -1,4 +1,4 @@
-"""A frozen pool of several batches' pairs, and the ranks of other pairs against it.
+"""The pairs of a fixed set of batches, and the ranks of other pairs against them.
 
 Belongs here: the contents of a reference, its name, and what follows from it. Does not belong here: ranks inside a
 batch's own pool (`ranks`), the cut of a selection (`verdicts`), how far a batch drifts from it (`drift`), and where a

@@ -226,7 +226,7 @@ def test_a_missing_file_is_named(kind: str, walked: Lineage, storage: Storage) -
 
 def test_every_finding_says_the_remedy(walked: Lineage, storage: Storage) -> None:
     remedies = {
-        "version": "do not train on it",
+        "version": "do not train on this version",
         "delivery": "deliver the same files again (`qaq run FILE --batch b1`)",
         "shard": "remove it: the scores in it are made again",
         "table": "remove it and run `qaq refresh`",

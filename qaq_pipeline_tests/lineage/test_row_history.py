@@ -192,7 +192,7 @@ def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, se
         dossier.gather(storage, row, None, with_versions=True),
         with_template=False,
     )
-    assert "this place then held another text" in stream.getvalue()
+    assert "this file and row number had another text" in stream.getvalue()
     assert "dropped, had been in" not in stream.getvalue()
 
 

@@ -502,7 +502,7 @@ def test_positions_that_depend_on_the_longest_of_a_batch_keep_sequences_apart(
     model = longrope(original=200)
     chosen = choose_runner(model, "phi", max_tokens=400)
     assert chosen.name == "own_logits"
-    assert "longrope positions depend on the longest sequence of a batch" in caplog.text
+    assert "longrope positions depend on the longest sequence of a forward pass" in caplog.text
     short, long = sequence(random_ids(20, 1), (5, 20)), sequence(random_ids(300, 2), (5, 300))
     with torch.inference_mode():
         ((beside,), _) = chosen.score([short, long])

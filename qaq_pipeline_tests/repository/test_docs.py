@@ -69,7 +69,7 @@ VALUES: list[tuple[Any, str]] = [
     (Literal["a", "b", "c"], "`a`, `b` or `c`"),
     (Literal["a", "b"] | tuple[str, ...], "`a` or `b`, or list of text"),
     (Annotated[tuple[Literal["a", "b"], ...], Field(min_length=1)], "non-empty list of any of `a`, `b`"),
-    (tuple[Annotated[str, Field(pattern="^[a-z]$")], ...], "list of text as `^[a-z]$`"),
+    (tuple[Annotated[str, Field(pattern="^[a-z]$")], ...], "list of text that matches `^[a-z]$`"),
     (ReferenceSettings | None, "[`ranking.reference`](#rankingreference), or `null`"),
     (tuple[ReferenceSettings, ...], "list of [`ranking.reference`](#rankingreference)"),
 ]

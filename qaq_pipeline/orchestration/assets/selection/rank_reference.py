@@ -1,4 +1,4 @@
-"""The asset rank_reference: a frozen pool, against which ranks and cuts of every batch can be taken."""
+"""The asset rank_reference: a fixed set of batches against which ranks and cuts of every batch can be computed."""
 
 import dagster as dg
 
