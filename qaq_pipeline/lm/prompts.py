@@ -44,12 +44,6 @@ MIN_SHARED_TOKENS = 8
 _SLOT = "QAQ6b1fSLOT"
 _SYSTEM_PROBE = "QAQ6b1fSYSTEM"
 
-QUANTITIES_OF = {
-    "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
-    "ifd": (Quantity.A, Quantity.A_GIVEN_Q),
-}
-"""The negative log-likelihoods that each score is computed from."""
-
 
 class TemplateUnusableError(ValueError):
     """A chat template cannot express the prompts. The text names the fault and the remedy."""

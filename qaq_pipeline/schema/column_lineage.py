@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, Quantity
 
 Column = tuple[str, str]
 """A stored table and one of its columns."""
@@ -97,12 +97,8 @@ def logprobs() -> dict[str, Sources]:
 
 def rmi_scores() -> dict[str, Sources]:
     """Return the sources of log PPL(X), a sum divided by a count, and of RMI and IFD, which are null if a sum is."""
-    tokens = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
-    log_ppl = {
-        quantity: _of("logprobs", f"sum_nll_{quantity}", tokens.get(quantity, "num_a_tokens")) for quantity in Quantity
-    }
-    rmi = _score(log_ppl, Quantity.Q, Quantity.Q_GIVEN_A)
-    ifd = _score(log_ppl, Quantity.A, Quantity.A_GIVEN_Q)
+    log_ppl = {quantity: _of("logprobs", f"sum_nll_{quantity}", quantity.tokens_column) for quantity in Quantity}
+    rmi, ifd = (_score(log_ppl, QUANTITIES_OF[score]) for score in ("rmi", "ifd"))
     counts = ("num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
     return {
         **_same("logprobs", "pair_id", *counts),
@@ -116,7 +112,7 @@ def rmi_scores() -> dict[str, Sources]:
     }
 
 
-def _score(log_ppl: Mapping[Quantity, tuple[Column, ...]], *parts: Quantity) -> tuple[Column, ...]:
+def _score(log_ppl: Mapping[Quantity, tuple[Column, ...]], parts: Iterable[Quantity]) -> tuple[Column, ...]:
     reasons = _of("logprobs", *(f"null_reason_{part}" for part in parts), "num_q_tokens")
     return _merged(*(log_ppl[part] for part in parts), reasons)
 
