@@ -219,7 +219,8 @@ def choose_runner(
     expected = own.score(sequences)
     _check_model(own, sequences, expected, name, SELF_TEST_TOLERANCE[model.dtype])
     label, attention_before = f"{name} ({type(model).__name__})", model.config._attn_implementation
-    for kind in wanted or _fastest_first(model.device):
+    fastest_first = [PackedRunner, PaddedRunner] if model.device.type == "cpu" else [PaddedRunner]
+    for kind in wanted or fastest_first:
         try:
             _check_positions(model, max_tokens)
             runner = kind(model)
@@ -249,10 +250,6 @@ def _check_positions(model: Any, max_tokens: int) -> None:
                 f"{kind} positions depend on the longest sequence of a batch, unless scoring.max_tokens is at most "
                 f"{original}"
             )
-
-
-def _fastest_first(device: torch.device) -> list[type[PackedRunner | PaddedRunner]]:
-    return [PackedRunner, PaddedRunner] if device.type == "cpu" else [PaddedRunner]
 
 
 def _test_sequences(model: Any, sample_ids: Sequence[int], max_tokens: int) -> list[TokenSequence]:

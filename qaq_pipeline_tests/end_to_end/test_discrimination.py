@@ -83,7 +83,7 @@ def test_matched_pairs_score_above_shuffled_ones(role: str, floor: float, capsys
     except model_files.ModelNotFoundError as error:
         pytest.skip(str(error))
     tokenizer = load_tokenizer(spec, files, settings.model_cache_dir)
-    model = causal_lm.load_model(spec, files)
+    model = causal_lm.load_model(spec, files, sample_ids=tokenizer.encode_markup(causal_lm.SAMPLE_TEXT))
     pairs = read_pairs()
 
     def encoder(prior: str) -> PairEncoder:
