@@ -72,21 +72,6 @@ class CausalLM:
         self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()
 
-    @property
-    def max_context(self) -> int | None:
-        """Longest sequence that the model supports, in tokens; None if its config does not say."""
-        return model_context(self._model)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self._model.dtype
-
     @torch.inference_mode()
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
         """For each sequence and each of its targets, ln p of the target's tokens: fp32, in nats.
@@ -109,7 +94,7 @@ class CausalLM:
         else:
             return [[values.numpy() for values in targets] for targets in scores]
         # Outside the except block, because its traceback keeps the failed batch's tensors alive.
-        if self.device.type == "cuda":
+        if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         raise BatchTooLargeError(f"{num_tokens} tokens did not fit into memory")
 
@@ -122,14 +107,14 @@ class CausalLM:
         return num_bytes <= self._free_bytes()
 
     def _facts(self) -> ScorerFacts:
-        largest = BATCH_TOKENS_CPU if self.device.type == "cpu" else BATCH_TOKENS_GPU
+        largest = BATCH_TOKENS_CPU if self._model.device.type == "cpu" else BATCH_TOKENS_GPU
         return ScorerFacts(
             runner=self._runner.name,
             is_padded=self._runner.is_padded,
             shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(largest, int(self._free_bytes() / self._bytes_per_token))),
             **_work(self._model),
-            peak_flops_per_second=devices.peak_flops_per_second(self.dtype, self.device),
+            peak_flops_per_second=devices.peak_flops_per_second(self._model.dtype, self._model.device),
         )
 
 
@@ -216,14 +201,14 @@ def load_model(
     loaded = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=devices.resolve_dtype(model.dtype, device), trust_remote_code=False
     )
-    free_bytes = functools.partial(devices.free_memory, device, num_processes)
-    scorer = CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
-    if scorer.max_context is not None and scorer.max_context < min_context:
+    context = model_context(loaded)
+    if context is not None and context < min_context:
         raise UnsupportedModelError(
-            f"{files.name}: supports {scorer.max_context} tokens, fewer than scoring.max_tokens ({min_context}); "
-            f"set scoring.max_tokens to {scorer.max_context} or less"
+            f"{files.name}: supports {context} tokens, fewer than scoring.max_tokens ({min_context}); "
+            f"set scoring.max_tokens to {context} or less"
         )
-    return scorer
+    free_bytes = functools.partial(devices.free_memory, device, num_processes)
+    return CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
 
 
 @contextmanager

@@ -63,15 +63,12 @@ class Tokenizer(Protocol):
 
     def encode_markup(self, text: str) -> list[int]:
         """Token ids of prompt text. Special tokens in it are recognised; none is added."""
-        ...
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
-        ...
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The messages as the chat template renders them, with the generation prompt at the end."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,6 @@ class SequenceScorer(Protocol):
     @property
     def facts(self) -> ScorerFacts:
         """The properties of the model."""
-        ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> Scores:
         """Returns the batch's log-probabilities.
@@ -74,7 +73,6 @@ class SequenceScorer(Protocol):
         Raises:
             BatchTooLargeError: the batch does not fit into memory.
         """
-        ...
 
 
 Load = Callable[[], SequenceScorer]
@@ -86,14 +84,12 @@ class Workers(Protocol):
     @property
     def facts(self) -> list[ScorerFacts]:
         """The properties of each worker's model."""
-        ...
 
     def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Scores | None]]:
         """Every batch of the queue with its scores, in the order of completion; None if a batch did not fit.
 
         The caller may split a batch that did not fit: the queue then returns its halves.
         """
-        ...
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -24,6 +24,7 @@ from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import Load, ScorerFacts, open_workers
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Status
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
@@ -40,7 +41,7 @@ MAX_MISFITS = 16
 TYPICAL_SHARE = 0.55
 """Share of the matmul peak that scoring reaches. Attention, norms and the head's log-sum-exp take the rest."""
 
-_COUNTS = ("pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
+_ENCODING_COLUMNS = ("pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
 """The columns of Logprobs that the encoding determines."""
 
 
@@ -139,10 +140,8 @@ class ScoringReport:
 
 def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
     """The distinct pairs to score, in the order of their ids."""
-    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(
-        "batch", "source_file", "source_row", "turn_index"
-    )
-    rows = raw.join(accepted, on=accepted.columns, how="semi").sort("pair_id")
+    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value)
+    rows = raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id")
     return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
@@ -192,8 +191,7 @@ def score_pairs(
         storage.scores.count_hits(model.identity, plan.num_cached)
     now = pl.lit(json.dumps(dict(model.scored_with), sort_keys=True)).alias("scored_with")
     scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
-    report = replace(run.report(), scored_with=_scorers(scores, scoring))
-    return _logprobs_table(plan.encoded, scores), report
+    return _logprobs_table(plan.encoded, scores), run.report(_scorers(scores, scoring))
 
 
 def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, Any]]:
@@ -215,8 +213,8 @@ def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.
     """The Logprobs table, sorted by pair_id, from the token counts of the encoding and the `CachedScores`."""
     dtypes = tables.dtypes(tables.Logprobs)
     counts = pl.DataFrame(
-        {name: [getattr(pair, name) for pair in encoded] for name in _COUNTS},
-        schema={name: dtypes[name] for name in _COUNTS},
+        {name: [getattr(pair, name) for pair in encoded] for name in _ENCODING_COLUMNS},
+        schema={name: dtypes[name] for name in _ENCODING_COLUMNS},
     )
     asked = pl.concat(
         counts.with_columns(
@@ -234,7 +232,7 @@ def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.
     lost = found.filter(pl.col("sum_nll").is_null(), pl.col("null_reason").is_null())
     if not lost.is_empty():
         raise AssertionError(f"pair {lost['pair_id'][0]}: {lost['quantity'][0]} was neither scored nor refused")
-    wide = found.pivot("quantity", list(Quantity), index=_COUNTS, values=["sum_nll", "null_reason"])
+    wide = found.pivot("quantity", list(Quantity), index=_ENCODING_COLUMNS, values=["sum_nll", "null_reason"])
     return wide.select(list(dtypes)).sort("pair_id")
 
 
@@ -295,7 +293,7 @@ class _Run:
             shards.close()
             self.on_shard(self._progress())
 
-    def report(self) -> ScoringReport:
+    def report(self, scored_with: Sequence[Mapping[str, Any]]) -> ScoringReport:
         """The report of this run, at its end."""
         return ScoringReport(
             num_pairs=len(self.plan.encoded),
@@ -310,6 +308,7 @@ class _Run:
             runner=self.facts[0].runner if self.facts else None,
             num_workers=len(self.facts),
             peak_share=self._peak_share(),
+            scored_with=scored_with,
             estimate=self.estimate,
         )
 
@@ -333,13 +332,12 @@ class _Run:
         self.computed_tokens += queue.tokens(batch)
 
     def _progress(self) -> Progress:
-        plan = self.plan
         return Progress(
             self.model.role,
             self.done_tokens,
-            plan.expected_tokens,
+            self.plan.expected_tokens,
             self.done_sequences,
-            plan.expected_sequences,
+            self.plan.expected_sequences,
             self.seconds,
         )
 

@@ -106,7 +106,7 @@ def test_matched_pairs_score_above_shuffled_ones(role: str, floor: float, capsys
             "mean_rmi_shuffled": round(float(mismatched.mean()), 3),
         }
     with capsys.disabled():
-        print(f"\n{files.name}, {spec.frame} frame, {model.dtype}, {len(pairs)} pairs")
+        print(f"\n{files.name}, {spec.frame} frame, {spec.dtype}, {len(pairs)} pairs")
         for prior, row in rows.items():
             print(f"  {prior:12s} {json.dumps(row)}")
     assert rows["null_answer"]["auc"] >= floor
