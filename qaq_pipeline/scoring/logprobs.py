@@ -101,7 +101,7 @@ class Estimate:
         computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
         flops = facts[0].flops(computed, plan.expected_targets)
         peak = sum(fact.peak_flops_per_second for fact in facts)
-        seconds = flops / (TYPICAL_SHARE * peak) if peak and flops else math.nan
+        seconds = flops / (TYPICAL_SHARE * peak) if peak and facts[0].flops_per_token else math.nan
         return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
 
 

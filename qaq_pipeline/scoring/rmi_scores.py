@@ -50,8 +50,9 @@ def rmi_scores(logprobs: pl.DataFrame, eligibility: EligibilitySettings) -> pl.D
         null_reason_rmi=_null_reason(QUANTITIES_OF["rmi"], few, ("rmi",)),
         null_reason_ifd=_null_reason(QUANTITIES_OF["ifd"], few, ("ifd_ppl", "ifd_loss")),
     )
-    kept = (_null_where_reason(score, of) for score, of in (("rmi", "rmi"), ("ifd_ppl", "ifd"), ("ifd_loss", "ifd")))
-    return scored.with_columns(*kept).select(list(dtypes(RmiScores))).collect()
+    reasons = {"rmi": "null_reason_rmi", "ifd_ppl": "null_reason_ifd", "ifd_loss": "null_reason_ifd"}
+    kept = {score: pl.when(pl.col(reason).is_null()).then(score) for score, reason in reasons.items()}
+    return scored.with_columns(**kept).select(list(dtypes(RmiScores))).collect()
 
 
 def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple[str, ...]) -> pl.Expr:
@@ -65,7 +66,3 @@ def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple
         pl.when(few_tokens).then(pl.lit(NullReason.TOO_FEW_QUERY_TOKENS.value)),
         pl.when(non_finite).then(pl.lit(NullReason.NON_FINITE.value)),
     )
-
-
-def _null_where_reason(score: str, reason_of: str) -> pl.Expr:
-    return pl.when(pl.col(f"null_reason_{reason_of}").is_null()).then(pl.col(score)).alias(score)

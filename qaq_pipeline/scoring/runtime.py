@@ -37,13 +37,10 @@ class ScoringCost:
     num_pairs: int
     num_cached: int
     """Quantities found in the score cache."""
-    num_sequences: int
-    num_tokens: int
     num_shared_tokens: int
-    """The part of `num_tokens` that lies in shared prefixes."""
-    flops: float
+    """The part of the tokens that lies in shared prefixes."""
     peak_flops_per_second: float
-    seconds: float
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -137,19 +134,15 @@ class ModelRuntime:
             pass
         device = devices.resolve_device(self._models[role].device)
         facts = causal_lm.unloaded_facts(files, devices.resolve_dtype(self._models[role].dtype, device), device)
-        estimate = Estimate.of(plan, [facts])
         return ScoringCost(
             role=role,
             model=files.name,
             device=device.type,
             num_pairs=len(pairs),
             num_cached=plan.num_cached,
-            num_sequences=plan.num_sequences,
-            num_tokens=plan.num_tokens,
             num_shared_tokens=plan.num_shared_tokens,
-            flops=estimate.flops,
             peak_flops_per_second=facts.peak_flops_per_second,
-            seconds=estimate.seconds if plan.num_sequences else 0.0,
+            estimate=Estimate.of(plan, [facts]),
         )
 
     def _prepare(self, role: str) -> tuple[model_files.ModelFiles, ScoringModel]:
