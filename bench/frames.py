@@ -150,10 +150,7 @@ def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
     storage, runtime = open_storage(settings), _runtime(settings)
     pairs = [Pair(*row) for row in rows.sort("pair_id").select("pair_id", "system", "query", "answer").iter_rows()]
     logprobs = runtime.score(role, pairs, storage, on_shard=lambda _: None).frame
-    limits = settings.eligibility
-    return rmi_scores.rmi_scores(
-        logprobs, min_query_tokens=limits.min_query_tokens, short_query_tokens=limits.short_query_tokens
-    )
+    return rmi_scores.rmi_scores(logprobs, settings.eligibility)
 
 
 def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> dict[str, Any]:
@@ -186,7 +183,8 @@ def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
 
 
 def _identity(settings: Settings, role: str) -> Any:
-    return _runtime(settings)._prepare(role).identity
+    _, model = _runtime(settings)._prepare(role)
+    return model.identity
 
 
 def _runtime(settings: Settings) -> ModelRuntime:

@@ -10,7 +10,7 @@ import polars as pl
 
 from bench.rows import peak_extra_memory
 from qaq_pipeline.config.selections import DiffSelection
-from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.config.settings import EligibilitySettings, RankingSettings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.selection import disagreement_scores
@@ -39,9 +39,9 @@ def logprobs(number: int, seed: int) -> pl.DataFrame:
 
 def main(number: int) -> None:
     """Compute strata, ranks, the gap and Diff-High's verdicts from two models' RMI scores."""
+    limits = EligibilitySettings(min_query_tokens=1, short_query_tokens=3)
     tables = {
-        role: rmi_scores.rmi_scores(logprobs(number, seed), min_query_tokens=1, short_query_tokens=3)
-        for seed, role in enumerate(("strong", "weak"))
+        role: rmi_scores.rmi_scores(logprobs(number, seed), limits) for seed, role in enumerate(("strong", "weak"))
     }
     chosen = DiffSelection.model_validate({"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}})
     started = time.perf_counter()

@@ -131,15 +131,15 @@ def print_costs(costs: Sequence[ScoringCost]) -> None:
         "model": [cost.model for cost in costs],
         "distinct pairs": [f"{cost.num_pairs:,}" for cost in costs],
         "likelihoods in the cache": [f"{cost.num_cached:,}" for cost in costs],
-        "sequences": [f"{cost.num_sequences:,}" for cost in costs],
-        "tokens": [f"{cost.num_tokens:,}" for cost in costs],
+        "sequences": [f"{cost.estimate.num_sequences:,}" for cost in costs],
+        "tokens": [f"{cost.estimate.num_tokens:,}" for cost in costs],
         "of them shared": [f"{cost.num_shared_tokens:,}" for cost in costs],
-        "teraFLOP": [f"{cost.flops / 1e12:,.2f}" for cost in costs],
+        "teraFLOP": [f"{cost.estimate.flops / 1e12:,.2f}" for cost in costs],
         "matmul peak": [f"{cost.peak_flops_per_second / 1e12:,.2f} TFLOP/s, {cost.device}" for cost in costs],
-        "time": [_duration(cost.seconds) for cost in costs],
+        "time": [_duration(cost.estimate.seconds) for cost in costs],
     }
     _print_columns("To score", [cost.role for cost in costs], rows)
-    say(f"In all about {_duration(sum(cost.seconds for cost in costs))}, without loading the models.")
+    say(f"In all about {_duration(sum(cost.estimate.seconds for cost in costs))}, without loading the models.")
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ class BatchTooLargeError(MemoryError):
     """A batch does not fit into memory."""
 
 
-def batch_size(lengths: Sequence[int], budget: int, *, is_padded: bool) -> int:
+def batch_size(lengths: Iterable[int], budget: int, *, is_padded: bool) -> int:
     """How many lengths, from the first on, make one batch: as many as the budget allows, and at least one.
 
     With padding, a batch of n sequences costs n times its longest length; without, the sum of its lengths.
@@ -28,12 +28,13 @@ def batch_size(lengths: Sequence[int], budget: int, *, is_padded: bool) -> int:
         budget: largest cost of a batch, in tokens.
         is_padded: whether sequences are padded to the longest of their batch.
     """
-    tokens = 0
-    for number, length in enumerate(lengths):
-        tokens = (number + 1) * lengths[0] if is_padded else tokens + length
-        if tokens > budget and number:
-            return number
-    return len(lengths)
+    number = longest = tokens = 0
+    for number, length in enumerate(lengths, start=1):
+        longest = max(longest, length)
+        tokens = number * longest if is_padded else tokens + length
+        if tokens > budget and number > 1:
+            return number - 1
+    return number
 
 
 class BatchQueue:
@@ -62,9 +63,8 @@ class BatchQueue:
         self._full_budget = self.budget = budget
         self._is_padded = is_padded
         self._shares_prefixes = not is_padded if shares_prefixes is None else shares_prefixes
-        self._window: Sequence[TokenSequence] = ()
-        self._lengths: list[int] = []
-        self._next = 0
+        self._window: list[TokenSequence] = []
+        """The rest of the current window, longest first."""
         self._halves: deque[list[TokenSequence]] = deque()
         self._num_clean = 0
 
@@ -72,16 +72,13 @@ class BatchQueue:
         """Take the next batch; empty if none is left."""
         if self._halves:
             return self._halves.popleft()
-        while self._next >= len(self._window):
+        while not self._window:
             window = next(self._windows, None)
             if window is None:
                 return []
-            self._open(window)
-        # A batch never has more sequences than tokens.
-        lengths = self._lengths[self._next : self._next + self.budget + 1]
-        stop = self._next + batch_size(lengths, self.budget, is_padded=self._is_padded)
-        batch = list(self._window[self._next : stop])
-        self._next = stop
+            self._window = sorted(window, key=self._cost, reverse=True)
+        size = batch_size(map(self._cost, self._window), self.budget, is_padded=self._is_padded)
+        batch, self._window = self._window[:size], self._window[size:]
         return batch
 
     def tokens(self, batch: Sequence[TokenSequence]) -> int:
@@ -105,12 +102,6 @@ class BatchQueue:
             return False
         self._halves += [list(batch[:middle]), list(batch[middle:])]
         return True
-
-    def _open(self, window: Sequence[TokenSequence]) -> None:
-        order = sorted(range(len(window)), key=lambda index: (-self._cost(window[index]), index))
-        self._window = [window[index] for index in order]
-        self._lengths = [self._cost(sequence) for sequence in self._window]
-        self._next = 0
 
     def _cost(self, sequence: TokenSequence) -> int:
         return len(sequence.token_ids) - (sequence.num_shared if self._shares_prefixes else 0)

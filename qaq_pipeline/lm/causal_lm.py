@@ -16,26 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaq_pipeline.config.settings import ModelSettings
+from qaq_pipeline.lm import devices
 from qaq_pipeline.lm.batching import BatchTooLargeError
-from qaq_pipeline.lm.devices import (
-    FREE_SHARE,
-    LEASE_SECONDS,
-    LEASES,
-    available_memory,
-    free_memory,
-    lease_devices,
-    num_cores,
-    peak_flops_per_second,
-    resolve_device,
-    resolve_dtype,
-)
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.runners import UnsupportedModelError, choose_runner, model_context
-from qaq_pipeline.lm.tokenizer import HfTokenizer
 from qaq_pipeline.lm.workers import Load, ScorerFacts
 
 BATCH_TOKENS_CPU = 1024
@@ -78,26 +66,11 @@ class CausalLM:
         free_bytes: Callable[[], float] | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(requires_grad=False)
-        self._free_bytes = free_bytes or functools.partial(free_memory, model.device)
+        self._free_bytes = free_bytes or functools.partial(devices.free_memory, model.device)
         self._runner = choose_runner(self._model, name, sample_ids, max_tokens)
         self._bytes_per_token = _bytes_per_token(model)
         self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()
-
-    @property
-    def max_context(self) -> int | None:
-        """Longest sequence that the model supports, in tokens; None if its config does not say."""
-        return model_context(self._model)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self._model.dtype
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
@@ -121,7 +94,7 @@ class CausalLM:
         else:
             return [[values.numpy() for values in targets] for targets in scores]
         # Outside the except block, because its traceback keeps the failed batch's tensors alive.
-        if self.device.type == "cuda":
+        if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         raise BatchTooLargeError(f"{num_tokens} tokens did not fit into memory")
 
@@ -134,14 +107,14 @@ class CausalLM:
         return num_bytes <= self._free_bytes()
 
     def _facts(self) -> ScorerFacts:
-        largest = BATCH_TOKENS_CPU if self.device.type == "cpu" else BATCH_TOKENS_GPU
+        largest = BATCH_TOKENS_CPU if self._model.device.type == "cpu" else BATCH_TOKENS_GPU
         return ScorerFacts(
             runner=self._runner.name,
             is_padded=self._runner.is_padded,
             shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(largest, int(self._free_bytes() / self._bytes_per_token))),
             **_work(self._model),
-            peak_flops_per_second=peak_flops_per_second(self.dtype, self.device),
+            peak_flops_per_second=devices.peak_flops_per_second(self._model.dtype, self._model.device),
         )
 
 
@@ -156,7 +129,7 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
         shares_prefixes=device.type == "cpu",
         batch_tokens=0,
         **_work(model),
-        peak_flops_per_second=peak_flops_per_second(dtype, device),
+        peak_flops_per_second=devices.peak_flops_per_second(dtype, device),
     )
 
 
@@ -196,8 +169,7 @@ def _bytes_per_square(model: Any) -> float:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    is_torch = isinstance(error, torch.OutOfMemoryError)
-    return isinstance(error, MemoryError) or is_torch or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def load_model(
@@ -205,7 +177,7 @@ def load_model(
     files: ModelFiles,
     min_context: int = 0,
     num_processes: int = 1,
-    sample_ids: Sequence[int] | None = None,
+    sample_ids: Sequence[int] = (),
 ) -> CausalLM:
     """The model on its device, in its dtype, tested against its own logits.
 
@@ -215,36 +187,33 @@ def load_model(
         min_context: length of the longest sequence to score, in tokens.
         num_processes: number of processes that score on this device. On a CPU, if there are several, this process uses
             one thread from now on.
-        sample_ids: token ids of `SAMPLE_TEXT`. Default: from the files' tokenizer, which may take longer to load than
-            the weights.
+        sample_ids: token ids of an ordinary text, which the self-test scores.
 
     Raises:
         devices.DeviceNotFoundError: this machine does not have the device.
         UnsupportedModelError: the model supports fewer than `min_context` tokens, or its own log-probabilities cannot
             be used for scores.
     """
-    device = resolve_device(model.device)
+    device = devices.resolve_device(model.device)
     if num_processes > 1 and device.type == "cpu":
         torch.set_num_threads(1)
     # transformers chooses the attention: SDPA, or eager if an architecture needs it (Gemma 2's soft-capping).
     loaded = AutoModelForCausalLM.from_pretrained(
-        files.folder, dtype=resolve_dtype(model.dtype, device), trust_remote_code=False
+        files.folder, dtype=devices.resolve_dtype(model.dtype, device), trust_remote_code=False
     )
-    if sample_ids is None:
-        sample_ids = HfTokenizer(AutoTokenizer.from_pretrained(files.folder)).encode_markup(SAMPLE_TEXT)
-    free_bytes = functools.partial(free_memory, device, num_processes)
-    scorer = CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
-    if scorer.max_context is not None and scorer.max_context < min_context:
+    context = model_context(loaded)
+    if context is not None and context < min_context:
         raise UnsupportedModelError(
-            f"{files.name}: supports {scorer.max_context} tokens, fewer than scoring.max_tokens ({min_context}); "
-            f"set scoring.max_tokens to {scorer.max_context} or less"
+            f"{files.name}: supports {context} tokens, fewer than scoring.max_tokens ({min_context}); "
+            f"set scoring.max_tokens to {context} or less"
         )
-    return scorer
+    free_bytes = functools.partial(devices.free_memory, device, num_processes)
+    return CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
 
 
 @contextmanager
 def loaders(
-    model: ModelSettings, files: ModelFiles, min_context: int, limit: int, sample_ids: Sequence[int] | None = None
+    model: ModelSettings, files: ModelFiles, min_context: int, limit: int, sample_ids: Sequence[int] = ()
 ) -> Iterator[list[Load]]:
     """One loader per scoring process: for each free GPU or each core, at most `limit`.
 
@@ -254,16 +223,16 @@ def loaders(
     Raises:
         devices.DeviceBusyError: other processes hold the GPUs.
     """
-    device = resolve_device(model.device)
+    device = devices.resolve_device(model.device)
     load = functools.partial(load_model, sample_ids=sample_ids)
     if device.type == "cuda":
         indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
         locks = {f"cuda:{index}": f"gpu-{torch.cuda.get_device_properties(index).uuid}" for index in indices}
-        with lease_devices(locks, LEASES, limit, LEASE_SECONDS) as gpus:
+        with devices.lease_devices(locks, devices.LEASES, limit, devices.LEASE_SECONDS) as gpus:
             settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
             yield [functools.partial(load, gpu, files, min_context) for gpu in settings]
         return
     # Weights exist in the files' dtype and in the model's while they are loaded: 1.5 times their size covers both.
-    room = FREE_SHARE * available_memory() / (1.5 * files.num_weight_bytes() + PROCESS_BYTES)
-    number = max(1, min(limit, num_cores(), math.floor(room))) if device.type == "cpu" else 1
+    room = devices.FREE_SHARE * devices.available_memory() / (1.5 * files.num_weight_bytes() + PROCESS_BYTES)
+    number = max(1, min(limit, devices.num_cores(), math.floor(room))) if device.type == "cpu" else 1
     yield [functools.partial(load, model, files, min_context, number)] * number

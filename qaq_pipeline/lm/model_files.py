@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from filelock import FileLock
 
 from qaq_pipeline.config.settings import ModelSettings
 
-_HASH_CHUNK = 1 << 22
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -90,26 +88,19 @@ class FilesWatch:
 
     def __init__(self, files: ModelFiles) -> None:
         self._files = files
-        self._stamps = files.stamps
         self.found: str | None = None
         """The new revision, or `unreadable`; None if nothing has changed so far."""
 
     def is_unchanged(self) -> bool:
         """Compare sizes and times; hash the files again only if one differs."""
-        if self.found is None and self._stamps:
-            self._look()
-        return self.found is None
-
-    def _look(self) -> None:
+        folder, before = self._files.folder, self._files
         try:
-            stamps = _stamps(_directory_files(self._files.folder))
-            revision = self._files.revision if stamps == self._stamps else _from_directory(self._files.folder).revision
+            if self.found is None and before.stamps and _stamps(_directory_files(folder)) != before.stamps:
+                self._files = _from_directory(folder)
+                self.found = None if self._files.revision == before.revision else self._files.revision
         except (ModelNotFoundError, OSError):  # They are being replaced at this moment.
             self.found = "unreadable"
-            return
-        self._stamps = stamps
-        if revision != self._files.revision:
-            self.found = revision
+        return self.found is None
 
 
 def chat_template(source: str, cache: Path) -> str:
@@ -191,13 +182,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        Path(partial).rename(folder)
 
 
 def _remembered_hash(files: list[Path]) -> str:
@@ -231,8 +219,7 @@ def _hash_files(files: Iterable[Path]) -> str:
         if len(paths) > 1:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as stream:
-            while chunk := stream.read(_HASH_CHUNK):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -20,12 +20,13 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from itertools import accumulate, chain
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from jinja2.exceptions import TemplateError
 
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
-from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 
 PROMPT_VERSION = "1"
 
@@ -44,11 +45,10 @@ MIN_SHARED_TOKENS = 8
 _SLOT = "QAQ6b1fSLOT"
 _SYSTEM_PROBE = "QAQ6b1fSYSTEM"
 
-QUANTITIES_OF = {
-    "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
-    "ifd": (Quantity.A, Quantity.A_GIVEN_Q),
-}
-"""The negative log-likelihoods that each score is computed from."""
+
+Text = TypeVar("Text", str, list[int])
+Render = Callable[[list[dict[str, str]]], str]
+"""Renders messages by a chat template, with the generation prompt at the end."""
 
 
 class TemplateUnusableError(ValueError):
@@ -63,15 +63,12 @@ class Tokenizer(Protocol):
 
     def encode_markup(self, text: str) -> list[int]:
         """Token ids of prompt text. Special tokens in it are recognised; none is added."""
-        ...
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
-        ...
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The messages as the chat template renders them, with the generation prompt at the end."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,32 +120,16 @@ class EncodedPair:
     null_reasons: Mapping[Quantity, NullReason]
 
 
-@dataclass(frozen=True, slots=True)
-class Markup:
-    """The literal text around Q and A in the two passes, for one system text."""
+class Markup(NamedTuple, Generic[Text]):
+    """The literal text around Q and A in the two passes, for one system text, or the token ids of this text."""
 
-    before_q: str
-    between_q_and_a: str
-    before_a: str
-    between_a_and_q: str
-
-
-def task_text(*, invalid_clause: bool) -> str:
-    """The instruction of the reverse pass, up to where A begins."""
-    return TASK.format(invalid_clause=INVALID_CLAUSE if invalid_clause else "")
+    before_q: Text
+    between_q_and_a: Text
+    before_a: Text
+    between_a_and_q: Text
 
 
-def plain_markup(system: str, *, invalid_clause: bool) -> Markup:
-    """The markup of the frame `plain`: literal text, for models without a chat template."""
-    return Markup(
-        before_q=system + PLAIN_QUERY,
-        between_q_and_a=PLAIN_ANSWER,
-        before_a=f"{system}\n\n{task_text(invalid_clause=invalid_clause)}",
-        between_a_and_q=PLAIN_QUERY,
-    )
-
-
-def chat_markup(render: Callable[[list[dict[str, str]]], str], system: str, *, invalid_clause: bool) -> Markup:
+def chat_markup(render: Render, system: str, task: str) -> Markup[str]:
     """The markup of the frame `chat`: the text that the template puts around a user turn, with the generation prompt.
 
     The system prompt is always explicit, because templates otherwise insert their own. If a template has no system
@@ -158,22 +139,22 @@ def chat_markup(render: Callable[[list[dict[str, str]]], str], system: str, *, i
         TemplateUnusableError: the template fails, or drops or repeats the user's text.
     """
     has_system_turn = _has_system_turn(render)
-    task = task_text(invalid_clause=invalid_clause)
     forward = _render_around_slot(render, system, "", has_system_turn=has_system_turn)
     reverse = _render_around_slot(render, system, task, has_system_turn=has_system_turn)
     return Markup(*forward, *reverse)
 
 
-def _render_around_slot(
-    render: Callable[[list[dict[str, str]]], str], system: str, user_prefix: str, *, has_system_turn: bool
-) -> tuple[str, str]:
-    user = {"role": "user", "content": user_prefix + _SLOT}
+def _render_around_slot(render: Render, system: str, user_prefix: str, *, has_system_turn: bool) -> tuple[str, str]:
     if has_system_turn:
-        text = _render_or_refuse(render, [{"role": "system", "content": system}, user])
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user_prefix + _SLOT}]
     else:
-        folded = {"role": "user", "content": f"{system}\n\n{user_prefix}{_SLOT}".lstrip()}
-        text = _render_or_refuse(render, [folded])
-    before, slot, after = text.partition(_SLOT)
+        messages = [{"role": "user", "content": f"{system}\n\n{user_prefix}{_SLOT}".lstrip()}]
+    try:
+        before, slot, after = render(messages).partition(_SLOT)
+    except TemplateError as error:
+        raise TemplateUnusableError(
+            f"the chat template fails on one user turn ({error}); set `frame: plain`, or `chat_template_from`"
+        ) from error
     if not slot or _SLOT in after:
         raise TemplateUnusableError(
             "the chat template drops or repeats the user's text; set `frame: plain`, or `chat_template_from`"
@@ -181,22 +162,13 @@ def _render_around_slot(
     return before, after
 
 
-def _has_system_turn(render: Callable[[list[dict[str, str]]], str]) -> bool:
+def _has_system_turn(render: Render) -> bool:
     """Whether the template shows a system turn, rather than refusing or ignoring it."""
     probe = [{"role": "system", "content": _SYSTEM_PROBE}, {"role": "user", "content": _SLOT}]
     try:
         return _SYSTEM_PROBE in render(probe)
     except TemplateError:
         return False
-
-
-def _render_or_refuse(render: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]]) -> str:
-    try:
-        return render(messages)
-    except TemplateError as error:
-        raise TemplateUnusableError(
-            f"the chat template fails on one user turn ({error}); set `frame: plain`, or `chat_template_from`"
-        ) from error
 
 
 class PairEncoder:
@@ -210,26 +182,25 @@ class PairEncoder:
         self._tokenizer = tokenizer
         self._model = model
         self._scoring = scoring
-        self._pieces = lru_cache(maxsize=1024)(self._encode_pieces)
-        self._left_context = _first_present(tokenizer.bos_token_id, tokenizer.end_of_text_id)
-        self._default = self._pieces(model.system_prompt)
+        self._left_context = tokenizer.end_of_text_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self._markup_ids = lru_cache(maxsize=1024)(self._encode_markup)
+        self._markup_ids(model.system_prompt)  # Raises now if the template cannot be used.
 
-    def markup(self, system: str) -> Markup:
+    def markup(self, system: str) -> Markup[str]:
         """The literal prompt texts for a system text."""
-        clause = self._scoring.invalid_clause
+        task = TASK.format(invalid_clause=INVALID_CLAUSE if self._scoring.invalid_clause else "")
         if self._model.frame == "plain":
-            return plain_markup(system, invalid_clause=clause)
-        return chat_markup(self._tokenizer.render_chat, system, invalid_clause=clause)
+            return Markup(system + PLAIN_QUERY, PLAIN_ANSWER, f"{system}\n\n{task}", PLAIN_QUERY)
+        return chat_markup(self._tokenizer.render_chat, system, task)
 
     def template_text(self) -> str:
         """Everything that determines the prompts, as JSON: the input of the template hash."""
-        markups = [self.markup(system) for system in (self._model.system_prompt, "any other system text")]
         return json.dumps(
             {
                 "version": PROMPT_VERSION,
                 "frame": self._model.frame,
                 "prior": self._scoring.prior,
-                "markups": [[m.before_q, m.between_q_and_a, m.before_a, m.between_a_and_q] for m in markups],
+                "markups": [self.markup(system) for system in (self._model.system_prompt, "any other system text")],
             },
             sort_keys=True,
         )
@@ -248,14 +219,17 @@ class PairEncoder:
         ]
 
     def _encode_pair(self, pair: Pair, q_ids: list[int], a_ids: list[int], wanted: Collection[Quantity]) -> EncodedPair:
-        pieces = self._pieces(pair.system or self._model.system_prompt)
-        room = self._scoring.max_tokens - pieces.overhead - len(q_ids)
+        markup = self._markup_ids(pair.system or self._model.system_prompt)
+        before_q, between_q_and_a, before_a, between_a_and_q = map(len, markup)
+        # Of the longer pass, so that A is cut at the same token in every pass.
+        overhead = max(before_q + between_q_and_a, before_a + between_a_and_q)
+        room = self._scoring.max_tokens - overhead - len(q_ids)
         kept = a_ids[: max(room, 0)]
         failure = self._failure(q_ids, a_ids, room)
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
-        sequences = () if failure else self._sequences(pair.pair_id, pieces, q_ids, kept, wanted)
+        sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, wanted)
         if pair.system:
             sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
@@ -284,37 +258,42 @@ class PairEncoder:
         return int(self._scoring.prior == "bare" and self._left_context is None)
 
     def _sequences(
-        self, pair_id: str, pieces: _Pieces, q: list[int], a: list[int], wanted: Collection[Quantity]
+        self, pair_id: str, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
     ) -> tuple[TokenSequence, ...]:
         """The cheapest sequences for the wanted quantities: with the prior `user`, the pass of A | Q also scores Q."""
-        query, answer = _Span(q, self._num_dropped), _Span(a, 0)
-        forward: dict[Quantity, _Span] = {Quantity.A_GIVEN_Q: answer}
-        plans: list[tuple[list[list[int] | _Span], dict[Quantity, _Span]]] = []
-        if self._scoring.prior == "user":
-            if Quantity.A_GIVEN_Q in wanted:
-                forward[Quantity.Q] = query
-            else:
-                plans.append(([pieces.before_q, query], {Quantity.Q: query}))
-        elif self._scoring.prior == "bare":
-            context = [] if self._left_context is None else [self._left_context]
-            plans.append(([context, query], {Quantity.Q: query}))
-        else:
-            plans.append(([pieces.before_a, pieces.between_a_and_q, query], {Quantity.Q: query}))
-        plans += [
-            ([pieces.before_a, a, pieces.between_a_and_q, query], {Quantity.Q_GIVEN_A: query}),
-            ([pieces.before_q, query, pieces.between_q_and_a, answer], forward),
-            ([pieces.before_q, pieces.between_q_and_a, answer], {Quantity.A: answer}),
-        ]
-        sequences = (_concatenate(pair_id, parts, scored, wanted) for parts, scored in plans)
-        return tuple(sequence for sequence in sequences if sequence.targets)
+        priors = {
+            "null_answer": [markup.before_a, [], markup.between_a_and_q, q],
+            "user": [markup.before_q, q],
+            "bare": [[] if self._left_context is None else [self._left_context], q],
+        }
+        passes = {
+            Quantity.Q: priors[self._scoring.prior],
+            Quantity.Q_GIVEN_A: [markup.before_a, a, markup.between_a_and_q, q],
+            Quantity.A_GIVEN_Q: [markup.before_q, q, markup.between_q_and_a, a],
+            Quantity.A: [markup.before_q, [], markup.between_q_and_a, a],
+        }
+        scored = {last: {last: len(parts) - 1} for last, parts in passes.items() if last in wanted}
+        if self._scoring.prior == "user" and Quantity.Q in scored and Quantity.A_GIVEN_Q in scored:
+            scored[Quantity.A_GIVEN_Q] = {Quantity.Q: 1, Quantity.A_GIVEN_Q: 3}
+            del scored[Quantity.Q]
+        return tuple(self._sequence(pair_id, passes[last], targets) for last, targets in scored.items())
 
-    def _encode_pieces(self, system: str) -> _Pieces:
-        markup = self.markup(system)
-        return _Pieces(
-            before_q=self._with_left_context(self._tokenizer.encode_markup(markup.before_q)),
-            between_q_and_a=self._tokenizer.encode_markup(markup.between_q_and_a),
-            before_a=self._with_left_context(self._tokenizer.encode_markup(markup.before_a)),
-            between_a_and_q=self._tokenizer.encode_markup(markup.between_a_and_q),
+    def _sequence(self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int]) -> TokenSequence:
+        """The parts one after another, with a target at the part of each quantity. The first part may be shared."""
+        stops = list(accumulate(map(len, parts)))
+        dropped = dict.fromkeys(QUANTITIES_OF["rmi"], self._num_dropped)
+        targets = tuple(
+            Target(quantity, stops[part - 1] + dropped.get(quantity, 0), stops[part])
+            for quantity, part in scored.items()
+        )
+        num_shared = len(parts[0]) - 1
+        token_ids = list(chain.from_iterable(parts))
+        return TokenSequence(pair_id, token_ids, targets, num_shared if num_shared >= MIN_SHARED_TOKENS else 0)
+
+    def _encode_markup(self, system: str) -> Markup[list[int]]:
+        before_q, between_q_and_a, before_a, between_a_and_q = map(self._tokenizer.encode_markup, self.markup(system))
+        return Markup(
+            self._with_left_context(before_q), between_q_and_a, self._with_left_context(before_a), between_a_and_q
         )
 
     def _with_left_context(self, ids: list[int]) -> list[int]:
@@ -323,64 +302,5 @@ class PairEncoder:
         The chat template of a model without BOS starts with its own special token, as in the model's training.
         """
         bos = self._tokenizer.bos_token_id
-        if bos is not None:
-            return ids if ids[:1] == [bos] else [bos, *ids]
-        if self._model.frame == "plain" and self._left_context is not None:
-            return [self._left_context, *ids]
-        return ids
-
-
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """Token ids of a `Markup`, with left context."""
-
-    before_q: list[int]
-    between_q_and_a: list[int]
-    before_a: list[int]
-    between_a_and_q: list[int]
-
-    @property
-    def overhead(self) -> int:
-        """Number of tokens besides Q and A in the longer pass, so that A is cut at the same token in every pass."""
-        return max(
-            len(self.before_q) + len(self.between_q_and_a),
-            len(self.before_a) + len(self.between_a_and_q),
-        )
-
-
-class _Span:
-    """Token ids that may be a target, except the first `skip`. Compared by identity."""
-
-    __slots__ = ("ids", "skip")
-
-    def __init__(self, ids: list[int], skip: int) -> None:
-        self.ids = ids
-        self.skip = skip
-
-
-def _concatenate(
-    pair_id: str,
-    parts: Sequence[list[int] | _Span],
-    scored: Mapping[Quantity, _Span],
-    wanted: Collection[Quantity],
-) -> TokenSequence:
-    """Concatenates the parts, with a target at each scored span.
-
-    If the first part is the template's own text, its tokens form a shared prefix.
-    """
-    token_ids: list[int] = []
-    targets = []
-    for part in parts:
-        start = len(token_ids)
-        token_ids += part.ids if isinstance(part, _Span) else part
-        targets += [
-            Target(quantity, start + span.skip, len(token_ids))
-            for quantity, span in scored.items()
-            if span is part and quantity in wanted
-        ]
-    num_shared = 0 if isinstance(parts[0], _Span) else len(parts[0]) - 1
-    return TokenSequence(pair_id, token_ids, tuple(targets), num_shared if num_shared >= MIN_SHARED_TOKENS else 0)
-
-
-def _first_present(*ids: int | None) -> int | None:
-    return next((token_id for token_id in ids if token_id is not None), None)
+        has_own = ids[:1] == [bos] if bos is not None else self._model.frame == "chat"
+        return ids if has_own or self._left_context is None else [self._left_context, *ids]

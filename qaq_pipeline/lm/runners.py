@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from qaq_pipeline.lm import attention, lm_head
 from qaq_pipeline.lm.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
@@ -57,7 +58,6 @@ class Runner(Protocol):
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
         """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats."""
-        ...
 
 
 class PackedRunner:
@@ -179,9 +179,7 @@ class OwnLogitsRunner:
 
 def pad_right(sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """Token ids [B, T], padded on the right with 0."""
-    length = max(len(sequence.token_ids) for sequence in sequences)
-    rows = [sequence.token_ids + [0] * (length - len(sequence.token_ids)) for sequence in sequences]
-    return torch.tensor(rows, dtype=torch.long)
+    return pad_sequence([torch.tensor(sequence.token_ids) for sequence in sequences], batch_first=True)
 
 
 def body_of(model: Any) -> Any:
@@ -214,17 +212,18 @@ def choose_runner(
     Raises:
         UnsupportedModelError: the model's log-probabilities are not finite, or depend on tokens to the right.
     """
-    own = OwnLogitsRunner(model)
+    own, tolerance = OwnLogitsRunner(model), SELF_TEST_TOLERANCE[model.dtype]
     sequences = _test_sequences(model, sample_ids, max_tokens)
     expected = own.score(sequences)
-    _check_model(own, sequences, expected, name, SELF_TEST_TOLERANCE[model.dtype])
+    _check_model(own, sequences, expected, name, tolerance)
     label, attention_before = f"{name} ({type(model).__name__})", model.config._attn_implementation
-    for kind in wanted or _fastest_first(model.device):
+    fastest_first = [PackedRunner, PaddedRunner] if model.device.type == "cpu" else [PaddedRunner]
+    for kind in wanted or fastest_first:
         try:
             _check_positions(model, max_tokens)
             runner = kind(model)
             difference = _mean_difference(runner.score(sequences), expected)
-            if difference <= SELF_TEST_TOLERANCE[model.dtype]:
+            if difference <= tolerance:
                 return runner
             reason = f"its log-probabilities differ by {difference:.2g} nats from the model's own"
         # An architecture's code may raise any of these when it is used in a way that it does not support.
@@ -249,10 +248,6 @@ def _check_positions(model: Any, max_tokens: int) -> None:
                 f"{kind} positions depend on the longest sequence of a forward pass, so sequences cannot be scored "
                 f"together; to allow it, set scoring.max_tokens to {original} or less"
             )
-
-
-def _fastest_first(device: torch.device) -> list[type[PackedRunner | PaddedRunner]]:
-    return [PackedRunner, PaddedRunner] if device.type == "cpu" else [PaddedRunner]
 
 
 def _test_sequences(model: Any, sample_ids: Sequence[int], max_tokens: int) -> list[TokenSequence]:

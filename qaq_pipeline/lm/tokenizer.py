@@ -39,7 +39,9 @@ class HfTokenizer:
         if self._chat_template and "strftime_now" in self._chat_template:
             self._chat_template = _FIXED_DATE + self._chat_template
         self.bos_token_id: int | None = tokenizer.bos_token_id
-        self.end_of_text_id = self._find_end_of_text()
+        vocabulary = tokenizer.get_vocab()
+        named = (vocabulary[token] for token in _END_OF_TEXT if token in vocabulary)
+        self.end_of_text_id: int | None = next(named, tokenizer.eos_token_id)
 
     def encode_markup(self, text: str) -> list[int]:
         """Token ids of prompt text. Special tokens in it are recognised; none is added."""
@@ -65,11 +67,6 @@ class HfTokenizer:
         return self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, chat_template=self._chat_template
         )
-
-    def _find_end_of_text(self) -> int | None:
-        vocabulary = self._tokenizer.get_vocab()
-        named = next((vocabulary[token] for token in _END_OF_TEXT if token in vocabulary), None)
-        return self._tokenizer.eos_token_id if named is None else named
 
 
 def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:

@@ -66,7 +66,6 @@ class SequenceScorer(Protocol):
     @property
     def facts(self) -> ScorerFacts:
         """The properties of the model."""
-        ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> Scores:
         """Returns the batch's log-probabilities.
@@ -74,7 +73,6 @@ class SequenceScorer(Protocol):
         Raises:
             BatchTooLargeError: the batch does not fit into memory.
         """
-        ...
 
 
 Load = Callable[[], SequenceScorer]
@@ -86,14 +84,12 @@ class Workers(Protocol):
     @property
     def facts(self) -> list[ScorerFacts]:
         """The properties of each worker's model."""
-        ...
 
     def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Scores | None]]:
         """Every batch of the queue with its scores, in the order of completion; None if a batch did not fit.
 
         The caller may split a batch that did not fit: the queue then returns its halves.
         """
-        ...
 
 
 @contextmanager
@@ -205,34 +201,14 @@ class _Process:
 def _serve(connection: Connection, load: Load) -> None:
     """Run a worker: load the model, send its properties, score every batch received, end when the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers.
-    with suppress(_PipeClosedError):
+    with suppress(OSError):  # The parent has closed the pipe: nobody receives the error that this caused.
         try:
             scorer = load()
-            _send(connection, scorer.facts)
+            connection.send(scorer.facts)
             while True:
-                _send(connection, _try_to_score(scorer, _receive(connection)))
-        except _PipeClosedError:
-            raise
+                connection.send(_try_to_score(scorer, connection.recv()))
         except Exception as error:  # noqa: BLE001 - the parent raises it, whatever it is.
-            _send(connection, _portable(error))
-
-
-class _PipeClosedError(Exception):
-    """The parent has ended, or has asked its worker to end."""
-
-
-def _send(connection: Connection, value: object) -> None:
-    try:
-        connection.send(value)
-    except OSError as error:
-        raise _PipeClosedError from error
-
-
-def _receive(connection: Connection) -> Batch:
-    try:
-        return connection.recv()
-    except (EOFError, OSError) as error:
-        raise _PipeClosedError from error
+            connection.send(_portable(error))
 
 
 def _try_to_score(scorer: SequenceScorer, batch: Batch) -> Scores | None:

@@ -52,10 +52,8 @@ _SIGNED = _of("signatures", *ROW_KEY, "content_hash", "bands") + _of("raw_data",
 _SCREENED = _of("raw_data", "status") + _SIGNED
 _SCREENED_FOR = _SCREENED + _of("raw_data", "reason")
 
-_TOKENS = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
 _LOG_PPL = {
-    f"log_ppl_{quantity}": _of("logprobs", f"sum_nll_{quantity}", _TOKENS.get(quantity, "num_a_tokens"))
-    for quantity in Quantity
+    f"log_ppl_{quantity}": _of("logprobs", f"sum_nll_{quantity}", quantity.tokens_column) for quantity in Quantity
 }
 """A sum divided by a count."""
 _RMI = _of("logprobs", "sum_nll_q", "num_q_tokens", "sum_nll_q_given_a", "null_reason_q", "null_reason_q_given_a")

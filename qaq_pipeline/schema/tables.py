@@ -237,10 +237,7 @@ class Logprobs(_PairScores):
 
     @dy.rule()
     def scored_has_tokens(cls) -> pl.Expr:
-        counts = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
-        return pl.all_horizontal(
-            pl.col(f"sum_nll_{q}").is_null() | (pl.col(counts.get(q, "num_a_tokens")) > 0) for q in Quantity
-        )
+        return pl.all_horizontal(pl.col(f"sum_nll_{q}").is_null() | (pl.col(q.tokens_column) > 0) for q in Quantity)
 
 
 class RmiScores(_PairScores):

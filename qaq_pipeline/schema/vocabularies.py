@@ -87,6 +87,18 @@ class Quantity(Vocabulary):
     A = "a", "The answer after an empty query."
     A_GIVEN_Q = "a_given_q", "The answer after the query."
 
+    @property
+    def tokens_column(self) -> str:
+        """Column with the number of scored tokens: the divisor of the quantity's mean."""
+        return "num_q_tokens" if self in (Quantity.Q, Quantity.Q_GIVEN_A) else "num_a_tokens"
+
+
+QUANTITIES_OF = {
+    "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
+    "ifd": (Quantity.A, Quantity.A_GIVEN_Q),
+}
+"""The quantities that each score is computed from."""
+
 
 class NullReason(Vocabulary):
     """Reasons why a quantity of a pair is null."""

@@ -8,13 +8,13 @@ Does not belong here: prompts, batches and models (`lm`), the choice of sequence
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -22,8 +22,9 @@ import polars as pl
 from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
-from qaq_pipeline.lm.workers import Load, ScorerFacts, Workers, open_workers
+from qaq_pipeline.lm.workers import Load, ScorerFacts, open_workers
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Status
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
@@ -40,7 +41,8 @@ MAX_MISFITS = 16
 TYPICAL_SHARE = 0.55
 """Share of the matmul peak that scoring reaches. Attention, norms and the head's log-sum-exp take the rest."""
 
-_QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
+_ENCODING_COLUMNS = ("pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
+"""The columns of Logprobs that the encoding determines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class ScoringModel:
     role: str
     encoder: PairEncoder
     identity: ScoreIdentity
-    loads: Callable[[int], AbstractContextManager[Sequence[Load]]]
+    loads: Callable[[int], contextlib.AbstractContextManager[Sequence[Load]]]
     """Returns one loader per scoring process, at most the given number. Within the context the devices are held."""
     num_weight_bytes: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Estimate:
         computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
         flops = facts[0].flops(computed, plan.expected_targets)
         peak = sum(fact.peak_flops_per_second for fact in facts)
-        seconds = flops / (TYPICAL_SHARE * peak) if peak and flops else math.nan
+        seconds = flops / (TYPICAL_SHARE * peak) if peak and facts[0].flops_per_token else math.nan
         return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
 
 
@@ -139,10 +141,8 @@ class ScoringReport:
 
 def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
     """The distinct pairs to score, in the order of their ids."""
-    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(
-        "batch", "source_file", "source_row", "turn_index"
-    )
-    rows = raw.join(accepted, on=accepted.columns, how="semi").sort("pair_id")
+    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value)
+    rows = raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id")
     return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
@@ -186,14 +186,13 @@ def score_pairs(
         scored_with=model.scored_with,
         is_identity_true=model.is_identity_true,
     )
-    with shards:
+    with contextlib.closing(shards):
         run.score(shards)
     if plan.num_cached:
         storage.scores.count_hits(model.identity, plan.num_cached)
     now = pl.lit(json.dumps(dict(model.scored_with), sort_keys=True)).alias("scored_with")
     scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
-    report = replace(run.report(len(pairs)), scored_with=_scorers(scores, scoring))
-    return _logprobs_table(plan.encoded, scores), report
+    return _logprobs_table(plan.encoded, scores), run.report(_scorers(scores, scoring))
 
 
 def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, Any]]:
@@ -213,165 +212,139 @@ def plan_scoring(
 
 def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.DataFrame:
     """The Logprobs table, sorted by pair_id, from the token counts of the encoding and the `CachedScores`."""
-    table = _counts_and_refusals(encoded)
-    for quantity in Quantity:
-        num_tokens = "num_q_tokens" if quantity in _QUERY_SIDE else "num_a_tokens"
-        found = scores.filter(pl.col("quantity") == quantity.value).select(
-            "pair_id",
-            pl.col("num_tokens").alias(num_tokens),
-            is_found=pl.lit(value=True),
-            sum_nll="sum_nll",
-            failure="null_reason",
-        )
-        table = table.join(found, on=["pair_id", num_tokens], how="left", validate="1:1")
-        refusal = pl.col(f"null_reason_{quantity}")
-        lost = table.filter(refusal.is_null() & pl.col("is_found").is_null())
-        if not lost.is_empty():
-            raise AssertionError(f"pair {lost['pair_id'][0]}: {quantity.value} was neither scored nor refused")
-        # The cache may hold a score that is not wanted now: it stays out of the table.
-        table = table.with_columns(
-            pl.when(refusal.is_null()).then("sum_nll").alias(f"sum_nll_{quantity}"),
-            pl.coalesce(refusal, "failure").alias(f"null_reason_{quantity}"),
-        ).drop("is_found", "sum_nll", "failure")
-    return table.select(pl.col(name).cast(dtype) for name, dtype in tables.dtypes(tables.Logprobs).items()).sort(
-        "pair_id"
-    )
-
-
-def _counts_and_refusals(encoded: Sequence[EncodedPair]) -> pl.DataFrame:
-    """Token counts of each pair, and why a quantity was not sent to the model; null if it was."""
-    reasons = {
-        f"null_reason_{quantity}": [pair.null_reasons.get(quantity) for pair in encoded] for quantity in Quantity
-    }
-    counts = {
-        "num_q_tokens": [pair.num_q_tokens for pair in encoded],
-        "num_a_tokens": [pair.num_a_tokens for pair in encoded],
-        "num_a_tokens_untruncated": [pair.num_a_tokens_untruncated for pair in encoded],
-        "is_truncated": [pair.is_truncated for pair in encoded],
-    }
-    columns = {"pair_id": [pair.pair_id for pair in encoded]} | counts | reasons
     dtypes = tables.dtypes(tables.Logprobs)
-    return pl.DataFrame(columns, schema={name: dtypes[name] for name in columns}, strict=False)
+    counts = pl.DataFrame(
+        {name: [getattr(pair, name) for pair in encoded] for name in _ENCODING_COLUMNS},
+        schema={name: dtypes[name] for name in _ENCODING_COLUMNS},
+    )
+    asked = pl.concat(
+        counts.with_columns(
+            quantity=pl.lit(quantity.value),
+            num_tokens=quantity.tokens_column,
+            refusal=pl.Series([pair.null_reasons.get(quantity) for pair in encoded], dtype=pl.String),
+        )
+        for quantity in Quantity
+    )
+    found = asked.join(scores, on=["pair_id", "quantity", "num_tokens"], how="left", validate="1:1").with_columns(
+        # The cache may hold a score that is not wanted now: it stays out of the table.
+        sum_nll=pl.when(pl.col("refusal").is_null()).then("sum_nll"),
+        null_reason=pl.coalesce("refusal", "null_reason"),
+    )
+    lost = found.filter(pl.col("sum_nll").is_null(), pl.col("null_reason").is_null())
+    if not lost.is_empty():
+        raise AssertionError(f"pair {lost['pair_id'][0]}: {lost['quantity'][0]} was neither scored nor refused")
+    wide = found.pivot("quantity", list(Quantity), index=_ENCODING_COLUMNS, values=["sum_nll", "null_reason"])
+    return wide.select(list(dtypes)).sort("pair_id")
 
 
+@dataclass
 class _Run:
     """Runs the batches of one plan through the workers, and counts them."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        model: ScoringModel,
-        runtime: RuntimeSettings,
-        on_start: Callable[[Estimate], None],
-        on_progress: Callable[[Progress], None],
-        on_shard: Callable[[Progress], None],
-    ) -> None:
-        self._on_start = on_start
-        self._plan = plan
-        self._model = model
-        self._runtime = runtime
-        self._on_progress = on_progress
-        self._on_shard = on_shard
-        self._workers: Workers | None = None
-        self._estimate: Estimate | None = None
-        self._done_tokens = 0
-        self._done_sequences = 0
-        self._computed_tokens = 0
-        self._splits = 0
-        self._misfits = 0
-        self._seconds = 0.0
+    plan: Plan
+    model: ScoringModel
+    runtime: RuntimeSettings
+    on_start: Callable[[Estimate], None]
+    on_progress: Callable[[Progress], None]
+    on_shard: Callable[[Progress], None]
+    facts: Sequence[ScorerFacts] = ()
+    """Of each worker; empty if nothing was scored."""
+    estimate: Estimate | None = None
+    done_tokens: int = 0
+    done_sequences: int = 0
+    computed_tokens: int = 0
+    splits: int = 0
+    misfits: int = 0
+    """Sequences in a row that did not fit into memory."""
+    seconds: float = 0.0
 
     def score(self, shards: ShardWriter) -> None:
         """Score every sequence of the plan. The model is loaded only if there is one."""
-        windows = self._plan.windows()
+        windows = self.plan.windows()
         first = next((window for window in windows if window), None)
         if first is None:
             return
-        with self._model.loads(self._max_workers()) as loads, open_workers(loads) as self._workers:
-            facts = self._workers.facts
-            budget = self._runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
+        with self.model.loads(self._max_workers()) as loads, open_workers(loads) as workers:
+            self.facts = facts = workers.facts
+            budget = self.runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
             is_padded = any(fact.is_padded for fact in facts)
             shares_prefixes = all(fact.shares_prefixes for fact in facts)
             sequences = itertools.chain([first], windows)
             queue = BatchQueue(sequences, budget, is_padded=is_padded, shares_prefixes=shares_prefixes)
-            self._estimate = Estimate.of(self._plan, facts)
-            self._on_start(self._estimate)
+            self.estimate = Estimate.of(self.plan, facts)
+            self.on_start(self.estimate)
             started = time.monotonic()
-            for batch, scores in self._workers.run(queue):
+            for batch, scores in workers.run(queue):
                 if scores is None:
-                    self._splits += 1
+                    self.splits += 1
                     if not queue.split(batch):
                         shards.add_failure(batch[0], NullReason.OUT_OF_MEMORY)
                         self._count(queue, batch)
                         self._count_misfit()
                 else:
                     queue.fitted()
-                    self._misfits = 0
+                    self.misfits = 0
                     for sequence, logprobs in zip(batch, scores, strict=True):
                         shards.add(sequence, logprobs)
                     self._count(queue, batch)
-                self._seconds = time.monotonic() - started
-                self._on_progress(self._progress())
+                self.seconds = time.monotonic() - started
+                self.on_progress(self._progress())
                 if shards.close_if_due():
-                    self._on_shard(self._progress())
+                    self.on_shard(self._progress())
             shards.close()
-            self._on_shard(self._progress())
+            self.on_shard(self._progress())
 
-    def report(self, num_pairs: int) -> ScoringReport:
-        """The report of this run."""
-        facts = self._workers.facts if self._workers else []
+    def report(self, scored_with: Sequence[Mapping[str, Any]]) -> ScoringReport:
+        """The report of this run, at its end."""
         return ScoringReport(
-            num_pairs=num_pairs,
-            num_cached_quantities=self._plan.num_cached,
-            num_scored_quantities=self._plan.num_quantities,
-            num_scored_pairs=self._plan.num_pairs_to_score,
-            num_sequences=self._plan.num_sequences,
-            num_tokens=self._plan.num_tokens,
-            num_computed_tokens=self._computed_tokens,
-            num_splits=self._splits,
-            seconds=self._seconds,
-            runner=facts[0].runner if facts else None,
-            num_workers=len(facts),
+            num_pairs=len(self.plan.encoded),
+            num_cached_quantities=self.plan.num_cached,
+            num_scored_quantities=self.plan.num_quantities,
+            num_scored_pairs=self.plan.num_pairs_to_score,
+            num_sequences=self.plan.num_sequences,
+            num_tokens=self.plan.num_tokens,
+            num_computed_tokens=self.computed_tokens,
+            num_splits=self.splits,
+            seconds=self.seconds,
+            runner=self.facts[0].runner if self.facts else None,
+            num_workers=len(self.facts),
             peak_share=self._peak_share(),
-            estimate=self._estimate,
+            scored_with=scored_with,
+            estimate=self.estimate,
         )
 
     def _count_misfit(self) -> None:
         """Stop after many misfits in a row: one sequence may be too long, but many mean that memory is short."""
-        self._misfits += 1
-        if self._misfits >= MAX_MISFITS:
+        self.misfits += 1
+        if self.misfits >= MAX_MISFITS:
             raise MemoryError(
-                f"{self._misfits} sequences in a row did not fit into memory, even one at a time; finished scores are "
+                f"{self.misfits} sequences in a row did not fit into memory, even one at a time; finished scores are "
                 "stored: free memory and run again, or lower scoring.max_tokens"
             )
 
     def _max_workers(self) -> int:
         """The number of processes in the settings; by default as many as the work justifies."""
-        wanted = self._runtime.processes or round(
-            self._plan.expected_tokens * self._model.num_weight_bytes / WORTH_ANOTHER_PROCESS
-        )
-        return max(wanted, 1)
+        justified = self.plan.expected_tokens * self.model.num_weight_bytes / WORTH_ANOTHER_PROCESS
+        return self.runtime.processes or max(round(justified), 1)
 
     def _count(self, queue: BatchQueue, batch: Sequence[TokenSequence]) -> None:
-        self._done_sequences += len(batch)
-        self._done_tokens += sum(len(sequence.token_ids) for sequence in batch)
-        self._computed_tokens += queue.tokens(batch)
+        self.done_sequences += len(batch)
+        self.done_tokens += sum(len(sequence.token_ids) for sequence in batch)
+        self.computed_tokens += queue.tokens(batch)
 
     def _progress(self) -> Progress:
-        plan = self._plan
         return Progress(
-            self._model.role,
-            self._done_tokens,
-            plan.expected_tokens,
-            self._done_sequences,
-            plan.expected_sequences,
-            self._seconds,
+            self.model.role,
+            self.done_tokens,
+            self.plan.expected_tokens,
+            self.done_sequences,
+            self.plan.expected_sequences,
+            self.seconds,
         )
 
     def _peak_share(self) -> float | None:
-        if self._workers is None or not self._seconds:
+        if not self.facts or not self.seconds:
             return None
-        facts = self._workers.facts
-        peak = sum(fact.peak_flops_per_second for fact in facts)
-        flops = facts[0].flops(self._computed_tokens, self._plan.num_targets)
-        return flops / self._seconds / peak if peak and flops else None
+        peak = sum(fact.peak_flops_per_second for fact in self.facts)
+        flops = self.facts[0].flops(self.computed_tokens, self.plan.num_targets)
+        return flops / self.seconds / peak if peak and flops else None

@@ -15,8 +15,8 @@ from typing import TypeVar
 import polars as pl
 
 from qaq_pipeline.config.settings import ScoringSettings
-from qaq_pipeline.lm.prompts import QUANTITIES_OF, EncodedPair, Pair, PairEncoder, TokenSequence
-from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
+from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, Quantity
 
 WINDOW_PAIRS = 4096
 
@@ -60,8 +60,7 @@ class Plan:
         known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}
         counts = Counter(pair_id for pair_id, _ in known)
         self._finished = {pair_id for pair_id, count in counts.items() if count == len(self._wanted)}
-        unfinished = self._unfinished(pairs)
-        self._pairs_left, self._characters_left = len(unfinished), sum(map(_num_characters, unfinished))
+        self._pairs_left, self._characters_left = self._unfinished(pairs)
         self._pairs_planned = self._characters_planned = 0
         self.encoded: list[EncodedPair] = []
         """All pairs planned so far, without their sequences."""
@@ -107,18 +106,18 @@ class Plan:
         """Forecast of all sequences to score, from the sequences per pair planned so far."""
         return _extrapolate(self.num_sequences, self._pairs_planned, self._pairs_left)
 
-    def _unfinished(self, pairs: Iterable[Pair]) -> list[Pair]:
-        """The pairs that have wanted quantities outside the cache."""
-        return [pair for pair in pairs if pair.pair_id not in self._finished]
+    def _unfinished(self, pairs: Iterable[Pair]) -> tuple[int, int]:
+        """Number and characters of the pairs that have wanted quantities outside the cache."""
+        unfinished = [pair for pair in pairs if pair.pair_id not in self._finished]
+        return len(unfinished), sum(map(_num_characters, unfinished))
 
     def _plan(self, pairs: Sequence[Pair], encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
         by_pair = [list(self._not_cached(pair.sequences)) for pair in encoded]
         sequences = [sequence for sequences in by_pair for sequence in sequences]
         self.num_pairs_to_score += sum(map(bool, by_pair))
-        unfinished = self._unfinished(pairs)
-        num_characters = sum(map(_num_characters, unfinished))
-        self._pairs_left -= len(unfinished)
-        self._pairs_planned += len(unfinished)
+        num_unfinished, num_characters = self._unfinished(pairs)
+        self._pairs_left -= num_unfinished
+        self._pairs_planned += num_unfinished
         self._characters_left -= num_characters
         self._characters_planned += num_characters
         num_quantities = sum(len(sequence.targets) for sequence in sequences)

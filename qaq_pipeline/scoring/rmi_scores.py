@@ -13,7 +13,7 @@ import polars as pl
 
 from qaq_pipeline.config.settings import EligibilitySettings
 from qaq_pipeline.schema.tables import RmiScores, dtypes
-from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 
 _CARRIED = ("identity", "identity_after", "identity_hash", "frame", "template", "scoring", "scored_with")
 
@@ -27,7 +27,7 @@ def facts(logprobs: Mapping[str, Any], eligibility: EligibilitySettings) -> dict
     }
 
 
-def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tokens: int) -> pl.DataFrame:
+def rmi_scores(logprobs: pl.DataFrame, eligibility: EligibilitySettings) -> pl.DataFrame:
     """RmiScores of a Logprobs frame, sorted by pair_id.
 
     log_ppl_x = sum_nll_x / tokens of x
@@ -36,29 +36,23 @@ def rmi_scores(logprobs: pl.DataFrame, *, min_query_tokens: int, short_query_tok
     ifd_loss  = log_ppl_a_given_q / log_ppl_a
 
     A score is null, with a reason, if a sum is null (the sum's reason), if Q has fewer tokens than
-    `min_query_tokens`, or if the formula has no finite value. If one of the two IFDs is null, so is the other.
+    `eligibility.min_query_tokens`, or if the formula has no finite value. If one IFD is null, so is the other.
     """
-    few = pl.col("num_q_tokens") < min_query_tokens
-    scored = logprobs.lazy().sort("pair_id").with_columns(*_log_ppl_columns())
+    log_ppl = {f"log_ppl_{one}": pl.col(f"sum_nll_{one}") / pl.col(one.tokens_column) for one in Quantity}
+    few = pl.col("num_q_tokens") < eligibility.min_query_tokens
+    scored = logprobs.lazy().sort("pair_id").with_columns(**log_ppl)
     scored = scored.with_columns(
         rmi=pl.col("log_ppl_q") - pl.col("log_ppl_q_given_a"),
         ifd_ppl=(pl.col("log_ppl_a_given_q") - pl.col("log_ppl_a")).exp(),
         ifd_loss=pl.col("log_ppl_a_given_q") / pl.col("log_ppl_a"),
-        is_short_query=pl.col("num_q_tokens") < short_query_tokens,
+        is_short_query=pl.col("num_q_tokens") < eligibility.short_query_tokens,
     ).with_columns(
-        null_reason_rmi=_null_reason((Quantity.Q, Quantity.Q_GIVEN_A), few, ("rmi",)),
-        null_reason_ifd=_null_reason((Quantity.A, Quantity.A_GIVEN_Q), few, ("ifd_ppl", "ifd_loss")),
+        null_reason_rmi=_null_reason(QUANTITIES_OF["rmi"], few, ("rmi",)),
+        null_reason_ifd=_null_reason(QUANTITIES_OF["ifd"], few, ("ifd_ppl", "ifd_loss")),
     )
-    kept = (_null_where_reason(score, of) for score, of in (("rmi", "rmi"), ("ifd_ppl", "ifd"), ("ifd_loss", "ifd")))
-    return scored.with_columns(*kept).select(list(dtypes(RmiScores))).collect()
-
-
-def _log_ppl_columns() -> list[pl.Expr]:
-    tokens = {Quantity.Q: "num_q_tokens", Quantity.Q_GIVEN_A: "num_q_tokens"}
-    return [
-        (pl.col(f"sum_nll_{quantity}") / pl.col(tokens.get(quantity, "num_a_tokens"))).alias(f"log_ppl_{quantity}")
-        for quantity in Quantity
-    ]
+    reasons = {"rmi": "null_reason_rmi", "ifd_ppl": "null_reason_ifd", "ifd_loss": "null_reason_ifd"}
+    kept = {score: pl.when(pl.col(reason).is_null()).then(score) for score, reason in reasons.items()}
+    return scored.with_columns(**kept).select(list(dtypes(RmiScores))).collect()
 
 
 def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple[str, ...]) -> pl.Expr:
@@ -72,7 +66,3 @@ def _null_reason(parts: tuple[Quantity, ...], few_tokens: pl.Expr, values: tuple
         pl.when(few_tokens).then(pl.lit(NullReason.TOO_FEW_QUERY_TOKENS.value)),
         pl.when(non_finite).then(pl.lit(NullReason.NON_FINITE.value)),
     )
-
-
-def _null_where_reason(score: str, reason_of: str) -> pl.Expr:
-    return pl.when(pl.col(f"null_reason_{reason_of}").is_null()).then(pl.col(score)).alias(score)

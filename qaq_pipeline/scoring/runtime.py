@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,10 @@ class ScoringCost:
     num_pairs: int
     num_cached: int
     """Quantities found in the score cache."""
-    num_sequences: int
-    num_tokens: int
     num_shared_tokens: int
-    """The part of `num_tokens` that lies in shared prefixes."""
-    flops: float
+    """The part of the tokens that lies in shared prefixes."""
     peak_flops_per_second: float
-    seconds: float
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -53,16 +50,6 @@ class ScoredPairs:
     frame: pl.DataFrame
     report: ScoringReport
     provenance: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _PreparedModel:
-    model: ModelSettings
-    files: model_files.ModelFiles
-    encoder: PairEncoder
-    identity: ScoreIdentity
-    sample_ids: Sequence[int]
-    """Token ids of an ordinary text, for the self-test of each process."""
 
 
 class ModelRuntime:
@@ -108,11 +95,11 @@ class ModelRuntime:
             runners.UnsupportedModelError: the model cannot be scored correctly.
             prompts.TemplateUnusableError: the chat template cannot express the prompts.
         """
-        prepared = self._prepare(role)
-        watch = model_files.FilesWatch(prepared.files)
+        files, model = self._prepare(role)
+        watch = model_files.FilesWatch(files)
         frame, report = score_pairs(
             pairs,
-            self._scoring_model(role, prepared, watch),
+            replace(model, is_identity_true=watch.is_unchanged),
             storage,
             self._scoring,
             self._runtime,
@@ -120,8 +107,18 @@ class ModelRuntime:
             on_progress=self._on_progress,
             on_shard=on_shard,
         )
-        is_changed = report.num_scored_quantities > 0 and not watch.is_unchanged()
-        return ScoredPairs(frame, report, self._provenance(prepared, report, watch.found if is_changed else None))
+        identity = asdict(model.identity)
+        provenance = {
+            "identity": identity,
+            "identity_hash": model.identity.digest(),
+            "frame": self._models[role].frame,
+            "scoring": self._scoring.model_dump(mode="json", exclude={"quantities"}),
+            "template": json.loads(model.encoder.template_text()),
+            "scored_with": list(report.scored_with),
+        }
+        if report.num_scored_quantities and not watch.is_unchanged():
+            provenance["identity_after"] = identity | {"revision": watch.found}
+        return ScoredPairs(frame, report, provenance)
 
     def estimate(self, role: str, pairs: Sequence[Pair], storage: Storage) -> ScoringCost:
         """The cost of scoring the pairs under the model of that role. It tokenises every pair, but loads no weights.
@@ -131,84 +128,50 @@ class ModelRuntime:
         """
         from qaq_pipeline.lm import causal_lm, devices
 
-        prepared = self._prepare(role)
-        plan = plan_scoring(pairs, prepared.encoder, prepared.identity, storage, self._scoring)
+        files, model = self._prepare(role)
+        plan = plan_scoring(pairs, model.encoder, model.identity, storage, self._scoring)
         for _ in plan.windows():
             pass
-        device = devices.resolve_device(prepared.model.device)
-        facts = causal_lm.unloaded_facts(prepared.files, devices.resolve_dtype(prepared.model.dtype, device), device)
-        estimate = Estimate.of(plan, [facts])
+        device = devices.resolve_device(self._models[role].device)
+        facts = causal_lm.unloaded_facts(files, devices.resolve_dtype(self._models[role].dtype, device), device)
         return ScoringCost(
             role=role,
-            model=prepared.files.name,
+            model=files.name,
             device=device.type,
             num_pairs=len(pairs),
             num_cached=plan.num_cached,
-            num_sequences=plan.num_sequences,
-            num_tokens=plan.num_tokens,
             num_shared_tokens=plan.num_shared_tokens,
-            flops=estimate.flops,
             peak_flops_per_second=facts.peak_flops_per_second,
-            seconds=estimate.seconds if plan.num_sequences else 0.0,
+            estimate=Estimate.of(plan, [facts]),
         )
 
-    def _prepare(self, role: str) -> _PreparedModel:
+    def _prepare(self, role: str) -> tuple[model_files.ModelFiles, ScoringModel]:
+        """The model's files, and the model as it is before its weights are loaded."""
         from qaq_pipeline.lm import causal_lm, devices
         from qaq_pipeline.lm.tokenizer import load_tokenizer
 
-        model = self._models[role]
+        model, max_tokens = self._models[role], self._scoring.max_tokens
         files = model_files.locate(model, self._model_cache)
         tokenizer = load_tokenizer(model, files, self._model_cache)
         encoder = PairEncoder(tokenizer, model, self._scoring)
         device = devices.resolve_device(model.device)
-        dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
-        sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
-        return _PreparedModel(model, files, encoder, self._identity(files, encoder, dtype), sample_ids)
-
-    def _identity(self, files: model_files.ModelFiles, encoder: PairEncoder, dtype: str) -> ScoreIdentity:
-        return ScoreIdentity(
+        identity = ScoreIdentity(
             model=files.name,
             revision=files.revision,
             tokenizer_hash=files.tokenizer_hash(),
             template_hash=encoder.template_hash(),
             prior=self._scoring.prior,
-            dtype=dtype,
-            max_tokens=self._scoring.max_tokens,
+            dtype=str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch."),
+            max_tokens=max_tokens,
             too_long=self._scoring.too_long,
         )
-
-    def _scoring_model(self, role: str, prepared: _PreparedModel, watch: model_files.FilesWatch) -> ScoringModel:
-        from qaq_pipeline.lm import causal_lm, devices
-
-        return ScoringModel(
+        sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
+        libraries = {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES}
+        return files, ScoringModel(
             role=role,
-            encoder=prepared.encoder,
-            identity=prepared.identity,
-            loads=functools.partial(
-                causal_lm.loaders,
-                prepared.model,
-                prepared.files,
-                self._scoring.max_tokens,
-                sample_ids=prepared.sample_ids,
-            ),
-            num_weight_bytes=prepared.files.num_weight_bytes(),
-            scored_with={
-                "libraries": {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES},
-                "device": devices.resolve_device(prepared.model.device).type,
-            },
-            is_identity_true=watch.is_unchanged,
+            encoder=encoder,
+            identity=identity,
+            loads=functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids),
+            num_weight_bytes=files.num_weight_bytes(),
+            scored_with={"libraries": libraries, "device": device.type},
         )
-
-    def _provenance(
-        self, prepared: _PreparedModel, report: ScoringReport, revision_after: str | None
-    ) -> dict[str, Any]:
-        identity = asdict(prepared.identity)
-        return {
-            "identity": identity,
-            **({} if revision_after is None else {"identity_after": identity | {"revision": revision_after}}),
-            "identity_hash": prepared.identity.digest(),
-            "frame": prepared.model.frame,
-            "scoring": self._scoring.model_dump(mode="json", exclude={"quantities"}),
-            "template": json.loads(prepared.encoder.template_text()),
-            "scored_with": list(report.scored_with),
-        }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from qaq_pipeline.storage.storage import Storage
 
 
 class ShardWriter:
-    """Collects scores and adds them to the cache, shard by shard. On exit, for any reason, it stores the last shard.
+    """Collects scores and adds them to the cache, shard by shard. Close it at the end, whatever ends the run.
 
     Args:
         storage: holds the cache.
@@ -52,15 +51,6 @@ class ShardWriter:
         self._opened = time.monotonic()
         self.closed: list[pl.DataFrame] = []
         """All shards so far, as `CachedScores`, including failures."""
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Store the finished scores, whether the run ends normally, by an error or by a signal."""
-        self.close()
 
     def add(self, sequence: TokenSequence, logprobs: Sequence[np.ndarray]) -> None:
         """Add a sequence's scores: for each of its targets, ln p of the target's tokens."""

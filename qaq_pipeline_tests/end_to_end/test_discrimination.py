@@ -83,7 +83,7 @@ def test_matched_pairs_score_above_shuffled_ones(role: str, floor: float, capsys
     except model_files.ModelNotFoundError as error:
         pytest.skip(str(error))
     tokenizer = load_tokenizer(spec, files, settings.model_cache_dir)
-    model = causal_lm.load_model(spec, files)
+    model = causal_lm.load_model(spec, files, sample_ids=tokenizer.encode_markup(causal_lm.SAMPLE_TEXT))
     pairs = read_pairs()
 
     def encoder(prior: str) -> PairEncoder:
@@ -106,7 +106,7 @@ def test_matched_pairs_score_above_shuffled_ones(role: str, floor: float, capsys
             "mean_rmi_shuffled": round(float(mismatched.mean()), 3),
         }
     with capsys.disabled():
-        print(f"\n{files.name}, {spec.frame} frame, {model.dtype}, {len(pairs)} pairs")
+        print(f"\n{files.name}, {spec.frame} frame, {spec.dtype}, {len(pairs)} pairs")
         for prior, row in rows.items():
             print(f"  {prior:12s} {json.dumps(row)}")
     assert rows["null_answer"]["auc"] >= floor

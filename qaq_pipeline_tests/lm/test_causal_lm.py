@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import causal_lm, lm_head
+from qaq_pipeline.lm import causal_lm, devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.causal_lm import BATCH_TOKENS_CPU, CausalLM, load_model, loaders
 from qaq_pipeline.lm.devices import lease_devices
 from qaq_pipeline.lm.model_files import ModelFiles
-from qaq_pipeline.lm.runners import UnsupportedModelError
+from qaq_pipeline.lm.runners import UnsupportedModelError, model_context
 from qaq_pipeline_tests.conftest import TinyModel, byte_tokenizer
 from qaq_pipeline_tests.lm.test_runners import (
     PACKED,
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fixed speed: its measurement takes longer than everything else, ten seconds in float16."""
-    monkeypatch.setattr(causal_lm, "peak_flops_per_second", lambda _dtype, _device: 1e9)
+    monkeypatch.setattr(devices, "peak_flops_per_second", lambda _dtype, _device: 1e9)
 
 
 def files(folder: Path) -> ModelFiles:
@@ -284,11 +284,12 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int]]]:
 def test_a_model_is_loaded_in_the_dtype_asked_for(
     dtype: str, tiny_model_dir: Callable[..., Path], loaded: list[tuple[Any, list[int]]]
 ) -> None:
-    scorer = load_model(model_settings(dtype=dtype), files(tiny_model_dir()), min_context=512)
+    sample = text(causal_lm.SAMPLE_TEXT)
+    scorer = load_model(model_settings(dtype=dtype), files(tiny_model_dir()), min_context=512, sample_ids=sample)
     ((model, sample_ids),) = loaded
     assert (model.dtype, model.device) == (getattr(torch, dtype), CPU)
-    assert sample_ids == text(causal_lm.SAMPLE_TEXT)
-    assert scorer.max_context == 512
+    assert sample_ids == sample
+    assert model_context(model) == 512
     assert scorer.facts.runner == "packed"
     ((value,),) = scorer.score([sequence([BOS, *text("print(1)")], (1, 9))])
     assert value.dtype == np.float32
@@ -342,8 +343,8 @@ def test_of_several_processes_each_has_one_thread(
 def test_on_a_cpu_there_are_as_many_models_as_cores_and_memory_hold(
     most: int, num_cores: int, available: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "num_cores", lambda: num_cores)
-    monkeypatch.setattr(causal_lm, "available_memory", lambda: available)
+    monkeypatch.setattr(devices, "num_cores", lambda: num_cores)
+    monkeypatch.setattr(devices, "available_memory", lambda: available)
     monkeypatch.setattr(causal_lm, "load_model", lambda *arguments, sample_ids: (*arguments, sample_ids))
     settings, model = model_settings(), files(Path("tiny"))
     with loaders(settings, model, 77, most, [5]) as loads:
@@ -365,7 +366,7 @@ def test_there_is_a_model_for_each_gpu_that_nobody_holds(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"id-{index}"))
-    monkeypatch.setattr(causal_lm, "LEASES", tmp_path)
+    monkeypatch.setattr(devices, "LEASES", tmp_path)
     monkeypatch.setattr(causal_lm, "load_model", lambda settings, *_, **__: settings.device)
     with contextlib.ExitStack() as others:
         for index in held:
@@ -383,5 +384,7 @@ def test_a_window_wider_than_the_models_is_an_error_that_names_the_remedy(
 
 
 def test_a_model_that_states_no_longest_sequence_is_taken_at_any_window(tmp_path: Path) -> None:
-    saved(tiny("bloom"), tmp_path)
-    assert load_model(model_settings(), files(tmp_path), min_context=1_000_000).max_context is None
+    model = tiny("bloom")
+    saved(model, tmp_path)
+    assert model_context(model) is None
+    assert load_model(model_settings(), files(tmp_path), min_context=1_000_000).facts.runner == "padded"

@@ -20,6 +20,7 @@ from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.lm.workers import open_workers
 from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline_tests.support.naive import text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +54,7 @@ def test_scores_on_a_gpu_are_those_of_the_cpu(
 ) -> None:
     files = ModelFiles("tiny", tiny_model_dir(), "files:0")
     expected = means(causal_lm.load_model(settings("cpu"), files))
-    on_gpu = causal_lm.load_model(settings("cuda:0", dtype), files)
+    on_gpu = causal_lm.load_model(settings("cuda:0", dtype), files, sample_ids=text(causal_lm.SAMPLE_TEXT))
     assert on_gpu.facts.runner == "padded"
     assert on_gpu.facts.peak_flops_per_second > 1e12
     assert np.abs(means(on_gpu) - expected).max() <= tolerance

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qaq_pipeline.config.load import parse_settings
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.settings import EligibilitySettings, Settings
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import exports
@@ -141,7 +141,7 @@ def _screen(tables: Tables) -> pl.DataFrame:
 
 
 def _rmi_scores(tables: Tables) -> pl.DataFrame:
-    return rmi_scores.rmi_scores(tables["logprobs"], min_query_tokens=1, short_query_tokens=11)
+    return rmi_scores.rmi_scores(tables["logprobs"], EligibilitySettings(min_query_tokens=1, short_query_tokens=11))
 
 
 def _by_role(tables: Tables) -> dict[str, pl.DataFrame]:

@@ -13,7 +13,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.config.settings import EligibilitySettings, RankingSettings
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, RmiScores, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import Quantity
@@ -43,8 +43,8 @@ def logprobs(rows: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def scored(rows: list[dict[str, Any]], min_query_tokens: int = 1, short_query_tokens: int = 4) -> pl.DataFrame:
-    frame = rmi_scores(logprobs(rows), min_query_tokens=min_query_tokens, short_query_tokens=short_query_tokens)
-    return enforce(RmiScores, frame)
+    limits = EligibilitySettings(min_query_tokens=min_query_tokens, short_query_tokens=short_query_tokens)
+    return enforce(RmiScores, rmi_scores(logprobs(rows), limits))
 
 
 def model_scores(pairs: Pairs) -> pl.DataFrame:
@@ -217,10 +217,10 @@ def test_short_queries_are_flagged_and_scored():
 def test_scores_do_not_depend_on_the_order_or_the_number_of_rows():
     rows = [{"sum_nll_q": 10 + 0.7 * number, "num_q_tokens": 49, "num_a_tokens": 49} for number in range(50)]
     frame = logprobs(rows)
-    parameters = {"min_query_tokens": 1, "short_query_tokens": 4}
-    together = rmi_scores(frame, **parameters)
-    assert_frame_equal(rmi_scores(frame.sample(fraction=1, shuffle=True, seed=1), **parameters), together)
-    one_by_one = pl.concat([rmi_scores(part, **parameters) for part in frame.iter_slices(1)])
+    limits = EligibilitySettings(min_query_tokens=1, short_query_tokens=4)
+    together = rmi_scores(frame, limits)
+    assert_frame_equal(rmi_scores(frame.sample(fraction=1, shuffle=True, seed=1), limits), together)
+    one_by_one = pl.concat([rmi_scores(part, limits) for part in frame.iter_slices(1)])
     assert_frame_equal(one_by_one, together, check_exact=True)
 
 

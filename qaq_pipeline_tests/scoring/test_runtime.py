@@ -91,8 +91,13 @@ def test_the_estimate_counts_what_the_scoring_then_computes(
     cost = runtime.estimate("strong", twenty_samples, storage)
     report = runtime.score("strong", twenty_samples, storage, lambda _: None).report
     assert (cost.role, cost.device, cost.num_pairs) == ("strong", "cpu", 20)
-    assert (cost.num_cached, cost.num_sequences, cost.num_tokens) == (20, report.num_sequences, report.num_tokens)
-    assert 0 < cost.num_shared_tokens < cost.num_tokens
-    assert cost.flops > 0
-    assert cost.seconds > 0
-    assert runtime.estimate("strong", twenty_samples, storage).seconds == 0.0
+    estimate = cost.estimate
+    assert (cost.num_cached, estimate.num_sequences, estimate.num_tokens) == (
+        20,
+        report.num_sequences,
+        report.num_tokens,
+    )
+    assert 0 < cost.num_shared_tokens < estimate.num_tokens
+    assert estimate.flops > 0
+    assert estimate.seconds > 0
+    assert runtime.estimate("strong", twenty_samples, storage).estimate.seconds == 0.0

@@ -6,6 +6,7 @@ No tolerances: every sum here is exact in fp64.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ SCORED_WITH = {"libraries": {"torch": "2.13.0"}, "device": "cpu"}
 
 IDENTITY = ScoreIdentity("tiny", "r1", "t1", "p1", "bare", "float32", 128, "leave_unscored")
 SECONDS = 5.0
-Open = Callable[..., ShardWriter]
+Open = Callable[[], closing[ShardWriter]]
 
 
 class FlakyCache(ScoreCache):
@@ -67,7 +68,7 @@ def storage(tmp_path: Path) -> Storage:
 @pytest.fixture
 def open_writer(storage: Storage, clock: Clock) -> Open:
     """Factory: a writer to the storage, which closes a shard every `SECONDS`."""
-    return lambda: ShardWriter(storage, IDENTITY, SECONDS, scored_with=SCORED_WITH)
+    return lambda: closing(ShardWriter(storage, IDENTITY, SECONDS, scored_with=SCORED_WITH))
 
 
 @pytest.fixture
@@ -222,8 +223,8 @@ def test_what_is_finished_after_the_model_changed_is_kept_for_the_table_and_not_
     storage: Storage, cached: Callable[[], list[str]]
 ) -> None:
     truths = iter([True, False])
-    with ShardWriter(
-        storage, IDENTITY, SECONDS, scored_with=SCORED_WITH, is_identity_true=lambda: next(truths)
+    with closing(
+        ShardWriter(storage, IDENTITY, SECONDS, scored_with=SCORED_WITH, is_identity_true=lambda: next(truths))
     ) as writer:
         writer.add(sequence(1, 1), [fp32(-0.5)])
         writer.close()
@@ -265,7 +266,7 @@ def test_a_shard_that_could_not_be_stored_is_stored_on_leaving(tmp_path: Path, c
     flaky.scores = FlakyCache(flaky.files, flaky.locks)
     with (  # noqa: PT012 - the test is about the open shard.
         pytest.raises(OSError, match="no space left"),
-        ShardWriter(flaky, IDENTITY, SECONDS, scored_with=SCORED_WITH) as writer,
+        closing(ShardWriter(flaky, IDENTITY, SECONDS, scored_with=SCORED_WITH)) as writer,
     ):
         writer.add(sequence(0, 1), [fp32(-1)])
         writer.close()

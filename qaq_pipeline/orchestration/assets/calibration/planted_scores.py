@@ -40,11 +40,7 @@ def build_planted_scores(settings: Settings) -> dg.AssetsDefinition:
         pairs = planting.pairs_to_score(planted_rows.frame)
         with storage.locks.hold("planted_scores", *partition.parts):
             scored = model_runtime.score(str(partition.model), pairs, storage, on_shard(context), on_start(context))
-        frame = rmi_scores.rmi_scores(
-            scored.frame,
-            min_query_tokens=eligibility.min_query_tokens,
-            short_query_tokens=eligibility.short_query_tokens,
-        )
+        frame = rmi_scores.rmi_scores(scored.frame, eligibility)
         return table_result(context, frame, {"planted_rows": planted_rows}, of_scoring(scored), **scored.provenance)
 
     return planted_scores

@@ -28,11 +28,7 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
     @refusing
     def rmi_scores(context: dg.AssetExecutionContext, logprobs: StoredTable) -> dg.MaterializeResult:
         role = str(Partition.parse(context.partition_key).model)
-        frame = formulas.rmi_scores(
-            logprobs.frame,
-            min_query_tokens=eligibility.min_query_tokens,
-            short_query_tokens=eligibility.short_query_tokens,
-        )
+        frame = formulas.rmi_scores(logprobs.frame, eligibility)
         gate = gates.after_scoring(role, frame, logprobs.provenance, limits)
         facts = {**formulas.facts(logprobs.provenance, eligibility), **gates.as_provenance(gate)}
         facts[gates.LIMIT_KEY] = limits.min_scorable_share
