@@ -122,7 +122,7 @@ def variant(frames: Frames, prior: str, per_defect: int, quantities: Sequence[st
     for role in ROLES:
         values["models"][role] |= frame_of(getattr(frames, role))
     values["scoring"] = {"quantities": list(quantities), "prior": prior, "invalid_clause": frames.has_clause}
-    values["calibration"] = {"rows_per_defect": per_defect, "max_share": None}
+    values["calibration"] = {"max_rows_per_defect": per_defect, "max_planted_share": None}
     return parse_settings(yaml.safe_dump(values), "bench")
 
 

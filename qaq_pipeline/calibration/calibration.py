@@ -45,6 +45,8 @@ MEASURES_OF_BOTH = ("gap", "rank_sum")
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
+ECHO_QUANTILE = 0.05
+"""Share of the echoes below the high cut of RMI."""
 
 _OF_IFD = ("ifd_ppl", "log_ppl_a_given_q")
 _POOL = "calibration"
@@ -260,11 +262,11 @@ def _kept_share(judged: Judged | None, name: str, defect: str) -> Estimate:
 
 
 def _cut_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
-    rate, quantile = settings.calibration.false_discovery_rate, settings.calibration.echo_quantile
+    rate = settings.calibration.false_discovery_rate
     for role in sorted(settings.models):
         clean, mismatches, echoes = (_rmi(judged, role, of) for of in (CLEAN, Defect.OTHER_ANSWER, Defect.ECHO))
         yield _row(Statistic.LOW_CUT, Defect.OTHER_ANSWER, role, "rmi", low_cut(clean, mismatches, rate))
-        yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, quantile))
+        yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, ECHO_QUANTILE))
 
 
 def _rmi(judged: Judged | None, role: str, defect: str) -> np.ndarray:

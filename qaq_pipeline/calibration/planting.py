@@ -54,11 +54,15 @@ def pairs_to_score(planted: pl.DataFrame) -> list[Pair]:
 def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
     """The number of planted rows of each defect in a batch with so many scorable pairs.
 
-    In the order of the settings each gets `ENOUGH`, up to floor(max_share * num_pairs) in all. The rest is dealt evenly
-    up to `rows_per_defect` each; remainders go to the first.
+    In the order of the settings each gets `ENOUGH`, up to floor(max_planted_share * num_pairs) in all. The rest is dealt evenly
+    up to `max_rows_per_defect` each; remainders go to the first.
     """
-    cap, wanted = settings.rows_per_defect, settings.defects
-    left = len(wanted) * cap if settings.max_share is None else math.floor(_exact(settings.max_share) * num_pairs)
+    cap, wanted = settings.max_rows_per_defect, settings.defects
+    left = (
+        len(wanted) * cap
+        if settings.max_planted_share is None
+        else math.floor(_exact(settings.max_planted_share) * num_pairs)
+    )
     dealt = dict.fromkeys(wanted, 0)
     for defect in wanted:
         dealt[defect] = min(ENOUGH, cap, left)
@@ -102,7 +106,7 @@ def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
 
 def draw(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
     """The rows that may get a defect, in order: one of every stratum by turns, each query once."""
-    most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.rows_per_defect)
+    most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.max_rows_per_defect)
     drawn = pairs.sort("pair_id").with_columns(draw=draws(pairs["pair_id"].sort(), settings.seed))
     distinct = drawn.sort("draw").unique(["system", "query"], keep="first", maintain_order=True)
     by_turns = distinct.with_columns(turn=pl.col("draw").rank("ordinal").over("stratum")).sort("turn", "draw")

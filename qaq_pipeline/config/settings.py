@@ -66,7 +66,7 @@ class ContaminationSettings(Closed):
         "drop", description="drop: such a row is not scored or selected. flag: it can be, and the evidence is stored."
     )
     ngram_words: int = Field(10, ge=3, le=50, description="Length of the compared word sequences, in words.")
-    min_share: float = Field(
+    min_ngram_share: float = Field(
         0.2, gt=0, le=1, description="Minimum share of a task's word sequences in a contaminated row."
     )
     min_solution_words: int = Field(
@@ -106,8 +106,8 @@ class GateSettings(Closed):
 class CheckSettings(Closed):
     """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
-    max_null_share: float = Field(
-        0.05, ge=0, le=1, description="Maximum share of requested quantities that are null under a model."
+    max_null_logprob_share: float = Field(
+        0.05, ge=0, le=1, description="Maximum share of the wanted log-probabilities that are null under a model."
     )
     max_truncated_share: float = Field(0.1, ge=0, le=1, description="Maximum share of answers cut to fit the window.")
     min_mean_rmi: float = Field(
@@ -121,6 +121,12 @@ class CheckSettings(Closed):
     )
     max_ks: float = Field(
         0.2, ge=0, le=1, description="Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."
+    )
+    min_auc: float = Field(
+        0.8,
+        ge=0.5,
+        le=1,
+        description="Minimum AUROC with which a model's RMI must separate rows from those with another answer.",
     )
 
 
@@ -326,20 +332,13 @@ class CalibrationSettings(Closed):
         min_length=1,
         description="Defects to plant, the most informative first. A small batch has rows for the first only.",
     )
-    rows_per_defect: int = Field(100, ge=1, le=1000, description="Maximum number of planted rows per defect.")
-    max_share: float | None = Field(
+    max_rows_per_defect: int = Field(100, ge=1, le=1000, description="Maximum number of planted rows per defect.")
+    max_planted_share: float | None = Field(
         0.08, gt=0, le=1, description="Maximum planted rows as a share of the batch's scorable pairs; null: no limit."
     )
     seed: int = Field(0, ge=0, description="Key for the draw of rows and for their changes.")
     false_discovery_rate: float = Field(
         0.05, gt=0, lt=1, description="Target share of mismatches among the rows that the low cut of RMI keeps."
-    )
-    echo_quantile: float = Field(0.05, ge=0, lt=1, description="Maximum share of echoes below the high cut of RMI.")
-    min_auc: float = Field(
-        0.8,
-        ge=0.5,
-        le=1,
-        description="Minimum AUROC with which a model's RMI must separate rows from those with another answer.",
     )
 
     @model_validator(mode="after")
@@ -438,7 +437,7 @@ class ReportSettings(Closed):
     """The audit pages and the plots in the UI."""
 
     pages: bool = Field(True, description="Write a page for every batch and every published version.")
-    pictures: bool = Field(True, description="Show plots of the assets in the UI, each under 100 KB.")
+    plots: bool = Field(True, description="Show plots of the assets in the UI, each under 100 KB.")
     examples: int = Field(10, ge=0, le=25, description="Maximum rows shown on a page for each reason and each tail.")
 
 

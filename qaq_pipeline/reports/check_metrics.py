@@ -78,7 +78,7 @@ def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
     return Finding(
         share <= max_share,
         f"{len(null)} of {len(wanted)} wanted quantities are null (share {share:.4g}; limit {max_share:g}, "
-        "checks.max_null_share)." + _listed(by_reason),
+        "checks.max_null_logprob_share)." + _listed(by_reason),
         counts | {"null_share": share, "null_by_reason": by_reason},
     )
 
@@ -237,7 +237,7 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int) -> Fi
         (verdict if blind else "")
         + (unknown if unjudged else "")
         + f"AUROC of pairs against the same queries with another answer: {said or 'unknown'}; expected at least "
-        f"{min_auc:g} (calibration.min_auc).",
+        f"{min_auc:g} (checks.min_auc).",
         numbers,
     )
 

@@ -47,7 +47,7 @@ def settings(**sections: Any) -> Settings:
             {"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}},
             {"name": "band", "strategy": "rmi_band", "model": "weak"},
         ],
-        "calibration": {"max_share": None, "rows_per_defect": 20, "false_discovery_rate": 0.2},
+        "calibration": {"max_planted_share": None, "max_rows_per_defect": 20, "false_discovery_rate": 0.2},
     }
     return parse_settings(yaml.safe_dump(values | sections))
 

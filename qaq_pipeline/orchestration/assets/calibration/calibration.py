@@ -26,13 +26,14 @@ VERSION = "3"
 def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     """calibration[batch]: AUROCs, kept shares and cuts, each with its interval. Nothing of a gated batch."""
     ranking = settings.ranking
-    read = settings.calibration.model_dump(exclude={"enabled", "rows_per_defect", "max_share"})
+    read = settings.calibration.model_dump(exclude={"enabled", "max_rows_per_defect", "max_planted_share"})
+    min_auc = settings.checks.min_auc
     ranks_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
 
     @dg.asset(
         **definition("calibration", settings),
         kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, read, ranks_by, settings.selections, settings.scoring.quantities),
+        code_version=code_version(VERSION, read, ranks_by, settings.selections, settings.scoring.quantities, min_auc),
     )
     @refusing
     def calibration(
@@ -47,7 +48,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         frozen = None if batch.gate else stored_reference.read_pool(storage, ranking)
         judged = batch.judge(settings, frozen)
         frame = empty(Calibration) if batch.gate else pure.calibrate(judged, settings)
-        finding = check_metrics.discrimination(frame, settings.calibration.min_auc, planting.ENOUGH)
+        finding = check_metrics.discrimination(frame, min_auc, planting.ENOUGH)
         if not batch.gate and not finding.passed:
             context.log.warning(finding.sentence)
         metadata = _metadata(frame, settings, finding) | gate_metadata(batch.gate)
