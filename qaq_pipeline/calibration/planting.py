@@ -54,15 +54,12 @@ def pairs_to_score(planted: pl.DataFrame) -> list[Pair]:
 def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
     """The number of planted rows of each defect in a batch with so many scorable pairs.
 
-    In the order of the settings each gets `ENOUGH`, up to floor(max_planted_share * num_pairs) in all. The rest is dealt evenly
-    up to `max_rows_per_defect` each; remainders go to the first.
+    In the order of the settings each gets `ENOUGH`, up to floor(max_planted_share * num_pairs) in all. The rest is
+    dealt evenly up to `max_rows_per_defect` each; remainders go to the first.
     """
-    cap, wanted = settings.max_rows_per_defect, settings.defects
-    left = (
-        len(wanted) * cap
-        if settings.max_planted_share is None
-        else math.floor(_exact(settings.max_planted_share) * num_pairs)
-    )
+    cap, wanted, share = settings.max_rows_per_defect, settings.defects, settings.max_planted_share
+    # The decimal as it is written: 0.29 * 100 is 29.
+    left = len(wanted) * cap if share is None else math.floor(Fraction(str(share)) * num_pairs)
     dealt = dict.fromkeys(wanted, 0)
     for defect in wanted:
         dealt[defect] = min(ENOUGH, cap, left)
@@ -72,11 +69,6 @@ def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
             dealt[defect] += 1
             left -= 1
     return dealt
-
-
-def _exact(share: float) -> Fraction:
-    """The decimal as it is written: 0.29 * 100 is 29."""
-    return Fraction(str(share))
 
 
 def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
