@@ -166,9 +166,12 @@ def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> d
         scored = score(settings, role, rows)  # In one call: loading a model takes as long as scoring hundreds of pairs.
         clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
     ranked, _ = disagreement_scores.disagreement_scores(clean, settings.ranking, "batch:b")
-    judged = calibration.judge(planted, bad, clean, ranked, settings)
+    judged = calibration.judge(planted, bad, clean, ranked, settings.ranking, settings.selections)
+    found = calibration.calibrate(
+        judged, settings.models, settings.scoring.quantities, settings.selections, settings.calibration
+    )
     return {
-        "calibration": calibration.calibrate(judged, settings).to_dicts(),
+        "calibration": found.to_dicts(),
         "pooled": pooled(clean, bad, planted, settings),
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -64,7 +65,7 @@ def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
     for defect in wanted:
         dealt[defect] = min(ENOUGH, cap, left)
         left -= dealt[defect]
-    for defect in itertools.chain.from_iterable(itertools.repeat(wanted, cap)):
+    for defect in wanted * cap:
         if left > 0 and dealt[defect] < cap:
             dealt[defect] += 1
             left -= 1
@@ -84,15 +85,13 @@ def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
     planted: list[dict[str, Any]] = []
     taken = set(pairs["pair_id"])
     for defect, quota in quotas(pairs.height, settings).items():
-        num_made = 0
-        for (twin, text), others_of_it in zip(twins, others, strict=True):
-            if num_made == quota:
-                break
-            row = _make(defect, twin, text, others_of_it, settings.seed)
-            if row is not None and row["pair_id"] not in taken:
-                taken.add(row["pair_id"])
-                planted.append(row)
-                num_made += 1
+        made = (
+            _make(defect, *twin, others_of_it, settings.seed) for twin, others_of_it in zip(twins, others, strict=True)
+        )
+        new = (row for row in made if row is not None and row["pair_id"] not in taken)
+        for row in itertools.islice(new, quota):
+            taken.add(row["pair_id"])
+            planted.append(row)
     return pl.DataFrame(planted, schema=dtypes(PlantedRows)).sort("pair_id")
 
 
@@ -111,14 +110,14 @@ def _others(strata: pl.Series, texts: Sequence[Text]) -> list[Others]:
     Where texts are distinct, taking the next one is a derangement of the stratum: no row keeps its answer, and each
     answer is given once.
     """
-    places: dict[int, list[int]] = {}
+    places: defaultdict[int, list[int]] = defaultdict(list)
     for place, stratum in enumerate(strata):
-        places.setdefault(stratum, []).append(place)
+        places[stratum].append(place)
     found = {}
     for rows in places.values():
         for turn, place in enumerate(rows):
-            steps = range(1, min(len(rows), _LOOKED_AT_FOR_EACH))
-            found[place] = Others([texts[rows[(turn + step) % len(rows)]] for step in steps], texts)
+            after = rows[turn + 1 :] + rows[:turn]
+            found[place] = Others([texts[other] for other in after[: _LOOKED_AT_FOR_EACH - 1]], texts)
     return [found[place] for place in range(len(texts))]
 
 

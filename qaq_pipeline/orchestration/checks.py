@@ -128,7 +128,7 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
         return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
     frozen = storage.tables.read(NAME, Partition(name))
     scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
-    if differing := differently_scored(frozen, scores):
+    if differing := differently_scored(frozen.provenance["scored_by"], scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
     found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
     return check_metrics.drift(found.statistics, found.evidence, settings.checks)

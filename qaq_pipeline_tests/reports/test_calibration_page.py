@@ -7,13 +7,13 @@ import re
 import polars as pl
 import pytest
 
-from qaq_pipeline.calibration.calibration import Judged, calibrate
+from qaq_pipeline.calibration.calibration import Judged
 from qaq_pipeline.reports import calibration_page, check_metrics
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Defect, GateReason, Statistic
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline_tests.calibration.test_calibration import judged_batch, number_of, planted_rows, settings
+from qaq_pipeline_tests.calibration.test_calibration import calibrated, judged_batch, number_of, planted_rows, settings
 
 MADE = Made("2026-11-25T00:00:00+00:00", "run", "1-abc")
 
@@ -29,7 +29,7 @@ def page_of(frame: pl.DataFrame, judged: Judged | None, planted: pl.DataFrame, g
 
 
 def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     cells = [cell for table in calibration_page.tables(frame) for row in table.rows for cell in row]
     known = frame.drop_nulls("value")
     for value, lower, upper in known.select("value", "lower", "upper").iter_rows():
@@ -44,7 +44,7 @@ def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: 
 
 
 def test_what_was_not_planted_or_not_asked_for_is_said_once(judged: Judged) -> None:
-    frame = calibrate(judged, settings(scoring={"quantities": ["rmi"]}))
+    frame = calibrated(judged, scoring={"quantities": ["rmi"]})
     assert calibration_page.missing(frame) == [
         "Not planted: refusal, invented_terms, cut_answer, filler, wrong_language, one_token_bug.",
         "Not scored, because `scoring.quantities` does not include it: IFD, log PPL(A|Q).",
@@ -65,7 +65,7 @@ def test_of_a_gated_batch_there_is_a_page_that_says_why() -> None:
 
 
 def test_the_page_has_its_plots_its_verdict_and_the_selection_to_paste(judged: Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     text = page_of(frame, judged, planted_rows())
     pictures = re.findall(r'aria-labelledby="(\w+)-title"', text)
     assert set(pictures) == {
@@ -80,7 +80,7 @@ def test_the_page_has_its_plots_its_verdict_and_the_selection_to_paste(judged: J
 
 
 def test_models_that_cannot_tell_are_an_alert(judged: Judged) -> None:
-    frame = calibrate(judged, settings()).with_columns(
+    frame = calibrated(judged).with_columns(
         value=pl.when(pl.col("measure") == "rmi").then(pl.col("value").clip(upper_bound=0.55)).otherwise("value")
     )
     text = page_of(frame, judged, planted_rows())
@@ -89,7 +89,7 @@ def test_models_that_cannot_tell_are_an_alert(judged: Judged) -> None:
 
 def test_examples_are_the_best_told_the_middle_and_the_worst_told_of_each_defect(judged: Judged) -> None:
     hostile = planted_rows().with_columns(answer=pl.lit("<script>alert(1)</script>\u202e"))
-    text = page_of(calibrate(judged, settings()), judged, hostile)
+    text = page_of(calibrated(judged), judged, hostile)
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;⟦U+202E⟧") == 6
     assert text.count("made from pair ") == 6
@@ -105,7 +105,7 @@ def test_examples_are_the_best_told_the_middle_and_the_worst_told_of_each_defect
 
 
 def test_without_a_planted_row_the_page_says_that_nothing_is_known() -> None:
-    text = page_of(calibrate(None, settings()), None, planted_rows().clear())
+    text = page_of(calibrated(None), None, planted_rows().clear())
     assert "Too few rows were planted to judge" in text
     assert "No cut is offered." in text
     assert "Not planted: other_answer, echo" in text

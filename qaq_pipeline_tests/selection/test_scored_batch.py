@@ -76,10 +76,10 @@ def test_the_verdict_on_a_batch_is_read_from_its_tables() -> None:
 
 
 def test_ranks_in_another_pool_than_the_settings_name_are_refused(check_sentence: Check) -> None:
-    batch().require_pool(RankingSettings(), None)
+    stored_reference.require_pool(batch().disagreement_scores, RankingSettings(), None)
     ranked = with_provenance(batch().disagreement_scores, pool_id="reference:r1:0")
     with pytest.raises(OriginError) as error:
-        batch(disagreement_scores=ranked).require_pool(RankingSettings(), None)
+        stored_reference.require_pool(ranked, RankingSettings(), None)
     check_sentence(error.value)
 
 
@@ -102,7 +102,7 @@ def test_different_frames_are_a_warning() -> None:
 def test_scores_under_other_prompts_than_those_of_a_reference_are_refused(check_sentence: Check) -> None:
     scores = batch().rmi_scores
     frozen = StoredTable(rmi_rows(), {"partition": ["r1"], "scored_by": stored_reference.scored_by(scores)})
-    assert stored_reference.differently_scored(frozen, scores) == []
+    assert stored_reference.differently_scored(frozen.provenance["scored_by"], scores) == []
     changed = dict(scores) | {"weak": with_provenance(scores["weak"], identity_hash="1")}
     with pytest.raises(stored_reference.RankReferenceError) as error:
         stored_reference.require_comparable(frozen, changed)
@@ -117,5 +117,5 @@ def test_a_lost_row_is_a_fault(settings_for: Callable[..., Settings], check_sent
     rmi = {role: with_provenance(table, scored_from=rows) for role, table in whole.rmi_scores.items()}
     torn = ScoredBatch(whole.raw_data, lost, rmi, inputs)
     with pytest.raises(TableError) as error:
-        torn.decide(torn.verdicts(settings, None), settings.published, "0", None)
+        torn.decide(torn.verdicts(settings.selections, None), settings.published, "0", None)
     check_sentence(error.value)

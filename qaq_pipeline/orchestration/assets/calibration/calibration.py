@@ -25,7 +25,7 @@ VERSION = "3"
 
 def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     """calibration[batch]: AUROCs, kept shares and cuts, each with its interval. Nothing of a gated batch."""
-    ranking = settings.ranking
+    ranking, selections, wanted = settings.ranking, settings.selections, settings.scoring.quantities
     read = settings.calibration.model_dump(exclude={"enabled", "max_rows_per_defect", "max_planted_share"})
     min_auc = settings.checks.min_auc
     ranks_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
@@ -33,7 +33,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     @dg.asset(
         **definition("calibration", settings),
         kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, read, ranks_by, settings.selections, settings.scoring.quantities, min_auc),
+        code_version=code_version(VERSION, read, ranks_by, selections, wanted, min_auc),
     )
     @refusing
     def calibration(
@@ -46,8 +46,10 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         batch = PlantedBatch(planted_rows, planted_scores, rmi_scores, disagreement_scores)
         frozen = None if batch.gate else stored_reference.read_pool(storage, ranking)
-        judged = batch.judge(settings, frozen)
-        frame = empty(Calibration) if batch.gate else pure.calibrate(judged, settings)
+        judged = batch.judge(ranking, selections, frozen)
+        frame = empty(Calibration)
+        if not batch.gate:
+            frame = pure.calibrate(judged, settings.models, wanted, selections, settings.calibration)
         finding = check_metrics.discrimination(frame, min_auc, planting.ENOUGH)
         if not batch.gate and not finding.passed:
             context.log.warning(finding.sentence)

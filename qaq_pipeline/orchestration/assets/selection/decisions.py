@@ -40,10 +40,10 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         batch = ScoredBatch(raw_data, screened_data, rmi_scores, disagreement_scores)
         frozen = stored_reference.read_pool(storage, ranking)
-        batch.require_pool(ranking, frozen)
-        gate, verdicts = batch.gate(settings.gates), batch.verdicts(settings, frozen)
+        stored_reference.require_pool(disagreement_scores, ranking, frozen)
+        gate, verdicts = batch.gate(settings.gates), batch.verdicts(settings.selections, frozen)
         inputs = batch.inputs | ({} if frozen is None else {stored_reference.NAME: frozen})
-        facts = batch.facts(settings, gate)
+        facts = batch.facts(settings.selections, gate)
         made_of = provenance_of(context, inputs, **facts)
         frame = batch.decide(verdicts, published, storage.provenance.write(made_of, context.run.run_id), gate)
         _report_gate(context, storage, settings, screened_data, gate)
