@@ -1,7 +1,7 @@
 """The stored tables of one batch from its scores to its decisions.
 
-Belongs here: whether the tables belong together, and the calls that rank a batch and decide its rows. Does not belong
-here: strata, ranks and verdicts themselves, and how the result is stored.
+Belongs here: whether the tables belong together, and the calls that rank a batch and judge its pairs. Does not belong
+here: strata, ranks, verdicts and decisions themselves, and how the result is stored.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import polars as pl
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import GateSettings, RankingSettings
-from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import disagreement_scores, rank_reference
 from qaq_pipeline.selection.candidates import candidates
-from qaq_pipeline.selection.decisions import decide
 from qaq_pipeline.selection.stored_reference import Scores, identities, require_comparable
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
@@ -91,25 +89,6 @@ class ScoredBatch:
         roles = list(self.rmi_scores)
         of_reference = None if frozen is None else rank_reference.reference_candidates(frozen.frame, roles)
         return select_all(self.candidates, selections, of_reference)
-
-    def decide(
-        self, verdicts: pl.DataFrame, published: Selection, provenance_id: str, gate: Gate | None
-    ) -> pl.DataFrame:
-        """The Decisions of the batch. Raises TableError where a row is lost or doubled."""
-        frame = decide(
-            self.raw_data.frame,
-            self.screened_data.frame,
-            self.candidates,
-            verdicts,
-            published,
-            provenance_id,
-            gate,
-        )
-        if frame.height != self.raw_data.frame.height:
-            raise TableError(
-                f"decisions: {frame.height} rows for {self.raw_data.frame.height} of raw_data; nothing was written"
-            )
-        return frame
 
 
 def rank(

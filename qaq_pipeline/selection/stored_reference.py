@@ -199,15 +199,11 @@ def store(storage: Storage, name: str, made: StoredTable) -> StoredTable:
     Raises:
         RankReferenceError: another reference is stored under the name, or the stored one is damaged.
     """
+    partition = Partition(name)
     with storage.locks.hold(NAME, name):
-        if not storage.tables.has(NAME, Partition(name)):
-            storage.tables.write(made, NAME, Partition(name))
-            return made
-        try:
-            frozen = storage.tables.read(NAME, Partition(name))
-        except StorageError as error:
-            _require_same_version(storage, name, made, error)
-            storage.tables.write(made, NAME, Partition(name))
+        frozen = _read_frozen(storage, partition, made) if storage.tables.has(NAME, partition) else None
+        if frozen is None:
+            storage.tables.write(made, NAME, partition)
             return made
     if not frozen.frame.equals(made.frame) or any(
         frozen.provenance[key] != made.provenance[key] for key in ("frozen_with", "scored_by")
@@ -219,9 +215,14 @@ def store(storage: Storage, name: str, made: StoredTable) -> StoredTable:
     return frozen
 
 
-def _require_same_version(storage: Storage, name: str, made: StoredTable, error: StorageError) -> None:
-    if storage.tables.version(NAME, Partition(name)) != made.data_version:
+def _read_frozen(storage: Storage, partition: Partition, made: StoredTable) -> StoredTable | None:
+    """The stored reference; None: it is damaged, and was the same as the one that is made now."""
+    try:
+        return storage.tables.read(NAME, partition)
+    except StorageError as error:
+        if storage.tables.version(NAME, partition) == made.data_version:
+            return None
         raise RankReferenceError(
-            f"the reference {name} is damaged, and cannot be made again as it was ({error}); restore the file, or "
-            "give ranking.reference a new name"
+            f"the reference {partition.batch} is damaged, and cannot be made again as it was ({error}); restore the "
+            "file, or give ranking.reference a new name"
         ) from error

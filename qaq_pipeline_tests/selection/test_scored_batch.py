@@ -15,6 +15,7 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import scored_batch, stored_reference
+from qaq_pipeline.selection.decisions import decide
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.scored_batch import ScoredBatch
 from qaq_pipeline.storage.origin import OriginError
@@ -116,6 +117,7 @@ def test_a_lost_row_is_a_fault(settings_for: Callable[..., Settings], check_sent
     rows = {"raw_data": whole.raw_data.data_version, "screened_data": lost.data_version}
     rmi = {role: with_provenance(table, scored_from=rows) for role, table in whole.rmi_scores.items()}
     torn = ScoredBatch(whole.raw_data, lost, rmi, inputs)
+    verdicts = torn.verdicts(settings.selections, None)
     with pytest.raises(TableError) as error:
-        torn.decide(torn.verdicts(settings.selections, None), settings.published, "0", None)
+        decide(torn.raw_data.frame, lost.frame, torn.candidates, verdicts, settings.published, "0")
     check_sentence(error.value)
