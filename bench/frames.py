@@ -122,7 +122,7 @@ def variant(frames: Frames, prior: str, per_defect: int, quantities: Sequence[st
     for role in ROLES:
         values["models"][role] |= frame_of(getattr(frames, role))
     values["scoring"] = {"quantities": list(quantities), "prior": prior, "invalid_clause": frames.has_clause}
-    values["calibration"] = {"rows_per_defect": per_defect, "max_share": None}
+    values["calibration"] = {"max_rows_per_defect": per_defect, "max_planted_share": None}
     return parse_settings(yaml.safe_dump(values), "bench")
 
 
@@ -163,9 +163,12 @@ def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> d
         scored = score(settings, role, rows)  # In one call: loading a model takes as long as scoring hundreds of pairs.
         clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
     ranked, _ = disagreement_scores.disagreement_scores(clean, settings.ranking, "batch:b")
-    judged = calibration.judge(planted, bad, clean, ranked, settings)
+    judged = calibration.judge(planted, bad, clean, ranked, settings.ranking, settings.selections)
+    found = calibration.calibrate(
+        judged, settings.models, settings.scoring.quantities, settings.selections, settings.calibration
+    )
     return {
-        "calibration": calibration.calibrate(judged, settings).to_dicts(),
+        "calibration": found.to_dicts(),
         "pooled": pooled(clean, bad, planted, settings),
     }
 

@@ -215,7 +215,7 @@ def _fields(model: Json, sections: Mapping[str, _Section]) -> str:
             inside[0].model["description"] if inside else f"The {name} of this entry; its other fields depend on it."
         )
         value = _links(field, sections) if inside else _value(field)
-        rows.append((f"`{name}`", value, _default(field), _text(meaning)))
+        rows.append((f"`{name}`", value, _default(field), _text(" ".join(meaning.split()))))
     return _markdown(("field", "value", "default", "meaning"), rows)
 
 
@@ -260,8 +260,7 @@ def _list(field: Json) -> str:
         return f"{many}any of {_words(item, ', ')}"
     if "anyOf" in item:
         return f"{many}(each a {' or '.join(_value(option) for option in item['anyOf'])})"
-    plural = "s" if length else ""
-    return f"{many}{_NAMES[item['type']]}{plural}" if _value(item) == _NAMES[item["type"]] else many + _value(item)
+    return many + _value(item).replace("number", "numbers" if length else "number")
 
 
 def _limits(field: Json) -> str:

@@ -62,7 +62,7 @@ _IGNORES_SYSTEM = (
     "{% for message in messages %}{% if message['role'] != 'system' %}" + _TURN + "{% endif %}{% endfor %}"
 ) + _GENERATION
 
-NO_REPORTS = {"pages": False, "pictures": False}
+NO_REPORTS = {"pages": False, "plots": False}
 """Drawing takes seconds of every run: only tests of it ask for it."""
 
 TEMPLATES = {

@@ -114,7 +114,9 @@ def test_one_entry_adds_a_table_to_jobs_conditions_staleness_publication_and_lin
         return [f"{one.job}: {one.table}" for one in freshness.stale("b1")]
 
     assert stale() == ["select_from_batch: answer_lengths"]
-    assert split_by_eligibility(storage, ["b1"], settings, pipeline)[1] == {"b1": "not materialised: answer_lengths"}
+    sections = settings.ranking, settings.selections, settings.export
+    excluded = split_by_eligibility(storage, ["b1"], *sections, pipeline)[1]
+    assert excluded == {"b1": "not materialised: answer_lengths"}
 
     defs = build_job_defs(settings, pipeline=pipeline)
     asset = defs.resolve_asset_graph().get(dg.AssetKey("answer_lengths"))

@@ -13,9 +13,10 @@ are taken against one. It changes no rank and no verdict of the batch.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import polars as pl
 import yaml
 
 from qaq_pipeline.config.selections import DiffSelection, Selection, SumSelection
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.settings import CalibrationSettings, RankingSettings
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, dtypes
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
 from qaq_pipeline.selection import rank_reference
@@ -45,6 +46,8 @@ MEASURES_OF_BOTH = ("gap", "rank_sum")
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
+ECHO_QUANTILE = 0.05
+"""Share of the echoes below the high cut of RMI."""
 
 _OF_IFD = ("ifd_ppl", "log_ppl_a_given_q")
 _POOL = "calibration"
@@ -80,7 +83,8 @@ def judge(
     planted_scores: Mapping[str, pl.DataFrame],
     scores: Mapping[str, pl.DataFrame],
     disagreement: pl.DataFrame,
-    settings: Settings,
+    ranking: RankingSettings,
+    selections: Sequence[Selection],
     frozen: pl.DataFrame | None = None,
 ) -> Judged:
     """Ranks and verdicts of the planted pairs beside those of the batch.
@@ -90,16 +94,17 @@ def judge(
         planted_scores: PlantedScores by model.
         scores: RmiScores of the batch by model.
         disagreement: DisagreementScores of the batch.
-        settings: `ranking` and `selections` are read.
+        ranking: the strata and ranks of the batch.
+        selections: those whose verdicts are wanted.
         frozen: RankReference, where ranks are taken against one; None: the batch itself is the pool.
 
     Raises:
         ValueError: the frames are not of the same pairs.
     """
-    pool = rank_reference.freeze([scores], settings.ranking)[0] if frozen is None else frozen
+    pool = rank_reference.freeze([scores], ranking)[0] if frozen is None else frozen
     of_pool = rank_reference.reference_candidates(pool, list(scores))
     clean = candidates(disagreement, scores)
-    ranked = rank_reference.disagreement_scores(planted_scores, pool, settings.ranking, _POOL)
+    ranked = rank_reference.disagreement_scores(planted_scores, pool, ranking, _POOL)
     bad = candidates(ranked, planted_scores)
     of_row = planted.select("pair_id", "defect", "original_pair_id")
     kept = {
@@ -107,14 +112,33 @@ def judge(
             select(clean, one, None if frozen is None else of_pool),
             select(bad, one, of_pool).join(of_row, on="pair_id", validate="1:1"),
         )
-        for one in settings.selections
+        for one in selections
     }
     return Judged(clean, bad.join(of_row, on="pair_id", validate="m:1", maintain_order="left"), kept)
 
 
-def calibrate(judged: Judged | None, settings: Settings) -> pl.DataFrame:
-    """The Calibration of a batch; None: nothing was planted, and every number is null."""
-    rows = [*_auroc_rows(judged, settings), *_kept_rows(judged, settings), *_cut_rows(judged, settings)]
+def calibrate(
+    judged: Judged | None,
+    roles: Iterable[str],
+    quantities: Sequence[str],
+    selections: Sequence[Selection],
+    settings: CalibrationSettings,
+) -> pl.DataFrame:
+    """The Calibration of a batch.
+
+    Args:
+        judged: of `judge`; None: nothing was planted, and every number is null.
+        roles: of the models.
+        quantities: those that are scored, `rmi` or `ifd`.
+        selections: those of `judged`.
+        settings: the defects, the seed of the intervals, the rate of the low cut.
+    """
+    models = sorted(roles)
+    rows = [
+        *_auroc_rows(judged, models, settings, has_ifd="ifd" in quantities),
+        *_kept_rows(judged, selections, settings.defects),
+        *_cut_rows(judged, models, settings.false_discovery_rate),
+    ]
     return pl.DataFrame(rows, schema=dtypes(Calibration))
 
 
@@ -124,7 +148,7 @@ def _row(statistic: Statistic, defect: str, model: str, measure: str, estimate: 
         "defect": str(defect),
         "model": model,
         "measure": measure,
-        **{name: getattr(estimate, name) for name in Estimate.__dataclass_fields__},
+        **asdict(estimate),
     }
 
 
@@ -135,11 +159,13 @@ def _unknown(reason: UnknownReason, num_clean: int = 0, num_planted: int = 0) ->
 # --- AUROC: does a score tell planted rows from their twins? ----------------------------------------------------------
 
 
-def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
-    has_ifd = "ifd" in settings.scoring.quantities
-    for defect in settings.calibration.defects:
+def _auroc_rows(
+    judged: Judged | None, models: Sequence[str], settings: CalibrationSettings, *, has_ifd: bool
+) -> Iterator[dict[str, Any]]:
+    columns = [*itertools.product(models, MEASURES), *itertools.product([BOTH_MODELS], MEASURES_OF_BOTH)]
+    for defect in settings.defects:
         twins = None if judged is None else _twins(judged, defect)
-        for model, measure in _measures(sorted(settings.models)):
+        for model, measure in columns:
             if measure in _OF_IFD and not has_ifd:
                 found = paired = _unknown(UnknownReason.NOT_WANTED)
             elif twins is None or twins.is_empty():
@@ -149,17 +175,11 @@ def _auroc_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str,
                 clean, planted = (
                     of_model[name].cast(pl.Float64).to_numpy() for name in (measure, f"{measure}:planted")
                 )
-                found = auroc(clean, planted, BOOTSTRAP_SAMPLES, settings.calibration.seed)
+                found = auroc(clean, planted, BOOTSTRAP_SAMPLES, settings.seed)
                 paired = paired_share(clean, planted)
             yield _row(Statistic.AUROC, defect, model, measure, found)
             if measure == "rmi":
                 yield _row(Statistic.PAIRED_SHARE, defect, model, measure, paired)
-
-
-def _measures(roles: Sequence[str]) -> list[tuple[str, str]]:
-    """Model and measure; the column of candidates has the measure's name."""
-    of_both = [(BOTH_MODELS, measure) for measure in MEASURES_OF_BOTH]
-    return [(role, measure) for role in roles for measure in MEASURES] + of_both
 
 
 def _twins(judged: Judged, defect: Defect) -> pl.DataFrame:
@@ -233,14 +253,13 @@ def share(kept: int, of: int, *, num_clean: int = 0, num_planted: int = 0) -> Es
 # --- kept shares: how many planted rows do the selections keep? -------------------------------------------------------
 
 
-def _kept_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
-    for one in settings.selections:
-        for defect in (CLEAN, *settings.calibration.defects):
-            yield _row(Statistic.KEPT_SHARE, defect, _model_of(one), one.name, _kept_share(judged, one.name, defect))
-
-
-def _model_of(one: Selection) -> str:
-    return BOTH_MODELS if isinstance(one, DiffSelection | SumSelection) else one.model
+def _kept_rows(
+    judged: Judged | None, selections: Sequence[Selection], defects: Sequence[Defect]
+) -> Iterator[dict[str, Any]]:
+    for one in selections:
+        model = BOTH_MODELS if isinstance(one, DiffSelection | SumSelection) else one.model
+        for defect in (CLEAN, *defects):
+            yield _row(Statistic.KEPT_SHARE, defect, model, one.name, _kept_share(judged, one.name, defect))
 
 
 def _kept_share(judged: Judged | None, name: str, defect: str) -> Estimate:
@@ -248,27 +267,25 @@ def _kept_share(judged: Judged | None, name: str, defect: str) -> Estimate:
     if judged is None:
         return _unknown(UnknownReason.NOT_PLANTED)
     of_clean, of_planted = judged.kept[name]
-    if defect == CLEAN:
-        return share(int(of_clean["is_selected"].sum()), of_clean.height, num_clean=of_clean.height)
-    verdicts = of_planted.filter(pl.col("defect") == defect)
-    if verdicts.is_empty():
+    verdicts = of_clean if defect == CLEAN else of_planted.filter(pl.col("defect") == defect)
+    n = verdicts.height
+    if n == 0:
         return _unknown(UnknownReason.NOT_PLANTED)
-    return share(int(verdicts["is_selected"].sum()), verdicts.height, num_planted=verdicts.height)
+    counts = {"num_clean": n} if defect == CLEAN else {"num_planted": n}
+    return share(int(verdicts["is_selected"].sum()), n, **counts)
 
 
 # --- cuts: where could RMI be cut? ------------------------------------------------------------------------------------
 
 
-def _cut_rows(judged: Judged | None, settings: Settings) -> Iterator[dict[str, Any]]:
-    rate, quantile = settings.calibration.false_discovery_rate, settings.calibration.echo_quantile
-    for role in sorted(settings.models):
-        clean, mismatches, echoes = (_rmi(judged, role, of) for of in (CLEAN, Defect.OTHER_ANSWER, Defect.ECHO))
+def _cut_rows(judged: Judged | None, models: Sequence[str], rate: float) -> Iterator[dict[str, Any]]:
+    for role in models:
+        clean, mismatches, echoes = (
+            np.empty(0) if judged is None else rmi_of(judged, role, of).drop_nulls().to_numpy()
+            for of in (CLEAN, Defect.OTHER_ANSWER, Defect.ECHO)
+        )
         yield _row(Statistic.LOW_CUT, Defect.OTHER_ANSWER, role, "rmi", low_cut(clean, mismatches, rate))
-        yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, quantile))
-
-
-def _rmi(judged: Judged | None, role: str, defect: str) -> np.ndarray:
-    return np.empty(0) if judged is None else rmi_of(judged, role, defect).drop_nulls().to_numpy()
+        yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, ECHO_QUANTILE))
 
 
 def rmi_of(judged: Judged, role: str, defect: str) -> pl.Series:

@@ -124,9 +124,7 @@ def _invented_terms(text: Text, _: Others, choice: random.Random) -> Text | None
 
 def _nonsense(choice: random.Random) -> str:
     """A pronounceable word of two or three syllables, such as `dovamik`."""
-    syllables = [
-        "".join((choice.choice("bdfgklmnprstvz"), choice.choice("aeiou"))) for _ in range(choice.randint(2, 3))
-    ]
+    syllables = [choice.choice("bdfgklmnprstvz") + choice.choice("aeiou") for _ in range(choice.randint(2, 3))]
     return "".join(syllables) + choice.choice("bdfgkmnprtvz")
 
 
@@ -134,13 +132,13 @@ def _wrong_language(text: Text, others: Others, _: random.Random) -> Text | None
     """An answer in another programming language, to the query that shares most words with this one."""
     if text.language is None:
         return None
-    words = _words(text)
-    best, most = None, -1
-    for other in others.of_batch[:_MOST_CANDIDATES]:
-        if other.query != text.query and _canonical(other.language) not in (None, _canonical(text.language)):
-            shared = len(words & _words(other))
-            if shared > most:
-                best, most = other, shared
+    words, language = _words(text), _canonical(text.language)
+    fitting = (
+        other
+        for other in others.of_batch[:_MOST_CANDIDATES]
+        if other.query != text.query and _canonical(other.language) not in (None, language)
+    )
+    best = max(fitting, key=lambda other: len(words & _words(other)), default=None)
     return None if best is None else Text(text.query, best.answer)
 
 
@@ -172,13 +170,13 @@ def language_of(delivered: str | None, answer: str) -> str | None:
 
 
 def _is_known(language: str) -> bool:
-    return bool(_NOT_GUESSED.fullmatch(language)) or _canonical(language) in {"bash", *(name for name, _ in _LANGUAGES)}
+    return bool(_NOT_GUESSED.fullmatch(language)) or _canonical(language) in {"bash", *_LANGUAGES}
 
 
 def guess_language(answer: str) -> str | None:
     """The programming language of an answer by typical tokens of its beginning; None: unknown, or no code."""
     beginning = answer[:_LOOKED_AT]
-    return next((name for name, tokens in _LANGUAGES if tokens.search(beginning)), None)
+    return next((name for name, tokens in _LANGUAGES.items() if tokens.search(beginning)), None)
 
 
 _MAKERS: dict[Defect, Callable[[Text, Others, random.Random], Text | None]] = {
@@ -213,44 +211,38 @@ FILLERS = (
     "It is up to you to decide which one is the most appropriate in your case.",
 )
 
-_WORD = re.compile(r"\w+")
 _CONTENT_WORD = re.compile(r"\b[A-Za-z]{4,}\b")
 _FUNCTION_WORDS = frozenset(
-    _WORD.findall(
+    re.findall(
+        r"\w+",
         """
     about above after also another because been before being below between both could does doing done down each
     even ever every from give given goes have having here into just like make many more most much must need only
     onto other over please should show some such take tell than that their them then there these they this those
     through under until upon used uses using very want were what when where which while whose will with within
     without would write your
-    """
+    """,
     )
 )
 
-_LANGUAGES = tuple(
-    (name, re.compile(tokens, re.MULTILINE))
-    for name, tokens in (
-        (
-            "sql",
-            r"^[ \t]*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|(CREATE|ALTER) (TABLE|DATABASE))\b",
-        ),
-        ("php", r"<\?php|\$\w+\s*=[^=]"),
-        ("html", r"<(!DOCTYPE|html|head|body|div|form|table|input|ul|p|h1)\b"),
-        ("csharp", r"\busing System\b|\bConsole\.Write|\bpublic (static )?\w+(\[\]|<\w+>)? \w+\s*\(.*\)\s*$"),
-        ("java", r"\bpublic (static |final )?(class|void|int|String|boolean)\b|\bSystem\.out\."),
-        ("cpp", r"#include\s*<|\bstd::|\bcout\s*<<|\bint main\s*\("),
-        ("go", r"^package \w+|\bfunc \w*\(.*\{|:= "),
-        ("rust", r"\bfn \w+\(|\blet mut |\bprintln!"),
-        ("javascript", r"\bfunction\b.*\{|\b(const|let|var) \w+\s*=|=>|\bconsole\.log\("),
-        (
-            "python",
-            r"^[ \t]*(def \w+\(|class \w+.*:|(for|while|if) .+:$|import \w+|from [\w.]+ import )|\bprint\(",
-        ),
-        ("ruby", r"^[ \t]*(puts|require) |\.each do \|"),
-        ("css", r"^[.#@\w][^{}()=\n]{0,80}\{\s*[a-z-]+\s*:[^{}\n]+;"),
-        ("shell", r"^#!/bin/(ba)?sh|^[ \t]*(sudo|grep|awk|sed|find|echo|chmod|git) "),
-    )
-)
+_LANGUAGES = {
+    name: re.compile(tokens, re.MULTILINE)
+    for name, tokens in {
+        "sql": r"^[ \t]*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|(CREATE|ALTER) (TABLE|DATABASE))\b",
+        "php": r"<\?php|\$\w+\s*=[^=]",
+        "html": r"<(!DOCTYPE|html|head|body|div|form|table|input|ul|p|h1)\b",
+        "csharp": r"\busing System\b|\bConsole\.Write|\bpublic (static )?\w+(\[\]|<\w+>)? \w+\s*\(.*\)\s*$",
+        "java": r"\bpublic (static |final )?(class|void|int|String|boolean)\b|\bSystem\.out\.",
+        "cpp": r"#include\s*<|\bstd::|\bcout\s*<<|\bint main\s*\(",
+        "go": r"^package \w+|\bfunc \w*\(.*\{|:= ",
+        "rust": r"\bfn \w+\(|\blet mut |\bprintln!",
+        "javascript": r"\bfunction\b.*\{|\b(const|let|var) \w+\s*=|=>|\bconsole\.log\(",
+        "python": r"^[ \t]*(def \w+\(|class \w+.*:|(for|while|if) .+:$|import \w+|from [\w.]+ import )|\bprint\(",
+        "ruby": r"^[ \t]*(puts|require) |\.each do \|",
+        "css": r"^[.#@\w][^{}()=\n]{0,80}\{\s*[a-z-]+\s*:[^{}\n]+;",
+        "shell": r"^#!/bin/(ba)?sh|^[ \t]*(sudo|grep|awk|sed|find|echo|chmod|git) ",
+    }.items()
+}
 """Tokens that the other languages hardly have, the safest first. A wrong guess costs a planted row, never a score."""
 
 _NOT_GUESSED = re.compile(
@@ -259,32 +251,20 @@ _NOT_GUESSED = re.compile(
 )
 """Other programming languages that a delivery may name."""
 
-_COUNTERPARTS = {
-    "==": "!=",
-    "!=": "==",
-    "<=": "<",
-    ">=": ">",
-    "&&": "||",
-    "||": "&&",
-    "++": "--",
-    "--": "++",
-    "+=": "-=",
-    "-=": "+=",
-    " < ": " > ",
-    " > ": " < ",
-    " + ": " - ",
-    " - ": " + ",
-    " * ": " + ",
-    " / ": " * ",
-    "True": "False",
-    "False": "True",
-    "true": "false",
-    "false": "true",
-    "min": "max",
-    "max": "min",
-    "append": "remove",
-    "ASC": "DESC",
-    "DESC": "ASC",
+_SWAPPED = (
+    ("==", "!="),
+    ("&&", "||"),
+    ("++", "--"),
+    ("+=", "-="),
+    (" < ", " > "),
+    (" + ", " - "),
+    ("True", "False"),
+    ("true", "false"),
+    ("min", "max"),
+    ("ASC", "DESC"),
+)
+_COUNTERPARTS = {"<=": "<", ">=": ">", " * ": " + ", " / ": " * ", "append": "remove"} | {
+    token: other for pair in _SWAPPED for token, other in (pair, pair[::-1])
 }
 _BUGGY = re.compile(
     r"==|!=|<=|>=|&&|\|\||\+\+|--|\+=|-=| [<>+\-*/] |\b(?:[Tt]rue|[Ff]alse|min|max|append|ASC|DESC|\d{1,6})\b"

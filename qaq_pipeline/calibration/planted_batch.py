@@ -6,13 +6,15 @@ Belongs here: whether the tables belong together, and the call that judges them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qaq_pipeline.calibration.calibration import Judged, judge
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import RankingSettings
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.selection.stored_reference import Scores, pool_id, require_pool, scored_by
+from qaq_pipeline.selection.stored_reference import Scores, differently_scored, require_pool, scored_by
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.tables import StoredTable
 
@@ -35,9 +37,7 @@ class PlantedBatch:
         require_inputs("planted_rows", self.planted_rows, batch)
         for name, table in by_model("planted_scores", self.planted_scores).items():
             require_inputs(name, table, {"planted_rows": self.planted_rows})
-        ours, theirs = scored_by(self.planted_scores), scored_by(self.rmi_scores)
-        differing = [role for role in ours if ours[role] != theirs.get(role)]
-        if differing:
+        if differing := differently_scored(scored_by(self.rmi_scores), self.planted_scores):
             raise OriginError(
                 f"planted_scores of batch {batch_of(self.planted_rows)} were made by other models than its rmi_scores, "
                 f"or asked differently, as {differing}; materialise logprobs and rmi_scores of the batch, then "
@@ -59,15 +59,16 @@ class PlantedBatch:
         """The verdict on the batch, as its planted rows record it."""
         return gates.of_provenance(self.planted_rows.provenance)
 
-    def judge(self, settings: Settings, frozen: StoredTable | None) -> Judged | None:
+    def judge(
+        self, ranking: RankingSettings, selections: Sequence[Selection], frozen: StoredTable | None
+    ) -> Judged | None:
         """Ranks and verdicts of the planted pairs beside those of the batch; None: nothing was planted.
 
         Raises:
             OriginError: the batch is ranked in another pool than the reference.
         """
         if frozen is not None:
-            wanted = pool_id(batch_of(self.planted_rows), settings.ranking, frozen)
-            require_pool(self.disagreement_scores, wanted)
+            require_pool(self.disagreement_scores, ranking, frozen)
         if self.planted_rows.frame.is_empty():
             return None
         return judge(
@@ -75,6 +76,7 @@ class PlantedBatch:
             {role: table.frame for role, table in self.planted_scores.items()},
             {role: table.frame for role, table in self.rmi_scores.items()},
             self.disagreement_scores.frame,
-            settings,
+            ranking,
+            selections,
             None if frozen is None else frozen.frame,
         )

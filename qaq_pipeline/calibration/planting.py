@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -54,25 +55,21 @@ def pairs_to_score(planted: pl.DataFrame) -> list[Pair]:
 def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
     """The number of planted rows of each defect in a batch with so many scorable pairs.
 
-    In the order of the settings each gets `ENOUGH`, up to floor(max_share * num_pairs) in all. The rest is dealt evenly
-    up to `rows_per_defect` each; remainders go to the first.
+    In the order of the settings each gets `ENOUGH`, up to floor(max_planted_share * num_pairs) in all. The rest is
+    dealt evenly up to `max_rows_per_defect` each; remainders go to the first.
     """
-    cap, wanted = settings.rows_per_defect, settings.defects
-    left = len(wanted) * cap if settings.max_share is None else math.floor(_exact(settings.max_share) * num_pairs)
+    cap, wanted, share = settings.max_rows_per_defect, settings.defects, settings.max_planted_share
+    # The decimal as it is written: 0.29 * 100 is 29.
+    left = len(wanted) * cap if share is None else math.floor(Fraction(str(share)) * num_pairs)
     dealt = dict.fromkeys(wanted, 0)
     for defect in wanted:
         dealt[defect] = min(ENOUGH, cap, left)
         left -= dealt[defect]
-    for defect in itertools.chain.from_iterable(itertools.repeat(wanted, cap)):
+    for defect in wanted * cap:
         if left > 0 and dealt[defect] < cap:
             dealt[defect] += 1
             left -= 1
     return dealt
-
-
-def _exact(share: float) -> Fraction:
-    """The decimal as it is written: 0.29 * 100 is 29."""
-    return Fraction(str(share))
 
 
 def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
@@ -88,21 +85,19 @@ def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
     planted: list[dict[str, Any]] = []
     taken = set(pairs["pair_id"])
     for defect, quota in quotas(pairs.height, settings).items():
-        num_made = 0
-        for (twin, text), others_of_it in zip(twins, others, strict=True):
-            if num_made == quota:
-                break
-            row = _make(defect, twin, text, others_of_it, settings.seed)
-            if row is not None and row["pair_id"] not in taken:
-                taken.add(row["pair_id"])
-                planted.append(row)
-                num_made += 1
+        made = (
+            _make(defect, *twin, others_of_it, settings.seed) for twin, others_of_it in zip(twins, others, strict=True)
+        )
+        new = (row for row in made if row is not None and row["pair_id"] not in taken)
+        for row in itertools.islice(new, quota):
+            taken.add(row["pair_id"])
+            planted.append(row)
     return pl.DataFrame(planted, schema=dtypes(PlantedRows)).sort("pair_id")
 
 
 def draw(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
     """The rows that may get a defect, in order: one of every stratum by turns, each query once."""
-    most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.rows_per_defect)
+    most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.max_rows_per_defect)
     drawn = pairs.sort("pair_id").with_columns(draw=draws(pairs["pair_id"].sort(), settings.seed))
     distinct = drawn.sort("draw").unique(["system", "query"], keep="first", maintain_order=True)
     by_turns = distinct.with_columns(turn=pl.col("draw").rank("ordinal").over("stratum")).sort("turn", "draw")
@@ -115,14 +110,14 @@ def _others(strata: pl.Series, texts: Sequence[Text]) -> list[Others]:
     Where texts are distinct, taking the next one is a derangement of the stratum: no row keeps its answer, and each
     answer is given once.
     """
-    places: dict[int, list[int]] = {}
+    places: defaultdict[int, list[int]] = defaultdict(list)
     for place, stratum in enumerate(strata):
-        places.setdefault(stratum, []).append(place)
+        places[stratum].append(place)
     found = {}
     for rows in places.values():
         for turn, place in enumerate(rows):
-            steps = range(1, min(len(rows), _LOOKED_AT_FOR_EACH))
-            found[place] = Others([texts[rows[(turn + step) % len(rows)]] for step in steps], texts)
+            after = rows[turn + 1 :] + rows[:turn]
+            found[place] = Others([texts[other] for other in after[: _LOOKED_AT_FOR_EACH - 1]], texts)
     return [found[place] for place in range(len(texts))]
 
 

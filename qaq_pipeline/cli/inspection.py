@@ -120,7 +120,7 @@ def calibration(
         fail(f"batch {batch} is gated and therefore not calibrated: {gate.sentence}")
     if changed := staleness.changed_inputs(storage, "calibration", batch):
         warn(f"It used older scores: {', '.join(changed)} changed since; `qaq refresh` calibrates again.")
-    finding = check_metrics.discrimination(stored.frame, settings.calibration.min_auc)
+    finding = check_metrics.discrimination(stored.frame, settings.checks.min_auc)
     say(finding.sentence, style=None if finding.passed else "yellow")
     render.print_page_tables(calibration_page.tables(stored.frame))
     for sentence in calibration_page.missing(stored.frame):

@@ -1,4 +1,4 @@
-"""Shared parts of the settings models: the closed base class, the error, the name patterns, and the hash.
+"""Shared parts of the settings models: the closed base class, the error, the name patterns, checks, and the hash.
 
 Does not belong here: a setting.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_jsonable_python
@@ -21,10 +23,23 @@ class SettingsError(ValueError):
 
 
 class Closed(BaseModel):
-    """A frozen model that rejects undeclared fields."""
+    """A frozen model that rejects undeclared fields. The docstring under a field is its description in the docs."""
 
     # Pydantic hides the input because it may be a secret. SettingsError shows the values that are safe to show.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
+
+    def require_one_of(self, *fields: str) -> None:
+        """Raise ValueError unless exactly one of the fields is given."""
+        given = [name for name in fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(fields)}; got {given or 'none'}")
+
+
+def require_distinct(what: str, names: Iterable[str]) -> None:
+    """Raise ValueError if a name appears twice."""
+    for name, number in Counter(names).items():
+        if number > 1:
+            raise ValueError(f"{what}: {str(name)!r} appears twice")
 
 
 def settings_hash(*parts: object) -> str:

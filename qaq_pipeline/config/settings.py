@@ -10,9 +10,9 @@ import zoneinfo
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
-from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed
+from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed, require_distinct
 from qaq_pipeline.config.selections import (
     CONTROL_PREFIX,
     CONTROL_STRATEGIES,
@@ -29,140 +29,117 @@ from qaq_pipeline.schema.vocabularies import Defect
 class RecordSettings(Closed):
     """The reading of delivered files."""
 
-    shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "query_answer"] = Field(
-        "auto", description="Shape of the records; `auto` detects it for each file."
-    )
-    multi_turn: Literal["last", "every"] = Field(
-        "last",
-        description="Pairs of a conversation: the last user turn and the assistant turn after it, or every such pair.",
-    )
+    shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "query_answer"] = "auto"
+    """Shape of the records; `auto` detects it for each file."""
+    multi_turn: Literal["last", "every"] = "last"
+    """Pairs of a conversation: the last user turn and the assistant turn after it, or every such pair."""
 
 
 class DuplicateSettings(Closed):
     """The duplicates. Rows that are equal, except for white space and Unicode form, always are duplicates."""
 
-    near_threshold: float | None = Field(
-        0.7,
-        ge=0.5,
-        le=1,
-        description="Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: "
-        "only equal rows are duplicates.",
-    )
-    across_batches: bool = Field(
-        True, description="Also remove a row as a duplicate if the equal or similar row is in an older batch."
-    )
+    near_threshold: float | None = Field(0.7, ge=0.5, le=1)
+    """Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: only equal rows
+    are duplicates."""
+    across_batches: bool = True
+    """Also remove a row as a duplicate if the equal or similar row is in an older batch."""
 
 
 class BenchmarkSettings(Closed):
     """A benchmark to exclude from training: a file in the format of HumanEval, MBPP or LiveCodeBench."""
 
-    name: str = Field(pattern=NAME, description="Name of the benchmark, as shown in the evidence.")
-    path: str = Field(description="Local path or fsspec URL of the file: JSONL or JSON, optionally gzipped.")
+    name: str = Field(pattern=NAME)
+    """Name of the benchmark, as shown in the evidence."""
+    path: str
+    """Local path or fsspec URL of the file: JSONL or JSON, optionally gzipped."""
 
 
 class ContaminationSettings(Closed):
     """The detection of rows that contain benchmark tasks, and their treatment."""
 
-    benchmarks: tuple[BenchmarkSettings, ...] = Field((), description="Benchmarks to exclude.")
-    action: Literal["drop", "flag"] = Field(
-        "drop",
-        description="drop: such a row is neither scored nor selected. flag: such a row is scored and can be selected; "
-        "the evidence is stored.",
-    )
-    ngram_words: int = Field(10, ge=3, le=50, description="Length of the compared word sequences, in words.")
-    min_share: float = Field(
-        0.2, gt=0, le=1, description="Minimum share of a task's word sequences in a contaminated row."
-    )
-    min_solution_words: int = Field(
-        10, ge=1, description="A solution is searched for in exact form only if it has at least this many words."
-    )
-    trivial_solutions: tuple[str, ...] = Field(
-        (), description="Solutions that are too common to search for; white space is ignored."
-    )
+    benchmarks: tuple[BenchmarkSettings, ...] = ()
+    """Benchmarks to exclude."""
+    action: Literal["drop", "flag"] = "drop"
+    """drop: such a row is neither scored nor selected. flag: such a row is scored and can be selected; the evidence is
+    stored."""
+    ngram_words: int = Field(10, ge=3, le=50)
+    """Length of the compared word sequences, in words."""
+    min_ngram_share: float = Field(0.2, gt=0, le=1)
+    """Minimum share of a task's word sequences in a contaminated row."""
+    min_solution_words: int = Field(10, ge=1)
+    """A solution is searched for in exact form only if it has at least this many words."""
+    trivial_solutions: tuple[str, ...] = ()
+    """Solutions that are too common to search for; white space is ignored."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        names = [benchmark.name for benchmark in self.benchmarks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"benchmarks: the name {name!r} is used twice")
+        require_distinct("benchmarks", [benchmark.name for benchmark in self.benchmarks])
         return self
 
 
 class ScreeningSettings(Closed):
     """The screening of rows before scoring."""
 
-    duplicates: DuplicateSettings = Field(DuplicateSettings(), description="Exact and near duplicates.")
-    contamination: ContaminationSettings = Field(ContaminationSettings(), description="Benchmark tasks.")
+    duplicates: DuplicateSettings = DuplicateSettings()
+    """Exact and near duplicates."""
+    contamination: ContaminationSettings = ContaminationSettings()
+    """Benchmark tasks."""
 
 
 class GateSettings(Closed):
     """The conditions for scoring and publishing a batch. Its rows are in `decisions` in any case."""
 
-    max_rejected_share: float | None = Field(
-        0.2, ge=0, le=1, description="Maximum share of rejected rows; null: no limit. Above it, nothing is scored."
-    )
-    min_scorable_share: float | None = Field(
-        0.5, ge=0, le=1, description="Minimum share of distinct pairs that each model must score; null: no limit."
-    )
+    max_rejected_share: float | None = Field(0.2, ge=0, le=1)
+    """Maximum share of rejected rows; null: no limit. Above it, nothing is scored."""
+    min_scorable_share: float | None = Field(0.5, ge=0, le=1)
+    """Minimum share of distinct pairs that each model must score; null: no limit."""
 
 
 class CheckSettings(Closed):
     """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
-    max_null_share: float = Field(
-        0.05, ge=0, le=1, description="Maximum share of the requested likelihoods that are null under a model."
-    )
-    max_truncated_share: float = Field(
-        0.1, ge=0, le=1, description="Maximum share of answers that are truncated to fit into `scoring.max_tokens`."
-    )
-    min_mean_rmi: float = Field(
-        0.0, ge=-10, le=10, description="The mean RMI of a batch under a model must be above this, in nats/token."
-    )
-    max_rank_correlation: float = Field(
-        0.98, ge=-1, le=1, description="The Spearman correlation of the two models' ranks must be below this."
-    )
-    max_psi: float = Field(
-        0.25, ge=0, le=100, description="Maximum population stability index of PPL(Q) and RMI against the reference."
-    )
-    max_ks: float = Field(
-        0.2, ge=0, le=1, description="Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."
-    )
+    max_null_logprob_share: float = Field(0.05, ge=0, le=1)
+    """Maximum share of the requested likelihoods that are null under a model."""
+    max_truncated_share: float = Field(0.1, ge=0, le=1)
+    """Maximum share of answers that are truncated to fit into `scoring.max_tokens`."""
+    min_mean_rmi: float = Field(0.0, ge=-10, le=10)
+    """The mean RMI of a batch under a model must be above this, in nats/token."""
+    max_rank_correlation: float = Field(0.98, ge=-1, le=1)
+    """The Spearman correlation of the two models' ranks must be below this."""
+    max_psi: float = Field(0.25, ge=0, le=100)
+    """Maximum population stability index of PPL(Q) and RMI against the reference."""
+    max_ks: float = Field(0.2, ge=0, le=1)
+    """Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."""
+    min_auc: float = Field(0.8, ge=0.5, le=1)
+    """Minimum AUROC with which a model's RMI must separate rows from the same queries with another row's answer."""
 
 
 class LandingSettings(Closed):
     """The landing zone, and the rule for a complete delivery."""
 
-    url: str | None = Field(
-        None,
-        description="Local path or fsspec URL; each file or folder in it is one delivery. Default: QAQ_HOME/landing.",
-    )
-    marker: str = Field(
-        "_SUCCESS",
-        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
-        description="File that marks a delivery as complete: in its folder, or FILE.MARKER beside a file.",
-    )
-    require_marker: bool = Field(
-        False,
-        description="Wait for the marker. If false, a delivery is also complete when two polls find the same files.",
-    )
-    interval_seconds: int = Field(30, ge=1, description="Time between two polls, in seconds.")
+    url: str | None = None
+    """Local path or fsspec URL; each file or folder in it is one delivery. Default: QAQ_HOME/landing."""
+    marker: str = Field("_SUCCESS", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """File that marks a delivery as complete: in its folder, or FILE.MARKER beside a file."""
+    require_marker: bool = False
+    """Wait for the marker. If false, a delivery is also complete when two polls find the same files."""
+    interval_seconds: int = Field(30, ge=1)
+    """Time between two polls, in seconds."""
 
 
 class AutomationSettings(Closed):
     """The work that starts automatically while the daemon runs (`qaq ui` or `dagster-daemon`)."""
 
-    started: bool = Field(
-        False, description="Start sensors and schedules with the daemon; the UI can start and stop each of them."
-    )
-    interval_seconds: int = Field(
-        30, ge=1, description="Time between two evaluations of the assets' conditions, in seconds."
-    )
-    refresh_cron: str = Field("0 3 * * *", description="Cron schedule that rebuilds stale tables.")
-    timezone: str = Field("UTC", description="Time zone of the schedule, such as Europe/Berlin.")
-    stale_after_hours: float = Field(
-        192.0, gt=0, description="Hours without a publication after which the dataset is stale."
-    )
+    started: bool = False
+    """Start sensors and schedules with the daemon; the UI can start and stop each of them."""
+    interval_seconds: int = Field(30, ge=1)
+    """Time between two evaluations of the assets' conditions, in seconds."""
+    refresh_cron: str = "0 3 * * *"
+    """Cron schedule that rebuilds stale tables."""
+    timezone: str = "UTC"
+    """Time zone of the schedule, such as Europe/Berlin."""
+    stale_after_hours: float = Field(192.0, gt=0)
+    """Hours without a publication after which the dataset is stale."""
 
     @model_validator(mode="after")
     def _zone(self) -> Self:
@@ -174,46 +151,36 @@ class AutomationSettings(Closed):
 class StorageSettings(Closed):
     """The place of tables, deliveries and the score cache."""
 
-    root: str | None = Field(None, description="Local path or fsspec URL (s3://…, gs://…). Default: QAQ_HOME/storage.")
+    root: str | None = None
+    """Local path or fsspec URL (s3://…, gs://…). Default: QAQ_HOME/storage."""
 
 
 class ModelSettings(Closed):
     """One scoring model, from exactly one of `hub`, `directory` and `gguf`."""
 
-    hub: str | None = Field(None, description="Hugging Face Hub id, such as Qwen/Qwen3-0.6B.")
-    revision: str | None = Field(
-        None, description="Commit of the hub repository. Default: the newest, which is stored with the scores."
-    )
-    directory: str | None = Field(None, description="Local directory in Hugging Face layout; relative to model_cache.")
-    gguf: str | None = Field(
-        None, description="Local GGUF file, converted once to safetensors; relative to model_cache."
-    )
-    frame: Literal["chat", "plain"] = Field(
-        "chat", description="`chat`: a chat template. `plain`: literal text, for models without one."
-    )
-    chat_template_from: str | None = Field(
-        None,
-        description="Source of the chat template, such as the instruct model of the same family: hub id, local "
-        "directory or .jinja file. Default: the model itself.",
-    )
-    system_prompt: str = Field(
-        "You are a helpful coding assistant.",
-        description="System prompt of every pass; a row's own system text replaces it.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Type of the weights. `auto`: bfloat16 if the device has hardware support for it, "
-        "otherwise float32.",
-    )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Device: auto, cpu, mps, cuda or cuda:N."
-    )
+    hub: str | None = None
+    """Hugging Face Hub id, such as Qwen/Qwen3-0.6B."""
+    revision: str | None = None
+    """Commit of the hub repository. Default: the newest, which is stored with the scores."""
+    directory: str | None = None
+    """Local directory in Hugging Face layout; relative to model_cache."""
+    gguf: str | None = None
+    """Local GGUF file, converted once to safetensors; relative to model_cache."""
+    frame: Literal["chat", "plain"] = "chat"
+    """`chat`: a chat template. `plain`: literal text, for models without one."""
+    chat_template_from: str | None = None
+    """Source of the chat template, such as the instruct model of the same family: hub id, local directory or .jinja
+    file. Default: the model itself."""
+    system_prompt: str = "You are a helpful coding assistant."
+    """System prompt of every pass; a row's own system text replaces it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights. `auto`: bfloat16 if the device has hardware support for it, otherwise float32."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """Device: auto, cpu, mps, cuda or cuda:N."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        sources = [name for name in ("hub", "directory", "gguf") if getattr(self, name) is not None]
-        if len(sources) != 1:
-            raise ValueError(f"give exactly one of hub, directory, gguf; got {sources or 'none'}")
+        self.require_one_of("hub", "directory", "gguf")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision is for a hub model only; the hashes of its files identify a local one")
         if self.chat_template_from is not None and self.frame != "chat":
@@ -224,96 +191,71 @@ class ModelSettings(Closed):
 class ScoringSettings(Closed):
     """The scores, their prompt and their window."""
 
-    quantities: tuple[Literal["rmi", "ifd"], ...] = Field(
-        ("rmi", "ifd"), min_length=1, description="Scores to compute; ifd costs about as much as rmi."
-    )
-    prior: Literal["null_answer", "user", "bare"] = Field(
-        "null_answer",
-        description="Context of log PPL(Q): the reverse prompt with an empty answer, Q as a user turn, or BOS alone.",
-    )
-    invalid_clause: bool = Field(
-        True, description='Let the reverse prompt ask for "INVALID" outside programming, as the authors do.'
-    )
-    max_tokens: int = Field(
-        2048, ge=16, le=1_048_576, description="Maximum length of one sequence (the window), in tokens."
-    )
-    too_long: Literal["truncate_answer", "leave_unscored"] = Field(
-        "truncate_answer", description="For a pair over max_tokens: cut the end of A, or leave the pair unscored."
-    )
+    quantities: tuple[Literal["rmi", "ifd"], ...] = Field(("rmi", "ifd"), min_length=1)
+    """Scores to compute; ifd costs about as much as rmi."""
+    prior: Literal["null_answer", "user", "bare"] = "null_answer"
+    """Context of log PPL(Q): the reverse prompt with an empty answer, Q as a user turn, or BOS alone."""
+    invalid_clause: bool = True
+    """Let the reverse prompt ask for "INVALID" outside programming, as the authors do."""
+    max_tokens: int = Field(2048, ge=16, le=1_048_576)
+    """Maximum length of one sequence (the window), in tokens."""
+    too_long: Literal["truncate_answer", "leave_unscored"] = "truncate_answer"
+    """For a pair over max_tokens: cut the end of A, or leave the pair unscored."""
 
 
 class EligibilitySettings(Closed):
     """The conditions for a pair to be ranked and selected."""
 
-    min_query_tokens: int = Field(
-        1, ge=1, description="Minimum number of tokens of Q. Pairs with fewer are not ranked or selected."
-    )
-    short_query_tokens: int = Field(4, ge=0, description="Number of tokens of Q. Pairs with fewer are flagged.")
+    min_query_tokens: int = Field(1, ge=1)
+    """Minimum number of tokens of Q. Pairs with fewer are not ranked or selected."""
+    short_query_tokens: int = Field(4, ge=0)
+    """Number of tokens of Q. Pairs with fewer are flagged."""
 
 
 class RuntimeSettings(Closed):
     """The execution of the work. These settings change time and memory, not results."""
 
-    executor: Literal["in_process", "multiprocess"] = Field(
-        "in_process", description="Run steps in the process of the run, or each in its own process."
-    )
-    batch_tokens: int | None = Field(
-        None,
-        ge=16,
-        description="Maximum number of tokens of one forward pass, padding included. It limits memory. Default: 1,024 "
-        "on a CPU; on a GPU up to 32,768, depending on its free memory.",
-    )
-    processes: int | None = Field(
-        None,
-        ge=1,
-        description="Maximum number of scoring processes. Default: one per GPU, or one per CPU core with one thread "
-        "each, if there is enough work.",
-    )
-    shard_seconds: float = Field(20.0, ge=0, description="Time between two writes of finished scores, in seconds.")
-    lock_timeout_seconds: float = Field(
-        10.0, ge=0, description="Maximum wait for another step that writes the same partition, in seconds."
-    )
+    executor: Literal["in_process", "multiprocess"] = "in_process"
+    """Run steps in the process of the run, or each in its own process."""
+    batch_tokens: int | None = Field(None, ge=16)
+    """Maximum number of tokens of one forward pass, padding included. It limits memory. Default: 1,024 on a CPU; on a
+    GPU up to 32,768, depending on its free memory."""
+    processes: int | None = Field(None, ge=1)
+    """Maximum number of scoring processes. Default: one per GPU, or one per CPU core with one thread each, if there is
+    enough work."""
+    shard_seconds: float = Field(20.0, ge=0)
+    """Time between two writes of finished scores, in seconds."""
+    lock_timeout_seconds: float = Field(10.0, ge=0)
+    """Maximum wait for another step that writes the same partition, in seconds."""
 
 
 class ReferenceSettings(Closed):
-    """A reference: the scored pairs of a fixed set of batches. Ranks and cuts can be computed against it."""
+    """A frozen pool: the scored pairs of some batches. The ranks and cuts of every batch can be taken against it."""
 
-    name: str = Field(
-        pattern=NAME, description="Name of the reference. Its content is fixed: other batches need another name."
-    )
-    batches: tuple[str, ...] = Field(
-        min_length=1,
-        description="Batches that provide the pairs; a pair in several batches counts once, as in the first.",
-    )
+    name: str = Field(pattern=NAME)
+    """Name of the reference. Its content is fixed: other batches need another name."""
+    batches: tuple[Annotated[str, AfterValidator(check_batch_name)], ...] = Field(min_length=1)
+    """Batches that provide the pairs; a pair in several batches counts once, as in the first."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        for batch in self.batches:
-            check_batch_name(batch)
-            if self.batches.count(batch) > 1:
-                raise ValueError(f"batches: {batch!r} appears twice")
+        require_distinct("batches", self.batches)
         return self
 
 
 class RankingSettings(Closed):
     """The strata of PPL(Q) and the ranks within them."""
 
-    num_strata: int = Field(
-        10, ge=1, le=1000, description="Number of strata of PPL(Q), each with the same number of pairs."
-    )
-    min_rows_per_stratum: int = Field(
-        20, ge=1, description="Minimum rows in a stratum. Too few rows give fewer strata and a warning."
-    )
-    strata_from: Literal["own", "strong"] = Field(
-        "own", description="PPL(Q) that defines the strata: each model's own, or the strong model's for all."
-    )
-    pool: Literal["batch", "reference"] = Field(
-        "batch",
-        description="The ranking pool, the pairs with which a pair is compared: the batch itself or the reference.",
-    )
-    reference: ReferenceSettings | None = Field(
-        None, description="The reference for the ranks of `pool: reference`; with `pool: batch`, for drift only."
-    )
+    num_strata: int = Field(10, ge=1, le=1000)
+    """Number of strata of PPL(Q), each with the same number of pairs."""
+    min_rows_per_stratum: int = Field(20, ge=1)
+    """Minimum rows in a stratum. Too few rows give fewer strata and a warning."""
+    strata_from: Literal["own", "strong"] = "own"
+    """PPL(Q) that defines the strata: each model's own, or the strong model's for all."""
+    pool: Literal["batch", "reference"] = "batch"
+    """The ranking pool, the pairs with which a pair is compared: the batch itself or the reference."""
+    reference: ReferenceSettings | None = None
+    """The reference for the ranks of `pool: reference`; with `pool: batch`, for drift only."""
 
     def without_pool(self) -> dict[str, Any]:
         """Return the settings of strata and ranks without the pool, as JSON."""
@@ -329,35 +271,23 @@ class RankingSettings(Closed):
 class CalibrationSettings(Closed):
     """A validation of the scores by planted defects: rows of the batch are made bad on purpose and scored."""
 
-    enabled: bool = Field(True, description="Validate the scores of a batch after it is published.")
-    defects: tuple[Defect, ...] = Field(
-        tuple(Defect),
-        min_length=1,
-        description="Defects to plant, the most informative first. A small batch has too few rows for all of them, so "
-        "only the first defects of the list are planted.",
-    )
-    rows_per_defect: int = Field(100, ge=1, le=1000, description="Maximum number of planted rows per defect.")
-    max_share: float | None = Field(
-        0.08, gt=0, le=1, description="Maximum planted rows as a share of the batch's scorable pairs; null: no limit."
-    )
-    seed: int = Field(0, ge=0, description="Key for the draw of rows and for their changes.")
-    false_discovery_rate: float = Field(
-        0.05, gt=0, lt=1, description="Target share of mismatches among the rows that the low cut of RMI keeps."
-    )
-    echo_quantile: float = Field(0.05, ge=0, lt=1, description="Maximum share of echoes below the high cut of RMI.")
-    min_auc: float = Field(
-        0.8,
-        ge=0.5,
-        le=1,
-        description="Minimum AUROC with which a model's RMI must separate rows from the same queries with another "
-        "row's answer.",
-    )
+    enabled: bool = True
+    """Validate the scores of a batch after it is published."""
+    defects: tuple[Defect, ...] = Field(tuple(Defect), min_length=1)
+    """Defects to plant, the most informative first. A small batch has too few rows for all of them, so only the first
+    defects of the list are planted."""
+    max_rows_per_defect: int = Field(100, ge=1, le=1000)
+    """Maximum number of planted rows per defect."""
+    max_planted_share: float | None = Field(0.08, gt=0, le=1)
+    """Maximum planted rows as a share of the batch's scorable pairs; null: no limit."""
+    seed: int = Field(0, ge=0)
+    """Key for the draw of rows and for their changes."""
+    false_discovery_rate: float = Field(0.05, gt=0, lt=1)
+    """Target share of mismatches among the rows that the low cut of RMI keeps."""
 
     @model_validator(mode="after")
     def _defects(self) -> Self:
-        for defect in self.defects:
-            if self.defects.count(defect) > 1:
-                raise ValueError(f"defects: {defect.value!r} appears twice")
+        require_distinct("defects", self.defects)
         return self
 
 
@@ -365,29 +295,21 @@ class ExportSettings(Closed):
     """The training files of a published version."""
 
     formats: tuple[Literal["messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf"], ...] = Field(
-        ("messages", "prompt_completion", "alpaca"),
-        min_length=1,
-        description="messages, prompt_completion, sharegpt: JSONL. alpaca: JSON. parquet: messages as Parquet. hf: "
-        "messages as a folder of `save_to_disk`; needs the extra `datasets`.",
+        ("messages", "prompt_completion", "alpaca"), min_length=1
     )
-    selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=NAME)], ...] = Field(
-        "published",
-        description="published: the published selection and its controls. all, or names: other selections as well.",
-    )
-    meta: bool = Field(
-        False,
-        description="Add `meta` to records: the origin of the row, and the delivered record as JSON text.",
-    )
+    """messages, prompt_completion, sharegpt: JSONL. alpaca: JSON. parquet: messages as Parquet. hf: messages as a
+    folder of `save_to_disk`; needs the extra `datasets`."""
+    selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=NAME)], ...] = "published"
+    """published: the published selection and its controls. all, or names: other selections as well."""
+    meta: bool = False
+    """Add `meta` to records: the origin of the row, and the delivered record as JSON text."""
 
 
 class PublicationSettings(Closed):
     """The retention of published versions."""
 
-    keep_versions: int | None = Field(
-        None,
-        ge=1,
-        description="Number of newest versions whose files are kept; null: all. Manifests and differences always stay.",
-    )
+    keep_versions: int | None = Field(None, ge=1)
+    """Number of newest versions whose files are kept; null: all. Manifests and differences always stay."""
 
 
 _ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -403,17 +325,20 @@ class EmailAlerts(Closed):
     """A message over SMTP."""
 
     kind: Literal["email"]
-    host: str = Field(min_length=1, description="SMTP server.")
-    port: int = Field(587, ge=1, le=65535, description="Port of the SMTP server.")
-    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Sender address of the messages.")
-    recipients: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(
-        min_length=1, description="Recipient addresses."
-    )
-    starttls: bool = Field(True, description="Encrypt the connection with STARTTLS and check the certificate.")
-    username: str | None = Field(None, min_length=1, description="Login name; null: no login.")
-    password_env: str | None = Field(
-        None, pattern=_ENVIRONMENT_NAME, description="Environment variable that contains the password."
-    )
+    host: str = Field(min_length=1)
+    """SMTP server."""
+    port: int = Field(587, ge=1, le=65535)
+    """Port of the SMTP server."""
+    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$")
+    """Sender address of the messages."""
+    recipients: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(min_length=1)
+    """Recipient addresses."""
+    starttls: bool = True
+    """Encrypt the connection with STARTTLS and check the certificate."""
+    username: str | None = Field(None, min_length=1)
+    """Login name; null: no login."""
+    password_env: str | None = Field(None, pattern=_ENVIRONMENT_NAME)
+    """Environment variable that contains the password."""
 
     @model_validator(mode="after")
     def _login(self) -> Self:
@@ -428,34 +353,27 @@ class SlackAlerts(Closed):
     """A Slack incoming webhook; needs the extra `slack`."""
 
     kind: Literal["slack"]
-    webhook_env: str = Field(
-        "SLACK_WEBHOOK_URL",
-        pattern=_ENVIRONMENT_NAME,
-        description="Environment variable that contains the webhook's URL, which is a secret.",
-    )
+    webhook_env: str = Field("SLACK_WEBHOOK_URL", pattern=_ENVIRONMENT_NAME)
+    """Environment variable that contains the webhook's URL, which is a secret."""
 
 
 class PythonAlerts(Closed):
     """A Python function of the user, called with the Alert."""
 
     kind: Literal["python"]
-    target: str = Field(
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
-        description="Function, as module:function; imported when the first alert is sent.",
-    )
+    target: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$")
+    """Function, as module:function; imported when the first alert is sent."""
 
 
 class ReportSettings(Closed):
     """The audit pages and the plots in the UI."""
 
-    pages: bool = Field(True, description="Write a page for every batch and every published version.")
-    pictures: bool = Field(True, description="Show plots of the assets in the UI, each under 100 KB.")
-    examples: int = Field(
-        10,
-        ge=0,
-        le=25,
-        description="Maximum number of example rows on a page for each reason, and for the lowest and the highest RMI.",
-    )
+    pages: bool = True
+    """Write a page for every batch and every published version."""
+    plots: bool = True
+    """Show plots of the assets in the UI, each under 100 KB."""
+    examples: int = Field(10, ge=0, le=25)
+    """Maximum number of example rows on a page for each reason, and for the lowest and the highest RMI."""
 
 
 class AlertSettings(Closed):
@@ -463,39 +381,51 @@ class AlertSettings(Closed):
 
     channels: tuple[
         Annotated[LogAlerts | EmailAlerts | SlackAlerts | PythonAlerts, Field(discriminator="kind")], ...
-    ] = Field((LogAlerts(),), description="Each alert goes to every channel; empty: no alerts.")
+    ] = (LogAlerts(),)
+    """Each alert goes to every channel; empty: no alerts."""
 
 
 class Settings(Closed):
     """The whole settings file."""
 
-    records: RecordSettings = Field(RecordSettings(), description="Reading of delivered files.")
-    screening: ScreeningSettings = Field(ScreeningSettings(), description="Screening of rows before scoring.")
-    gates: GateSettings = Field(GateSettings(), description="Conditions for scoring and publishing a batch.")
-    checks: CheckSettings = Field(CheckSettings(), description="Limits of the asset checks.")
-    landing: LandingSettings = Field(LandingSettings(), description="Landing zone of deliveries.")
-    automation: AutomationSettings = Field(AutomationSettings(), description="Automatic runs.")
-    storage: StorageSettings = Field(StorageSettings(), description="Place of all stored data.")
-    model_cache: str | None = Field(None, description="Folder of local and converted models. Default: QAQ_HOME/models.")
-    models: dict[Annotated[str, Field(pattern=ROLE_NAME)], ModelSettings] = Field(
-        description="Scoring models by role; `strong` and `weak` are required."
-    )
-    scoring: ScoringSettings = Field(ScoringSettings(), description="Scores, prompt and window.")
-    eligibility: EligibilitySettings = Field(EligibilitySettings(), description="Conditions for ranking a pair.")
-    ranking: RankingSettings = Field(RankingSettings(), description="Strata and ranks.")
-    selections: tuple[Selection, ...] = Field(
-        (DiffSelection(name="diff_high", strategy="diff_high"),),
-        min_length=1,
-        description="Named selections. The first is published, with random controls of the same size.",
-    )
-    calibration: CalibrationSettings = Field(
-        CalibrationSettings(), description="Validation of the scores by planted defects."
-    )
-    export: ExportSettings = Field(ExportSettings(), description="Formats of the published dataset.")
-    publication: PublicationSettings = Field(PublicationSettings(), description="Retention of older versions.")
-    reports: ReportSettings = Field(ReportSettings(), description="Audit pages and plots.")
-    alerts: AlertSettings = Field(AlertSettings(), description="Alerts about problems.")
-    runtime: RuntimeSettings = Field(RuntimeSettings(), description="Execution of the work.")
+    records: RecordSettings = RecordSettings()
+    """Reading of delivered files."""
+    screening: ScreeningSettings = ScreeningSettings()
+    """Screening of rows before scoring."""
+    gates: GateSettings = GateSettings()
+    """Conditions for scoring and publishing a batch."""
+    checks: CheckSettings = CheckSettings()
+    """Limits of the asset checks."""
+    landing: LandingSettings = LandingSettings()
+    """Landing zone of deliveries."""
+    automation: AutomationSettings = AutomationSettings()
+    """Automatic runs."""
+    storage: StorageSettings = StorageSettings()
+    """Place of all stored data."""
+    model_cache: str | None = None
+    """Folder of local and converted models. Default: QAQ_HOME/models."""
+    models: dict[Annotated[str, Field(pattern=ROLE_NAME)], ModelSettings]
+    """Scoring models by role; `strong` and `weak` are required."""
+    scoring: ScoringSettings = ScoringSettings()
+    """Scores, prompt and window."""
+    eligibility: EligibilitySettings = EligibilitySettings()
+    """Conditions for ranking a pair."""
+    ranking: RankingSettings = RankingSettings()
+    """Strata and ranks."""
+    selections: tuple[Selection, ...] = Field((DiffSelection(name="diff_high", strategy="diff_high"),), min_length=1)
+    """Named selections. The first is published, with random controls of the same size."""
+    calibration: CalibrationSettings = CalibrationSettings()
+    """Validation of the scores by planted defects."""
+    export: ExportSettings = ExportSettings()
+    """Formats of the published dataset."""
+    publication: PublicationSettings = PublicationSettings()
+    """Retention of older versions."""
+    reports: ReportSettings = ReportSettings()
+    """Audit pages and plots."""
+    alerts: AlertSettings = AlertSettings()
+    """Alerts about problems."""
+    runtime: RuntimeSettings = RuntimeSettings()
+    """Execution of the work."""
 
     _home: Path = PrivateAttr(default=Path("var"))
 
@@ -509,11 +439,7 @@ class Settings(Closed):
         if missing:
             raise ValueError(f"models: the roles {missing} are missing; `strong` and `weak` are required")
         names = [selection.name for selection in self.selections]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"selections: the name {name!r} is used twice")
-            if name.startswith(CONTROL_PREFIX):
-                raise ValueError(f"selections: {name!r}: the prefix {CONTROL_PREFIX!r} is reserved for controls")
+        require_distinct("selections", names)
         for selection in self.selections:
             self._check_selection(selection)
         for name in () if isinstance(self.export.selections, str) else self.export.selections:
@@ -524,19 +450,20 @@ class Settings(Closed):
         return self
 
     def _check_selection(self, selection: Selection) -> None:
+        if selection.name.startswith(CONTROL_PREFIX):
+            raise ValueError(f"selections: {selection.name!r}: the prefix {CONTROL_PREFIX!r} is reserved for controls")
         role = getattr(selection, "model", "strong")
         if role not in self.models:
             raise ValueError(f"selections: {selection.name!r} uses the model {role!r}; known: {sorted(self.models)}")
-        answer_side = isinstance(selection, IfdSelection) or (
-            isinstance(selection, PplSelection) and selection.measure in ("log_ppl_a", "log_ppl_a_given_q")
-        )
-        if answer_side and "ifd" not in self.scoring.quantities:
-            raise ValueError(f"selections: {selection.name!r} needs `ifd` in scoring.quantities")
-        query_side = not isinstance(selection, IfdSelection | LengthSelection | PplSelection) or (
-            isinstance(selection, PplSelection) and not answer_side
-        )
-        if query_side and "rmi" not in self.scoring.quantities:
-            raise ValueError(f"selections: {selection.name!r} needs `rmi` in scoring.quantities")
+        match selection:
+            case LengthSelection():
+                return
+            case IfdSelection() | PplSelection(measure="log_ppl_a" | "log_ppl_a_given_q"):
+                needed = "ifd"
+            case _:
+                needed = "rmi"
+        if needed not in self.scoring.quantities:
+            raise ValueError(f"selections: {selection.name!r} needs `{needed}` in scoring.quantities")
 
     @model_validator(mode="after")
     def _places(self) -> Self:
@@ -563,13 +490,9 @@ class Settings(Closed):
         """Names of the exported selections: the published one, its controls, then any others."""
         published, *others = (selection.name for selection in self.selections)
         controls = [CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES]
-        match self.export.selections:
-            case "published":
-                others = []
-            case "all":
-                pass
-            case names:
-                others = [name for name in others if name in names]
+        wanted = self.export.selections
+        if wanted != "all":
+            others = [name for name in others if wanted != "published" and name in wanted]
         return [published, *controls, *others]
 
     @property

@@ -6,13 +6,15 @@ not belong here: what is published of a batch (`publication`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.config.settings import ExportSettings, RankingSettings
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
@@ -25,7 +27,12 @@ from qaq_pipeline.storage.tables import Footer, empty
 
 
 def split_by_eligibility(
-    storage: Storage, registered: Sequence[str], settings: Settings, pipeline: Pipeline = PIPELINE
+    storage: Storage,
+    registered: Sequence[str],
+    ranking: RankingSettings,
+    selections: Sequence[Selection],
+    export: ExportSettings,
+    pipeline: Pipeline = PIPELINE,
 ) -> tuple[dict[str, dict[str, Footer]], dict[str, str]]:
     """Footers of the published tables of each eligible batch, and for every other registered batch the reason.
 
@@ -33,9 +40,9 @@ def split_by_eligibility(
     """
     included, excluded = {}, {}
     order = batch_order.batches_in_order(storage)
-    comparable = comparable_batches(storage, order, set(registered))
+    comparable = comparable_batches(storage, order, registered)
     withdrawn = withdrawals.read(storage)
-    named = settings.ranking.reference
+    named = ranking.reference
     reference_version = None if named is None else storage.tables.version("rank_reference", Partition(named.name))
     for batch in sorted(registered):
         try:
@@ -43,9 +50,8 @@ def split_by_eligibility(
             screening = footers["screened_data"].provenance
             fault = (
                 _inconsistency(footers)
-                or _changed_settings(
-                    footers, settings, rank_reference.pool_of(batch, settings.ranking, reference_version)
-                )
+                or _changed_selections(footers, selections, export)
+                or _changed_ranking(footers, ranking, rank_reference.pool_of(batch, ranking, reference_version))
                 or stale_screening(batch, screening, order, comparable)
                 or changed_withdrawals(storage, batch, screening, withdrawn)
             )
@@ -79,24 +85,32 @@ def _inconsistency(footers: Mapping[str, Footer]) -> str | None:
     return None
 
 
-def _changed_settings(footers: Mapping[str, Footer], settings: Settings, pool: str) -> str | None:
-    """The setting, or the pool, that is now another than the one under which a batch was selected and ranked."""
+def _changed_selections(
+    footers: Mapping[str, Footer], selections: Sequence[Selection], export: ExportSettings
+) -> str | None:
+    """The selection that has changed since the rows of a batch were decided."""
     decided, selection = footers["decisions"].provenance, footers["selected_subset"].provenance["selection"]
-    published = settings.published.name
-    if selection != published:
-        return f"selected by {selection}, not by {published}; `qaq refresh` selects again"
-    if decided["published_hash"] != settings_hash(settings.published):
-        return f"decided under other settings of {published}; `qaq refresh` decides again"
-    if settings.export.selections != "published" and decided["settings_hash"] != settings_hash(settings.selections):
+    published = selections[0]
+    if selection != published.name:
+        return f"selected by {selection}, not by {published.name}; `qaq refresh` selects again"
+    if decided["published_hash"] != settings_hash(published):
+        return f"decided under other settings of {published.name}; `qaq refresh` decides again"
+    if export.selections != "published" and decided["settings_hash"] != settings_hash(selections):
         return "decided under other settings of the exported selections; `qaq refresh` decides again"
-    if decided.get("pool_id") != pool:
-        return f"ranked in the pool {decided.get('pool_id')}, not in {pool}; `qaq refresh` ranks it again"
-    if decided.get("ranking_hash") != settings_hash(settings.ranking.without_pool()):
+    return None
+
+
+def _changed_ranking(footers: Mapping[str, Footer], ranking: RankingSettings, pool: str) -> str | None:
+    """The pool, or the setting of ranks, that has changed since the rows of a batch were decided."""
+    decided = footers["decisions"].provenance
+    if decided["pool_id"] != pool:
+        return f"ranked in the pool {decided['pool_id']}, not in {pool}; `qaq refresh` ranks it again"
+    if decided["ranking_hash"] != settings_hash(ranking.without_pool()):
         return "ranked under other settings of ranking; `qaq refresh` ranks it again"
     return None
 
 
-def comparable_batches(storage: Storage, batches: Sequence[str], registered: Set[str]) -> dict[str, str]:
+def comparable_batches(storage: Storage, batches: Sequence[str], registered: Collection[str]) -> dict[str, str]:
     """Data version of screened_data for each of these batches that newer batches are screened against.
 
     Such a batch is registered, its tables up to the screening are consistent, and no gate of screening or scoring
@@ -106,25 +120,18 @@ def comparable_batches(storage: Storage, batches: Sequence[str], registered: Set
     for batch in batches:
         if batch not in registered:
             continue
+        partition = Partition(batch)
         try:
-            signed, screened = (
-                storage.tables.footer(name, Partition(batch)) for name in ("signatures", "screened_data")
-            )
-            decisions = (
-                storage.tables.footer("decisions", Partition(batch))
-                if storage.tables.has("decisions", Partition(batch))
-                else None
-            )
+            screened = storage.tables.footer("screened_data", partition)
+            has_decisions = storage.tables.has("decisions", partition)
+            decided = storage.tables.footer("decisions", partition).provenance if has_decisions else None
         except StorageError:
             continue
-        is_current = screened.provenance["inputs"] == {
-            "raw_data": storage.tables.version("raw_data", Partition(batch)),
-            "signatures": signed.data_version,
-        }
+        made_of = {name: storage.tables.version(name, partition) for name in ("raw_data", "signatures")}
         gated = [gates.of_provenance(screened.provenance)]
-        if decisions is not None and decisions.provenance["inputs"]["screened_data"] == screened.data_version:
-            gated.append(gates.of_provenance(decisions.provenance))
-        if is_current and not any(gated):
+        if decided is not None and decided["inputs"]["screened_data"] == screened.data_version:
+            gated.append(gates.of_provenance(decided))
+        if screened.provenance["inputs"] == made_of and not any(gated):
             found[batch] = screened.data_version
     return found
 
@@ -136,12 +143,9 @@ def stale_screening(
 
     If it stayed, rows could be published twice, or never: the row whose duplicates they were is gone.
     """
-    if "compared_with" not in made_of:
-        return "screened by an older version; `qaq refresh` screens it again"
     if not made_of["across_batches"] or batch not in order:
         return None
-    before = order[: order.index(batch)]
-    now = {batch: comparable[batch] for batch in before if batch in comparable}
+    now = comparable_before(batch, order, comparable)
     differing = sorted(set(now.items()) ^ set(made_of["compared_with"].items()))
     if not differing:
         return None
@@ -149,9 +153,15 @@ def stale_screening(
     return f"screened against another state of batch {names}; `qaq refresh` screens it again"
 
 
+def comparable_before(batch: str, order: Sequence[str], comparable: Mapping[str, str]) -> dict[str, str]:
+    """The comparable batches before a batch in the order; all of them if it has no place yet."""
+    older = itertools.takewhile(lambda other: other != batch, order)
+    return {other: comparable[other] for other in older if other in comparable}
+
+
 def changed_withdrawals(storage: Storage, batch: str, made_of: Mapping[str, Any], withdrawn: Withdrawals) -> str | None:
     """Reason why a batch has to be screened again: its withdrawals, or those of its rows, have changed."""
-    if withdrawn.of_batch(batch, signatures_if_withdrawn(storage, batch, withdrawn)) == made_of.get("withdrawn", {}):
+    if withdrawn.of_batch(batch, signatures_if_withdrawn(storage, batch, withdrawn)) == made_of["withdrawn"]:
         return None
     return "withdrawals changed since it was screened; `qaq refresh` screens it again"
 

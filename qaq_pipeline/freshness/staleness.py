@@ -9,7 +9,7 @@ now. Scores are cached by what determines them, so a stage that runs again score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,29 +70,20 @@ def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline 
     return found
 
 
+@dataclass(frozen=True)
 class Freshness:
-    """The freshness of all batches, as they are stored now.
+    """The freshness of all batches, as they are stored now."""
 
-    Args:
-        storage: where the tables are stored.
-        registered: the batches.
-        present: how their tables would be made now.
-        pipeline: the tables, their inputs and jobs.
-    """
-
-    def __init__(
-        self, storage: Storage, registered: Iterable[str], present: Present, pipeline: Pipeline = PIPELINE
-    ) -> None:
-        self._storage = storage
-        self._pipeline = pipeline
-        self._registered = set(registered)
-        self._present = present
-        self._order = batch_order.batches_in_order(storage)
+    storage: Storage
+    registered: Collection[str]
+    """The batches."""
+    present: Present
+    pipeline: Pipeline = PIPELINE
 
     def batches(self) -> list[str]:
         """Every delivered batch: in the order of their first screening, then the new ones by name."""
-        new = sorted(self._registered - set(self._order))
-        ordered = [*(batch for batch in self._order if batch in self._registered), *new]
+        known = [batch for batch in self._order if batch in self.registered]
+        ordered = [*known, *sorted(set(self.registered).difference(known))]
         return [batch for batch in ordered if self._is_delivered(batch)]
 
     def stale(self, batch: str) -> list[Stale]:
@@ -100,11 +91,11 @@ class Freshness:
 
         Stages whose tables are not made under the current settings are skipped.
         """
-        for job, tables in self._pipeline.jobs(Purpose.CURATION, Purpose.CALIBRATION).items():
-            if not self._present.code_versions.keys() >= set(tables):
+        for job, tables in self.pipeline.jobs(Purpose.CURATION, Purpose.CALIBRATION).items():
+            if not self.present.code_versions.keys() >= set(tables):
                 continue
-            models = sorted(self._present.roles) if self._pipeline[tables[0]].has_models else [None]
-            causes = {model: self._cause(batch, model, tables) for model in models}
+            models = sorted(self.present.roles) if self.pipeline[tables[0]].has_models else [None]
+            causes = {model: self._cause(Partition(batch, model), tables) for model in models}
             found = [Stale(job, batch, model, *cause) for model, cause in causes.items() if cause is not None]
             if found:
                 return found
@@ -112,74 +103,75 @@ class Freshness:
 
     def stale_screening(self, batch: str) -> str | None:
         """Reason why a batch has to be screened again: older batches or withdrawals have changed."""
-        made_of = self._provenance("screened_data", batch)
+        made_of = self._provenance("screened_data", Partition(batch))
         if made_of is None:
             return None
         return eligibility.stale_screening(
             batch, made_of, self._order, self._comparable
-        ) or eligibility.changed_withdrawals(self._storage, batch, made_of, self._withdrawn)
+        ) or eligibility.changed_withdrawals(self.storage, batch, made_of, self._withdrawn)
 
     def wanted_screening(self, batch: str) -> str | None:
         """Hash of what a batch has to be screened against; None: its screening is not stale."""
         if self.stale_screening(batch) is None:
             return None
-        older = self._order[: self._order.index(batch)] if batch in self._order else self._order
-        comparable = {name: self._comparable[name] for name in older if name in self._comparable}
+        comparable = eligibility.comparable_before(batch, self._order, self._comparable)
         return hash_json([comparable, self._withdrawn.batches, self._withdrawn.contents])
 
     def _is_delivered(self, batch: str) -> bool:
         try:
-            return landing.is_announced(self._storage, batch) or self._storage.deliveries.has(batch)
+            return landing.is_announced(self.storage, batch) or self.storage.deliveries.has(batch)
         except ValueError:  # A name that the UI let pass.
             return False
 
-    def _cause(self, batch: str, model: str | None, tables: Sequence[str]) -> tuple[str, str] | None:
+    def _cause(self, partition: Partition, tables: Sequence[str]) -> tuple[str, str] | None:
         """The first stale table, and why."""
         for table in tables:
-            reason = self._table_reason(table, batch, *([] if model is None else [model]))
-            if reason is not None:
+            if (reason := self._table_reason(table, partition)) is not None:
                 return table, reason
-        if "screened_data" in tables and (reason := self.stale_screening(batch)) is not None:
+        if "screened_data" in tables and (reason := self.stale_screening(partition.batch)) is not None:
             return "screened_data", reason
         return None
 
-    def _table_reason(self, table: str, *partition: str) -> str | None:
-        made_of = self._provenance(table, *partition)
+    def _table_reason(self, table: str, partition: Partition) -> str | None:
+        made_of = self._provenance(table, partition)
         if made_of is None:
             return f"{table} is not stored, or cannot be read"
-        if made_of["code_version"] != self._present.code_versions[table]:
+        if made_of["code_version"] != self.present.code_versions[table]:
             return f"{table} was made by other code, or under other settings"
         if table == "raw_data":
-            return self._delivery_reason(partition[0], made_of)
+            return self._delivery_reason(partition.batch, made_of)
         for name, version in made_of["inputs"].items():
             if version != self._input_version(name, partition):
                 return f"{table} was made from another {name}"
         return None
 
     def _delivery_reason(self, batch: str, made_of: Mapping[str, Any]) -> str | None:
-        if landing.is_announced(self._storage, batch):
+        if landing.is_announced(self.storage, batch):
             return "a delivery has landed"
-        if made_of["delivery"] != self._storage.deliveries.current(batch).content_hash:
+        if made_of["delivery"] != self.storage.deliveries.current(batch).content_hash:
             return "it was delivered again"
         return None
 
-    def _input_version(self, name: str, partition: Sequence[str]) -> str | None:
+    def _input_version(self, name: str, partition: Partition) -> str | None:
         """Data version of an input: `table`, `table|model`, or the name of an input that belongs to no single batch."""
         source = Input.parse(name)
-        if source.table not in self._pipeline.tables_of_batch():
-            return self._present.shared_inputs.get(name)
-        is_of_same_model = self._pipeline[source.table].has_models and source.model is None
-        of_batch = Partition(partition[0], source.model)
-        return self._storage.tables.version(source.table, Partition(*partition) if is_of_same_model else of_batch)
+        if source.table not in self.pipeline.tables_of_batch():
+            return self.present.shared_inputs.get(name)
+        model = source.model or (partition.model if self.pipeline[source.table].has_models else None)
+        return self.storage.tables.version(source.table, Partition(partition.batch, model))
 
-    def _provenance(self, table: str, *partition: str) -> dict[str, Any] | None:
-        footer = self._storage.tables.readable_footer(table, Partition(*partition))
+    def _provenance(self, table: str, partition: Partition) -> dict[str, Any] | None:
+        footer = self.storage.tables.readable_footer(table, partition)
         return None if footer is None else footer.provenance
 
     @cached_property
+    def _order(self) -> list[str]:
+        return batch_order.batches_in_order(self.storage)
+
+    @cached_property
     def _comparable(self) -> dict[str, str]:
-        return eligibility.comparable_batches(self._storage, self._order, self._registered)
+        return eligibility.comparable_batches(self.storage, self._order, self.registered)
 
     @cached_property
     def _withdrawn(self) -> withdrawals.Withdrawals:
-        return withdrawals.read(self._storage)
+        return withdrawals.read(self.storage)

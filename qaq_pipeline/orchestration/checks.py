@@ -71,12 +71,12 @@ def _logprobs(settings: Settings) -> dg.AssetChecksDefinition:
     def find(storage: Storage, batch: str, model: str) -> Findings:
         logprobs = storage.tables.read("logprobs", Partition(batch, model)).frame
         return {
-            "few_nulls": check_metrics.null_quantities(logprobs, limits.max_null_share),
+            "few_nulls": check_metrics.null_quantities(logprobs, limits.max_null_logprob_share),
             "few_truncated": check_metrics.truncated_answers(logprobs, limits.max_truncated_share),
         }
 
     descriptions = {
-        "few_nulls": "The share of wanted quantities without a number is at most checks.max_null_share.",
+        "few_nulls": "The share of wanted quantities without a number is at most checks.max_null_logprob_share.",
         "few_truncated": "The share of answers cut to the window is at most checks.max_truncated_share.",
     }
     return _of_table("logprobs", batch_by_model(settings), descriptions, find)
@@ -127,7 +127,7 @@ def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Findi
         return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
     frozen = storage.tables.read(NAME, Partition(name))
     scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
-    if differing := differently_scored(frozen, scores):
+    if differing := differently_scored(frozen.provenance["scored_by"], scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
     found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
     return check_metrics.drift(found.statistics, found.evidence, settings.checks)
@@ -139,12 +139,12 @@ def _calibration(settings: Settings) -> dg.AssetChecksDefinition:
         gate = gates.of_provenance(storage.tables.footer("planted_rows", Partition(batch)).provenance)
         if gate is not None:
             return {"models_can_tell": Finding(True, f"The batch is gated, and not calibrated: {gate.sentence}.")}
-        found = check_metrics.discrimination(calibration.frame, settings.calibration.min_auc)
+        found = check_metrics.discrimination(calibration.frame, settings.checks.min_auc)
         return {"models_can_tell": found}
 
     descriptions = {
         "models_can_tell": "Each model's RMI separates pairs from the same queries with another answer, with an AUROC "
-        "of at least calibration.min_auc. Also shown: its AUROC for every defect."
+        "of at least checks.min_auc. Also shown: its AUROC for every defect."
     }
     return _of_table("calibration", BATCHES, descriptions, find)
 

@@ -154,7 +154,7 @@ def pictures(
 
     A plot that cannot be drawn fails nothing: the log says why.
     """
-    if not settings.reports.pictures:
+    if not settings.reports.plots:
         return {}
     shown: dict[str, dg.MetadataValue] = {}
     try:

@@ -65,7 +65,9 @@ def read_batches(
     storage: Storage, registered: Sequence[str], settings: Settings, pipeline: Pipeline = PIPELINE
 ) -> tuple[list[BatchTables], dict[str, str]]:
     """The batches that enter the dataset, and for every other registered batch the reason why it does not."""
-    included, excluded = split_by_eligibility(storage, registered, settings, pipeline)
+    included, excluded = split_by_eligibility(
+        storage, registered, settings.ranking, settings.selections, settings.export, pipeline
+    )
     batches = []
     for batch, footers in included.items():
         try:
@@ -111,7 +113,7 @@ def publish(
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:
     """True if a publication would repeat the newest version, judged by footers and settings alone."""
-    included, _ = split_by_eligibility(storage, registered, settings)
+    included, _ = split_by_eligibility(storage, registered, settings.ranking, settings.selections, settings.export)
     newest = versions.latest(storage)
     if newest is None or not versions.is_kept(storage, newest.version):
         return not included

@@ -15,13 +15,15 @@ import polars as pl
 from qaq_pipeline.calibration import calibration
 from qaq_pipeline.calibration.calibration import CONFIDENCE, Judged
 from qaq_pipeline.config.selections import Selection
-from qaq_pipeline.config.settings import CalibrationSettings
-from qaq_pipeline.reports import check_metrics, pages, plots, summaries
+from qaq_pipeline.reports import pages, plots, summaries
+from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
-from qaq_pipeline.screening.gates import Gate
+from qaq_pipeline.screening import gates
+from qaq_pipeline.storage.origin import batch_of
+from qaq_pipeline.storage.tables import StoredTable
 
 _SCORES = {
     "rmi": "RMI",
@@ -212,43 +214,39 @@ def _in_words(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def page(
-    batch: str,
-    frame: pl.DataFrame,
+    planted_rows: StoredTable,
     judged: Judged | None,
-    planted: pl.DataFrame,
-    settings: CalibrationSettings,
+    frame: pl.DataFrame,
+    finding: Finding,
+    defects: Sequence[Defect],
     published: Selection,
-    gate: Gate | None,
     made: Made,
 ) -> bytes:
     """Render the page of a batch's calibration as one HTML file.
 
     Args:
-        batch: name of the batch.
-        frame: its Calibration.
-        judged: the scores that `frame` was computed from; None if nothing was planted.
-        planted: its PlantedRows.
-        settings: of the calibration.
+        planted_rows: PlantedRows of the batch.
+        judged: their scores and those of the batch; None if nothing was planted.
+        frame: the Calibration computed from these.
+        finding: whether the models can tell pairs from mismatches.
+        defects: the defects to plant.
         published: the selection that gets the suggested cuts.
-        gate: why the batch was not scored; None if it was.
         made: the run that renders the page, and when.
     """
+    batch, planted = batch_of(planted_rows), planted_rows.frame
     kept_cells = _in_words(_of(frame, Statistic.KEPT_SHARE))
     *of_aurocs, kept, cuts = tables(frame)
-    finding = check_metrics.discrimination(frame, settings.min_auc)
-    defects = [
-        (defect.value, planted.filter(defect=defect.value).height, defect.meaning) for defect in settings.defects
-    ]
+    numbers = [(defect.value, planted.filter(defect=defect.value).height, defect.meaning) for defect in defects]
     return pages.render(
         "calibration.html",
         {
             "title": f"Calibration of batch {batch}",
             "batch": batch,
-            "gate": gate,
+            "gate": gates.of_provenance(planted_rows.provenance),
             "finding": finding,
             "num_planted": planted.height,
             "num_pairs": 0 if judged is None else judged.clean["pair_id"].n_unique(),
-            "defects": Table("Planted defects", ("defect", "rows", "meaning"), defects),
+            "defects": Table("Planted defects", ("defect", "rows", "meaning"), numbers),
             "auroc_plots": [told_apart(frame), *_grids(frame)],
             "kept_plots": [plots.kept_grid(kept_cells.select(selection="measure", defect="defect", value="value"))],
             "cut_plots": _cut_plots(frame, judged),
@@ -258,7 +256,7 @@ def page(
             "cuts": cuts,
             "offered": calibration.offered_yaml(frame, published),
             "blind": None if finding.passed else BLIND,
-            "examples": {} if judged is None else _examples(judged, planted, settings.defects),
+            "examples": {} if judged is None else _examples(judged, planted, defects),
             "limits": LIMITS,
             "made": made,
         },

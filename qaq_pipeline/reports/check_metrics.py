@@ -62,7 +62,7 @@ def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
     counts = {"wanted": len(wanted), "null": wanted.count()}
     if wanted.is_empty():
         return Finding(True, "No pair was to be scored.", counts)
-    return _at_most(max_share, "checks.max_null_share", counts, "wanted quantities are null", wanted)
+    return _at_most(max_share, "checks.max_null_logprob_share", counts, "wanted quantities are null", wanted)
 
 
 def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:
@@ -230,7 +230,7 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = plan
         (verdict if blind else "")
         + (unknown if unjudged else "")
         + f"AUROC of pairs against the same queries with another answer: {said or 'unknown'}; expected at least "
-        f"{min_auc:g} (calibration.min_auc).",
+        f"{min_auc:g} (checks.min_auc).",
         numbers,
     )
 

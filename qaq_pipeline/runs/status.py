@@ -96,7 +96,9 @@ def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[Batch
 def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:
     """The registered batches that a publication would leave out now, and why."""
     registered = instance.get_dynamic_partitions("batch")
-    return eligibility.split_by_eligibility(open_storage(settings), registered, settings)[1]
+    return eligibility.split_by_eligibility(
+        open_storage(settings), registered, settings.ranking, settings.selections, settings.export
+    )[1]
 
 
 def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:

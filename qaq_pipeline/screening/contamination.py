@@ -3,7 +3,7 @@
 Belongs here: which rows contain a task's prompt or solution, and the evidence. Does not belong here: the formats of
 benchmark files (`benchmarks`), or what happens to such a row (`screen`).
 
-A row contains a text of a task if its query and answer contain at least `min_share` of the text's distinct word
+A row contains a text of a task if its query and answer contain at least `min_ngram_share` of the text's distinct word
 n-grams, and at least three of them (all, if the text has fewer). This measures containment, so neither the row's length
 nor a light edit hides a task. A prompt too short for n-grams is found if the row contains its words consecutively. A
 solution is also found verbatim, ignoring white space, if it is long enough to be distinctive and not a trivial body.
@@ -129,7 +129,7 @@ _HIT = {"row": pl.Int64, "part": pl.Int64, "share": pl.Float64, "matched_text": 
 
 
 def _by_ngrams(words: pl.Series, index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
-    """Find rows that contain at least `min_share` of the n-grams of a part."""
+    """Find rows that contain at least `min_ngram_share` of the n-grams of a part."""
     grams = shingles.ngrams(shingles.hash_words(words), settings.ngram_words)
     of_rows = pl.DataFrame(
         {
@@ -142,7 +142,7 @@ def _by_ngrams(words: pl.Series, index: _Index, settings: ContaminationSettings)
     shares = held.group_by("row", "part").agg(pl.col("gram").n_unique().alias("num"), pl.col("place").sort())
     sizes = pl.Series(index.sizes).gather(shares["part"])
     hits = shares.with_columns(share=pl.col("num") / sizes).filter(
-        (pl.col("share") >= settings.min_share) & ((pl.col("num") >= _MIN_NGRAMS) | (pl.col("num") == sizes))
+        (pl.col("share") >= settings.min_ngram_share) & ((pl.col("num") >= _MIN_NGRAMS) | (pl.col("num") == sizes))
     )
     matched = [
         _longest_run(words[row].to_list(), places, settings.ngram_words)

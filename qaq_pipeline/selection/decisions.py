@@ -36,6 +36,9 @@ def decide(
         published: the selection that decides.
         provenance_id: of the table that is made.
         gate: why the batch is held back; every row then has its reason and no verdict. None: it is not.
+
+    Raises:
+        TableError: a row is lost or doubled.
     """
     pairs = (
         _scores(candidates)
@@ -46,10 +49,12 @@ def decide(
         screened.join(raw.select(*ROW_KEY, "detail"), on=ROW_KEY, validate="1:1")
         .join(pairs, on="pair_id", how="left", validate="m:1")
         .sort(ROW_KEY)
-        .with_columns(_decision())
+        .with_columns(decision=_decision())
     )
+    if rows.height != raw.height:
+        raise tables.TableError(f"decisions: {rows.height} rows for {raw.height} of raw_data; nothing was written")
     decided = rows.with_columns(
-        reason=pl.when(_is(Decision.UNSCORABLE))
+        reason=pl.when(pl.col("decision") == Decision.UNSCORABLE.value)
         .then(_null_reason())
         .when(pl.col("status") == Status.ACCEPTED.value)
         .then("verdict_reason")
@@ -94,13 +99,9 @@ def by_reason(decisions: pl.DataFrame) -> pl.DataFrame:
     return counts.sort(place, "rows", "reason", descending=[False, True, False])
 
 
-def _is(decision: Decision) -> pl.Expr:
-    return pl.col("decision") == decision.value
-
-
 def _decision() -> pl.Expr:
     selected = [reason.value for reason in vocabularies.SELECTED_REASONS]
-    fate = (
+    return (
         pl.when(pl.col("status") != Status.ACCEPTED.value)
         .then("status")
         .when(pl.col("verdict_reason") == SelectionReason.NOT_IN_POOL.value)
@@ -109,7 +110,6 @@ def _decision() -> pl.Expr:
         .then(pl.lit(Decision.SELECTED.value))
         .otherwise(pl.lit(Decision.NOT_SELECTED.value))
     )
-    return fate.alias("decision")
 
 
 def _null_reason() -> pl.Expr:

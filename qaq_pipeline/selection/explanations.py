@@ -133,20 +133,18 @@ def _models_by(facts: Mapping[str, Any]) -> dict[Any, str]:
 
 
 def _ranks(row: Mapping[str, Any]) -> str:
-    ranks = [_rank(score) for score in row["scores"]]
     if all(score["rank"] is None for score in row["scores"]):
         return "No model ranks the pair by RMI."
     return (
         "RMI measures how much the answer helps to predict the query. Ranked from 0 to 1 by RMI among pairs of similar "
-        f"query perplexity{_of_reference(row)}, this pair has {' and '.join(ranks)}."
+        f"query perplexity{_of_reference(row)}, this pair has {' and '.join(map(_rank, row['scores']))}."
     )
 
 
 def _rank(score: Mapping[str, Any]) -> str:
     if score["rank"] is None:
         return f"no rank under the {score['model']} model"
-    stratum, num_strata = score["stratum"], score["num_strata"]
-    where = "the only stratum" if num_strata == 1 else f"stratum {stratum} of {num_strata}"
+    where = "the only stratum" if score["num_strata"] == 1 else "stratum {stratum} of {num_strata}".format_map(score)
     return f"rank {score['rank']:.3f} under the {score['model']} model ({where})"
 
 
@@ -181,34 +179,34 @@ def _verdict(row: Mapping[str, Any], published: Selection) -> str:
 def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
     """What the selection takes, and the number of this pair that decides."""
     strong = next((score for score in row["scores"] if score["model"] == "strong"), {})
+    score, limits = row["verdict_score"], published.model_dump()
     if isinstance(published, RmiBandSelection):
-        pairs = f"pairs with a rank {_range(published.band)} under the {published.model} model"
-        return f"{pairs}: this pair's rank is {_beside(row['verdict_score'], *published.band)}"
+        return _within("pairs with a rank", published.band, f" under the {published.model} model", "rank", score)
     if reason is SelectionReason.GAP_BELOW_MINIMUM:
-        least = getattr(published, "min_gap", None)
-        return f"only pairs with a {_GAP} above {least:g}: this pair's gap is {_beside(row['gap'], least)}"
+        return _within(f"only pairs with a {_GAP}", (limits["min_gap"], None), "", "gap", row["gap"])
     if reason is SelectionReason.RANK_STRONG_OUT_OF_RANGE:
-        ends = getattr(published, "rank_strong", None) or (0, 1)
-        own = _beside(strong["rank"], *ends)
-        return f"only pairs with a rank {_range(ends)} under the strong model: this pair's rank is {own}"
+        ends = limits["rank_strong"] or (0, 1)
+        return _within("only pairs with a rank", ends, " under the strong model", "rank", strong["rank"])
     if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE:
-        ends = getattr(published, "rmi_strong", None) or (None, None)
-        own = _beside(strong["rmi"], *ends)
-        return f"only pairs with an RMI {_range(ends)} nats/token under the strong model: this pair's RMI is {own}"
+        ends = limits["rmi_strong"] or (None, None)
+        return _within("only pairs with an RMI", ends, " nats/token under the strong model", "RMI", strong["rmi"])
     if reason is SelectionReason.IFD_ABOVE_MAXIMUM:
-        most = getattr(published, "maximum", None)
-        own = _beside(row["verdict_score"], most)
-        return f"only pairs with a score up to {most:g} by {_measure(published)}: this pair's score is {own}"
-    return f"{_budget(row, published)} by {_measure(published)}: {_place(row, published, reason)}"
+        ends = (None, limits["maximum"])
+        return _within("only pairs with a score", ends, f" by {_measure(published)}", "score", score)
+    return f"{_size(row, published, published.budget)} by {_measure(published)}: {_place(row, published, reason)}"
+
+
+def _within(taken: str, ends: tuple[float | None, float | None], of: str, number: str, value: float) -> str:
+    """The range that is taken, and this pair's number."""
+    return f"{taken} {_range(ends)}{of}: this pair's {number} is {_beside(value, *ends)}"
 
 
 def _range(ends: tuple[float | None, float | None]) -> str:
-    low, high = ends
-    return " and ".join([*([] if low is None else [f"above {low:g}"]), *([] if high is None else [f"up to {high:g}"])])
+    words = zip(("above", "up to"), ends, strict=True)
+    return " and ".join(f"{word} {end:g}" for word, end in words if end is not None)
 
 
-def _budget(row: Mapping[str, Any], published: Selection) -> str:
-    budget: Budget = getattr(published, "budget")  # noqa: B009
+def _size(row: Mapping[str, Any], published: Selection, budget: Budget) -> str:
     pool = "the pool" if isinstance(published, RandomSelection) else f"the pool{_of_reference(row)}"
     end = "lowest" if _is_ascending(published) else "highest"
     if budget.fraction is not None:
@@ -227,7 +225,8 @@ def _is_ascending(published: Selection) -> bool:
 def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
     """The pair's value, its place, and the value of the last pair taken, with the decimals that tell them apart."""
     value, cut = row["verdict_score"], row["verdict_cut"]
-    own, last = (f"{value:.0f}", f"{cut:.0f}") if _counts(published) and cut is not None else _apart(value, cut)
+    is_count = published.strategy == "length" and cut is not None
+    own, last = (f"{value:.0f}", f"{cut:.0f}") if is_count else _apart(value, cut)
     of = f"{row['verdict_pool_size']}"
     if limits := _limits(published):
         of = f"the pairs that pass {limits}, in a pool of {of}"
@@ -246,16 +245,11 @@ def _limits(published: Selection) -> str:
     return " and ".join(name for name in names if getattr(published, name, None) is not None)
 
 
-def _counts(published: Selection) -> bool:
-    return published.strategy == "length"
-
-
 def _apart(value: float, cut: float | None) -> tuple[str, str]:
     """Both numbers, with at least 3 decimals and as many as it takes to tell them apart."""
     if cut is None:
         return _number(value), ""
-    decimals = next((n for n in range(3, 16) if value == cut or f"{value:.{n}f}" != f"{cut:.{n}f}"), 15)
-    decimals = 3 if value == cut else decimals
+    decimals = next((n for n in range(3, 15) if value == cut or f"{value:.{n}f}" != f"{cut:.{n}f}"), 15)
     return _number(value, decimals), _number(cut, decimals)
 
 

@@ -55,7 +55,7 @@ def pools(scores: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> dict[
         ValueError: `strong` or `weak` is missing, or the models' frames do not hold the same pairs.
     """
     ordered = {role: by_pair(scores[role]) for role in sorted(scores)}
-    check_same_pairs(ordered)
+    _check_same_pairs(ordered)
     binned_by = {role: ordered["strong"] if ranking.strata_from == "strong" else ordered[role] for role in ordered}
     return {role: _pool(frame, binned_by[role]) for role, frame in ordered.items()}
 
@@ -81,24 +81,22 @@ def _rank(pool: pl.DataFrame, ranking: RankingSettings) -> pl.DataFrame:
 
 def few_strata_warnings(pools: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> list[str]:
     """A sentence for every model whose pool gets fewer strata than the settings ask for."""
-    return [warning for role, pool in pools.items() for warning in _warn(role, pool, ranking)]
+    warnings = []
+    for role, pool in pools.items():
+        num_rows, num_pairs = pool["rmi"].count(), pool.height
+        num_strata = count_strata(num_rows, ranking)
+        strata = "1 stratum" if num_strata == 1 else f"{num_strata} strata"
+        if num_pairs > 0 and num_rows == 0:
+            warnings.append(f"model {role!r}: none of {num_pairs} pairs can be ranked")
+        elif num_pairs > 0 and num_strata < ranking.num_strata:
+            warnings.append(
+                f"model {role!r}: {num_rows} of {num_pairs} pairs can be ranked, so {strata} instead of "
+                f"{ranking.num_strata}: a stratum holds at least {ranking.min_rows_per_stratum} pairs"
+            )
+    return warnings
 
 
-def _warn(role: str, pool: pl.DataFrame, ranking: RankingSettings) -> list[str]:
-    num_rows, num_pairs = pool["rmi"].count(), pool.height
-    num_strata = count_strata(num_rows, ranking)
-    if num_pairs == 0 or num_strata == ranking.num_strata:
-        return []
-    if num_rows == 0:
-        return [f"model {role!r}: none of {num_pairs} pairs can be ranked"]
-    strata = "1 stratum" if num_strata == 1 else f"{num_strata} strata"
-    return [
-        f"model {role!r}: {num_rows} of {num_pairs} pairs can be ranked, so {strata} instead of "
-        f"{ranking.num_strata}: a stratum holds at least {ranking.min_rows_per_stratum} pairs"
-    ]
-
-
-def check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
+def _check_same_pairs(scores: Mapping[str, pl.DataFrame]) -> None:
     """Raise ValueError where the models did not score the same pairs."""
     missing = [role for role in ("strong", "weak") if role not in scores]
     if missing:

@@ -1,12 +1,12 @@
 """The stored tables of one batch from its scores to its decisions.
 
-Belongs here: whether the tables belong together, and the calls that rank a batch and decide its rows. Does not belong
-here: strata, ranks and verdicts themselves, and how the result is stored.
+Belongs here: whether the tables belong together, and the calls that rank a batch and judge its pairs. Does not belong
+here: strata, ranks, verdicts and decisions themselves, and how the result is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,14 +15,12 @@ import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
-from qaq_pipeline.config.settings import GateSettings, RankingSettings, Settings
-from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.config.settings import GateSettings, RankingSettings
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import disagreement_scores, rank_reference
 from qaq_pipeline.selection.candidates import candidates
-from qaq_pipeline.selection.decisions import decide
-from qaq_pipeline.selection.stored_reference import Scores, pool_id, require_comparable, require_pool
+from qaq_pipeline.selection.stored_reference import Scores, identities, require_comparable
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.tables import StoredTable
@@ -64,64 +62,33 @@ class ScoredBatch:
         """Scores and ranks of every distinct pair, as `candidates.candidates`."""
         return candidates(self.disagreement_scores.frame, {role: one.frame for role, one in self.rmi_scores.items()})
 
-    def require_pool(self, ranking: RankingSettings, frozen: StoredTable | None) -> None:
-        """Refuse ranks in another pool than the settings name, whose cuts decide. Raises OriginError."""
-        wanted = pool_id(batch_of(self.disagreement_scores), ranking, frozen)
-        require_pool(self.disagreement_scores, wanted)
-
     def gate(self, limits: GateSettings) -> Gate | None:
         """The stored verdict on the batch. Raises gates.StaleVerdictError."""
         made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
         return gates.of_batch(batch_of(self.raw_data), self.screened_data.provenance, made_of, limits)
 
-    def facts(self, settings: Settings, gate: Gate | None) -> dict[str, Any]:
+    def facts(self, selections: Sequence[Selection], gate: Gate | None) -> dict[str, Any]:
         """The part of the decisions' provenance that their inputs do not show."""
         ranked = self.disagreement_scores.provenance
         return {
-            "settings_hash": settings_hash(settings.selections),
-            "published_hash": settings_hash(settings.published),
+            "settings_hash": settings_hash(selections),
+            "published_hash": settings_hash(selections[0]),
             "pool_id": ranked["pool_id"],
             "ranking_hash": ranked["ranking_hash"],
             **gates.as_provenance(gate),
             "files": self.raw_data.provenance["files"],
-            "models": models_of(self.rmi_scores),
-            "scored_by": {role: _scored_by(table.provenance) for role, table in self.rmi_scores.items()},
+            "models": identities(self.rmi_scores),
+            "scored_by": {
+                role: {key: table.provenance[key] for key in ("frame", "template", "scored_with")}
+                for role, table in self.rmi_scores.items()
+            },
         }
 
-    def verdicts(self, settings: Settings, frozen: StoredTable | None) -> pl.DataFrame:
+    def verdicts(self, selections: Sequence[Selection], frozen: StoredTable | None) -> pl.DataFrame:
         """The verdict of every named selection on every pair, by the cuts of the batch or of the reference."""
-        roles = sorted(settings.models)
+        roles = list(self.rmi_scores)
         of_reference = None if frozen is None else rank_reference.reference_candidates(frozen.frame, roles)
-        return select_all(self.candidates, settings.selections, of_reference)
-
-    def decide(
-        self, verdicts: pl.DataFrame, published: Selection, provenance_id: str, gate: Gate | None
-    ) -> pl.DataFrame:
-        """The Decisions of the batch. Raises TableError where a row is lost or doubled."""
-        frame = decide(
-            self.raw_data.frame,
-            self.screened_data.frame,
-            self.candidates,
-            verdicts,
-            published,
-            provenance_id,
-            gate,
-        )
-        if frame.height != self.raw_data.frame.height:
-            raise TableError(
-                f"decisions: {frame.height} rows for {self.raw_data.frame.height} of raw_data; nothing was written"
-            )
-        return frame
-
-
-def models_of(scores: Scores) -> dict[str, Any]:
-    """ScoreIdentities by role."""
-    return {role: table.provenance["identity"] for role, table in scores.items()}
-
-
-def _scored_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """The frame, template, libraries and devices of a model's scores."""
-    return {key: made_of[key] for key in ("frame", "template", "scored_with")}
+        return select_all(self.candidates, selections, of_reference)
 
 
 def rank(

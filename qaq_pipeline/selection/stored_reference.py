@@ -48,15 +48,19 @@ def scored_by(scores: Scores) -> dict[str, Any]:
     }
 
 
-def differently_scored(frozen: StoredTable, scores: Scores) -> list[str]:
-    """The models of a batch whose scores cannot be compared with those of a reference."""
-    expected = frozen.provenance["scored_by"]
+def identities(scores: Scores) -> dict[str, Any]:
+    """ScoreIdentities by role."""
+    return {role: table.provenance["identity"] for role, table in scores.items()}
+
+
+def differently_scored(expected: Mapping[str, Any], scores: Scores) -> list[str]:
+    """The models whose scores cannot be compared with those that were `scored_by` the expected ones."""
     return [role for role, found in scored_by(scores).items() if expected.get(role) != found]
 
 
 def require_comparable(frozen: StoredTable, scores: Scores) -> None:
     """Refuse scores that cannot be ranked against a reference. Raises RankReferenceError."""
-    differing = differently_scored(frozen, scores)
+    differing = differently_scored(frozen.provenance["scored_by"], scores)
     if differing:
         raise RankReferenceError(
             f"disagreement_scores: the models {differing} of batch {batch_of(scores['strong'])} are not those of the "
@@ -89,12 +93,13 @@ def pool_id(batch: str, ranking: RankingSettings, frozen: StoredTable | None) ->
     return rank_reference.pool_of(batch, ranking, None if frozen is None else frozen.data_version)
 
 
-def require_pool(disagreement_scores: StoredTable, wanted: str) -> None:
+def require_pool(disagreement_scores: StoredTable, ranking: RankingSettings, frozen: StoredTable | None) -> None:
     """Refuse ranks in another pool than the settings name, whose cuts decide. Raises OriginError."""
-    pool = disagreement_scores.provenance["pool_id"]
+    batch, pool = batch_of(disagreement_scores), disagreement_scores.provenance["pool_id"]
+    wanted = pool_id(batch, ranking, frozen)
     if pool != wanted:
         raise OriginError(
-            f"disagreement_scores of batch {batch_of(disagreement_scores)} are ranks in the pool {pool}, the settings "
+            f"disagreement_scores of batch {batch} are ranks in the pool {pool}, the settings "
             f"ask for {wanted}; materialise disagreement_scores of this batch first (or `qaq run` the batch again)"
         )
 
@@ -148,9 +153,7 @@ def freeze(
 def _require_one_scoring(batches: Mapping[str, Scores]) -> None:
     first, *others = batches
     for other in others:
-        expected, found = scored_by(batches[first]), scored_by(batches[other])
-        differing = [role for role in expected if expected[role] != found[role]]
-        if differing:
+        if differing := differently_scored(scored_by(batches[first]), batches[other]):
             raise RankReferenceError(
                 f"{NAME}: the batches {first} and {other} were scored by different models, or asked differently, as "
                 f"{differing}; materialise logprobs and rmi_scores of both, or leave one out"
@@ -186,7 +189,7 @@ def _provenance(batches: Mapping[str, Scores], ranking: RankingSettings, code_ve
         },
         "frozen_with": frozen_with(ranking),
         "scored_by": scored_by(scores),
-        "models": {role: table.provenance["identity"] for role, table in scores.items()},
+        "models": identities(scores),
     }
 
 
@@ -196,15 +199,11 @@ def store(storage: Storage, name: str, made: StoredTable) -> StoredTable:
     Raises:
         RankReferenceError: another reference is stored under the name, or the stored one is damaged.
     """
+    partition = Partition(name)
     with storage.locks.hold(NAME, name):
-        if not storage.tables.has(NAME, Partition(name)):
-            storage.tables.write(made, NAME, Partition(name))
-            return made
-        try:
-            frozen = storage.tables.read(NAME, Partition(name))
-        except StorageError as error:
-            _require_same_version(storage, name, made, error)
-            storage.tables.write(made, NAME, Partition(name))
+        frozen = _read_frozen(storage, partition, made) if storage.tables.has(NAME, partition) else None
+        if frozen is None:
+            storage.tables.write(made, NAME, partition)
             return made
     if not frozen.frame.equals(made.frame) or any(
         frozen.provenance[key] != made.provenance[key] for key in ("frozen_with", "scored_by")
@@ -216,9 +215,14 @@ def store(storage: Storage, name: str, made: StoredTable) -> StoredTable:
     return frozen
 
 
-def _require_same_version(storage: Storage, name: str, made: StoredTable, error: StorageError) -> None:
-    if storage.tables.version(NAME, Partition(name)) != made.data_version:
+def _read_frozen(storage: Storage, partition: Partition, made: StoredTable) -> StoredTable | None:
+    """The stored reference; None: it is damaged, and was the same as the one that is made now."""
+    try:
+        return storage.tables.read(NAME, partition)
+    except StorageError as error:
+        if storage.tables.version(NAME, partition) == made.data_version:
+            return None
         raise RankReferenceError(
-            f"the reference {name} is damaged, and cannot be made again as it was ({error}); restore the file, or "
-            "give ranking.reference a new name"
+            f"the reference {partition.batch} is damaged, and cannot be made again as it was ({error}); restore the "
+            "file, or give ranking.reference a new name"
         ) from error

@@ -96,9 +96,7 @@ def model_of(selection: Selection) -> str:
 
 def _of_model(candidates: pl.DataFrame, selection: Selection) -> pl.LazyFrame:
     """One row for each pair, sorted by pair_id. Lazy: only the columns that the selection reads are copied."""
-    rows = candidates.lazy().filter(pl.col("model") == model_of(selection))
-    is_sorted = rows.select("pair_id").collect()["pair_id"].is_sorted()  # As `candidates` makes them.
-    return rows if is_sorted else rows.sort("pair_id")
+    return candidates.lazy().filter(pl.col("model") == model_of(selection)).sort("pair_id")
 
 
 def _rule(selection: _ScoredSelection) -> Rule:
@@ -112,7 +110,9 @@ def _rule(selection: _ScoredSelection) -> Rule:
         case RmiTopSelection():
             return Rule(rank.is_not_null(), rank)
         case IfdSelection():
-            return _ifd_rule(selection)
+            ifd = pl.col(selection.measure)
+            above = (~_within(ifd, (None, selection.maximum)), SelectionReason.IFD_ABOVE_MAXIMUM)
+            return Rule(ifd.is_not_null(), ifd, barriers=(above,))
         case PplSelection():
             log_ppl = pl.col(selection.measure)
             in_pool = log_ppl.is_not_null() & ~_has_too_few_query_tokens()
@@ -123,25 +123,17 @@ def _rule(selection: _ScoredSelection) -> Rule:
 
 
 def _disagreement_rule(selection: DiffSelection | SumSelection) -> Rule:
-    score = pl.col("gap" if isinstance(selection, DiffSelection) else "rank_sum")
-    barriers: list[tuple[pl.Expr, SelectionReason]] = []
-    if selection.min_gap is not None:
-        barriers.append((pl.col("gap") <= selection.min_gap, SelectionReason.GAP_BELOW_MINIMUM))
-    if selection.rank_strong is not None:
-        outside = ~_within(pl.col("rank"), selection.rank_strong)
-        barriers.append((outside, SelectionReason.RANK_STRONG_OUT_OF_RANGE))
-    if selection.rmi_strong is not None:
-        outside = ~_within(pl.col("rmi"), selection.rmi_strong)
-        barriers.append((outside, SelectionReason.RMI_STRONG_OUT_OF_RANGE))
-    descending = selection.strategy.endswith("_high")
-    return Rule(pl.col("gap").is_not_null(), score, descending, tuple(barriers))
-
-
-def _ifd_rule(selection: IfdSelection) -> Rule:
-    ifd = pl.col(selection.measure)
-    if selection.maximum is None:
-        return Rule(ifd.is_not_null(), ifd)
-    return Rule(ifd.is_not_null(), ifd, barriers=((ifd > selection.maximum, SelectionReason.IFD_ABOVE_MAXIMUM),))
+    filters = (
+        ("gap", (selection.min_gap, None), SelectionReason.GAP_BELOW_MINIMUM),
+        ("rank", selection.rank_strong, SelectionReason.RANK_STRONG_OUT_OF_RANGE),
+        ("rmi", selection.rmi_strong, SelectionReason.RMI_STRONG_OUT_OF_RANGE),
+    )
+    return Rule(
+        pl.col("gap").is_not_null(),
+        pl.col("gap" if isinstance(selection, DiffSelection) else "rank_sum"),
+        descending=selection.strategy.endswith("_high"),
+        barriers=tuple((~_within(pl.col(column), ends), why) for column, ends, why in filters if ends is not None),
+    )
 
 
 def _within(value: pl.Expr, half_open: tuple[float | None, float | None]) -> pl.Expr:
@@ -195,17 +187,12 @@ def _controls(
     in_pool = found["reason"] != SelectionReason.NOT_IN_POOL.value
     rows = _of_model(candidates, published).collect().with_columns(in_pool.alias("in_pool"))
     limit = _control_limit(rows["answer_tokens"], published, found, is_cut_frozen=is_cut_frozen)
-    controls = [
-        RandomSelection.model_validate(
-            {
-                "name": f"{CONTROL_PREFIX}{strategy}",
-                "strategy": strategy,
-                "model": model_of(published),
-                "seed": _CONTROL_SEED,
-            }
+    controls = (
+        RandomSelection(
+            name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=_CONTROL_SEED
         )
         for strategy in CONTROL_STRATEGIES
-    ]
+    )
     return [_draw(rows, control, limit) for control in controls]
 
 

@@ -293,7 +293,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     two_batches: Daemon, settings_for: SettingsFor
 ) -> None:
     daemon = two_batches
-    sections = {"calibration": {"enabled": True}, "reports": {"pages": True, "pictures": False}}
+    sections = {"calibration": {"enabled": True}, "reports": {"pages": True, "plots": False}}
     daemon.use(settings_for(gates={"max_rejected_share": None}, **sections))
     root = Path(daemon.settings.storage_root)
     (root / "planted_rows").write_text("no table can be written below a file")

@@ -47,7 +47,7 @@ def settings(**sections: Any) -> Settings:
             {"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}},
             {"name": "band", "strategy": "rmi_band", "model": "weak"},
         ],
-        "calibration": {"max_share": None, "rows_per_defect": 20, "false_discovery_rate": 0.2},
+        "calibration": {"max_planted_share": None, "max_rows_per_defect": 20, "false_discovery_rate": 0.2},
     }
     return parse_settings(yaml.safe_dump(values | sections))
 
@@ -220,7 +220,12 @@ def judged_batch() -> calibration.Judged:
     low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
     planted = {role: pl.concat([low[role], high[role]]) for role in low}
     ranks, _ = disagreement_scores(clean, settings().ranking, "batch:b1")
-    return judge(rows, planted, clean, ranks, settings())
+    return judge(rows, planted, clean, ranks, settings().ranking, settings().selections)
+
+
+def calibrated(judged: calibration.Judged | None, **sections: Any) -> pl.DataFrame:
+    whole = settings(**sections)
+    return calibrate(judged, whole.models, whole.scoring.quantities, whole.selections, whole.calibration)
 
 
 def number_of(frame: pl.DataFrame, statistic: Statistic, defect: str, model: str, measure: str) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def number_of(frame: pl.DataFrame, statistic: Statistic, defect: str, model: str
 
 
 def test_a_calibration_fits_its_table_and_has_every_measure_of_every_defect(judged: calibration.Judged) -> None:
-    frame = tables.enforce(tables.Calibration, calibrate(judged, settings()))
+    frame = tables.enforce(tables.Calibration, calibrated(judged))
     aurocs = frame.filter(pl.col("statistic") == "auroc")
     assert aurocs.height == 8 * (2 * len(calibration.MEASURES) + len(calibration.MEASURES_OF_BOTH))
     known = aurocs.drop_nulls("value")
@@ -255,7 +260,7 @@ def test_the_rank_of_a_planted_pair_is_that_of_a_new_pair_against_the_batch(judg
 
 
 def test_the_auroc_compares_with_the_twins_alone(judged: calibration.Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     twins = judged.clean.filter(pl.col("pair_id").is_in([pair_name(n) for n in range(1, 21)]))
     echoes = judged.planted.filter(pl.col("defect") == "echo")
     for measure, model in (("gap", BOTH_MODELS), ("rank", "weak")):
@@ -271,7 +276,7 @@ def test_the_auroc_compares_with_the_twins_alone(judged: calibration.Judged) -> 
 def test_kept_shares_are_by_the_cut_of_the_batch_and_clean_rows_are_taken_as_they_were(
     judged: calibration.Judged,
 ) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     clean = number_of(frame, Statistic.KEPT_SHARE, CLEAN, BOTH_MODELS, "diff_high")
     assert (clean["value"], clean["num_kept"], clean["num_clean"]) == (0.25, 10, 40)
     verdicts = select(judged.clean, settings().selections[0])
@@ -287,7 +292,7 @@ def test_kept_shares_are_by_the_cut_of_the_batch_and_clean_rows_are_taken_as_the
 
 
 def test_the_cuts_are_offered_as_a_selection_that_the_settings_take(judged: calibration.Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     low, high = offered_range(frame)
     assert low is not None
     assert high is not None
@@ -303,17 +308,17 @@ def test_the_cuts_are_offered_as_a_selection_that_the_settings_take(judged: cali
 
 
 def test_cuts_that_leave_nothing_are_not_offered(judged: calibration.Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     swapped = frame.with_columns(value=pl.when(pl.col("statistic") == "low_cut").then(99.0).otherwise("value"))
     assert offered_yaml(swapped, settings().published) is None
-    assert offered_yaml(calibrate(None, settings()), settings().published) is None
+    assert offered_yaml(calibrated(None), settings().published) is None
 
 
 def test_without_a_planted_row_every_number_is_null_with_its_reason() -> None:
-    frame = tables.enforce(tables.Calibration, calibrate(None, settings()))
+    frame = tables.enforce(tables.Calibration, calibrated(None))
     assert frame["value"].null_count() == frame.height
     assert set(frame["null_reason"]) == {"not_planted"}
-    without_ifd = calibrate(None, settings(scoring={"quantities": ["rmi"]}))
+    without_ifd = calibrated(None, scoring={"quantities": ["rmi"]})
     not_wanted = without_ifd.filter(pl.col("null_reason") == "not_wanted")
     assert set(not_wanted["measure"]) == {"ifd_ppl", "log_ppl_a_given_q"}
 
@@ -321,7 +326,7 @@ def test_without_a_planted_row_every_number_is_null_with_its_reason() -> None:
 def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(
     judged: calibration.Judged, check_sentence: Check
 ) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     finding = check_metrics.discrimination(frame, 0.8, 20)
     assert finding.passed
     assert finding.numbers["auroc_other_answer_strong"] > 0.9

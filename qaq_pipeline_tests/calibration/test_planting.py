@@ -19,7 +19,7 @@ from qaq_pipeline.schema.vocabularies import Defect
 
 
 def settings(**values: Any) -> CalibrationSettings:
-    return CalibrationSettings.model_validate({"max_share": None} | values)
+    return CalibrationSettings.model_validate({"max_planted_share": None} | values)
 
 
 def rows(number: int = 60, strata: int = 3) -> pl.DataFrame:
@@ -41,12 +41,12 @@ def rows(number: int = 60, strata: int = 3) -> pl.DataFrame:
 
 
 def test_a_small_batch_gives_the_first_defects_enough_and_a_large_one_gives_all_the_same() -> None:
-    assert list(quotas(400, settings(max_share=0.1)).values()) == [ENOUGH, ENOUGH, 0, 0, 0, 0, 0, 0]
-    assert list(quotas(18, settings(max_share=0.1)).values()) == [1, 0, 0, 0, 0, 0, 0, 0]
-    assert list(quotas(1790, settings(max_share=0.1)).values()) == [23] * 3 + [22] * 5
-    assert set(quotas(10**6, settings(max_share=0.1)).values()) == {100}
-    assert set(quotas(3, settings(rows_per_defect=7)).values()) == {7}
-    assert quotas(100, settings(max_share=0.29, defects=["echo"])) == {Defect.ECHO: 29}
+    assert list(quotas(400, settings(max_planted_share=0.1)).values()) == [ENOUGH, ENOUGH, 0, 0, 0, 0, 0, 0]
+    assert list(quotas(18, settings(max_planted_share=0.1)).values()) == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert list(quotas(1790, settings(max_planted_share=0.1)).values()) == [23] * 3 + [22] * 5
+    assert set(quotas(10**6, settings(max_planted_share=0.1)).values()) == {100}
+    assert set(quotas(3, settings(max_rows_per_defect=7)).values()) == {7}
+    assert quotas(100, settings(max_planted_share=0.29, defects=["echo"])) == {Defect.ECHO: 29}
 
 
 @given(st.integers(0, 20_000), st.floats(0.01, 1), st.integers(1, 200), st.permutations(list(Defect)))
@@ -54,7 +54,7 @@ def test_no_more_is_dealt_than_may_be_and_nothing_that_may_be_is_left(
     num_pairs: int, share: float, cap: int, defects: list[Defect]
 ) -> None:
     share = round(share, 3)
-    dealt = quotas(num_pairs, settings(max_share=share, rows_per_defect=cap, defects=defects))
+    dealt = quotas(num_pairs, settings(max_planted_share=share, max_rows_per_defect=cap, defects=defects))
     may_be = int(round(share * 1000) * num_pairs // 1000)
     assert sum(dealt.values()) == min(may_be, cap * len(defects))
     assert list(dealt) == defects
@@ -64,7 +64,7 @@ def test_no_more_is_dealt_than_may_be_and_nothing_that_may_be_is_left(
 
 def test_what_is_planted_fits_its_table_and_names_the_twin_and_the_defect() -> None:
     pairs = rows()
-    planted = plant(pairs, settings(rows_per_defect=10))
+    planted = plant(pairs, settings(max_rows_per_defect=10))
     tables.enforce(tables.PlantedRows, planted)
     assert Counter(planted["defect"]) == dict.fromkeys(list(Defect), 10)
     twins = planted.join(pairs, left_on="original_pair_id", right_on="pair_id", suffix="_twin")
@@ -77,7 +77,7 @@ def test_what_is_planted_fits_its_table_and_names_the_twin_and_the_defect() -> N
 
 def test_the_twins_of_a_defect_are_distinct_drawn_evenly_from_the_strata_and_shared_between_defects() -> None:
     pairs = rows()
-    planted = plant(pairs, settings(rows_per_defect=9))
+    planted = plant(pairs, settings(max_rows_per_defect=9))
     of_defect: dict[str, list[str]] = dict(planted.group_by("defect").agg("original_pair_id").iter_rows())
     assert len({frozenset(twins) for twins in of_defect.values()}) == 1
     assert all(len(set(twins)) == 9 for twins in of_defect.values())
@@ -87,7 +87,7 @@ def test_the_twins_of_a_defect_are_distinct_drawn_evenly_from_the_strata_and_sha
 
 def test_other_answers_are_a_derangement_inside_the_stratum() -> None:
     pairs = rows()
-    planted = plant(pairs, settings(defects=["other_answer"], rows_per_defect=60))
+    planted = plant(pairs, settings(defects=["other_answer"], max_rows_per_defect=60))
     assert planted.height == 60
     origin = dict(pairs.select("answer", "stratum").iter_rows())
     own = dict(pairs.select("pair_id", "stratum").iter_rows())
@@ -119,9 +119,9 @@ def test_a_pair_that_the_batch_holds_is_never_planted() -> None:
 
 def test_the_order_of_the_rows_does_not_matter_and_the_seed_does() -> None:
     pairs = rows()
-    first = plant(pairs, settings(rows_per_defect=5))
-    assert_frame_equal(plant(pairs.reverse(), settings(rows_per_defect=5)), first)
-    assert not plant(pairs, settings(rows_per_defect=5, seed=1)).equals(first)
+    first = plant(pairs, settings(max_rows_per_defect=5))
+    assert_frame_equal(plant(pairs.reverse(), settings(max_rows_per_defect=5)), first)
+    assert not plant(pairs, settings(max_rows_per_defect=5, seed=1)).equals(first)
 
 
 def test_rows_of_the_same_query_are_drawn_once() -> None:
@@ -134,6 +134,6 @@ def test_rows_of_the_same_query_are_drawn_once() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_batch_of_no_row_or_one_gets_what_can_be_made(number: int) -> None:
-    planted = plant(rows(number), settings(rows_per_defect=3))
+    planted = plant(rows(number), settings(max_rows_per_defect=3))
     made_alone = {"echo", "refusal", "invented_terms", "cut_answer", "filler", "one_token_bug"}
     assert set(planted["defect"]) == (made_alone if number else set())

@@ -83,10 +83,6 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
         ({"scorring": {}}, ["scorring", "not permitted"]),
-        (
-            {"automation": {"recuration_cron": "0 3 * * *"}},
-            ["automation.recuration_cron: is now automation.refresh_cron", "got '0 3 * * *'"],
-        ),
         ({"models": MODELS | {"Third": {"directory": "x"}}}, ["models.Third", "pattern", "got 'Third'"]),
         ({"models": {"strong": {"directory": "big"}}}, ["weak", "required"]),
         ({"models": MODELS | {"third": {}}}, ["models.third", "exactly one of hub, directory, gguf", "none"]),
@@ -108,6 +104,28 @@ def test_an_error_names_the_file_the_field_the_value_and_what_is_allowed(
     text = refusal(**values)
     for part in named:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("automation.recuration_cron", "automation.refresh_cron", "0 3 * * *"),
+        ("calibration.max_share", "calibration.max_planted_share", 0.5),
+        ("calibration.min_auc", "checks.min_auc", 0.7),
+        ("calibration.rows_per_defect", "calibration.max_rows_per_defect", 30),
+        ("checks.max_null_share", "checks.max_null_logprob_share", 0.1),
+        ("reports.pictures", "reports.plots", False),
+        ("screening.contamination.min_share", "screening.contamination.min_ngram_share", 0.3),
+    ],
+)
+def test_the_error_of_a_renamed_field_gives_the_new_name(old: str, new: str, value: object) -> None:
+    assert f"{old}: is now {new} (got {value!r})" in refusal(**nested(old, value))
+    settings(**nested(new, value))
+
+
+def nested(field: str, value: object) -> dict[str, Any]:
+    section, *names = field.split(".")
+    return {section: nested(".".join(names), value) if names else value}
 
 
 def test_every_fault_is_named_at_once() -> None:
@@ -134,14 +152,14 @@ def test_the_published_selection_and_its_controls_are_always_exported(
         ({"strategy": "rmi_top", "model": "tiny"}, ["'mine' uses the model 'tiny'", "['strong', 'weak']"]),
         ({"strategy": "diff_high", "name": "control_mine"}, ["'control_mine'", "'control_'"]),
         ({"strategy": "diff_high", "name": "Mine!"}, ["name", "pattern", "got 'Mine!'"]),
-        ({"strategy": "rmi_band", "band": [0.75, 0.5]}, ["band must be [lo, hi]", "[0.75, 0.5]"]),
-        ({"strategy": "rmi_band", "band": [0.5, 0.5]}, ["band must be [lo, hi]"]),
-        ({"strategy": "rmi_band", "band": [0.5, 1.1]}, ["band must be [lo, hi]"]),
+        ({"strategy": "rmi_band", "band": [0.75, 0.5]}, ["band: ", "must be [lo, hi] with lo < hi", "[0.75, 0.5]"]),
+        ({"strategy": "rmi_band", "band": [0.5, 0.5]}, ["band: ", "must be [lo, hi] with lo < hi"]),
+        ({"strategy": "rmi_band", "band": [0.5, 1.1]}, ["band.1: ", "less than or equal to 1", "got 1.1"]),
         ({"strategy": "rmi_band", "budget": {"count": 3}}, ["budget", "not permitted"]),
-        ({"strategy": "diff_low", "rank_strong": [0.9, 0.1]}, ["rank_strong must be [lo, hi]"]),
+        ({"strategy": "diff_low", "rank_strong": [0.9, 0.1]}, ["rank_strong: ", "must be [lo, hi] with lo < hi"]),
         (
             {"strategy": "sum_high", "rmi_strong": [0.9, 0.9]},
-            ["rmi_strong must be [lo, hi] with lo < hi", "[0.9, 0.9]"],
+            ["rmi_strong: ", "must be [lo, hi] with lo < hi", "[0.9, 0.9]"],
         ),
         ({"strategy": "random", "budget": {"count": 3, "fraction": 0.5}}, ["budget", "['fraction', 'count']"]),
         ({"strategy": "random", "budget": {}}, ["budget", "exactly one of fraction, count, answer_tokens", "none"]),
@@ -163,7 +181,7 @@ def test_a_selection_that_cannot_be_is_refused(selection: dict[str, Any], named:
 def test_a_defect_is_named_once_and_known() -> None:
     assert "'echo' appears twice" in refusal(calibration={"defects": ["echo", "refusal", "echo"]})
     assert "other_answer" in refusal(calibration={"defects": ["typo"]})
-    assert "calibration.min_auc" in refusal(calibration={"min_auc": 0.4})
+    assert "checks.min_auc" in refusal(checks={"min_auc": 0.4})
 
 
 def test_without_an_rmi_there_is_nothing_to_calibrate() -> None:

@@ -190,7 +190,7 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "rejected_share": ({"gates": {"max_rejected_share": 0.5}}, {"screened_data"}),
     "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"rmi_scores", "decisions"}),
     "alerts": ({"alerts": {"channels": []}}, set()),
-    "pictures": ({"reports": {"pages": False, "pictures": True}}, set()),
+    "plots": ({"reports": {"pages": False, "plots": True}}, set()),
     "runtime": ({"runtime": {"batch_tokens": 64, "executor": "multiprocess", "shard_seconds": 1.0}}, set()),
     "storage": ({"storage": {"root": "memory://elsewhere"}}, set()),
     "model_cache": ({"model_cache": "elsewhere"}, set()),
@@ -211,7 +211,7 @@ def code_versions(settings: Settings) -> dict[str, str | None]:
 def test_the_page_of_a_batch_is_stale_where_it_would_show_something_else(settings_for: SettingsFor) -> None:
     before = code_versions(settings_for(reports={"pages": True}))["batch_report"]
     assert code_versions(settings_for(reports={"pages": True, "examples": 3}))["batch_report"] != before
-    assert code_versions(settings_for(reports={"pages": True, "pictures": False}))["batch_report"] == before
+    assert code_versions(settings_for(reports={"pages": True, "plots": False}))["batch_report"] == before
     calibrated = settings_for(reports={"pages": True}, calibration={"enabled": True})
     assert code_versions(calibrated)["batch_report"] != before
 
@@ -230,7 +230,7 @@ def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
     check_sentence: Check,
 ) -> None:
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
-    settings = settings_for(reports={"pages": True, "pictures": True})
+    settings = settings_for(reports={"pages": True, "plots": True})
     summary = curate(settings, instance, delivered)
     assert len(summary.pages) == 2, summary.warnings
     of_batch, of_version = (Path(path) for path in summary.pages.values())
@@ -381,7 +381,7 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 CALIBRATED = {
-    "calibration": {"enabled": True, "max_share": None, "rows_per_defect": 4},
+    "calibration": {"enabled": True, "max_planted_share": None, "max_rows_per_defect": 4},
     "selections": [{"name": "diff_high", "strategy": "diff_high"}, {"name": "band", "strategy": "rmi_band"}],
 }
 
@@ -393,7 +393,7 @@ def test_a_batch_is_calibrated_after_it_was_published_and_the_dataset_is_as_with
     curate(settings, instance, delivered)
     before = stored_tables(settings)
 
-    settings = settings_for(**CALIBRATED, reports={"pages": True, "pictures": False})
+    settings = settings_for(**CALIBRATED, reports={"pages": True, "plots": False})
     summary = curate(settings, instance, delivered)
 
     assert stored_tables(settings) == before
@@ -502,7 +502,7 @@ def test_ranks_against_a_reference_calibrate_against_it(
     ("changed", "stale"),
     [
         ({"seed": 1}, {"planted_rows", "calibration"}),
-        ({"rows_per_defect": 5}, {"planted_rows"}),
+        ({"max_rows_per_defect": 5}, {"planted_rows"}),
         ({"false_discovery_rate": 0.1}, {"calibration"}),
     ],
 )

@@ -119,7 +119,7 @@ def test_null_quantities_are_a_share_of_the_wanted_ones() -> None:
         "null_by_reason": {"query_too_long": 1, "non_finite": 1},
     }
     assert not check_metrics.null_quantities(frame, 0.24).passed
-    assert not check_metrics.null_quantities(frame, LIMITS.max_null_share).passed
+    assert not check_metrics.null_quantities(frame, LIMITS.max_null_logprob_share).passed
 
 
 def test_truncated_answers_are_a_share_of_the_pairs() -> None:

@@ -7,13 +7,15 @@ import re
 import polars as pl
 import pytest
 
-from qaq_pipeline.calibration.calibration import Judged, calibrate
-from qaq_pipeline.reports import calibration_page
+from qaq_pipeline.calibration.calibration import Judged
+from qaq_pipeline.reports import calibration_page, check_metrics
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Defect, GateReason, Statistic
+from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline_tests.calibration.test_calibration import judged_batch, number_of, planted_rows, settings
+from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline_tests.calibration.test_calibration import calibrated, judged_batch, number_of, planted_rows, settings
 
 MADE = Made("2026-11-25T00:00:00+00:00", "run", "1-abc")
 
@@ -25,12 +27,16 @@ def judged() -> Judged:
 
 def page_of(frame: pl.DataFrame, judged: Judged | None, planted: pl.DataFrame, gate: Gate | None = None) -> str:
     wanted = settings()
-    page = calibration_page.page("b1", frame, judged, planted, wanted.calibration, wanted.published, gate, MADE)
-    return page.decode()
+    finding = check_metrics.discrimination(frame, wanted.checks.min_auc)
+    stored, defects = (
+        StoredTable(planted, {"partition": ["b1"], **gates.as_provenance(gate)}),
+        wanted.calibration.defects,
+    )
+    return calibration_page.page(stored, judged, frame, finding, defects, wanted.published, MADE).decode()
 
 
 def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     cells = [cell for table in calibration_page.tables(frame) for row in table.rows for cell in row]
     known = frame.drop_nulls("value")
     for value, lower, upper in known.select("value", "lower", "upper").iter_rows():
@@ -45,7 +51,7 @@ def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: 
 
 
 def test_what_was_not_planted_or_not_asked_for_is_said_once(judged: Judged) -> None:
-    frame = calibrate(judged, settings(scoring={"quantities": ["rmi"]}))
+    frame = calibrated(judged, scoring={"quantities": ["rmi"]})
     assert calibration_page.missing(frame) == [
         "Not planted: refusal, invented_terms, cut_answer, filler, wrong_language, one_token_bug.",
         "Not scored, because `scoring.quantities` does not include it: IFD, log PPL(A|Q).",
@@ -66,7 +72,7 @@ def test_of_a_gated_batch_there_is_a_page_that_says_why() -> None:
 
 
 def test_the_page_has_its_plots_its_verdict_and_the_selection_to_paste(judged: Judged) -> None:
-    frame = calibrate(judged, settings())
+    frame = calibrated(judged)
     text = page_of(frame, judged, planted_rows())
     pictures = re.findall(r'aria-labelledby="(\w+)-title"', text)
     assert set(pictures) == {
@@ -81,7 +87,7 @@ def test_the_page_has_its_plots_its_verdict_and_the_selection_to_paste(judged: J
 
 
 def test_models_that_cannot_tell_are_an_alert(judged: Judged) -> None:
-    frame = calibrate(judged, settings()).with_columns(
+    frame = calibrated(judged).with_columns(
         value=pl.when(pl.col("measure") == "rmi").then(pl.col("value").clip(upper_bound=0.55)).otherwise("value")
     )
     text = page_of(frame, judged, planted_rows())
@@ -90,7 +96,7 @@ def test_models_that_cannot_tell_are_an_alert(judged: Judged) -> None:
 
 def test_examples_are_the_best_told_the_middle_and_the_worst_told_of_each_defect(judged: Judged) -> None:
     hostile = planted_rows().with_columns(answer=pl.lit("<script>alert(1)</script>\u202e"))
-    text = page_of(calibrate(judged, settings()), judged, hostile)
+    text = page_of(calibrated(judged), judged, hostile)
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;⟦U+202E⟧") == 6
     assert text.count("made from pair ") == 6
@@ -106,7 +112,7 @@ def test_examples_are_the_best_told_the_middle_and_the_worst_told_of_each_defect
 
 
 def test_without_a_planted_row_the_page_says_that_nothing_is_known() -> None:
-    text = page_of(calibrate(None, settings()), None, planted_rows().clear())
+    text = page_of(calibrated(None), None, planted_rows().clear())
     assert "Too few rows were planted to judge" in text
     assert "No cut is offered." in text
     assert "Not planted: other_answer, echo" in text

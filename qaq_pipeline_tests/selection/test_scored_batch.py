@@ -15,6 +15,7 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import scored_batch, stored_reference
+from qaq_pipeline.selection.decisions import decide
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.scored_batch import ScoredBatch
 from qaq_pipeline.storage.origin import OriginError
@@ -76,10 +77,10 @@ def test_the_verdict_on_a_batch_is_read_from_its_tables() -> None:
 
 
 def test_ranks_in_another_pool_than_the_settings_name_are_refused(check_sentence: Check) -> None:
-    batch().require_pool(RankingSettings(), None)
+    stored_reference.require_pool(batch().disagreement_scores, RankingSettings(), None)
     ranked = with_provenance(batch().disagreement_scores, pool_id="reference:r1:0")
     with pytest.raises(OriginError) as error:
-        batch(disagreement_scores=ranked).require_pool(RankingSettings(), None)
+        stored_reference.require_pool(ranked, RankingSettings(), None)
     check_sentence(error.value)
 
 
@@ -102,7 +103,7 @@ def test_different_frames_are_a_warning() -> None:
 def test_scores_under_other_prompts_than_those_of_a_reference_are_refused(check_sentence: Check) -> None:
     scores = batch().rmi_scores
     frozen = StoredTable(rmi_rows(), {"partition": ["r1"], "scored_by": stored_reference.scored_by(scores)})
-    assert stored_reference.differently_scored(frozen, scores) == []
+    assert stored_reference.differently_scored(frozen.provenance["scored_by"], scores) == []
     changed = dict(scores) | {"weak": with_provenance(scores["weak"], identity_hash="1")}
     with pytest.raises(stored_reference.RankReferenceError) as error:
         stored_reference.require_comparable(frozen, changed)
@@ -116,6 +117,7 @@ def test_a_lost_row_is_a_fault(settings_for: Callable[..., Settings], check_sent
     rows = {"raw_data": whole.raw_data.data_version, "screened_data": lost.data_version}
     rmi = {role: with_provenance(table, scored_from=rows) for role, table in whole.rmi_scores.items()}
     torn = ScoredBatch(whole.raw_data, lost, rmi, inputs)
+    verdicts = torn.verdicts(settings.selections, None)
     with pytest.raises(TableError) as error:
-        torn.decide(torn.verdicts(settings, None), settings.published, "0", None)
+        decide(torn.raw_data.frame, lost.frame, torn.candidates, verdicts, settings.published, "0")
     check_sentence(error.value)

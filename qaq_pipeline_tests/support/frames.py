@@ -134,7 +134,7 @@ def store_batch(
     raw_data = StoredTable(raw, {"files": files})
     screened = StoredTable(
         screen_alone(raw, settings.screening),
-        {"inputs": {}, "across_batches": False, "compared_with": {}, "benchmarks": {}},
+        {"inputs": {}, "across_batches": False, "compared_with": {}, "withdrawn": {}, "benchmarks": {}},
     )
     made_of = {
         "code_version": "0",

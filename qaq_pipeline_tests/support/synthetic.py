@@ -55,7 +55,14 @@ def batch(
     verdicts = select_all(pairs, settings.selections)
     raw_data = StoredTable(raw, {"files": {"rows.jsonl": "f" * 64}, "delivery": "d" * 32})
     screened_data = StoredTable(
-        screened, {"inputs": {}, "across_batches": False, "compared_with": {}, "benchmarks": {"humaneval": "e" * 64}}
+        screened,
+        {
+            "inputs": {},
+            "across_batches": False,
+            "compared_with": {},
+            "withdrawn": {},
+            "benchmarks": {"humaneval": "e" * 64},
+        },
     )
     made_of = {
         "inputs": {"raw_data": raw_data.data_version, "screened_data": screened_data.data_version},

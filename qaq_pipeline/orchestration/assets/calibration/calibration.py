@@ -23,14 +23,15 @@ VERSION = "3"
 
 def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     """calibration[batch]: AUROCs, kept shares and cuts, each with its interval. Nothing of a gated batch."""
-    ranking = settings.ranking
-    read = settings.calibration.model_dump(exclude={"enabled", "rows_per_defect", "max_share"})
+    ranking, selections, wanted = settings.ranking, settings.selections, settings.scoring.quantities
+    read = settings.calibration.model_dump(exclude={"enabled", "max_rows_per_defect", "max_planted_share"})
+    min_auc = settings.checks.min_auc
     ranks_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
 
     @dg.asset(
         **definition("calibration", settings),
         kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, read, ranks_by, settings.selections, settings.scoring.quantities),
+        code_version=code_version(VERSION, read, ranks_by, selections, wanted, min_auc),
     )
     @refusing
     def calibration(
@@ -43,25 +44,18 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         batch = PlantedBatch(planted_rows, planted_scores, rmi_scores, disagreement_scores)
         frozen = None if batch.gate else stored_reference.read_pool(storage, ranking)
-        judged = batch.judge(settings, frozen)
-        frame = empty(Calibration) if batch.gate else pure.calibrate(judged, settings)
-        finding = check_metrics.discrimination(frame, settings.calibration.min_auc)
+        judged = batch.judge(ranking, selections, frozen)
+        frame = empty(Calibration)
+        if not batch.gate:
+            frame = pure.calibrate(judged, settings.models, wanted, selections, settings.calibration)
+        finding = check_metrics.discrimination(frame, min_auc)
         if not batch.gate and not finding.passed:
             context.log.warning(finding.sentence)
         metadata = _metadata(frame, settings, finding) | gate_metadata(batch.gate)
         metadata |= pictures(context, settings, lambda: [calibration_page.told_apart(frame)])
         if settings.reports.pages:
-            made, planted = made_by(context), batch.planted_rows.frame
-            page = calibration_page.page(
-                context.partition_key,
-                frame,
-                judged,
-                planted,
-                settings.calibration,
-                settings.published,
-                batch.gate,
-                made,
-            )
+            defects, made = settings.calibration.defects, made_by(context)
+            page = calibration_page.page(planted_rows, judged, frame, finding, defects, settings.published, made)
             place = page_store.calibration_page(context.partition_key)
             storage.files.write_bytes(page, *place)
             metadata["page"] = dg.MetadataValue.path(storage.files.url(*place))

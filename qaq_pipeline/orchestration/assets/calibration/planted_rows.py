@@ -18,7 +18,7 @@ VERSION = "1"
 
 def build_planted_rows(settings: Settings) -> dg.AssetsDefinition:
     """planted_rows[batch]: some pairs of the batch with a planted defect. Nothing of a gated batch."""
-    drawn_by = settings.calibration.model_dump(include={"defects", "rows_per_defect", "max_share", "seed"})
+    drawn_by = settings.calibration.model_dump(include={"defects", "max_rows_per_defect", "max_planted_share", "seed"})
 
     @dg.asset(
         **definition("planted_rows", settings),

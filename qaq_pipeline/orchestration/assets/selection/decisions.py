@@ -12,7 +12,7 @@ from qaq_pipeline.reports.table_numbers import of_decisions
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import stored_reference
-from qaq_pipeline.selection.decisions import by_reason
+from qaq_pipeline.selection.decisions import by_reason, decide
 from qaq_pipeline.selection.scored_batch import ScoredBatch
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
@@ -41,12 +41,13 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         batch = ScoredBatch(raw_data, screened_data, rmi_scores, disagreement_scores)
         frozen = stored_reference.read_pool(storage, ranking)
-        batch.require_pool(ranking, frozen)
-        gate, verdicts = batch.gate(settings.gates), batch.verdicts(settings, frozen)
+        stored_reference.require_pool(disagreement_scores, ranking, frozen)
+        gate, verdicts = batch.gate(settings.gates), batch.verdicts(settings.selections, frozen)
         inputs = batch.inputs | ({} if frozen is None else {stored_reference.NAME: frozen})
-        facts = batch.facts(settings, gate)
+        facts = batch.facts(settings.selections, gate)
         made_of = provenance_of(context, inputs, **facts)
-        frame = batch.decide(verdicts, published, storage.provenance.write(made_of, context.run.run_id), gate)
+        made_by = storage.provenance.write(made_of, context.run.run_id)
+        frame = decide(raw_data.frame, screened_data.frame, batch.candidates, verdicts, published, made_by, gate)
         _report_gate(context, storage, settings, screened_data, gate)
         metadata = of_decisions(frame, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
         metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(frame))])

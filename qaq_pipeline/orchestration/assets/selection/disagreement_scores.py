@@ -36,7 +36,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         facts = {
             "pool_id": stored_reference.pool_id(context.partition_key, ranking, frozen),
             "ranking_hash": settings_hash(ranking.without_pool()),
-            "models": scored_batch.models_of(rmi_scores),
+            "models": stored_reference.identities(rmi_scores),
         }
         frame, warnings = scored_batch.rank(rmi_scores, ranking, facts["pool_id"], frozen)
         for warning in warnings:
