@@ -14,29 +14,58 @@ import dataframely as dy
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.partitions import partitions_of
-from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning
+from qaq_pipeline.pipeline import PIPELINE, Partitioning
 from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.partition import Input
 from qaq_pipeline.screening.gates import Gate
 
-OWNERS = ["team:data-curation"]
-
 GPU_POOL = "gpu"
 """Concurrency pool of the assets that score."""
 
-HOLDS_TEXT = {"qaq/holds": "text"}
-HOLDS_NUMBERS = {"qaq/holds": "numbers"}
+_HOLDS_TEXT = {"qaq/holds": "text"}
+_HOLDS_NUMBERS = {"qaq/holds": "numbers"}
 """Tags of an asset: its readers see text of delivered rows, or only numbers and hashes."""
 
 _TEXT_COLUMNS = {"query", "answer", "evidence"}
 
 
-def code_version(code: str, *settings: object) -> str:
-    """Version of an asset: of its code, and of exactly the settings that it reads."""
-    return f"{code}-{settings_hash(*settings)}"
+def asset(
+    settings: Settings, code: str, reads: Sequence[object] = (), **options: Any
+) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """Decorate a function of the name of an asset: its definition is from `pipeline`, and of a table from its schema.
+
+    `deps` are the inputs that the asset reads itself: all of an asset of no batch, and the reference where ranks are
+    taken against one. Refused inputs fail it without a retry.
+
+    Args:
+        settings: settings of its partitions and inputs.
+        code: version of its code.
+        reads: exactly the settings that it reads, which its code version hashes.
+        options: arguments of `dg.asset`, which take precedence.
+    """
+
+    def define(function: Callable[..., Any]) -> dg.AssetsDefinition:
+        declared = PIPELINE[function.__name__]
+        defined: dict[str, Any] = {
+            "group_name": declared.group,
+            "partitions_def": partitions_of(declared, settings),
+            "code_version": f"{code}-{settings_hash(*reads)}",
+            "owners": ["team:data-curation"],
+            "tags": _HOLDS_TEXT,
+        }
+        if declared.partitioning is Partitioning.NONE:
+            defined["deps"] = declared.inputs
+        elif settings.ranking.pool == "reference":
+            defined["deps"] = declared.optional_inputs
+        if declared.schema is not None:
+            defined |= _of_schema(declared.schema)
+        return dg.asset(**defined | options)(refusing(function))
+
+    return define
 
 
 def version_of(context: dg.AssetExecutionContext) -> str | None:
@@ -44,36 +73,16 @@ def version_of(context: dg.AssetExecutionContext) -> str | None:
     return context.assets_def.code_versions_by_key[context.asset_key]
 
 
-def definition(name: str, settings: Settings) -> dict[str, Any]:
-    """Name, group, partitions, owners and tags of an asset; of a table also description and column schema.
-
-    `deps` are the inputs that the asset reads itself: all of an asset of no batch, and the reference where ranks are
-    taken against one.
-    """
-    asset = PIPELINE[name]
-    known: dict[str, Any] = {
-        "name": name,
-        "group_name": asset.group,
-        "partitions_def": partitions_of(asset, settings),
-        "owners": OWNERS,
-        **_deps(asset, settings),
-    }
-    if asset.schema is None:
-        return known | {"tags": HOLDS_TEXT}
-    return known | {
-        "description": inspect.getdoc(asset.schema),
-        "tags": HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(asset.schema.columns()) else HOLDS_TEXT,
-        "metadata": {"dagster/column_schema": column_schema(asset.schema)},
+def _of_schema(table: type[dy.Schema]) -> dict[str, Any]:
+    return {
+        "description": inspect.getdoc(table),
+        "kinds": {"polars", "parquet"},
+        "tags": _HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(table.columns()) else _HOLDS_TEXT,
+        "metadata": {"dagster/column_schema": _column_schema(table)},
     }
 
 
-def _deps(asset: Asset, settings: Settings) -> dict[str, tuple[str, ...]]:
-    if asset.partitioning is Partitioning.NONE:
-        return {"deps": asset.inputs}
-    return {"deps": asset.optional_inputs} if settings.ranking.pool == "reference" and asset.optional_inputs else {}
-
-
-def column_schema(table: type[dy.Schema]) -> dg.TableSchema:
+def _column_schema(table: type[dy.Schema]) -> dg.TableSchema:
     """The table's columns as the UI shows them: type, description, unit, constraints; fields of records by name."""
     return dg.TableSchema(
         columns=[

@@ -6,8 +6,7 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, made_by, pictures
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.reports.pages import Scoring
@@ -27,19 +26,13 @@ _DESCRIPTION = (
 def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
     """batch_report[batch]: one HTML page; nothing is made from it."""
 
-    @dg.asset(
-        **definition("batch_report", settings),
+    @asset(
+        settings,
+        VERSION,
+        reads=[settings.published, settings.ranking.reference, settings.reports.examples, settings.is_calibrated],
         description=_DESCRIPTION,
         kinds={"html"},
-        code_version=code_version(
-            VERSION,
-            settings.published,
-            settings.ranking.reference,
-            settings.reports.examples,
-            settings.is_calibrated,
-        ),
     )
-    @refusing
     def batch_report(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

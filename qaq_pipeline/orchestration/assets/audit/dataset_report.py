@@ -3,8 +3,7 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, made_by, pictures
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.reports import page_store, pages
@@ -21,13 +20,7 @@ _DESCRIPTION = (
 def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
     """dataset_report: unpartitioned; one HTML page a version, outside the version's hash."""
 
-    @dg.asset(
-        **definition("dataset_report", settings),
-        description=_DESCRIPTION,
-        kinds={"html"},
-        code_version=code_version(VERSION, settings.ranking.reference),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[settings.ranking.reference], description=_DESCRIPTION, kinds={"html"})
     def dataset_report(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         newest = versions.latest(storage)
         if newest is None:

@@ -10,9 +10,8 @@ from qaq_pipeline.calibration import planting
 from qaq_pipeline.calibration.calibration import Judged
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata, made_by, pictures
 from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.tables import Calibration
@@ -29,12 +28,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     read = settings.calibration.model_dump(exclude={"enabled", "rows_per_defect", "max_share"})
     ranks_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
 
-    @dg.asset(
-        **definition("calibration", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, read, ranks_by, settings.selections, settings.scoring.quantities),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[read, ranks_by, settings.selections, settings.scoring.quantities])
     def calibration(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

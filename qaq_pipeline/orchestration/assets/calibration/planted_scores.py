@@ -4,9 +4,8 @@ import dagster as dg
 
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import GPU_POOL, code_version, definition
+from qaq_pipeline.orchestration.metadata import GPU_POOL, asset
 from qaq_pipeline.orchestration.run_log import on_shard, on_start
 from qaq_pipeline.reports.table_numbers import of_scoring
 from qaq_pipeline.schema.partition import Partition
@@ -23,13 +22,13 @@ def build_planted_scores(settings: Settings) -> dg.AssetsDefinition:
     models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
     eligibility = settings.eligibility
 
-    @dg.asset(
-        **definition("planted_scores", settings),
+    @asset(
+        settings,
+        VERSION,
+        reads=[models, settings.scoring, eligibility],
         kinds={"pytorch", "huggingface"},
         pool=GPU_POOL,
-        code_version=code_version(VERSION, models, settings.scoring, eligibility),
     )
-    @refusing
     def planted_scores(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

@@ -5,8 +5,7 @@ from datetime import timedelta
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches, require_batches
@@ -25,16 +24,16 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     """curated_dataset: unpartitioned; publishing the same content twice is a no-op."""
     exports.check_installed(settings.export.formats)
 
-    @dg.asset(
-        **definition("curated_dataset", settings),
+    @asset(
+        settings,
+        VERSION,
+        reads=[settings.published, settings.export, settings.publication],
         description=_DESCRIPTION,
         kinds={"json", "parquet"},
-        code_version=code_version(VERSION, settings.published, settings.export, settings.publication),
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=settings.automation.stale_after_hours)
         ),
     )
-    @refusing
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         with versions.lock(storage):

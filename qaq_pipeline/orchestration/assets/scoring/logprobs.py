@@ -3,9 +3,8 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import GPU_POOL, code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.metadata import GPU_POOL, asset, gate_metadata
 from qaq_pipeline.orchestration.run_log import on_shard, on_start
 from qaq_pipeline.reports.table_numbers import of_scoring
 from qaq_pipeline.schema.partition import Partition
@@ -22,13 +21,7 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
     """logprobs[batch and model]: sums of NLL of every distinct accepted pair."""
     models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
 
-    @dg.asset(
-        **definition("logprobs", settings),
-        kinds={"pytorch", "huggingface"},
-        pool=GPU_POOL,
-        code_version=code_version(VERSION, models, settings.scoring),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[models, settings.scoring], kinds={"pytorch", "huggingface"}, pool=GPU_POOL)
     def logprobs(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

@@ -3,8 +3,7 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition, lineage_of_columns, version_of
+from qaq_pipeline.orchestration.metadata import asset, lineage_of_columns, version_of
 from qaq_pipeline.reports.table_numbers import Numbers, of_rank_reference
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.selection import stored_reference
@@ -21,14 +20,13 @@ def build_rank_reference(settings: Settings) -> dg.AssetsDefinition:
     wanted, frozen_with = stored_reference.named(ranking), stored_reference.frozen_with(ranking)
     keys = [dg.MultiPartitionKey({"batch": batch, "model": role}) for batch in wanted.batches for role in roles]
 
-    @dg.asset(
-        **definition(NAME, settings),
-        kinds={"polars", "parquet"},
+    @asset(
+        settings,
+        VERSION,
+        reads=[wanted.name, frozen_with, settings.gates.min_scorable_share],
         # Other batches leave it fresh.
         deps=[dg.AssetDep("rmi_scores", partition_mapping=dg.SpecificPartitionsPartitionMapping(keys))],
-        code_version=code_version(VERSION, wanted.name, frozen_with, settings.gates.min_scorable_share),
     )
-    @refusing
     def rank_reference(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         batches = {
             batch: stored_reference.read_scores(storage, batch, roles, settings.gates) for batch in wanted.batches
