@@ -24,8 +24,7 @@ def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
         monitor_all_code_locations=True,
     )
     def alert_of_failed_run(context: dg.RunFailureSensorContext) -> None:
-        for failure in alerts.send(failed_run(context), settings.alerts):
-            context.log.error(failure)
+        alerts.send(failed_run(context), settings.alerts, context.log)
 
     return alert_of_failed_run
 

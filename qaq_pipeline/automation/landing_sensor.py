@@ -75,5 +75,4 @@ def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, ref
         alert = Alert(
             f"Refused in the landing zone: {len(lines)}", "\n".join(lines[:MOST_LINES]) + more, "delivery_refused"
         )
-        for failure in alerts.send(alert, settings.alerts):
-            context.log.error(failure)
+        alerts.send(alert, settings.alerts, context.log)
