@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 import dataframely as dy
 
@@ -44,6 +45,14 @@ class Purpose(StrEnum):
     """People read it. Nothing is made from it, so a failure stops nothing."""
 
 
+class Stored(NamedTuple):
+    """The declaration of a stored table."""
+
+    schema: type[dy.Schema]
+    sources: Callable[[], Mapping[str, Sources]]
+    """Columns from which each column is derived."""
+
+
 @dataclass(frozen=True)
 class Asset:
     """One asset of the pipeline."""
@@ -58,26 +67,25 @@ class Asset:
     """Assets from which it is made under some settings."""
     partitioning: Partitioning = Partitioning.BATCH
     purpose: Purpose = Purpose.CURATION
-    schema: type[dy.Schema] | None = None
-    """Schema of the stored table; None: it is no table."""
-    sources: Callable[[], Mapping[str, Sources]] | None = None
-    """Columns from which each column of the table is derived."""
+    stored: Stored | None = None
+    """The stored table; None: it is no table."""
     is_published: bool = False
     """Whether its table of a batch is part of a publication."""
     module: str = field(default="", kw_only=True)
     """Module with `build_<name>`; by default `orchestration/assets/<group>/<name>.py`."""
 
     @property
-    def builder(self) -> tuple[str, str]:
-        """Module and function that build its Dagster definition."""
-        return self.module or f"qaq_pipeline.orchestration.assets.{self.group}.{self.name}", f"build_{self.name}"
+    def builder(self) -> str:
+        """The function that builds its Dagster definition, as `module:function`."""
+        module = self.module or f"qaq_pipeline.orchestration.assets.{self.group}.{self.name}"
+        return f"{module}:build_{self.name}"
 
     @property
     def table(self) -> type[dy.Schema]:
         """Schema of its table. Raises ValueError where it is no table."""
-        if self.schema is None:
+        if self.stored is None:
             raise ValueError(f"{self.name} is no table")
-        return self.schema
+        return self.stored.schema
 
     @property
     def has_models(self) -> bool:
@@ -138,7 +146,7 @@ class Pipeline:
 
     def tables(self, *purposes: Purpose) -> dict[str, type[dy.Schema]]:
         """Schemas of the stored tables by name; by default all."""
-        return {asset.name: asset.table for asset in self.of(*(purposes or Purpose)) if asset.schema is not None}
+        return {asset.name: asset.table for asset in self.of(*(purposes or Purpose)) if asset.stored}
 
     def tables_of_batch(self, *purposes: Purpose) -> dict[str, type[dy.Schema]]:
         """Schemas of the tables that belong to one batch; by default of curation and calibration."""
@@ -163,8 +171,8 @@ class Pipeline:
         """
         found: dict[str, dict[str, Sources]] = {}
         for asset in self.assets:
-            if asset.sources is not None:
-                sources, columns = asset.sources(), asset.table.columns()
+            if asset.stored is not None:
+                sources, columns = asset.stored.sources(), asset.table.columns()
                 if sources.keys() != columns.keys():
                     wrong = sorted(sources.keys() ^ columns.keys())
                     raise ValueError(f"{asset.name}: its columns and their declared sources differ in {wrong}")
@@ -178,8 +186,7 @@ PIPELINE = Pipeline(
             "raw_data",
             group="ingest",
             job="ingest_batch",
-            schema=tables.RawData,
-            sources=column_lineage.raw_data,
+            stored=Stored(tables.RawData, column_lineage.raw_data),
             is_published=True,
         ),
         Asset(
@@ -187,16 +194,14 @@ PIPELINE = Pipeline(
             group="ingest",
             job="ingest_batch",
             inputs=("raw_data",),
-            schema=tables.Signatures,
-            sources=column_lineage.signatures,
+            stored=Stored(tables.Signatures, column_lineage.signatures),
         ),
         Asset(
             "screened_data",
             group="ingest",
             job="ingest_batch",
             inputs=("raw_data", "signatures"),
-            schema=tables.ScreenedData,
-            sources=column_lineage.screened_data,
+            stored=Stored(tables.ScreenedData, column_lineage.screened_data),
             is_published=True,
         ),
         Asset(
@@ -205,8 +210,7 @@ PIPELINE = Pipeline(
             job="score_batch",
             inputs=("raw_data", "screened_data"),
             partitioning=Partitioning.BATCH_AND_MODEL,
-            schema=tables.Logprobs,
-            sources=column_lineage.logprobs,
+            stored=Stored(tables.Logprobs, column_lineage.logprobs),
         ),
         Asset(
             "rmi_scores",
@@ -214,8 +218,7 @@ PIPELINE = Pipeline(
             job="score_batch",
             inputs=("logprobs",),
             partitioning=Partitioning.BATCH_AND_MODEL,
-            schema=tables.RmiScores,
-            sources=column_lineage.rmi_scores,
+            stored=Stored(tables.RmiScores, column_lineage.rmi_scores),
         ),
         Asset(
             "rank_reference",
@@ -224,8 +227,7 @@ PIPELINE = Pipeline(
             inputs=("rmi_scores",),
             partitioning=Partitioning.REFERENCE,
             purpose=Purpose.REFERENCE,
-            schema=tables.RankReference,
-            sources=column_lineage.rank_reference,
+            stored=Stored(tables.RankReference, column_lineage.rank_reference),
         ),
         Asset(
             "disagreement_scores",
@@ -233,8 +235,7 @@ PIPELINE = Pipeline(
             job="select_from_batch",
             inputs=("rmi_scores",),
             optional_inputs=("rank_reference",),
-            schema=tables.DisagreementScores,
-            sources=column_lineage.disagreement_scores,
+            stored=Stored(tables.DisagreementScores, column_lineage.disagreement_scores),
         ),
         Asset(
             "decisions",
@@ -242,8 +243,7 @@ PIPELINE = Pipeline(
             job="select_from_batch",
             inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores"),
             optional_inputs=("rank_reference",),
-            schema=tables.Decisions,
-            sources=column_lineage.decisions,
+            stored=Stored(tables.Decisions, column_lineage.decisions),
             is_published=True,
         ),
         Asset(
@@ -251,8 +251,7 @@ PIPELINE = Pipeline(
             group="publication",
             job="select_from_batch",
             inputs=("raw_data", "decisions"),
-            schema=tables.SelectedSubset,
-            sources=column_lineage.selected_subset,
+            stored=Stored(tables.SelectedSubset, column_lineage.selected_subset),
             is_published=True,
         ),
         Asset(
@@ -284,8 +283,7 @@ PIPELINE = Pipeline(
             job="plant_defects",
             inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores"),
             purpose=Purpose.CALIBRATION,
-            schema=tables.PlantedRows,
-            sources=column_lineage.planted_rows,
+            stored=Stored(tables.PlantedRows, column_lineage.planted_rows),
         ),
         Asset(
             "planted_scores",
@@ -294,8 +292,7 @@ PIPELINE = Pipeline(
             inputs=("planted_rows",),
             partitioning=Partitioning.BATCH_AND_MODEL,
             purpose=Purpose.CALIBRATION,
-            schema=tables.PlantedScores,
-            sources=column_lineage.planted_scores,
+            stored=Stored(tables.PlantedScores, column_lineage.planted_scores),
         ),
         Asset(
             "calibration",
@@ -304,8 +301,7 @@ PIPELINE = Pipeline(
             inputs=("rmi_scores", "disagreement_scores", "planted_rows", "planted_scores"),
             optional_inputs=("rank_reference",),
             purpose=Purpose.CALIBRATION,
-            schema=tables.Calibration,
-            sources=column_lineage.calibration,
+            stored=Stored(tables.Calibration, column_lineage.calibration),
         ),
     )
 )

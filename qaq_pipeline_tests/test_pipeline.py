@@ -13,7 +13,7 @@ from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.freshness.staleness import Freshness
 from qaq_pipeline.lineage.lineage import State, walk
 from qaq_pipeline.orchestration.jobs import build_job_defs, present
-from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Pipeline, Purpose
+from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Pipeline, Purpose, Stored
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.runs import registration, run_batch
@@ -66,10 +66,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 def test_every_column_has_declared_sources() -> None:
-    entry = PIPELINE["signatures"]
-    torn = Pipeline(
-        (PIPELINE["raw_data"], Asset("t", "g", "j", schema=entry.schema, sources=PIPELINE["raw_data"].sources))
-    )
+    raw_data = PIPELINE["raw_data"]
+    assert raw_data.stored is not None
+    stored = Stored(PIPELINE["signatures"].table, raw_data.stored.sources)
+    torn = Pipeline((raw_data, Asset("t", "g", "j", stored=stored)))
     with pytest.raises(ValueError, match=r"t: its columns and their declared sources differ in \['answer', 'bands'"):
         _ = torn.column_sources
 

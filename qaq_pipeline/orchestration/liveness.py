@@ -66,10 +66,8 @@ def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[st
 def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
     """Ids of the runs that hold a slot of a pool now: other runs wait for them."""
     storage = instance.event_log_storage
-    claimed = [
-        slot for key in storage.get_concurrency_keys() for slot in storage.get_concurrency_info(key).claimed_slots
-    ]
-    return sorted({slot.run_id for slot in claimed})
+    pools = [storage.get_concurrency_info(key) for key in storage.get_concurrency_keys()]
+    return sorted({slot.run_id for pool in pools for slot in pool.claimed_slots})
 
 
 def _is_dead(instance: dg.DagsterInstance, lock_directory: Path, run: dg.DagsterRun) -> bool:

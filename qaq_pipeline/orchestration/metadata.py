@@ -61,8 +61,8 @@ def asset(
             defined["deps"] = declared.inputs
         elif settings.ranking.pool == "reference":
             defined["deps"] = declared.optional_inputs
-        if declared.schema is not None:
-            defined |= _of_schema(declared.schema)
+        if declared.stored is not None:
+            defined |= _of_schema(declared.stored.schema)
         return dg.asset(**defined | options)(refusing(function))
 
     return define
@@ -78,46 +78,23 @@ def _of_schema(table: type[dy.Schema]) -> dict[str, Any]:
         "description": inspect.getdoc(table),
         "kinds": {"polars", "parquet"},
         "tags": _HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(table.columns()) else _HOLDS_TEXT,
-        "metadata": {"dagster/column_schema": _column_schema(table)},
+        "metadata": {"dagster/column_schema": dg.TableSchema([_column(*item) for item in table.columns().items()])},
     }
 
 
-def _column_schema(table: type[dy.Schema]) -> dg.TableSchema:
-    """The table's columns as the UI shows them: type, description, unit, constraints; fields of records by name."""
-    return dg.TableSchema(
-        columns=[
-            dg.TableColumn(
-                name=name,
-                type=_type(column),
-                description=_description(column),
-                constraints=dg.TableColumnConstraints(nullable=column.nullable),
-                tags=_tags(column),
-            )
-            for name, column in table.columns().items()
-        ]
-    )
-
-
-def _type(column: dy.Column) -> str:
-    """The dtype without the fields of a record, which the UI would cut off."""
-    return str(column.dtype) if _record(column) is None else "List(Struct)"
-
-
-def _description(column: dy.Column) -> str | None:
-    """The description as Markdown, where a placeholder such as <name> would vanish as a tag."""
-    record = _record(column)
-    text = column.description if record is None else f"{column.description} Fields: {', '.join(record.inner)}."
-    return None if text is None else text.replace("<", r"\<")
-
-
-def _record(column: dy.Column) -> dy.Struct | None:
-    """The record of a column that holds a list of records."""
-    return column.inner if isinstance(column, dy.List) and isinstance(column.inner, dy.Struct) else None
-
-
-def _tags(column: dy.Column) -> dict[str, str]:
+def _column(name: str, column: dy.Column) -> dg.TableColumn:
+    """A column as the UI shows it: type, description, unit, constraints; fields of records by name."""
+    record = column.inner if isinstance(column, dy.List) and isinstance(column.inner, dy.Struct) else None
+    fields = "" if record is None else f" Fields: {', '.join(record.inner)}."
     unit = (column.metadata or {}).get("unit")
-    return ({"unit": unit} if unit else {}) | ({"key": ""} if column.primary_key else {})
+    return dg.TableColumn(
+        name=name,
+        type=str(column.dtype) if record is None else "List(Struct)",  # The UI would cut the fields off.
+        # In Markdown, a placeholder such as <name> would vanish as a tag.
+        description=column.description and (column.description + fields).replace("<", r"\<"),
+        constraints=dg.TableColumnConstraints(nullable=column.nullable),
+        tags=({"unit": unit} if unit else {}) | ({"key": ""} if column.primary_key else {}),
+    )
 
 
 def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.MetadataValue]:

@@ -23,8 +23,8 @@ def score(
             str(partition.model),
             pairs,
             storage,
-            on_shard=lambda progress: context.log.info("%s: %s", progress.model, progress.sentence),
-            on_start=lambda estimate: context.log.info("to score: %s", estimate.sentence),
+            lambda progress: context.log.info("%s: %s", progress.model, progress.sentence),
+            lambda estimate: context.log.info("to score: %s", estimate.sentence),
         )
 
 

@@ -7,7 +7,7 @@ import polars as pl
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.materialisation import provenance_of
 from qaq_pipeline.orchestration.partitions import BATCHES
-from qaq_pipeline.pipeline import PIPELINE, Asset, Pipeline
+from qaq_pipeline.pipeline import PIPELINE, Asset, Pipeline, Stored
 from qaq_pipeline.schema.column_lineage import Sources
 from qaq_pipeline.storage.tables import StoredTable
 
@@ -41,8 +41,7 @@ def with_answer_lengths() -> Pipeline:
         group="selection",
         job=PIPELINE["selected_subset"].job,
         inputs=("raw_data",),
-        schema=AnswerLengths,
-        sources=sources_of_lengths,
+        stored=Stored(AnswerLengths, sources_of_lengths),
         is_published=True,
         module=__name__,
     )

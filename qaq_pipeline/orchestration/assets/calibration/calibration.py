@@ -7,7 +7,6 @@ import polars as pl
 
 from qaq_pipeline.calibration import calibration as pure
 from qaq_pipeline.calibration import planting
-from qaq_pipeline.calibration.calibration import Judged
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.materialisation import table_result
@@ -47,7 +46,11 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         metadata = _metadata(frame, settings, finding) | gate_metadata(batch.gate)
         metadata |= pictures(context, settings, lambda: [calibration_page.told_apart(frame)])
         if settings.reports.pages:
-            metadata |= _write_page(context, storage, settings, batch, frame, judged, finding)
+            name, planted, made = context.partition_key, planted_rows.frame, made_by(context)
+            page = calibration_page.page(name, frame, judged, planted, settings, finding, batch.gate, made)
+            place = page_store.calibration_page(name)
+            storage.files.write_bytes(page, *place)
+            metadata["page"] = dg.MetadataValue.path(storage.files.url(*place))
         inputs = batch.inputs | ({} if frozen is None else {stored_reference.NAME: frozen})
         return table_result(context, frame, inputs, metadata)
 
@@ -62,19 +65,3 @@ def _metadata(frame: pl.DataFrame, settings: Settings, finding: Finding) -> dict
         "finding": finding.sentence,
         **finding.numbers,
     }
-
-
-def _write_page(
-    context: dg.AssetExecutionContext,
-    storage: Storage,
-    settings: Settings,
-    batch: PlantedBatch,
-    frame: pl.DataFrame,
-    judged: Judged | None,
-    finding: Finding,
-) -> dict[str, Any]:
-    name, made, planted = context.partition_key, made_by(context), batch.planted_rows.frame
-    page = calibration_page.page(name, frame, judged, planted, settings, finding, batch.gate, made)
-    place = page_store.calibration_page(name)
-    storage.files.write_bytes(page, *place)
-    return {"page": dg.MetadataValue.path(storage.files.url(*place))}
