@@ -14,7 +14,7 @@ NIGHTLY = "refresh"
 def build_nightly_job(settings: Settings) -> dg.JobDefinition:
     """Build the job that refreshes what is stale."""
 
-    @dg.op(name="refresh_stale_tables", description="Rebuilds stale tables, and publishes if something changed.")
+    @dg.op(description="Rebuilds stale tables, and publishes if something changed.")
     def refresh_stale_tables(context: dg.OpExecutionContext) -> None:
         done = refresh_all(settings, context.instance, Events(on_notice=context.log.warning))
         context.log.info(done.sentence)
