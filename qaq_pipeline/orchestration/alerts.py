@@ -94,33 +94,30 @@ def _failure(channel: Channel, alert: Alert) -> str | None:
     """
     reasons: list[str | None] = []
     # A daemon thread that is left behind does not keep the process alive.
-    thread = threading.Thread(target=lambda: reasons.append(_fault(channel, alert)), daemon=True)
+    thread = threading.Thread(target=lambda: reasons.append(_send_over(channel, alert)), daemon=True)
     thread.start()
     thread.join(DEADLINE_SECONDS)
     return reasons[0] if reasons else f"it gave no answer in {DEADLINE_SECONDS:g} s"
 
 
-def _fault(channel: Channel, alert: Alert) -> str | None:
+def _send_over(channel: Channel, alert: Alert) -> str | None:
+    """Send the alert over a channel; the reason why that failed, or None."""
     try:
-        _send_over(channel, alert)
+        match channel:
+            case LogAlerts():
+                level = logging.ERROR if alert.kind == "run_failed" else logging.WARNING
+                logger.log(level, "%s. %s", alert.subject, alert.text)
+            case EmailAlerts():
+                _send_email(channel, alert)
+            case SlackAlerts():
+                _send_to_slack(channel, alert)
+            case PythonAlerts():
+                _resolve(channel.target)(alert)
     except AlertError as error:
         return str(error)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the next channel is tried, and the run goes on.
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _send_over(channel: Channel, alert: Alert) -> None:
-    match channel:
-        case LogAlerts():
-            level = logging.ERROR if alert.kind == "run_failed" else logging.WARNING
-            logger.log(level, "%s. %s", alert.subject, alert.text)
-        case EmailAlerts():
-            _send_email(channel, alert)
-        case SlackAlerts():
-            _send_to_slack(channel, alert)
-        case PythonAlerts():
-            _resolve(channel.target)(alert)
 
 
 def _secret(name: str) -> str:

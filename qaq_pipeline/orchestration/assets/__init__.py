@@ -16,12 +16,12 @@ __all__ = ["build_assets", "wanted_purposes"]
 
 def wanted_purposes(settings: Settings) -> list[Purpose]:
     """The purposes for which assets are made under these settings."""
-    unwanted = {
-        Purpose.REFERENCE: settings.ranking.reference is None,
-        Purpose.PAGE: not settings.reports.pages,
-        Purpose.CALIBRATION: not settings.is_calibrated,
+    is_wanted = {
+        Purpose.REFERENCE: settings.ranking.reference is not None,
+        Purpose.PAGE: settings.reports.pages,
+        Purpose.CALIBRATION: settings.is_calibrated,
     }
-    return [purpose for purpose in Purpose if not unwanted.get(purpose, False)]
+    return [purpose for purpose in Purpose if is_wanted.get(purpose, True)]
 
 
 def build_assets(settings: Settings, pipeline: Pipeline = PIPELINE) -> list[dg.AssetsDefinition]:
