@@ -16,11 +16,6 @@ from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "3"
 _MOST_MATERIALISATIONS = 20
-_DESCRIPTION = (
-    "The audit page of a batch, one file that needs no network: what became of every row, what made the "
-    "scores, the selection and its controls, plots, examples of both tails and of each reason, and what each "
-    "column is made of."
-)
 
 
 def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
@@ -30,7 +25,6 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         settings,
         VERSION,
         reads=[settings.published, settings.ranking.reference, settings.reports.examples, settings.is_calibrated],
-        description=_DESCRIPTION,
         kinds={"html"},
     )
     def batch_report(
@@ -42,6 +36,10 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         decisions: StoredTable,
         selected_subset: StoredTable,
     ) -> dg.MaterializeResult:
+        """The audit page of a batch, one file that needs no network: what became of every row, what made the scores,
+        the selection and its controls, plots, examples of both tails and of each reason, and what each column is made
+        of.
+        """
         batch = context.partition_key
         rows = {"raw_data": raw_data, "screened_data": screened_data}
         tables = BatchTables(batch, rows | {"decisions": decisions, "selected_subset": selected_subset})

@@ -10,18 +10,17 @@ from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.storage.storage import Storage
 
 VERSION = "3"
-_DESCRIPTION = (
-    "The audit page of the newest published version, one file that needs no network: its batches and those "
-    "left out, what entered and left, the selection and its controls, plots, its files with their sha256, and "
-    "what each column of them is made of."
-)
 
 
 def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
     """dataset_report: unpartitioned; one HTML page a version, outside the version's hash."""
 
-    @asset(settings, VERSION, reads=[settings.ranking.reference], description=_DESCRIPTION, kinds={"html"})
+    @asset(settings, VERSION, reads=[settings.ranking.reference], kinds={"html"})
     def dataset_report(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
+        """The audit page of the newest published version, one file that needs no network: its batches and those left
+        out, what entered and left, the selection and its controls, plots, its files with their sha256, and what each
+        column of them is made of.
+        """
         newest = versions.latest(storage)
         if newest is None:
             raise NothingToPublishError("dataset_report: nothing is published yet; materialise curated_dataset")

@@ -13,11 +13,6 @@ from qaq_pipeline.reports.table_numbers import of_publication
 from qaq_pipeline.storage.storage import Storage
 
 VERSION = "3"
-_DESCRIPTION = (
-    "The published selection of every complete batch, and random controls of its size, as files for "
-    "training, under the hash of their manifest. A version is never overwritten; publications.json "
-    "lists them in order, each with the batches left out."
-)
 
 
 def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
@@ -28,13 +23,16 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
         settings,
         VERSION,
         reads=[settings.published, settings.export, settings.publication],
-        description=_DESCRIPTION,
         kinds={"json", "parquet"},
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=settings.automation.stale_after_hours)
         ),
     )
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
+        """The published selection of every complete batch, and random controls of its size, as files for training,
+        under the hash of their manifest. A version is never overwritten; publications.json lists them in order, each
+        with the batches left out.
+        """
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         with versions.lock(storage):
             batches, excluded = read_batches(storage, registered, settings)
