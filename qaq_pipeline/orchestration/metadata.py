@@ -36,15 +36,16 @@ _TEXT_COLUMNS = {"query", "answer", "evidence"}
 def asset(
     settings: Settings, code: str, reads: Sequence[object] = (), **options: Any
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
-    """Decorate a function of the name of an asset: its definition is from `pipeline`, and of a table from its schema.
+    """Turn a function into the asset of its name, defined as `pipeline` declares it.
 
-    `deps` are the inputs that the asset reads itself: all of an asset of no batch, and the reference where ranks are
-    taken against one. Refused inputs fail it without a retry.
+    The schema of a table describes it; the docstring of the function describes another asset. `deps` are the inputs
+    that the asset reads itself: all of an asset of no batch, and the reference where ranks are taken against one.
+    Refused inputs fail it without a retry.
 
     Args:
         settings: settings of its partitions and inputs.
         code: version of its code.
-        reads: exactly the settings that it reads, which its code version hashes.
+        reads: exactly the settings that it reads; its code version contains their hash.
         options: arguments of `dg.asset`, which take precedence.
     """
 
