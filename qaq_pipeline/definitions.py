@@ -5,7 +5,6 @@ Belongs here: nothing else. Settings are read when the definitions are built, ne
 
 import dagster as dg
 
-from qaq_pipeline.automation.failed_runs import build_alert_sensor
 from qaq_pipeline.automation.sensors import build_automation
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.config.settings import Settings
@@ -14,11 +13,7 @@ from qaq_pipeline.orchestration.jobs import build_job_defs
 
 def build_defs(settings: Settings) -> dg.Definitions:
     """Build new definitions."""
-    return dg.Definitions.merge(
-        build_job_defs(settings),
-        build_automation(settings),
-        dg.Definitions(sensors=[build_alert_sensor(settings)]),
-    )
+    return dg.Definitions.merge(build_job_defs(settings), build_automation(settings))
 
 
 @dg.definitions

@@ -69,9 +69,10 @@ class Asset:
     """Module with `build_<name>`; by default `orchestration/assets/<group>/<name>.py`."""
 
     @property
-    def builder(self) -> tuple[str, str]:
-        """Module and function that build its Dagster definition."""
-        return self.module or f"qaq_pipeline.orchestration.assets.{self.group}.{self.name}", f"build_{self.name}"
+    def builder(self) -> str:
+        """The function that builds its Dagster definition, as `module:function`."""
+        module = self.module or f"qaq_pipeline.orchestration.assets.{self.group}.{self.name}"
+        return f"{module}:build_{self.name}"
 
     @property
     def table(self) -> type[dy.Schema]:
@@ -139,7 +140,7 @@ class Pipeline:
 
     def tables(self, *purposes: Purpose) -> dict[str, type[dy.Schema]]:
         """Schemas of the stored tables by name; by default all."""
-        return {asset.name: asset.table for asset in self.of(*(purposes or Purpose)) if asset.schema is not None}
+        return {asset.name: asset.table for asset in self.of(*(purposes or Purpose)) if asset.schema}
 
     def tables_of_batch(self, *purposes: Purpose) -> dict[str, type[dy.Schema]]:
         """Schemas of the tables that belong to one batch; by default of curation and calibration."""

@@ -11,21 +11,17 @@ from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.alerts import Alert
 from qaq_pipeline.orchestration.failures import cause
 
-_PARTITION_TAG = "dagster/partition"
-
 
 def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
     """Build a sensor that sends one alert for each failed run, including runs by `qaq run`, outside a code location."""
 
     @dg.run_failure_sensor(
-        name="alert_of_failed_run",
         description="Sends an alert for every failed run through the channels in alerts.channels.",
         default_status=dg.DefaultSensorStatus.RUNNING,
         monitor_all_code_locations=True,
     )
     def alert_of_failed_run(context: dg.RunFailureSensorContext) -> None:
-        for failure in alerts.send(failed_run(context), settings.alerts):
-            context.log.error(failure)
+        alerts.send(failed_run(context), settings.alerts, context.log)
 
     return alert_of_failed_run
 
@@ -33,7 +29,7 @@ def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
 def failed_run(context: dg.RunFailureSensorContext) -> Alert:
     """Return the alert for a failed run: its job, its partition, the first step that failed, and that step's error."""
     run = context.dagster_run
-    partition = run.tags.get(_PARTITION_TAG)
+    partition = run.tags.get("dagster/partition")
     what = f"{_name(run)} of {partition}" if partition else _name(run)
     reason = cause([*context.get_step_failure_events(), context.failure_event])
     return Alert(

@@ -5,14 +5,12 @@ import dagster as dg
 from qaq_pipeline.automation.sensor_status import MOST_LINES, default_status, status_sentence
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest import landing
-from qaq_pipeline.ingest.landing import Landed, Seen
+from qaq_pipeline.ingest.landing import Seen
 from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.alerts import Alert
 from qaq_pipeline.orchestration.materialisation import LANDED_TAG
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.storage.storage import open_storage
-
-# --- the landing zone ------------------------------------------------------------------------------------------
 
 
 def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
@@ -20,7 +18,6 @@ def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
     zone = settings.landing
 
     @dg.sensor(
-        name="landing_zone",
         target=dg.AssetSelection.assets("raw_data"),
         minimum_interval_seconds=zone.interval_seconds,
         default_status=default_status(settings),
@@ -41,7 +38,12 @@ def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
         landing.record_refused(storage, found.refused)
         _report_refused(context, settings, {e: why for e, why in found.refused.items() if seen.refused.get(e) != why})
         requests = [
-            _request(landed, run_key)
+            dg.RunRequest(
+                run_key=run_key,
+                partition_key=landed.batch,
+                asset_selection=[dg.AssetKey("raw_data")],
+                tags={LANDED_TAG: landed.entry},
+            )
             for landed in ready
             if (run_key := landing.announce(storage, settings.landing_url, landed)) is not None
         ]
@@ -56,15 +58,6 @@ def build_landing_sensor(settings: Settings) -> dg.SensorDefinition:
     return landing_zone
 
 
-def _request(landed: Landed, run_key: str) -> dg.RunRequest:
-    return dg.RunRequest(
-        run_key=run_key,
-        partition_key=landed.batch,
-        asset_selection=[dg.AssetKey("raw_data")],
-        tags={LANDED_TAG: landed.entry},
-    )
-
-
 def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, refused: dict[str, str]) -> None:
     """Log the refused deliveries and send one alert; `qaq status` lists them as well."""
     lines = [f"{settings.landing_url}/{entry} is refused: {why}" for entry, why in refused.items()]
@@ -72,8 +65,5 @@ def _report_refused(context: dg.SensorEvaluationContext, settings: Settings, ref
         context.log.warning(line)
     if lines:
         more = f"\nand {len(lines) - MOST_LINES} more: `qaq status`" if len(lines) > MOST_LINES else ""
-        alert = Alert(
-            f"Refused in the landing zone: {len(lines)}", "\n".join(lines[:MOST_LINES]) + more, "delivery_refused"
-        )
-        for failure in alerts.send(alert, settings.alerts):
-            context.log.error(failure)
+        subject, text = f"Refused in the landing zone: {len(lines)}", "\n".join(lines[:MOST_LINES]) + more
+        alerts.send(Alert(subject, text, "delivery_refused"), settings.alerts, context.log)

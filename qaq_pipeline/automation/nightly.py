@@ -14,17 +14,15 @@ NIGHTLY = "refresh"
 def build_nightly_job(settings: Settings) -> dg.JobDefinition:
     """Build the job that refreshes what is stale."""
 
-    @dg.op(name="refresh_stale_tables", description="Rebuilds stale tables, and publishes if something changed.")
+    @dg.op
     def refresh_stale_tables(context: dg.OpExecutionContext) -> None:
+        """Rebuilds stale tables, and publishes if something changed."""
         done = refresh_all(settings, context.instance, Events(on_notice=context.log.warning))
         context.log.info(done.sentence)
 
-    @dg.job(
-        name=NIGHTLY,
-        executor_def=dg.in_process_executor,
-        description="Does the same as `qaq refresh`: rebuilds stale tables, the oldest batch first, then publishes.",
-    )
+    @dg.job(name=NIGHTLY, executor_def=dg.in_process_executor)
     def refresh() -> None:
+        """Does the same as `qaq refresh`: rebuilds stale tables, the oldest batch first, then publishes."""
         refresh_stale_tables()
 
     return refresh

@@ -1,7 +1,5 @@
 """The sensor that screens a batch again when an older batch, or the withdrawals, changed."""
 
-import json
-
 import dagster as dg
 
 from qaq_pipeline.automation.sensor_status import MOST_BATCHES_A_TICK, default_status, status_sentence
@@ -17,10 +15,9 @@ _MOST_TRIES = 3
 
 def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
     """Build the sensor that requests a run for each stale screening."""
-    screened_data = dg.AssetKey("screened_data")
+    screened_data, decisions = dg.AssetKey("screened_data"), dg.AssetKey("decisions")
 
     @dg.sensor(
-        name="screening_anew",
         target=dg.AssetSelection.assets(screened_data),
         minimum_interval_seconds=settings.automation.interval_seconds,
         default_status=default_status(settings),
@@ -30,8 +27,8 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
         ),
     )
     def screening_anew(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        newest = [_newest_event(context.instance, asset) for asset in (screened_data, dg.AssetKey("decisions"))]
-        position = json.dumps(newest)
+        records = context.instance.get_asset_records([screened_data, decisions])
+        position = str(sorted(one.asset_entry.last_materialization_storage_id or 0 for one in records))
         if position == context.cursor:
             return dg.SensorResult(skip_reason="no batch was screened or decided since the last tick", cursor=position)
         storage = open_storage(settings)
@@ -53,11 +50,6 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
         )
 
     return screening_anew
-
-
-def _newest_event(instance: dg.DagsterInstance, asset: dg.AssetKey) -> int:
-    records = instance.fetch_materializations(asset, limit=1).records
-    return records[0].storage_id if records else 0
 
 
 def _may_be_screened(context: dg.SensorEvaluationContext, batch: str, state: str) -> bool:

@@ -6,12 +6,14 @@ complete (`ingest.landing`), the assets' conditions (`orchestration.conditions`)
 
 import dagster as dg
 
-from qaq_pipeline.automation.dead_runs import build_dead_runs_sensor
+from qaq_pipeline.automation.failed_runs import build_alert_sensor
 from qaq_pipeline.automation.landing_sensor import build_landing_sensor
 from qaq_pipeline.automation.nightly import build_nightly_job, build_nightly_schedule
 from qaq_pipeline.automation.screening_sensor import build_screening_sensor
 from qaq_pipeline.automation.sensor_status import default_status, status_sentence
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration import liveness
+from qaq_pipeline.runs.job_runs import lock_directory
 
 
 def build_automation(settings: Settings) -> dg.Definitions:
@@ -23,13 +25,11 @@ def build_automation(settings: Settings) -> dg.Definitions:
             build_landing_sensor(settings),
             _build_curation_sensor(settings),
             build_screening_sensor(settings),
-            build_dead_runs_sensor(),
+            _build_dead_runs_sensor(),
+            build_alert_sensor(settings),
         ],
         schedules=[build_nightly_schedule(settings, job)],
     )
-
-
-# --- conditions ------------------------------------------------------------------------------------------------
 
 
 def _build_curation_sensor(settings: Settings) -> dg.SensorDefinition:
@@ -41,3 +41,23 @@ def _build_curation_sensor(settings: Settings) -> dg.SensorDefinition:
         emit_backfills=False,  # One run per batch: starting a backfill takes longer than running most batches.
         description=f"Runs each asset when its automation condition is met.{status_sentence(settings)}",
     )
+
+
+def _build_dead_runs_sensor() -> dg.SensorDefinition:
+    """Build a sensor that runs whatever `automation.started` says: a dead run keeps every other from starting."""
+
+    @dg.sensor(
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=(
+            "Ends runs whose process is gone, as after a reboot. Otherwise Dagster would list them as started for "
+            "ever, and all other runs would wait. The daemon retries them (run_retries). Runs from the start."
+        ),
+    )
+    def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        ended = liveness.end_dead_runs(context.instance, lock_directory())
+        for run_id in ended:
+            context.log.warning("run %s: its process is gone; the run is marked as failed", run_id)
+        return dg.SkipReason(f"{len(ended)} dead runs ended" if ended else "no run is dead")
+
+    return dead_runs

@@ -66,11 +66,8 @@ class _Display:
 
     def scoring(self, progress: ScoringProgress) -> None:
         assert self._current is not None
-        detail = (
-            f"{progress.done_sequences:,}/{progress.total_sequences:,} sequences, "
-            f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:,.0f} s left"
-        )
-        self._bars.update(self._current, total=progress.total_tokens, completed=progress.done_tokens, detail=detail)
+        total, done = progress.total_tokens, progress.done_tokens
+        self._bars.update(self._current, total=total, completed=done, detail=progress.sentence)
 
     def notice(self, text: str) -> None:
         self._bars.console.print(f"note: {text}", style="yellow", markup=False, highlight=False)

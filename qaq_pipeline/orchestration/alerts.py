@@ -10,9 +10,10 @@ Secrets are read from the environment when an alert is sent, and appear in no te
 
 from __future__ import annotations
 
-import importlib
+import html
 import logging
 import os
+import pkgutil
 import re
 import smtplib
 import ssl
@@ -68,20 +69,21 @@ def gated(batch: str, gate: Gate, run_id: str) -> Alert:
     )
 
 
-def send(alert: Alert, settings: AlertSettings) -> tuple[str, ...]:
+def send(alert: Alert, settings: AlertSettings, *logs: logging.Logger) -> tuple[str, ...]:
     """Send the alert over every channel.
 
     Returns:
-        A sentence with the cause for each channel that failed; each is logged too.
+        A sentence with the cause for each channel that failed; each is logged too, here and in `logs`.
     """
-    failures = []
-    for number, channel in enumerate(settings.channels):
-        reason = _failure(channel, alert)
-        if reason is not None:
-            failures.append(f"alerts.channels.{number} ({channel.kind}) did not send {alert.subject!r}: {reason}")
-    for failure in failures:
-        logger.error(failure)
-    return tuple(failures)
+    failures = tuple(
+        f"alerts.channels.{number} ({channel.kind}) did not send {alert.subject!r}: {reason}"
+        for number, channel in enumerate(settings.channels)
+        if (reason := _failure(channel, alert)) is not None
+    )
+    for log in (logger, *logs):
+        for failure in failures:
+            log.error(failure)
+    return failures
 
 
 def _failure(channel: Channel, alert: Alert) -> str | None:
@@ -92,33 +94,30 @@ def _failure(channel: Channel, alert: Alert) -> str | None:
     """
     reasons: list[str | None] = []
     # A daemon thread that is left behind does not keep the process alive.
-    thread = threading.Thread(target=lambda: reasons.append(_fault(channel, alert)), daemon=True)
+    thread = threading.Thread(target=lambda: reasons.append(_send_over(channel, alert)), daemon=True)
     thread.start()
     thread.join(DEADLINE_SECONDS)
     return reasons[0] if reasons else f"it gave no answer in {DEADLINE_SECONDS:g} s"
 
 
-def _fault(channel: Channel, alert: Alert) -> str | None:
+def _send_over(channel: Channel, alert: Alert) -> str | None:
+    """Send the alert over a channel; the reason why that failed, or None."""
     try:
-        _send_over(channel, alert)
+        match channel:
+            case LogAlerts():
+                level = logging.ERROR if alert.kind == "run_failed" else logging.WARNING
+                logger.log(level, "%s. %s", alert.subject, alert.text)
+            case EmailAlerts():
+                _send_email(channel, alert)
+            case SlackAlerts():
+                _send_to_slack(channel, alert)
+            case PythonAlerts():
+                _resolve(channel.target)(alert)
     except AlertError as error:
         return str(error)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the next channel is tried, and the run goes on.
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _send_over(channel: Channel, alert: Alert) -> None:
-    match channel:
-        case LogAlerts():
-            level = logging.ERROR if alert.kind == "run_failed" else logging.WARNING
-            logger.log(level, "%s. %s", alert.subject, alert.text)
-        case EmailAlerts():
-            _send_email(channel, alert)
-        case SlackAlerts():
-            _send_to_slack(channel, alert)
-        case PythonAlerts():
-            _resolve(channel.target)(alert)
 
 
 def _secret(name: str) -> str:
@@ -162,7 +161,8 @@ def _send_to_slack(channel: SlackAlerts, alert: Alert) -> None:
     silent.setLevel(logging.CRITICAL + 1)  # Its lines name the URL.
     client = WebhookClient(url, timeout=TIMEOUT_SECONDS, logger=silent, retry_handlers=[])
     try:
-        response = client.send(text=f"*{_plain(alert.subject)}*\n{_plain(alert.text)}")
+        # Slack reads these three characters as markup: no row of a delivery can call a channel.
+        response = client.send(text=html.escape(f"*{alert.subject}*\n{alert.text}", quote=False))
     except OSError as error:
         raise AlertError(f"{error}; check the network, and the URL in {channel.webhook_env}") from None
     except Exception as error:  # noqa: BLE001 - other errors may hold the URL, or a part of it: only their kind is said.
@@ -173,19 +173,13 @@ def _send_to_slack(channel: SlackAlerts, alert: Alert) -> None:
         raise AlertError(f"Slack answered {response.status_code}{said}; check the URL in {channel.webhook_env}")
 
 
-def _plain(text: str) -> str:
-    """Text without the characters that Slack reads as markup, so that no row of a delivery can call a channel."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 # --- a function of the user's own ----------------------------------------------------------------------------------
 
 
 def _resolve(target: str) -> Callable[[Alert], Any]:
     """The function that `module:function` names. Raises `AlertError` where there is none."""
-    module, _, name = target.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
         raise AlertError(f"{target!r} cannot be imported ({error}); check alerts.channels and PYTHONPATH") from error
     if not callable(function):

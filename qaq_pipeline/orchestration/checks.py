@@ -8,232 +8,106 @@ The checks of an asset run as one step after it, for its partition. A check whos
 pass; it is then an error instead of a warning, and says why. A fault of the code fails the step, as in an asset.
 """
 
+import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.partitions import BATCHES, batch_by_model
+from qaq_pipeline.orchestration.partitions import BATCHES, partitions_of
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import check_metrics, drift
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection.stored_reference import NAME, differently_scored
+from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import StoredTable
 
-Findings = dict[str, Finding | StorageError]
-"""Results by the name of the check; an error where the file that only this check reads is torn or missing."""
+Measurements = Mapping[str, Callable[[], Finding]]
+"""By the name of the check. Each raises StorageError where a file that only this check reads is torn or missing."""
+
+_DESCRIPTIONS = {
+    "raw_data": {"rows_can_be_read": "The share of rejected rows is at most gates.max_rejected_share."},
+    "screened_data": {
+        "passes_gate": "The batch is fit to be scored. Also shown: the shares of duplicates and benchmark tasks."
+    },
+    "logprobs": {
+        "few_nulls": "The share of wanted quantities without a number is at most checks.max_null_logprob_share.",
+        "few_truncated": "The share of answers cut to the window is at most checks.max_truncated_share.",
+    },
+    "rmi_scores": {
+        "answers_explain_queries": "Mean RMI is above checks.min_mean_rmi. At about 0 the answers are unrelated to "
+        "their queries, or the model, its prompt or a token boundary is broken."
+    },
+    "disagreement_scores": {
+        "models_differ": "The Spearman correlation of the models' ranks is below checks.max_rank_correlation: "
+        "otherwise the second model adds little.",
+        "strata_are_filled": "There are ranking.num_strata strata of at least ranking.min_rows_per_stratum rows.",
+        "is_near_reference": "PPL(Q) and RMI of each model are distributed as in ranking.reference: PSI is at most "
+        "checks.max_psi, and the Kolmogorov-Smirnov statistic at most checks.max_ks.",
+    },
+    "calibration": {
+        "models_can_tell": "Each model's RMI separates pairs from the same queries with another answer, with an AUROC "
+        "of at least checks.min_auc. Also shown: its AUROC for every defect."
+    },
+    "decisions": {
+        "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",
+        "passes_gates": "The batch is fit to be published.",
+        "same_models_as_published": "The models and their settings are those of the newest published version.",
+    },
+    "curated_dataset": {
+        "every_batch_is_in_it": "No registered batch is left out of the newest version.",
+        "files_are_as_published": "The files of the newest version have the sha256 of its manifest.",
+    },
+}
 
 
 def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
     """Fresh definitions of all checks for the settings; those of RMI and its ranks only where RMI is wanted."""
-    of_rmi = [_rmi_scores(settings), _disagreement_scores(settings)] if "rmi" in settings.scoring.quantities else []
-    return [
-        _raw_data(settings),
-        _screened_data(),
-        _logprobs(settings),
-        *of_rmi,
-        *([_calibration(settings)] if settings.is_calibrated else []),
-        _decisions(),
-        _curated_dataset(),
-    ]
-
-
-def _raw_data(settings: Settings) -> dg.AssetChecksDefinition:
-    def find(storage: Storage, batch: str) -> Findings:
-        raw = storage.tables.read("raw_data", Partition(batch)).frame
-        return {"rows_can_be_read": check_metrics.rejected_rows(raw, settings.gates.max_rejected_share)}
-
-    descriptions = {"rows_can_be_read": "The share of rejected rows is at most gates.max_rejected_share."}
-    return _of_table("raw_data", BATCHES, descriptions, find)
-
-
-def _screened_data() -> dg.AssetChecksDefinition:
-    def find(storage: Storage, batch: str) -> Findings:
-        screened = storage.tables.read("screened_data", Partition(batch))
-        gate = gates.of_provenance(screened.provenance)
-        return {"passes_gate": check_metrics.screened_rows(screened.frame, gate.sentence if gate else None)}
-
-    descriptions = {
-        "passes_gate": "The batch is fit to be scored. Also shown: the shares of duplicates and benchmark tasks."
+    ranking, has_rmi = settings.ranking, "rmi" in settings.scoring.quantities
+    is_wanted = {
+        "answers_explain_queries": has_rmi,
+        "models_differ": has_rmi,
+        # A reference has its own strata, whatever the size of the batch.
+        "strata_are_filled": has_rmi and ranking.pool == "batch",
+        "is_near_reference": has_rmi and ranking.reference is not None,
+        "models_can_tell": settings.is_calibrated,
     }
-    return _of_table("screened_data", BATCHES, descriptions, find)
-
-
-def _logprobs(settings: Settings) -> dg.AssetChecksDefinition:
-    limits = settings.checks
-
-    def find(storage: Storage, batch: str, model: str) -> Findings:
-        logprobs = storage.tables.read("logprobs", Partition(batch, model)).frame
-        return {
-            "few_nulls": check_metrics.null_quantities(logprobs, limits.max_null_logprob_share),
-            "few_truncated": check_metrics.truncated_answers(logprobs, limits.max_truncated_share),
-        }
-
-    descriptions = {
-        "few_nulls": "The share of wanted quantities without a number is at most checks.max_null_logprob_share.",
-        "few_truncated": "The share of answers cut to the window is at most checks.max_truncated_share.",
+    wanted = {
+        asset: {name: text for name, text in checks.items() if is_wanted.get(name, True)}
+        for asset, checks in _DESCRIPTIONS.items()
     }
-    return _of_table("logprobs", batch_by_model(settings), descriptions, find)
+    return [_checks(asset, descriptions, settings) for asset, descriptions in wanted.items() if descriptions]
 
 
-def _rmi_scores(settings: Settings) -> dg.AssetChecksDefinition:
-    def find(storage: Storage, batch: str, model: str) -> Findings:
-        scores = storage.tables.read("rmi_scores", Partition(batch, model)).frame
-        return {"answers_explain_queries": check_metrics.mean_rmi(scores, settings.checks.min_mean_rmi)}
-
-    descriptions = {
-        "answers_explain_queries": "Mean RMI is above checks.min_mean_rmi. At about 0 the answers are unrelated to "
-        "their queries, or the model, its prompt or a token boundary is broken."
-    }
-    return _of_table("rmi_scores", batch_by_model(settings), descriptions, find)
-
-
-def _disagreement_scores(settings: Settings) -> dg.AssetChecksDefinition:
-    descriptions = {
-        "models_differ": "The Spearman correlation of the models' ranks is below checks.max_rank_correlation: "
-        "otherwise the second model adds little."
-    }
-    if settings.ranking.pool == "batch":  # A reference has its own strata, whatever the size of the batch.
-        descriptions["strata_are_filled"] = (
-            "There are ranking.num_strata strata of at least ranking.min_rows_per_stratum rows."
-        )
-
-    if settings.ranking.reference is not None:
-        descriptions["is_near_reference"] = (
-            "PPL(Q) and RMI of each model are distributed as in ranking.reference: PSI is at most checks.max_psi, and "
-            "the Kolmogorov-Smirnov statistic at most checks.max_ks."
-        )
-
-    def find(storage: Storage, batch: str) -> Findings:
-        frame = storage.tables.read("disagreement_scores", Partition(batch)).frame
-        found: Findings = {"models_differ": check_metrics.rank_correlation(frame, settings.checks.max_rank_correlation)}
-        if settings.ranking.pool == "batch":
-            found["strata_are_filled"] = check_metrics.filled_strata(frame, settings.ranking)
-        if settings.ranking.reference is not None:
-            found["is_near_reference"] = _drift(storage, batch, settings.ranking.reference.name, settings)
-        return found
-
-    return _of_table("disagreement_scores", BATCHES, descriptions, find)
-
-
-def _drift(storage: Storage, batch: str, name: str, settings: Settings) -> Finding:
-    if not storage.tables.has(NAME, Partition(name)):
-        return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
-    frozen = storage.tables.read(NAME, Partition(name))
-    scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
-    if differing := differently_scored(frozen.provenance["scored_by"], scores):
-        return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
-    found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
-    return check_metrics.drift(found.statistics, found.evidence, settings.checks)
-
-
-def _calibration(settings: Settings) -> dg.AssetChecksDefinition:
-    def find(storage: Storage, batch: str) -> Findings:
-        calibration = storage.tables.read("calibration", Partition(batch))
-        gate = gates.of_provenance(storage.tables.footer("planted_rows", Partition(batch)).provenance)
-        if gate is not None:
-            return {"models_can_tell": Finding(True, f"The batch is gated, and not calibrated: {gate.sentence}.")}
-        found = check_metrics.discrimination(calibration.frame, settings.checks.min_auc)
-        return {"models_can_tell": found}
-
-    descriptions = {
-        "models_can_tell": "Each model's RMI separates pairs from the same queries with another answer, with an AUROC "
-        "of at least checks.min_auc. Also shown: its AUROC for every defect."
-    }
-    return _of_table("calibration", BATCHES, descriptions, find)
-
-
-def _decisions() -> dg.AssetChecksDefinition:
-    def find(storage: Storage, batch: str) -> Findings:
-        decisions = storage.tables.read("decisions", Partition(batch))
-        gate = gates.of_provenance(decisions.provenance)
-        return {
-            "every_row_is_decided": check_metrics.decided_rows(
-                storage.tables.footer("raw_data", Partition(batch)).num_rows, decisions.frame
-            ),
-            "passes_gates": check_metrics.ungated(gate.sentence if gate else None),
-            "same_models_as_published": _same_models(storage, decisions.provenance["models"]),
-        }
-
-    descriptions = {
-        "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",
-        "passes_gates": "The batch is fit to be published.",
-        "same_models_as_published": "The models and their settings are those of the newest published version.",
-    }
-    return _of_table("decisions", BATCHES, descriptions, find)
-
-
-def _same_models(storage: Storage, models: Mapping[str, Mapping[str, Any]]) -> Finding | StorageError:
-    try:
-        newest = versions.latest(storage)
-        manifest = None if newest is None else versions.read_manifest(storage, newest.version)
-    except StorageError as error:
-        return error
-    return check_metrics.same_models(models, manifest)
-
-
-def _curated_dataset() -> dg.AssetChecksDefinition:
-    descriptions = {
-        "every_batch_is_in_it": "No registered batch is left out of the newest version.",
-        "files_are_as_published": "The files of the newest version have the sha256 of its manifest.",
-    }
-
-    @dg.multi_asset_check(name="curated_dataset_checks", specs=_specs("curated_dataset", None, descriptions))
-    def curated_dataset_checks(
-        context: dg.AssetCheckExecutionContext, storage: dg.ResourceParam[Storage]
-    ) -> Iterator[dg.AssetCheckResult]:
-        registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
-        yield from _results(descriptions, lambda: _of_dataset(storage, registered))
-
-    return curated_dataset_checks
-
-
-def _of_dataset(storage: Storage, registered: Sequence[str]) -> Findings:
-    newest = versions.find_version(storage, "latest")
-    manifest = versions.read_manifest(storage, newest.version)
-    entered = {entry["batch"] for entry in manifest["batches"]}
-    since = "registered or completed since; publish again"
-    reasons = {batch: None if batch in entered else newest.excluded_batches.get(batch, since) for batch in registered}
-    hashes: dict[str, str | None] = {}
-    num_bytes = 0
-    for name in manifest["files"]:
-        parts = versions.place(newest.version, name)
-        data = storage.files.read_bytes(*parts) if storage.files.exists(*parts) else None
-        hashes[name] = None if data is None else hashlib.sha256(data).hexdigest()
-        num_bytes += len(data or b"")
-    return {
-        "every_batch_is_in_it": check_metrics.left_out(reasons),
-        "files_are_as_published": check_metrics.matching_files(manifest["files"], hashes, num_bytes),
-    }
-
-
-def _of_table(
-    asset: str,
-    partitions_def: dg.PartitionsDefinition,
-    descriptions: Mapping[str, str],
-    find: Callable[..., Findings],
-) -> dg.AssetChecksDefinition:
-    """The checks of a table; `find` takes the storage, the batch, and the model where the table has one."""
-
-    @dg.multi_asset_check(name=f"{asset}_checks", specs=_specs(asset, partitions_def, descriptions))
+def _checks(asset: str, descriptions: Mapping[str, str], settings: Settings) -> dg.AssetChecksDefinition:
+    @dg.multi_asset_check(name=f"{asset}_checks", specs=_specs(asset, descriptions, settings))
     def checks(
         context: dg.AssetCheckExecutionContext, storage: dg.ResourceParam[Storage]
     ) -> Iterator[dg.AssetCheckResult]:
-        partition = Partition.parse(context.op_execution_context.partition_key).parts
-        yield from _results(descriptions, lambda: find(storage, *partition), *partition[1:])
+        step = context.op_execution_context
+        partition = Partition.parse(step.partition_key) if step.has_partition_key else None
+
+        @functools.cache
+        def measure() -> Measurements:
+            if partition is None:
+                return _curated_dataset(storage, context.instance.get_dynamic_partitions(str(BATCHES.name)))
+            return _MEASURES[asset](storage.tables.read(asset, partition), settings, storage, partition)
+
+        for name in descriptions:
+            yield _result(name, measure, None if partition is None else partition.model)
 
     return checks
 
 
-def _specs(
-    asset: str, partitions_def: dg.PartitionsDefinition | None, descriptions: Mapping[str, str]
-) -> list[dg.AssetCheckSpec]:
+def _specs(asset: str, descriptions: Mapping[str, str], settings: Settings) -> list[dg.AssetCheckSpec]:
+    partitions_def = partitions_of(PIPELINE[asset], settings)
     with warnings.catch_warnings():
         # Partitioned checks are a preview API since 1.13: https://github.com/dagster-io/dagster/pull/32894
         warnings.simplefilter("ignore", dg.PreviewWarning)
@@ -243,33 +117,133 @@ def _specs(
         ]
 
 
-def _results(names: Iterable[str], find: Callable[[], Findings], *model: str) -> Iterator[dg.AssetCheckResult]:
-    """The results of checks. Numbers of a model end with its name, because the UI plots each name as one line."""
+def _result(name: str, measure: Callable[[], Measurements], model: str | None) -> dg.AssetCheckResult:
+    """The result of a check. Numbers of a model end with its name, because the UI plots each name as one line."""
     try:
-        findings = find()
+        finding = measure()[name]()
     except StorageError as error:
-        findings = dict.fromkeys(names, error)
-    for name, finding in findings.items():
-        yield _result(name, finding, model)
-
-
-def _result(name: str, finding: Finding | StorageError, model: Sequence[str]) -> dg.AssetCheckResult:
-    if isinstance(finding, StorageError):
         return dg.AssetCheckResult(
             passed=False,
             check_name=name,
             severity=dg.AssetCheckSeverity.ERROR,
-            description=f"The check cannot be made: {finding}.",
+            description=f"The check cannot be made: {error}.",
         )
+    ending = f"_{model}" if model else ""
     return dg.AssetCheckResult(
         passed=finding.passed,
         check_name=name,
         severity=dg.AssetCheckSeverity.WARN,
         description=finding.sentence,
-        metadata={"_".join((number, *model)): _readable(value) for number, value in finding.numbers.items()},
+        metadata={f"{number}{ending}": _readable(value) for number, value in finding.numbers.items()},
     )
 
 
 def _readable(number: Any) -> Any:
     """A fraction with four significant digits; other values unchanged."""
     return float(f"{number:.4g}") if isinstance(number, float) else number
+
+
+# --- the checks of each table --------------------------------------------------------------------------------------
+
+
+def _raw_data(raw: StoredTable, settings: Settings, *_: object) -> Measurements:
+    return {"rows_can_be_read": lambda: check_metrics.rejected_rows(raw.frame, settings.gates.max_rejected_share)}
+
+
+def _screened_data(screened: StoredTable, *_: object) -> Measurements:
+    gate = gates.of_provenance(screened.provenance)
+    return {"passes_gate": lambda: check_metrics.screened_rows(screened.frame, gate.sentence if gate else None)}
+
+
+def _logprobs(logprobs: StoredTable, settings: Settings, *_: object) -> Measurements:
+    frame, limits = logprobs.frame, settings.checks
+    return {
+        "few_nulls": lambda: check_metrics.null_quantities(frame, limits.max_null_logprob_share),
+        "few_truncated": lambda: check_metrics.truncated_answers(frame, limits.max_truncated_share),
+    }
+
+
+def _rmi_scores(scores: StoredTable, settings: Settings, *_: object) -> Measurements:
+    return {"answers_explain_queries": lambda: check_metrics.mean_rmi(scores.frame, settings.checks.min_mean_rmi)}
+
+
+def _disagreement_scores(
+    scores: StoredTable, settings: Settings, storage: Storage, partition: Partition
+) -> Measurements:
+    frame = scores.frame
+    return {
+        "models_differ": lambda: check_metrics.rank_correlation(frame, settings.checks.max_rank_correlation),
+        "strata_are_filled": lambda: check_metrics.filled_strata(frame, settings.ranking),
+        "is_near_reference": lambda: _drift(storage, partition.batch, settings),
+    }
+
+
+def _drift(storage: Storage, batch: str, settings: Settings) -> Finding:
+    name = stored_reference.named(settings.ranking).name
+    if not storage.tables.has(stored_reference.NAME, Partition(name)):
+        return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
+    frozen = storage.tables.read(stored_reference.NAME, Partition(name))
+    scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
+    if differing := stored_reference.differently_scored(frozen.provenance["scored_by"], scores):
+        return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
+    found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
+    return check_metrics.drift(found.statistics, found.evidence, settings.checks)
+
+
+def _calibration(calibration: StoredTable, settings: Settings, storage: Storage, partition: Partition) -> Measurements:
+    gate = gates.of_provenance(storage.tables.footer("planted_rows", partition).provenance)
+    if gate is not None:
+        text = f"The batch is gated, and not calibrated: {gate.sentence}."
+        return {"models_can_tell": lambda: Finding(True, text)}
+    limit = settings.checks.min_auc
+    return {"models_can_tell": lambda: check_metrics.discrimination(calibration.frame, limit)}
+
+
+def _decisions(decisions: StoredTable, _: Settings, storage: Storage, partition: Partition) -> Measurements:
+    gate = gates.of_provenance(decisions.provenance)
+    num_rows = storage.tables.footer("raw_data", partition).num_rows
+    return {
+        "every_row_is_decided": lambda: check_metrics.decided_rows(num_rows, decisions.frame),
+        "passes_gates": lambda: check_metrics.ungated(gate.sentence if gate else None),
+        "same_models_as_published": lambda: _same_models(storage, decisions.provenance["models"]),
+    }
+
+
+def _same_models(storage: Storage, models: Mapping[str, Mapping[str, Any]]) -> Finding:
+    newest = versions.latest(storage)
+    manifest = None if newest is None else versions.read_manifest(storage, newest.version)
+    return check_metrics.same_models(models, manifest)
+
+
+def _curated_dataset(storage: Storage, registered: Sequence[str]) -> Measurements:
+    newest = versions.find_version(storage, "latest")
+    manifest = versions.read_manifest(storage, newest.version)
+    entered = {entry["batch"] for entry in manifest["batches"]}
+    since = "registered or completed since; publish again"
+    reasons = {batch: None if batch in entered else newest.excluded_batches.get(batch, since) for batch in registered}
+    return {
+        "every_batch_is_in_it": lambda: check_metrics.left_out(reasons),
+        "files_are_as_published": lambda: _matching_files(storage, newest.version, manifest["files"]),
+    }
+
+
+def _matching_files(storage: Storage, version: str, published: Mapping[str, str]) -> Finding:
+    hashes: dict[str, str | None] = {}
+    num_bytes = 0
+    for name in published:
+        parts = versions.place(version, name)
+        data = storage.files.read_bytes(*parts) if storage.files.exists(*parts) else None
+        hashes[name] = None if data is None else hashlib.sha256(data).hexdigest()
+        num_bytes += len(data or b"")
+    return check_metrics.matching_files(published, hashes, num_bytes)
+
+
+_MEASURES: Mapping[str, Callable[[StoredTable, Settings, Storage, Partition], Measurements]] = {
+    "raw_data": _raw_data,
+    "screened_data": _screened_data,
+    "logprobs": _logprobs,
+    "rmi_scores": _rmi_scores,
+    "disagreement_scores": _disagreement_scores,
+    "calibration": _calibration,
+    "decisions": _decisions,
+}

@@ -18,13 +18,12 @@ _Condition = dg.AutomationCondition
 
 def automate(assets: Sequence[dg.AssetsDefinition], pipeline: Pipeline = PIPELINE) -> list[dg.AssetsDefinition]:
     """The assets with their conditions. An asset without inputs has none: the landing zone's sensor runs it."""
-    conditions = {asset.name: condition for asset in pipeline if (condition := _condition(asset, pipeline)) is not None}
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
-        name = spec.key.to_user_string()
-        return spec.replace_attributes(automation_condition=conditions[name]) if name in conditions else spec
+        condition = _condition(pipeline[spec.key.to_user_string()], pipeline)
+        return spec.replace_attributes(automation_condition=condition)
 
-    return [asset for asset in dg.map_asset_specs(with_condition, assets) if isinstance(asset, dg.AssetsDefinition)]
+    return [asset.map_asset_specs(with_condition) for asset in assets]
 
 
 def _condition(asset: Asset, pipeline: Pipeline) -> dg.AutomationCondition | None:
@@ -47,14 +46,13 @@ def of_batch(last_input: str) -> dg.AutomationCondition:
 
     It waits for inputs that are missing, under way, or failed when they were last to be made.
     """
-    is_due_with_input = _Condition.any_deps_match(_Condition.will_be_requested()).allow(_assets(last_input))
+    is_due_with_input = _input_matches(last_input, _Condition.will_be_requested())
     has_failed = _Condition.execution_failed() & ~_Condition.will_be_requested()
     return (
         (_follows(last_input) | _was_missing() | is_due_with_input)
         & ~_Condition.any_deps_missing()
-        & ~_Condition.any_deps_in_progress()
         & ~_Condition.any_deps_match(has_failed)
-        & ~_Condition.in_progress()
+        & _is_idle()
     ).with_label(f"after {last_input}")
 
 
@@ -74,25 +72,22 @@ def of_reference() -> dg.AutomationCondition:
 
 def of_dataset(last_input: str) -> dg.AutomationCondition:
     """The dataset: published when a batch was selected from, whatever became of others, once nothing is under way."""
-    return (
-        (_follows(last_input) | _was_missing(last_input))
-        & ~_Condition.any_deps_in_progress()
-        & ~_Condition.in_progress()
-    ).with_label(f"after {last_input}, once nothing is under way")
+    follows = _follows(last_input) | _was_missing(last_input)
+    return (follows & _is_idle()).with_label(f"after {last_input}, once nothing is under way")
 
 
 def of_page(last_input: str) -> dg.AutomationCondition:
     """A page: made when what it shows was made, in a run of its own, so that one that fails fails nothing else."""
-    return (
-        (_follows(last_input) | _was_missing(last_input))
-        & ~_Condition.any_deps_missing()
-        & ~_Condition.any_deps_in_progress()
-        & ~_Condition.in_progress()
-    ).with_label(f"after {last_input}, alone")
+    follows = _follows(last_input) | _was_missing(last_input)
+    return (follows & ~_Condition.any_deps_missing() & _is_idle()).with_label(f"after {last_input}, alone")
 
 
-def _assets(name: str) -> dg.AssetSelection:
-    return dg.AssetSelection.assets(name)
+def _is_idle() -> dg.AutomationCondition:
+    return ~_Condition.any_deps_in_progress() & ~_Condition.in_progress()
+
+
+def _input_matches(name: str, condition: dg.AutomationCondition) -> dg.AutomationCondition:
+    return _Condition.any_deps_match(condition).allow(dg.AssetSelection.assets(name))
 
 
 def _follows(last_input: str) -> dg.AutomationCondition:
@@ -101,21 +96,17 @@ def _follows(last_input: str) -> dg.AutomationCondition:
     Two comparisons, because each is by time only where it stands alone: `since_last_handled` lets an input that was
     made between asking and making go unseen.
     """
-    is_made = _Condition.any_deps_match(_Condition.newly_updated()).allow(_assets(last_input))
-    return (
-        is_made.since(_Condition.newly_requested())
-        & is_made.since(_Condition.newly_updated())
-        & ~_was_last_made_by_driver(last_input)
-    )
+    is_made = _input_matches(last_input, _Condition.newly_updated())
+    since_both = is_made.since(_Condition.newly_requested()) & is_made.since(_Condition.newly_updated())
+    return since_both & ~_was_last_made_by_driver(last_input)
 
 
 def _was_last_made_by_driver(last_input: str) -> dg.AutomationCondition:
     tag = {liveness.TAG}
     # The first sees no event where there was none before; the second sees the newest batch only.
     by_driver = _Condition.all_new_updates_have_run_tags(tag_keys=tag) | _Condition.executed_with_tags(tag_keys=tag)
-    made_so = _Condition.any_deps_match(by_driver).allow(_assets(last_input))
-    made_otherwise = _Condition.any_deps_match(_Condition.newly_updated() & ~by_driver).allow(_assets(last_input))
-    return made_so.since(made_otherwise)
+    made_otherwise = _input_matches(last_input, _Condition.newly_updated() & ~by_driver)
+    return _input_matches(last_input, by_driver).since(made_otherwise)
 
 
 def _was_missing(beside: str | None = None) -> dg.AutomationCondition:
@@ -126,5 +117,5 @@ def _was_missing(beside: str | None = None) -> dg.AutomationCondition:
     """
     at_first = _Condition.missing() & _Condition.initial_evaluation()
     if beside is not None:
-        at_first &= _Condition.any_deps_match(~_Condition.missing()).allow(_assets(beside))
+        at_first &= _input_matches(beside, ~_Condition.missing())
     return at_first.since(_Condition.newly_requested() | _Condition.newly_updated())

@@ -40,12 +40,7 @@ def refusing(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
 
         return generate
 
-    @functools.wraps(function)
-    def compute(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        with _as_failures():
-            return function(*args, **kwargs)
-
-    return compute
+    return _as_failures()(function)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.scoring.runtime import ModelRuntime
+from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.storage import Storage, open_storage
 
 CURATING = (Purpose.CURATION, Purpose.PAGE, Purpose.PUBLICATION)
@@ -60,16 +61,12 @@ def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE)
     """How the tables would be made now, for a review of what is stored."""
     assets = build_assets(settings, pipeline)
     versions = {asset.key.to_user_string(): asset.code_versions_by_key[asset.key] for asset in assets}
-    return Present(versions, sorted(settings.models), _shared_inputs(settings, storage))
-
-
-def _shared_inputs(settings: Settings, storage: Storage) -> dict[str, str]:
-    """Data versions of the inputs of a batch's tables that are of no one batch: the reference of the ranks."""
-    wanted = settings.ranking.reference
-    if settings.ranking.pool != "reference" or wanted is None:
-        return {}
-    version = storage.tables.version("rank_reference", Partition(wanted.name))
-    return {} if version is None else {"rank_reference": version}
+    shared_inputs = {}
+    if settings.ranking.pool == "reference":
+        reference = Partition(stored_reference.named(settings.ranking).name)
+        if version := storage.tables.version(stored_reference.NAME, reference):
+            shared_inputs[stored_reference.NAME] = version
+    return Present(versions, sorted(settings.models), shared_inputs)
 
 
 def build_executor(settings: Settings) -> dg.ExecutorDefinition:

@@ -37,12 +37,12 @@ def living(lock_directory: Path) -> Iterator[dict[str, str]]:
     """Show that this driver is alive while the context lasts; gives the tags of its runs."""
     lock_directory.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
-    lock = FileLock(_lock_file(lock_directory, name))
+    file = _lock_file(lock_directory, name)
     try:
-        with lock:
+        with FileLock(file):
             yield {TAG: name}
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[str]:
@@ -52,24 +52,20 @@ def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[st
     """
     ended = []
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
-        if not _is_dead(instance, lock_directory, run):
-            continue
+        is_dead = _is_dead(instance, lock_directory, run)
         now = instance.get_run_by_id(run.run_id)
-        if now is None or now.is_finished:  # It ended since the query.
-            continue
-        instance.report_run_failed(now, "the process that ran it is gone")
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-        ended.append(run.run_id)
+        if is_dead and now is not None and not now.is_finished:  # It may have ended since the query.
+            instance.report_run_failed(now, "the process that ran it is gone")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            ended.append(run.run_id)
     return ended
 
 
 def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
     """Ids of the runs that hold a slot of a pool now: other runs wait for them."""
     storage = instance.event_log_storage
-    claimed = [
-        slot for key in storage.get_concurrency_keys() for slot in storage.get_concurrency_info(key).claimed_slots
-    ]
-    return sorted({slot.run_id for slot in claimed})
+    pools = [storage.get_concurrency_info(key) for key in storage.get_concurrency_keys()]
+    return sorted({slot.run_id for pool in pools for slot in pool.claimed_slots})
 
 
 def _is_dead(instance: dg.DagsterInstance, lock_directory: Path, run: dg.DagsterRun) -> bool:
@@ -106,5 +102,5 @@ def _is_free(lock_directory: Path, name: str) -> bool:
         return False
 
 
-def _lock_file(lock_directory: Path, name: str) -> str:
-    return str(lock_directory / f"driver-{name}.lock")
+def _lock_file(lock_directory: Path, name: str) -> Path:
+    return lock_directory / f"driver-{name}.lock"

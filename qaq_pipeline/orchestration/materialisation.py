@@ -4,7 +4,7 @@ Belongs here: the result of an asset, the repeat of a result that changed nothin
 Does not belong here: how a table is written (`io_manager`), and metadata for people (`metadata`).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -43,16 +43,18 @@ def table_result(
     except tables.TableError as error:
         raise tables.TableError(f"{name}: {error}; nothing was written") from error
     table = StoredTable(checked, provenance_of(context, inputs, **provenance))
-    return dg.MaterializeResult(
-        value=table,
-        data_version=dg.DataVersion(table.data_version),
-        metadata={
-            "dagster/row_count": checked.height,
-            **metadata,
-            **lineage_of_columns(name, inputs),
-            "provenance": dg.JsonMetadataValue(table.provenance),
-        },
-    )
+    described = describe(name, table, metadata)
+    return dg.MaterializeResult(value=table, data_version=dg.DataVersion(table.data_version), metadata=described)
+
+
+def describe(name: str, table: StoredTable, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a table's materialisation: these, its rows, the lineage of its columns, and its provenance."""
+    return {
+        "dagster/row_count": table.frame.height,
+        **metadata,
+        **lineage_of_columns(name, table.provenance["inputs"]),
+        "provenance": dg.JsonMetadataValue(table.provenance),
+    }
 
 
 def provenance_of(
@@ -89,10 +91,7 @@ def unless_same(
     """
     made = result.value
     assert isinstance(made, StoredTable)
-    is_same = before is not None and (made.data_version, _without(made.provenance, ignored)) == (
-        before.data_version,
-        _without(before.provenance, ignored),
-    )
+    is_same = before is not None and _differing(made, before) <= set(ignored)
     if tag not in context.run.tags or not is_same or _recorded_version(context) != made.data_version:
         yield result
         return
@@ -115,5 +114,8 @@ def _recorded_version(context: dg.AssetExecutionContext) -> str | None:
     return None if event is None else (event.tags or {}).get("dagster/data_version")
 
 
-def _without(provenance: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in provenance.items() if key not in ignored}
+def _differing(made: StoredTable, before: Footer) -> set[str]:
+    """The parts of the provenance that differ, and the data version where it does."""
+    new = {**made.provenance, "data_version": made.data_version}
+    old = {**before.provenance, "data_version": before.data_version}
+    return {key for key in new | old if new.get(key) != old.get(key)}

@@ -5,7 +5,7 @@ Does not belong here: numbers about one table (`reports.table_numbers`).
 
 import base64
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,29 +14,59 @@ import dataframely as dy
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.partitions import partitions_of
-from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning
+from qaq_pipeline.pipeline import PIPELINE, Partitioning
 from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.partition import Input
 from qaq_pipeline.screening.gates import Gate
 
-OWNERS = ["team:data-curation"]
+ON_GPU: Mapping[str, Any] = {"kinds": {"pytorch", "huggingface"}, "pool": "gpu"}
+"""Options of the assets that score: only one run at a time, for they share a concurrency pool."""
 
-GPU_POOL = "gpu"
-"""Concurrency pool of the assets that score."""
-
-HOLDS_TEXT = {"qaq/holds": "text"}
-HOLDS_NUMBERS = {"qaq/holds": "numbers"}
+_HOLDS_TEXT = {"qaq/holds": "text"}
+_HOLDS_NUMBERS = {"qaq/holds": "numbers"}
 """Tags of an asset: its readers see text of delivered rows, or only numbers and hashes."""
 
 _TEXT_COLUMNS = {"query", "answer", "evidence"}
 
 
-def code_version(code: str, *settings: object) -> str:
-    """Version of an asset: of its code, and of exactly the settings that it reads."""
-    return f"{code}-{settings_hash(*settings)}"
+def asset(
+    settings: Settings, code: str, reads: Sequence[object] = (), **options: Any
+) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """Turn a function into the asset of its name, defined as `pipeline` declares it.
+
+    The schema of a table describes it; the docstring of the function describes another asset. `deps` are the inputs
+    that the asset reads itself: all of an asset of no batch, and the reference where ranks are taken against one.
+    Refused inputs fail it without a retry.
+
+    Args:
+        settings: settings of its partitions and inputs.
+        code: version of its code.
+        reads: exactly the settings that it reads; its code version contains their hash.
+        options: arguments of `dg.asset`, which take precedence.
+    """
+
+    def define(function: Callable[..., Any]) -> dg.AssetsDefinition:
+        declared = PIPELINE[function.__name__]
+        defined: dict[str, Any] = {
+            "group_name": declared.group,
+            "partitions_def": partitions_of(declared, settings),
+            "code_version": f"{code}-{settings_hash(*reads)}",
+            "owners": ["team:data-curation"],
+            "tags": _HOLDS_TEXT,
+        }
+        if declared.partitioning is Partitioning.NONE:
+            defined["deps"] = declared.inputs
+        elif settings.ranking.pool == "reference":
+            defined["deps"] = declared.optional_inputs
+        if declared.schema is not None:
+            defined |= _of_schema(declared.schema)
+        return dg.asset(**defined | options)(refusing(function))
+
+    return define
 
 
 def version_of(context: dg.AssetExecutionContext) -> str | None:
@@ -44,71 +74,28 @@ def version_of(context: dg.AssetExecutionContext) -> str | None:
     return context.assets_def.code_versions_by_key[context.asset_key]
 
 
-def definition(name: str, settings: Settings) -> dict[str, Any]:
-    """Name, group, partitions, owners and tags of an asset; of a table also description and column schema.
-
-    `deps` are the inputs that the asset reads itself: all of an asset of no batch, and the reference where ranks are
-    taken against one.
-    """
-    asset = PIPELINE[name]
-    known: dict[str, Any] = {
-        "name": name,
-        "group_name": asset.group,
-        "partitions_def": partitions_of(asset, settings),
-        "owners": OWNERS,
-        **_deps(asset, settings),
-    }
-    if asset.schema is None:
-        return known | {"tags": HOLDS_TEXT}
-    return known | {
-        "description": inspect.getdoc(asset.schema),
-        "tags": HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(asset.schema.columns()) else HOLDS_TEXT,
-        "metadata": {"dagster/column_schema": column_schema(asset.schema)},
+def _of_schema(table: type[dy.Schema]) -> dict[str, Any]:
+    return {
+        "description": inspect.getdoc(table),
+        "kinds": {"polars", "parquet"},
+        "tags": _HOLDS_NUMBERS if _TEXT_COLUMNS.isdisjoint(table.columns()) else _HOLDS_TEXT,
+        "metadata": {"dagster/column_schema": dg.TableSchema([_column(*item) for item in table.columns().items()])},
     }
 
 
-def _deps(asset: Asset, settings: Settings) -> dict[str, tuple[str, ...]]:
-    if asset.partitioning is Partitioning.NONE:
-        return {"deps": asset.inputs}
-    return {"deps": asset.optional_inputs} if settings.ranking.pool == "reference" and asset.optional_inputs else {}
-
-
-def column_schema(table: type[dy.Schema]) -> dg.TableSchema:
-    """The table's columns as the UI shows them: type, description, unit, constraints; fields of records by name."""
-    return dg.TableSchema(
-        columns=[
-            dg.TableColumn(
-                name=name,
-                type=_type(column),
-                description=_description(column),
-                constraints=dg.TableColumnConstraints(nullable=column.nullable),
-                tags=_tags(column),
-            )
-            for name, column in table.columns().items()
-        ]
-    )
-
-
-def _type(column: dy.Column) -> str:
-    """The dtype without the fields of a record, which the UI would cut off."""
-    return str(column.dtype) if _record(column) is None else "List(Struct)"
-
-
-def _description(column: dy.Column) -> str | None:
-    """The description as Markdown, where a placeholder such as <name> would vanish as a tag."""
-    record = _record(column)
-    text = column.description if record is None else f"{column.description} Fields: {', '.join(record.inner)}."
-    return None if text is None else text.replace("<", r"\<")
-
-
-def _record(column: dy.Column) -> dy.Struct | None:
-    """The record of a column that holds a list of records."""
-    return column.inner if isinstance(column, dy.List) and isinstance(column.inner, dy.Struct) else None
-
-
-def _tags(column: dy.Column) -> dict[str, str]:
+def _column(name: str, column: dy.Column) -> dg.TableColumn:
+    """A column as the UI shows it: type, description, unit, constraints; fields of records by name."""
+    record = column.inner if isinstance(column, dy.List) and isinstance(column.inner, dy.Struct) else None
+    fields = "" if record is None else f" Fields: {', '.join(record.inner)}."
     unit = (column.metadata or {}).get("unit")
-    return ({"unit": unit} if unit else {}) | ({"key": ""} if column.primary_key else {})
+    return dg.TableColumn(
+        name=name,
+        type=str(column.dtype) if record is None else "List(Struct)",  # The UI would cut the fields off.
+        # In Markdown, a placeholder such as <name> would vanish as a tag.
+        description=column.description and (column.description + fields).replace("<", r"\<"),
+        constraints=dg.TableColumnConstraints(nullable=column.nullable),
+        tags=({"unit": unit} if unit else {}) | ({"key": ""} if column.primary_key else {}),
+    )
 
 
 def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.MetadataValue]:

@@ -1,44 +1,31 @@
 """Messages of assets in the log of their run: the progress of a scoring, and the verdict of a gate with its alert."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import dagster as dg
 
 from qaq_pipeline.config.settings import AlertSettings
+from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration import alerts
-from qaq_pipeline.scoring.logprobs import Estimate, Progress
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.scoring.runtime import ModelRuntime, ScoredPairs
 from qaq_pipeline.screening.gates import Gate
+from qaq_pipeline.storage.storage import Storage
 
 
-def on_shard(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
-    """A function that logs how far a scoring is."""
-
-    def log(progress: Progress) -> None:
-        context.log.info(
-            "%s: %d of %d sequences, %d tokens/s, %.0f s left",
-            progress.model,
-            progress.done_sequences,
-            progress.total_sequences,
-            progress.tokens_per_second,
-            progress.seconds_left,
+def score(
+    context: dg.AssetExecutionContext, storage: Storage, runtime: ModelRuntime, pairs: Sequence[Pair]
+) -> ScoredPairs:
+    """Score pairs under the model of the partition, which is locked meanwhile; log the estimate and the progress."""
+    partition = Partition.parse(context.partition_key)
+    with storage.locks.hold(context.asset_key.path[-1], *partition.parts):
+        return runtime.score(
+            str(partition.model),
+            pairs,
+            storage,
+            lambda progress: context.log.info("%s: %s", progress.model, progress.sentence),
+            lambda estimate: context.log.info("to score: %s", estimate.sentence),
         )
-
-    return log
-
-
-def on_start(context: dg.AssetExecutionContext) -> Callable[[Estimate], None]:
-    """A function that logs the estimated work of a scoring."""
-
-    def log(estimate: Estimate) -> None:
-        context.log.info(
-            "to score: %d sequences, %d tokens, %.3g FLOP; at a typical share of the matmul peak %.0f s",
-            estimate.num_sequences,
-            estimate.num_tokens,
-            estimate.flops,
-            estimate.seconds,
-        )
-
-    return log
 
 
 def report_gate(context: dg.AssetExecutionContext, settings: AlertSettings, gate: Gate | None, *, is_new: bool) -> None:
@@ -47,6 +34,4 @@ def report_gate(context: dg.AssetExecutionContext, settings: AlertSettings, gate
         return
     context.log.warning("batch %s is gated: %s", context.partition_key, gate.sentence)
     if is_new:
-        alert = alerts.gated(context.partition_key, gate, context.run.run_id)
-        for failure in alerts.send(alert, settings):
-            context.log.error(failure)
+        alerts.send(alerts.gated(context.partition_key, gate, context.run.run_id), settings, context.log)

@@ -122,7 +122,6 @@ def spearman_of_ranks(disagreement: pl.DataFrame) -> tuple[int, float | None]:
 def of_rank_reference(frame: pl.DataFrame, name: str, batches: Sequence[str], warnings: Sequence[str]) -> Numbers:
     """Report the batches, pairs and strata of a reference."""
     return {
-        "dagster/row_count": frame.height,
         "name": name,
         "batches": list(batches),
         "pairs": frame["pair_id"].n_unique(),

@@ -83,6 +83,14 @@ class Progress:
         rate = self.tokens_per_second
         return (self.total_tokens - self.done_tokens) / rate if rate > 0 else math.nan
 
+    @property
+    def sentence(self) -> str:
+        """The finished sequences, the speed and the time left."""
+        return (
+            f"{self.done_sequences:,} of {self.total_sequences:,} sequences, {self.tokens_per_second:,.0f} tokens/s, "
+            f"{self.seconds_left:,.0f} s left"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -103,6 +111,14 @@ class Estimate:
         peak = sum(fact.peak_flops_per_second for fact in facts)
         seconds = flops / (TYPICAL_SHARE * peak) if peak and facts[0].flops_per_token else math.nan
         return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
+
+    @property
+    def sentence(self) -> str:
+        """The work and its time."""
+        return (
+            f"{self.num_sequences:,} sequences, {self.num_tokens:,} tokens, {self.flops:.3g} FLOP; at a typical share "
+            f"of the matmul peak {self.seconds:,.0f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, made_by, pictures
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.reports.pages import Scoring
@@ -17,29 +16,17 @@ from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "3"
 _MOST_MATERIALISATIONS = 20
-_DESCRIPTION = (
-    "The audit page of a batch, one file that needs no network: what became of every row, what made the "
-    "scores, the selection and its controls, plots, examples of both tails and of each reason, and what each "
-    "column is made of."
-)
 
 
 def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
     """batch_report[batch]: one HTML page; nothing is made from it."""
 
-    @dg.asset(
-        **definition("batch_report", settings),
-        description=_DESCRIPTION,
+    @asset(
+        settings,
+        VERSION,
+        reads=[settings.published, settings.ranking.reference, settings.reports.examples, settings.is_calibrated],
         kinds={"html"},
-        code_version=code_version(
-            VERSION,
-            settings.published,
-            settings.ranking.reference,
-            settings.reports.examples,
-            settings.is_calibrated,
-        ),
     )
-    @refusing
     def batch_report(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
@@ -49,6 +36,10 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         decisions: StoredTable,
         selected_subset: StoredTable,
     ) -> dg.MaterializeResult:
+        """The audit page of a batch, one file that needs no network: what became of every row, what made the scores,
+        the selection and its controls, plots, examples of both tails and of each reason, and what each column is made
+        of.
+        """
         batch = context.partition_key
         rows = {"raw_data": raw_data, "screened_data": screened_data}
         tables = BatchTables(batch, rows | {"decisions": decisions, "selected_subset": selected_subset})

@@ -3,32 +3,24 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, made_by, pictures
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.storage.storage import Storage
 
 VERSION = "3"
-_DESCRIPTION = (
-    "The audit page of the newest published version, one file that needs no network: its batches and those "
-    "left out, what entered and left, the selection and its controls, plots, its files with their sha256, and "
-    "what each column of them is made of."
-)
 
 
 def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
     """dataset_report: unpartitioned; one HTML page a version, outside the version's hash."""
 
-    @dg.asset(
-        **definition("dataset_report", settings),
-        description=_DESCRIPTION,
-        kinds={"html"},
-        code_version=code_version(VERSION, settings.ranking.reference),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[settings.ranking.reference], kinds={"html"})
     def dataset_report(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
+        """The audit page of the newest published version, one file that needs no network: its batches and those left
+        out, what entered and left, the selection and its controls, plots, its files with their sha256, and what each
+        column of them is made of.
+        """
         newest = versions.latest(storage)
         if newest is None:
             raise NothingToPublishError("dataset_report: nothing is published yet; materialise curated_dataset")

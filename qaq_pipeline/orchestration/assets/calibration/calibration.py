@@ -8,9 +8,8 @@ import polars as pl
 from qaq_pipeline.calibration import calibration as pure
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata, made_by, pictures
 from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.tables import Calibration
@@ -28,12 +27,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     min_auc = settings.checks.min_auc
     ranks_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
 
-    @dg.asset(
-        **definition("calibration", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, read, ranks_by, selections, wanted, min_auc),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[read, ranks_by, selections, wanted, min_auc])
     def calibration(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

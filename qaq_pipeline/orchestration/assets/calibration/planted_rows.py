@@ -4,9 +4,8 @@ import dagster as dg
 
 from qaq_pipeline.calibration import defects, planting
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata
 from qaq_pipeline.reports.table_numbers import count_by
 from qaq_pipeline.schema.tables import PlantedRows
 from qaq_pipeline.screening import gates
@@ -20,12 +19,7 @@ def build_planted_rows(settings: Settings) -> dg.AssetsDefinition:
     """planted_rows[batch]: some pairs of the batch with a planted defect. Nothing of a gated batch."""
     drawn_by = settings.calibration.model_dump(include={"defects", "max_rows_per_defect", "max_planted_share", "seed"})
 
-    @dg.asset(
-        **definition("planted_rows", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, defects.VERSION, drawn_by, settings.gates.min_scorable_share),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[defects.VERSION, drawn_by, settings.gates.min_scorable_share])
     def planted_rows(
         context: dg.AssetExecutionContext,
         raw_data: StoredTable,

@@ -4,12 +4,10 @@ import dagster as dg
 
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import GPU_POOL, code_version, definition
-from qaq_pipeline.orchestration.run_log import on_shard, on_start
+from qaq_pipeline.orchestration.metadata import ON_GPU, asset
+from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
-from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage
@@ -23,23 +21,14 @@ def build_planted_scores(settings: Settings) -> dg.AssetsDefinition:
     models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
     eligibility = settings.eligibility
 
-    @dg.asset(
-        **definition("planted_scores", settings),
-        kinds={"pytorch", "huggingface"},
-        pool=GPU_POOL,
-        code_version=code_version(VERSION, models, settings.scoring, eligibility),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[models, settings.scoring, eligibility], **ON_GPU)
     def planted_scores(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
         model_runtime: dg.ResourceParam[ModelRuntime],
         planted_rows: StoredTable,
     ) -> dg.MaterializeResult:
-        partition = Partition.parse(context.partition_key)
-        pairs = planting.pairs_to_score(planted_rows.frame)
-        with storage.locks.hold("planted_scores", *partition.parts):
-            scored = model_runtime.score(str(partition.model), pairs, storage, on_shard(context), on_start(context))
+        scored = score(context, storage, model_runtime, planting.pairs_to_score(planted_rows.frame))
         frame = rmi_scores.rmi_scores(scored.frame, eligibility)
         return table_result(context, frame, {"planted_rows": planted_rows}, of_scoring(scored), **scored.provenance)
 

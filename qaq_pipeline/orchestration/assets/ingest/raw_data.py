@@ -6,9 +6,8 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest import landing, records
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import LANDED_TAG, footer_before, table_result, unless_same
-from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.reports.table_numbers import of_raw_data
 from qaq_pipeline.storage.storage import Storage
 
@@ -18,13 +17,7 @@ VERSION = "1"
 def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
     """raw_data[batch]: the delivery's immutable copy, row by row."""
 
-    @dg.asset(
-        **definition("raw_data", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, settings.records),
-        output_required=False,
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[settings.records], output_required=False)
     def raw_data(
         context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]
     ) -> Iterator[dg.MaterializeResult]:

@@ -6,9 +6,8 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import eligibility
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import RESCREENING_TAG, footer_before, table_result, unless_same
-from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.orchestration.run_log import report_gate
 from qaq_pipeline.reports.table_numbers import of_screened_data
@@ -25,13 +24,9 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
     """screened_data[batch]: the verdict on each row before any GPU time is spent."""
     screening, limits = settings.screening, settings.gates
 
-    @dg.asset(
-        **definition("screened_data", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, contamination.VERSION, screening, limits.max_rejected_share),
-        output_required=False,
+    @asset(
+        settings, VERSION, reads=[contamination.VERSION, screening, limits.max_rejected_share], output_required=False
     )
-    @refusing
     def screened_data(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

@@ -3,9 +3,8 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.duplicates import SIGNATURE_VERSION
 from qaq_pipeline.storage.tables import StoredTable
@@ -14,12 +13,7 @@ from qaq_pipeline.storage.tables import StoredTable
 def build_signatures(settings: Settings) -> dg.AssetsDefinition:
     """signatures[batch]: MinHash signatures, by which duplicates are found here and in newer batches."""
 
-    @dg.asset(
-        **definition("signatures", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(SIGNATURE_VERSION),
-    )
-    @refusing
+    @asset(settings, SIGNATURE_VERSION)
     def signatures(context: dg.AssetExecutionContext, raw_data: StoredTable) -> dg.MaterializeResult:
         frame = duplicates.signatures(raw_data.frame)
         metadata = {"distinct_contents": frame["content_hash"].n_unique()}

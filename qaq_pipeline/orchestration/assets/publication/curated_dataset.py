@@ -5,8 +5,7 @@ from datetime import timedelta
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches, require_batches
@@ -14,28 +13,26 @@ from qaq_pipeline.reports.table_numbers import of_publication
 from qaq_pipeline.storage.storage import Storage
 
 VERSION = "3"
-_DESCRIPTION = (
-    "The published selection of every complete batch, and random controls of its size, as files for "
-    "training, under the hash of their manifest. A version is never overwritten; publications.json "
-    "lists them in order, each with the batches left out."
-)
 
 
 def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     """curated_dataset: unpartitioned; publishing the same content twice is a no-op."""
     exports.check_installed(settings.export.formats)
 
-    @dg.asset(
-        **definition("curated_dataset", settings),
-        description=_DESCRIPTION,
+    @asset(
+        settings,
+        VERSION,
+        reads=[settings.published, settings.export, settings.publication],
         kinds={"json", "parquet"},
-        code_version=code_version(VERSION, settings.published, settings.export, settings.publication),
         freshness_policy=dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=settings.automation.stale_after_hours)
         ),
     )
-    @refusing
     def curated_dataset(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
+        """The published selection of every complete batch, and random controls of its size, as files for training,
+        under the hash of their manifest. A version is never overwritten; publications.json lists them in order, each
+        with the batches left out.
+        """
         registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
         with versions.lock(storage):
             batches, excluded = read_batches(storage, registered, settings)

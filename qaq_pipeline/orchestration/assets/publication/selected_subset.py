@@ -3,9 +3,8 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition
+from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.reports.table_numbers import of_selected_subset
 from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.storage.tables import StoredTable
@@ -17,12 +16,7 @@ def build_selected_subset(settings: Settings) -> dg.AssetsDefinition:
     """selected_subset[batch]: the rows that the published selection takes."""
     selection = settings.published.name
 
-    @dg.asset(
-        **definition("selected_subset", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, selection),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[selection])
     def selected_subset(
         context: dg.AssetExecutionContext, raw_data: StoredTable, decisions: StoredTable
     ) -> dg.MaterializeResult:

@@ -3,12 +3,10 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import GPU_POOL, code_version, definition, gate_metadata
-from qaq_pipeline.orchestration.run_log import on_shard, on_start
+from qaq_pipeline.orchestration.metadata import ON_GPU, asset, gate_metadata
+from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
-from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import accepted_pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
@@ -22,13 +20,7 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
     """logprobs[batch and model]: sums of NLL of every distinct accepted pair."""
     models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
 
-    @dg.asset(
-        **definition("logprobs", settings),
-        kinds={"pytorch", "huggingface"},
-        pool=GPU_POOL,
-        code_version=code_version(VERSION, models, settings.scoring),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[models, settings.scoring], **ON_GPU)
     def logprobs(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
@@ -36,12 +28,11 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         raw_data: StoredTable,
         screened_data: StoredTable,
     ) -> dg.MaterializeResult:
-        partition, gate = Partition.parse(context.partition_key), gates.of_provenance(screened_data.provenance)
+        gate = gates.of_provenance(screened_data.provenance)
         if gate is not None:
-            context.log.warning("batch %s is not scored: %s", partition.batch, gate.sentence)
+            context.log.warning("%s is not scored: %s", context.partition_key, gate.sentence)
         pairs = [] if gate is not None else accepted_pairs(raw_data.frame, screened_data.frame)
-        with storage.locks.hold("logprobs", *partition.parts):
-            scored = model_runtime.score(str(partition.model), pairs, storage, on_shard(context), on_start(context))
+        scored = score(context, storage, model_runtime, pairs)
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         metadata = {**of_scoring(scored), **gate_metadata(gate)}
         return table_result(context, scored.frame, inputs, metadata, **scored.provenance)

@@ -3,9 +3,8 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, pictures
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata, pictures
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.table_numbers import of_rmi_scores
 from qaq_pipeline.schema.partition import Partition
@@ -20,12 +19,7 @@ def build_rmi_scores(settings: Settings) -> dg.AssetsDefinition:
     """rmi_scores[batch and model]: rank-free scores from sums and counts."""
     eligibility, limits = settings.eligibility, settings.gates
 
-    @dg.asset(
-        **definition("rmi_scores", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, eligibility, limits.min_scorable_share),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[eligibility, limits.min_scorable_share])
     def rmi_scores(context: dg.AssetExecutionContext, logprobs: StoredTable) -> dg.MaterializeResult:
         role = str(Partition.parse(context.partition_key).model)
         frame = formulas.rmi_scores(logprobs.frame, eligibility)

@@ -3,9 +3,8 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import footer_before, provenance_of, table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition, gate_metadata, pictures
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata, pictures
 from qaq_pipeline.orchestration.run_log import report_gate
 from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.table_numbers import of_decisions
@@ -25,12 +24,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     ranking, published = settings.ranking, settings.published
     cut_by = [ranking.reference] if ranking.pool == "reference" else []
 
-    @dg.asset(
-        **definition("decisions", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, settings.selections, settings.gates.min_scorable_share, *cut_by),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[settings.selections, settings.gates.min_scorable_share, *cut_by])
     def decisions(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

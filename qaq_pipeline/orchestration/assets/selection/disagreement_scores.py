@@ -4,9 +4,8 @@ import dagster as dg
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import code_version, definition, pictures
+from qaq_pipeline.orchestration.metadata import asset, pictures
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.table_numbers import of_disagreement_scores
 from qaq_pipeline.selection import scored_batch, stored_reference
@@ -23,12 +22,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
     # A reference that only drift is measured against changes no rank.
     ranked_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
 
-    @dg.asset(
-        **definition("disagreement_scores", settings),
-        kinds={"polars", "parquet"},
-        code_version=code_version(VERSION, ranked_by),
-    )
-    @refusing
+    @asset(settings, VERSION, reads=[ranked_by])
     def disagreement_scores(
         context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage], rmi_scores: dict[str, StoredTable]
     ) -> dg.MaterializeResult:

@@ -3,14 +3,13 @@
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.metadata import code_version, definition, lineage_of_columns, version_of
-from qaq_pipeline.reports.table_numbers import Numbers, of_rank_reference
+from qaq_pipeline.orchestration.materialisation import describe
+from qaq_pipeline.orchestration.metadata import asset, version_of
+from qaq_pipeline.reports.table_numbers import of_rank_reference
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.selection.stored_reference import NAME
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
 
 VERSION = "1"
 
@@ -21,14 +20,13 @@ def build_rank_reference(settings: Settings) -> dg.AssetsDefinition:
     wanted, frozen_with = stored_reference.named(ranking), stored_reference.frozen_with(ranking)
     keys = [dg.MultiPartitionKey({"batch": batch, "model": role}) for batch in wanted.batches for role in roles]
 
-    @dg.asset(
-        **definition(NAME, settings),
-        kinds={"polars", "parquet"},
+    @asset(
+        settings,
+        VERSION,
+        reads=[wanted.name, frozen_with, settings.gates.min_scorable_share],
         # Other batches leave it fresh.
         deps=[dg.AssetDep("rmi_scores", partition_mapping=dg.SpecificPartitionsPartitionMapping(keys))],
-        code_version=code_version(VERSION, wanted.name, frozen_with, settings.gates.min_scorable_share),
     )
-    @refusing
     def rank_reference(context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         batches = {
             batch: stored_reference.read_scores(storage, batch, roles, settings.gates) for batch in wanted.batches
@@ -37,19 +35,9 @@ def build_rank_reference(settings: Settings) -> dg.AssetsDefinition:
         for warning in warnings:
             context.log.warning(warning)
         table = stored_reference.store(storage, wanted.name, made)
-        numbers = of_rank_reference(table.frame, wanted.name, wanted.batches, warnings)
-        return _result(table, numbers, storage.tables.url(NAME, Partition(wanted.name)))
+        path = dg.MetadataValue.path(storage.tables.url(NAME, Partition(wanted.name)))
+        metadata = of_rank_reference(table.frame, wanted.name, wanted.batches, warnings) | {"path": path}
+        described = describe(NAME, table, metadata)
+        return dg.MaterializeResult(data_version=dg.DataVersion(table.data_version), metadata=described)
 
     return rank_reference
-
-
-def _result(table: StoredTable, numbers: Numbers, url: str) -> dg.MaterializeResult:
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(table.data_version),
-        metadata={
-            **numbers,
-            "path": dg.MetadataValue.path(url),
-            **lineage_of_columns(NAME, table.provenance["inputs"]),
-            "provenance": dg.JsonMetadataValue(table.provenance),
-        },
-    )
