@@ -12,8 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from qaq_pipeline.cli import explain, inspection, lineage, maintenance, run
-from qaq_pipeline.cli.terminal import fail, fail_with
+from qaq_pipeline.cli.terminal import expected, fail
 from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.locks import PartitionBusyError
 
 _RENAMED = {"recurate": "refresh"}
 
@@ -56,13 +58,5 @@ for command in (
 
 def main() -> None:
     """Entry point of the console script. An error that the user can fix is one line, never a traceback."""
-    try:
+    with expected(SettingsError, StorageError, PartitionBusyError, OSError):  # The text of an OSError has its path.
         app()
-    except (SettingsError, OSError) as error:  # A full disk or a folder that cannot be created: the text has its path.
-        fail_with(error)
-    except Exception as error:
-        from qaq_pipeline.storage.files import StorageError
-
-        if not isinstance(error, StorageError):
-            raise
-        fail(str(error))
