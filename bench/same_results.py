@@ -33,7 +33,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage.lineage import walk
 from qaq_pipeline.lineage.verify import verify
 from qaq_pipeline.publication.versions import find_version
-from qaq_pipeline.runs.home import open_instance
+from qaq_pipeline.runs.deployment import Deployment, open_instance
 from qaq_pipeline.runs.run_batch import run_batch
 from qaq_pipeline.storage.storage import open_storage
 
@@ -126,7 +126,7 @@ def curate(settings: Settings, batches: list[str]) -> None:
         for batch in batches:
             console.print(f"curating {batch}")
             instance.add_dynamic_partitions("batch", [batch])
-            run_batch(settings, instance, batch)
+            run_batch(Deployment(settings, instance), batch)
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Pipeline, Purpo
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.column_lineage import SOURCES
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
@@ -105,8 +106,8 @@ def test_one_entry_adds_a_table_to_jobs_conditions_staleness_publication_and_lin
     settings_for: Callable[..., Settings], instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings, pipeline = settings_for(), with_answer_lengths()
-    registration.register(settings, instance, "b1", [delivered], None)
-    run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
+    run_batch.run_batch(Deployment(settings, instance), "b1")
     storage = open_storage(settings, pipeline)
 
     def stale() -> list[str]:

@@ -9,7 +9,7 @@ import dagster as dg
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.alerts import Alert
-from qaq_pipeline.orchestration.failures import cause
+from qaq_pipeline.orchestration.failures import describe
 
 
 def build_alert_sensor(settings: Settings) -> dg.SensorDefinition:
@@ -31,12 +31,11 @@ def failed_run(context: dg.RunFailureSensorContext) -> Alert:
     run = context.dagster_run
     partition = run.tags.get("dagster/partition")
     what = f"{_name(run)} of {partition}" if partition else _name(run)
-    reason = cause([*context.get_step_failure_events(), context.failure_event])
     return Alert(
         subject=f"{what} failed",
-        text=f"{what} failed: {reason}\nRun {run.run_id}; earlier results are kept. Fix the cause and run again.",
+        text=describe(what, [*context.get_step_failure_events(), context.failure_event], run.run_id),
         kind="run_failed",
-        batch=partition.partition("|")[0] if partition else None,
+        batch=run.tags.get("dagster/partition/batch", partition),
         run_id=run.run_id,
     )
 

@@ -5,6 +5,7 @@ import dagster as dg
 from qaq_pipeline.automation.sensor_status import status_sentence
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import Events
 from qaq_pipeline.runs.refresh import refresh_all
 
@@ -17,7 +18,7 @@ def build_nightly_job(settings: Settings) -> dg.JobDefinition:
     @dg.op
     def refresh_stale_tables(context: dg.OpExecutionContext) -> None:
         """Rebuilds stale tables, and publishes if something changed."""
-        done = refresh_all(settings, context.instance, Events(on_notice=context.log.warning))
+        done = refresh_all(Deployment(settings, context.instance), Events(on_notice=context.log.warning))
         context.log.info(done.sentence)
 
     @dg.job(name=NIGHTLY, executor_def=dg.in_process_executor)

@@ -4,11 +4,8 @@ import dagster as dg
 
 from qaq_pipeline.automation.sensor_status import MOST_BATCHES_A_TICK, default_status, status_sentence
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.freshness import staleness
-from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.orchestration.materialisation import RESCREENING_TAG
-from qaq_pipeline.orchestration.partitions import BATCHES
-from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline.runs.deployment import Deployment
 
 _MOST_TRIES = 3
 
@@ -31,9 +28,7 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
         position = str(sorted(one.asset_entry.last_materialization_storage_id or 0 for one in records))
         if position == context.cursor:
             return dg.SensorResult(skip_reason="no batch was screened or decided since the last tick", cursor=position)
-        storage = open_storage(settings)
-        registered = context.instance.get_dynamic_partitions(str(BATCHES.name))
-        freshness = staleness.Freshness(storage, registered, present(settings, storage))
+        freshness = Deployment(settings, context.instance).freshness()
         stale = {
             batch: state for batch in freshness.batches() if (state := freshness.wanted_screening(batch)) is not None
         }

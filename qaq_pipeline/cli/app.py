@@ -12,20 +12,30 @@ import typer
 from typer.core import TyperGroup
 
 from qaq_pipeline.cli import explain, inspection, lineage, maintenance, run
-from qaq_pipeline.cli.terminal import fail, fail_with
+from qaq_pipeline.cli.terminal import expected, fail
 from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.locks import PartitionBusyError
 
 _RENAMED = {"recurate": "refresh"}
 
 
 class _Commands(TyperGroup):
-    """The commands by name. The error of a renamed command gives its new name."""
+    """The commands by name. The error of a renamed command gives its new name.
+
+    An error that the user can fix is one line, never a traceback.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the arguments name."""
         if args[0] in _RENAMED:
             fail(f"{args[0]} is now `qaq {_RENAMED[args[0]]}`", code=2)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with expected(SettingsError, StorageError, PartitionBusyError, OSError):  # The text of an OSError has its path.
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -55,14 +65,5 @@ for command in (
 
 
 def main() -> None:
-    """Entry point of the console script. An error that the user can fix is one line, never a traceback."""
-    try:
-        app()
-    except (SettingsError, OSError) as error:  # A full disk or a folder that cannot be created: the text has its path.
-        fail_with(error)
-    except Exception as error:
-        from qaq_pipeline.storage.files import StorageError
-
-        if not isinstance(error, StorageError):
-            raise
-        fail(str(error))
+    """Entry point of the console script."""
+    app()

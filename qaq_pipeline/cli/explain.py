@@ -7,18 +7,18 @@ Belongs here: finding the row that is meant. Does not belong here: what is known
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
 
+from qaq_pipeline.cli import dossier
 from qaq_pipeline.cli.terminal import ConfigOption, console, errors, fail, read_settings, warn
+from qaq_pipeline.lineage import row_history
+from qaq_pipeline.publication.versions import Published, find_version
 from qaq_pipeline.schema.partition import Partition, check_batch_name
-
-if TYPE_CHECKING:
-    from qaq_pipeline.lineage import row_history
-    from qaq_pipeline.publication.versions import Published
-    from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage.storage import Storage, open_storage
 
 
 def explain(
@@ -45,11 +45,6 @@ def explain(
     """Explain the decision on a row: its reason, its scores, its fate in every version, and its provenance."""
     if (what is None) == (text is None) or (what is not None and row is None and not _names_a_row(what)):
         raise typer.BadParameter("give BATCH ROW, a pair_id, BATCH/FILE:ROW, or --text")
-    from qaq_pipeline.cli import dossier
-    from qaq_pipeline.lineage import row_history
-    from qaq_pipeline.publication.versions import find_version
-    from qaq_pipeline.storage.storage import open_storage
-
     storage = open_storage(read_settings(config_file))
     try:
         published = None if version is None else find_version(storage, version)
@@ -79,8 +74,6 @@ def explain(
 
 def _names_a_row(what: str) -> bool:
     """True if the text alone names a row: BATCH/FILE:ROW, or a pair_id."""
-    from qaq_pipeline.storage import row_lookup
-
     return "/" in what or row_lookup.is_pair(what)
 
 
@@ -88,8 +81,6 @@ def _find(
     storage: Storage, what: str, row: str | None, version: Published | None
 ) -> tuple[row_history.Answer, Published | None]:
     """Find the rows in the version; by default in the decisions, else in the newest version that has them."""
-    from qaq_pipeline.lineage import row_history
-
     batch, slash, place = (what, "/", row) if row is not None else what.partition("/")
     if slash:
         check_batch_name(batch)
@@ -116,8 +107,6 @@ def _no_such_row(storage: Storage, batch: str, row: str) -> str:
 
 def _rows_with_text(storage: Storage, text: str, batch: str | None) -> tuple[list[dict[str, Any]], int]:
     """The first rows that contain the text, and the number of all; a progress bar is shown meanwhile."""
-    from qaq_pipeline.lineage import row_history
-
     batches = storage.tables.batches_with("raw_data") if batch is None else [check_batch_name(batch)]
     found: list[dict[str, Any]] = []
     number = 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, quiet_logs, read_settings, say, warn
+from qaq_pipeline.cli.terminal import ConfigOption, fail, open_deployment, read_settings, say, warn
+from qaq_pipeline.freshness import staleness
+from qaq_pipeline.ingest import landing
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.screening import gates
+from qaq_pipeline.storage.storage import open_storage
 
 
 def status(
@@ -18,25 +23,16 @@ def status(
     config_file: ConfigOption = None,
 ) -> None:
     """Show the state of every batch, why one is left out of the published dataset, and whether the daemon runs."""
-    from datetime import UTC, datetime
-
     from qaq_pipeline.automation import unattended
-    from qaq_pipeline.ingest import landing
-    from qaq_pipeline.publication import versions
-    from qaq_pipeline.publication.withdrawn import withdrawn_batches
-    from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.runs.status import batch_status
-    from qaq_pipeline.storage.storage import open_storage
 
-    settings = read_settings(config_file)
-    with open_instance() as instance:
-        batches = batch_status(settings, instance)
-        for sentence in unattended.unattended(instance, datetime.now(UTC)):
+    with open_deployment(config_file) as deployment:
+        batches = batch_status(deployment)
+        for sentence in unattended.unattended(deployment.instance, datetime.now(UTC)):
             say(sentence)
-    storage = open_storage(settings)
-    for entry, reason in landing.read_refused(storage).items():
+    for entry, reason in landing.read_refused(deployment.storage).items():
         warn(f"{entry} is refused: {reason}")
-    render.warn_of_withdrawn(withdrawn_batches(storage, versions.latest(storage)))
+    render.warn_of_withdrawn(deployment.storage)
     if not batches:
         say("No batch yet: register one with `qaq run FILE --batch NAME`.")
     elif tables:
@@ -60,19 +56,14 @@ def report(
 ) -> None:
     """Print the URL of the audit page of a batch or a version; the page is made if it is missing or stale."""
     from qaq_pipeline.runs import audit_pages
-    from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.runs.job_runs import RunError
-    from qaq_pipeline.storage.locks import PartitionBusyError
 
     if (batch is None) == (version is None):
         fail("name either a batch, or a version with --version", code=2)
-    settings = read_settings(config_file)
-    quiet_logs()
-    with open_instance() as instance, expected(RunError, PartitionBusyError, ValueError):
+    with open_deployment(config_file) as deployment:
         if batch is not None:
-            url = audit_pages.find_batch_page(settings, instance, batch)
+            url = audit_pages.find_batch_page(deployment, batch)
         else:
-            url = audit_pages.find_version_page(settings, version or "latest")
+            url = audit_pages.find_version_page(deployment, version or "latest")
     print(url)
     if opens:
         typer.launch(url)
@@ -85,15 +76,12 @@ def table(
     config_file: ConfigOption = None,
 ) -> None:
     """Write a stored table to a file. A per-model table gets a column `model`."""
-    from qaq_pipeline.runs.home import open_instance
     from qaq_pipeline.runs.tables import collect_table, write_frame
 
-    settings = read_settings(config_file)
     if name not in PIPELINE.tables_of_batch():
         fail(f"{name!r} is no table; known: {', '.join(PIPELINE.tables_of_batch())}", code=2)
-    with expected(ValueError, OSError):
-        with open_instance() as instance:
-            frame = collect_table(settings, instance, name, batch)
+    with open_deployment(config_file) as deployment:
+        frame = collect_table(deployment, name, batch)
         write_frame(frame, to)
     say(f"{frame.height:,} rows of {name} written to {to}")
 
@@ -104,10 +92,7 @@ def calibration(
 ) -> None:
     """Show how well the scores separate good rows of a batch from planted bad ones, and the cuts of RMI to use."""
     from qaq_pipeline.calibration import calibration as judging
-    from qaq_pipeline.freshness import staleness
     from qaq_pipeline.reports import calibration_page, check_metrics, page_store
-    from qaq_pipeline.screening import gates
-    from qaq_pipeline.storage.storage import open_storage
 
     settings = read_settings(config_file)
     storage = open_storage(settings)

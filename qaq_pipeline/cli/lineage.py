@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 
-from qaq_pipeline.cli import render
+from qaq_pipeline.cli import lineage_tree, render
 from qaq_pipeline.cli.terminal import ConfigOption, complain, expected, fail, read_settings, say
+from qaq_pipeline.lineage import lineage as walks
+from qaq_pipeline.lineage import trace
+from qaq_pipeline.lineage import verify as verification
 from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.publication.versions import find_version
+from qaq_pipeline.schema import column_lineage
+from qaq_pipeline.storage.storage import open_storage
 
 
 def lineage(
@@ -34,19 +40,11 @@ def lineage(
     config_file: ConfigOption = None,
 ) -> None:
     """Trace a published version back to the delivered files, with the hash of every file."""
-    from qaq_pipeline.cli import lineage_tree
-    from qaq_pipeline.lineage import lineage as walks
-    from qaq_pipeline.lineage import trace
-    from qaq_pipeline.lineage import verify as verification
-    from qaq_pipeline.publication.versions import find_version
-    from qaq_pipeline.storage.files import StorageError
-    from qaq_pipeline.storage.storage import open_storage
-
     if columns is not None:
         _print_columns(columns, as_json=as_json)
         return
     storage = open_storage(read_settings(config_file))
-    with expected(walks.LineageError, StorageError):
+    with expected(walks.LineageError):
         found = walks.walk(storage, find_version(storage, version).version)
         found = found if file is None else walks.only(found, file)
         findings = list(verification.verify(storage, found)) if verify else []
@@ -67,9 +65,6 @@ def lineage(
 
 
 def _print_columns(named: str, *, as_json: bool) -> None:
-    from qaq_pipeline.cli import lineage_tree
-    from qaq_pipeline.schema import column_lineage
-
     table, _, column = named.partition(".")
     derived = PIPELINE.column_sources
     try:

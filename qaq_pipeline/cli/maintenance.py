@@ -7,26 +7,28 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, fail_with, quiet_logs, read_settings, say, warn
+from qaq_pipeline.cli.terminal import (
+    ConfigOption,
+    expected,
+    fail,
+    open_deployment,
+    quiet_logs,
+    read_settings,
+    say,
+    warn,
+)
+from qaq_pipeline.publication import versions
+from qaq_pipeline.storage.storage import open_storage
 
 _SHORTEST_KEY = 6
 
 
 def refresh(config_file: ConfigOption = None) -> None:
     """Rebuild what is stale in every batch, and publish if something changed. The nightly job does the same."""
-    from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.runs.job_runs import RunError
     from qaq_pipeline.runs.refresh import refresh_all
-    from qaq_pipeline.storage.locks import PartitionBusyError
 
-    settings = read_settings(config_file)
-    quiet_logs()
-    with (
-        open_instance() as instance,
-        expected(RunError, PartitionBusyError, ValueError),
-        render.progress_display() as events,
-    ):
-        done = refresh_all(settings, instance, events)
+    with open_deployment(config_file) as deployment, render.progress_display() as events:
+        done = refresh_all(deployment, events)
     say(f"{done.sentence}.")
 
 
@@ -39,37 +41,26 @@ def withdraw(
     config_file: ConfigOption = None,
 ) -> None:
     """Withdraw a batch, or the text of a row in every batch, and publish a version without it. Older versions stay."""
-    from qaq_pipeline.publication import versions
-    from qaq_pipeline.publication.withdrawn import withdrawn_batches
     from qaq_pipeline.runs import withdrawal
-    from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.runs.job_runs import RunError
-    from qaq_pipeline.storage.locks import PartitionBusyError
-    from qaq_pipeline.storage.storage import open_storage
 
-    settings = read_settings(config_file)
-    quiet_logs()
     batch, slash, row = what.partition("/")
     if slash and not row:
         fail(f"{what!r} names no row after the '/'; the whole batch is {batch!r}", code=2)
     meant = withdrawal.Withdrawal(batch, row or None, reason, is_withdrawn=not restore)
-    storage = open_storage(settings)
-    with open_instance() as instance:
+    with open_deployment(config_file) as deployment:
         try:
-            near = withdrawal.near_rows(settings, instance, batch, row) if row and not restore else []
+            near = withdrawal.near_rows(deployment, batch, row) if row and not restore else []
             with render.progress_display() as events:
-                done = withdrawal.withdraw(settings, instance, meant, events)
-        except (RunError, PartitionBusyError, ValueError) as error:
-            render.warn_of_withdrawn(withdrawn_batches(storage, versions.latest(storage)))
-            fail_with(error)
+                done = withdrawal.withdraw(deployment, meant, events)
+        finally:
+            render.warn_of_withdrawn(deployment.storage)
     say(f"{done.sentence}.")
     if near:
         warn(f"Near duplicates of that row, no longer removed: {', '.join(near)}. Withdraw them too if necessary.")
-    render.warn_of_withdrawn(withdrawn_batches(storage, versions.latest(storage)))
-    older = versions.kept_versions(storage)[:-1]
+    older = versions.kept_versions(deployment.storage)[:-1]
     if older and not restore:
         warn(
-            f"Older versions may still contain it: {', '.join(older)}, in {versions.folder_url(storage)}. "
+            f"Older versions may still contain it: {', '.join(older)}, in {versions.folder_url(deployment.storage)}. "
             "Remove their folders if they must not be kept; the delivery itself is in deliveries/."
         )
 
@@ -83,12 +74,10 @@ def publish(
 ) -> None:
     """Copy a version to the Hugging Face hub in one commit, or to a folder; if it is already there, write nothing."""
     from qaq_pipeline.publication import hub
-    from qaq_pipeline.storage.files import StorageError
-    from qaq_pipeline.storage.storage import open_storage
 
     storage = open_storage(read_settings(config_file))
     quiet_logs()
-    with expected(hub.PublishError, StorageError):
+    with expected(hub.PublishError):
         copy = hub.publish(storage, version, to, is_private=private, is_dry_run=dry_run)
     if dry_run:
         for name, size in copy.sizes.items():
@@ -109,9 +98,6 @@ def cache(
     config_file: ConfigOption = None,
 ) -> None:
     """Show the contents of the score cache by model, and how often they were used."""
-    from qaq_pipeline.storage.locks import PartitionBusyError
-    from qaq_pipeline.storage.storage import open_storage
-
     storage = open_storage(read_settings(config_file))
     models = storage.scores.models()
     if prune is None:
@@ -121,8 +107,7 @@ def cache(
     if not found:
         fail(f"the cache holds nothing of {prune!r}; `qaq cache` lists what it holds")
     for one in found:
-        with expected(PartitionBusyError):
-            storage.scores.prune(one.digest)
+        storage.scores.prune(one.digest)
         say(f"removed {one.num_scores:,} scores of {one.identity['model']}")
 
 

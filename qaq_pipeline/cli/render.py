@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from qaq_pipeline.cli.terminal import complain, console, say, warn
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.withdrawn import withdrawn_batches
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from qaq_pipeline.scoring.logprobs import Progress as ScoringProgress
     from qaq_pipeline.scoring.runtime import ScoringCost
     from qaq_pipeline.storage.score_cache import CachedModel
+    from qaq_pipeline.storage.storage import Storage
 
 _LONGEST_LINE = 10_000
 
@@ -203,9 +206,9 @@ def print_tables(batches: Sequence[BatchStatus]) -> None:
             say(f"  {name:<{width}}  {table.sentence}")
 
 
-def warn_of_withdrawn(batches: Sequence[str]) -> None:
-    """Warn loudly if the newest version contains withdrawn rows of these batches."""
-    if batches:
+def warn_of_withdrawn(storage: Storage) -> None:
+    """Warn loudly if the newest version contains withdrawn rows."""
+    if batches := withdrawn_batches(storage, versions.latest(storage)):
         complain(
             f"The newest version contains withdrawn rows of {', '.join(batches)}: `qaq refresh` until they are gone",
             style="bold red",

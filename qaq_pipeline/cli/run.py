@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, quiet_logs, read_settings, say
+from qaq_pipeline.cli.terminal import ConfigOption, fail, open_deployment, read_settings, say
 from qaq_pipeline.config.load import home_directory
 
 
@@ -26,20 +26,15 @@ def run(
 ) -> None:
     """Register files as a batch, run every stage, publish, and print a summary."""
     from qaq_pipeline.runs import registration, run_batch
-    from qaq_pipeline.runs.home import open_instance
-    from qaq_pipeline.storage.locks import PartitionBusyError
 
-    settings = read_settings(config_file)
-    quiet_logs()
     with (
-        open_instance() as instance,
-        expected(run_batch.RunError, PartitionBusyError, ValueError),
-        registration.batch_lock(settings, batch),
+        open_deployment(config_file) as deployment,
+        deployment.lock_batch(batch),
         render.progress_display() as events,
     ):
-        if registration.register(settings, instance, batch, files, limit).replaces_other_content:
+        if registration.register(deployment, batch, files, limit):
             events.on_notice(f"this replaces the earlier delivery of batch {batch}, which had other content")
-        summary = run_batch.run_batch(settings, instance, batch, events)
+        summary = run_batch.run_batch(deployment, batch, events)
     render.print_summary(summary)
 
 
@@ -49,13 +44,9 @@ def estimate(
 ) -> None:
     """Estimate the cost of scoring files: tokens, operations, time on this machine, and what the cache saves."""
     from qaq_pipeline.runs import registration
-    from qaq_pipeline.runs.job_runs import RunError
 
-    settings = read_settings(config_file)
-    quiet_logs()
-    with expected(RunError, ValueError):
-        costs = registration.estimate(settings, files)
-    render.print_costs(costs)
+    with open_deployment(config_file) as deployment:
+        render.print_costs(registration.estimate(deployment, files))
 
 
 def ui(
@@ -66,7 +57,7 @@ def ui(
     config_file: ConfigOption = None,
 ) -> None:
     """Open the Dagster UI and its daemon on 127.0.0.1, with the same home as `qaq run`."""
-    from qaq_pipeline.runs.home import prepare_home
+    from qaq_pipeline.runs.deployment import prepare_home
 
     read_settings(config_file)
     workspace = workspace or Path(str(resources.files("qaq_pipeline") / "workspace.yaml"))

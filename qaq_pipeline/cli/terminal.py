@@ -5,12 +5,13 @@ Exit codes: 0 the command succeeded, 1 the work failed, 2 the command or the set
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +19,10 @@ from rich.console import Console
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import dagster_home, load_settings
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.storage.locks import PartitionBusyError
+
+if TYPE_CHECKING:
+    from qaq_pipeline.runs.deployment import Deployment
 
 ConfigOption = Annotated[
     Path | None,
@@ -49,18 +54,15 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
-def fail_with(error: Exception) -> NoReturn:
-    """Print the text of an error and exit: 2 for the settings, else 1."""
-    fail(str(error), code=2 if isinstance(error, SettingsError) else 1)
-
-
 @contextmanager
 def expected(*kinds: type[Exception]) -> Iterator[None]:
-    """Exit with the text of an error of these kinds, without a traceback."""
+    """Exit with the text of an error of these kinds, without a traceback: 2 for the settings, else 1."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # The reader of the output left: click ends without a word.
     except kinds as error:
-        fail_with(error)
+        fail(str(error), code=2 if isinstance(error, SettingsError) else 1)
 
 
 def read_settings(config_file: Path | None) -> Settings:
@@ -72,10 +74,20 @@ def read_settings(config_file: Path | None) -> Settings:
     return settings
 
 
+@contextmanager
+def open_deployment(config_file: Path | None) -> Iterator[Deployment]:
+    """Open the deployment that a command works on; exit with the text of an error that the user can fix."""
+    from qaq_pipeline.runs.deployment import Deployment, open_instance
+    from qaq_pipeline.runs.job_runs import RunError
+
+    settings = read_settings(config_file)
+    quiet_logs()
+    with open_instance() as instance, expected(RunError, PartitionBusyError, ValueError):
+        yield Deployment(settings, instance)
+
+
 def quiet_logs() -> None:
     """Keep progress bars and debug lines of other libraries out of the display; Dagster's event log has them."""
-    import logging
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("dagster").setLevel(logging.ERROR)

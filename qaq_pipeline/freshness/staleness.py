@@ -36,9 +36,9 @@ class Stale:
     reason: str
 
     @property
-    def partition(self) -> str:
-        """Its key: `batch`, or `batch|model`."""
-        return Partition(self.batch, self.model).key
+    def partition(self) -> Partition:
+        """The partition of its table."""
+        return Partition(self.batch, self.model)
 
 
 @dataclass(frozen=True)

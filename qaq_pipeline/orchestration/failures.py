@@ -51,6 +51,11 @@ def _as_failures() -> Iterator[None]:
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
+def describe(what: str, failures: Sequence[dg.DagsterEvent], run_id: str) -> str:
+    """The failure of a run in words; `failures` as `cause` takes them."""
+    return f"{what} failed: {cause(failures)}\nRun {run_id}; earlier results are kept. Fix the cause and run again."
+
+
 def cause(failures: Sequence[dg.DagsterEvent]) -> str:
     """The first failure's own words: what the step raised, out of Dagster's wrapping, and the step's name.
 

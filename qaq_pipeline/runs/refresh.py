@@ -7,21 +7,18 @@ stale, and the stages of a new batch (`run_batch`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import dagster as dg
-
-from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.freshness import staleness
-from qaq_pipeline.orchestration.jobs import present
+from qaq_pipeline.freshness.staleness import Stale
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import curated_dataset
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
-from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, running
+from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import SILENT, Driver, Events, FailedJobError, RunError, driving
 from qaq_pipeline.runs.run_results import materialisation_metadata
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.locks import PartitionBusyError
-from qaq_pipeline.storage.storage import Storage, open_storage
 
 _MOST_TRIES = 3
 """Tries of one partition of a stage. One that is still stale then would be stale for ever."""
@@ -33,8 +30,8 @@ class Refreshed:
 
     num_batches: int
     """Batches that were examined."""
-    rebuilt: list[str]
-    """Stages and partitions that were run, in order."""
+    rebuilt: list[tuple[str, Partition]]
+    """Jobs and partitions that were run, in order."""
     failed: dict[str, str]
     """Batches that are still stale, and why."""
     not_made: tuple[str, ...] = ()
@@ -45,7 +42,7 @@ class Refreshed:
     @property
     def batches(self) -> list[str]:
         """The batches in which a stage was run."""
-        return list(dict.fromkeys(label.split(" ")[1].partition("|")[0] for label in self.rebuilt))
+        return list(dict.fromkeys(partition.batch for _, partition in self.rebuilt))
 
     @property
     def sentence(self) -> str:
@@ -55,36 +52,31 @@ class Refreshed:
         return "; ".join([made, published, *(one.partition(":")[0] for one in self.not_made)])
 
 
-def refresh_all(settings: Settings, instance: dg.DagsterInstance, events: Events | None = None) -> Refreshed:
+def refresh_all(deployment: Deployment, events: Events = SILENT) -> Refreshed:
     """Rebuild what is stale in every batch, the oldest batch first, and publish if something changed.
 
     Raises:
         RunError: a batch is still stale; the others were refreshed and published.
     """
-    events = events or Events()
-    with running(settings, instance, events) as run:
-        done = refresh_stale(settings, instance, run, only_screening=False)
-        return publish(settings, instance, run, done, instance.get_dynamic_partitions("batch"), events)
+    with driving(deployment, events) as driver:
+        done = refresh_stale(driver, only_screening=False)
+        return publish(driver, done, deployment.batches)
 
 
-def refresh_stale(settings: Settings, instance: dg.DagsterInstance, run: Runner, *, only_screening: bool) -> Refreshed:
+def refresh_stale(driver: Driver, *, only_screening: bool) -> Refreshed:
     """Run stale stages until none is left.
 
     Args:
-        settings: the settings in force.
-        instance: the Dagster instance.
-        run: runs a job.
+        driver: runs the jobs.
         only_screening: only batches whose screening is stale: the older batches or the withdrawals changed since.
     """
-    storage = open_storage(settings)
-    rebuilt: list[str] = []
+    rebuilt: list[tuple[str, Partition]] = []
     failed: dict[str, str] = {}
     uncalibrated: dict[str, str] = {}
     meant: set[str] = set()
     calibrating = PIPELINE.jobs(Purpose.CALIBRATION)
     while True:
-        registered = instance.get_dynamic_partitions("batch")
-        freshness = staleness.Freshness(storage, registered, present(settings, storage))
+        freshness = driver.deployment.freshness()
         batches = freshness.batches()
         meant |= {batch for batch in batches if not only_screening or freshness.stale_screening(batch) is not None}
         due = [one for batch in batches if batch in meant - set(failed) for one in freshness.stale(batch)]
@@ -96,50 +88,40 @@ def refresh_stale(settings: Settings, instance: dg.DagsterInstance, run: Runner,
             return Refreshed(len(batches), rebuilt, failed, tuple(not_made))
         for one in due:
             failures = uncalibrated if one.job in calibrating else failed
-            reason = None if one.batch in failures else _run_again(storage, run, one, rebuilt)
+            reason = None if one.batch in failures else _run_again(driver, one, rebuilt)
             if reason is not None:
                 failures[one.batch] = reason
 
 
-def _run_again(storage: Storage, run: Runner, one: staleness.Stale, rebuilt: list[str]) -> str | None:
+def _run_again(driver: Driver, one: Stale, rebuilt: list[tuple[str, Partition]]) -> str | None:
     """Run a stale stage; the reason if it could not be run."""
-    label = f"{one.job} {one.partition}"
-    if rebuilt.count(label) >= _MOST_TRIES:
-        return f"{label} is still stale ({one.reason}): report this fault"
+    if rebuilt.count((one.job, one.partition)) >= _MOST_TRIES:
+        return f"{one.job} {one.partition} is still stale ({one.reason}): report this fault"
     try:
-        with storage.locks.hold("batch", one.batch):
-            run(one.job, one.partition)
-    except InterruptedRunError:
-        raise
-    except (RunError, PartitionBusyError) as error:
+        with driver.deployment.lock_batch(one.batch):
+            driver.run(one.job, one.partition)
+    except (FailedJobError, PartitionBusyError) as error:
         return str(error)
-    rebuilt.append(label)
+    rebuilt.append((one.job, one.partition))
     return None
 
 
-def publish(
-    settings: Settings,
-    instance: dg.DagsterInstance,
-    run: Runner,
-    done: Refreshed,
-    batches: Iterable[str],
-    events: Events,
-) -> Refreshed:
+def publish(driver: Driver, done: Refreshed, batches: Iterable[str]) -> Refreshed:
     """Make the pages of these batches, publish if a batch changed, and report what could not be made.
 
     Raises:
         RunError: a batch is still stale.
     """
-    done = dataclasses.replace(done, not_made=(*done.not_made, *make_pages(settings, run, batches)))
-    registered: Sequence[str] = instance.get_dynamic_partitions("batch")
-    if not curated_dataset.is_current(open_storage(settings), registered, settings):
+    deployment, version = driver.deployment, None
+    not_made = [*done.not_made, *make_pages(driver, batches)]
+    if not curated_dataset.is_current(deployment.storage, deployment.batches, deployment.settings):
         asset = PIPELINE["curated_dataset"]
-        metadata = materialisation_metadata(instance, run(asset.job, None), asset.name)
-        done = dataclasses.replace(done, version=metadata["version"] if metadata["is_new_version"] else None)
-        if fault := make_page(settings, run, PIPELINE["dataset_report"].job, None):
-            done = dataclasses.replace(done, not_made=(*done.not_made, fault))
-    for sentence in done.not_made:
-        events.on_notice(sentence)
+        metadata = materialisation_metadata(deployment.instance, driver.run(asset.job), asset.name)
+        version = metadata["version"] if metadata["is_new_version"] else None
+        not_made += make_page(driver, PIPELINE["dataset_report"].job)
+    for sentence in not_made:
+        driver.events.on_notice(sentence)
+    done = dataclasses.replace(done, not_made=tuple(not_made), version=version)
     if done.failed:
         reasons = "\n".join(f"batch {batch}: {reason}" for batch, reason in done.failed.items())
         raise RunError(f"{done.sentence}; not refreshed:\n{reasons}")

@@ -8,70 +8,67 @@ It works on the instance in DAGSTER_HOME: every run, event and partition is visi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-import dagster as dg
-
-from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.jobs import CURATING
 from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Purpose
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
-from qaq_pipeline.runs.job_runs import Events, InterruptedRunError, RunError, Runner, running
+from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import SILENT, Driver, Events, FailedJobError, driving
 from qaq_pipeline.runs.refresh import refresh_stale
-from qaq_pipeline.runs.run_results import failed_checks, materialisation_metadata
+from qaq_pipeline.runs.run_results import Results, failed_checks, materialisation_metadata
 from qaq_pipeline.runs.summary import BatchSummary, summarise
+from qaq_pipeline.schema.partition import Partition
 
 
-def run_batch(
-    settings: Settings, instance: dg.DagsterInstance, batch: str, events: Events | None = None
-) -> BatchSummary:
+def run_batch(deployment: Deployment, batch: str, events: Events = SILENT) -> BatchSummary:
     """Run every stage for a registered batch, screen newer batches again if this one changed, and publish.
 
     Raises:
         RunError: a stage failed; the results of earlier stages are kept.
     """
-    results: dict[str, Mapping[str, Any]] = {}
+    results: Results = {}
     unpassed: list[str] = []
-    events = events or Events()
-    with running(settings, instance, events) as run:
+    with driving(deployment, events) as driver:
         for job_name, names in PIPELINE.jobs(*CURATING).items():
             asset = PIPELINE[names[0]]
-            if asset.purpose is Purpose.PAGE:
-                partition = None if asset.partitioning is Partitioning.NONE else batch
-                unpassed += filter(None, [make_page(settings, run, job_name, partition)])
-                continue
             if asset.purpose is Purpose.PUBLICATION:
-                refreshed = refresh_stale(settings, instance, run, only_screening=True)
-                for other, reason in refreshed.failed.items():
-                    events.on_notice(f"batch {other} was not screened again: {reason}")
-                unpassed += make_pages(settings, run, refreshed.batches)
-            for partition in _partitions(settings, asset, batch):
-                run_id = run(job_name, partition)
-                unpassed += failed_checks(instance, run_id)
+                unpassed += _screen_again(driver)
+            for partition in _partitions(deployment, asset, batch):
+                if asset.purpose is Purpose.PAGE:
+                    unpassed += make_page(driver, job_name, partition)
+                    continue
+                run_id = driver.run(job_name, partition)
+                unpassed += failed_checks(deployment.instance, run_id)
                 for name in names:
-                    results[f"{name}|{partition or ''}"] = materialisation_metadata(instance, run_id, name)
-        if settings.is_calibrated:
-            unpassed += _calibrate(settings, instance, run, batch)
-    return summarise(settings, batch, results, unpassed)
+                    results[name, partition] = materialisation_metadata(deployment.instance, run_id, name)
+        if deployment.settings.is_calibrated:
+            unpassed += _calibrate(driver, batch)
+    return summarise(deployment, batch, results, unpassed)
 
 
-def _calibrate(settings: Settings, instance: dg.DagsterInstance, run: Runner, batch: str) -> list[str]:
+def _screen_again(driver: Driver) -> list[str]:
+    """Screen newer batches again if an older one changed; return the pages that could not be made."""
+    refreshed = refresh_stale(driver, only_screening=True)
+    for other, reason in refreshed.failed.items():
+        driver.events.on_notice(f"batch {other} was not screened again: {reason}")
+    return make_pages(driver, refreshed.batches)
+
+
+def _calibrate(driver: Driver, batch: str) -> list[str]:
     """Calibrate a published batch; return the checks that failed, or the reason why there is no calibration."""
     unpassed: list[str] = []
     try:
         for job_name, names in PIPELINE.jobs(Purpose.CALIBRATION).items():
-            for partition in _partitions(settings, PIPELINE[names[0]], batch):
-                unpassed += failed_checks(instance, run(job_name, partition))
-    except InterruptedRunError:
-        raise
-    except RunError as error:
+            for partition in _partitions(driver.deployment, PIPELINE[names[0]], batch):
+                unpassed += failed_checks(driver.deployment.instance, driver.run(job_name, partition))
+    except FailedJobError as error:
         unpassed.append(f"batch {batch} was published but not calibrated: {error}")
     return unpassed
 
 
-def _partitions(settings: Settings, asset: Asset, batch: str) -> list[str | None]:
-    """Keys of an asset's partitions of a batch; None for an asset without partitions."""
+def _partitions(deployment: Deployment, asset: Asset, batch: str) -> Sequence[Partition | None]:
+    """An asset's partitions of a batch; None for an asset without partitions."""
     if asset.partitioning is Partitioning.NONE:
         return [None]
-    return [partition.key for partition in asset.partitions(batch, list(settings.models))]
+    return asset.partitions(batch, list(deployment.settings.models))

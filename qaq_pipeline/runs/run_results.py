@@ -7,6 +7,10 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.runs.job_runs import RunError
+from qaq_pipeline.schema.partition import Partition
+
+Results = dict[tuple[str, Partition | None], dict[str, Any]]
+"""The metadata of each asset that was made, by the asset's name and partition."""
 
 _REPORTED_ELSEWHERE = (("disagreement_scores", "strata_are_filled"), ("curated_dataset", "every_batch_is_in_it"))
 """Checks whose assets report the same as a warning."""

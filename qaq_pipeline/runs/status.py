@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import dagster as dg
-
-from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness import eligibility, staleness
-from qaq_pipeline.orchestration.jobs import present
 from qaq_pipeline.pipeline import PIPELINE, Purpose
-from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.runs.deployment import Deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,38 +70,39 @@ class BatchStatus:
         return "up to date" if self.left_out is None else "left out"
 
 
-def batch_status(settings: Settings, instance: dg.DagsterInstance) -> list[BatchStatus]:
+def batch_status(deployment: Deployment) -> list[BatchStatus]:
     """The state of every registered batch."""
-    storage = open_storage(settings)
-    registered = instance.get_dynamic_partitions("batch")
-    freshness = staleness.Freshness(storage, registered, present(settings, storage))
+    freshness, left_out = deployment.freshness(), batches_left_out(deployment)
     stale = {one.batch: one for batch in freshness.batches() for one in freshness.stale(batch)[:1]}
-    left_out = batches_left_out(settings, instance)
-    names = [*PIPELINE.tables_of_batch(Purpose.CURATION), *(["calibration"] if settings.is_calibrated else [])]
+    names = [
+        *PIPELINE.tables_of_batch(Purpose.CURATION),
+        *(["calibration"] if deployment.settings.is_calibrated else []),
+    ]
     return [
         BatchStatus(
             batch,
-            {name: _table_status(settings, storage, name, batch) for name in names},
+            {name: _table_status(deployment, name, batch) for name in names},
             left_out.get(batch),
             stale.get(batch),
         )
-        for batch in sorted(registered)
+        for batch in sorted(deployment.batches)
     ]
 
 
-def batches_left_out(settings: Settings, instance: dg.DagsterInstance) -> dict[str, str]:
+def batches_left_out(deployment: Deployment) -> dict[str, str]:
     """The registered batches that a publication would leave out now, and why."""
-    registered = instance.get_dynamic_partitions("batch")
+    settings = deployment.settings
     return eligibility.split_by_eligibility(
-        open_storage(settings), registered, settings.ranking, settings.selections, settings.export
+        deployment.storage, deployment.batches, settings.ranking, settings.selections, settings.export
     )[1]
 
 
-def _table_status(settings: Settings, storage: Storage, name: str, batch: str) -> TableStatus:
-    num_wanted = len(settings.models) if PIPELINE[name].has_models else 1
+def _table_status(deployment: Deployment, name: str, batch: str) -> TableStatus:
+    tables, models = deployment.storage.tables, list(deployment.settings.models)
+    num_wanted = len(models) if PIPELINE[name].has_models else 1
     try:
-        partitions = PIPELINE[name].partitions(batch, list(settings.models))
-        rows = [storage.tables.read(name, one).frame.height for one in partitions if storage.tables.has(name, one)]
+        partitions = PIPELINE[name].partitions(batch, models)
+        rows = [tables.read(name, one).frame.height for one in partitions if tables.has(name, one)]
     except ValueError:  # A StorageError, or a name that the UI let pass.
         return TableStatus(None, 0, num_wanted, is_readable=False)
     return TableStatus(rows[0] if rows else None, len(rows), num_wanted)

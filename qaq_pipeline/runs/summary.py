@@ -9,13 +9,13 @@ from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
+from qaq_pipeline.runs.run_results import Results
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.storage.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,21 @@ class BatchSummary:
         return sum(model.cached for model in self.models)
 
 
-def summarise(
-    settings: Settings, batch: str, results: Mapping[str, Mapping[str, Any]], unpassed: Sequence[str]
-) -> BatchSummary:
+def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Sequence[str]) -> BatchSummary:
     """The summary of a batch, from its stored tables, the metadata of its runs and the checks that did not pass.
 
     Raises:
         RunError: rows by decision do not add up to the rows in.
     """
-    storage = open_storage(settings)
-    decisions = storage.tables.read("decisions", Partition(batch))
-    raw = storage.tables.read("raw_data", Partition(batch))
+    settings, storage, partition = deployment.settings, deployment.storage, Partition(batch)
+    decisions = storage.tables.read("decisions", partition)
+    raw = storage.tables.read("raw_data", partition)
     by_decision = Counter(decisions.frame["decision"].to_list())
     if by_decision.total() != raw.frame.height:
         raise RunError(
             f"batch {batch}: {by_decision.total()} decisions for {raw.frame.height} rows in: report this fault"
         )
-    published, decided = results["curated_dataset|"], results[f"decisions|{batch}"]
+    published, decided = results["curated_dataset", None], results["decisions", partition]
     return BatchSummary(
         batch=batch,
         rows_in=raw.frame.height,
@@ -92,11 +90,11 @@ def summarise(
         published=settings.published.name,
         pool_size=decided["pool_size"],
         selected_by_selection=dict(decided["selected_by_selection"]),
-        models=[_model_summary(settings, batch, role, results) for role in sorted(settings.models)],
-        warnings=[*results[f"disagreement_scores|{batch}"]["warnings"], *unpassed, *_exclusions(batch, published)],
+        models=[_model_summary(role, settings.models[role].frame, batch, results) for role in sorted(settings.models)],
+        warnings=[*results["disagreement_scores", partition]["warnings"], *unpassed, *_exclusions(batch, published)],
         dataset_url=storage.files.url(*versions.place(published["version"])),
         is_new_version=published["is_new_version"],
-        tables={name: storage.tables.url(name, Partition(batch)) for name in ("decisions", "selected_subset")},
+        tables={name: storage.tables.url(name, partition) for name in ("decisions", "selected_subset")},
         pages={
             name: storage.files.url(*parts)
             for name, parts in {
@@ -127,13 +125,13 @@ def _reasons(decisions: pl.DataFrame) -> dict[str, dict[str, int]]:
     return reasons
 
 
-def _model_summary(settings: Settings, batch: str, role: str, results: Mapping[str, Mapping[str, Any]]) -> ModelSummary:
-    scoring, scores = results[f"logprobs|{batch}|{role}"], results[f"rmi_scores|{batch}|{role}"]
+def _model_summary(role: str, frame: str, batch: str, results: Results) -> ModelSummary:
+    scoring, scores = (results[name, Partition(batch, role)] for name in ("logprobs", "rmi_scores"))
     return ModelSummary(
         role=role,
         model=scoring["model"],
         dtype=scoring["dtype"],
-        frame=settings.models[role].frame,
+        frame=frame,
         scored=scoring["quantities_scored"],
         cached=scoring["quantities_from_cache"],
         truncated=scoring["truncated_answers"],

@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.storage.files import StorageError
-from qaq_pipeline.storage.storage import open_storage
 
 
-def collect_table(settings: Settings, instance: dg.DagsterInstance, name: str, batch: str | None) -> pl.DataFrame:
+def collect_table(deployment: Deployment, name: str, batch: str | None) -> pl.DataFrame:
     """A stored table of one batch, or of all, with the columns `batch` and, for a per-model table, `model`.
 
     Raises:
         StorageError: the batch lacks the table, or every batch does.
     """
-    batches = [check_batch_name(batch)] if batch else sorted(instance.get_dynamic_partitions("batch"))
-    storage = open_storage(settings)
-    partitions = [one for name_of in batches for one in PIPELINE[name].partitions(name_of, list(settings.models))]
+    batches = [check_batch_name(batch)] if batch else sorted(deployment.batches)
+    tables, models = deployment.storage.tables, list(deployment.settings.models)
+    partitions = [one for name_of in batches for one in PIPELINE[name].partitions(name_of, models)]
     frames = [
-        storage.tables.read(name, partition).frame.select(*_labels(partition), pl.all().exclude("batch"))
+        tables.read(name, partition).frame.select(*_labels(partition), pl.all().exclude("batch"))
         for partition in partitions
-        if batch or storage.tables.has(name, partition)
+        if batch or tables.has(name, partition)
     ]
     if not frames:
         raise StorageError(f"no batch has {name} yet; run one with `qaq run FILE --batch NAME`")

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import dagster as dg
 import polars as pl
 
-from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.reports import page_store
-from qaq_pipeline.runs.job_runs import Events, RunError, running
+from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import SILENT, Events, RunError, driving
 from qaq_pipeline.runs.refresh import Refreshed, publish, refresh_stale
-from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,24 @@ class Withdrawal:
     """False: the withdrawal is revoked."""
 
 
-def withdraw(
-    settings: Settings, instance: dg.DagsterInstance, what: Withdrawal, events: Events | None = None
-) -> Refreshed:
+def withdraw(deployment: Deployment, what: Withdrawal, events: Events = SILENT) -> Refreshed:
     """Withdraw a batch, or the text of a row in every batch, and publish without it; or revoke a withdrawal.
 
     Raises:
-        RunError: there is no such batch or row, or a stage that follows failed.
-        ValueError: the name of the batch cannot be used.
+        RunError: there is no such row, or a stage that follows failed.
+        ValueError: there is no such batch, or its name cannot be used.
     """
-    storage = open_storage(settings)
-    check_batch_name(what.batch)
-    if what.batch not in instance.get_dynamic_partitions("batch"):
-        raise RunError(f"there is no batch {what.batch!r}; `qaq status` lists the batches")
+    storage = deployment.storage
+    deployment.require_batch(what.batch)
     rows = {} if what.row is None else _contents(storage, what.batch, what.row)
     known = withdrawals.read(storage)
     if not what.is_withdrawn and not (set(rows) & set(known.contents) if rows else what.batch in known.batches):
         raise RunError(f"{what.batch}{'/' + what.row if what.row else ''} is not withdrawn: nothing to take back")
     withdrawals.add(storage, what.batch, rows, what.reason, is_withdrawn=what.is_withdrawn)
-    events = events or Events()
-    with running(settings, instance, events) as run:
-        done = refresh_stale(settings, instance, run, only_screening=True)
+    with driving(deployment, events) as driver:
+        done = refresh_stale(driver, only_screening=True)
         page_store.forget(storage, done.batches)
-        return publish(settings, instance, run, done, done.batches, events)
+        return publish(driver, done, done.batches)
 
 
 def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
@@ -73,12 +67,12 @@ def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     return {found["content_hash"][0]: found.select(row_place()).item(0, 0)}
 
 
-def near_rows(settings: Settings, instance: dg.DagsterInstance, batch: str, row: str) -> list[str]:
+def near_rows(deployment: Deployment, batch: str, row: str) -> list[str]:
     """Rows that were removed as near duplicates of this row: they come back when it is withdrawn."""
-    storage = open_storage(settings)
+    storage = deployment.storage
     place = next(iter(_contents(storage, batch, row).values()))
     found = []
-    for name in instance.get_dynamic_partitions("batch"):
+    for name in deployment.batches:
         if storage.tables.has("screened_data", Partition(name)):
             rows = storage.tables.read("screened_data", Partition(name)).frame.filter(
                 (pl.col("duplicate_of") == place) & (pl.col("reason") == DuplicateReason.NEAR_DUPLICATE.value)

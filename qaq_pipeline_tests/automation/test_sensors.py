@@ -17,6 +17,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.ingest import landing
 from qaq_pipeline.runs import refresh, registration, status
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import Events, RunError
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.partition import Partition
@@ -136,11 +137,11 @@ def test_a_file_that_cannot_be_read_gates_its_batch_and_a_mended_delivery_is_cur
     decisions = open_storage(settings).tables.read("decisions", Partition("week-1")).frame
     assert decisions.height == 21
     assert set(decisions["decision"]) == {"batch_gated"}
-    assert "bad.parquet" in status.batches_left_out(settings, instance)["week-1"]
+    assert "bad.parquet" in status.batches_left_out(Deployment(settings, instance))["week-1"]
     broken.unlink()
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("week-1")
-    assert status.batches_left_out(settings, instance) == {}
+    assert status.batches_left_out(Deployment(settings, instance)) == {}
 
 
 def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_round(
@@ -150,7 +151,7 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
     daemon = Daemon(settings, instance)
     land(settings, "week-1.jsonl", some_rows(0, 1))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
-    registration.register(settings, instance, "week-1", [delivered], None)
+    registration.register(Deployment(settings, instance), "week-1", [delivered], None)
     assert daemon.materialise("raw_data", partition="week-1")
     assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 20
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
@@ -282,7 +283,7 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(
     daemon.instance.add_dynamic_partitions("batch", ["bad"])
     daemon.tick("landing_zone")
     with pytest.raises(RunError) as error:
-        refresh.refresh_all(daemon.settings, daemon.instance)
+        refresh.refresh_all(daemon.deployment)
     check_sentence(error.value)
     assert set(daemon.left_out()) == {"bad"}
     assert len(daemon.kept()) == 2
@@ -302,7 +303,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     notices: list[str] = []
-    done = refresh.refresh_all(daemon.settings, daemon.instance, Events(on_notice=notices.append))
+    done = refresh.refresh_all(daemon.deployment, Events(on_notice=notices.append))
     assert daemon.statuses("b2")[2] == "accepted"
     assert done.failed == {}
     assert done.version in daemon.kept()

@@ -17,7 +17,7 @@ import yaml
 
 from qaq_pipeline.cli import app
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.runs.home import open_instance
+from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, delivered_rows, write_jsonl
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from qaq_pipeline.pipeline import PIPELINE, Purpose
-from qaq_pipeline.runs.home import open_instance
+from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Calibration, PlantedRows, dtypes
 from qaq_pipeline.storage.tables import StoredTable, empty

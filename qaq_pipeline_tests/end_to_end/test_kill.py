@@ -20,7 +20,7 @@ import pytest
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.pipeline import PIPELINE, Purpose
-from qaq_pipeline.runs import home, registration, run_batch
+from qaq_pipeline.runs import deployment, registration, run_batch
 from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import Quantity
@@ -96,9 +96,9 @@ def kill_once(
 
 
 def curate(settings: Settings, delivery: Path) -> BatchSummary:
-    with home.open_instance() as instance:
-        registration.register(settings, instance, "b1", [delivery], None)
-        summary = run_batch.run_batch(settings, instance, "b1")
+    with deployment.open_instance() as instance:
+        registration.register(deployment.Deployment(settings, instance), "b1", [delivery], None)
+        summary = run_batch.run_batch(deployment.Deployment(settings, instance), "b1")
         assert instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)) == []
     return summary
 

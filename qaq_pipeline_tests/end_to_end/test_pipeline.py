@@ -26,8 +26,8 @@ from qaq_pipeline.orchestration.jobs import CURATING, build_job_defs
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import audit_pages, refresh, registration, run_batch, status
-from qaq_pipeline.runs.home import open_instance
-from qaq_pipeline.runs.run_batch import RunError
+from qaq_pipeline.runs.deployment import Deployment, open_instance
+from qaq_pipeline.runs.job_runs import Events, RunError
 from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.partition import Partition
@@ -71,8 +71,8 @@ def deliver(tmp_path: Path) -> Deliver:
 
 def curate(settings: Settings, instance: dg.DagsterInstance, *files: Path, batch: str = "b1") -> BatchSummary:
     """What `qaq run` does."""
-    registration.register(settings, instance, batch, files, None)
-    summary = run_batch.run_batch(settings, instance, batch)
+    registration.register(Deployment(settings, instance), batch, files, None)
+    summary = run_batch.run_batch(Deployment(settings, instance), batch)
     assert sum(summary.rows_by_decision.values()) == summary.rows_in
     sizes = summary.selected_by_selection
     published = settings.published.name
@@ -258,16 +258,16 @@ def test_a_run_makes_both_pages_and_one_that_fails_stops_no_publication(
     of_batch.mkdir()  # Nothing can be written there.
     again = curate(settings, instance, delivered)
     assert any("the audit page of batch b1 was not made" in warning for warning in again.warnings)
-    with pytest.raises(run_batch.RunError, match="audit page"):
-        audit_pages.find_batch_page(settings, instance, "b1")
+    with pytest.raises(RunError, match="audit page"):
+        audit_pages.find_batch_page(Deployment(settings, instance), "b1")
     of_batch.rmdir()
-    assert audit_pages.find_batch_page(settings, instance, "b1") == str(of_batch)
-    assert audit_pages.find_version_page(settings, "latest") == str(of_version)
-    with pytest.raises(run_batch.RunError) as error:
-        audit_pages.find_batch_page(settings, instance, "b9")
+    assert audit_pages.find_batch_page(Deployment(settings, instance), "b1") == str(of_batch)
+    assert audit_pages.find_version_page(Deployment(settings, instance), "latest") == str(of_version)
+    with pytest.raises(ValueError, match="there is no batch") as error:
+        audit_pages.find_batch_page(Deployment(settings, instance), "b9")
     check_sentence(error.value)
-    with pytest.raises(run_batch.RunError) as error:
-        audit_pages.find_version_page(settings, "v9")
+    with pytest.raises(StorageError) as error:
+        audit_pages.find_version_page(Deployment(settings, instance), "v9")
     check_sentence(error.value)
 
 
@@ -458,8 +458,12 @@ def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
     check_sentence(said)
     holder.kill()
     holder.wait()
-    done = refresh.refresh_all(settings, instance)
-    assert done.rebuilt == ["score_planted b1|strong", "score_planted b1|weak", "calibrate_batch b1"]
+    done = refresh.refresh_all(Deployment(settings, instance))
+    assert [f"{job} {partition}" for job, partition in done.rebuilt] == [
+        "score_planted b1|strong",
+        "score_planted b1|weak",
+        "calibrate_batch b1",
+    ]
     assert done.version is None
 
 
@@ -614,7 +618,7 @@ def test_the_dataset_holds_every_batch_and_lists_the_one_that_was_never_made(
 ) -> None:
     settings = settings_for()
     only_first = curate(settings, instance, delivered)
-    registration.register(settings, instance, "b3", [delivered], None)
+    registration.register(Deployment(settings, instance), "b3", [delivered], None)
     rows = [(f"query {n}", f"answer {n}") for n in range(8)]
     both = curate(settings, instance, deliver(*rows), batch="b2")
     assert both.is_new_version
@@ -644,10 +648,10 @@ def test_tables_of_another_delivery_are_not_mixed(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver
 ) -> None:
     settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime())
     before = table(settings, "decisions")
-    registration.register(settings, instance, "b1", [deliver(("Is 7 prime?", "Yes."))], None)
+    registration.register(Deployment(settings, instance), "b1", [deliver(("Is 7 prime?", "Yes."))], None)
     run_stages(settings, instance, "b1", "ingest_batch")
     said = (
         r"rmi_scores\|strong of batch b1 was made from another raw_data, .*materialise rmi_scores of this batch first"
@@ -663,7 +667,7 @@ def test_models_that_were_asked_differently_are_not_compared(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
 ) -> None:
     settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     run_stages(settings, instance, "b1", "ingest_batch")
     for role, prior in (("strong", "user"), ("weak", "bare")):
         run_stages(settings, instance, f"b1|{role}", "score_batch", model_runtime=HandMadeRuntime(prior))
@@ -676,7 +680,7 @@ def test_publishing_without_any_batch_fails_with_the_reason(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
 ) -> None:
     settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     with pytest.raises(dg.Failure) as error:
         run_stages(settings, instance, "b1", "publish_dataset")
     check_sentence(error.value)
@@ -726,7 +730,7 @@ def test_a_pair_that_the_model_fails_on_is_unscorable_and_never_selected(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
 ) -> None:
     settings = settings_for(selections=[{"name": "all", "strategy": "diff_low", "budget": {"fraction": 1.0}}])
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     fails = pl.int_range(pl.len()) < 4
     runtime = HandMadeRuntime(
         sum_nll_q_given_a=pl.when(~fails).then("sum_nll_q_given_a"),
@@ -751,7 +755,7 @@ def test_a_model_that_fails_on_every_pair_selects_none(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for(gates={"min_scorable_share": None})
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
     reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
     run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime(**nothing, **reasons))
@@ -772,7 +776,7 @@ def test_a_fault_of_the_code_is_raised_before_the_write_and_the_old_file_stands(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, fault: dict[str, pl.Expr], said: str
 ) -> None:
     settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     run_stages(settings, instance, "b1", "ingest_batch", "score_batch", model_runtime=HandMadeRuntime())
     file = Path(open_storage(settings).tables.url("logprobs", Partition("b1", "strong")))
     before = file.read_bytes()
@@ -788,7 +792,7 @@ def test_a_missing_partition_upstream_is_named_with_its_remedy(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     said = r"rmi_scores/b1/strong/table\.parquet: not stored yet; materialise rmi_scores first"
     with pytest.raises(StorageError, match=said):
         run_stages(settings, instance, "b1", "select_from_batch")
@@ -799,7 +803,7 @@ def test_a_batch_that_only_the_ui_registered_names_the_remedy(
 ) -> None:
     instance.add_dynamic_partitions("batch", ["b1"])
     with pytest.raises(RunError) as error:
-        run_batch.run_batch(settings_for(), instance, "b1")
+        run_batch.run_batch(Deployment(settings_for(), instance), "b1")
     check_sentence(error.value)
 
 
@@ -807,11 +811,11 @@ def test_what_the_stages_before_a_failure_made_stays(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
 ) -> None:
     settings = settings_for(strong={"directory": "no/such/model"})
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     stages: list[str] = []
     with pytest.raises(RunError) as error:
         run_batch.run_batch(
-            settings, instance, "b1", run_batch.Events(on_stage=lambda job, of: stages.append(f"{job} {of}"))
+            Deployment(settings, instance), "b1", Events(on_stage=lambda job, of: stages.append(f"{job} {of}"))
         )
     check_sentence(error.value)
     assert stages == ["ingest_batch b1", "score_batch b1|strong"]
@@ -828,14 +832,14 @@ def test_a_partition_that_another_process_writes_is_left_to_it(
     check_sentence: Check,
 ) -> None:
     settings = settings_for(runtime={"lock_timeout_seconds": 0.1})
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     holder = lock_holder(settings.home / "locks", "logprobs", "b1", "strong")
     with pytest.raises(RunError) as error:
-        run_batch.run_batch(settings, instance, "b1")
+        run_batch.run_batch(Deployment(settings, instance), "b1")
     check_sentence(error.value)
     holder.kill()
     holder.wait()
-    assert run_batch.run_batch(settings, instance, "b1").rows_by_decision["selected"] == 5
+    assert run_batch.run_batch(Deployment(settings, instance), "b1").rows_by_decision["selected"] == 5
 
 
 def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
@@ -941,7 +945,7 @@ def test_a_longer_list_of_benchmarks_is_checked_for_the_new_one_only(
     sources = [
         {"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", [record]))} for name in ("one", "two")
     ]
-    registration.register(settings_for(), instance, "b1", [deliver(*SAMPLES[:5])], None)
+    registration.register(Deployment(settings_for(), instance), "b1", [deliver(*SAMPLES[:5])], None)
     for listed in (sources[:1], sources, sources):
         settings = settings_for(screening={"contamination": {"benchmarks": listed}})
         run_stages(settings, instance, "b1", "ingest_batch")
@@ -1006,12 +1010,12 @@ def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_screened_agai
     second = deliver(*NEW, *SAMPLES[4:7], name="second.jsonl")
     assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 3
     run_stages(settings, instance, "b1", "ingest_batch")
-    registration.register(settings, instance, "b1", [deliver(*SAMPLES[:3])], None)
+    registration.register(Deployment(settings, instance), "b1", [deliver(*SAMPLES[:3])], None)
     for stage in ("ingest_batch", "score_batch", "select_from_batch"):
         run_stages(settings, instance, "b1", stage)
     why = "screened against another state of batch b1; `qaq refresh` screens it again"
-    assert status.batches_left_out(settings, instance) == {"b2": why}
-    run_batch.run_batch(settings, instance, "b1")
+    assert status.batches_left_out(Deployment(settings, instance)) == {"b2": why}
+    run_batch.run_batch(Deployment(settings, instance), "b1")
     assert latest(settings)["excluded_batches"] == {}
     assert table(settings, "decisions", "b2")["duplicate_of"].null_count() == 6
     pairs = published_pairs(settings)
@@ -1060,13 +1064,13 @@ def test_a_screening_that_ended_before_its_write_takes_no_place(
     def fail(*_: object) -> None:
         raise MemoryError("no more")
 
-    registration.register(settings, instance, "b1", [deliver(*NEW)], None)
+    registration.register(Deployment(settings, instance), "b1", [deliver(*NEW)], None)
     with monkeypatch.context() as patch:
         patch.setattr("qaq_pipeline.screening.screen.screen", fail)
         with pytest.raises(RunError, match="no more"):
-            run_batch.run_batch(settings, instance, "b1")
+            run_batch.run_batch(Deployment(settings, instance), "b1")
     assert curate(settings, instance, deliver(*NEW, name="other.jsonl"), batch="b2").rows_by_decision["duplicate"] == 0
-    assert run_batch.run_batch(settings, instance, "b1").rows_by_decision["duplicate"] == 3
+    assert run_batch.run_batch(Deployment(settings, instance), "b1").rows_by_decision["duplicate"] == 3
     assert latest(settings)["excluded_batches"] == {}
 
 
@@ -1074,7 +1078,7 @@ def test_a_batch_that_no_model_can_score_is_gated_after_scoring(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
 ) -> None:
     settings = settings_for()
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     nothing = {f"sum_nll_{quantity}": pl.lit(None, pl.Float64) for quantity in Quantity}
     reasons = {f"null_reason_{quantity}": pl.lit(NullReason.NON_FINITE.value) for quantity in Quantity}
     with pytest.raises(dg.Failure) as error:
@@ -1102,9 +1106,9 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
             cached_before.append(_num_cached(storage, "weak"))
             shutil.copy(tiny_model_dir(seed=2) / "model.safetensors", weak)
 
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     with pytest.raises(RunError) as error:
-        run_batch.run_batch(settings, instance, "b1", run_batch.Events(on_progress=replace_weights))
+        run_batch.run_batch(Deployment(settings, instance), "b1", Events(on_progress=replace_weights))
     check_sentence(error.value)
     assert set(table(settings, "decisions")["reason"]) == {"model_changed"}
     provenance = {role: storage.tables.read("rmi_scores", Partition("b1", role)).provenance for role in settings.models}
@@ -1114,17 +1118,17 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
     assert 0 < cached_before[0] < 4 * 18
     assert _num_cached(storage, "weak") == cached_before[0]
 
-    again = run_batch.run_batch(settings, instance, "b1")
+    again = run_batch.run_batch(Deployment(settings, instance), "b1")
     assert {model.role: (model.scored, model.cached) for model in again.models} == {
         "strong": (0, 4 * 18),
         "weak": (4 * 18, 0),
     }
     assert again.rows_by_decision["selected"] == 5
     shutil.copy(tiny_model_dir(seed=1) / "model.safetensors", weak)
-    assert run_batch.run_batch(settings, instance, "b1").models[1].cached == cached_before[0]
+    assert run_batch.run_batch(Deployment(settings, instance), "b1").models[1].cached == cached_before[0]
     honest = settings_for(storage={"root": str(tmp_path / "elsewhere")})
-    registration.register(honest, instance, "b1", [delivered], None)
-    run_batch.run_batch(honest, instance, "b1")
+    registration.register(Deployment(honest, instance), "b1", [delivered], None)
+    run_batch.run_batch(Deployment(honest, instance), "b1")
     assert_frame_equal(table(settings, "logprobs", "b1", "weak"), table(honest, "logprobs", "b1", "weak"))
 
 

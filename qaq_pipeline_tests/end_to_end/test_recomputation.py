@@ -14,6 +14,7 @@ import yaml
 from qaq_pipeline.config.load import load_settings, parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
@@ -37,8 +38,8 @@ def curated(
     rows += [{"query": "Filter the rows of a list.", "response": ANSWER}] * 2
     rows += [{"query": "Filter the rows of a list.", "response": ANSWER + "Then stop."}]
     rows += [{"query": "Explain. " * 100, "response": "No."}, {"query": "", "response": "nothing was asked"}]
-    registration.register(settings, instance, "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
-    run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
+    run_batch.run_batch(Deployment(settings, instance), "b1")
     return settings, open_storage(settings)
 
 
@@ -80,8 +81,8 @@ def test_every_number_of_the_demo_follows_from_the_sums(
     settings = parse_settings(yaml.safe_dump(values), "demo")
     for path in sorted(EXAMPLES.parent.iterdir()):
         batch = path.name.split(".")[0]
-        registration.register(settings, instance, batch, [path], None)
-        run_batch.run_batch(settings, instance, batch)
+        registration.register(Deployment(settings, instance), batch, [path], None)
+        run_batch.run_batch(Deployment(settings, instance), batch)
         print(f"{batch}: every number of {check_batch(open_storage(settings), settings, batch)} ranked rows follows")
 
 

@@ -21,7 +21,7 @@ from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.jobs import CURATING
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
-from qaq_pipeline.runs import home, registration
+from qaq_pipeline.runs import deployment, registration
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
@@ -73,8 +73,8 @@ def register(file: Path, batch: str, variables: dict[str, str]) -> Settings:
         for name, value in variables.items():
             patch.setenv(name, value)
         settings = load_settings()
-        with home.open_instance() as instance:
-            registration.register(settings, instance, batch, [file], None)
+        with deployment.open_instance() as instance:
+            registration.register(deployment.Deployment(settings, instance), batch, [file], None)
     return settings
 
 

@@ -15,7 +15,7 @@ from playwright.sync_api import expect, sync_playwright
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import registration, run_batch
-from qaq_pipeline.runs.home import open_instance
+from qaq_pipeline.runs.deployment import Deployment, open_instance
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.server import (
@@ -67,8 +67,8 @@ def test_a_year_of_weekly_batches_is_no_slower_at_its_end_and_the_ui_answers(
             batch = f"week-{week + 1:02}"
             file = write_jsonl(tmp_path / "delivered" / f"{batch}.jsonl", week_of_rows(week))
             started = time.monotonic()
-            registration.register(settings, instance, batch, [file], None)
-            summary = run_batch.run_batch(settings, instance, batch)
+            registration.register(Deployment(settings, instance), batch, [file], None)
+            summary = run_batch.run_batch(Deployment(settings, instance), batch)
             seconds.append(time.monotonic() - started)
             assert sum(summary.rows_by_decision.values()) == ROWS
             assert summary.rows_by_decision["duplicate"] == (ROWS // 10 if week else 0)

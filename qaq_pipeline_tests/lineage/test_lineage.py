@@ -24,6 +24,7 @@ from qaq_pipeline.lineage.lineage import Lineage, LineageError, State, Table
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError
@@ -60,8 +61,10 @@ def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any)
         patch.setenv("QAQ_HOME", str(home))
         settings = parse_settings(yaml.safe_dump(values), "test.yaml")
         for batch, rows in {"b1": delivered_rows(), "b2": delivered_rows()[:6]}.items():
-            registration.register(settings, instance, batch, [write_jsonl(home / f"{batch}.jsonl", rows)], None)
-            run_batch.run_batch(settings, instance, batch)
+            registration.register(
+                Deployment(settings, instance), batch, [write_jsonl(home / f"{batch}.jsonl", rows)], None
+            )
+            run_batch.run_batch(Deployment(settings, instance), batch)
         (home / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         yield settings
 

@@ -31,7 +31,8 @@ from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.orchestration.alerts import Alert, send
 from qaq_pipeline.runs import registration
 from qaq_pipeline.runs import run_batch as driver
-from qaq_pipeline.runs.run_batch import RunError
+from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline_tests.support.sentences import Check
@@ -575,8 +576,8 @@ def test_the_alert_of_a_gated_batch_says_why() -> None:
 
 
 def run_batch(settings: Settings, instance: dg.DagsterInstance, delivered: Path) -> None:
-    registration.register(settings, instance, "b1", [delivered], None)
-    driver.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
+    driver.run_batch(Deployment(settings, instance), "b1")
 
 
 def test_a_batch_gated_before_scoring_is_alerted_once_and_again_when_the_verdict_changes(
@@ -619,7 +620,7 @@ def test_a_dead_channel_is_in_the_event_log_of_a_gated_batch_and_fails_nothing(
 ) -> None:
     channel = {"kind": "python", "target": f"{__name__}:fail_to_remember"}
     settings = settings_for(gates={"max_rejected_share": 0.01}, alerts={"channels": [channel]})
-    registration.register(settings, instance, "b1", [delivered], None)
+    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     job = build_defs(settings).resolve_job_def("ingest_batch")
     result = job.execute_in_process(instance=instance, partition_key="b1")
     assert result.success

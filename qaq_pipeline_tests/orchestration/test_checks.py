@@ -20,6 +20,7 @@ from qaq_pipeline.publication.curated_dataset import read_batches
 from qaq_pipeline.reports import check_metrics
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, dtypes
 from qaq_pipeline.screening.screen import screen_alone
@@ -333,8 +334,8 @@ def test_a_run_makes_every_check_once_for_its_partition_and_none_blocks(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered_samples: Path
 ) -> None:
     settings = settings_for(checks={"min_mean_rmi": -10})
-    registration.register(settings, instance, "b1", [delivered_samples], None)
-    summary = run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [delivered_samples], None)
+    summary = run_batch.run_batch(Deployment(settings, instance), "b1")
     found = evaluations(instance)
     assert set(found) == TABLE_CHECKS | DATASET_CHECKS
     assert not any(one.blocking for one in found.values())
@@ -372,8 +373,8 @@ def test_a_check_that_does_not_pass_is_a_warning_of_the_summary_and_stops_nothin
         checks={"min_mean_rmi": 10, "max_rank_correlation": -1.0},
         ranking={"num_strata": 10, "min_rows_per_stratum": 2},
     )
-    registration.register(settings, instance, "b1", [delivered_samples], None)
-    summary = run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [delivered_samples], None)
+    summary = run_batch.run_batch(Deployment(settings, instance), "b1")
     assert summary.rows_by_decision["selected"] == 5
     said = [warning.split(":")[0] for warning in summary.warnings]
     assert said == [
@@ -387,8 +388,8 @@ def test_what_the_asset_warns_of_is_not_said_twice(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered_samples: Path
 ) -> None:
     settings = settings_for(checks={"min_mean_rmi": -10}, ranking={"num_strata": 10, "min_rows_per_stratum": 20})
-    registration.register(settings, instance, "b1", [delivered_samples], None)
-    summary = run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [delivered_samples], None)
+    summary = run_batch.run_batch(Deployment(settings, instance), "b1")
     assert not evaluations(instance)["disagreement_scores.strata_are_filled|b1"].passed
     assert [warning.split(":")[0] for warning in summary.warnings] == ["model 'strong'", "model 'weak'"]
 
@@ -520,8 +521,8 @@ def test_drift_from_the_reference_is_measured_once_it_is_made(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered_samples: Path, check_sentence: Check
 ) -> None:
     settings = settings_for(ranking={"reference": {"name": "r1", "batches": ["b1"]}})
-    registration.register(settings, instance, "b1", [delivered_samples], None)
-    run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [delivered_samples], None)
+    run_batch.run_batch(Deployment(settings, instance), "b1")
     before = evaluations(instance)["disagreement_scores.is_near_reference|b1"]
     assert (before.passed, numbers(before)) == (False, {})
     check_sentence(before.description)

@@ -13,6 +13,7 @@ from qaq_pipeline.config.settings import RuntimeSettings, Settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.runs import refresh, withdrawal
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
@@ -34,7 +35,7 @@ def everything_selected(daemon: Daemon, settings_for: SettingsFor) -> None:
     """The daemon's batches, decided and published so that every row that is scored is selected."""
     all_rows = [{"name": "all", "strategy": "diff_high", "budget": {"fraction": 1.0}}]
     daemon.use(settings_for(gates={"max_rejected_share": None}, selections=all_rows))
-    refresh.refresh_all(daemon.settings, daemon.instance)
+    refresh.refresh_all(daemon.deployment)
 
 
 def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, settings_for: SettingsFor) -> None:
@@ -42,7 +43,7 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
     everything_selected(daemon, settings_for)
     assert json.dumps(SAMPLES[3][0])[1:-1] in published_text(daemon)
     what = withdrawal.Withdrawal("b1", "b1.jsonl:3", "its licence forbids training")
-    done = withdrawal.withdraw(daemon.settings, daemon.instance, what)
+    done = withdrawal.withdraw(daemon.deployment, what)
     assert done.failed == {}
     assert json.dumps(SAMPLES[3][0])[1:-1] not in published_text(daemon)
     for batch in ("b1", "b2"):
@@ -64,13 +65,13 @@ def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_scre
     what = withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key")
     impatient = daemon.settings.model_copy(update={"runtime": RuntimeSettings(lock_timeout_seconds=0.1)})
     with pytest.raises(RunError) as error:
-        withdrawal.withdraw(impatient, daemon.instance, what)
+        withdrawal.withdraw(Deployment(impatient, daemon.instance), what)
     check_sentence(error.value)
     assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
     check_sentence(daemon.left_out()["b1"])
     holder.kill()
     holder.wait()
-    refresh.refresh_all(daemon.settings, daemon.instance)
+    refresh.refresh_all(daemon.deployment)
     assert daemon.left_out() == {}
 
 
@@ -84,7 +85,7 @@ def test_a_withdrawn_batch_goes_though_no_other_can_be_published(
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1"), daemon.curate("gated")
     assert daemon.materialise("curated_dataset", partition=None)
-    withdrawal.withdraw(settings, instance, withdrawal.Withdrawal("b1", None, "a claim"))
+    withdrawal.withdraw(Deployment(settings, instance), withdrawal.Withdrawal("b1", None, "a claim"))
     assert json.dumps(SAMPLES[0][0])[1:-1] not in published_text(daemon)
     assert daemon.night()
 
@@ -100,14 +101,14 @@ def test_near_rows_of_a_withdrawn_one_are_named_before_they_come_back(
     )
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
-    assert withdrawal.near_rows(settings, instance, "b1", "b1.jsonl:1") == ["b1/b1.jsonl:2.0"]
-    withdrawal.withdraw(settings, instance, withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
+    assert withdrawal.near_rows(Deployment(settings, instance), "b1", "b1.jsonl:1") == ["b1/b1.jsonl:2.0"]
+    withdrawal.withdraw(Deployment(settings, instance), withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
     assert daemon.statuses("b1") == ["withdrawn", "accepted"]
 
 
 def test_a_withdrawn_row_is_withdrawn_from_what_lands_later_too(two_batches: Daemon) -> None:
     daemon = two_batches
-    withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
+    withdrawal.withdraw(daemon.deployment, withdrawal.Withdrawal("b1", "b1.jsonl:1", "a leaked key"))
     land(daemon.settings, "b3.jsonl", some_rows(14, 0, 15))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b3")
@@ -116,14 +117,14 @@ def test_a_withdrawn_row_is_withdrawn_from_what_lands_later_too(two_batches: Dae
 
 def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_restored(two_batches: Daemon) -> None:
     daemon = two_batches
-    withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal("b1", None, "a claim of its owner"))
+    withdrawal.withdraw(daemon.deployment, withdrawal.Withdrawal("b1", None, "a claim of its owner"))
     assert daemon.left_out() == {"b1": "gated (batch_withdrawn): it was withdrawn: a claim of its owner"}
     assert daemon.statuses("b2")[2] == "accepted"
     rows = open_storage(daemon.settings).tables.read("decisions", Partition("b1")).frame
     assert rows.height == 5
     assert set(rows["reason"]) == {"batch_withdrawn"}
     back = withdrawal.Withdrawal("b1", None, "the claim was dropped", is_withdrawn=False)
-    withdrawal.withdraw(daemon.settings, daemon.instance, back)
+    withdrawal.withdraw(daemon.deployment, back)
     assert daemon.left_out() == {}
     assert daemon.statuses("b2")[2] == "duplicate"
     # The same content as before all this, so the same version, and the history of what lay between.
@@ -138,7 +139,7 @@ def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_re
 def test_when_every_batch_is_withdrawn_an_empty_dataset_is_published(two_batches: Daemon) -> None:
     daemon = two_batches
     for batch in ("b1", "b2"):
-        withdrawal.withdraw(daemon.settings, daemon.instance, withdrawal.Withdrawal(batch, None, "a claim"))
+        withdrawal.withdraw(daemon.deployment, withdrawal.Withdrawal(batch, None, "a claim"))
     storage = open_storage(daemon.settings)
     manifest = versions.read_manifest(storage, versions.find_version(storage, "latest").version)
     assert manifest["batches"] == []
@@ -153,5 +154,5 @@ def test_what_is_not_there_cannot_be_withdrawn(two_batches: Daemon) -> None:
     }
     for why, what in faults.items():
         with pytest.raises((RunError, ValueError), match=why):
-            withdrawal.withdraw(two_batches.settings, two_batches.instance, what)
+            withdrawal.withdraw(two_batches.deployment, what)
     assert not open_storage(two_batches.settings).files.exists("withdrawals.json")

@@ -18,6 +18,7 @@ from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.column_lineage import Column, ancestry, derivations, of_records, of_scores, sources_in
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Calibration, Contamination, Decisions, Logprobs, RawData, SelectedSubset, dtypes
@@ -343,8 +344,8 @@ def test_every_materialisation_says_what_its_columns_come_from(
 ) -> None:
     settings = settings_for()
     rows = [{"query": f"query {number}", "response": f"answer {number}"} for number in range(4)]
-    registration.register(settings, instance, "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
-    run_batch.run_batch(settings, instance, "b1")
+    registration.register(Deployment(settings, instance), "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
+    run_batch.run_batch(Deployment(settings, instance), "b1")
     for table in TABLES:
         records = instance.fetch_materializations(dg.AssetKey(table), limit=1).records
         event = records[0].asset_materialization

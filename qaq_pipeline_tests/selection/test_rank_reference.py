@@ -30,7 +30,8 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports.drift import Drift, drift
 from qaq_pipeline.runs import refresh, registration, run_batch
-from qaq_pipeline.runs.job_runs import RunError
+from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import Events, RunError
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
@@ -606,9 +607,9 @@ def test_a_new_reference_ranks_every_batch_anew_without_scoring_and_its_differen
     chosen = {batch: set(table(old, "selected_subset", batch)["pair_id"]) for batch in ("b1", "b2")}
     no_model(monkeypatch)
     new = referring(settings_for, "r2", ["b1", "b2"])
-    done = refresh.refresh_all(new, instance)
-    assert done.rebuilt == ["select_from_batch b1", "select_from_batch b2"]
-    assert refresh.refresh_all(new, instance).rebuilt == []
+    done = refresh.refresh_all(Deployment(new, instance))
+    assert done.rebuilt == [("select_from_batch", Partition("b1")), ("select_from_batch", Partition("b2"))]
+    assert refresh.refresh_all(Deployment(new, instance)).rebuilt == []
     storage = open_storage(new)
     assert storage.tables.read("disagreement_scores", Partition("b1")).frame["pool_id"][0].startswith("reference:r2:")
     assert storage.tables.has(NAME, Partition("r1"))
@@ -747,7 +748,7 @@ def test_a_batch_that_is_missing_or_gated_or_out_of_date_makes_no_reference(
     with pytest.raises(dg.Failure) as error:
         materialise_reference(settings, instance)
     check_sentence(error.value)
-    registration.register(settings, instance, "b2", [deliver(SECOND, "second.jsonl")], None)
+    registration.register(Deployment(settings, instance), "b2", [deliver(SECOND, "second.jsonl")], None)
     run_stages(settings, instance, "b2", "ingest_batch")
     with pytest.raises(dg.Failure) as error:
         materialise_reference(settings, instance)
@@ -770,12 +771,12 @@ def test_the_driver_makes_the_reference_when_its_batches_are_scored_and_says_whi
     )
     with pytest.raises(RunError, match=said):
         curate(settings, instance, deliver(FIRST))
-    registration.register(settings, instance, "b2", [deliver(SECOND, "second.jsonl")], None)
+    registration.register(Deployment(settings, instance), "b2", [deliver(SECOND, "second.jsonl")], None)
     stages: list[str] = []
-    run_batch.run_batch(settings, instance, "b2", run_batch.Events(on_stage=lambda job, _: stages.append(job)))
+    run_batch.run_batch(Deployment(settings, instance), "b2", Events(on_stage=lambda job, _: stages.append(job)))
     assert stages.count(REFERENCE_JOB) == 1
     assert stages.index(REFERENCE_JOB) == stages.index(SELECTING) - 1
-    assert run_batch.run_batch(settings, instance, "b1").scored == 0
+    assert run_batch.run_batch(Deployment(settings, instance), "b1").scored == 0
 
 
 def test_with_the_batch_as_pool_the_reference_only_measures_drift(

@@ -13,6 +13,7 @@ from qaq_pipeline.orchestration.jobs import CURATING
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import status
+from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, delivered_rows, write_jsonl
@@ -32,6 +33,10 @@ class Daemon:
     def use(self, settings: Settings) -> None:
         self.settings = settings
         self.defs = build_defs(settings)
+
+    @property
+    def deployment(self) -> Deployment:
+        return Deployment(self.settings, self.instance)
 
     def look(self, name: str) -> dg.SensorResult:
         """One look of a sensor, of which nothing comes: the daemon dies."""
@@ -93,7 +98,7 @@ class Daemon:
         return job.execute_in_process(instance=self.instance, raise_on_error=False).success
 
     def left_out(self) -> dict[str, str]:
-        return status.batches_left_out(self.settings, self.instance)
+        return status.batches_left_out(self.deployment)
 
 
 def zone_of(settings: Settings) -> Path:

@@ -1,0 +1,75 @@
+"""A deployment of the pipeline: its settings, and the storage and the Dagster home that they are used with."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import dagster as dg
+
+from qaq_pipeline.config.load import dagster_home, home_directory
+from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.freshness.staleness import Freshness
+from qaq_pipeline.orchestration.jobs import present
+from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.storage.storage import Storage, open_storage
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What one command, or one tick of a sensor, works on."""
+
+    settings: Settings
+    instance: dg.DagsterInstance
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The storage that the settings name, opened once."""
+        return open_storage(self.settings)
+
+    @property
+    def batches(self) -> Sequence[str]:
+        """Names of the registered batches."""
+        return self.instance.get_dynamic_partitions("batch")
+
+    def freshness(self) -> Freshness:
+        """The freshness of the registered batches, as they are stored now."""
+        return Freshness(self.storage, self.batches, present(self.settings, self.storage))
+
+    def require_batch(self, batch: str) -> None:
+        """Refuse a batch that is not registered.
+
+        Raises:
+            ValueError: there is no such batch, or its name cannot be used.
+        """
+        if check_batch_name(batch) not in self.batches:
+            raise ValueError(f"there is no batch {batch!r}; `qaq status` lists the batches")
+
+    def lock_batch(self, batch: str) -> AbstractContextManager[None]:
+        """Lock a batch, so that two drivers cannot mix their deliveries and stages.
+
+        Raises:
+            PartitionBusyError: another driver holds it.
+            ValueError: the name cannot be used.
+        """
+        return self.storage.locks.hold("batch", check_batch_name(batch))
+
+
+def prepare_home() -> Path:
+    """Create DAGSTER_HOME and the landing zone, with the packaged instance settings unless it has its own."""
+    home = dagster_home()
+    home.mkdir(parents=True, exist_ok=True)
+    (home_directory() / "landing").mkdir(parents=True, exist_ok=True)
+    target = home / "dagster.yaml"
+    if not target.exists():
+        target.write_bytes((importlib.resources.files("qaq_pipeline") / "dagster.yaml").read_bytes())
+    return home
+
+
+def open_instance() -> dg.DagsterInstance:
+    """The Dagster instance in DAGSTER_HOME."""
+    return dg.DagsterInstance.from_config(str(prepare_home()))
