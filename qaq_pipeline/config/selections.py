@@ -24,8 +24,8 @@ class Budget(Closed):
     count: int | None = Field(None, ge=1)
     """Pairs per batch; with `ranking.pool: reference`, pairs of the reference."""
     answer_tokens: int | None = Field(None, ge=1)
-    """Number of answer tokens, counted before truncation with the strong model's tokenizer: per batch, or with
-    `ranking.pool: reference`, in the reference."""
+    """Maximum total of answer tokens, counted by the strong model's tokenizer before any answer is truncated: per
+    batch, or with `ranking.pool: reference`, in the reference."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -67,17 +67,17 @@ class _Disagreement(_Budgeted):
     """Take only pairs with lo < rank_strong <= hi. Excludes pairs that both models rank low."""
     rmi_strong: _RmiRange | None = None
     """Take only pairs with lo < RMI of the strong model <= hi, in nats/token; null: no limit. A calibration suggests lo
-    and hi: mismatches lie below lo, echoes above hi."""
+    and hi: most mismatches have an RMI below lo, and most echoes an RMI above hi."""
 
 
 class DiffSelection(_Disagreement):
-    """Global top-k by gap (diff_high: the paper's QAQ) or by lowest gap (diff_low)."""
+    """The pairs of all strata with the highest gap (diff_high: the paper's QAQ) or the lowest gap (diff_low)."""
 
     strategy: Literal["diff_high", "diff_low"]
 
 
 class SumSelection(_Disagreement):
-    """Global top-k by rank_strong + rank_weak (sum_high) or by the lowest sum (sum_low)."""
+    """The pairs of all strata with the highest (sum_high) or the lowest (sum_low) rank_strong + rank_weak."""
 
     strategy: Literal["sum_high", "sum_low"]
 
@@ -91,13 +91,13 @@ class RmiBandSelection(_OfModel):
 
 
 class RmiTopSelection(_Budgeted, _OfModel):
-    """Global top-k by the stratified rank of RMI."""
+    """The pairs with the highest rank of RMI within their strata."""
 
     strategy: Literal["rmi_top"]
 
 
 class IfdSelection(_Budgeted, _OfModel):
-    """Global top-k by instruction-following difficulty, the baseline that QAQ argues against."""
+    """The pairs with the highest instruction-following difficulty (IFD), the baseline that QAQ argues against."""
 
     strategy: Literal["ifd"]
     measure: Literal["ifd_ppl", "ifd_loss"] = "ifd_ppl"
@@ -107,7 +107,7 @@ class IfdSelection(_Budgeted, _OfModel):
 
 
 class PplSelection(_Budgeted, _OfModel):
-    """Global top-k by a perplexity."""
+    """The pairs with the highest or the lowest perplexity."""
 
     strategy: Literal["ppl"]
     measure: Literal["log_ppl_q", "log_ppl_q_given_a", "log_ppl_a", "log_ppl_a_given_q"] = "log_ppl_a_given_q"
@@ -117,17 +117,17 @@ class PplSelection(_Budgeted, _OfModel):
 
 
 class LengthSelection(_Budgeted, _OfModel):
-    """Global top-k by the number of answer tokens, longest first."""
+    """The pairs with the most answer tokens."""
 
     strategy: Literal["length"]
 
 
 class RandomSelection(_Budgeted, _OfModel):
-    """Pairs in the order of a keyed hash of pair_id; stratified: the same share of every stratum of PPL(Q)."""
+    """Pairs in a random order, the same on every machine. stratified_random takes the same share of every stratum."""
 
     strategy: Literal["random", "stratified_random"]
     seed: int = Field(0, ge=0)
-    """Key of the hash that orders the pairs."""
+    """Seed of the hash that orders the pairs."""
 
 
 Selection = Annotated[

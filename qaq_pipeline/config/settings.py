@@ -42,7 +42,7 @@ class DuplicateSettings(Closed):
     """Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: only equal rows
     are duplicates."""
     across_batches: bool = True
-    """Also remove a row as a duplicate if the equal or similar row is in an older batch."""
+    """Also find duplicates of rows in older batches: the older row is kept, and the newer one is not scored."""
 
 
 class BenchmarkSettings(Closed):
@@ -65,9 +65,9 @@ class ContaminationSettings(Closed):
     ngram_words: int = Field(10, ge=3, le=50)
     """Length of the compared word sequences, in words."""
     min_ngram_share: float = Field(0.2, gt=0, le=1)
-    """Minimum share of a task's word sequences in a contaminated row."""
+    """A row is contaminated if it contains at least this share of a task's word sequences."""
     min_solution_words: int = Field(10, ge=1)
-    """A solution is searched for in exact form only if it has at least this many words."""
+    """A solution of at least this many words is also searched for as exact text."""
     trivial_solutions: tuple[str, ...] = ()
     """Solutions that are too common to search for; white space is ignored."""
 
@@ -139,7 +139,7 @@ class AutomationSettings(Closed):
     timezone: str = "UTC"
     """Time zone of the schedule, such as Europe/Berlin."""
     stale_after_hours: float = Field(192.0, gt=0)
-    """Hours without a publication after which the dataset is stale."""
+    """If nothing was published for this many hours, the UI reports the dataset as overdue."""
 
     @model_validator(mode="after")
     def _zone(self) -> Self:
@@ -194,9 +194,11 @@ class ScoringSettings(Closed):
     quantities: tuple[Literal["rmi", "ifd"], ...] = Field(("rmi", "ifd"), min_length=1)
     """Scores to compute; ifd costs about as much as rmi."""
     prior: Literal["null_answer", "user", "bare"] = "null_answer"
-    """Context of log PPL(Q): the reverse prompt with an empty answer, Q as a user turn, or BOS alone."""
+    """Text before Q when log PPL(Q) is computed: the reverse prompt with an empty answer, the beginning of a user turn,
+    or only the token that begins a sequence (BOS)."""
     invalid_clause: bool = True
-    """Let the reverse prompt ask for "INVALID" outside programming, as the authors do."""
+    """Keep the authors' sentence in the reverse prompt: the model responds "INVALID" if the question is not about
+    programming."""
     max_tokens: int = Field(2048, ge=16, le=1_048_576)
     """Maximum length of one sequence (the window), in tokens."""
     too_long: Literal["truncate_answer", "leave_unscored"] = "truncate_answer"
@@ -207,9 +209,9 @@ class EligibilitySettings(Closed):
     """The conditions for a pair to be ranked and selected."""
 
     min_query_tokens: int = Field(1, ge=1)
-    """Minimum number of tokens of Q. Pairs with fewer are not ranked or selected."""
+    """Minimum number of tokens of Q. Pairs with fewer tokens are neither ranked nor selected."""
     short_query_tokens: int = Field(4, ge=0)
-    """Number of tokens of Q. Pairs with fewer are flagged."""
+    """Pairs with fewer tokens of Q than this are flagged as short."""
 
 
 class RuntimeSettings(Closed):
@@ -281,7 +283,7 @@ class CalibrationSettings(Closed):
     max_planted_share: float | None = Field(0.08, gt=0, le=1)
     """Maximum planted rows as a share of the batch's scorable pairs; null: no limit."""
     seed: int = Field(0, ge=0)
-    """Key for the draw of rows and for their changes."""
+    """Seed that decides which rows are copied and how the copies are changed."""
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
     """Target share of mismatches among the rows that the low cut of RMI keeps."""
 

@@ -82,7 +82,7 @@ class _Explained(dy.Schema):
 
 
 class _RowKey(dy.Schema):
-    """The key of one (query, answer) candidate in a delivery: an input row, or one turn of a conversation."""
+    """The key of one query and answer in a delivery: a delivered row, or one turn of a conversation."""
 
     batch = dy.String(primary_key=True, description="Name of the delivery: the batch partition.")
     source_file = dy.String(primary_key=True, description="Path of the file, relative to the delivery.")
@@ -141,7 +141,8 @@ class Signatures(_RowKey):
     pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
     content_hash = dy.String(
         regex=_PAIR_ID,
-        description="Hash of system text, query and answer, in NFC and with each run of white space as one space.",
+        description="Hash of system text, query and answer, after Unicode normalisation (NFC) and with each run of "
+        "white space as one space.",
     )
     bands = dy.List(
         dy.UInt64(),
@@ -162,12 +163,13 @@ class Contamination(_RowKey):
         min_exclusive=0.0, max=1.0, description="Share of that part's word sequences that are in the row."
     )
     matched_text = dy.String(
-        description="The longest common text, in words; the solution itself if the row has it word for word."
+        description="The longest word sequence that the row and the task share, at most 200 characters; the solution "
+        "if the row contains it as exact text."
     )
 
 
 class ScreenedData(_RowKey):
-    """The rows of raw_data with the results of screening, before any GPU time. Only accepted rows are scored."""
+    """The rows of raw_data with the results of screening, which comes before scoring. Only accepted rows are scored."""
 
     pair_id = RawData.pair_id
     status = _closed(Status, description="Accepted, rejected (as in raw_data), withdrawn, contaminated or duplicate.")
@@ -180,16 +182,17 @@ class ScreenedData(_RowKey):
         description="Reason why the row is not scored or is flagged; otherwise null.",
     )
     duplicate_of = dy.String(
-        nullable=True, description="The row that represents this pair, as batch/file:row.turn; null unless duplicate."
+        nullable=True,
+        description="The row that is kept instead of this one, as batch/file:row.turn; null unless duplicate.",
     )
     similarity = dy.Float64(
         nullable=True,
         min=0.0,
         max=1.0,
-        description="Duplicate: Jaccard similarity to that row. Contaminated: share of the benchmark's text in the "
-        "row. Otherwise null.",
+        description="Duplicate: Jaccard similarity to the row in `duplicate_of`. Contaminated: share of the word "
+        "sequences of the benchmark's task that the row contains. Otherwise null.",
     )
-    evidence = dy.String(nullable=True, description="Evidence for the verdict of screening, in words; null if none.")
+    evidence = dy.String(nullable=True, description="Evidence for the status, in words; null if there is none.")
     batch_gate = _closed(
         GateReason,
         nullable=True,
@@ -241,7 +244,7 @@ class Logprobs(_PairScores):
 
 
 class RmiScores(_PairScores):
-    """Scores without ranks of each pair under one model, computed from its sums in seconds without a GPU."""
+    """The scores of each pair under one model, without ranks: computed from the sums in logprobs, without a GPU."""
 
     log_ppl_q = _log_ppl("Q")
     log_ppl_q_given_a = _log_ppl("Q | A")
@@ -273,9 +276,9 @@ class RankReference(RmiScores):
         "log PPL(Q) that determines the stratum: the model's own or the strong model's; null: no rank."
     )
     stratum = dy.Int64(
-        nullable=True, min=1, description="Stratum of PPL(Q) in the model's pool, from 1; null: no rank."
+        nullable=True, min=1, description="Stratum of PPL(Q) in the ranking pool, from 1; null: no rank."
     )
-    num_strata = dy.Int64(min=1, description="Number of strata of the model's pool.")
+    num_strata = dy.Int64(min=1, description="Number of strata under the model.")
     rank = dy.Float64(
         nullable=True,
         min_exclusive=0.0,
@@ -295,7 +298,7 @@ MODEL_RANK = dy.Struct(
     {
         "model": _MODEL,
         "stratum": RankReference.stratum,
-        "num_strata": dy.Int64(min=0, description="Number of strata of the model's pool; 0: the pool is empty."),
+        "num_strata": dy.Int64(min=0, description="Number of strata under the model; 0: no pair is ranked."),
         "rank": RankReference.rank,
     }
 )
@@ -304,9 +307,12 @@ MODEL_RANK = dy.Struct(
 class DisagreementScores(_PairScores):
     """Strata, ranks, the gap between the strong and the weak model, and the pool on which they depend."""
 
-    pool_id = dy.String(description="Pool of the ranks: batch:<name> or reference:<name>:<version>.")
+    pool_id = dy.String(description="The ranking pool: batch:<name> or reference:<name>:<version>.")
     gap = dy.Float64(
-        nullable=True, min=-1.0, max=1.0, description="rank_strong - rank_weak (cognitive gap). High: worth learning."
+        nullable=True,
+        min=-1.0,
+        max=1.0,
+        description="rank_strong - rank_weak (cognitive gap). High: only the strong model ranks it high.",
     )
     rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
     null_reason = _null_reason("gap")
@@ -368,10 +374,10 @@ class Decisions(_RowKey):
     rank_sum = DisagreementScores.rank_sum
     scores = dy.List(MODEL_SCORE, description="Scores and ranks by model; empty if the pair was not scored.")
     verdicts = dy.List(
-        VERDICT, description="Verdict of every named selection and control; empty if the pair was not scored."
+        VERDICT, description="Result of every named selection and control; empty if the pair was not scored."
     )
     provenance_id = dy.String(
-        regex=_PAIR_ID, description="Hash of the provenance of this decision: a file in provenance/."
+        regex=_PAIR_ID, description="Hash of the provenance of this decision; the file is `provenance/<hash>.json`."
     )
 
 
@@ -416,13 +422,13 @@ class Calibration(_Explained):
     measure = dy.String(primary_key=True, description="The score that is judged; for kept_share, the named selection.")
     value = dy.Float64(
         nullable=True,
-        description="auroc: P(clean > planted), ties counted half; 0.5: not separated. paired_share: share of planted "
-        "rows below their original. kept_share: in [0, 1]. Cuts: nats/token. Null: see the reason.",
+        description="auroc: the probability that a row as delivered scores above a planted one, a tie counted half. "
+        "paired_share, kept_share: a share. low_cut, high_cut: an RMI, in nats/token. Null: see null_reason.",
     )
     lower = dy.Float64(nullable=True, description="Lower end of the 95 % interval; null if there is none.")
     upper = dy.Float64(nullable=True, description="Upper end of the 95 % interval; null if there is none.")
-    num_clean = dy.Int64(min=0, description="Rows as delivered behind the value.")
-    num_planted = dy.Int64(min=0, description="Planted rows behind the value.")
+    num_clean = dy.Int64(min=0, description="Rows as delivered from which the value is computed.")
+    num_planted = dy.Int64(min=0, description="Planted rows from which the value is computed.")
     num_kept = dy.Int64(nullable=True, min=0, description="kept_share: rows kept. Cuts: clean rows that the cut keeps.")
     null_reason = _null_reason("value", UnknownReason)
 

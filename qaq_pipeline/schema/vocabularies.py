@@ -23,13 +23,13 @@ class Vocabulary(StrEnum):
 
 
 class Status(Vocabulary):
-    """The result of screening for an input row."""
+    """The result of screening for a delivered row."""
 
     ACCEPTED = "accepted", "The row is scored; it may carry a flag."
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
-    DUPLICATE = "duplicate", "An equal or similar row that comes before this one represents it."
+    DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
 
 
 class RejectReason(Vocabulary):
@@ -63,7 +63,7 @@ class ContaminationReason(Vocabulary):
 
 
 class WithdrawalReason(Vocabulary):
-    """Reasons why a readable row may not be published."""
+    """Reasons why a readable row must not be published."""
 
     ROW_WITHDRAWN = "row_withdrawn", "`qaq withdraw` was run for a row with this text."
 
@@ -80,7 +80,7 @@ class GateReason(Vocabulary):
 
 
 class Quantity(Vocabulary):
-    """The four likelihoods of a pair, stored as NLL(X | C); the section Scores of the page The method defines them."""
+    """The four likelihoods of a pair: NLL(X | C), the negative log-likelihood of X after C (page: The method)."""
 
     Q = "q", "The query in the context of the prior."
     Q_GIVEN_A = "q_given_a", "The query after the reverse prompt with the answer."
@@ -101,9 +101,9 @@ QUANTITIES_OF = {
 
 
 class NullReason(Vocabulary):
-    """Reasons why a quantity of a pair is null."""
+    """Reasons why a likelihood or a score of a pair is null."""
 
-    NOT_WANTED = "not_wanted", "`scoring.quantities` does not include it."
+    NOT_WANTED = "not_wanted", "No score in `scoring.quantities` needs this likelihood."
     QUERY_TOO_LONG = "query_too_long", "The query alone does not fit into `scoring.max_tokens`; a query is never cut."
     PAIR_TOO_LONG = "pair_too_long", "The pair exceeds `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
     NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
@@ -113,20 +113,20 @@ class NullReason(Vocabulary):
 
 
 class Decision(Vocabulary):
-    """The decision about an input row under the published selection."""
+    """The decision about a delivered row under the published selection."""
 
     SELECTED = "selected", "The row is in the published dataset."
     NOT_SELECTED = "not_selected", "The row was ranked and not selected."
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
-    DUPLICATE = "duplicate", "An equal or similar row that comes before this one represents it."
+    DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
     UNSCORABLE = "unscorable", "A model that the selection uses has no score for the pair."
     BATCH_GATED = "batch_gated", "No row of the batch is scored or published."
 
 
 class SelectionReason(Vocabulary):
-    """Reasons why a selection takes, or does not take, a pair of its pool."""
+    """Reasons why a selection takes a pair or does not take it."""
 
     WITHIN_BUDGET = "within_budget", "Selected: the pair's place in the order is within the budget."
     IN_BAND = "in_band", "Selected: the rank is in the band."
@@ -158,10 +158,13 @@ class Defect(Vocabulary):
 class Statistic(Vocabulary):
     """The statistics of a calibration."""
 
-    AUROC = "auroc", "P(a row as delivered scores above a planted one), ties counted half."
+    AUROC = "auroc", "Probability that a row as delivered scores above a planted one, a tie counted half."
     PAIRED_SHARE = "paired_share", "Share of planted rows that score below their own original."
     KEPT_SHARE = "kept_share", "Share of rows that a selection takes."
-    LOW_CUT = "low_cut", "The largest RMI that cannot be told from a mismatch at the false-discovery rate."
+    LOW_CUT = (
+        "low_cut",
+        "The largest RMI that does not clearly differ from planted mismatches, at the false-discovery rate.",
+    )
     HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
 
 
@@ -173,11 +176,11 @@ class UnknownReason(Vocabulary):
     NOT_SCORED = "not_scored", "None of the rows as delivered, or none of the planted rows, has this score."
     NONE_TOLD_FROM_NULL = (
         "none_told_from_null",
-        "No row can be distinguished from the planted mismatches, so there is no cut.",
+        "No row of the batch clearly differs from the planted mismatches, so there is no low cut.",
     )
     ALL_TOLD_FROM_NULL = (
         "all_told_from_null",
-        "Every row can be distinguished from the planted mismatches, so there is nothing to cut.",
+        "Every row of the batch clearly differs from the planted mismatches, so a low cut would remove nothing.",
     )
 
 
