@@ -11,6 +11,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.locks import PartitionBusyError
+from qaq_pipeline_tests.conftest import LockHolder
 
 SettingsFor = Callable[..., Settings]
 
@@ -37,13 +38,10 @@ def test_a_batch_has_a_partition_for_each_model_where_its_table_has_one(
     assert deployment.partitions("logprobs", "b1") == [Partition("b1", "strong"), Partition("b1", "weak")]
 
 
-def test_a_batch_that_is_locked_is_busy_for_another_driver(
-    settings_for: SettingsFor, instance: dg.DagsterInstance
+def test_a_batch_that_another_process_holds_cannot_be_locked(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, lock_holder: LockHolder
 ) -> None:
     settings = settings_for(runtime={"lock_timeout_seconds": 0.1})
-    with (
-        Deployment(settings, instance).lock_batch("b1"),
-        pytest.raises(PartitionBusyError),
-        Deployment(settings, instance).lock_batch("b1"),
-    ):
+    lock_holder(settings.home / "locks", "batch", "b1")
+    with pytest.raises(PartitionBusyError), Deployment(settings, instance).lock_batch("b1"):
         pass
