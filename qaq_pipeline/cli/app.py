@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qaq_pipeline.cli import explain, inspection, lineage, maintenance, run
+from qaq_pipeline.cli import doctor, explain, inspection, lineage, maintenance, run
 from qaq_pipeline.cli.terminal import expected, fail
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.files import StorageError
@@ -58,7 +58,7 @@ for command in (
     inspection.calibration,
     run.estimate,
     maintenance.cache,
-    maintenance.doctor,
+    doctor.doctor,
     run.ui,
 ):
     app.command()(command)

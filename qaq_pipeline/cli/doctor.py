@@ -13,6 +13,11 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from qaq_pipeline.cli.terminal import ConfigOption, console, read_settings
 from qaq_pipeline.config import load
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
@@ -32,15 +37,17 @@ class Finding:
     text: str
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """Run every check, in the order in which a run would depend on them."""
-    return [
-        _versions(),
-        *_models(settings),
-        _storage(settings),
-        _exports(settings),
-        _dagster_home(),
-    ]
+def doctor(config_file: ConfigOption = None) -> None:
+    """Check models, devices, storage, Dagster home and versions; exit 1 if something is missing."""
+    settings = read_settings(config_file)
+    # In the order in which a run would depend on them.
+    findings = [_versions(), *_models(settings), _storage(settings), _exports(settings), _dagster_home()]
+    result = Table("", "check", "finding", title="qaq doctor")
+    for finding in findings:
+        result.add_row("[green]ok[/]" if finding.is_ok else "[red]no[/]", finding.check, escape(finding.text))
+    console.print(result)
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)
 
 
 def _versions() -> Finding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -42,10 +42,6 @@ class Dossier:
     """The row that is kept instead of a duplicate."""
     fates: list[Fate]
     provenance: Provenance
-
-    def as_json(self) -> dict[str, Any]:
-        """The dossier as JSON."""
-        return asdict(self)
 
 
 def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *, with_versions: bool) -> Dossier:
@@ -233,9 +229,3 @@ def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) ->
     if number > len(rows):
         _line(console, f"… and {number - len(rows):,} more")
     _line(console, f"{number:,} rows contain that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")
-
-
-def key_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Batch, and the place in it, as `row_history.find_row` takes them."""
-    place = RowPlace.of(row)
-    return place.batch, place.in_batch

@@ -6,19 +6,19 @@ Belongs here: finding the row that is meant. Does not belong here: what is known
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
 
-from qaq_pipeline.cli import dossier
-from qaq_pipeline.cli.terminal import ConfigOption, console, errors, fail, read_settings, warn
+from qaq_pipeline.cli import dossier, render
+from qaq_pipeline.cli.terminal import ConfigOption, console, errors, fail, open_stored, warn
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.publication.versions import Published, find_version
 from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.schema.row_place import RowPlace
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.storage import Storage
 
 
 def explain(
@@ -43,9 +43,10 @@ def explain(
     config_file: ConfigOption = None,
 ) -> None:
     """Explain the decision on a row: its reason, its scores, its fate in every version, and its provenance."""
-    if (what is None) == (text is None) or (what is not None and row is None and not _names_a_row(what)):
+    is_row_named = what is not None and (row is not None or "/" in what or row_lookup.is_pair(what))
+    if (what is None) == (text is None) or (text is None and not is_row_named):
         raise typer.BadParameter("give BATCH ROW, a pair_id, BATCH/FILE:ROW, or --text")
-    storage = open_storage(read_settings(config_file))
+    storage = open_stored(config_file)
     try:
         published = None if version is None else find_version(storage, version)
         if text is not None:
@@ -53,7 +54,8 @@ def explain(
             if number > 1:
                 dossier.matches(console, found, number)
                 return
-            what, row = dossier.key_of(found[0])
+            place = RowPlace.of(found[0])
+            what, row = place.batch, place.in_batch
             if published is not None and found[0]["pair_id"] is not None:  # Another text may have stood there then.
                 row = found[0]["pair_id"]
         assert what is not None
@@ -62,7 +64,7 @@ def explain(
     except ValueError as error:
         fail(f"{error}. Known batches: `qaq status`")
     if as_json:
-        print(json.dumps([one.as_json() for one in gathered], ensure_ascii=False))
+        render.print_json(gathered)
         return
     for unindexed in answer.unindexed:
         warn(f"{unindexed}: its index is missing or stale, so the whole table was read; `qaq refresh` rebuilds it")
@@ -70,11 +72,6 @@ def explain(
         warn(f"There may be more: the first {row_history.MOST_ROWS} rows follow.")
     for one in gathered:
         dossier.show(console, one, with_template=provenance)
-
-
-def _names_a_row(what: str) -> bool:
-    """True if the text alone names a row: BATCH/FILE:ROW, or a pair_id."""
-    return "/" in what or row_lookup.is_pair(what)
 
 
 def _find(

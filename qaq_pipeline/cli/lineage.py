@@ -7,14 +7,13 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import lineage_tree, render
-from qaq_pipeline.cli.terminal import ConfigOption, complain, expected, fail, read_settings, say
+from qaq_pipeline.cli.terminal import ConfigOption, complain, expected, fail, open_stored, say
 from qaq_pipeline.lineage import lineage as walks
 from qaq_pipeline.lineage import trace
 from qaq_pipeline.lineage import verify as verification
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication.versions import find_version
 from qaq_pipeline.schema import column_lineage
-from qaq_pipeline.storage.storage import open_storage
 
 
 def lineage(
@@ -43,7 +42,7 @@ def lineage(
     if columns is not None:
         _print_columns(columns, as_json=as_json)
         return
-    storage = open_storage(read_settings(config_file))
+    storage = open_stored(config_file)
     with expected(walks.LineageError):
         found = walks.walk(storage, find_version(storage, version).version)
         found = found if file is None else walks.only(found, file)

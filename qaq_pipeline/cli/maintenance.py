@@ -1,4 +1,4 @@
-"""Commands that change what is stored or published, and the check of the machine."""
+"""Commands that change what is stored or published: refresh, withdraw, publish, cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from qaq_pipeline.cli.terminal import (
     expected,
     fail,
     open_deployment,
-    quiet_logs,
-    read_settings,
+    open_stored,
     say,
     warn,
 )
-from qaq_pipeline.publication import versions
-from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline.publication import hub, versions
 
 _SHORTEST_KEY = 6
 
@@ -73,10 +71,7 @@ def publish(
     config_file: ConfigOption = None,
 ) -> None:
     """Copy a version to the Hugging Face hub in one commit, or to a folder; if it is already there, write nothing."""
-    from qaq_pipeline.publication import hub
-
-    storage = open_storage(read_settings(config_file))
-    quiet_logs()
+    storage = open_stored(config_file)
     with expected(hub.PublishError):
         copy = hub.publish(storage, version, to, is_private=private, is_dry_run=dry_run)
     if dry_run:
@@ -98,7 +93,7 @@ def cache(
     config_file: ConfigOption = None,
 ) -> None:
     """Show the contents of the score cache by model, and how often they were used."""
-    storage = open_storage(read_settings(config_file))
+    storage = open_stored(config_file)
     models = storage.scores.models()
     if prune is None:
         render.print_cache(models)
@@ -113,13 +108,3 @@ def cache(
 
 def _is_key(digest: str, start: str) -> bool:
     return len(start) >= _SHORTEST_KEY and digest.startswith(start)
-
-
-def doctor(config_file: ConfigOption = None) -> None:
-    """Check models, devices, storage, Dagster home and versions; exit 1 if something is missing."""
-    from qaq_pipeline.cli.doctor import examine
-
-    findings = examine(read_settings(config_file))
-    render.print_findings(findings)
-    if not all(finding.is_ok for finding in findings):
-        raise typer.Exit(1)

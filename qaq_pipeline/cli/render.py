@@ -5,10 +5,11 @@ Belongs here: labels and formats. Does not belong here: options, and reading wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pydantic_core import to_json
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -21,7 +22,6 @@ from qaq_pipeline.publication.withdrawn import withdrawn_batches
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from qaq_pipeline.cli.doctor import Finding
     from qaq_pipeline.reports.pages import Table as PageTable
     from qaq_pipeline.runs.job_runs import Events
     from qaq_pipeline.runs.status import BatchStatus, TableStatus
@@ -88,8 +88,8 @@ def print_summary(summary: BatchSummary) -> None:
     rows = Table("rows", "", "why", title=f"Batch {summary.batch}")
     rows.add_row("in", f"{summary.rows_in:,}", "", style="bold")
     for decision, count in summary.rows_by_decision.items():
-        reasons = summary.reasons_by_decision.get(decision, {})
-        rows.add_row(decision, f"{count:,}", ", ".join(f"{reason} {n:,}" for reason, n in reasons.items()))
+        reasons = summary.reasons_by_decision[decision].items()
+        rows.add_row(decision, f"{count:,}", ", ".join(f"{reason} {n:,}" for reason, n in reasons))
     rows.add_row("sum", f"{sum(summary.rows_by_decision.values()):,}", "", style="bold")
     console.print(rows)
     _print_models(summary)
@@ -169,10 +169,7 @@ def print_cache(models: Sequence[CachedModel]) -> None:
 
 def _print_columns(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
     """Print one column per model and one row per label: it fits into 80 characters."""
-    shown = Table("", *heads, title=title)
-    for label, cells in rows.items():
-        shown.add_row(label, *map(escape, cells))
-    console.print(shown)
+    _print_table(title, ("", *heads), [(label, *cells) for label, cells in rows.items()])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -218,21 +215,17 @@ def warn_of_withdrawn(storage: Storage) -> None:
 # --- anything --------------------------------------------------------------------------------------------------------
 
 
-def print_findings(findings: Sequence[Finding]) -> None:
-    """Print the findings of `qaq doctor`."""
-    result = Table("", "check", "finding", title="qaq doctor")
-    for finding in findings:
-        result.add_row("[green]ok[/]" if finding.is_ok else "[red]no[/]", finding.check, escape(finding.text))
-    console.print(result)
+def _print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    shown = Table(*heads, title=title)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
 
 
 def print_page_tables(tables: Sequence[PageTable]) -> None:
     """Print tables of an audit page."""
     for table in tables:
-        shown = Table(*table.head, title=table.caption)
-        for row in table.rows:
-            shown.add_row(*map(escape, row))
-        console.print(shown)
+        _print_table(table.caption, table.head, table.rows)
 
 
 def print_tree(tree: Tree) -> None:
@@ -242,6 +235,4 @@ def print_tree(tree: Tree) -> None:
 
 def print_json(value: object) -> None:
     """Print dataclasses, and containers of them, as JSON."""
-    from pydantic_core import to_json
-
     print(to_json(value, indent=2).decode())

@@ -20,6 +20,7 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import dagster_home, load_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.storage.locks import PartitionBusyError
+from qaq_pipeline.storage.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from qaq_pipeline.runs.deployment import Deployment
@@ -81,12 +82,19 @@ def open_deployment(config_file: Path | None) -> Iterator[Deployment]:
     from qaq_pipeline.runs.job_runs import RunError
 
     settings = read_settings(config_file)
-    quiet_logs()
+    _quiet_logs()
     with open_instance() as instance, expected(RunError, PartitionBusyError, ValueError):
         yield Deployment(settings, instance)
 
 
-def quiet_logs() -> None:
+def open_stored(config_file: Path | None) -> Storage:
+    """Open the storage alone, without Dagster: importing that takes longer than finding most answers."""
+    settings = read_settings(config_file)
+    _quiet_logs()
+    return open_storage(settings)
+
+
+def _quiet_logs() -> None:
     """Keep progress bars and debug lines of other libraries out of the display; Dagster's event log has them."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -15,7 +15,8 @@ from qaq_pipeline.config.load import dagster_home, home_directory
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Freshness
 from qaq_pipeline.orchestration.jobs import present
-from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.storage.storage import Storage, open_storage
 
 
@@ -39,6 +40,10 @@ class Deployment:
     def freshness(self) -> Freshness:
         """The freshness of the registered batches, as they are stored now."""
         return Freshness(self.storage, self.batches, present(self.settings, self.storage))
+
+    def partitions(self, table: str, batch: str) -> list[Partition]:
+        """Partitions of a batch's table: one for each model, or one."""
+        return PIPELINE[table].partitions(batch, list(self.settings.models))
 
     def require_batch(self, batch: str) -> None:
         """Refuse a batch that is not registered.

@@ -153,11 +153,10 @@ def _is_reference_missing(deployment: Deployment) -> bool:
     wanted = ranking.reference
     if ranking.pool != "reference" or wanted is None or tables.has("rank_reference", Partition(wanted.name)):
         return False
-    scores, roles = PIPELINE["rmi_scores"], list(deployment.settings.models)
     unscored = [
         batch
         for batch in wanted.batches
-        if not all(tables.has(scores.name, partition) for partition in scores.partitions(batch, roles))
+        if not all(tables.has("rmi_scores", partition) for partition in deployment.partitions("rmi_scores", batch))
     ]
     if unscored:
         raise FailedJobError(

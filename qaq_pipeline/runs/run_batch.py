@@ -69,6 +69,4 @@ def _calibrate(driver: Driver, batch: str) -> list[str]:
 
 def _partitions(deployment: Deployment, asset: Asset, batch: str) -> Sequence[Partition | None]:
     """An asset's partitions of a batch; None for an asset without partitions."""
-    if asset.partitioning is Partitioning.NONE:
-        return [None]
-    return asset.partitions(batch, list(deployment.settings.models))
+    return [None] if asset.partitioning is Partitioning.NONE else deployment.partitions(asset.name, batch)

@@ -98,11 +98,10 @@ def batches_left_out(deployment: Deployment) -> dict[str, str]:
 
 
 def _table_status(deployment: Deployment, name: str, batch: str) -> TableStatus:
-    tables, models = deployment.storage.tables, list(deployment.settings.models)
-    num_wanted = len(models) if PIPELINE[name].has_models else 1
+    tables = deployment.storage.tables
     try:
-        partitions = PIPELINE[name].partitions(batch, models)
+        partitions = deployment.partitions(name, batch)
         rows = [tables.read(name, one).frame.height for one in partitions if tables.has(name, one)]
     except ValueError:  # A StorageError, or a name that the UI let pass.
-        return TableStatus(None, 0, num_wanted, is_readable=False)
-    return TableStatus(rows[0] if rows else None, len(rows), num_wanted)
+        return TableStatus(None, 0, 1, is_readable=False)
+    return TableStatus(rows[0] if rows else None, len(rows), len(partitions))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import polars as pl
 
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store
@@ -16,6 +13,7 @@ from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.runs.run_results import Results
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.selection.decisions import by_reason
 
 
 @dataclass(frozen=True)
@@ -71,22 +69,22 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
     """The summary of a batch, from its stored tables, the metadata of its runs and the checks that did not pass.
 
     Raises:
-        RunError: rows by decision do not add up to the rows in.
+        RunError: it has not one decision for each of its rows, or it was left out of the published dataset.
     """
     settings, storage, partition = deployment.settings, deployment.storage, Partition(batch)
-    decisions = storage.tables.read("decisions", partition)
-    raw = storage.tables.read("raw_data", partition)
-    by_decision = Counter(decisions.frame["decision"].to_list())
-    if by_decision.total() != raw.frame.height:
-        raise RunError(
-            f"batch {batch}: {by_decision.total()} decisions for {raw.frame.height} rows in: report this fault"
-        )
+    decisions = storage.tables.read("decisions", partition).frame
+    num_rows = storage.tables.footer("raw_data", partition).num_rows
+    if decisions.height != num_rows:
+        raise RunError(f"batch {batch}: {decisions.height} decisions for {num_rows} rows in: report this fault")
+    reasons: dict[str, dict[str, int]] = {decision.value: {} for decision in vocabularies.Decision}
+    for decision, reason, count in by_reason(decisions).iter_rows():
+        reasons[decision][reason] = count
     published, decided = results["curated_dataset", None], results["decisions", partition]
     return BatchSummary(
         batch=batch,
-        rows_in=raw.frame.height,
-        rows_by_decision={decision.value: by_decision[decision.value] for decision in vocabularies.Decision},
-        reasons_by_decision=_reasons(decisions.frame),
+        rows_in=num_rows,
+        rows_by_decision={decision: sum(counts.values()) for decision, counts in reasons.items()},
+        reasons_by_decision=reasons,
         published=settings.published.name,
         pool_size=decided["pool_size"],
         selected_by_selection=dict(decided["selected_by_selection"]),
@@ -111,18 +109,6 @@ def _exclusions(batch: str, published: Mapping[str, Any]) -> list[str]:
     if batch in excluded:
         raise RunError(f"batch {batch} was left out of the published dataset: {excluded[batch]}")
     return [f"batch {name} is not in the published dataset: {reason}" for name, reason in excluded.items()]
-
-
-def _reasons(decisions: pl.DataFrame) -> dict[str, dict[str, int]]:
-    counts = (
-        decisions.group_by("decision", "reason")
-        .len()
-        .sort("decision", "len", "reason", descending=[False, True, False])
-    )
-    reasons: dict[str, dict[str, int]] = {}
-    for decision, reason, count in counts.iter_rows():
-        reasons.setdefault(decision, {})[reason] = count
-    return reasons
 
 
 def _model_summary(role: str, frame: str, batch: str, results: Results) -> ModelSummary:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import polars as pl
 
-from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.storage.files import StorageError
@@ -20,11 +19,11 @@ def collect_table(deployment: Deployment, name: str, batch: str | None) -> pl.Da
         StorageError: the batch lacks the table, or every batch does.
     """
     batches = [check_batch_name(batch)] if batch else sorted(deployment.batches)
-    tables, models = deployment.storage.tables, list(deployment.settings.models)
-    partitions = [one for name_of in batches for one in PIPELINE[name].partitions(name_of, models)]
+    tables = deployment.storage.tables
     frames = [
         tables.read(name, partition).frame.select(*_labels(partition), pl.all().exclude("batch"))
-        for partition in partitions
+        for one in batches
+        for partition in deployment.partitions(name, one)
         if batch or tables.has(name, partition)
     ]
     if not frames:

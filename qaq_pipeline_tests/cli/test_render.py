@@ -21,7 +21,7 @@ def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixt
                 "b1",
                 0,
                 {"selected": 0},
-                {},
+                {"selected": {}},
                 "diff_high",
                 0,
                 {},
