@@ -143,13 +143,8 @@ def calibrate(
 
 
 def _row(statistic: Statistic, defect: str, model: str, measure: str, estimate: Estimate) -> dict[str, Any]:
-    return {
-        "statistic": statistic.value,
-        "defect": str(defect),
-        "model": model,
-        "measure": measure,
-        **asdict(estimate),
-    }
+    place = {"statistic": statistic.value, "defect": str(defect), "model": model, "measure": measure}
+    return place | asdict(estimate)
 
 
 def _unknown(reason: UnknownReason, num_clean: int = 0, num_planted: int = 0) -> Estimate:
