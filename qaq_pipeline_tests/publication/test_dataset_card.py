@@ -278,7 +278,7 @@ def test_the_recipe_is_the_selection_of_the_settings() -> None:
     card = card_of(selection=settings.published, exported={"half": 0})
     recipe = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == settings.published.model_dump(mode="json")
-    assert "Global top-k by gap" in card
+    assert "highest gap (diff_high: the paper's QAQ)" in card
 
 
 def test_the_benchmarks_are_listed_with_their_hashes_and_who_was_not_checked_is_said() -> None:

@@ -168,7 +168,7 @@ def test_a_token_that_does_not_do_is_named_with_the_remedy(
 
 
 def test_a_large_file_that_cannot_be_uploaded_commits_nothing(
-    hub: Hub, storage: Storage, monkeypatch: pytest.MonkeyPatch, check_sentence: Check
+    hub: Hub, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store_version(storage)
     answer = hub.answer
@@ -177,9 +177,9 @@ def test_a_large_file_that_cannot_be_uploaded_commits_nothing(
         return (403, {}, {}) if path.startswith("/large/") else answer(method, path, token, body)
 
     monkeypatch.setattr(hub, "answer", refusing)
-    with pytest.raises(PublishError) as error:
+    # Files are uploaded at once: either may be the first that fails.
+    with pytest.raises(PublishError, match=r"org/name: Error while uploading .*the token may not write there"):
         publish(storage, "latest", TO)
-    check_sentence(error.value)
     assert arrived(hub) == {}
 
 
