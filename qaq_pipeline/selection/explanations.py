@@ -22,26 +22,37 @@ from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.vocabularies import Decision, DuplicateReason, NullReason, SelectionReason
 from qaq_pipeline.selection import rank_reference
 
-_GAP = "gap (rank under the strong model minus rank under the weak one)"
+_GAP = "gap (rank under the strong model minus rank under the weak model)"
 
 _MEASURES = {
-    "diff_high": f"the {_GAP}",
-    "diff_low": f"the {_GAP}",
-    "sum_high": "the sum of the two models' ranks",
-    "sum_low": "the sum of the two models' ranks",
-    "rmi_top": "the rank under the {model} model",
-    "length": "the length of the answer in tokens of the {model} model",
-    "random": "a random draw in [0, 1)",
-    "stratified_random": "the place in a random draw within each stratum of query perplexity",
-    "ifd_ppl": "IFD, the {model} model's perplexity of the answer after the query divided by that of the answer alone",
-    "ifd_loss": "IFD, the {model} model's log perplexity of the answer after the query divided by that of the answer "
-    "alone",
-    "log_ppl_q": "the {model} model's log perplexity of the query in nats per token",
-    "log_ppl_q_given_a": "the {model} model's log perplexity of the query after the answer in nats per token",
-    "log_ppl_a": "the {model} model's log perplexity of the answer in nats per token",
-    "log_ppl_a_given_q": "the {model} model's log perplexity of the answer after the query in nats per token",
+    "diff_high": ("gap", _GAP),
+    "diff_low": ("gap", _GAP),
+    "sum_high": ("sum", "sum of the ranks under both models"),
+    "sum_low": ("sum", "sum of the ranks under both models"),
+    "rmi_top": ("rank", "rank under the {model} model"),
+    "length": ("answer length", "answer length in tokens of the {model} model"),
+    "random": ("random number", "random number between 0 and 1"),
+    "stratified_random": ("place", "place in a random order within each stratum of query perplexity"),
+    "ifd_ppl": (
+        "IFD",
+        "IFD (the {model} model's perplexity of the answer after the query, divided by that of the answer alone)",
+    ),
+    "ifd_loss": (
+        "IFD",
+        "IFD (the {model} model's log perplexity of the answer after the query, divided by that of the answer alone)",
+    ),
+    "log_ppl_q": ("log perplexity", "log perplexity of the query under the {model} model, in nats per token"),
+    "log_ppl_q_given_a": (
+        "log perplexity",
+        "log perplexity of the query after the answer under the {model} model, in nats per token",
+    ),
+    "log_ppl_a": ("log perplexity", "log perplexity of the answer under the {model} model, in nats per token"),
+    "log_ppl_a_given_q": (
+        "log perplexity",
+        "log perplexity of the answer after the query under the {model} model, in nats per token",
+    ),
 }
-"""The score that a selection orders by, by its measure or else its strategy."""
+"""The score that a selection orders by, in a word and in full, by its measure or else its strategy."""
 
 _WHY_NULL = {
     NullReason.NOT_WANTED: "the settings (scoring.quantities) do not ask for the score",
@@ -49,7 +60,7 @@ _WHY_NULL = {
     NullReason.PAIR_TOO_LONG: "query and answer exceed the window (scoring.max_tokens), and scoring.too_long leaves "
     "such pairs unscored",
     NullReason.NO_TOKENS_TO_SCORE: "there is no token to score",
-    NullReason.NON_FINITE: "the model gave no finite number",
+    NullReason.NON_FINITE: "a result is not a finite number",
     NullReason.OUT_OF_MEMORY: "the pair did not fit into memory, even alone",
     NullReason.TOO_FEW_QUERY_TOKENS: "the query has fewer tokens than eligibility.min_query_tokens",
 }
@@ -74,7 +85,7 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
         return _duplicate(row)
     flag = f" Flagged but kept: it contains {_sentence(row['evidence'])}" if row["evidence"] else ""
     if decision is Decision.UNSCORABLE:
-        return f"Not scorable: {_why_unscorable(row)}. So {published.name} can neither place nor take it.{flag}"
+        return f'Not scorable: {_why_unscorable(row)}. So "{published.name}" can neither rank nor take the pair.{flag}'
     return " ".join([_ranks(row), *_cautions(row), _verdict(row, published)]) + flag
 
 
@@ -90,7 +101,7 @@ def explain_in_version(
         was_in: the number of the version before, where that one had the row in its selection.
         told: an explanation that the reader has just read, which is not repeated.
     """
-    dropped = "" if was_in is None else f"dropped, after it was in version {was_in}: "
+    dropped = "" if was_in is None else f"dropped (it was in version {was_in}): "
     if row is None:
         absent = "the version does not contain its batch" + ("" if left_out is None else f": {left_out}")
         return dropped + ("the batch had no such row" if has_batch else absent)
@@ -114,9 +125,9 @@ def _sentence(text: str) -> str:
 def _duplicate(row: Mapping[str, Any]) -> str:
     original, why = row["duplicate_of"], _sentence(row["evidence"])
     if row["reason"] == DuplicateReason.EXACT_DUPLICATE.value:
-        return f"Duplicate of {original}, which represents it: {why}"
+        return f"Duplicate of {original}, which is kept instead: {why}"
     similarity = f"similarity {row['similarity']:.3f}, where 1 is equal"
-    return f"Near-duplicate of {original} ({similarity}), which represents it: {why}"
+    return f"Near-duplicate of {original} ({similarity}), which is kept instead: {why}"
 
 
 def _why_unscorable(row: Mapping[str, Any]) -> str:
@@ -136,8 +147,9 @@ def _ranks(row: Mapping[str, Any]) -> str:
     if all(score["rank"] is None for score in row["scores"]):
         return "No model ranks the pair by RMI."
     return (
-        "RMI measures how much the answer helps to predict the query. Ranked from 0 to 1 by RMI among pairs of similar "
-        f"query perplexity{_of_reference(row)}, this pair has {' and '.join(map(_rank, row['scores']))}."
+        "RMI measures how much the answer helps to predict the query. Among pairs of similar query perplexity (a "
+        f"stratum){_of_reference(row)}, the rank goes from 0, the lowest RMI, to 1, the highest. This pair has "
+        f"{' and '.join(map(_rank, row['scores']))}."
     )
 
 
@@ -173,7 +185,7 @@ def _cautions(row: Mapping[str, Any]) -> list[str]:
 def _verdict(row: Mapping[str, Any], published: Selection) -> str:
     reason = SelectionReason(row["verdict_reason"])
     fate = "Selected" if reason in vocabularies.SELECTED_REASONS else "Not selected"
-    return f"{fate} by {published.name}, which takes {_grounds(row, published, reason)}."
+    return f'{fate} by "{published.name}", which takes {_grounds(row, published, reason)}.'
 
 
 def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
@@ -191,14 +203,13 @@ def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReas
         ends = limits["rmi_strong"] or (None, None)
         return _within("only pairs with an RMI", ends, " nats/token under the strong model", "RMI", strong["rmi"])
     if reason is SelectionReason.IFD_ABOVE_MAXIMUM:
-        ends = (None, limits["maximum"])
-        return _within("only pairs with a score", ends, f" by {_measure(published)}", "score", score)
-    return f"{_size(row, published, published.budget)} by {_measure(published)}: {_place(row, published, reason)}"
+        return _within(f"only pairs with an {_measure(published)[1]}", (None, limits["maximum"]), "", "IFD", score)
+    return f"{_size(row, published, published.budget)}. {_place(row, published, reason)}"
 
 
 def _within(taken: str, ends: tuple[float | None, float | None], of: str, number: str, value: float) -> str:
     """The range that is taken, and this pair's number."""
-    return f"{taken} {_range(ends)}{of}: this pair's {number} is {_beside(value, *ends)}"
+    return f"{taken} {_range(ends)}{of}. This pair's {number} is {_beside(value, *ends)}"
 
 
 def _range(ends: tuple[float | None, float | None]) -> str:
@@ -208,12 +219,12 @@ def _range(ends: tuple[float | None, float | None]) -> str:
 
 def _size(row: Mapping[str, Any], published: Selection, budget: Budget) -> str:
     pool = "the pool" if isinstance(published, RandomSelection) else f"the pool{_of_reference(row)}"
-    end = "lowest" if _is_ascending(published) else "highest"
+    order = f"with the {'lowest' if _is_ascending(published) else 'highest'} {_measure(published)[1]}"
     if budget.fraction is not None:
-        return f"the {end} {(Decimal(str(budget.fraction)) * 100).normalize():f}% of {pool}"
+        return f"the {(Decimal(str(budget.fraction)) * 100).normalize():f}% of {pool} {order}"
     if budget.count is not None:
-        return f"the {end} {budget.count:,} of {pool}"
-    return f"the {end} of {pool}, up to a total of {budget.answer_tokens:,} answer tokens,"
+        return f"the {budget.count:,} pairs of {pool} {order}"
+    return f"the pairs of {pool} {order}, up to a total of {budget.answer_tokens:,} answer tokens"
 
 
 def _is_ascending(published: Selection) -> bool:
@@ -227,16 +238,16 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
     value, cut = row["verdict_score"], row["verdict_cut"]
     is_count = published.strategy == "length" and cut is not None
     own, last = (f"{value:.0f}", f"{cut:.0f}") if is_count else _apart(value, cut)
-    of = f"{row['verdict_pool_size']}"
+    of, number = f"{row['verdict_pool_size']} pairs", _measure(published)[0]
     if limits := _limits(published):
-        of = f"the pairs that pass {limits}, in a pool of {of}"
-    place = f"this pair has {own} and is number {row['verdict_position']} of {of}; "
+        of = f"those within {limits}, in a pool of {of}"
+    place = f"This pair's {number} is {own}, number {row['verdict_position']} of {of}; "
     if cut is None:
         return place + ("no pair was taken" if reason is SelectionReason.BELOW_CUT else "every eligible pair was taken")
     of_reference = "" if isinstance(published, RandomSelection) else _of_reference(row)
     is_tie = reason is SelectionReason.BELOW_CUT and value == cut
-    tie = " too, and a smaller pair_id, which decides between equal scores" if is_tie else ""
-    return f"{place}the last pair taken{of_reference} has {last}{tie}"
+    tie = " too, but its pair_id is smaller, which decides between equal values" if is_tie else ""
+    return f"{place}the {number} of the last pair taken{of_reference} is {last}{tie}"
 
 
 def _limits(published: Selection) -> str:
@@ -263,6 +274,7 @@ def _number(value: float, decimals: int = 3) -> str:
     return f"{value:.{decimals}f}" if round(value, decimals) else f"{0:.{decimals}f}"
 
 
-def _measure(published: Selection) -> str:
+def _measure(published: Selection) -> tuple[str, str]:
     of = published.measure if isinstance(published, IfdSelection | PplSelection) else published.strategy
-    return _MEASURES[of].format(model=getattr(published, "model", "strong"))
+    word, measure = _MEASURES[of]
+    return word, measure.format(model=getattr(published, "model", "strong"))

@@ -114,7 +114,7 @@ def test_a_number_just_beyond_a_bound_is_told_from_it(
 
 def test_a_place_among_those_that_pass_a_limit_is_not_called_one_of_the_pool() -> None:
     _, _, sentence = said(3, decide(rmi_strong=[None, 5.0]))
-    assert re.search(r"is number \d of the pairs that pass rmi_strong, in a pool of 4;", sentence)
+    assert re.search(r", number \d of those within rmi_strong, in a pool of 4 pairs;", sentence)
 
 
 def test_every_reason_of_a_selection_has_a_sentence() -> None:
@@ -169,11 +169,11 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        ({"fraction": 0.25}, "the highest 25% of the pool by"),
-        ({"fraction": 0.5}, "the highest 50% of the pool by"),
-        ({"fraction": 0.125}, "the highest 12.5% of the pool by"),
-        ({"fraction": 1.0}, "the highest 100% of the pool by"),
-        ({"count": 1000}, "the highest 1,000 of the pool by"),
+        ({"fraction": 0.25}, "the 25% of the pool with the highest gap"),
+        ({"fraction": 0.5}, "the 50% of the pool with the highest gap"),
+        ({"fraction": 0.125}, "the 12.5% of the pool with the highest gap"),
+        ({"fraction": 1.0}, "the 100% of the pool with the highest gap"),
+        ({"count": 1000}, "the 1,000 pairs of the pool with the highest gap"),
     ],
 )
 def test_a_budget_is_told_as_it_is_set(budget: dict[str, Any], words: str) -> None:

@@ -16,7 +16,7 @@ from qaq_pipeline.selection.scored_batch import ScoredBatch
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
-VERSION = "3"
+VERSION = "4"
 
 
 def build_decisions(settings: Settings) -> dg.AssetsDefinition:
