@@ -249,7 +249,7 @@ _NOT_GUESSED = re.compile(
     r"clojure|cobol|dart|elixir|erlang|fortran|f#|groovy|haskell|julia|kotlin|lisp|lua|matlab|objective-c|ocaml|pascal|"
     r"perl|powershell|prolog|r|scala|scheme|solidity|swift|vb|zig"
 )
-"""Other programming languages that a delivery may name."""
+"""Programming languages that a delivery may name, but that are never guessed from code."""
 
 _SWAPPED = (
     ("==", "!="),

@@ -32,7 +32,7 @@ class Stale:
     model: str | None
     """None: the stage has one partition for all models."""
     table: str
-    """The first stale table of the stage."""
+    """The first table of the stage that is stale."""
     reason: str
 
     @property

@@ -233,7 +233,7 @@ def _zstandard_frames(content: bytes) -> Iterator[bytes]:
         frame = zstandard.ZstdDecompressor().decompressobj()
         yield frame.decompress(content)
         if not frame.eof:
-            raise EOFError("the last zstandard frame has no end")
+            raise EOFError("the last zstandard frame is cut off")
         content = frame.unused_data
 
 
@@ -454,7 +454,7 @@ def _fault(candidate: _Candidate, record: dict[str, object]) -> _RejectedError |
             return _RejectedError(RejectReason.WRONG_TYPE, f"{field.name} is {_kind(field.value)}; text is expected")
     for field in (system, query, answer):
         if field.value is not None and _storable(field.value) is None:
-            found = f"{field.name} holds half of a surrogate pair, which UTF-8 cannot hold"
+            found = f"{field.name} contains half of a UTF-16 surrogate pair, which UTF-8 cannot store"
             return _RejectedError(RejectReason.INVALID_UTF8, found)
     for field, reason in ((query, RejectReason.EMPTY_QUERY), (answer, RejectReason.EMPTY_ANSWER)):
         if _BLANK.fullmatch(str(field.value)):

@@ -27,10 +27,10 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import FoundRows
 
 MOST_ROWS = 20
-"""Largest number of rows in an answer."""
+"""Maximum number of rows that a search returns."""
 
 _READERS = 16
-"""Batches that are searched for a pair at the same time."""
+"""Number of batches that are searched for a pair at the same time."""
 
 _FATE = (*ROW_KEY, "pair_id", "decision", "reason", "explanation", "provenance_id")
 

@@ -49,7 +49,7 @@ class RowPath:
     exported: dict[str, int]
     """Number of its record, from 1, in each exported file that contains it."""
     tables: tuple[TableRow, ...]
-    """Its rows in the tables that are unchanged since the version was published."""
+    """The rows of this delivered row, in those tables that have not changed since the version was published."""
     shards: tuple[str, ...]
     """Paths of the shards that contain scores of the pair."""
     delivered: File

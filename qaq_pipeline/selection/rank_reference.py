@@ -95,7 +95,9 @@ def by_model(reference: pl.DataFrame, roles: Sequence[str]) -> dict[str, pl.Data
     known = reference["model"].unique().to_list()
     missing = sorted(set(roles) - set(known))
     if missing:
-        raise ValueError(f"the reference has the models {sorted(known)}, not {missing}; make a new one")
+        raise ValueError(
+            f"the reference has scores of the models {sorted(known)}, not of {missing}; build one under another name"
+        )
     return {role: reference.filter(pl.col("model") == role) for role in sorted(roles)}
 
 

@@ -27,7 +27,7 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
     shown = qaq(home, "explain", "b1", row)
     assert shown.code == 0
     assert shown.out.startswith(f"b1/rows.jsonl:{row}.0: selected (within_budget) ")
-    assert re.search(r" by diff_high, .* 25% .* 0\.\d{3} and is number \d of 18; .* 0\.\d", shown.out)
+    assert re.search(r' by "diff_high", .* 25% .* 0\.\d{3}, number \d of 18 pairs; .* 0\.\d', shown.out)
     for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "of 18", "provenance"):
         assert word in shown.out
     assert "strong: chatml-0 (files:" in shown.out

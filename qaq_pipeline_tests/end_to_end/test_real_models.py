@@ -151,7 +151,11 @@ class Naive:
     def mean_nll(self, pair: Pair, quantity: Quantity, prior: str, frame: Frame) -> tuple[float, int]:
         """Mean NLL of the quantity, and how many tokens the forward pass had."""
         pieces = frame.context(quantity, prior, pair.query, pair.answer)
-        context = [i for piece in pieces for i in self.ids(piece, is_delivered=piece in (pair.query, pair.answer))]
+        context: list[int] = []
+        for piece in pieces:
+            is_delivered = piece in (pair.query, pair.answer)
+            text = piece if is_delivered else piece.replace(SYSTEM, pair.system or SYSTEM)
+            context += self.ids(text, is_delivered=is_delivered)
         target = self.ids(pair.query if quantity in QUERY_SIDE else pair.answer, is_delivered=True)
         return naive_nll(self.model, context, target) / len(target), len(context) + len(target)
 

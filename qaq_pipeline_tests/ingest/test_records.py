@@ -306,7 +306,7 @@ REJECTED: dict[str, tuple[bytes, RejectReason, str]] = {
     "deep": (b'{"query":' + b"[" * 100_000, RejectReason.BAD_JSON, "nested too deep"),
     "bytes": (b'{"query": "q\xff", "answer": "a"}', RejectReason.INVALID_UTF8, r"character 13 .*\\xff"),
     "torn_bytes": (b'{"query": "q\xff', RejectReason.INVALID_UTF8, r"\\xff"),
-    "surrogate": (b'{"query": "q", "answer": "\\ud800"}', RejectReason.INVALID_UTF8, "`answer` holds half"),
+    "surrogate": (b'{"query": "q", "answer": "\\ud800"}', RejectReason.INVALID_UTF8, "`answer` contains half"),
     "list": (b'"[]"', RejectReason.NOT_AN_OBJECT, "is a text"),
     "null": (b"null", RejectReason.NOT_AN_OBJECT, "is null"),
     "no_query": (jsonl({"answer": "a"}), RejectReason.MISSING_QUERY, "`query` / `question` .*of the row: 'answer'"),

@@ -146,7 +146,7 @@ def test_every_version_says_what_became_of_a_row(thrice: Storage) -> None:
     assert [(fate.has_batch, fate.is_published) for fate in fates] == [(False, False), (True, True), (True, False)]
     assert fates[2].row is not None
     assert fates[2].row["explanation"] == row["explanation"]
-    assert re.search(r"rank \d\.\d{3} .* is number \d of 4; ", row["explanation"])
+    assert re.search(r"rank \d\.\d{3} .* number \d of 4 pairs; ", row["explanation"])
 
 
 def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal(thrice: Storage) -> None:
@@ -209,7 +209,7 @@ def test_versions_in_a_row_that_say_the_same_of_a_row_are_one_line(thrice: Stora
     assert lines[0].endswith("the version does not contain its batch")
     assert re.search(r"^version 2 \(.*: in it: ", lines[1])
     assert lines[2].startswith("version 3 (")
-    assert "dropped, after it was in version 2" in lines[2]
+    assert "dropped (it was in version 2)" in lines[2]
     assert re.fullmatch(r"versions 4 to 5 \(\w{8} to \w{8}\): not in it: as above", lines[3])
 
 

@@ -372,7 +372,9 @@ def test_a_reference_without_a_pair_that_can_be_ranked_is_refused() -> None:
 
 def test_a_model_that_the_reference_does_not_know_is_refused() -> None:
     batch = alike((1.0, 0.1))
-    with pytest.raises(ValueError, match=r"has the models \['strong', 'weak'\], not \['third'\]; make a new one"):
+    with pytest.raises(
+        ValueError, match=r"has scores of the models \['strong', 'weak'\], not of \['third'\]; build one under"
+    ):
         against(batch | {"third": batch["weak"]}, freeze(batch))
 
 
