@@ -139,7 +139,7 @@ class AutomationSettings(Closed):
     timezone: str = "UTC"
     """Time zone of the schedule, such as Europe/Berlin."""
     stale_after_hours: float = Field(192.0, gt=0)
-    """If nothing was published for this many hours, the UI reports the dataset as overdue."""
+    """If nothing was published for this many hours, the freshness policy of the dataset fails in the UI."""
 
     @model_validator(mode="after")
     def _zone(self) -> Self:
