@@ -338,7 +338,7 @@ def two_batches(settings_for: Callable[..., Settings], instance: dg.DagsterInsta
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1"), daemon.curate("b2")
     assert daemon.materialise("curated_dataset", partition=None)
-    daemon.tick("screening_anew")
+    daemon.tick("rescreening")
     assert daemon.statuses("b2")[2] == "duplicate"
     return daemon
 

@@ -23,7 +23,7 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
             f"the result differs.{status_sentence(settings)}"
         ),
     )
-    def screening_anew(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    def rescreening(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         records = context.instance.get_asset_records([screened_data, decisions])
         position = str(sorted(one.asset_entry.last_materialization_storage_id or 0 for one in records))
         if position == context.cursor:
@@ -44,7 +44,7 @@ def build_screening_sensor(settings: Settings) -> dg.SensorDefinition:
             skip_reason=None if requests else waiting,
         )
 
-    return screening_anew
+    return rescreening
 
 
 def _may_be_screened(context: dg.SensorEvaluationContext, batch: str, state: str) -> bool:

@@ -124,7 +124,7 @@ def test_a_zone_that_cannot_be_reached_is_said_and_keeps_the_cursor(
     assert result.cursor == "as it was"
 
 
-def test_a_file_that_cannot_be_read_gates_its_batch_and_a_mended_delivery_is_curated(
+def test_a_file_that_cannot_be_read_gates_its_batch_and_a_corrected_delivery_is_curated(
     settings_for: SettingsFor, instance: dg.DagsterInstance
 ) -> None:
     settings = settings_for()
@@ -162,20 +162,20 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
 # --- repeated screening --------------------------------------------------------------------------------------------
 
 
-def test_a_newer_batch_is_screened_anew_when_an_older_one_changed(two_batches: Daemon, check_sentence: Check) -> None:
+def test_a_newer_batch_is_screened_again_when_an_older_one_changed(two_batches: Daemon, check_sentence: Check) -> None:
     daemon = two_batches
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
     daemon.curate("b1")
     check_sentence(daemon.left_out()["b2"])
-    [request] = daemon.tick("screening_anew").run_requests or []
+    [request] = daemon.tick("rescreening").run_requests or []
     assert request.partition_key == "b2"
     assert daemon.statuses("b2")[2] == "accepted"
     assert daemon.events("screened_data") == 4
-    assert not daemon.tick("screening_anew").run_requests
+    assert not daemon.tick("rescreening").run_requests
 
 
-def test_screening_anew_that_finds_the_same_lets_nothing_follow_and_the_batch_is_whole_again(
+def test_screening_again_that_finds_the_same_lets_nothing_follow_and_the_batch_is_whole_again(
     two_batches: Daemon,
 ) -> None:
     daemon = two_batches
@@ -184,12 +184,12 @@ def test_screening_anew_that_finds_the_same_lets_nothing_follow_and_the_batch_is
     daemon.curate("b1")
     assert set(daemon.left_out()) == {"b2"}
     events = daemon.events("screened_data")
-    daemon.tick("screening_anew")
+    daemon.tick("rescreening")
     assert daemon.events("screened_data") == events
     assert daemon.left_out() == {}
 
 
-def test_a_screening_anew_that_failed_is_tried_again_and_not_for_ever(two_batches: Daemon) -> None:
+def test_a_screening_again_that_failed_is_tried_again_and_not_for_ever(two_batches: Daemon) -> None:
     daemon = two_batches
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
@@ -197,18 +197,18 @@ def test_a_screening_anew_that_failed_is_tried_again_and_not_for_ever(two_batche
     signatures = Path(open_storage(daemon.settings).files.path("signatures", "b2", "table.parquet"))
     kept = signatures.read_bytes()
     signatures.write_bytes(kept[:-40] + bytes(40))
-    review_of = [len(daemon.tick("screening_anew").run_requests or []) for _ in range(5)]
+    review_of = [len(daemon.tick("rescreening").run_requests or []) for _ in range(5)]
     assert review_of == [1, 1, 1, 0, 0]
 
 
-def test_newer_batches_are_screened_anew_when_a_correction_is_taken_back(two_batches: Daemon) -> None:
+def test_newer_batches_are_screened_again_when_a_correction_is_taken_back(two_batches: Daemon) -> None:
     daemon = two_batches
     found = []
     for rows in (some_rows(0, 1, 4, 5), some_rows(0, 1, 3, 4, 5), some_rows(0, 1, 4, 5)):
         land(daemon.settings, "b1.jsonl", rows)
         daemon.tick("landing_zone"), daemon.tick("landing_zone")
         daemon.curate("b1")
-        daemon.tick("screening_anew")
+        daemon.tick("rescreening")
         found.append(daemon.statuses("b2")[2])
     assert found == ["accepted", "duplicate", "accepted"]
 
@@ -334,7 +334,7 @@ def test_sensors_and_schedule_start_where_the_settings_say_so_and_state_it(
     always = {part.name for part in parts if part.default_status.value == "RUNNING"} - {"alert_of_failed_run"}
     assert "dead_runs" in always
     mine = [part for part in parts if part.name not in ("alert_of_failed_run", "dead_runs")]
-    assert {part.name for part in mine} == {"landing_zone", "curation", "screening_anew", "nightly_refresh"}
+    assert {part.name for part in mine} == {"landing_zone", "curation", "rescreening", "nightly_refresh"}
     assert {part.default_status.value == "RUNNING" for part in mine} == {is_started}
     assert {"Runs from the start" in (part.description or "") for part in mine} == {is_started}
 

@@ -959,7 +959,7 @@ def test_a_longer_list_of_benchmarks_is_checked_for_the_new_one_only(
     assert checked == ["one", "two", "one", "two"]
 
 
-def test_a_gated_batch_is_not_scored_nor_published_and_is_mended_by_a_new_delivery(
+def test_a_gated_batch_is_not_scored_nor_published_and_is_fixed_by_a_new_delivery(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, deliver: Deliver, check_sentence: Check
 ) -> None:
     settings = settings_for()
@@ -976,8 +976,8 @@ def test_a_gated_batch_is_not_scored_nor_published_and_is_mended_by_a_new_delive
     # A newer batch's rows are no duplicates of rows that are not published.
     third = curate(settings, instance, deliver(*NEW, name="third.jsonl"), batch="b3")
     assert third.rows_by_decision["duplicate"] == 0
-    mended = curate(settings, instance, deliver(("new", "row"), name="bad.jsonl"), batch="b2")
-    assert mended.rows_by_decision["batch_gated"] == 0
+    corrected = curate(settings, instance, deliver(("new", "row"), name="bad.jsonl"), batch="b2")
+    assert corrected.rows_by_decision["batch_gated"] == 0
     assert latest(settings)["excluded_batches"] == {}
 
 
@@ -990,15 +990,15 @@ def published_pairs(settings: Settings) -> list[str]:
     return pl.read_parquet(scores)["pair_id"].drop_nulls().to_list()
 
 
-def test_rows_that_an_older_gated_batch_held_are_published_once_when_it_is_mended(
+def test_rows_that_an_older_gated_batch_held_are_published_once_when_it_is_corrected(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
     settings = settings_for()
     with pytest.raises(RunError, match="gated"):
         curate(settings, instance, deliver(*NEW, ("", "no query"), ("", "nor here")))
     assert curate(settings, instance, deliver(*NEW), batch="b2").rows_by_decision["duplicate"] == 0
-    mended = curate(settings, instance, deliver(*NEW))
-    assert mended.rows_by_decision["duplicate"] == 3, "the mended batch is screened after the other"
+    corrected = curate(settings, instance, deliver(*NEW))
+    assert corrected.rows_by_decision["duplicate"] == 3, "the corrected batch is screened after the other"
     assert sorted(latest(settings)["excluded_batches"]) == []
 
 

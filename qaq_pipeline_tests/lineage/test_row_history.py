@@ -226,7 +226,9 @@ def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(
     assert (rows_of(by_pair), by_pair.unindexed) == ([("b0", 3), ("b1", 3)], ())
 
 
-def test_what_left_the_ledger_is_found_in_the_newest_version_that_had_it(storage: Storage, settings: Settings) -> None:
+def test_a_row_that_left_the_decisions_is_found_in_the_newest_version_with_it(
+    storage: Storage, settings: Settings
+) -> None:
     store_batch(storage, settings)
     version = publish_all(storage, settings, "b1")
     storage.files.remove("decisions", "b1", "table.parquet")

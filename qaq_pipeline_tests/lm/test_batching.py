@@ -279,7 +279,7 @@ def test_growth_stops_at_the_full_budget() -> None:
     assert queue.budget == 99
 
 
-def test_a_batch_that_does_not_fit_begins_the_count_anew() -> None:
+def test_a_batch_that_does_not_fit_begins_the_count_again() -> None:
     queue = BatchQueue(one_window([10] * 8), 80, is_padded=True)
     batch = queue.take()
     assert queue.split(batch)

@@ -294,7 +294,7 @@ def test_a_gguf_file_is_converted_once_to_the_very_same_model(
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
 
 
-def test_a_changed_gguf_file_is_hashed_and_converted_anew(
+def test_a_changed_gguf_file_is_hashed_and_converted_again(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = hashes_taken(monkeypatch)

@@ -477,7 +477,7 @@ def failing_asset(instance: dg.DagsterInstance, error: Exception) -> dg.ExecuteI
 
 
 @pytest.mark.parametrize(
-    "error", [dg.Failure("no model here; mend it", allow_retries=False), ValueError("no model here; mend it")]
+    "error", [dg.Failure("no model here; fix it", allow_retries=False), ValueError("no model here; fix it")]
 )
 def test_the_alert_of_a_failed_run_says_which_step_failed_on_what_and_why(
     instance: dg.DagsterInstance, error: Exception
@@ -490,7 +490,7 @@ def test_the_alert_of_a_failed_run_says_which_step_failed_on_what_and_why(
         dagster_event=run.get_run_failure_event(),
     )
     build_alert_sensor(settings_with(HOOK))(context)
-    words = "no model here; mend it" if isinstance(error, dg.Failure) else "ValueError: no model here; mend it"
+    words = "no model here; fix it" if isinstance(error, dg.Failure) else "ValueError: no model here; fix it"
     assert received == [
         Alert(
             subject="rmi_scores of b1|weak failed",

@@ -354,7 +354,7 @@ def test_pages_of_what_the_driver_makes_are_left_to_the_driver(reporting: World)
     assert reporting.tick() == {}
 
 
-# --- beside `qaq run` and screening anew ---------------------------------------------------------------------------
+# --- beside `qaq run` and screening again ---------------------------------------------------------------------------
 
 
 def test_what_the_driver_makes_is_left_to_the_driver(world: World) -> None:
@@ -383,7 +383,7 @@ def test_a_corrected_delivery_of_a_batch_that_the_driver_made_is_curated(world: 
     assert world.settle() == whole_chain("b1")
 
 
-def test_screening_anew_that_found_something_else_is_followed_and_published(world: World) -> None:
+def test_screening_again_that_found_something_else_is_followed_and_published(world: World) -> None:
     world.deliver("b1", "b2")
     world.settle()
     world.run(["screened_data"], "b2")

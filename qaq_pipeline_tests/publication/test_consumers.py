@@ -86,7 +86,7 @@ def load(version: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 def expected(storage: Storage, selection: str) -> list[tuple[str, str, str]]:
-    """(system, query, answer) of a selection's rows by the ledger, best first."""
+    """(system, query, answer) of a selection's rows by the decisions, best first."""
     decisions = storage.tables.read("decisions", Partition(BATCH)).frame
     verdicts = decisions.explode("verdicts").filter(
         pl.col("verdicts").struct.field("selection") == selection, pl.col("verdicts").struct.field("is_selected")
@@ -109,7 +109,7 @@ def test_datasets_sees_every_json_file_as_a_configuration(version: Path, load: C
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))
-def test_datasets_loads_every_file_of_a_format_with_the_same_types_and_the_rows_of_the_ledger(
+def test_datasets_loads_every_file_of_a_format_with_the_same_types_and_the_rows_of_the_decisions(
     version: Path, storage: Storage, load: Callable[..., Any], kind: str
 ) -> None:
     found = {}

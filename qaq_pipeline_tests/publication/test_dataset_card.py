@@ -194,7 +194,7 @@ def test_every_format_is_listed_with_its_file_and_columns_and_how_it_is_loaded()
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_add_up_with_the_ledger_and_the_files(storage: Storage, settings: Settings) -> None:
+def test_the_numbers_add_up_with_the_decisions_and_the_files(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings, "b1")
     store_batch(storage, settings, "b2", queries=tuple("efghijkl"))
     folder = published_folder(storage, settings, "b1", "b2")
@@ -204,9 +204,9 @@ def test_the_numbers_add_up_with_the_ledger_and_the_files(storage: Storage, sett
         ["b2", "9", "2", "batch:b2"],
         ["all", "14", "3", ""],
     ]
-    ledger = pl.read_parquet(folder / "scores.parquet").group_by("decision", "reason").len()
+    decisions = pl.read_parquet(folder / "scores.parquet").group_by("decision", "reason").len()
     *rows, total = shown["Decisions"][1:]
-    assert {(decision, reason, int(count)) for decision, reason, count in rows} == set(ledger.rows())
+    assert {(decision, reason, int(count)) for decision, reason, count in rows} == set(decisions.rows())
     assert total == ["all", "", "14"]
     assert sum(int(row[2]) for row in rows) == 14
     for selection, count in shown["Controls"][1:]:

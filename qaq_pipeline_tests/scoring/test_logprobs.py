@@ -368,7 +368,7 @@ def test_a_run_that_ends_by_an_error_or_a_signal_loses_nothing_that_was_finished
     assert_same_scores(scored, reference)
 
 
-def test_whatever_makes_another_score_is_scored_anew(scorings: Scorings, twenty_samples: list[Pair]) -> None:
+def test_whatever_makes_another_score_is_scored_again(scorings: Scorings, twenty_samples: list[Pair]) -> None:
     pairs = twenty_samples[:2]
     changes: list[dict[str, Any]] = [
         {},
@@ -391,7 +391,7 @@ def test_whatever_makes_another_score_is_scored_anew(scorings: Scorings, twenty_
     assert scorings.num_loads == len(changes)
 
 
-def test_a_cached_sum_over_another_number_of_tokens_is_scored_anew(
+def test_a_cached_sum_over_another_number_of_tokens_is_scored_again(
     settings_for: Callable[..., Settings], scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
 ) -> None:
     stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "null_reason": None}

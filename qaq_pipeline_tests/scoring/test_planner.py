@@ -225,7 +225,7 @@ def test_a_cached_target_is_dropped_from_a_sequence_that_has_another() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [2, 4])
-def test_a_cached_sum_over_another_number_of_tokens_is_scored_anew(num_tokens: int) -> None:
+def test_a_cached_sum_over_another_number_of_tokens_is_scored_again(num_tokens: int) -> None:
     cached = cached_scores([(f"{1:032x}", "q", num_tokens), (f"{1:032x}", "q_given_a", 3)])
     plan = Plan([pair(1, "abc", "defgh")], WatchedEncoder(), RMI, cached)
     assert [key[1] for key in keys_of(planned(plan))] == ["q"]

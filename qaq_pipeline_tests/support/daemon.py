@@ -58,7 +58,7 @@ class Daemon:
         for request in result.run_requests or []:
             if request.run_key is None or request.run_key not in self.run_keys:
                 self.run_keys |= {request.run_key} - {None}
-                [asset] = {"landing_zone": ["raw_data"], "screening_anew": ["screened_data"]}[name]
+                [asset] = {"landing_zone": ["raw_data"], "rescreening": ["screened_data"]}[name]
                 self.materialise(asset, partition=request.partition_key, tags=dict(request.tags))
         return result
 

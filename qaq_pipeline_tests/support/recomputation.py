@@ -1,6 +1,6 @@
-"""Every number of every explanation of a batch, computed anew from the stored sums by the formulas as they are written.
+"""Every number of every explanation of a batch, computed again from the stored sums by the formulas as written.
 
-For tests, and for whoever doubts a ledger: `check_batch(storage, settings, batch)` over a home of real models.
+For tests, and for whoever doubts decisions: `check_batch(storage, settings, batch)` over a home of real models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find a row among many: `python -m bench.ledger [ROWS]` prints time and memory of `qaq explain`. No models.
+"""Find a row among many: `python -m bench.row_history [ROWS]` prints time and memory of `qaq explain`. No models.
 
 Builds decisions about 10 million synthetic rows in a temporary folder (batches of 310,000 and one large batch), and one
 published version of all of them. Then it looks up rows by place and by pair_id, by the whole command and by the call.
@@ -45,7 +45,7 @@ main()
 
 def main(num_rows: int) -> None:
     """Build, ask, print."""
-    with tempfile.TemporaryDirectory(prefix="qaq-ledger-") as folder:
+    with tempfile.TemporaryDirectory(prefix="qaq-decisions-") as folder:
         os.environ["QAQ_HOME"] = folder
         storage = open_storage(load.load_settings())
         started = time.perf_counter()
