@@ -145,7 +145,7 @@ class SelectionReason(Vocabulary):
 class Defect(Vocabulary):
     """The ways in which a copy of a pair is made bad to validate the scores; the most informative first."""
 
-    OTHER_ANSWER = "other_answer", "The answer is replaced by that of another row of the stratum."
+    OTHER_ANSWER = "other_answer", "The answer is replaced by that of another row in the same stratum."
     ECHO = "echo", "The answer repeats the query."
     REFUSAL = "refusal", "The answer declines."
     INVENTED_TERMS = "invented_terms", "Words of the query are replaced by invented words."

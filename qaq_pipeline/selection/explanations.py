@@ -32,7 +32,10 @@ _MEASURES = {
     "rmi_top": ("rank", "rank under the {model} model"),
     "length": ("answer length", "answer length in tokens of the {model} model"),
     "random": ("random number", "random number between 0 and 1"),
-    "stratified_random": ("place", "place in a random order within each stratum of query perplexity"),
+    "stratified_random": (
+        "place",
+        "place in a random order of the stratum of query perplexity (below 1: in the share of the stratum)",
+    ),
     "ifd_ppl": (
         "IFD",
         "IFD (the {model} model's perplexity of the answer after the query, divided by that of the answer alone)",
@@ -224,7 +227,9 @@ def _size(row: Mapping[str, Any], published: Selection, budget: Budget) -> str:
         return f"the {(Decimal(str(budget.fraction)) * 100).normalize():f}% of {pool} {order}"
     if budget.count is not None:
         return f"the {budget.count:,} pairs of {pool} {order}"
-    return f"the pairs of {pool} {order}, up to a total of {budget.answer_tokens:,} answer tokens"
+    return (
+        f"the pairs of {pool} {order}, as long as their answers have at most {budget.answer_tokens:,} tokens in total"
+    )
 
 
 def _is_ascending(published: Selection) -> bool:
@@ -240,7 +245,7 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
     own, last = (f"{value:.0f}", f"{cut:.0f}") if is_count else _apart(value, cut)
     of, number = f"{row['verdict_pool_size']} pairs", _measure(published)[0]
     if limits := _limits(published):
-        of = f"those within {limits}, in a pool of {of}"
+        of = f"those that pass the limits ({limits}), in a pool of {of}"
     place = f"This pair's {number} is {own}, number {row['verdict_position']} of {of}; "
     if cut is None:
         return place + ("no pair was taken" if reason is SelectionReason.BELOW_CUT else "every eligible pair was taken")

@@ -82,7 +82,7 @@ def read_pool(storage: Storage, ranking: RankingSettings) -> StoredTable | None:
     table = storage.tables.read(NAME, Partition(name))
     if table.provenance["frozen_with"] != wanted:
         raise RankReferenceError(
-            f"the reference {name} is frozen with {table.provenance['frozen_with']}, the settings ask for {wanted}; "
+            f"the reference {name} was built with {table.provenance['frozen_with']}, but the settings are {wanted}; "
             f"give ranking.reference a new name, and materialise {NAME}"
         )
     return table

@@ -41,7 +41,7 @@ def require_inputs(
     stale = [key for key, source in current.items() if recorded.get(key) != source.data_version]
     if stale:
         raise OriginError(
-            f"{name} of batch {batch_of(table)} was made from another {', '.join(stale)} than the one stored now; "
+            f"{name} of batch {batch_of(table)} was made from another {', '.join(stale)} than is stored now; "
             f"materialise {Input.parse(name).table} of this batch first (or `qaq run` the batch again)"
         )
 

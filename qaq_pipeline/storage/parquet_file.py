@@ -66,13 +66,18 @@ def content_hash(data: bytes) -> str:
     return _hash(data[: -(footer_bytes + _FOOTER_TAIL_BYTES)])
 
 
+def unreadable(error: Exception) -> str:
+    """One of `UNREADABLE` as a sentence: a `KeyError` alone would give only the name of the missing field."""
+    return f"it cannot be read ({f'its footer has no field {error}' if isinstance(error, KeyError) else error})"
+
+
 def file_fault(data: bytes) -> str | None:
     """The fault of a table or a shard of which a byte changed since it was written, as a sentence; None: no fault."""
     try:
         footer = read_footer(io.BytesIO(data))[0]
         version, file_hash = footer["data_version"], footer[_FILE_HASH]
     except UNREADABLE as error:
-        return f"it cannot be read ({error})"
+        return unreadable(error)
     before, _, after = data.rpartition(file_hash.encode())
     is_whole = _hash(before, _NO_HASH.encode(), after) == file_hash
     is_ours = footer.keys() <= _KNOWN_FIELDS and content_hash(data) == version

@@ -245,7 +245,7 @@ class Tables:
         try:
             yield
         except damage as error:
-            raise StorageError(f"{self._files.url(*parts)}: it cannot be read ({error}); {_AGAIN}") from error
+            raise StorageError(f"{self._files.url(*parts)}: {parquet_file.unreadable(error)}; {_AGAIN}") from error
 
 
 _AGAIN = "materialise it again"
