@@ -375,7 +375,7 @@ class ReportSettings(Closed):
     plots: bool = True
     """Show plots of the assets in the UI, each under 100 KB."""
     examples: int = Field(10, ge=0, le=25)
-    """Maximum number of example rows on a page for each reason, and for the lowest and the highest RMI."""
+    """Maximum number of example rows on a page for each reason, and for the lowest and the highest ranks and gaps."""
 
 
 class AlertSettings(Closed):
