@@ -39,7 +39,7 @@ def explain(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    provenance: Annotated[bool, typer.Option("--provenance", help="Print the text of the templates too.")] = False,
+    provenance: Annotated[bool, typer.Option("--provenance", help="Print each model's prompts too.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Explain the decision on a row: its reason, its scores, its fate in every version, and its provenance."""

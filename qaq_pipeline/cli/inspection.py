@@ -51,10 +51,10 @@ def report(
     version: Annotated[
         str | None, typer.Option("--version", help="A published version, or `latest`, instead of a batch.")
     ] = None,
-    opens: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Print the URL of the audit page of a batch or a version; the page is made if it is missing or stale."""
+    """Print the path of the audit page of a batch or a version; make the page if it is missing or stale."""
     from qaq_pipeline.runs import audit_pages
 
     if (batch is None) == (version is None):
@@ -90,7 +90,7 @@ def calibration(
     batch: Annotated[str, typer.Argument(help="Name of the batch.")],
     config_file: ConfigOption = None,
 ) -> None:
-    """Show how well the scores separate good rows of a batch from planted bad ones, and the cuts of RMI to use."""
+    """Show how well the scores separate a batch's original rows from planted bad ones, and suggest cuts of RMI."""
     from qaq_pipeline.calibration import calibration as judging
     from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 

@@ -38,7 +38,7 @@ def withdraw(
     restore: Annotated[bool, typer.Option("--restore", help="Revoke the withdrawal.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Withdraw a batch, or the text of a row in every batch, and publish a version without it. Older versions stay."""
+    """Withdraw a batch, or a row's text in every batch, and publish a version without it. Older versions keep it."""
     from qaq_pipeline.runs import withdrawal
 
     batch, slash, row = what.partition("/")

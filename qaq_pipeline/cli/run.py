@@ -56,7 +56,7 @@ def ui(
     ] = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Open the Dagster UI and its daemon on 127.0.0.1, with the same home as `qaq run`."""
+    """Open the Dagster UI and its daemon on 127.0.0.1, with the same QAQ_HOME as `qaq run`."""
     from qaq_pipeline.runs.deployment import prepare_home
 
     read_settings(config_file)

@@ -36,7 +36,7 @@ class RecordSettings(Closed):
 
 
 class DuplicateSettings(Closed):
-    """The duplicates. Rows that are equal, except for white space and Unicode form, always are duplicates."""
+    """The duplicates. Rows that differ only in white space or Unicode normalisation always are duplicates."""
 
     near_threshold: float | None = Field(0.7, ge=0.5, le=1)
     """Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: only equal rows
@@ -99,7 +99,7 @@ class CheckSettings(Closed):
     """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
     max_null_logprob_share: float = Field(0.05, ge=0, le=1)
-    """Maximum share of the requested likelihoods that are null under a model."""
+    """Maximum share of the likelihoods needed for `scoring.quantities` that are null under a model."""
     max_truncated_share: float = Field(0.1, ge=0, le=1)
     """Maximum share of answers that are truncated to fit into `scoring.max_tokens`."""
     min_mean_rmi: float = Field(0.0, ge=-10, le=10)
@@ -197,7 +197,7 @@ class ScoringSettings(Closed):
     """Text before Q when log PPL(Q) is computed: the reverse prompt with an empty answer, the beginning of a user turn,
     or only the token that begins a sequence (BOS)."""
     invalid_clause: bool = True
-    """Keep the authors' sentence in the reverse prompt: the model responds "INVALID" if the question is not about
+    """Keep the authors' sentence in the reverse prompt that asks for "INVALID" if the question is not about
     programming."""
     max_tokens: int = Field(2048, ge=16, le=1_048_576)
     """Maximum length of one sequence (the window), in tokens."""
@@ -232,7 +232,7 @@ class RuntimeSettings(Closed):
 
 
 class ReferenceSettings(Closed):
-    """A frozen pool: the scored pairs of some batches. The ranks and cuts of every batch can be taken against it."""
+    """A reference: the scored pairs of a fixed set of batches. Ranks and cuts can be computed against it."""
 
     name: str = Field(pattern=NAME)
     """Name of the reference. Its content is fixed: other batches need another name."""

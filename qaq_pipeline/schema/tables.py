@@ -4,7 +4,7 @@ Belongs here: the tables' schemas, and the check that a frame fits its schema. D
 computed, or where it is stored.
 
 Every write enforces the schema (`enforce`), and the Dagster UI shows it. A column that is not declared here does not
-exist. A missing number is null, with a reason in another column: no number represents a failure.
+exist. A number that cannot be computed is null, with a reason in another column, and never a number such as 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _closed(
 
 
 def _null_reason(value: str, vocabulary: type[Vocabulary] = NullReason) -> dy.String:
-    description = f"Reason why {value} is null; otherwise null."
+    description = f"Reason why `{value}` is null; otherwise null."
     return _closed(vocabulary, nullable=True, explains=value, description=description)
 
 
@@ -210,11 +210,11 @@ class ScreenedData(_RowKey):
 
 
 class CachedScores(_PairScores):
-    """Score cache: one row per scored quantity of a pair, under one score identity (the folder's name)."""
+    """Score cache: one row per likelihood of a pair, under one score identity (the folder's name)."""
 
     quantity = _closed(Quantity, primary_key=True, description="The likelihood.")
     sum_nll = _nats("Sum of NLL. Null: see the reason.", unit="nats")
-    num_tokens = _count("Scored tokens: divisor of the mean.")
+    num_tokens = _count("Number of scored tokens. The mean is the sum divided by it.")
     null_reason = _null_reason("sum_nll")
 
 
@@ -312,7 +312,7 @@ class DisagreementScores(_PairScores):
         nullable=True,
         min=-1.0,
         max=1.0,
-        description="rank_strong - rank_weak (cognitive gap). High: only the strong model ranks it high.",
+        description="rank_strong - rank_weak (cognitive gap). High: only the strong model ranks the pair high.",
     )
     rank_sum = dy.Float64(nullable=True, min=0.0, max=2.0, description="rank_strong + rank_weak.")
     null_reason = _null_reason("gap")
@@ -323,7 +323,7 @@ VERDICT = dy.Struct(
     {
         "selection": dy.String(description="Name of the selection."),
         "is_selected": dy.Bool(description="True if the selection takes this pair."),
-        "reason": _closed(SelectionReason, description="Reason why it is taken or not."),
+        "reason": _closed(SelectionReason, description="Reason why the selection takes the pair or not."),
         "score": dy.Float64(nullable=True, description="The value that orders the selection."),
         "position": dy.Int64(
             nullable=True,
@@ -406,7 +406,10 @@ BOTH_MODELS = "strong-weak"
 
 
 class Calibration(_Explained):
-    """A validation of the scores by planted defects: how well they tell good pairs from bad. One number per row."""
+    """A validation of the scores by planted defects: how well they separate original pairs from planted ones.
+
+    One number per row.
+    """
 
     statistic = _closed(Statistic, primary_key=True, description="The statistic.")
     defect = dy.String(
@@ -427,9 +430,9 @@ class Calibration(_Explained):
     )
     lower = dy.Float64(nullable=True, description="Lower end of the 95 % interval; null if there is none.")
     upper = dy.Float64(nullable=True, description="Upper end of the 95 % interval; null if there is none.")
-    num_clean = dy.Int64(min=0, description="Rows as delivered from which the value is computed.")
-    num_planted = dy.Int64(min=0, description="Planted rows from which the value is computed.")
-    num_kept = dy.Int64(nullable=True, min=0, description="kept_share: rows kept. Cuts: clean rows that the cut keeps.")
+    num_clean = dy.Int64(min=0, description="Number of original rows, as delivered, from which the value is computed.")
+    num_planted = dy.Int64(min=0, description="Number of planted rows from which the value is computed.")
+    num_kept = dy.Int64(nullable=True, min=0, description="kept_share: rows kept. Cuts: original rows kept.")
     null_reason = _null_reason("value", UnknownReason)
 
 

@@ -25,7 +25,7 @@ class Vocabulary(StrEnum):
 class Status(Vocabulary):
     """The result of screening for a delivered row."""
 
-    ACCEPTED = "accepted", "The row is scored; it may carry a flag."
+    ACCEPTED = "accepted", "The row is scored; it can have a flag, such as contamination."
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
@@ -45,13 +45,16 @@ class RejectReason(Vocabulary):
     WRONG_TYPE = "wrong_type", "A field that must be text or a list of turns has another type."
     UNKNOWN_ROLE = "unknown_role", "A turn has an unknown role."
     NO_ANSWERED_TURN = "no_answered_turn", "No user turn is followed by an assistant turn."
-    UNREADABLE_FILE = "unreadable_file", "The file cannot be split into rows; this one row represents it."
+    UNREADABLE_FILE = "unreadable_file", "The file cannot be split into rows; this one row is stored instead."
 
 
 class DuplicateReason(Vocabulary):
     """Reasons why a readable row is not scored although its text is valid."""
 
-    EXACT_DUPLICATE = "exact_duplicate", "The row equals the older one except for white space and Unicode form."
+    EXACT_DUPLICATE = (
+        "exact_duplicate",
+        "It differs from the older row only in white space or Unicode normalisation.",
+    )
     NEAR_DUPLICATE = "near_duplicate", "The similarity to the older row reaches `screening.duplicates.near_threshold`."
 
 
@@ -103,7 +106,7 @@ QUANTITIES_OF = {
 class NullReason(Vocabulary):
     """Reasons why a likelihood or a score of a pair is null."""
 
-    NOT_WANTED = "not_wanted", "No score in `scoring.quantities` needs this likelihood."
+    NOT_WANTED = "not_wanted", "No score in `scoring.quantities` is this score or needs this likelihood."
     QUERY_TOO_LONG = "query_too_long", "The query alone does not fit into `scoring.max_tokens`; a query is never cut."
     PAIR_TOO_LONG = "pair_too_long", "The pair exceeds `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
     NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
@@ -163,7 +166,7 @@ class Statistic(Vocabulary):
     KEPT_SHARE = "kept_share", "Share of rows that a selection takes."
     LOW_CUT = (
         "low_cut",
-        "The largest RMI that does not clearly differ from planted mismatches, at the false-discovery rate.",
+        "The largest RMI that does not clearly differ from planted mismatches (see `false_discovery_rate`).",
     )
     HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
 
@@ -172,7 +175,7 @@ class UnknownReason(Vocabulary):
     """Reasons why a number of a calibration is null."""
 
     NOT_PLANTED = "not_planted", "No row has this defect: it could not be planted, or the batch is too small."
-    NOT_WANTED = "not_wanted", "`scoring.quantities` does not include it."
+    NOT_WANTED = "not_wanted", "`scoring.quantities` does not include this score."
     NOT_SCORED = "not_scored", "None of the rows as delivered, or none of the planted rows, has this score."
     NONE_TOLD_FROM_NULL = (
         "none_told_from_null",
