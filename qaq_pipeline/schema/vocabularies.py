@@ -25,7 +25,7 @@ class Vocabulary(StrEnum):
 class Status(Vocabulary):
     """The result of screening for a delivered row."""
 
-    ACCEPTED = "accepted", "The row is scored; it can have a flag, such as contamination."
+    ACCEPTED = "accepted", "The row is scored; if it has a reason, it is flagged as contaminated."
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
@@ -53,7 +53,7 @@ class DuplicateReason(Vocabulary):
 
     EXACT_DUPLICATE = (
         "exact_duplicate",
-        "It differs from the older row only in white space or Unicode normalisation.",
+        "The row differs from the older one only in white space or Unicode normalisation.",
     )
     NEAR_DUPLICATE = "near_duplicate", "The similarity to the older row reaches `screening.duplicates.near_threshold`."
 
@@ -106,7 +106,7 @@ QUANTITIES_OF = {
 class NullReason(Vocabulary):
     """Reasons why a likelihood or a score of a pair is null."""
 
-    NOT_WANTED = "not_wanted", "No score in `scoring.quantities` is this score or needs this likelihood."
+    NOT_WANTED = "not_wanted", "This score or likelihood is not needed for `scoring.quantities`."
     QUERY_TOO_LONG = "query_too_long", "The query alone does not fit into `scoring.max_tokens`; a query is never cut."
     PAIR_TOO_LONG = "pair_too_long", "The pair exceeds `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
     NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
@@ -166,7 +166,7 @@ class Statistic(Vocabulary):
     KEPT_SHARE = "kept_share", "Share of rows that a selection takes."
     LOW_CUT = (
         "low_cut",
-        "The largest RMI that does not clearly differ from planted mismatches (see `false_discovery_rate`).",
+        "The largest RMI that does not clearly differ from planted mismatches, at the set false-discovery rate.",
     )
     HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
 
