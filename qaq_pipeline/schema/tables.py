@@ -377,7 +377,7 @@ class Decisions(_RowKey):
         VERDICT, description="Result of every named selection and control; empty if the pair was not scored."
     )
     provenance_id = dy.String(
-        regex=_PAIR_ID, description="Hash of the provenance of this decision; the file is `provenance/<hash>.json`."
+        regex=_PAIR_ID, description="Hash of the provenance of this decision, and name of its file in provenance/."
     )
 
 
