@@ -22,7 +22,6 @@ from qaq_pipeline.calibration import defects
 from qaq_pipeline.calibration.defects import Others, Text
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
-from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
@@ -45,11 +44,6 @@ def scorable_pairs(raw: pl.DataFrame, screened: pl.DataFrame, disagreement: pl.D
     return texts.join(ranked.select("pair_id", "stratum"), on="pair_id", validate="1:1").select(
         "pair_id", "system", "query", "answer", "language", "stratum"
     )
-
-
-def pairs_to_score(planted: pl.DataFrame) -> list[Pair]:
-    """The pairs of PlantedRows, in their order."""
-    return [Pair(*row) for row in planted.select("pair_id", "system", "query", "answer").iter_rows()]
 
 
 def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:

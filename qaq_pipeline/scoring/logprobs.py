@@ -158,7 +158,11 @@ class ScoringReport:
 def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
     """The distinct pairs to score, in the order of their ids."""
     accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value)
-    rows = raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id")
+    return pairs_of(raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id"))
+
+
+def pairs_of(rows: pl.DataFrame) -> list[Pair]:
+    """The pairs of a table with their texts, in its order."""
     return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
 
 

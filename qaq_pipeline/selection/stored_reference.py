@@ -88,6 +88,11 @@ def read_pool(storage: Storage, ranking: RankingSettings) -> StoredTable | None:
     return table
 
 
+def as_input(frozen: StoredTable | None) -> dict[str, StoredTable]:
+    """The reference among the inputs of a table's provenance; empty where each batch is its own pool."""
+    return {} if frozen is None else {NAME: frozen}
+
+
 def pool_id(batch: str, ranking: RankingSettings, frozen: StoredTable | None) -> str:
     """The pool_id that the ranks of a batch should have."""
     return rank_reference.pool_of(batch, ranking, None if frozen is None else frozen.data_version)

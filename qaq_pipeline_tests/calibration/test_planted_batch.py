@@ -8,11 +8,12 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
-from qaq_pipeline.calibration.planting import pairs_to_score, scorable_pairs
+from qaq_pipeline.calibration.planting import scorable_pairs
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.tables import PlantedRows, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import GateReason
+from qaq_pipeline.scoring.logprobs import pairs_of
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
@@ -79,4 +80,4 @@ def test_scorable_pairs_are_those_that_are_accepted_and_ranked_by_both_models() 
 def test_planted_rows_are_scored_with_their_texts() -> None:
     texts = {"pair_id": pair_name(1), "query": "q", "answer": "a"}
     planted = pl.DataFrame([texts], schema=dtypes(PlantedRows))
-    assert pairs_to_score(planted) == [Pair(pair_name(1), None, "q", "a")]
+    assert pairs_of(planted) == [Pair(pair_name(1), None, "q", "a")]

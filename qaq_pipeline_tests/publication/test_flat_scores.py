@@ -11,26 +11,9 @@ from qaq_pipeline.publication.flat_scores import flat_scores, nested_row, scores
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, dtypes, enforce
 from qaq_pipeline_tests.publication.test_exports import selected
-from qaq_pipeline_tests.support.frames import pair_name
+from qaq_pipeline_tests.support.frames import RMI_SCORE, pair_name
 
-SCORE = {
-    "rmi": 0.5,
-    "log_ppl_q": 2.0,
-    "log_ppl_q_given_a": 1.5,
-    "log_ppl_a": 1.0,
-    "log_ppl_a_given_q": 0.5,
-    "ifd_ppl": 0.6,
-    "ifd_loss": 0.5,
-    "num_q_tokens": 7,
-    "num_a_tokens": 11,
-    "num_a_tokens_untruncated": 11,
-    "is_truncated": False,
-    "is_short_query": False,
-    "stratum": 1,
-    "num_strata": 1,
-    "rank": 0.75,
-    "null_reason": None,
-}
+SCORE = RMI_SCORE | {"stratum": 1, "num_strata": 1, "rank": 0.75, "null_reason": None}
 VERDICT = {"reason": "within_budget", "score": 0.25, "position": 1, "cut": 0.25, "pool_size": 2}
 
 

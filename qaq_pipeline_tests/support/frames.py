@@ -81,24 +81,27 @@ def rejected(reason: RejectReason = RejectReason.EMPTY_QUERY, detail: str = "`qu
     }
 
 
+RMI_SCORE: dict[str, Any] = {
+    "rmi": 0.5,
+    "log_ppl_q": 2.0,
+    "log_ppl_q_given_a": 1.5,
+    "log_ppl_a": 1.0,
+    "log_ppl_a_given_q": 0.5,
+    "ifd_ppl": 0.6,
+    "ifd_loss": 0.5,
+    "num_q_tokens": 7,
+    "num_a_tokens": 11,
+    "num_a_tokens_untruncated": 11,
+    "is_truncated": False,
+    "is_short_query": False,
+}
+"""Scores of a scorable pair under one model: RmiScores without its key."""
+
+
 def rmi_rows(*rows: dict[str, Any]) -> pl.DataFrame:
     """RmiScores of the pairs 1, 2, 3, …, scorable, with the given changes."""
-    scored = {
-        "log_ppl_q": 2.0,
-        "log_ppl_q_given_a": 1.5,
-        "log_ppl_a": 1.0,
-        "log_ppl_a_given_q": 0.5,
-        "rmi": 0.5,
-        "ifd_ppl": 0.6,
-        "ifd_loss": 0.5,
-        "num_q_tokens": 7,
-        "num_a_tokens": 11,
-        "num_a_tokens_untruncated": 11,
-        "is_truncated": False,
-        "is_short_query": False,
-    }
     return pl.DataFrame(
-        [scored | {"pair_id": pair_name(number)} | row for number, row in enumerate(rows, start=1)],
+        [RMI_SCORE | {"pair_id": pair_name(number)} | row for number, row in enumerate(rows, start=1)],
         schema=dtypes(RmiScores),
     )
 

@@ -53,7 +53,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
             place = page_store.calibration_page(context.partition_key)
             storage.files.write_bytes(page, *place)
             metadata["page"] = dg.MetadataValue.path(storage.files.url(*place))
-        inputs = batch.inputs | ({} if frozen is None else {stored_reference.NAME: frozen})
+        inputs = batch.inputs | stored_reference.as_input(frozen)
         return table_result(context, frame, inputs, metadata)
 
     return calibration

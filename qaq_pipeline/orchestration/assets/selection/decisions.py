@@ -37,7 +37,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         frozen = stored_reference.read_pool(storage, ranking)
         stored_reference.require_pool(disagreement_scores, ranking, frozen)
         gate, verdicts = batch.gate(settings.gates), batch.verdicts(settings.selections, frozen)
-        inputs = batch.inputs | ({} if frozen is None else {stored_reference.NAME: frozen})
+        inputs = batch.inputs | stored_reference.as_input(frozen)
         facts = batch.facts(settings.selections, gate)
         made_of = provenance_of(context, inputs, **facts)
         made_by = storage.provenance.write(made_of, context.run.run_id)

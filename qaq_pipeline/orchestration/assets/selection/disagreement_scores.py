@@ -35,7 +35,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         frame, warnings = scored_batch.rank(rmi_scores, ranking, facts["pool_id"], frozen)
         for warning in warnings:
             context.log.warning(warning)
-        inputs = by_model("rmi_scores", rmi_scores) | ({} if frozen is None else {stored_reference.NAME: frozen})
+        inputs = by_model("rmi_scores", rmi_scores) | stored_reference.as_input(frozen)
         metadata = of_disagreement_scores(frame, warnings)
         metadata |= pictures(context, settings, lambda: [pages.rank_plot(frame)])
         return table_result(context, frame, inputs, metadata, **facts)
