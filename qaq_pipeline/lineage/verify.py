@@ -30,9 +30,9 @@ class Finding:
 
 _TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq refresh`, which rebuilds it"
 _REFERENCE_REMEDY = (
-    "restore it from a backup, or remove it and materialise rank_reference, which makes the same of the same scores"
+    "restore it from a backup, or remove it and materialise rank_reference, which rebuilds it from the same scores"
 )
-_SHARD_REMEDY = "remove it: the scores in it are made again when a batch needs them"
+_SHARD_REMEDY = "remove it: its scores are computed again when a batch needs them"
 
 
 def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
@@ -83,7 +83,7 @@ def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Find
     elif table.name == "decisions" and table.stored == table.entered:
         found = storage.tables.footer(table.name, table.partition).provenance
         if hash_json(found) != batch.provenance_id:
-            yield Finding(table.path, f"its provenance is not the published one of {batch.name}", remedy)
+            yield Finding(table.path, f"its provenance differs from the provenance published with batch {batch.name}", remedy)
 
 
 def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:

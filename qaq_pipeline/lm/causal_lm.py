@@ -85,7 +85,7 @@ class CausalLM:
         num_bytes = num_tokens * self._bytes_per_token + max(lengths) ** 2 * self._bytes_per_square
         # A single sequence cannot be split: it waits until other processes free memory.
         if not self._is_room(num_bytes, PATIENCE_SECONDS if len(sequences) == 1 else 0):
-            raise BatchTooLargeError(f"{num_tokens} tokens need {num_bytes / 1e6:.0f} MB, more than is free")
+            raise BatchTooLargeError(f"{num_tokens} tokens need {num_bytes / 1e6:,.2f} MB, more than is free")
         try:
             scores = self._runner.score(sequences)
         except (MemoryError, RuntimeError) as error:

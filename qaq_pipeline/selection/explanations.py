@@ -180,9 +180,13 @@ def _cautions(row: Mapping[str, Any]) -> list[str]:
         f"Only the first {kept} of the answer's {whole} tokens were read by {models}."
         for (kept, whole), models in _models_by(cut).items()
     ] + [
-        f"The query has only {tokens} tokens for {models}, so the scores are noisy."
+        f"The query has only {_tokens(tokens)} for {models}, so the scores are noisy."
         for tokens, models in _models_by(short).items()
     ]
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _verdict(row: Mapping[str, Any], published: Selection) -> str:
@@ -223,6 +227,9 @@ def _range(ends: tuple[float | None, float | None]) -> str:
 def _size(row: Mapping[str, Any], published: Selection, budget: Budget) -> str:
     pool = "the pool" if isinstance(published, RandomSelection) else f"the pool{_of_reference(row)}"
     order = f"with the {'lowest' if _is_ascending(published) else 'highest'} {_measure(published)[1]}"
+    if budget.fraction == 1:
+        limits = _limits(published)
+        return f"every pair of {pool}" + (f" within the limits ({limits})" if limits else "")
     if budget.fraction is not None:
         return f"the {(Decimal(str(budget.fraction)) * 100).normalize():f}% of {pool} {order}"
     if budget.count is not None:

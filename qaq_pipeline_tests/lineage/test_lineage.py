@@ -231,7 +231,7 @@ def test_every_finding_says_the_remedy(walked: Lineage, storage: Storage) -> Non
     remedies = {
         "version": "do not train on this version",
         "delivery": "deliver the same files again (`qaq run FILE --batch b1`)",
-        "shard": "remove it: the scores in it are made again",
+        "shard": "remove it: its scores are computed again",
         "table": "remove it and run `qaq refresh`",
     }
     for kind, remedy in remedies.items():

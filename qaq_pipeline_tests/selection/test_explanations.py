@@ -172,7 +172,7 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
         ({"fraction": 0.25}, "the 25% of the pool with the highest gap"),
         ({"fraction": 0.5}, "the 50% of the pool with the highest gap"),
         ({"fraction": 0.125}, "the 12.5% of the pool with the highest gap"),
-        ({"fraction": 1.0}, "the 100% of the pool with the highest gap"),
+        ({"fraction": 1.0}, "every pair of the pool"),
         ({"count": 1000}, "the 1,000 pairs of the pool with the highest gap"),
     ],
 )
