@@ -57,7 +57,7 @@ class _Budgeted(_Named):
 
 class _OfModel(_Named):
     model: str = Field("strong", pattern=ROLE_NAME)
-    """Role of the model that provides the score."""
+    """Role of the model whose scores, strata or token counts the selection reads."""
 
 
 class _Disagreement(_Budgeted):

@@ -51,7 +51,7 @@ class ScorerFacts:
     flops_per_token: float = 0.0
     """Floating-point operations of the body for one token, without attention; 0 if unknown."""
     flops_per_target: float = 0.0
-    """Floating-point operations of the head for one target token; 0 if unknown."""
+    """Floating-point operations of the output head, the last layer, for one target token; 0 if unknown."""
     peak_flops_per_second: float = 0.0
     """Speed of a large matrix product in the model's dtype on its device, measured after loading; 0 if unknown."""
 

@@ -53,7 +53,7 @@ _DESCRIPTIONS = {
         "checks.max_psi, and the Kolmogorov-Smirnov statistic at most checks.max_ks.",
     },
     "calibration": {
-        "models_can_tell": "Each model's RMI separates pairs from the same queries with another answer, with an AUROC "
+        "models_can_tell": "Each model's RMI tells pairs from the same queries with another answer, with an AUROC "
         "of at least checks.min_auc. Also shown: its AUROC for every defect."
     },
     "decisions": {

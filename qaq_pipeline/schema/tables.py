@@ -158,7 +158,7 @@ class Contamination(_RowKey):
 
     benchmark = dy.String(description="Name of the benchmark.")
     task = dy.String(description="The task's id.")
-    reason = _closed(ContaminationReason, description="Part of the task in the row.")
+    reason = _closed(ContaminationReason, description="The part of the task that the row contains.")
     share = dy.Float64(
         min_exclusive=0.0, max=1.0, description="Share of that part's word sequences that are in the row."
     )
@@ -210,7 +210,10 @@ class ScreenedData(_RowKey):
 
 
 class CachedScores(_PairScores):
-    """Score cache: one row per likelihood of a pair, under one score identity (the folder's name)."""
+    """Score cache: one row per likelihood of a pair.
+
+    The name of its folder is the score identity: a hash of the model, prompts and settings that determine a score.
+    """
 
     quantity = _closed(Quantity, primary_key=True, description="The likelihood.")
     sum_nll = _nats("Sum of NLL. Null: see the reason.", unit="nats")
@@ -221,10 +224,10 @@ class CachedScores(_PairScores):
 class Logprobs(_PairScores):
     """Sums of negative log-likelihoods of each distinct accepted pair under one model, with token counts."""
 
-    sum_nll_q = _nll("Q after the prior's context")
+    sum_nll_q = _nll("Q without A, after the text of the prior")
     sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
-    sum_nll_a = _nll("A after an empty query, in the forward frame")
-    sum_nll_a_given_q = _nll("A after Q, in the forward frame")
+    sum_nll_a = _nll("A after an empty query, in the text of the forward pass")
+    sum_nll_a_given_q = _nll("A after Q, in the text of the forward pass")
     null_reason_q = _null_reason("sum_nll_q")
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
@@ -332,7 +335,7 @@ VERDICT = dy.Struct(
         "cut": dy.Float64(
             nullable=True,
             description="Score of the last pair taken, in this batch or, with `ranking.pool: reference`, in the "
-            "reference; null if no pair or every pair was taken.",
+            "reference; null if no pair or every pair was taken, and for rmi_band.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }
@@ -345,7 +348,9 @@ MODEL_SCORE = dy.Struct(
         **{name: column for name, column in RmiScores.columns().items() if name != "pair_id" and "reason" not in name},
         **MODEL_RANK.inner,
         "null_reason": _closed(
-            NullReason, nullable=True, description="Reason why a requested score is null; otherwise null."
+            NullReason,
+            nullable=True,
+            description="Reason why a requested RMI or IFD is null (of RMI if both are); otherwise null.",
         ),
     }
 )

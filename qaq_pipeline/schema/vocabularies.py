@@ -61,8 +61,8 @@ class DuplicateReason(Vocabulary):
 class ContaminationReason(Vocabulary):
     """The part of a benchmark task that a row contains."""
 
-    BENCHMARK_PROMPT = "benchmark_prompt", "A part of the task's statement."
-    BENCHMARK_SOLUTION = "benchmark_solution", "A part of the task's solution."
+    BENCHMARK_PROMPT = "benchmark_prompt", "The row contains a part of the task's statement."
+    BENCHMARK_SOLUTION = "benchmark_solution", "The row contains a part of the task's solution."
 
 
 class WithdrawalReason(Vocabulary):
@@ -72,7 +72,7 @@ class WithdrawalReason(Vocabulary):
 
 
 class GateReason(Vocabulary):
-    """Reasons why no row of a batch is scored or published."""
+    """Reasons why no row of a batch is published."""
 
     BATCH_WITHDRAWN = "batch_withdrawn", "`qaq withdraw` was run for the batch."
     EMPTY_BATCH = "empty_batch", "The batch has no rows."
@@ -85,7 +85,7 @@ class GateReason(Vocabulary):
 class Quantity(Vocabulary):
     """The four likelihoods of a pair: NLL(X | C), the negative log-likelihood of X after C (page: The method)."""
 
-    Q = "q", "The query in the context of the prior."
+    Q = "q", "The query without the answer, after the text of the prior (page: The method)."
     Q_GIVEN_A = "q_given_a", "The query after the reverse prompt with the answer."
     A = "a", "The answer after an empty query."
     A_GIVEN_Q = "a_given_q", "The answer after the query."
@@ -118,22 +118,25 @@ class NullReason(Vocabulary):
 class Decision(Vocabulary):
     """The decision about a delivered row under the published selection."""
 
-    SELECTED = "selected", "The row is in the published dataset."
+    SELECTED = "selected", "The published selection takes the row; it is in every version that contains this decision."
     NOT_SELECTED = "not_selected", "The row was ranked and not selected."
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
     DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
     UNSCORABLE = "unscorable", "A model that the selection uses has no score for the pair."
-    BATCH_GATED = "batch_gated", "No row of the batch is scored or published."
+    BATCH_GATED = "batch_gated", "No row of the batch is published."
 
 
 class SelectionReason(Vocabulary):
     """Reasons why a selection takes a pair or does not take it."""
 
-    WITHIN_BUDGET = "within_budget", "Selected: the pair's place in the order is within the budget."
+    WITHIN_BUDGET = (
+        "within_budget",
+        "Selected: the pair's place in the order is within the budget, or before the reference's last pair taken.",
+    )
     IN_BAND = "in_band", "Selected: the rank is in the band."
-    BELOW_CUT = "below_cut", "Not selected: pairs before it in the order fill the budget."
+    BELOW_CUT = "below_cut", "Not selected: the pair comes after the last one that the selection takes."
     OUTSIDE_BAND = "outside_band", "Not selected: the rank is outside the band."
     GAP_BELOW_MINIMUM = "gap_below_minimum", "Not selected: the gap is not above `min_gap`."
     RANK_STRONG_OUT_OF_RANGE = (

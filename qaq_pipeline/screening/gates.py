@@ -23,7 +23,8 @@ from qaq_pipeline.schema.vocabularies import GateReason, RejectReason, Status
 
 PROVENANCE_KEY = "gate"
 LIMIT_KEY = "min_scorable_share"
-"""Key of the limit by which scores were judged: no data version shows that a verdict is stale."""
+"""Key of the limit with which a gate was judged, in the provenance. A changed limit changes no data version, so without
+the key a stale verdict would not show."""
 
 
 class StaleVerdictError(ValueError):

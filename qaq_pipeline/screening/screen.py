@@ -104,7 +104,7 @@ def _held(contamination: pl.DataFrame) -> pl.DataFrame:
         "reason",
         similarity="share",
         evidence=pl.format(
-            "{} of the {} of task {} of {}, among it: {}",
+            "{} of the word sequences of the {} of task {} of {}, among them: {}",
             (pl.col("share") * 100).round(0).cast(pl.Int64).cast(pl.String) + "%",
             what,
             "task",

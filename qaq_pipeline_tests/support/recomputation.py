@@ -21,7 +21,7 @@ _TEXT = re.compile(r"goes from 0, the lowest RMI, to 1, the highest|where 1 is e
 _RANK = re.compile(r"rank ([\d.]+) under the (\w+) model \((?:the only stratum|stratum (\d+) of (\d+))\)")
 _PLACE = re.compile(r"gap is (-?[\d.]+), number (\d+) of (\d+) pairs; the gap of the last pair taken is (-?[\d.]+\d)")
 _CUT = re.compile(r"Only the first (\d+) of the answer's (\d+) tokens were read by ([\w ]+)\.")
-_SHORT = re.compile(r"The query has only (\d+) tokens for ([\w ]+),")
+_SHORT = re.compile(r"The query has only (\d+) tokens? for ([\w ]+),")
 
 
 def check_batch(storage: Storage, settings: Settings, batch: str) -> int:
