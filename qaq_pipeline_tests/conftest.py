@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,9 @@ hypothesis.settings.register_profile(
     "without_a_clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("without_a_clock")
+
+# A shell's background job ignores SIGINT, and so would every server that the tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 _GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
