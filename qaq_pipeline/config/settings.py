@@ -99,7 +99,7 @@ class CheckSettings(Closed):
     """The limits of the asset checks. A check only reports; a gate stops a batch."""
 
     max_null_logprob_share: float = Field(0.05, ge=0, le=1)
-    """Maximum share of the likelihoods needed for `scoring.quantities` that are null under a model."""
+    """Of the likelihoods that `scoring.quantities` needs, the maximum share that may be null under a model."""
     max_truncated_share: float = Field(0.1, ge=0, le=1)
     """Maximum share of answers that are truncated to fit into `scoring.max_tokens`."""
     min_mean_rmi: float = Field(0.0, ge=-10, le=10)
@@ -111,7 +111,8 @@ class CheckSettings(Closed):
     max_ks: float = Field(0.2, ge=0, le=1)
     """Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."""
     min_auc: float = Field(0.8, ge=0.5, le=1)
-    """Minimum AUROC with which a model's RMI must separate rows from the same queries with another row's answer."""
+    """Minimum AUROC with which a model's RMI must separate matched pairs from mismatched ones (the same query with
+    another row's answer)."""
 
 
 class LandingSettings(Closed):
@@ -182,7 +183,7 @@ class ModelSettings(Closed):
     def _one_source(self) -> Self:
         self.require_one_of("hub", "directory", "gguf")
         if self.revision is not None and self.hub is None:
-            raise ValueError("revision is for a hub model only; the hashes of its files identify a local one")
+            raise ValueError("revision is for a hub model only; a local model is identified by the hashes of its files")
         if self.chat_template_from is not None and self.frame != "chat":
             raise ValueError("chat_template_from needs frame: chat")
         return self
@@ -237,7 +238,8 @@ class ReferenceSettings(Closed):
     name: str = Field(pattern=NAME)
     """Name of the reference. Its content is fixed: other batches need another name."""
     batches: tuple[Annotated[str, AfterValidator(check_batch_name)], ...] = Field(min_length=1)
-    """Batches that provide the pairs; a pair in several batches counts once, as in the first."""
+    """Batches that provide the pairs; a pair that is in several batches counts once, with its scores from the first of
+    them."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -311,7 +313,8 @@ class PublicationSettings(Closed):
     """The retention of published versions."""
 
     keep_versions: int | None = Field(None, ge=1)
-    """Number of newest versions whose files are kept; null: all. Manifests and differences always stay."""
+    """Number of newest versions whose files are kept; null: all. Manifests and differences always stay. `qaq explain`
+    cannot tell what a version decided about a row if its files were removed."""
 
 
 _ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
