@@ -189,7 +189,7 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
     """
     wanted = " ".join(text.split())
     if not wanted:
-        raise ValueError("the text to look for is empty or only white space; give some of its words")
+        raise ValueError("the text to look for is empty or only white space; give some words of the row")
     columns = [*ROW_KEY, "pair_id", "query", "answer", "record"]
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))

@@ -212,7 +212,7 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
         "P(a row as delivered scores above a planted one), with its 95 % interval: 1 is perfect detection, 0.5 (the "
         "line) is chance. A detected echo shows near 0: it scores above its original, in the tail that the high cut "
         "removes. Any other defect below 0.5 scores better than the original. Answer length costs nothing to compute: "
-        "a score that is no farther from the line is not worth its GPU time."
+        "a score that is no farther from the line than answer length is not worth its GPU time."
     )
     if intervals.is_empty():
         return Plot("told_apart", title, caption, None, intervals)
