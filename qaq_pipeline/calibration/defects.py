@@ -243,7 +243,8 @@ _LANGUAGES = {
         "shell": r"^#!/bin/(ba)?sh|^[ \t]*(sudo|grep|awk|sed|find|echo|chmod|git) ",
     }.items()
 }
-"""Patterns that are rare in other languages, the most reliable first. A wrong guess spoils one planted row only."""
+"""For each language, patterns that hardly occur in other languages, the most reliable first. A wrong guess spoils one
+planted row; no score of the batch changes."""
 
 _NOT_GUESSED = re.compile(
     r"clojure|cobol|dart|elixir|erlang|fortran|f#|groovy|haskell|julia|kotlin|lisp|lua|matlab|objective-c|ocaml|pascal|"

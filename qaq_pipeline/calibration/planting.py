@@ -29,7 +29,7 @@ from qaq_pipeline.schema.vocabularies import Defect, Status
 from qaq_pipeline.selection.random_order import draws
 
 ENOUGH = 20
-"""Minimum number of planted rows for judging a defect: with 20, the interval of an AUROC of 0.9 is 0.2 wide."""
+"""Minimum number of planted rows for which a defect is judged: with 20, the interval of an AUROC of 0.9 is 0.2 wide."""
 
 _LEAST_LOOKED_AT = 2000
 _LOOKED_AT_FOR_EACH = 20

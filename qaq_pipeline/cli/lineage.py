@@ -28,8 +28,8 @@ def lineage(
         str | None,
         typer.Option(
             "--columns",
-            help="Show from which columns a table (TABLE) or a column (TABLE.COLUMN) is computed. The answer is the "
-            "same for all versions.",
+            help="Show from which columns a table (TABLE) or a column (TABLE.COLUMN) is computed. The answer does not "
+            "depend on the version.",
         ),
     ] = None,
     verify: Annotated[

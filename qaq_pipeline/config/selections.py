@@ -57,7 +57,8 @@ class _Budgeted(_Named):
 
 class _OfModel(_Named):
     model: str = Field("strong", pattern=ROLE_NAME)
-    """Role of the model whose scores, strata or token counts the selection reads."""
+    """Role of the model whose scores order the pairs. length: whose tokenizer counts the tokens. stratified_random:
+    whose strata are used. random: without effect."""
 
 
 class _Disagreement(_Budgeted):

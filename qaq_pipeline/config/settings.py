@@ -111,8 +111,8 @@ class CheckSettings(Closed):
     max_ks: float = Field(0.2, ge=0, le=1)
     """Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."""
     min_auc: float = Field(0.8, ge=0.5, le=1)
-    """Minimum AUROC with which a model's RMI must tell matched pairs from mismatched ones (the same queries with other
-    rows' answers)."""
+    """Minimum AUROC with which a model's RMI must separate matched pairs from mismatched ones (the same query with
+    another row's answer)."""
 
 
 class LandingSettings(Closed):
@@ -238,8 +238,8 @@ class ReferenceSettings(Closed):
     name: str = Field(pattern=NAME)
     """Name of the reference. Its content is fixed: other batches need another name."""
     batches: tuple[Annotated[str, AfterValidator(check_batch_name)], ...] = Field(min_length=1)
-    """Batches that provide the pairs; a pair that is in several batches counts once, with its scores
-    from the first of them."""
+    """Batches that provide the pairs; a pair that is in several batches counts once, with its scores from the first of
+    them."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -313,7 +313,8 @@ class PublicationSettings(Closed):
     """The retention of published versions."""
 
     keep_versions: int | None = Field(None, ge=1)
-    """Number of newest versions whose files are kept; null: all. Manifests and differences always stay."""
+    """Number of newest versions whose files are kept; null: all. Manifests and differences always stay. `qaq explain`
+    cannot tell what a version decided about a row if its files were removed."""
 
 
 _ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"

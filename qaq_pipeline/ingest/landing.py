@@ -254,7 +254,8 @@ def complete(found: Look, seen: Seen, settings: LandingSettings) -> tuple[list[L
 
 _ANNOUNCED = "landed.json"
 _SETTLED = "settled.json"
-"""File that records the last landed delivery that is settled (copied, or replaced by `qaq run`), and how many are."""
+"""File that records the last landed delivery that is settled (copied, or replaced by `qaq run`), and how many were
+settled so far."""
 
 
 def announce(storage: Storage, url: str, landed: Landed) -> str | None:

@@ -28,7 +28,7 @@ from qaq_pipeline.lm.workers import Load, ScorerFacts
 
 BATCH_TOKENS_CPU = 1024
 BATCH_TOKENS_GPU = 32_768
-"""Default number of tokens of one forward pass, if memory allows: few suit a CPU's caches, many suit a GPU."""
+"""Default number of tokens of one forward pass, if memory allows: few suit a CPU's caches, many a GPU."""
 
 PATIENCE_SECONDS = 10
 """Time that a sequence waits for memory before it counts as too large."""

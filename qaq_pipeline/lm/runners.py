@@ -52,7 +52,7 @@ class Runner(Protocol):
 
     name: str
     is_padded: bool
-    """Whether a batch of n sequences costs n times its longest one."""
+    """Whether a forward pass of n sequences costs n times its longest one."""
     shares_prefixes: bool
     """Whether a shared prefix is computed once."""
 

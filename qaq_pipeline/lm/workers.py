@@ -28,7 +28,7 @@ from qaq_pipeline.lm.prompts import TokenSequence
 
 Batch = list[TokenSequence]
 Scores = Sequence[Sequence[np.ndarray]]
-"""For each sequence of a batch and each of its targets, ln p of the target's tokens, in nats."""
+"""For each sequence and each of its targets, ln p of the target's tokens, in nats."""
 
 _END_SECONDS = 5.0
 
@@ -47,11 +47,11 @@ class ScorerFacts:
     shares_prefixes: bool
     """Whether a shared prefix is computed once."""
     batch_tokens: int
-    """Tokens of a batch that is fast on the device and fits into its memory."""
+    """Number of tokens of one forward pass that is fast on the device and fits into its memory."""
     flops_per_token: float = 0.0
     """Floating-point operations of the body for one token, without attention; 0 if unknown."""
     flops_per_target: float = 0.0
-    """Floating-point operations of the output head, the last layer, for one target token; 0 if unknown."""
+    """Floating-point operations of the output head (the model's last layer) for one target token; 0 if unknown."""
     peak_flops_per_second: float = 0.0
     """Speed of a large matrix product in the model's dtype on its device, measured after loading; 0 if unknown."""
 

@@ -53,8 +53,8 @@ _DESCRIPTIONS = {
         "checks.max_psi, and the Kolmogorov-Smirnov statistic at most checks.max_ks.",
     },
     "calibration": {
-        "models_can_tell": "Each model's RMI tells pairs from the same queries with another answer, with an AUROC "
-        "of at least checks.min_auc. Also shown: its AUROC for every defect."
+        "models_can_tell": "Each model's RMI separates matched pairs from mismatched ones (the same query with another "
+        "row's answer), with an AUROC of at least checks.min_auc. Also shown: its AUROC for every defect."
     },
     "decisions": {
         "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",

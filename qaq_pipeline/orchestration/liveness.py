@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 TAG = "qaq/driver"
 
 _STARTED = "Started process for run"
-"""How Dagster's message from the process of a run begins (dagster/_grpc/impl.py). That of a step begins differently."""
+"""How Dagster's message begins when the process of a run starts (dagster/_grpc/impl.py). The message of a step's
+process begins differently."""
 _CLOCK_S = 2.0
 """A process reports its start after the start: the tolerance for a clock that is off."""
 

@@ -229,8 +229,8 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = plan
         not blind and not unjudged,
         (verdict if blind else "")
         + (unknown if unjudged else "")
-        + f"AUROC of pairs against their queries with another answer: {said or 'unknown'}; expected at least "
-        f"{min_auc:g} (checks.min_auc).",
+        + "AUROC of matched pairs against mismatched ones (the same query with another row's answer): "
+        f"{said or 'unknown'}; expected at least {min_auc:g} (checks.min_auc).",
         numbers,
     )
 

@@ -109,7 +109,7 @@ class ColumnLineage:
     title: str
     num_columns: int
     rows: Sequence[tuple[Sequence[str], Mapping[str, Sequence[str]]]]
-    """Columns that have the same sources, and those sources by table; empty if there are none."""
+    """Columns that have the same sources, and those sources by table (empty if there are none)."""
     underived: str
     """The text for a column without source columns."""
 

@@ -75,7 +75,9 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
     decisions = storage.tables.read("decisions", partition).frame
     num_rows = storage.tables.footer("raw_data", partition).num_rows
     if decisions.height != num_rows:
-        raise RunError(f"batch {batch}: {decisions.height} decisions for {num_rows} delivered rows: report this fault")
+        raise RunError(
+            f"batch {batch} has {num_rows} delivered rows but {decisions.height} decisions: report this fault"
+        )
     reasons: dict[str, dict[str, int]] = {decision.value: {} for decision in vocabularies.Decision}
     for decision, reason, count in by_reason(decisions).iter_rows():
         reasons[decision][reason] = count

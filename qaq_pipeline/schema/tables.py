@@ -3,8 +3,8 @@
 Belongs here: the tables' schemas, and the check that a frame fits its schema. Does not belong here: how a table is
 computed, or where it is stored.
 
-Every write enforces the schema (`enforce`), and the Dagster UI shows it. A column that is not declared here does not
-exist. A number that cannot be computed is null, with a reason in another column, and never a number such as 0.
+Every write enforces the schema (`enforce`), and the Dagster UI shows it. No other column is
+written. A number that cannot be computed is null, with a reason in another column, and never a number such as 0.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ class Contamination(_RowKey):
 
     benchmark = dy.String(description="Name of the benchmark.")
     task = dy.String(description="The task's id.")
-    reason = _closed(ContaminationReason, description="The part of the task that the row contains.")
+    reason = _closed(
+        ContaminationReason, description="The part of the task that the row contains: statement or solution."
+    )
     share = dy.Float64(
         min_exclusive=0.0, max=1.0, description="Share of that part's word sequences that are in the row."
     )
@@ -210,9 +212,8 @@ class ScreenedData(_RowKey):
 
 
 class CachedScores(_PairScores):
-    """Score cache: one row per likelihood of a pair.
-
-    The name of its folder is the score identity: a hash of the model, prompts and settings that determine a score.
+    """Score cache: one row per likelihood of a pair. The folder's name is the score identity: a hash of the model,
+    prompts and settings that determine a score.
     """
 
     quantity = _closed(Quantity, primary_key=True, description="The likelihood.")
@@ -224,10 +225,10 @@ class CachedScores(_PairScores):
 class Logprobs(_PairScores):
     """Sums of negative log-likelihoods of each distinct accepted pair under one model, with token counts."""
 
-    sum_nll_q = _nll("Q without A, after the text of the prior")
+    sum_nll_q = _nll("Q without A, after the text of the prior (page: The method)")
     sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
-    sum_nll_a = _nll("A after an empty query, in the text of the forward pass")
-    sum_nll_a_given_q = _nll("A after Q, in the text of the forward pass")
+    sum_nll_a = _nll("A after an empty query, in the text of the forward pass (page: The method)")
+    sum_nll_a_given_q = _nll("A after Q, in the text of the forward pass (page: The method)")
     null_reason_q = _null_reason("sum_nll_q")
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
@@ -334,8 +335,9 @@ VERDICT = dy.Struct(
         ),
         "cut": dy.Float64(
             nullable=True,
-            description="Score of the last pair taken, in this batch or, with `ranking.pool: reference`, in the "
-            "reference; null if no pair or every pair was taken, and for rmi_band.",
+            description="Score of the last pair taken in this batch or, with `ranking.pool: reference`, in the "
+            "reference (random selections: always in this batch). Null if no pair or every eligible pair was taken "
+            "there, and for rmi_band, which has no budget.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }
@@ -350,7 +352,8 @@ MODEL_SCORE = dy.Struct(
         "null_reason": _closed(
             NullReason,
             nullable=True,
-            description="Reason why a requested RMI or IFD is null (of RMI if both are); otherwise null.",
+            description="Reason why RMI or IFD is null, if `scoring.quantities` asks for it (RMI's reason if both are "
+            "null); otherwise null.",
         ),
     }
 )

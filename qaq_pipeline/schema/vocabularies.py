@@ -83,7 +83,10 @@ class GateReason(Vocabulary):
 
 
 class Quantity(Vocabulary):
-    """The four likelihoods of a pair: NLL(X | C), the negative log-likelihood of X after C (page: The method)."""
+    """The four likelihoods of a pair: NLL(X | C), the negative log-likelihood of X after C (page: The method).
+
+    The setting `scoring.quantities` does not name these likelihoods, but the scores that are computed from them.
+    """
 
     Q = "q", "The query without the answer, after the text of the prior (page: The method)."
     Q_GIVEN_A = "q_given_a", "The query after the reverse prompt with the answer."
@@ -100,7 +103,7 @@ QUANTITIES_OF = {
     "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
     "ifd": (Quantity.A, Quantity.A_GIVEN_Q),
 }
-"""The quantities that each score is computed from."""
+"""The likelihoods from which each score is computed."""
 
 
 class NullReason(Vocabulary):
@@ -118,14 +121,17 @@ class NullReason(Vocabulary):
 class Decision(Vocabulary):
     """The decision about a delivered row under the published selection."""
 
-    SELECTED = "selected", "The published selection takes the row; it is in every version that contains this decision."
+    SELECTED = (
+        "selected",
+        "The published selection takes the row. It is in every published version that was made from this decision.",
+    )
     NOT_SELECTED = "not_selected", "The row was ranked and not selected."
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
     DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
     UNSCORABLE = "unscorable", "A model that the selection uses has no score for the pair."
-    BATCH_GATED = "batch_gated", "No row of the batch is published."
+    BATCH_GATED = "batch_gated", "A gate stopped the batch: no row of it is published."
 
 
 class SelectionReason(Vocabulary):
@@ -133,10 +139,15 @@ class SelectionReason(Vocabulary):
 
     WITHIN_BUDGET = (
         "within_budget",
-        "Selected: the pair's place in the order is within the budget, or before the reference's last pair taken.",
+        "Selected: the pair is within the budget; with `ranking.pool: reference`, it does not come after the last pair "
+        "taken from the reference.",
     )
     IN_BAND = "in_band", "Selected: the rank is in the band."
-    BELOW_CUT = "below_cut", "Not selected: the pair comes after the last one that the selection takes."
+    BELOW_CUT = (
+        "below_cut",
+        "Not selected: the pair comes after the last pair that the selection takes, in the batch or, with "
+        "`ranking.pool: reference`, in the reference.",
+    )
     OUTSIDE_BAND = "outside_band", "Not selected: the rank is outside the band."
     GAP_BELOW_MINIMUM = "gap_below_minimum", "Not selected: the gap is not above `min_gap`."
     RANK_STRONG_OUT_OF_RANGE = (

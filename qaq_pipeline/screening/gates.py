@@ -23,8 +23,8 @@ from qaq_pipeline.schema.vocabularies import GateReason, RejectReason, Status
 
 PROVENANCE_KEY = "gate"
 LIMIT_KEY = "min_scorable_share"
-"""Key of the limit with which a gate was judged, in the provenance. A changed limit changes no data version, so without
-the key a stale verdict would not show."""
+"""Key, in the provenance, of the limit with which scores were judged. It is stored because a changed limit changes no
+data version, so a stale verdict would not show."""
 
 
 class StaleVerdictError(ValueError):

@@ -52,7 +52,7 @@ def screen(
     )
     twins = twins.with_columns(
         evidence=pl.concat_str(
-            "evidence", pl.format("flagged: it holds {}", "flagged"), separator="; ", ignore_nulls=True
+            "evidence", pl.format("flagged: it contains {}", "flagged"), separator="; ", ignore_nulls=True
         )
     )
     by_priority = (
@@ -104,7 +104,7 @@ def _held(contamination: pl.DataFrame) -> pl.DataFrame:
         "reason",
         similarity="share",
         evidence=pl.format(
-            "{} of the word sequences of the {} of task {} of {}, among them: {}",
+            "{} of the word sequences of the {} of task {} of {}, including: {}",
             (pl.col("share") * 100).round(0).cast(pl.Int64).cast(pl.String) + "%",
             what,
             "task",

@@ -151,7 +151,7 @@ def _ranks(row: Mapping[str, Any]) -> str:
         return "No model ranks the pair by RMI."
     return (
         "RMI measures how much the answer helps to predict the query. Among pairs of similar query perplexity (a "
-        f"stratum){_of_reference(row)}, the rank goes from 0, the lowest RMI, to 1, the highest. This pair has "
+        f"stratum){_of_reference(row)}, the rank grows with the RMI, up to 1 for the highest. This pair has "
         f"{' and '.join(map(_rank, row['scores']))}."
     )
 

@@ -912,7 +912,7 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     assert dropped.reasons_by_decision["contaminated"] == {"benchmark_prompt": 2}
     decisions = table(settings_for(), "decisions")
     assert decisions["explanation"][5].endswith(
-        " 100% of the word sequences of the prompt of task T/1 of mine, among them: return the longest word of a "
+        " 100% of the word sequences of the prompt of task T/1 of mine, including: return the longest word of a "
         "sentence of two that are equally long the one that comes first."
     )
     assert decisions["scores"].list.len().to_list() == [2] * 5 + [0, 0]

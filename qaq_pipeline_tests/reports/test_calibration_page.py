@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 import polars as pl
@@ -78,7 +79,8 @@ def test_the_page_has_its_plots_its_verdict_and_the_selection_to_paste(judged: J
     assert set(pictures) == {
         *("told_apart", "auroc_strong", "auroc_weak", "auroc_both", "kept_defects", "cuts_strong", "cuts_weak"),
     }
-    assert "AUROC of pairs against their queries with another answer: strong" in text
+    verdict = "AUROC of matched pairs against mismatched ones (the same query with another row's answer): strong"
+    assert verdict in html.unescape(text)
     assert 'role="alert"' not in text
     assert "rmi_strong:" in text
     assert "<script" not in text

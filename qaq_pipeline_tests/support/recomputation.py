@@ -17,7 +17,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.storage.storage import Storage
 
-_TEXT = re.compile(r"goes from 0, the lowest RMI, to 1, the highest|where 1 is equal|the [\d.]+% of")
+_TEXT = re.compile(r"up to 1 for the highest|where 1 is equal|the [\d.]+% of")
 _RANK = re.compile(r"rank ([\d.]+) under the (\w+) model \((?:the only stratum|stratum (\d+) of (\d+))\)")
 _PLACE = re.compile(r"gap is (-?[\d.]+), number (\d+) of (\d+) pairs; the gap of the last pair taken is (-?[\d.]+\d)")
 _CUT = re.compile(r"Only the first (\d+) of the answer's (\d+) tokens were read by ([\w ]+)\.")
