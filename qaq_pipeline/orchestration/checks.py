@@ -54,7 +54,8 @@ _DESCRIPTIONS = {
     },
     "calibration": {
         "models_can_tell": "Each model's RMI separates matched pairs from mismatched ones (the same query with another "
-        "row's answer), with an AUROC of at least checks.min_auc. At least 20 are needed. Also shown: its AUROC for every defect."
+        "row's answer), with an AUROC of at least checks.min_auc, over at least 20 mismatched ones. Also shown: its "
+        "AUROC for every defect."
     },
     "decisions": {
         "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",
