@@ -36,7 +36,7 @@ from qaq_pipeline.schema.tables import CLEAN
 from qaq_pipeline.schema.vocabularies import Quantity, Statistic
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.runtime import ModelRuntime
-from qaq_pipeline.selection import disagreement_scores, ranks
+from qaq_pipeline.selection import disagreement_scores
 from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.strategies import select
 from qaq_pipeline.storage.storage import open_storage
@@ -87,7 +87,7 @@ def main() -> int:
     arguments = parser.parse_args()
     pairs = read_pairs(arguments.data, arguments.rows)
     default = variant(FRAMES[0], "null_answer", arguments.per_defect)
-    planted = plant(pairs, default)
+    planted = planting.plant(pairs, default.calibration)
     found = []
     for prior in PRIORS:
         for frames in FRAMES:
@@ -122,7 +122,7 @@ def variant(frames: Frames, prior: str, per_defect: int, quantities: Sequence[st
     for role in ROLES:
         values["models"][role] |= frame_of(getattr(frames, role))
     values["scoring"] = {"quantities": list(quantities), "prior": prior, "invalid_clause": frames.has_clause}
-    values["calibration"] = {"max_rows_per_defect": per_defect, "max_planted_share": None}
+    values["calibration"] = {"mismatches": per_defect, "rows_per_defect": per_defect}
     return parse_settings(yaml.safe_dump(values), "bench")
 
 
@@ -133,16 +133,6 @@ def frame_of(name: str) -> dict[str, Any]:
     template = load_settings("demo").model_cache_dir / "turn_markers.jinja"
     template.write_text(TURN_MARKERS, encoding="utf-8")
     return {"frame": "chat", "chat_template_from": str(template)}
-
-
-def plant(pairs: pl.DataFrame, settings: Settings) -> pl.DataFrame:
-    """Return PlantedRows, drawn in the strata of the default's strong model."""
-    of_strong = score(settings, "strong", pairs)
-    pools = ranks.pools({"strong": of_strong, "weak": of_strong}, settings.ranking)
-    ranked = ranks.rank_pools({"strong": pools["strong"]}, settings.ranking)
-    columns = ("pair_id", "system", "query", "answer", "language", "stratum")
-    scorable = pairs.join(ranked.drop_nulls("stratum"), on="pair_id", validate="1:1").select(columns)
-    return planting.plant(scorable, settings.calibration)
 
 
 def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:

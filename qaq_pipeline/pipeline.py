@@ -9,8 +9,8 @@ To add a table, write its schema, the sources of its columns, its entry here, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -65,6 +65,8 @@ class Asset:
     """Columns from which each column of the table is derived; by default those in `column_lineage.SOURCES`."""
     is_published: bool = False
     """Whether its table of a batch is part of a publication."""
+    needs_calibration: bool = False
+    """Whether it is made only where batches are calibrated."""
     module: str = field(default="", kw_only=True)
     """Module with `build_<name>`; by default `orchestration/assets/<group>/<name>.py`."""
 
@@ -127,6 +129,17 @@ class Pipeline:
     def _by_name(self) -> dict[str, Asset]:
         return {asset.name: asset for asset in self.assets}
 
+    def part(self, is_in: Callable[[Asset], bool]) -> Pipeline:
+        """The pipeline of these assets alone; their optional inputs are those among them."""
+        assets = [asset for asset in self.assets if is_in(asset)]
+        names = {asset.name for asset in assets}
+        return Pipeline(
+            tuple(
+                replace(asset, optional_inputs=tuple(name for name in asset.optional_inputs if name in names))
+                for asset in assets
+            )
+        )
+
     def of(self, *purposes: Purpose) -> list[Asset]:
         """The assets made for these purposes."""
         return [asset for asset in self.assets if asset.purpose in purposes]
@@ -150,6 +163,15 @@ class Pipeline:
     def published(self) -> tuple[str, ...]:
         """Names of the tables of a batch that a publication reads."""
         return tuple(asset.name for asset in self.assets if asset.is_published)
+
+    @cached_property
+    def sources_of_published(self) -> tuple[Asset, ...]:
+        """The published tables and everything that they are made from, in order."""
+        found = set(self.published)
+        for asset in reversed(self.assets):
+            if asset.name in found:
+                found |= {*asset.inputs, *asset.optional_inputs}
+        return tuple(asset for asset in self.assets if asset.name in found)
 
     def last_input(self, name: str) -> str | None:
         """The input of an asset that is made last: when it is there, so are the others."""
@@ -199,6 +221,14 @@ PIPELINE = Pipeline(
             is_published=True,
         ),
         Asset(
+            "planted_rows",
+            group="calibration",
+            job="ingest_batch",
+            inputs=("raw_data", "screened_data"),
+            schema=tables.PlantedRows,
+            needs_calibration=True,
+        ),
+        Asset(
             "logprobs",
             group="scoring",
             job="score_batch",
@@ -213,6 +243,15 @@ PIPELINE = Pipeline(
             inputs=("logprobs",),
             partitioning=Partitioning.BATCH_AND_MODEL,
             schema=tables.RmiScores,
+        ),
+        Asset(
+            "planted_scores",
+            group="calibration",
+            job="score_batch",
+            inputs=("planted_rows",),
+            partitioning=Partitioning.BATCH_AND_MODEL,
+            schema=tables.PlantedScores,
+            needs_calibration=True,
         ),
         Asset(
             "rank_reference",
@@ -272,30 +311,14 @@ PIPELINE = Pipeline(
             purpose=Purpose.PAGE,
         ),
         Asset(
-            "planted_rows",
-            group="calibration",
-            job="plant_defects",
-            inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores"),
-            purpose=Purpose.CALIBRATION,
-            schema=tables.PlantedRows,
-        ),
-        Asset(
-            "planted_scores",
-            group="calibration",
-            job="score_planted",
-            inputs=("planted_rows",),
-            partitioning=Partitioning.BATCH_AND_MODEL,
-            purpose=Purpose.CALIBRATION,
-            schema=tables.PlantedScores,
-        ),
-        Asset(
             "calibration",
             group="calibration",
             job="calibrate_batch",
-            inputs=("rmi_scores", "disagreement_scores", "planted_rows", "planted_scores"),
+            inputs=("planted_rows", "rmi_scores", "planted_scores", "disagreement_scores"),
             optional_inputs=("rank_reference",),
             purpose=Purpose.CALIBRATION,
             schema=tables.Calibration,
+            needs_calibration=True,
         ),
     )
 )

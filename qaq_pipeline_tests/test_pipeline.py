@@ -12,7 +12,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.freshness.staleness import Freshness
 from qaq_pipeline.lineage.lineage import State, walk
-from qaq_pipeline.orchestration.jobs import build_job_defs, present
+from qaq_pipeline.orchestration.jobs import build_job_defs, made_under, present
 from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning, Pipeline, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
@@ -85,7 +85,7 @@ def test_a_table_of_each_model_has_a_partition_of_each() -> None:
 def test_the_last_input_is_the_one_declared_last() -> None:
     assert PIPELINE.last_input("raw_data") is None
     assert PIPELINE.last_input("decisions") == "disagreement_scores"
-    assert PIPELINE.last_input("calibration") == "planted_scores"
+    assert PIPELINE.last_input("calibration") == "disagreement_scores"
 
 
 def test_a_page_is_no_table() -> None:
@@ -97,6 +97,35 @@ def test_nothing_that_is_published_is_made_from_a_page_or_a_calibration() -> Non
     for asset in PIPELINE.of(Purpose.CURATION, Purpose.REFERENCE, Purpose.PUBLICATION):
         purposes = {PIPELINE[name].purpose for name in (*asset.inputs, *asset.optional_inputs)}
         assert purposes <= {Purpose.CURATION, Purpose.REFERENCE}, asset.name
+
+
+def test_a_version_is_made_from_the_inputs_of_its_tables_and_no_other_table() -> None:
+    assert [asset.name for asset in PIPELINE.sources_of_published] == [
+        "raw_data",
+        "signatures",
+        "screened_data",
+        "logprobs",
+        "rmi_scores",
+        "rank_reference",
+        "disagreement_scores",
+        "decisions",
+        "selected_subset",
+    ]
+
+
+def test_without_calibration_its_assets_are_not_made_and_the_rest_is_the_same(
+    settings_for: Callable[..., Settings],
+) -> None:
+    made = made_under(settings_for(reports={"pages": True}))
+    assert {asset.name for asset in PIPELINE} - {asset.name for asset in made} == {
+        "planted_rows",
+        "planted_scores",
+        "calibration",
+        "rank_reference",
+    }
+    assert made["decisions"].optional_inputs == ()
+    assert made.jobs()["ingest_batch"] == ["raw_data", "signatures", "screened_data"]
+    assert "calibrate_batch" not in made.jobs()
 
 
 # --- another table --------------------------------------------------------------------------------------------------

@@ -293,8 +293,8 @@ def low_cut(clean: np.ndarray, null: np.ndarray, rate: float) -> Estimate:
     """The RMI above which, of the batch's rows, a share of at most `rate` is expected to be mismatches.
 
     p_i = (1 + #{null >= x_i}) / (m + 1) of each row's RMI x_i, m the rows of the null: the RMI of queries with the
-    answer to another query of their stratum. The rows that Benjamini and Hochberg's procedure at `rate` tells from the
-    null lie above all others; the cut is the largest RMI of the others, so that `cut < RMI` keeps exactly the former.
+    answer to another query. The rows that Benjamini and Hochberg's procedure at `rate` tells from the null lie above
+    all others; the cut is the largest RMI of the others, so that `cut < RMI` keeps exactly the former.
 
     It assumes that a mismatch in the batch scores like one of the null. The p-values share the null, so they depend on
     one another positively, which the procedure allows (Bates et al. 2023, arXiv 2104.08279). It needs

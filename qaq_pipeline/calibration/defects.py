@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from qaq_pipeline.schema.vocabularies import Defect
 
-VERSION = "3"
+VERSION = "4"
 """Part of the code version of planted_rows: a new value plants again."""
 
-CUT_TO = 0.25
-"""The share of the answer's characters that `cut_answer` keeps."""
+CUT_AT = (0.1, 0.9)
+"""The shares of the answer's characters between which `cut_answer` cuts."""
 
 _ALIASES = {
     "c": "cpp",
@@ -38,6 +38,7 @@ _ALIASES = {
 }
 """Names of languages in deliveries, and the names that `guess_language` gives them."""
 _SHORTEST_TO_CUT = 40
+_FEWEST_LINES_TO_CUT = 3
 _MOST_CANDIDATES = 2000
 _LOOKED_AT = 4000
 """Characters of an answer from which its language is guessed."""
@@ -55,11 +56,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """Other rows of the batch, from which a defect may take an answer: it takes the first one that fits."""
+    """The answers of other rows that a defect may give to this one."""
 
-    of_stratum: Sequence[Text]
-    """Those of the same stratum of PPL(Q)."""
+    answer: str | None
+    """The answer to another query that this row may get (`mismatches`); None: there is none."""
     of_batch: Sequence[Text]
+    """Rows of the batch, in the order of the draw."""
 
 
 def make(defect: Defect, text: Text, others: Others, seed: str) -> Text | None:
@@ -77,16 +79,14 @@ def make(defect: Defect, text: Text, others: Others, seed: str) -> Text | None:
 
 
 def _other_answer(text: Text, others: Others, _: random.Random) -> Text | None:
-    """The answer to another query of the same stratum of PPL(Q)."""
-    for other in others.of_stratum:
-        if other.query != text.query and other.answer.strip() != text.answer.strip():
-            return Text(text.query, other.answer)
-    return None
+    """The answer to another query."""
+    return None if others.answer is None else Text(text.query, others.answer)
 
 
-def _echo(text: Text, _: Others, __: random.Random) -> Text:
-    """The query, repeated as the answer."""
-    return Text(text.query, text.query)
+def _echo(text: Text, _: Others, choice: random.Random) -> Text:
+    """The query, repeated as the answer; in half of the rows after an introduction."""
+    introduction = choice.choice(ECHO_INTRODUCTIONS) if choice.random() < 1 / 2 else ""
+    return Text(text.query, introduction + text.query)
 
 
 def _refusal(text: Text, _: Others, choice: random.Random) -> Text:
@@ -98,12 +98,22 @@ def _filler(text: Text, _: Others, choice: random.Random) -> Text:
     return Text(text.query, choice.choice(FILLERS))
 
 
-def _cut_answer(text: Text, _: Others, __: random.Random) -> Text | None:
-    """The first quarter of the answer, in characters."""
+def _cut_answer(text: Text, _: Others, choice: random.Random) -> Text | None:
+    """The answer up to any of its characters, except the first and the last tenth."""
     answer = text.answer.strip()
     if len(answer) < _SHORTEST_TO_CUT:
         return None
-    return Text(text.query, answer[: int(len(answer) * CUT_TO)].rstrip())
+    first, last = (round(share * len(answer)) for share in CUT_AT)
+    return Text(text.query, answer[: choice.randint(first, last)].rstrip())
+
+
+def _cut_at_line(text: Text, _: Others, choice: random.Random) -> Text | None:
+    """The answer up to the end of any of its lines but the last; blank lines do not count."""
+    answer = text.answer.strip()
+    ends = [found.end() for found in _LINE.finditer(answer)]
+    if len(ends) < _FEWEST_LINES_TO_CUT:
+        return None
+    return Text(text.query, answer[: choice.choice(ends[:-1])].rstrip())
 
 
 def _invented_terms(text: Text, _: Others, choice: random.Random) -> Text | None:
@@ -182,13 +192,22 @@ def guess_language(answer: str) -> str | None:
 _MAKERS: dict[Defect, Callable[[Text, Others, random.Random], Text | None]] = {
     Defect.OTHER_ANSWER: _other_answer,
     Defect.ECHO: _echo,
-    Defect.REFUSAL: _refusal,
     Defect.INVENTED_TERMS: _invented_terms,
     Defect.CUT_ANSWER: _cut_answer,
+    Defect.CUT_AT_LINE: _cut_at_line,
+    Defect.REFUSAL: _refusal,
     Defect.FILLER: _filler,
     Defect.WRONG_LANGUAGE: _wrong_language,
     Defect.ONE_TOKEN_BUG: _one_token_bug,
 }
+
+ECHO_INTRODUCTIONS = (
+    "Here is the task: ",
+    "The question is:\n\n",
+    "You asked: ",
+    "Let me restate the problem. ",
+    "Sure! ",
+)
 
 REFUSALS = (
     "I'm sorry, but I can't help with that request.",
@@ -211,6 +230,7 @@ FILLERS = (
     "It is up to you to decide which one is the most appropriate in your case.",
 )
 
+_LINE = re.compile(r"[^\n]*\S[^\n]*")
 _CONTENT_WORD = re.compile(r"\b[A-Za-z]{4,}\b")
 _FUNCTION_WORDS = frozenset(
     re.findall(

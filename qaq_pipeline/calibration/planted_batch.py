@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qaq_pipeline.calibration.calibration import Judged, judge
 from qaq_pipeline.config.selections import Selection
-from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.config.settings import GateSettings, RankingSettings
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.stored_reference import Scores, differently_scored, require_pool, scored_by
@@ -24,7 +24,7 @@ class PlantedBatch:
     """The tables from which the scores of a batch are validated.
 
     Raises:
-        OriginError: the planted rows are not of these ranks, or were scored otherwise than the batch.
+        OriginError: the planted rows were not drawn from the rows that were scored, or were scored otherwise.
     """
 
     planted_rows: StoredTable
@@ -33,8 +33,14 @@ class PlantedBatch:
     disagreement_scores: StoredTable
 
     def __post_init__(self) -> None:
-        batch = {"disagreement_scores": self.disagreement_scores, **by_model("rmi_scores", self.rmi_scores)}
-        require_inputs("planted_rows", self.planted_rows, batch)
+        scores, drawn_from = by_model("rmi_scores", self.rmi_scores), self.planted_rows.provenance["inputs"]
+        require_inputs("disagreement_scores", self.disagreement_scores, scores)
+        if others := [name for name, table in scores.items() if table.provenance["scored_from"] != drawn_from]:
+            raise OriginError(
+                f"planted_rows of batch {batch_of(self.planted_rows)} were not drawn from the rows that "
+                f"{', '.join(others)} scored; materialise planted_rows and logprobs of this batch first (or `qaq run` "
+                "the batch again)"
+            )
         for name, table in by_model("planted_scores", self.planted_scores).items():
             require_inputs(name, table, {"planted_rows": self.planted_rows})
         if differing := differently_scored(scored_by(self.rmi_scores), self.planted_scores):
@@ -54,22 +60,23 @@ class PlantedBatch:
             **by_model("rmi_scores", self.rmi_scores),
         }
 
-    @property
-    def gate(self) -> Gate | None:
-        """The verdict on the batch, as its planted rows record it."""
-        return gates.of_provenance(self.planted_rows.provenance)
+    def gate(self, limits: GateSettings) -> Gate | None:
+        """The stored verdict on the batch. Raises gates.StaleVerdictError."""
+        made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
+        return gates.of_batch(batch_of(self.planted_rows), self.planted_rows.provenance, made_of, limits)
 
     def judge(
         self, ranking: RankingSettings, selections: Sequence[Selection], frozen: StoredTable | None
     ) -> Judged | None:
-        """Ranks and verdicts of the planted pairs beside those of the batch; None: nothing was planted.
+        """Ranks and verdicts of the planted pairs beside those of the batch; None: nothing was planted, or is ranked.
 
         Raises:
             OriginError: the batch is ranked in another pool than the reference.
         """
         if frozen is not None:
             require_pool(self.disagreement_scores, ranking, frozen)
-        if self.planted_rows.frame.is_empty():
+        is_ranked = frozen is not None or self.disagreement_scores.frame["gap"].is_not_null().any()
+        if self.planted_rows.frame.is_empty() or not is_ranked:
             return None
         return judge(
             self.planted_rows.frame,

@@ -1,118 +1,66 @@
-"""The draw of the rows of a batch that are made bad on purpose: from pairs with their strata to PlantedRows.
+"""The draw of the rows of a batch that are made bad on purpose: from its accepted pairs to PlantedRows.
 
-Belongs here: how many rows each defect gets, the draw of the rows, and the keys of the planted rows. Does not belong
-here: the change of a text (`defects`), and the validation of the scores (`calibration`).
+Belongs here: the draw of the rows, how many get each defect, and the keys of the planted rows. Does not belong here:
+the change of a text (`defects`), who gets whose answer (`mismatches`), and the validation of the scores
+(`calibration`).
 
-Rows are drawn evenly from the strata of PPL(Q), by a keyed hash of pair_id. Every defect takes the first of them in
-which it is possible. So defects share their clean twins as far as they can, and differ in nothing but the defect.
+Rows are drawn by a keyed hash of pair_id, before anything is scored. Every defect takes the first of them in which it
+is possible. So defects share their clean twins as far as they can, and differ in nothing but the defect.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.calibration import defects
 from qaq_pipeline.calibration.defects import Others, Text
+from qaq_pipeline.calibration.mismatches import other_answers
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
-from qaq_pipeline.schema.long_form import to_long
-from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
-from qaq_pipeline.schema.vocabularies import Defect, Status
+from qaq_pipeline.schema.vocabularies import Defect
 from qaq_pipeline.selection.random_order import draws
 
 ENOUGH = 20
 """Minimum number of planted rows for which a defect is judged: with 20, the interval of an AUROC of 0.9 is 0.2 wide."""
 
-_LEAST_LOOKED_AT = 2000
-_LOOKED_AT_FOR_EACH = 20
-"""Most rows that are drawn for each row of a defect: some defects are impossible in most rows."""
-
-
-def scorable_pairs(raw: pl.DataFrame, screened: pl.DataFrame, disagreement: pl.DataFrame) -> pl.DataFrame:
-    """The distinct pairs that both models rank, with their texts and the strong model's stratum."""
-    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value).select(ROW_KEY)
-    ranked = to_long(disagreement.drop_nulls("gap"), "ranks", "pair_id").filter(pl.col("model") == "strong")
-    texts = raw.join(accepted, on=ROW_KEY, how="semi")
-    return texts.join(ranked.select("pair_id", "stratum"), on="pair_id", validate="1:1").select(
-        "pair_id", "system", "query", "answer", "language", "stratum"
-    )
-
-
-def quotas(num_pairs: int, settings: CalibrationSettings) -> dict[Defect, int]:
-    """The number of planted rows of each defect in a batch with so many scorable pairs.
-
-    In the order of the settings each gets `ENOUGH`, up to floor(max_planted_share * num_pairs) in all. The rest is
-    dealt evenly up to `max_rows_per_defect` each; remainders go to the first.
-    """
-    cap, wanted, share = settings.max_rows_per_defect, settings.defects, settings.max_planted_share
-    # The decimal as it is written: 0.29 * 100 is 29.
-    left = len(wanted) * cap if share is None else math.floor(Fraction(str(share)) * num_pairs)
-    dealt = dict.fromkeys(wanted, 0)
-    for defect in wanted:
-        dealt[defect] = min(ENOUGH, cap, left)
-        left -= dealt[defect]
-    for defect in wanted * cap:
-        if left > 0 and dealt[defect] < cap:
-            dealt[defect] += 1
-            left -= 1
-    return dealt
+_MOST_DRAWN = 2000
+"""Rows that are drawn: more than are planted, because some defects are impossible in most rows."""
 
 
 def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
     """PlantedRows of a batch, sorted by pair_id.
 
     Args:
-        pairs: the scorable pairs: pair_id, system, query, answer, language, stratum (of the strong model).
+        pairs: the accepted pairs: pair_id, system, query, answer, language.
         settings: how many, which defects, the seed.
     """
-    drawn = draw(pairs, settings)
+    drawn = draw(pairs, settings.seed)
     twins = [(row, _text(row)) for row in drawn.iter_rows(named=True)]
-    others = _others(drawn["stratum"], [text for _, text in twins])
+    texts = [text for _, text in twins]
+    answers = other_answers(texts, settings.mismatches)
     planted: list[dict[str, Any]] = []
     taken = set(pairs["pair_id"])
-    for defect, quota in quotas(pairs.height, settings).items():
+    for defect in settings.defects:
         made = (
-            _make(defect, *twin, others_of_it, settings.seed) for twin, others_of_it in zip(twins, others, strict=True)
+            _make(defect, *twin, Others(answers.get(place), texts), settings.seed) for place, twin in enumerate(twins)
         )
         new = (row for row in made if row is not None and row["pair_id"] not in taken)
-        for row in itertools.islice(new, quota):
+        wanted = settings.mismatches if defect is Defect.OTHER_ANSWER else settings.rows_per_defect
+        for row in itertools.islice(new, wanted):
             taken.add(row["pair_id"])
             planted.append(row)
     return pl.DataFrame(planted, schema=dtypes(PlantedRows)).sort("pair_id")
 
 
-def draw(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
-    """The rows that may get a defect, in order: one of every stratum by turns, each query once."""
-    most = max(_LEAST_LOOKED_AT, _LOOKED_AT_FOR_EACH * settings.max_rows_per_defect)
-    drawn = pairs.sort("pair_id").with_columns(draw=draws(pairs["pair_id"].sort(), settings.seed))
-    distinct = drawn.sort("draw").unique(["system", "query"], keep="first", maintain_order=True)
-    by_turns = distinct.with_columns(turn=pl.col("draw").rank("ordinal").over("stratum")).sort("turn", "draw")
-    return by_turns.head(most)
-
-
-def _others(strata: pl.Series, texts: Sequence[Text]) -> list[Others]:
-    """For each row the others of its stratum, from the next one on and round, and those of the batch.
-
-    Where texts are distinct, taking the next one is a derangement of the stratum: no row keeps its answer, and each
-    answer is given once.
-    """
-    places: defaultdict[int, list[int]] = defaultdict(list)
-    for place, stratum in enumerate(strata):
-        places[stratum].append(place)
-    found = {}
-    for rows in places.values():
-        for turn, place in enumerate(rows):
-            after = rows[turn + 1 :] + rows[:turn]
-            found[place] = Others([texts[other] for other in after[: _LOOKED_AT_FOR_EACH - 1]], texts)
-    return [found[place] for place in range(len(texts))]
+def draw(pairs: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The rows that may get a defect, in the order of their draws, each query once."""
+    drawn = pairs.with_columns(draw=draws(pairs["pair_id"], seed)).sort("draw", "pair_id")
+    return drawn.unique(["system", "query"], keep="first", maintain_order=True).head(_MOST_DRAWN)
 
 
 def _text(row: Mapping[str, Any]) -> Text:

@@ -98,9 +98,9 @@ def calibration(
     storage = open_storage(settings)
     try:
         stored = storage.tables.read("calibration", Partition(batch))
-        gate = gates.of_provenance(storage.tables.footer("planted_rows", Partition(batch)).provenance)
     except ValueError as error:
         fail(f"{error}. Calibration follows the publication of a batch if `calibration.enabled` is true")
+    gate = gates.of_provenance(stored.provenance)
     if gate is not None:
         fail(f"batch {batch} is gated and therefore not calibrated: {gate.sentence}")
     if changed := staleness.changed_inputs(storage, "calibration", batch):

@@ -18,9 +18,10 @@ from qaq_pipeline.config.settings import Settings
 
 _RENAMED_FIELDS = {
     "automation.recuration_cron": "automation.refresh_cron",
-    "calibration.max_share": "calibration.max_planted_share",
+    "calibration.max_planted_share": "calibration.mismatches and calibration.rows_per_defect, numbers of rows",
+    "calibration.max_rows_per_defect": "calibration.rows_per_defect",
+    "calibration.max_share": "calibration.mismatches and calibration.rows_per_defect, numbers of rows",
     "calibration.min_auc": "checks.min_auc",
-    "calibration.rows_per_defect": "calibration.max_rows_per_defect",
     "checks.max_null_share": "checks.max_null_logprob_share",
     "reports.pictures": "reports.plots",
     "screening.contamination.min_share": "screening.contamination.min_ngram_share",

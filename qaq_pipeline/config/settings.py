@@ -288,17 +288,17 @@ class RankingSettings(Closed):
 
 
 class CalibrationSettings(Closed):
-    """A validation of the scores by planted defects: rows of the batch are made bad on purpose and scored."""
+    """A validation of the scores by planted defects: copies of pairs are made bad on purpose, and scored with them."""
 
     enabled: bool = True
-    """Validate the scores of a batch after it is published."""
+    """Plant defects in every batch, and validate its scores after it is published."""
     defects: tuple[Defect, ...] = Field(tuple(Defect), min_length=1)
-    """Defects to plant, the most informative first. A small batch has too few rows for all of them, so only the first
-    defects of the list are planted."""
-    max_rows_per_defect: int = Field(100, ge=1, le=1000)
-    """Maximum number of planted rows per defect."""
-    max_planted_share: float | None = Field(0.08, gt=0, le=1)
-    """Maximum planted rows as a share of the batch's scorable pairs; null: no limit."""
+    """Defects to plant."""
+    mismatches: int = Field(200, ge=1, le=1000)
+    """Number of planted rows with the answer to another query (other_answer): the null distribution of mismatches. A
+    batch of fewer pairs gets at most one row per pair."""
+    rows_per_defect: int = Field(60, ge=1, le=1000)
+    """Number of planted rows of every other defect. A batch of fewer pairs gets at most one row per pair."""
     seed: int = Field(0, ge=0)
     """Seed that decides which rows are copied and how the copies are changed."""
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)

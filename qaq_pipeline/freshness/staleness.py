@@ -89,10 +89,11 @@ class Freshness:
     def stale(self, batch: str) -> list[Stale]:
         """The stale partitions of the first stage of a batch that has any; later stages are judged after they ran.
 
-        Stages whose tables are not made under the current settings are skipped.
+        Tables that are not made under the current settings are skipped.
         """
-        for job, tables in self.pipeline.jobs(Purpose.CURATION, Purpose.CALIBRATION).items():
-            if not self.present.code_versions.keys() >= set(tables):
+        for job, declared in self.pipeline.jobs(Purpose.CURATION, Purpose.CALIBRATION).items():
+            tables = [table for table in declared if table in self.present.code_versions]
+            if not tables:
                 continue
             models = sorted(self.present.roles) if self.pipeline[tables[0]].has_models else [None]
             causes = {model: self._cause(Partition(batch, model), tables) for model in models}

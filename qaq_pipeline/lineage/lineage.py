@@ -210,7 +210,7 @@ def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[
 
     From the publication back to the delivery: each table's inputs come after it.
     """
-    for asset in reversed(pipeline.of(Purpose.CURATION, Purpose.REFERENCE)):
+    for asset in reversed(pipeline.sources_of_published):
         name = asset.name
         if asset.purpose is Purpose.REFERENCE:
             if name in entry["data_versions"]:

@@ -54,7 +54,8 @@ _DESCRIPTIONS = {
     },
     "calibration": {
         "models_can_tell": "Each model's RMI separates matched pairs from mismatched ones (the same query with another "
-        "row's answer), with an AUROC of at least checks.min_auc. Also shown: its AUROC for every defect."
+        "row's answer), with an AUROC of at least checks.min_auc, over at least 20 mismatched ones. Also shown: its "
+        "AUROC for every defect."
     },
     "decisions": {
         "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",
@@ -190,8 +191,8 @@ def _drift(storage: Storage, batch: str, settings: Settings) -> Finding:
     return check_metrics.drift(found.statistics, found.evidence, settings.checks)
 
 
-def _calibration(calibration: StoredTable, settings: Settings, storage: Storage, partition: Partition) -> Measurements:
-    gate = gates.of_provenance(storage.tables.footer("planted_rows", partition).provenance)
+def _calibration(calibration: StoredTable, settings: Settings, *_: object) -> Measurements:
+    gate = gates.of_provenance(calibration.provenance)
     if gate is not None:
         text = f"The batch is gated, and not calibrated: {gate.sentence}."
         return {"models_can_tell": lambda: Finding(True, text)}

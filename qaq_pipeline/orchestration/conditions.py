@@ -35,9 +35,9 @@ def _condition(asset: Asset, pipeline: Pipeline) -> dg.AutomationCondition | Non
             return of_reference()
         case Purpose.PUBLICATION:
             return of_dataset(last_input)
-        case Purpose.PAGE:
-            return of_page(last_input)
-        case Purpose.CURATION | Purpose.CALIBRATION:
+        case Purpose.PAGE | Purpose.CALIBRATION:
+            return of_report(last_input)
+        case Purpose.CURATION:
             return of_batch(last_input)
 
 
@@ -76,8 +76,8 @@ def of_dataset(last_input: str) -> dg.AutomationCondition:
     return (follows & _is_idle()).with_label(f"after {last_input}, once nothing is under way")
 
 
-def of_page(last_input: str) -> dg.AutomationCondition:
-    """A page: made when what it shows was made, in a run of its own, so that one that fails fails nothing else."""
+def of_report(last_input: str) -> dg.AutomationCondition:
+    """A page or a calibration: made when its inputs were made, in a run of its own; its failure fails nothing else."""
     follows = _follows(last_input) | _was_missing(last_input)
     return (follows & ~_Condition.any_deps_missing() & _is_idle()).with_label(f"after {last_input}, alone")
 

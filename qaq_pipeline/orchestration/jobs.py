@@ -10,7 +10,7 @@ import dagster as dg
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Present
 from qaq_pipeline.orchestration import conditions
-from qaq_pipeline.orchestration.assets import build_assets, wanted_purposes
+from qaq_pipeline.orchestration.assets import build_assets, made_under
 from qaq_pipeline.orchestration.checks import build_checks
 from qaq_pipeline.orchestration.io_manager import TableIOManager
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
@@ -39,7 +39,7 @@ def build_job_defs(
         on_progress: called after every scored batch, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
-    jobs = pipeline.jobs(*wanted_purposes(settings))
+    jobs = made_under(settings, pipeline).jobs()
     storage = open_storage(settings, pipeline)
     resources: dict[str, object] = {
         "storage": storage,

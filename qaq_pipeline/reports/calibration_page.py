@@ -21,7 +21,7 @@ from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
-from qaq_pipeline.screening import gates
+from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.origin import batch_of
 from qaq_pipeline.storage.tables import StoredTable
 
@@ -215,6 +215,7 @@ def _in_words(rows: pl.DataFrame) -> pl.DataFrame:
 
 def page(
     planted_rows: StoredTable,
+    gate: Gate | None,
     judged: Judged | None,
     frame: pl.DataFrame,
     finding: Finding,
@@ -226,6 +227,7 @@ def page(
 
     Args:
         planted_rows: PlantedRows of the batch.
+        gate: the verdict on the batch.
         judged: their scores and those of the batch; None if nothing was planted.
         frame: the Calibration computed from these.
         finding: whether the models can tell pairs from mismatches.
@@ -242,7 +244,7 @@ def page(
         {
             "title": f"Calibration of batch {batch}",
             "batch": batch,
-            "gate": gates.of_provenance(planted_rows.provenance),
+            "gate": gate,
             "finding": finding,
             "num_planted": planted.height,
             "num_pairs": 0 if judged is None else judged.clean["pair_id"].n_unique(),

@@ -212,7 +212,7 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = plan
     num_planted = max(kept["num_planted"], default=0)  # Scored or not: the same in every selection.
     if num_planted < enough:
         return Finding(
-            True,
+            False,
             f"Too few rows were planted to judge: {num_planted} with {Defect.OTHER_ANSWER}; {enough} are needed.",
             numbers,
         )

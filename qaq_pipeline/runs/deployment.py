@@ -14,8 +14,8 @@ import dagster as dg
 from qaq_pipeline.config.load import dagster_home, home_directory
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Freshness
-from qaq_pipeline.orchestration.jobs import present
-from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.orchestration.jobs import made_under, present
+from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.storage.storage import Storage, open_storage
 
@@ -31,6 +31,11 @@ class Deployment:
     def storage(self) -> Storage:
         """The storage that the settings name, opened once."""
         return open_storage(self.settings)
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The part of the pipeline that is made under the settings."""
+        return made_under(self.settings)
 
     @property
     def batches(self) -> Sequence[str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import polars as pl
 
+from qaq_pipeline.calibration import planting
 from qaq_pipeline.ingest import landing, records
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.scoring.logprobs import accepted_pairs
+from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoringCost
 from qaq_pipeline.screening import screen
 
@@ -49,7 +50,7 @@ def read_files(files: Sequence[Path]) -> dict[str, bytes]:
 
 
 def estimate(deployment: Deployment, files: Sequence[Path]) -> list[ScoringCost]:
-    """The cost of scoring the files, model by model.
+    """The cost of scoring the files and the rows planted in them, model by model.
 
     It is an upper bound: rows that older batches or benchmarks contain are counted.
 
@@ -59,6 +60,9 @@ def estimate(deployment: Deployment, files: Sequence[Path]) -> list[ScoringCost]
     """
     settings = deployment.settings
     raw = pl.concat(records.read_file(data, name, "b", settings.records) for name, data in read_files(files).items())
-    pairs = accepted_pairs(raw, screen.screen_alone(raw, settings.screening))
+    rows = accepted_rows(raw, screen.screen_alone(raw, settings.screening))
+    pairs = pairs_of(rows)
+    if settings.is_calibrated:
+        pairs += pairs_of(planting.plant(rows, settings.calibration))
     runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
     return [runtime.estimate(role, pairs, deployment.storage) for role in settings.models]

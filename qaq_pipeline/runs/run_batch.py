@@ -30,7 +30,7 @@ def run_batch(deployment: Deployment, batch: str, events: Events = SILENT) -> Ba
     results: Results = {}
     unpassed: list[str] = []
     with driving(deployment, events) as driver:
-        for job_name, names in PIPELINE.jobs(*CURATING).items():
+        for job_name, names in deployment.pipeline.jobs(*CURATING).items():
             asset = PIPELINE[names[0]]
             if asset.purpose is Purpose.PUBLICATION:
                 unpassed += _screen_again(driver)
@@ -42,8 +42,7 @@ def run_batch(deployment: Deployment, batch: str, events: Events = SILENT) -> Ba
                 unpassed += failed_checks(deployment.instance, run_id)
                 for name in names:
                     results[name, partition] = materialisation_metadata(deployment.instance, run_id, name)
-        if deployment.settings.is_calibrated:
-            unpassed += _calibrate(driver, batch)
+        unpassed += _calibrate(driver, batch)
     return summarise(deployment, batch, results, unpassed)
 
 
@@ -56,10 +55,10 @@ def _screen_again(driver: Driver) -> list[str]:
 
 
 def _calibrate(driver: Driver, batch: str) -> list[str]:
-    """Calibrate a published batch; return the checks that failed, or the reason why there is no calibration."""
+    """Calibrate a published batch, if that is wanted; return the checks that failed, or why it is not calibrated."""
     unpassed: list[str] = []
     try:
-        for job_name, names in PIPELINE.jobs(Purpose.CALIBRATION).items():
+        for job_name, names in driver.deployment.pipeline.jobs(Purpose.CALIBRATION).items():
             for partition in _partitions(driver.deployment, PIPELINE[names[0]], batch):
                 unpassed += failed_checks(driver.deployment.instance, driver.run(job_name, partition))
     except FailedJobError as error:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qaq_pipeline.freshness import eligibility, staleness
-from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.deployment import Deployment
 
 
@@ -74,10 +73,7 @@ def batch_status(deployment: Deployment) -> list[BatchStatus]:
     """The state of every registered batch."""
     freshness, left_out = deployment.freshness(), batches_left_out(deployment)
     stale = {one.batch: one for batch in freshness.batches() for one in freshness.stale(batch)[:1]}
-    names = [
-        *PIPELINE.tables_of_batch(Purpose.CURATION),
-        *(["calibration"] if deployment.settings.is_calibrated else []),
-    ]
+    names = deployment.pipeline.tables_of_batch()
     return [
         BatchStatus(
             batch,

@@ -73,13 +73,10 @@ _VERDICT = _of("screened_data", "status") + _RANKED + _NUMBERS + _REFERENCE + _o
 _REASON = _VERDICT + _of("screened_data", "reason")
 _TAKEN = _of("decisions", "verdicts")
 
-_PLANTED = (
-    _of("raw_data", *ROW_KEY, "pair_id", "language", "system", "query", "answer")
-    + _of("screened_data", "status", "batch_gate")
-    + _of("rmi_scores", "rmi")
-    + _of("disagreement_scores", "pair_id", "gap", "ranks")
+_PLANTED = _of("raw_data", *ROW_KEY, "pair_id", "language", "system", "query", "answer") + _of(
+    "screened_data", "status", "batch_gate"
 )
-"""Texts of pairs that both models rank, from each stratum in turn."""
+"""Texts of accepted pairs."""
 _JUDGED = (
     _of("planted_rows", "pair_id", "defect", "original_pair_id")
     + _of("planted_scores", *tables.PlantedScores.columns())

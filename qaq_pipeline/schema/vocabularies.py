@@ -161,13 +161,14 @@ class SelectionReason(Vocabulary):
 
 
 class Defect(Vocabulary):
-    """The ways in which a copy of a pair is made bad to validate the scores; the most informative first."""
+    """The ways in which a copy of a pair is made bad to validate the scores."""
 
-    OTHER_ANSWER = "other_answer", "The answer is replaced by that of another row in the same stratum."
-    ECHO = "echo", "The answer repeats the query."
-    REFUSAL = "refusal", "The answer declines."
+    OTHER_ANSWER = "other_answer", "The answer is replaced by the answer to another query, which is not similar."
+    ECHO = "echo", "The answer repeats the query, alone or after a short introduction."
     INVENTED_TERMS = "invented_terms", "Words of the query are replaced by invented words."
     CUT_ANSWER = "cut_answer", "The end of the answer is missing."
+    CUT_AT_LINE = "cut_at_line", "The answer ends at the end of a line, and the rest is missing."
+    REFUSAL = "refusal", "The answer declines."
     FILLER = "filler", "The answer has no content."
     WRONG_LANGUAGE = "wrong_language", "The answer is in another programming language than the query asks for."
     ONE_TOKEN_BUG = "one_token_bug", "One operator, name or number of the code is replaced: the negative control."
@@ -189,7 +190,7 @@ class Statistic(Vocabulary):
 class UnknownReason(Vocabulary):
     """Reasons why a number of a calibration is null."""
 
-    NOT_PLANTED = "not_planted", "No row has this defect: it could not be planted, or the batch is too small."
+    NOT_PLANTED = "not_planted", "No row has this defect, or none can be compared: no pair of the batch is ranked."
     NOT_WANTED = "not_wanted", "`scoring.quantities` does not include this score."
     NOT_SCORED = "not_scored", "None of the rows as delivered, or none of the planted rows, has this score."
     NONE_TOLD_FROM_NULL = (

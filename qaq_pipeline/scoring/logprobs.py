@@ -157,10 +157,10 @@ class ScoringReport:
         return self.num_tokens / self.seconds if self.num_tokens else None
 
 
-def accepted_pairs(raw: pl.DataFrame, screened: pl.DataFrame) -> list[Pair]:
-    """The distinct pairs to score, in the order of their ids."""
+def accepted_rows(raw: pl.DataFrame, screened: pl.DataFrame) -> pl.DataFrame:
+    """The rows of RawData that are scored, one of each distinct pair, in the order of the pairs' ids."""
     accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value)
-    return pairs_of(raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id"))
+    return raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id")
 
 
 def pairs_of(rows: pl.DataFrame) -> list[Pair]:

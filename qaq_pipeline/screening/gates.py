@@ -5,9 +5,10 @@ anything is written, and the rows of a gated batch (decisions lists them as `bat
 
 Each gate is judged once and its verdict stored once, with the table of the asset that judges it: before scoring with
 screened_data, after scoring with the rmi_scores of each model. All later steps of any run read the stored verdicts; an
-asset check could only stop the assets of its own run. Tables whose rows a verdict decides also record it: decisions,
-from which a publication reads it, and planted_rows. The column batch_gate of screened_data shows the reason to readers
-of the rows alone, and makes the data version change with the verdict; no code reads it.
+asset check could only stop the assets of its own run. Tables whose rows a verdict decides also record it: planted_rows
+that of the screening, decisions (from which a publication reads it) and calibration the first of all. The column
+batch_gate of screened_data shows the reason to readers of the rows alone, and makes the data version change with the
+verdict; no code reads it.
 """
 
 from __future__ import annotations

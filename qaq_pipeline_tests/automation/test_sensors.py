@@ -297,7 +297,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     sections = {"calibration": {"enabled": True}, "reports": {"pages": True, "plots": False}}
     daemon.use(settings_for(gates={"max_rejected_share": None}, **sections))
     root = Path(daemon.settings.storage_root)
-    (root / "planted_rows").write_text("no table can be written below a file")
+    (root / "calibration").write_text("no table can be written below a file")
     (root / "reports/b1/report.html").mkdir(parents=True)
     # The older batch lost a row: the newer one is screened again even if its calibration fails.
     land(daemon.settings, "b1.jsonl", some_rows(0, 1, 4, 5))
@@ -309,8 +309,8 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
     assert done.version in daemon.kept()
     assert daemon.left_out() == {}
     causes = {
-        "the calibration of batch b1 was not made": "plant_defects of b1 failed",
-        "the calibration of batch b2 was not made": "plant_defects of b2 failed",
+        "the calibration of batch b1 was not made": "calibrate_batch of b1 failed",
+        "the calibration of batch b2 was not made": "calibrate_batch of b2 failed",
         "the audit page of batch b1 was not made": "report_batch of b1 failed",
     }
     assert {tuple(notice.split(": ")[:2]) for notice in notices} == set(causes.items())
@@ -318,7 +318,7 @@ def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_
         assert what in done.sentence
     assert daemon.night()
     failed = daemon.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))
-    assert {run.job_name for run in failed} == {"plant_defects", "report_batch"}
+    assert {run.job_name for run in failed} == {"calibrate_batch", "report_batch"}
 
 
 # --- what runs from the start --------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def settings(**sections: Any) -> Settings:
             {"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}},
             {"name": "band", "strategy": "rmi_band", "model": "weak"},
         ],
-        "calibration": {"max_planted_share": None, "max_rows_per_defect": 20, "false_discovery_rate": 0.2},
+        "calibration": {"false_discovery_rate": 0.2},
     }
     return parse_settings(yaml.safe_dump(values | sections))
 
@@ -236,7 +236,7 @@ def number_of(frame: pl.DataFrame, statistic: Statistic, defect: str, model: str
 def test_a_calibration_fits_its_table_and_has_every_measure_of_every_defect(judged: calibration.Judged) -> None:
     frame = tables.enforce(tables.Calibration, calibrated(judged))
     aurocs = frame.filter(pl.col("statistic") == "auroc")
-    assert aurocs.height == 8 * (2 * len(calibration.MEASURES) + len(calibration.MEASURES_OF_BOTH))
+    assert aurocs.height == 9 * (2 * len(calibration.MEASURES) + len(calibration.MEASURES_OF_BOTH))
     known = aurocs.drop_nulls("value")
     assert set(known["defect"]) == {"other_answer", "echo"}
     assert set(aurocs.filter(pl.col("value").is_null())["null_reason"]) == {"not_planted"}
@@ -352,5 +352,5 @@ def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(
     none = frame.with_columns(value=pl.when(pl.col("statistic") == "auroc").then(None).otherwise("value"))
     assert not check_metrics.discrimination(none, 0.8, 20).passed
     few = check_metrics.discrimination(blind, 0.8, 21)
-    assert few.passed
-    assert few.sentence.startswith("Too few rows were planted to judge")
+    assert not few.passed
+    assert few.sentence.startswith("Too few rows were planted to judge: 20 with other_answer; 21 are needed.")

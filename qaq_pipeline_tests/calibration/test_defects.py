@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -14,13 +15,13 @@ from qaq_pipeline.schema.vocabularies import Defect
 
 PYTHON = Text(
     "Write a Python function that counts the words of a sentence.",
-    "def count_words(sentence):\n    return len(sentence.split()) + 0\n",
+    "def count_words(sentence):\n    words = sentence.split()\n    return len(words) + 0\n",
     "python",
 )
 JAVASCRIPT = Text("Write a JavaScript function that counts vowels.", "const count = s => s.length;", "javascript")
 SQL = Text("Write SQL that counts the words of a sentence.", "SELECT COUNT(*) FROM users;", "sql")
 PROSE = Text("Is 7 prime?", "Yes.")
-OTHERS = Others([JAVASCRIPT, SQL], [PYTHON, JAVASCRIPT, SQL, PROSE])
+OTHERS = Others(JAVASCRIPT.answer, [PYTHON, JAVASCRIPT, SQL, PROSE])
 
 
 def made(defect: Defect, text: Text = PYTHON, others: Others = OTHERS, seed: str = "0") -> Text:
@@ -36,22 +37,39 @@ def test_every_defect_can_be_made_of_a_usual_pair_and_changes_one_side_only() ->
         assert changed == (["query"] if defect is Defect.INVENTED_TERMS else ["answer"]), defect
 
 
-def test_the_other_answer_is_the_next_one_of_the_stratum_to_another_query_with_another_text() -> None:
-    same_query, same_answer = Text(PYTHON.query, "x = 1"), Text("other", PYTHON.answer + "\n")
-    others = Others([same_query, same_answer, SQL], [])
-    assert made(Defect.OTHER_ANSWER, others=others).answer == SQL.answer
-    assert make(Defect.OTHER_ANSWER, PYTHON, Others([same_query, same_answer], [SQL]), "0") is None
+def test_the_other_answer_is_the_one_that_the_row_may_get() -> None:
+    assert made(Defect.OTHER_ANSWER) == Text(PYTHON.query, JAVASCRIPT.answer)
+    assert make(Defect.OTHER_ANSWER, PYTHON, Others(None, [SQL]), "0") is None
 
 
-def test_an_echo_says_the_query_again_and_is_not_made_where_it_did_already() -> None:
-    assert made(Defect.ECHO).answer == PYTHON.query
-    assert make(Defect.ECHO, Text("a", "a"), OTHERS, "0") is None
+def test_an_echo_says_the_query_again_half_of_the_time_alone_and_is_not_made_where_it_did_already() -> None:
+    found = Counter(made(Defect.ECHO, seed=str(seed)).answer.removesuffix(PYTHON.query) for seed in range(200))
+    assert set(found) == {"", *defects.ECHO_INTRODUCTIONS}
+    assert 80 <= found[""] <= 120
+    assert {make(Defect.ECHO, Text("a", "a"), OTHERS, str(seed)) is None for seed in range(20)} == {True, False}
 
 
-def test_a_cut_answer_is_the_first_quarter_of_a_long_one() -> None:
+def test_an_answer_is_cut_at_any_place_but_the_first_and_the_last_tenth() -> None:
     text = Text("q", "0123456789" * 8)
-    assert made(Defect.CUT_ANSWER, text).answer == text.answer[:20]
+    lengths = {len(made(Defect.CUT_ANSWER, text, seed=str(seed)).answer) for seed in range(1000)}
+    assert lengths == set(range(8, 73))
+    assert text.answer.startswith(made(Defect.CUT_ANSWER, text).answer)
     assert make(Defect.CUT_ANSWER, Text("q", "x" * 39), OTHERS, "0") is None
+
+
+def test_a_cut_answer_ends_with_no_white_space_and_lacks_more_than_that() -> None:
+    text = Text("q", f"  {'word ' * 12}\n\n")
+    for seed in range(100):
+        answer = made(Defect.CUT_ANSWER, text, seed=str(seed)).answer
+        assert answer == answer.strip()
+        assert len(answer) < len(text.answer.strip())
+
+
+def test_an_answer_is_cut_at_the_end_of_any_line_but_the_last_and_blank_lines_do_not_count() -> None:
+    text = Text("q", "\none\n\n  two \nthree\nfour\n\n")
+    found = {made(Defect.CUT_AT_LINE, text, seed=str(seed)).answer for seed in range(40)}
+    assert found == {"one", "one\n\n  two", "one\n\n  two \nthree"}
+    assert make(Defect.CUT_AT_LINE, Text("q", "one\n\n\ntwo\n"), OTHERS, "0") is None
 
 
 def test_refusals_and_filler_come_from_their_lists_and_not_always_the_same() -> None:
@@ -81,7 +99,7 @@ def test_without_a_content_word_no_term_is_invented() -> None:
 def test_the_wrong_language_is_that_of_the_query_most_alike_and_not_made_where_none_is_known() -> None:
     assert made(Defect.WRONG_LANGUAGE).answer == SQL.answer  # It counts the same.
     assert make(Defect.WRONG_LANGUAGE, PROSE, OTHERS, "0") is None
-    assert make(Defect.WRONG_LANGUAGE, PYTHON, Others([], [PYTHON, PROSE]), "0") is None
+    assert make(Defect.WRONG_LANGUAGE, PYTHON, Others(None, [PYTHON, PROSE]), "0") is None
 
 
 def test_a_bug_is_one_token_of_the_code_and_prose_has_none() -> None:

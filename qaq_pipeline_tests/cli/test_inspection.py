@@ -10,15 +10,13 @@ import polars as pl
 import pytest
 import yaml
 
-from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.tables import Calibration, PlantedRows, dtypes
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.schema.tables import Calibration, dtypes
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
 from qaq_pipeline_tests.support.sentences import Check
-
-TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
+from qaq_pipeline_tests.support.uncalibrated import TABLES
 
 
 def test_status_shows_a_line_for_each_batch_and_the_rows_of_every_table_in_full(home: Home, qaq: Qaq) -> None:
@@ -112,7 +110,7 @@ def test_a_table_of_one_batch_is_that_batchs(home: Home, qaq: Qaq, tmp_path: Pat
         (
             ["surprise", "--to", "out.csv"],
             2,
-            "'surprise' is no table; known: raw_data, signatures, screened_data, logprobs",
+            "'surprise' is no table; known: raw_data, signatures, screened_data, planted_rows",
         ),
         (["decisions", "--to", "out.xlsx"], 1, "out.xlsx: the ending says the format: .parquet, .csv or .jsonl"),
         (["decisions", "--to", "no/such/folder/out.csv"], 1, "No such file or directory"),
@@ -149,7 +147,6 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     frame = pl.DataFrame(rows, schema=dtypes(Calibration))
     storage = open_storage_of(home)
     scores = storage.tables.version("rmi_scores", Partition("b1", "strong"))
-    storage.tables.write(StoredTable(empty(PlantedRows)), "planted_rows", Partition("b1"))
     storage.tables.write(StoredTable(frame, {"inputs": {"rmi_scores|strong": scores}}), "calibration", Partition("b1"))
     shown = qaq(home, "calibration", "b1")
     assert shown.code == 0
@@ -162,8 +159,7 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
         StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", Partition("b1")
     )
     assert "It used older scores: rmi_scores|strong changed since; `qaq refresh`" in qaq(home, "calibration", "b1").out
-    for table in ("calibration", "planted_rows"):
-        storage.files.remove(table, "b1", "table.parquet")
+    storage.files.remove("calibration", "b1", "table.parquet")
 
 
 def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq, check_sentence: Check) -> None:

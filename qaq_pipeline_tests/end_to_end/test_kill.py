@@ -19,15 +19,13 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs import deployment, registration, run_batch
 from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
-
-TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
+from qaq_pipeline_tests.support.uncalibrated import TABLES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -41,13 +41,10 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
 from qaq_pipeline_tests.support.sentences import Check
+from qaq_pipeline_tests.support.uncalibrated import STAGES, TABLES
 
-CALIBRATION_STAGES = PIPELINE.jobs(Purpose.CALIBRATION)
-CALIBRATION_TABLES = PIPELINE.tables(Purpose.CALIBRATION)
 PAGES = PIPELINE.jobs(Purpose.PAGE)
-STAGES = PIPELINE.jobs(*CURATING)
 STORED_TABLES = PIPELINE.tables()
-TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 SettingsFor = Callable[..., Settings]
 Deliver = Callable[..., Path]
@@ -131,12 +128,14 @@ def _partitions(partitions_def: dg.PartitionsDefinition | None) -> Any:
 def test_the_definitions_load_and_have_every_job() -> None:
     defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     dg.Definitions.validate_loadable(defs)
-    assert [job.name for job in defs.jobs or []] == [*STAGES, *CALIBRATION_STAGES, "refresh"]
+    stages, calibration = PIPELINE.jobs(*CURATING), PIPELINE.jobs(Purpose.CALIBRATION)
+    assert [job.name for job in defs.jobs or []] == [*stages, *calibration, "refresh"]
     pages = {"batch_report", "dataset_report"}
-    made = [asset for assets in STAGES.values() for asset in assets]
-    assert [asset for asset in made if asset not in pages] == [*TABLES, "curated_dataset"]
+    made = [asset for assets in stages.values() for asset in assets]
+    curated = [*PIPELINE.tables_of_batch(Purpose.CURATION), "curated_dataset"]
+    assert [asset for asset in made if asset not in pages] == curated
     assert pages < set(made)
-    assert [asset for assets in CALIBRATION_STAGES.values() for asset in assets] == [*CALIBRATION_TABLES]
+    assert calibration == {"calibrate_batch": ["calibration"]}
 
 
 def test_only_the_scoring_waits_for_the_gpu_and_the_ui_shows_every_column() -> None:
@@ -381,7 +380,7 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 CALIBRATED = {
-    "calibration": {"enabled": True, "max_planted_share": None, "max_rows_per_defect": 4},
+    "calibration": {"enabled": True, "mismatches": 5, "rows_per_defect": 4},
     "selections": [{"name": "diff_high", "strategy": "diff_high"}, {"name": "band", "strategy": "rmi_band"}],
 }
 
@@ -401,19 +400,20 @@ def test_a_batch_is_calibrated_after_it_was_published_and_the_dataset_is_as_with
     planted = table(settings, "planted_rows")
     assert dict(planted["defect"].value_counts().sort("defect").iter_rows()) == {
         "cut_answer": 4,
+        "cut_at_line": 1,  # One answer has three lines.
         "echo": 4,
         "filler": 4,
         "invented_terms": 4,
         "one_token_bug": 4,
-        "other_answer": 4,
+        "other_answer": 5,
         "refusal": 4,
         "wrong_language": 4,
     }
     assert table(settings, "planted_scores", "b1", "weak")["pair_id"].equals(planted["pair_id"])
     found = table(settings, "calibration")
     known = found.filter(statistic="auroc", measure="rmi").drop_nulls("value")
-    assert set(known["num_planted"]) == {4}
-    assert known.height == 2 * 8
+    assert set(known.filter(pl.col("defect") != "other_answer")["num_planted"]) == {4}
+    assert known.height == 2 * 8  # One row alone has no AUROC.
     assert set(found.filter(statistic="kept_share")["measure"]) == {"diff_high", "band"}
     page = Path(settings.storage_root) / "reports/b1/calibration.html"
     assert "Calibration of batch b1" in page.read_text()
@@ -426,7 +426,7 @@ def test_no_planted_row_is_in_a_decision_a_selection_or_a_file_of_the_dataset(
     curate(settings, instance, delivered)
     planted = set(table(settings, "planted_rows")["pair_id"])
     of_batch = set(table(settings, "raw_data")["pair_id"])
-    assert len(planted) == 32
+    assert len(planted) == 34
     assert planted.isdisjoint(of_batch)
     assert set(table(settings, "planted_rows")["original_pair_id"]) <= of_batch
     for name in ("logprobs", "rmi_scores"):
@@ -443,6 +443,24 @@ def test_no_planted_row_is_in_a_decision_a_selection_or_a_file_of_the_dataset(
 
 
 def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
+) -> None:
+    settings = settings_for(**CALIBRATED)
+    blocked = Path(settings.storage_root) / "calibration"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("no table can be written below a file")
+    summary = curate(settings, instance, delivered)
+    assert summary.is_new_version
+    (said,) = [warning for warning in summary.warnings if "not calibrated" in warning]
+    assert said.startswith("batch b1 was published but not calibrated: ")
+    check_sentence(said)
+    blocked.unlink()
+    done = refresh.refresh_all(Deployment(settings, instance))
+    assert [f"{job} {partition}" for job, partition in done.rebuilt] == ["calibrate_batch b1"]
+    assert done.version is None
+
+
+def test_planted_rows_that_cannot_be_scored_fail_the_batch_as_its_own_rows_do(
     settings_for: SettingsFor,
     instance: dg.DagsterInstance,
     delivered: Path,
@@ -451,20 +469,13 @@ def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
 ) -> None:
     settings = settings_for(runtime={"lock_timeout_seconds": 0.1}, **CALIBRATED)
     holder = lock_holder(settings.home / "locks", "planted_scores", "b1", "strong")
-    summary = curate(settings, instance, delivered)
-    assert summary.is_new_version
-    (said,) = [warning for warning in summary.warnings if "not calibrated" in warning]
-    assert said.startswith("batch b1 was published but not calibrated: ")
-    check_sentence(said)
+    with pytest.raises(RunError) as error:
+        curate(settings, instance, delivered)
+    check_sentence(error.value)
+    assert not open_storage(settings).tables.has("decisions", Partition("b1"))
     holder.kill()
     holder.wait()
-    done = refresh.refresh_all(Deployment(settings, instance))
-    assert [f"{job} {partition}" for job, partition in done.rebuilt] == [
-        "score_planted b1|strong",
-        "score_planted b1|weak",
-        "calibrate_batch b1",
-    ]
-    assert done.version is None
+    assert curate(settings, instance, delivered).is_new_version
 
 
 @pytest.mark.slow
@@ -483,8 +494,24 @@ def test_a_gated_batch_is_not_calibrated_and_says_so(
     )
     assert planted.frame.is_empty()
     assert calibration.frame.is_empty()
-    assert planted.provenance["gate"]["reason"] == "too_many_rejected"
-    assert "gate" not in calibration.provenance  # One copy of the verdict.
+    for made in (planted, calibration):
+        assert made.provenance["gate"]["reason"] == "too_many_rejected"
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_gated_after_scoring_keeps_its_planted_rows_and_is_not_calibrated(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
+) -> None:
+    alone = CALIBRATED | {"screening": {"duplicates": {"across_batches": False}}}
+    curate(settings_for(**alone), instance, delivered)
+    settings = settings_for(**alone, eligibility={"min_query_tokens": 500}, gates={"min_scorable_share": 0.5})
+    with pytest.raises(RunError, match="gated"):
+        curate(settings, instance, delivered, batch="b2")
+    assert table(settings, "planted_rows", "b2").height == 34
+    assert table(settings, "planted_scores", "b2", "strong").height == 34
+    calibration = open_storage(settings).tables.read("calibration", Partition("b2"))
+    assert calibration.frame.is_empty()
+    assert calibration.provenance["gate"]["reason"] == "too_few_scorable"
 
 
 @pytest.mark.slow
@@ -506,7 +533,8 @@ def test_ranks_against_a_reference_calibrate_against_it(
     ("changed", "stale"),
     [
         ({"seed": 1}, {"planted_rows", "calibration"}),
-        ({"max_rows_per_defect": 5}, {"planted_rows"}),
+        ({"mismatches": 5}, {"planted_rows"}),
+        ({"rows_per_defect": 5}, {"planted_rows"}),
         ({"false_discovery_rate": 0.1}, {"calibration"}),
     ],
 )

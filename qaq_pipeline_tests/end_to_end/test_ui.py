@@ -18,8 +18,6 @@ from playwright.sync_api import Page, expect
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.orchestration.jobs import CURATING
-from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import deployment, registration
 from qaq_pipeline.schema import tables
@@ -28,8 +26,7 @@ from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import NO_REPORTS, write_jsonl
 from qaq_pipeline_tests.support.browsing import VIEWPORT, metadata_value, seen, take_picture
 from qaq_pipeline_tests.support.server import NEEDS_CHROMIUM, PATIENCE_S, curated_ui, variables_of, write_profile
-
-STAGES = PIPELINE.jobs(*CURATING)
+from qaq_pipeline_tests.support.uncalibrated import STAGES
 
 pytestmark = [
     pytest.mark.slow,

@@ -73,7 +73,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[...,
         models,
         scoring={"max_tokens": 2048},
         ranking={"num_strata": 4, "min_rows_per_stratum": 10},
-        calibration={"max_rows_per_defect": 24, "max_planted_share": None},
+        calibration={"mismatches": 24, "rows_per_defect": 24},
     )
     variables = variables_of(folder / "home", profile)
     with pytest.MonkeyPatch.context() as patch:

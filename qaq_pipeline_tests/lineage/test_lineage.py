@@ -21,7 +21,6 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import lineage, trace, verify
 from qaq_pipeline.lineage.lineage import Lineage, LineageError, State, Table
-from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.runs.deployment import Deployment
@@ -32,8 +31,9 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
 from qaq_pipeline_tests.support.sentences import Check
+from qaq_pipeline_tests.support.uncalibrated import TABLES
 
-NUM_TABLES = len(PIPELINE.tables_of_batch(Purpose.CURATION)) + 2
+NUM_TABLES = len(TABLES) + 2
 """Two of them are there for each of two models."""
 
 
@@ -143,7 +143,7 @@ def test_a_version_goes_back_to_every_table_shard_and_delivered_file(walked: Lin
     for batch in walked.batches:
         names = [table.name for table in batch.tables]
         assert len(names) == NUM_TABLES
-        assert set(names) == set(PIPELINE.tables_of_batch(Purpose.CURATION))
+        assert set(names) == set(TABLES)
         assert {table.state for table in batch.tables} == {State.AS_PUBLISHED}
         for table in batch.tables:
             assert storage.tables.version(table.name, table.partition) == table.entered == table.stored
@@ -396,7 +396,7 @@ def test_of_a_saved_folder_only_the_arrow_file_holds_records() -> None:
 def test_a_row_goes_through_its_tables_and_the_shards_of_its_pair(walked: Lineage, storage: Storage) -> None:
     (path,) = trace.trace(storage, walked, "b1/b1.jsonl:1")
     rows = {row.table.name: row for row in path.tables}
-    assert set(PIPELINE.tables_of_batch(Purpose.CURATION)) - {"selected_subset"} <= set(rows)
+    assert set(TABLES) - {"selected_subset"} <= set(rows)
     for row in path.tables:
         frame = storage.tables.read(row.table.name, row.table.partition).frame
         shown = to_columns(frame, "ranks") if row.table.name == "disagreement_scores" else frame

@@ -151,16 +151,33 @@ def test_a_batch_runs_through_in_four_steps_and_is_published_once(world: World) 
     assert world.settle() == []
 
 
-def test_a_batch_is_calibrated_beside_its_selection_and_holds_up_no_publication() -> None:
-    settings = parse_settings(yaml.safe_dump({"models": MODELS, "reports": NO_REPORTS}))
+@pytest.fixture
+def calibrating() -> Iterator[World]:
+    """A world whose batches are calibrated; the conditions were evaluated once."""
     with dg.DagsterInstance.ephemeral() as instance:
-        world = World(instance, build_defs(settings))
-        assert world.tick() == {}
-        world.deliver("b1")
-        asked = world.settle()
-        assert asked[2] == each([*SELECT, "planted_rows"], "b1")
-        assert asked[3] == {"curated_dataset": {None}} | each(["planted_scores"], "b1|strong", "b1|weak")
-        assert asked[4:] == [each(["calibration"], "b1")]
+        fresh = World(instance, build_defs(parse_settings(yaml.safe_dump({"models": MODELS, "reports": NO_REPORTS}))))
+        assert fresh.tick() == {}
+        yield fresh
+
+
+def test_planted_rows_are_scored_with_their_batch_which_is_calibrated_beside_the_publication(
+    calibrating: World,
+) -> None:
+    calibrating.deliver("b1")
+    assert calibrating.settle() == [
+        each([*INGEST, "planted_rows"], "b1"),
+        each([*SCORE, "planted_scores"], "b1|strong", "b1|weak"),
+        each(SELECT, "b1"),
+        {"curated_dataset": {None}} | each(["calibration"], "b1"),
+    ]
+    assert calibrating.settle() == []
+
+
+def test_a_calibration_that_fails_stops_no_publication_and_is_not_tried_again_and_again(calibrating: World) -> None:
+    calibrating.failing = {("calibration", "b1")}
+    calibrating.deliver("b1")
+    assert calibrating.settle()[3] == {"curated_dataset": {None}} | each(["calibration"], "b1")
+    assert calibrating.settle() == []
 
 
 def test_batches_that_were_there_before_the_first_tick_are_curated() -> None:

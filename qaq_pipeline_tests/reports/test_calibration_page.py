@@ -13,7 +13,6 @@ from qaq_pipeline.reports import calibration_page, check_metrics
 from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Defect, GateReason, Statistic
-from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.calibration.test_calibration import calibrated, judged_batch, number_of, planted_rows, settings
@@ -29,11 +28,8 @@ def judged() -> Judged:
 def page_of(frame: pl.DataFrame, judged: Judged | None, planted: pl.DataFrame, gate: Gate | None = None) -> str:
     wanted = settings()
     finding = check_metrics.discrimination(frame, wanted.checks.min_auc)
-    stored, defects = (
-        StoredTable(planted, {"partition": ["b1"], **gates.as_provenance(gate)}),
-        wanted.calibration.defects,
-    )
-    return calibration_page.page(stored, judged, frame, finding, defects, wanted.published, MADE).decode()
+    stored, defects = StoredTable(planted, {"partition": ["b1"]}), wanted.calibration.defects
+    return calibration_page.page(stored, gate, judged, frame, finding, defects, wanted.published, MADE).decode()
 
 
 def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: Judged) -> None:
@@ -54,7 +50,7 @@ def test_every_number_that_is_known_stands_in_a_table_with_its_interval(judged: 
 def test_what_was_not_planted_or_not_asked_for_is_said_once(judged: Judged) -> None:
     frame = calibrated(judged, scoring={"quantities": ["rmi"]})
     assert calibration_page.missing(frame) == [
-        "Not planted: refusal, invented_terms, cut_answer, filler, wrong_language, one_token_bug.",
+        "Not planted: invented_terms, cut_answer, cut_at_line, refusal, filler, wrong_language, one_token_bug.",
         "Not scored, because `scoring.quantities` does not include it: IFD, log PPL(A|Q).",
     ]
     text = calibration_page.as_markdown(frame)

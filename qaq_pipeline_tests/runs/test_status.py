@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from qaq_pipeline.freshness.staleness import Stale
-from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs.status import BatchStatus, TableStatus
 from qaq_pipeline_tests.support.sentences import Check
-
-TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
+from qaq_pipeline_tests.support.uncalibrated import TABLES
 
 
 def status_of(changed: dict[str, TableStatus], left_out: str | None = None, stale: Stale | None = None) -> str:

@@ -14,7 +14,7 @@ import yaml
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import EligibilitySettings, Settings
 from qaq_pipeline.orchestration.assets import build_assets
-from qaq_pipeline.pipeline import PIPELINE, Purpose
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import exports
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.runs import registration, run_batch
@@ -31,10 +31,10 @@ from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected
+from qaq_pipeline_tests.support.uncalibrated import TABLES
 
 DERIVED = PIPELINE.column_sources
 STORED_TABLES = PIPELINE.tables()
-TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
 SETTINGS = parse_settings(
     yaml.safe_dump(

@@ -9,16 +9,13 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.definitions import build_defs
-from qaq_pipeline.orchestration.jobs import CURATING
-from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs import status
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import SAMPLES, delivered_rows, write_jsonl
-
-STAGES = PIPELINE.jobs(*CURATING)
+from qaq_pipeline_tests.support.uncalibrated import STAGES
 
 
 class Daemon:

@@ -9,21 +9,21 @@ import pkgutil
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
+from qaq_pipeline.pipeline import PIPELINE, Asset, Pipeline, Purpose
 
-__all__ = ["build_assets", "wanted_purposes"]
+__all__ = ["build_assets", "made_under"]
 
 
-def wanted_purposes(settings: Settings) -> list[Purpose]:
-    """The purposes for which assets are made under these settings."""
-    is_wanted = {
-        Purpose.REFERENCE: settings.ranking.reference is not None,
-        Purpose.PAGE: settings.reports.pages,
-        Purpose.CALIBRATION: settings.is_calibrated,
-    }
-    return [purpose for purpose in Purpose if is_wanted.get(purpose, True)]
+def made_under(settings: Settings, pipeline: Pipeline = PIPELINE) -> Pipeline:
+    """The part of the pipeline that is made under these settings."""
+    is_wanted = {Purpose.REFERENCE: settings.ranking.reference is not None, Purpose.PAGE: settings.reports.pages}
+
+    def is_made(asset: Asset) -> bool:
+        return is_wanted.get(asset.purpose, True) and (settings.is_calibrated or not asset.needs_calibration)
+
+    return pipeline.part(is_made)
 
 
 def build_assets(settings: Settings, pipeline: Pipeline = PIPELINE) -> list[dg.AssetsDefinition]:
     """Fresh definitions of all assets that are made under these settings."""
-    return [pkgutil.resolve_name(asset.builder)(settings) for asset in pipeline.of(*wanted_purposes(settings))]
+    return [pkgutil.resolve_name(asset.builder)(settings) for asset in made_under(settings, pipeline)]

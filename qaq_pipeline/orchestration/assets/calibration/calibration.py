@@ -13,21 +13,22 @@ from qaq_pipeline.orchestration.metadata import asset, gate_metadata, made_by, p
 from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.tables import Calibration
+from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
 
-VERSION = "3"
+VERSION = "4"
 
 
 def build_calibration(settings: Settings) -> dg.AssetsDefinition:
     """calibration[batch]: AUROCs, kept shares and cuts, each with its interval. Nothing of a gated batch."""
     ranking, selections, wanted = settings.ranking, settings.selections, settings.scoring.quantities
-    read = settings.calibration.model_dump(exclude={"enabled", "max_rows_per_defect", "max_planted_share"})
-    min_auc = settings.checks.min_auc
+    read = settings.calibration.model_dump(exclude={"enabled", "mismatches", "rows_per_defect"})
+    limits, min_auc = settings.gates, settings.checks.min_auc
     ranks_by = ranking if ranking.pool == "reference" else ranking.model_dump(exclude={"reference"})
 
-    @asset(settings, VERSION, reads=[read, ranks_by, selections, wanted, min_auc])
+    @asset(settings, VERSION, reads=[read, ranks_by, selections, wanted, min_auc, limits.min_scorable_share])
     def calibration(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
@@ -37,24 +38,25 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
         disagreement_scores: StoredTable,
     ) -> dg.MaterializeResult:
         batch = PlantedBatch(planted_rows, planted_scores, rmi_scores, disagreement_scores)
-        frozen = None if batch.gate else stored_reference.read_pool(storage, ranking)
-        judged = batch.judge(ranking, selections, frozen)
+        gate = batch.gate(limits)
+        frozen = None if gate else stored_reference.read_pool(storage, ranking)
+        judged = None if gate else batch.judge(ranking, selections, frozen)
         frame = empty(Calibration)
-        if not batch.gate:
+        if not gate:
             frame = pure.calibrate(judged, settings.models, wanted, selections, settings.calibration)
         finding = check_metrics.discrimination(frame, min_auc)
-        if not batch.gate and not finding.passed:
+        if not gate and not finding.passed:
             context.log.warning(finding.sentence)
-        metadata = _metadata(frame, settings, finding) | gate_metadata(batch.gate)
+        metadata = _metadata(frame, settings, finding) | gate_metadata(gate)
         metadata |= pictures(context, settings, lambda: [calibration_page.told_apart(frame)])
         if settings.reports.pages:
             defects, made = settings.calibration.defects, made_by(context)
-            page = calibration_page.page(planted_rows, judged, frame, finding, defects, settings.published, made)
+            page = calibration_page.page(planted_rows, gate, judged, frame, finding, defects, settings.published, made)
             place = page_store.calibration_page(context.partition_key)
             storage.files.write_bytes(page, *place)
             metadata["page"] = dg.MetadataValue.path(storage.files.url(*place))
         inputs = batch.inputs | stored_reference.as_input(frozen)
-        return table_result(context, frame, inputs, metadata)
+        return table_result(context, frame, inputs, metadata, **gates.as_provenance(gate))
 
     return calibration
 

@@ -7,7 +7,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import ON_GPU, asset, gate_metadata
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
-from qaq_pipeline.scoring.logprobs import accepted_pairs
+from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage
@@ -31,7 +31,7 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         gate = gates.of_provenance(screened_data.provenance)
         if gate is not None:
             context.log.warning("%s is not scored: %s", context.partition_key, gate.sentence)
-        pairs = [] if gate is not None else accepted_pairs(raw_data.frame, screened_data.frame)
+        pairs = [] if gate is not None else pairs_of(accepted_rows(raw_data.frame, screened_data.frame))
         scored = score(context, storage, model_runtime, pairs)
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         metadata = {**of_scoring(scored), **gate_metadata(gate)}
