@@ -242,7 +242,7 @@ def _value(field: Json) -> str:
     if field["type"] == "array":
         return _list(field)
     if field["type"] == "object":
-        (value,) = field["patternProperties"].values()
+        (value,) = field.get("patternProperties", {"": field.get("additionalProperties")}).values()
         return f"mapping of names to {_value(value)}"
     if "pattern" in field:
         return f"text that matches `{field['pattern']}`"
