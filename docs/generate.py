@@ -241,6 +241,9 @@ def _value(field: Json) -> str:
         return ", or ".join(_value(option) for option in field["anyOf"])
     if field["type"] == "array":
         return _list(field)
+    if field["type"] == "object":
+        (value,) = field["patternProperties"].values()
+        return f"mapping of names to {_value(value)}"
     if "pattern" in field:
         return f"text that matches `{field['pattern']}`"
     return _NAMES.get(field["type"], "`null`") + _limits(field)

@@ -35,6 +35,12 @@ class Finding:
     check: str
     is_ok: bool
     text: str
+    is_warning: bool = False
+
+    @property
+    def mark(self) -> str:
+        """The result in a word, for a table."""
+        return ("[yellow]warn[/]" if self.is_warning else "[green]ok[/]") if self.is_ok else "[red]no[/]"
 
 
 def doctor(config_file: ConfigOption = None) -> None:
@@ -44,7 +50,7 @@ def doctor(config_file: ConfigOption = None) -> None:
     findings = [_versions(), *_models(settings), _storage(settings), _exports(settings), _dagster_home()]
     result = Table("", "check", "finding", title="qaq doctor")
     for finding in findings:
-        result.add_row("[green]ok[/]" if finding.is_ok else "[red]no[/]", finding.check, escape(finding.text))
+        result.add_row(finding.mark, finding.check, escape(finding.text))
     console.print(result)
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(1)
@@ -58,7 +64,7 @@ def _versions() -> Finding:
 
 def _models(settings: Settings) -> Iterator[Finding]:
     from qaq_pipeline.lm import devices
-    from qaq_pipeline.lm.tokenizer import load_tokenizer
+    from qaq_pipeline.lm.tokenizer import load_tokenizer, warnings
 
     for role, model in settings.models.items():
         check = f"model {role}"
@@ -66,12 +72,14 @@ def _models(settings: Settings) -> Iterator[Finding]:
             device = devices.resolve_device(model.device)
             files = model_files.locate(model, settings.model_cache_dir, download=False)
             tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
-            PairEncoder(tokenizer, model, settings.scoring)
+            encoder = PairEncoder(tokenizer, model, settings.scoring, files.num_embeddings())
+            warned = warnings(model, files, tokenizer, encoder)
         except (OSError, ValueError) as error:  # Of the model's files, its tokenizer, its template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue
         dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
         yield Finding(check, is_ok=True, text=f"{files.name} on {device}, {dtype}, {model.frame} frame, {files.folder}")
+        yield from (Finding(check, is_ok=True, text=said, is_warning=True) for said in warned)
 
 
 def _storage(settings: Settings) -> Finding:

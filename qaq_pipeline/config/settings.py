@@ -25,6 +25,15 @@ from qaq_pipeline.config.selections import (
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.schema.vocabularies import Defect
 
+_IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+_RENDERED_BY_PIPELINE = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+    | {"conversation", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"}
+)
+"""Arguments of the rendering, which a template variable would replace."""
+
 
 class RecordSettings(Closed):
     """The reading of delivered files."""
@@ -172,6 +181,10 @@ class ModelSettings(Closed):
     chat_template_from: str | None = None
     """Source of the chat template, such as the instruct model of the same family: hub id, local directory or .jinja
     file. Default: the model itself."""
+    chat_template_name: str | None = None
+    """Name of the chat template, if there are several. Default: the one named `default`. `frame: plain` ignores it."""
+    template_variables: dict[Annotated[str, Field(pattern=_IDENTIFIER)], bool | int | float | str] = Field({})
+    """Variables of the chat template, such as `{enable_thinking: false}`. `frame: plain` ignores them."""
     system_prompt: str = "You are a helpful coding assistant."
     """System prompt of every pass; a row's own system text replaces it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -186,6 +199,8 @@ class ModelSettings(Closed):
             raise ValueError("revision is for a hub model only; a local model is identified by the hashes of its files")
         if self.chat_template_from is not None and self.frame != "chat":
             raise ValueError("chat_template_from needs frame: chat")
+        if taken := sorted(_RENDERED_BY_PIPELINE.intersection(self.template_variables)):
+            raise ValueError(f"template_variables: the pipeline itself sets {', '.join(taken)}")
         return self
 
 
@@ -317,9 +332,6 @@ class PublicationSettings(Closed):
     cannot tell what a version decided about a row if its files were removed."""
 
 
-_ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-
-
 class LogAlerts(Closed):
     """The Python logger `qaq_pipeline.alerts`: ERROR for a failed run, WARNING for the rest."""
 
@@ -342,7 +354,7 @@ class EmailAlerts(Closed):
     """Encrypt the connection with STARTTLS and check the certificate."""
     username: str | None = Field(None, min_length=1)
     """Login name; null: no login."""
-    password_env: str | None = Field(None, pattern=_ENVIRONMENT_NAME)
+    password_env: str | None = Field(None, pattern=_IDENTIFIER)
     """Environment variable that contains the password."""
 
     @model_validator(mode="after")
@@ -358,7 +370,7 @@ class SlackAlerts(Closed):
     """A Slack incoming webhook; needs the extra `slack`."""
 
     kind: Literal["slack"]
-    webhook_env: str = Field("SLACK_WEBHOOK_URL", pattern=_ENVIRONMENT_NAME)
+    webhook_env: str = Field("SLACK_WEBHOOK_URL", pattern=_IDENTIFIER)
     """Environment variable that contains the webhook's URL, which is a secret."""
 
 

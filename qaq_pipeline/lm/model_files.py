@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from qaq_pipeline.config.settings import ModelSettings
+from qaq_pipeline.lm import chat_frame, gguf_files
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,6 +56,12 @@ class ModelFiles:
         present = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).exists()]
         return _hash_files(present)[:16]
 
+    def num_embeddings(self) -> int | None:
+        """Number of tokens that the model can read, from its config; None if the config does not have it."""
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(self.folder).get_text_config(), "vocab_size", None)
+
     def num_weight_bytes(self) -> int:
         """Size of the weights, in bytes."""
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
@@ -71,6 +77,7 @@ def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> Model
 
     Raises:
         ModelNotFoundError: a local path does not exist, or the repository cannot be downloaded.
+        gguf_files.ConversionError: a GGUF file cannot be converted to the same model.
     """
     if model.gguf is not None:
         return _from_gguf(cache / model.gguf, cache)
@@ -103,24 +110,28 @@ class FilesWatch:
         return self.found is None
 
 
-def chat_template(source: str, cache: Path) -> str:
+def chat_template(source: str, cache: Path, name: str | None = None) -> str:
     """The text of a borrowed chat template, from a .jinja file, a local directory, or a hub id.
 
     Raises:
         ModelNotFoundError: the source does not exist or has no chat template.
+        TemplateUnusableError: the source has no template of that name, or one of several has to be chosen.
     """
     from transformers import AutoTokenizer
 
     local = cache / source
     try:
         if source.endswith(".jinja"):
-            return local.read_text(encoding="utf-8")
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(local) if local.exists() else source)
+            templates = local.read_text(encoding="utf-8")
+        else:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(local) if local.exists() else source)
+            templates = tokenizer.chat_template
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"chat_template_from: {source!r} cannot be read ({_first_line(error)})") from error
-    if not tokenizer.chat_template:
+    chosen = chat_frame.named_template(templates, name, f"chat_template_from: {source!r}")
+    if not chosen:
         raise ModelNotFoundError(f"chat_template_from: {source!r} has no chat template")
-    return tokenizer.get_chat_template()
+    return chosen
 
 
 def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFiles:
@@ -160,32 +171,15 @@ def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:
             f"{gguf}: no such GGUF file. `make demo` downloads the models of the demo; "
             "for others, put the file there, or correct `gguf` or `model_cache` in the settings"
         )
-    sha256 = _remembered_hash([gguf])
-    folder = cache / "converted" / f"{gguf.stem}-{sha256[:12]}"
+    beside = gguf_files.tokenizer_beside(gguf)
+    sha256 = _remembered_hash([gguf, beside] if beside.exists() else [gguf])
+    folder = cache / "converted" / f"{gguf.stem}-{sha256[:12]}-v{gguf_files.VERSION}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            _convert_gguf(gguf, folder)
+            log.warning("converting %s once to safetensors; this takes up to a minute", gguf.name)
+            gguf_files.convert(gguf, folder)
     return ModelFiles(gguf.name, folder, f"gguf:{sha256}")
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the de-quantised weights (fp32 safetensors) and the tokenizer. The folder appears once it is complete."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    log.warning("converting %s once to safetensors; this takes up to a minute", gguf.name)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain fp32 now, but the attributes of the quantised file would prevent saving them.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        Path(partial).rename(folder)
 
 
 def _remembered_hash(files: list[Path]) -> str:

@@ -1,34 +1,34 @@
 """Turns a pair (query Q, answer A) into token sequences: the text around Q and A in each pass, and the scored tokens.
 
 Belongs here: the literal text of every prompt, the chat and plain frames, the priors, the token boundary, BOS and
-truncation. Does not belong here: the Hugging Face tokenizer (`tokenizer`), models, batches.
+truncation. Does not belong here: chat templates (`chat_frame`), the Hugging Face tokenizer (`tokenizer`), models.
 
 The two passes of QAQ (arXiv 2603.12165; method of the authors' `rmi_math.py`, wording for code by this project):
 
     forward    [before Q] Q [between] A         log PPL(A | Q); with an empty Q: log PPL(A)
     reverse    [before A] A [between] Q         log PPL(Q | A)
 
-A `Markup` holds the four literal texts. Both frames produce one; all later steps are the same. Prefix, Q, middle and A
-are tokenised separately and their ids are concatenated, so both passes score the same ids of Q. Special tokens in the
-text of Q and A are read as ordinary text.
+A `Markup` holds the four literal texts. Both frames produce one; all later steps are the same. Prefix, system text, Q,
+middle and A are tokenised separately and their ids are concatenated, so both passes score the same ids of Q. The ids of
+system text, Q and A spell exactly these texts; special tokens in them are read as ordinary text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import Generic, NamedTuple, Protocol, TypeVar
-
-from jinja2.exceptions import TemplateError
+from typing import Protocol
 
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
+from qaq_pipeline.lm.chat_frame import SYSTEM_SLOT, Markup, TemplateUnusableError, chat_markup
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 
 TASK = (
     "TASK: Given an answer, generate the most likely coding problem that this answer is responding to."
@@ -42,18 +42,6 @@ PLAIN_ANSWER = "\n\nAnswer:\n"
 MIN_SHARED_TOKENS = 8
 """Shortest shared prefix. A prefix needs a mask in every layer, which costs more than a shorter one saves."""
 
-_SLOT = "QAQ6b1fSLOT"
-_SYSTEM_PROBE = "QAQ6b1fSYSTEM"
-
-
-Text = TypeVar("Text", str, list[int])
-Render = Callable[[list[dict[str, str]]], str]
-"""Renders messages by a chat template, with the generation prompt at the end."""
-
-
-class TemplateUnusableError(ValueError):
-    """A chat template cannot express the prompts. The text names the fault and the remedy."""
-
 
 class Tokenizer(Protocol):
     """The interface to a tokenizer; tests replace it."""
@@ -61,8 +49,8 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     end_of_text_id: int | None
 
-    def encode_markup(self, text: str) -> list[int]:
-        """Token ids of prompt text. Special tokens in it are recognised; none is added."""
+    def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of prompt text that begins or `continues` a sequence. Special tokens in it are recognised."""
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
@@ -120,74 +108,45 @@ class EncodedPair:
     null_reasons: Mapping[Quantity, NullReason]
 
 
-class Markup(NamedTuple, Generic[Text]):
-    """The literal text around Q and A in the two passes, for one system text, or the token ids of this text."""
-
-    before_q: Text
-    between_q_and_a: Text
-    before_a: Text
-    between_a_and_q: Text
-
-
-def chat_markup(render: Render, system: str, task: str) -> Markup[str]:
-    """The markup of the frame `chat`: the text that the template puts around a user turn, with the generation prompt.
-
-    The system prompt is always explicit, because templates otherwise insert their own. If a template has no system
-    turn, the system text opens the user turn.
-
-    Raises:
-        TemplateUnusableError: the template fails, or drops or repeats the user's text.
-    """
-    has_system_turn = _has_system_turn(render)
-    forward = _render_around_slot(render, system, "", has_system_turn=has_system_turn)
-    reverse = _render_around_slot(render, system, task, has_system_turn=has_system_turn)
-    return Markup(*forward, *reverse)
-
-
-def _render_around_slot(render: Render, system: str, user_prefix: str, *, has_system_turn: bool) -> tuple[str, str]:
-    if has_system_turn:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user_prefix + _SLOT}]
-    else:
-        messages = [{"role": "user", "content": f"{system}\n\n{user_prefix}{_SLOT}".lstrip()}]
-    try:
-        before, slot, after = render(messages).partition(_SLOT)
-    except TemplateError as error:
-        raise TemplateUnusableError(
-            f"the chat template fails on one user turn ({error}); set `frame: plain`, or `chat_template_from`"
-        ) from error
-    if not slot or _SLOT in after:
-        raise TemplateUnusableError(
-            "the chat template drops or repeats the user's text; set `frame: plain`, or `chat_template_from`"
-        )
-    return before, after
-
-
-def _has_system_turn(render: Render) -> bool:
-    """Whether the template shows a system turn, rather than refusing or ignoring it."""
-    probe = [{"role": "system", "content": _SYSTEM_PROBE}, {"role": "user", "content": _SLOT}]
-    try:
-        return _SYSTEM_PROBE in render(probe)
-    except TemplateError:
-        return False
+def _slot(system: str) -> str:
+    """The place of a system text in the markup; an empty one is rendered as it is."""
+    return SYSTEM_SLOT if system else ""
 
 
 class PairEncoder:
     """Turns pairs into token sequences for one model, in its frame, with the configured prior and window.
 
+    Args:
+        tokenizer: the model's tokenizer.
+        model: the model's settings.
+        scoring: prior and window.
+        num_embeddings: number of tokens that the model can read; None if unknown.
+
     Raises:
-        TemplateUnusableError: the frame is `chat` and the template cannot be used.
+        TemplateUnusableError: the template cannot be used, or the model cannot read the prompts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, model: ModelSettings, scoring: ScoringSettings) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model: ModelSettings,
+        scoring: ScoringSettings,
+        num_embeddings: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._num_embeddings = math.inf if num_embeddings is None else num_embeddings
         self._model = model
         self._scoring = scoring
         self._left_context = tokenizer.end_of_text_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self._slotted_markup = lru_cache(self._render_markup)
         self._markup_ids = lru_cache(maxsize=1024)(self._encode_markup)
-        self._markup_ids(model.system_prompt)  # Raises now if the template cannot be used.
+        self._require_readable(self._markup_ids(model.system_prompt))  # Raises now if the template cannot be used.
 
     def markup(self, system: str) -> Markup[str]:
         """The literal prompt texts for a system text."""
+        return Markup(*(part.replace(SYSTEM_SLOT, system) for part in self._slotted_markup(_slot(system))))
+
+    def _render_markup(self, system: str) -> Markup[str]:
         task = TASK.format(invalid_clause=INVALID_CLAUSE if self._scoring.invalid_clause else "")
         if self._model.frame == "plain":
             return Markup(system + PLAIN_QUERY, PLAIN_ANSWER, f"{system}\n\n{task}", PLAIN_QUERY)
@@ -226,6 +185,8 @@ class PairEncoder:
         room = self._scoring.max_tokens - overhead - len(q_ids)
         kept = a_ids[: max(room, 0)]
         failure = self._failure(q_ids, a_ids, room)
+        if failure is None and not all(map(self._can_read, (*(markup if pair.system else ()), q_ids, kept))):
+            failure = NullReason.TOKEN_BEYOND_EMBEDDING
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
@@ -290,11 +251,34 @@ class PairEncoder:
         token_ids = list(chain.from_iterable(parts))
         return TokenSequence(pair_id, token_ids, targets, num_shared if num_shared >= MIN_SHARED_TOKENS else 0)
 
+    def _can_read(self, ids: list[int]) -> bool:
+        return max(ids, default=0) < self._num_embeddings
+
+    def _require_readable(self, markup: Markup[list[int]]) -> None:
+        beyond = max(chain.from_iterable(markup), default=0)
+        if beyond >= self._num_embeddings:
+            raise TemplateUnusableError(
+                f"the prompts have a token (id {beyond}) beyond the {self._num_embeddings} embeddings of the model: "
+                "its tokenizer, chat template or system prompt is another model's; correct them, or set `frame: plain`"
+            )
+
     def _encode_markup(self, system: str) -> Markup[list[int]]:
-        before_q, between_q_and_a, before_a, between_a_and_q = map(self._tokenizer.encode_markup, self.markup(system))
+        """The ids of the prompts. The system text is encoded as delivered text, in which no special token is read."""
+        (system_ids,) = self._tokenizer.encode_texts([system])
+        before_q, between_q_and_a, before_a, between_a_and_q = (
+            self._encode_part(part, system_ids, begins=place in (0, 2))
+            for place, part in enumerate(self._slotted_markup(_slot(system)))
+        )
         return Markup(
             self._with_left_context(before_q), between_q_and_a, self._with_left_context(before_a), between_a_and_q
         )
+
+    def _encode_part(self, part: str, system_ids: list[int], *, begins: bool) -> list[int]:
+        first, *others = part.split(SYSTEM_SLOT)
+        ids = self._tokenizer.encode_markup(first, continues=not begins)
+        for text in others:
+            ids = [*ids, *system_ids, *self._tokenizer.encode_markup(text, continues=True)]
+        return ids
 
     def _with_left_context(self, ids: list[int]) -> list[int]:
         """The ids with exactly one BOS if the tokenizer has one, else, in the plain frame, an end-of-text token.

@@ -1,20 +1,26 @@
 """The Hugging Face tokenizer of a model and its chat template.
 
-Belongs here: the adapter from transformers' tokenizers to `prompts.Tokenizer`, and its loading.
+Belongs here: the adapter from transformers' tokenizers to `prompts.Tokenizer`, its loading, and warnings about what it
+does to texts and templates.
 Does not belong here: the text of the prompts (`prompts`), and where the files come from (`model_files`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import model_files
+from qaq_pipeline.lm import chat_frame, model_files
+from qaq_pipeline.lm.chat_frame import Markup
 from qaq_pipeline.lm.model_files import ModelFiles
+from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.lm.runners import UnsupportedModelError
 
 _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
@@ -23,53 +29,195 @@ is the default of Llama 3's own templates."""
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
 
+SAMPLE_TEXTS = (
+    "def f(x):\n    return x  # two  blanks\n",
+    " a blank first",
+    "\tif x:\n\t\tpass",
+    "\n\n    return 1\n\n",
+    "x = 2024 + 3.14e-10",
+    "日本語の文字列、中文",
+    "Größe naïve Ελλάδα",
+    "ﬁne ① x²",
+    "🙂 → ∑",
+    "<|im_end|> and </s>",
+)
+"""Texts that a tokenizer may change: blanks, indentation, digits, other scripts, and control tokens as text."""
+
 
 class HfTokenizer:
     """A `prompts.Tokenizer` over a Hugging Face fast tokenizer.
+
+    Args:
+        tokenizer: the tokenizer, as transformers loads it.
+        chat_template: a borrowed chat template. Default: the tokenizer's own.
+        template_name: name of the chat template, if the tokenizer has several.
+        template_variables: variables of the chat template.
 
     Raises:
         UnsupportedModelError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        template_name: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModelError(f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is required")
         self._tokenizer = tokenizer
-        self._chat_template = chat_template or (tokenizer.get_chat_template() if tokenizer.chat_template else None)
-        if self._chat_template and "strftime_now" in self._chat_template:
-            self._chat_template = _FIXED_DATE + self._chat_template
+        self._borrowed_template = chat_template
+        self._template_name = template_name
+        self._template_variables = dict(template_variables or {})
         self.bos_token_id: int | None = tokenizer.bos_token_id
         vocabulary = tokenizer.get_vocab()
+        self.num_tokens = max(vocabulary.values(), default=-1) + 1
+        """One more than the largest token id."""
         named = (vocabulary[token] for token in _END_OF_TEXT if token in vocabulary)
         self.end_of_text_id: int | None = next(named, tokenizer.eos_token_id)
 
-    def encode_markup(self, text: str) -> list[int]:
-        """Token ids of prompt text. Special tokens in it are recognised; none is added."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
-        if not texts:
-            return []
-        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages as the chat template renders them, with the generation prompt at the end.
-
-        Raises:
-            UnsupportedModelError: the tokenizer has no chat template, and none is borrowed.
-        """
-        if not self._chat_template:
+    @cached_property
+    def _chat_template(self) -> str:
+        own = self._borrowed_template or chat_frame.named_template(
+            self._tokenizer.chat_template, self._template_name, self._tokenizer.name_or_path
+        )
+        if not own:
             raise UnsupportedModelError(
                 f"{self._tokenizer.name_or_path} has no chat template: set `frame: plain`, or `chat_template_from` "
                 "to the instruct model of the same family"
             )
-        return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=self._chat_template
-        )
+        return _FIXED_DATE + own if "strftime_now" in own else own
+
+    @cached_property
+    def _text_tokenizer(self) -> Tokenizer:
+        """The tokenizer without the space that some tokenizers put before a text; if it puts none, the tokenizer."""
+        return _prefix_free(self._tokenizer.backend_tokenizer)
+
+    def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of prompt text. Special tokens in it are recognised; none is added.
+
+        Text that begins a sequence is tokenised as in the model's training. If it `continues` one, no space is put
+        before it, but after its first special token it is again tokenised as in training.
+        """
+        if not text:
+            return []
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, backend = encoding["input_ids"], self._tokenizer.backend_tokenizer
+        if not continues or self._text_tokenizer is backend:
+            return ids
+        added = backend.get_added_tokens_decoder()
+        first = next((place for place, token_id in enumerate(ids) if token_id in added), len(ids))
+        before = text if first == len(ids) else text[: encoding["offset_mapping"][first][0]]
+        self._text_tokenizer.encode_special_tokens = False
+        return [*self._text_tokenizer.encode(before, add_special_tokens=False).ids, *ids[first:]]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of delivered texts, which spell them. Special tokens in them are read as ordinary text."""
+        tokenizer = self._text_tokenizer
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def render_chat(self, messages: list[dict[str, str]], *, generation_prompt: bool = True) -> str:
+        """The messages as the chat template renders them, with the generation prompt at the end.
+
+        Raises:
+            UnsupportedModelError: the tokenizer has no chat template, and none is borrowed.
+            TemplateUnusableError: the tokenizer has no template of the chosen name, or one has to be chosen.
+        """
+        fixed = {"tokenize": False, "add_generation_prompt": generation_prompt, "chat_template": self._chat_template}
+        return self._tokenizer.apply_chat_template(messages, **{**self._template_variables, **fixed})
+
+    def altered_texts(self, texts: Sequence[str] = SAMPLE_TEXTS) -> list[tuple[str, str]]:
+        """The texts that do not come back from their token ids, each with what comes back."""
+        spelled = self._text_tokenizer.decode_batch(self.encode_texts(texts), skip_special_tokens=False)
+        return [(text, back) for text, back in zip(texts, spelled, strict=True) if back != text]
+
+
+def _prefix_free(backend: Tokenizer) -> Tokenizer:
+    """The tokenizer without what puts a blank before a text or takes one away; the same one if there is nothing."""
+    parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    own = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+    changed = {name: _without_prefix(part, name) for name, part in own.items()}
+    # Special tokens are not looked for in delivered texts; other added tokens are.
+    greedy = [token for token in backend.get_added_tokens_decoder().values() if not token.special]
+    if changed == own and not any(token.lstrip or token.rstrip for token in greedy):
+        return backend
+    whole = json.loads(backend.to_str()) | changed
+    kept = {"lstrip": False, "rstrip": False}
+    whole["added_tokens"] = [token if token["special"] else token | kept for token in whole["added_tokens"]]
+    return Tokenizer.from_str(json.dumps(whole))
+
+
+def _without_prefix(step: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
+    """A step of a tokenizer's part, or None if all that it does is to add or remove the first blank."""
+    if step is None:
+        return None
+    kind = step["type"]
+    if kind == "Sequence":
+        (steps,) = (name for name in step if name != "type")
+        return step | {steps: [kept for one in step[steps] if (kept := _without_prefix(one, part)) is not None]}
+    if kind == "Prepend" or (part == "decoder" and kind == "Strip" and step["content"] == " "):
+        return None
+    if kind == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    if part == "pre_tokenizer" and kind == "ByteLevel":
+        return step | {"add_prefix_space": False}
+    return step
 
 
 def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:
-    """The tokenizer in the model's files, with its own or a borrowed chat template."""
-    borrowed = model_files.chat_template(model.chat_template_from, cache) if model.chat_template_from else None
-    return HfTokenizer(AutoTokenizer.from_pretrained(files.folder), borrowed)
+    """The tokenizer in the model's files. In the frame `chat` it has its own or a borrowed chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    if model.frame == "plain":
+        return HfTokenizer(tokenizer)
+    source, name = model.chat_template_from, model.chat_template_name
+    borrowed = model_files.chat_template(source, cache, name) if source else None
+    return HfTokenizer(tokenizer, borrowed, name, model.template_variables)
+
+
+def warnings(model: ModelSettings, files: ModelFiles, tokenizer: HfTokenizer, encoder: PairEncoder) -> list[str]:
+    """What may make the model's scores differ from those of the delivered texts, as sentences."""
+    found = [*_text_warnings(files, tokenizer), *_size_warnings(files, tokenizer)]
+    if model.frame == "plain":
+        return found
+    return [*found, *_template_warnings(model, files, tokenizer, encoder.markup(model.system_prompt))]
+
+
+def _text_warnings(files: ModelFiles, tokenizer: HfTokenizer) -> Iterator[str]:
+    if altered := tokenizer.altered_texts():
+        text, back = altered[0]
+        yield (
+            f"the tokenizer of {files.name} changes texts: of {text!r} comes back {back!r} "
+            f"({len(altered)} of {len(SAMPLE_TEXTS)} sample texts); the scores are those of the changed texts"
+        )
+
+
+def _size_warnings(files: ModelFiles, tokenizer: HfTokenizer) -> Iterator[str]:
+    rows = files.num_embeddings()
+    if rows is not None and tokenizer.num_tokens > rows:
+        yield (
+            f"the tokenizer of {files.name} has {tokenizer.num_tokens:,} tokens, the model {rows:,} embeddings: "
+            "a pair with another token cannot be scored"
+        )
+
+
+def _template_warnings(
+    model: ModelSettings, files: ModelFiles, tokenizer: HfTokenizer, markup: Markup[str]
+) -> Iterator[str]:
+    markers = chat_frame.markers(markup, is_borrowed=model.chat_template_from is not None)
+    unknown = [marker for marker in markers if len(tokenizer.encode_markup(marker, continues=True)) != 1]
+    if unknown:
+        yield (
+            f"the chat template uses {', '.join(unknown)}, which the tokenizer of {files.name} reads as several "
+            "tokens: the template is probably that of another family"
+        )
+    message = [{"role": "user", "content": "x"}]
+    is_open = chat_frame.opens_answer(markup)
+    if not is_open and tokenizer.render_chat(message) == tokenizer.render_chat(message, generation_prompt=False):
+        yield (
+            f"the chat template of {files.name} has no generation prompt (add_generation_prompt changes nothing): "
+            f"A is scored after {markup.between_q_and_a!r}, which may not open the assistant's turn"
+        )

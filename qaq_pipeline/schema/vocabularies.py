@@ -113,6 +113,7 @@ class NullReason(Vocabulary):
     QUERY_TOO_LONG = "query_too_long", "The query alone does not fit into `scoring.max_tokens`; a query is never cut."
     PAIR_TOO_LONG = "pair_too_long", "The pair exceeds `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
     NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
+    TOKEN_BEYOND_EMBEDDING = "token_beyond_embedding", "The text has a token that the model has no embedding for."
     NON_FINITE = "non_finite", "The model or the formula returned a number that is not finite."
     OUT_OF_MEMORY = "out_of_memory", "The pair did not fit into memory, even alone in a forward pass."
     TOO_FEW_QUERY_TOKENS = "too_few_query_tokens", "The query has fewer tokens than `eligibility.min_query_tokens`."

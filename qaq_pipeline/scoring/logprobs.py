@@ -57,6 +57,8 @@ class ScoringModel:
     num_weight_bytes: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     """The libraries and the device that score; None if unknown."""
+    warnings: Sequence[str] = ()
+    """What may make its scores differ from those of the delivered texts, as sentences."""
     is_identity_true: Callable[[], bool] = lambda: True
     """Returns whether the model's files still match its identity."""
 

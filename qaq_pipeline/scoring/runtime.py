@@ -92,8 +92,9 @@ class ModelRuntime:
 
         Raises:
             model_files.ModelNotFoundError: the model's files are missing or cannot be read.
+            gguf_files.ConversionError: a GGUF file cannot be converted to the same model.
             runners.UnsupportedModelError: the model cannot be scored correctly.
-            prompts.TemplateUnusableError: the chat template cannot express the prompts.
+            chat_frame.TemplateUnusableError: the prompts cannot be expressed for the model.
         """
         files, model = self._prepare(role)
         watch = model_files.FilesWatch(files)
@@ -115,6 +116,7 @@ class ModelRuntime:
             "scoring": self._scoring.model_dump(mode="json", exclude={"quantities"}),
             "template": json.loads(model.encoder.template_text()),
             "scored_with": list(report.scored_with),
+            "warnings": list(model.warnings),
         }
         if report.num_scored_quantities and not watch.is_unchanged():
             provenance["identity_after"] = identity | {"revision": watch.found}
@@ -148,12 +150,12 @@ class ModelRuntime:
     def _prepare(self, role: str) -> tuple[model_files.ModelFiles, ScoringModel]:
         """The model's files, and the model as it is before its weights are loaded."""
         from qaq_pipeline.lm import causal_lm, devices
-        from qaq_pipeline.lm.tokenizer import load_tokenizer
+        from qaq_pipeline.lm.tokenizer import load_tokenizer, warnings
 
         model, max_tokens = self._models[role], self._scoring.max_tokens
         files = model_files.locate(model, self._model_cache)
         tokenizer = load_tokenizer(model, files, self._model_cache)
-        encoder = PairEncoder(tokenizer, model, self._scoring)
+        encoder = PairEncoder(tokenizer, model, self._scoring, files.num_embeddings())
         device = devices.resolve_device(model.device)
         identity = ScoreIdentity(
             model=files.name,
@@ -174,4 +176,5 @@ class ModelRuntime:
             loads=functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids),
             num_weight_bytes=files.num_weight_bytes(),
             scored_with={"libraries": libraries, "device": device.type},
+            warnings=warnings(model, files, tokenizer, encoder),
         )

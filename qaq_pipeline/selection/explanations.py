@@ -63,6 +63,7 @@ _WHY_NULL = {
     NullReason.PAIR_TOO_LONG: "query and answer exceed the window (scoring.max_tokens), and scoring.too_long leaves "
     "such pairs unscored",
     NullReason.NO_TOKENS_TO_SCORE: "there is no token to score",
+    NullReason.TOKEN_BEYOND_EMBEDDING: "the text of the pair has a token that the model has no embedding for",
     NullReason.NON_FINITE: "a result is not a finite number",
     NullReason.OUT_OF_MEMORY: "the pair did not fit into memory, even alone",
     NullReason.TOO_FEW_QUERY_TOKENS: "the query has fewer tokens than eligibility.min_query_tokens",

@@ -106,7 +106,7 @@ def rank(
     else:
         require_comparable(frozen, scores)
         frame, warnings = rank_reference.disagreement_scores(frames, frozen.frame, ranking, pool_id), []
-    return frame, [*warnings, *_frame_warnings(scores)]
+    return frame, [*warnings, *_frame_warnings(scores), *_model_warnings(scores)]
 
 
 def _require_same_scoring(scores: Scores) -> None:
@@ -128,3 +128,9 @@ def _frame_warnings(scores: Scores) -> list[str]:
         return []
     said = ", ".join(f"{role}: {frame}" for role, frame in sorted(frames.items()))
     return [f"the models' frames differ ({said}): the gap measures the frame too"]
+
+
+def _model_warnings(scores: Scores) -> list[str]:
+    """The warnings of each model's tokenizer and chat template."""
+    said = {role: table.provenance["warnings"] for role, table in sorted(scores.items())}
+    return [f"model {role!r}: {warning}" for role, warnings in said.items() for warning in warnings]

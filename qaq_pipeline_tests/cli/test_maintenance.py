@@ -10,6 +10,7 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, write_settings
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
+from qaq_pipeline_tests.scoring.test_runtime import with_added_tokens
 
 
 @pytest.mark.slow
@@ -39,6 +40,22 @@ def test_doctor_finds_a_home_that_works(home: Home, qaq: Qaq) -> None:
     for check in ("versions", "model strong", "model weak", "storage", "exports", "Dagster home"):
         assert f"│ ok │ {check} │" in shown.out
     assert not list((home.folder / "storage").glob(".doctor*"))
+
+
+def test_doctor_warns_of_a_template_of_another_family_and_of_tokens_without_embedding(
+    qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    template = "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}"
+    folder = with_added_tokens(tiny_models["strong"], tmp_path / "more")
+    (folder / "chat_template.jinja").write_text(template)
+    config = write_settings(tmp_path / "settings.yaml", tiny_models | {"weak": folder})
+    shown = qaq(Home(tmp_path / "home", config), "doctor")
+    assert shown.code == 0
+    assert "│ ok │ model weak │" in shown.out
+    assert "│ warn │ model strong │" not in shown.out
+    for said in ("the tokenizer of more has 322 tokens", "uses <|user|>, <|end|>", "has no generation prompt"):
+        assert said in shown.out
+    assert shown.out.count("│ warn │ model weak │") == 3
 
 
 def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]) -> None:

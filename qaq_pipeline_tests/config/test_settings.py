@@ -95,6 +95,14 @@ def test_the_smallest_file_names_two_models() -> None:
             {"models": MODELS | {"third": {"gguf": "c", "frame": "plain", "chat_template_from": "d"}}},
             ["models.third", "chat_template_from needs frame: chat"],
         ),
+        (
+            {"models": MODELS | {"third": {"gguf": "c", "template_variables": {"messages": "x"}}}},
+            ["models.third", "template_variables: the pipeline itself sets messages"],
+        ),
+        (
+            {"models": MODELS | {"third": {"gguf": "c", "template_variables": {"a": [1]}}}},
+            ["models.third.template_variables.a", "got [1]"],
+        ),
         ({"models": MODELS | {"third": {"gguf": "c", "device": "tpu"}}}, ["models.third.device", "cuda", "got 'tpu'"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -15,14 +16,18 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline.config.settings import ModelSettings
 from qaq_pipeline.lm import model_files
+from qaq_pipeline.lm.gguf_files import ConversionError, tokenizer_beside
 from qaq_pipeline.lm.model_files import FilesWatch, ModelFiles, ModelNotFoundError, chat_template, locate
 from qaq_pipeline_tests.conftest import TEMPLATES
+from qaq_pipeline_tests.lm.test_text_ids import tiny_llama
 from qaq_pipeline_tests.support.naive import BOS, EOS, SPECIAL_TOKENS, VOCABULARY_SIZE, text
 from qaq_pipeline_tests.support.sentences import Check
+from qaq_pipeline_tests.support.tokenizer_families import MARKERS, family, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,11 +216,31 @@ def test_a_model_that_is_named_by_what_it_holds_is_not_looked_at(tmp_path: Path)
 
 def write_gguf(source: Path, path: Path) -> None:
     """The tiny llama of `source` as an fp32 GGUF file."""
-    model = AutoModelForCausalLM.from_pretrained(source)
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     writer = gguf.GGUFWriter(str(path), "llama")
+    # Bytes, special tokens and one merge, since a GGUF tokenizer needs at least one.
+    token_of = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    tokens = [token_of.get(token_id, f"<unused{token_id}>") for token_id in range(VOCABULARY_SIZE)]
+    tokens[-1] = "zz"
+    write_gguf_tokenizer(writer, tokens, ["z z"], "gpt-2")
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    write_gguf_model(writer, AutoModelForCausalLM.from_pretrained(source))
+
+
+def write_gguf_of_family(name: str, pre: str | None, path: Path) -> None:
+    """A tiny llama with the tokenizer of a byte-level family as a GGUF file that names this pre-tokenizer."""
+    learned = json.loads(family(name).backend.to_str())["model"]
+    backend = family(name).backend
+    writer = gguf.GGUFWriter(str(path), "llama")
+    tokens = [backend.id_to_token(token_id) or "" for token_id in range(backend.get_vocab_size())]
+    write_gguf_tokenizer(writer, tokens, [" ".join(merge) for merge in learned["merges"]], pre)
+    write_gguf_model(writer, tiny_llama(len(tokens)))
+
+
+def write_gguf_model(writer: gguf.GGUFWriter, model: Any) -> None:
+    """The header and the tensors, and with them the file."""
     write_gguf_header(writer, model.config)
-    write_gguf_tokenizer(writer, {token_id: token for token, token_id in tokenizer.get_vocab().items()})
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"} | {
         f"model.layers.{layer}.{name}": f"blk.{layer}.{gguf_name}"
         for layer in range(model.config.num_hidden_layers)
@@ -245,18 +270,14 @@ def write_gguf_header(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def write_gguf_tokenizer(writer: gguf.GGUFWriter, token_of: dict[int, str]) -> None:
-    """Bytes, special tokens and one merge, since a GGUF tokenizer needs at least one."""
-    tokens = [token_of.get(token_id, f"<unused{token_id}>") for token_id in range(VOCABULARY_SIZE)]
-    tokens[-1] = "zz"
+def write_gguf_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], merges: list[str], pre: str | None) -> None:
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
-    writer.add_token_merges(["z z"])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
+    writer.add_token_types([control if token in {*SPECIAL_TOKENS, *MARKERS} else normal for token in tokens])
+    writer.add_token_merges(merges)
 
 
 def interleaved(weight: Any, num_heads: int | None) -> Any:
@@ -280,7 +301,7 @@ def test_a_gguf_file_is_converted_once_to_the_very_same_model(
     write_gguf(tiny_model_dir(), tmp_path / "tiny.gguf")
     files = found(tmp_path, gguf="tiny.gguf")
     sha256 = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
-    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}", f"gguf:{sha256}")
+    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}-v2", f"gguf:{sha256}")
     assert found(tmp_path, gguf="tiny.gguf") == files
     assert caplog.text.count("converting tiny.gguf once") == 1
     assert [path.name for path in (tmp_path / "converted").iterdir() if path.is_dir()] == [files.folder.name]
@@ -317,6 +338,60 @@ def test_a_conversion_that_fails_leaves_nothing_that_looks_whole(tmp_path: Path)
         with pytest.raises(Exception, match=r"."):
             found(tmp_path, gguf="torn.gguf")
         assert [path for path in (tmp_path / "converted").iterdir() if path.is_dir()] == []
+
+
+def converted_ids(files: ModelFiles) -> list[list[int]]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(files.folder)
+    return tokenizer(texts(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def original_ids(name: str) -> list[list[int]]:
+    backend = Tokenizer.from_str(family(name).backend.to_str())
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch(texts(), add_special_tokens=False)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        *[("gpt-2", "gpt2"), ("llama-bpe", "llama3"), ("qwen2", "qwen2"), ("deepseek-coder", "deepseek_coder")],
+        *[("smollm", "smollm"), ("starcoder", "smollm"), ("refact", "smollm"), ("command-r", "smollm")],
+    ],
+)
+def test_a_gguf_file_gives_every_text_the_ids_of_its_original_tokenizer(pre: str, name: str, tmp_path: Path) -> None:
+    write_gguf_of_family(name, pre, tmp_path / "tiny.gguf")
+    assert converted_ids(found(tmp_path, gguf="tiny.gguf")) == original_ids(name)
+    if pre != "gpt-2":
+        assert original_ids(name) != original_ids("gpt2")
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "default", None])
+def test_a_gguf_file_whose_pre_tokenizer_cannot_be_carried_over_is_refused(
+    pre: str | None, tmp_path: Path, check_sentence: Check
+) -> None:
+    write_gguf_of_family("deepseek_coder", pre, tmp_path / "tiny.gguf")
+    with pytest.raises(ConversionError) as error:
+        found(tmp_path, gguf="tiny.gguf")
+    check_sentence(error.value)
+    assert [path for path in (tmp_path / "converted").iterdir() if path.is_dir()] == []
+
+
+def test_the_original_tokenizer_beside_a_gguf_file_is_used_and_belongs_to_its_identity(tmp_path: Path) -> None:
+    write_gguf_of_family("llama3", "smollm", tmp_path / "tiny.gguf")
+    wrong = found(tmp_path, gguf="tiny.gguf")
+    family("llama3").backend.save(str(tokenizer_beside(tmp_path / "tiny.gguf")))
+    right = found(tmp_path, gguf="tiny.gguf")
+    assert converted_ids(right) == original_ids("llama3") != converted_ids(wrong)
+    assert right.revision != wrong.revision
+    assert right.folder != wrong.folder
+
+
+def test_the_tokenizer_of_another_model_beside_a_gguf_file_is_refused(tmp_path: Path, check_sentence: Check) -> None:
+    write_gguf_of_family("llama3", None, tmp_path / "tiny.gguf")
+    family("deepseek_coder").backend.save(str(tmp_path / "tiny.tokenizer.json"))
+    with pytest.raises(ConversionError) as error:
+        found(tmp_path, gguf="tiny.gguf")
+    check_sentence(error.value)
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

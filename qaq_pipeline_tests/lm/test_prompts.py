@@ -67,6 +67,10 @@ def trimming(messages: Messages) -> str:
     return chatml([message | {"content": message["content"].strip()} for message in messages])
 
 
+def repeating_system(messages: Messages) -> str:
+    return chatml([message for message in messages if message["role"] == "system"] + messages)
+
+
 def dropping_user(messages: Messages) -> str:
     return chatml([message | {"content": ""} for message in messages])
 
@@ -95,7 +99,7 @@ class ByteTokenizer:
     def render_chat(self, messages: Messages) -> str:
         return self._render(messages)
 
-    def encode_markup(self, text: str) -> list[int]:
+    def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
         pieces = re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", text)
         ids = [[SPECIAL_TOKENS[piece]] if piece in SPECIAL_TOKENS else list(piece.encode()) for piece in pieces]
         return list(itertools.chain(*ids))
@@ -109,10 +113,11 @@ def encoder(
     *,
     frame: str = "chat",
     system_prompt: str = SYSTEM,
+    num_embeddings: int | None = None,
     **scoring: Any,
 ) -> PairEncoder:
     model = ModelSettings.model_validate({"directory": "tiny", "frame": frame, "system_prompt": system_prompt})
-    return PairEncoder(tokenizer or ByteTokenizer(), model, ScoringSettings.model_validate(scoring))
+    return PairEncoder(tokenizer or ByteTokenizer(), model, ScoringSettings.model_validate(scoring), num_embeddings)
 
 
 def pair(query: str, answer: str, system: str | None = None) -> Pair:
@@ -430,10 +435,129 @@ def test_an_empty_system_prompt_is_an_empty_system_turn() -> None:
     assert folded[Quantity.Q][0] == [BOS, IM_START, *text("user\n")]
 
 
-def test_a_template_that_trims_its_turns_trims_no_query_and_no_answer() -> None:
-    query, answer = "  indented\n\n", "\n\n    return 1\n"
-    one, other = (encode(encoder(ByteTokenizer(render)), query, answer).sequences for render in (chatml, trimming))
+def test_a_template_that_trims_its_turns_trims_no_query_no_answer_and_no_system_text() -> None:
+    texts = ("  indented\n\n", "\n\n    return 1\n", "  Be brief.\n")
+    one, other = (encode(encoder(ByteTokenizer(render)), *texts).sequences for render in (chatml, trimming))
     assert one == other
+
+
+def test_a_template_that_repeats_the_system_text_repeats_all_of_it() -> None:
+    for system in ("Be <|im_end|>.", None):
+        passes = scored(encode(encoder(ByteTokenizer(repeating_system), prior="user"), "q", "a", system))
+        turn = [IM_START, *text(f"system\n{system or SYSTEM}"), IM_END, *text("\n")]
+        assert passes[Quantity.Q][0] == [BOS, *turn, *turn, IM_START, *text("user\n")]
+
+
+CONTROL = "Be brief.<|im_end|>\n<|im_start|>assistant\n</s>"
+
+
+@pytest.mark.parametrize("render", [chatml, with_bos, without_system, ignoring_system, trimming])
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_system_text_is_text_whatever_control_tokens_stand_in_it(frame: str, prior: str, render: Any) -> None:
+    def control_tokens(encoded: EncodedPair) -> list[list[int]]:
+        return [[token for token in one.token_ids if token > 255] for one in encoded.sequences]
+
+    tokenizer, special = ByteTokenizer(render), "<s>" + CONTROL
+    plain = encode(encoder(tokenizer, frame=frame, prior=prior), "q", "a", "Be brief.")
+    own = encode(encoder(tokenizer, frame=frame, prior=prior), "q", "a", special)
+    default = encode(encoder(tokenizer, frame=frame, prior=prior, system_prompt=special), "q", "a")
+    assert control_tokens(plain) == control_tokens(own) == control_tokens(default)
+    assert [one.token_ids for one in own.sequences] == [one.token_ids for one in default.sequences]
+    for quantity, (context, _) in scored(own).items():
+        spelled = bytes(token for token in context if token < 256).decode()
+        assert (special in spelled) == (prior != "bare" or quantity != Quantity.Q)
+
+
+def test_pairs_without_their_own_system_text_share_their_prefix_with_control_tokens_in_the_settings_text() -> None:
+    encoded = encoder(system_prompt=CONTROL).encode([pair("q", "a"), pair("other", "b"), pair("q", "a", SYSTEM)], ALL)
+    one, other, own = ([sequence.num_shared for sequence in pair.sequences] for pair in encoded)
+    assert one == other
+    assert min(one) > len(CONTROL)
+    assert own == [0] * 4
+
+
+# --- thinking blocks -------------------------------------------------------------------------------------------------
+
+
+def opening(marker: str) -> Any:
+    return ByteTokenizer(lambda messages: chatml(messages) + marker)
+
+
+CLOSED = {
+    "<think>\n": "<think>\n\n</think>\n\n",
+    "<think>": "<think>\n</think>\n\n",
+    "[THINK]": "[THINK]\n[/THINK]\n\n",
+    "<thinking>\n": "<thinking>\n\n</thinking>\n\n",
+    "<reasoning>\n": "<reasoning>\n\n</reasoning>\n\n",
+    "<seed:think>": "<seed:think>\n</seed:think>\n\n",
+    "<think></think><think>Okay, ": "<think></think><think>Okay, \n</think>\n\n",
+}
+
+
+@pytest.mark.parametrize("opened", CLOSED)
+def test_a_template_that_opens_a_thinking_block_has_it_closed_before_the_scored_text(opened: str) -> None:
+    markup = encoder(opening(opened)).markup(SYSTEM)
+    for after in (markup.between_q_and_a, markup.between_a_and_q):
+        assert after == "<|im_end|>\n<|im_start|>assistant\n" + CLOSED[opened]
+    passes = scored(encode(encoder(opening(opened)), "q", "a"))
+    assert passes[Quantity.A_GIVEN_Q][0][-len(CLOSED[opened]) :] == text(CLOSED[opened])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<think>\n\n</think>\n\n",
+        "<|START_THINKING|><|END_THINKING|>",
+        "<|channel>thought\n<channel|>",
+        "Think first. ",
+        "",
+    ],
+)
+def test_a_thinking_block_that_is_closed_or_never_opened_stays_as_it_is(prompt: str) -> None:
+    assert encoder(opening(prompt)).markup(SYSTEM).between_q_and_a == f"<|im_end|>\n<|im_start|>assistant\n{prompt}"
+
+
+@pytest.mark.parametrize("marker", ["<|START_THINKING|>", "<|begin_of_thought|>", "<|channel|>analysis<|message|>"])
+def test_a_thinking_block_with_an_unknown_end_is_refused_by_name(marker: str, check_sentence: Check) -> None:
+    with pytest.raises(TemplateUnusableError) as error:
+        encoder(opening(marker))
+    assert marker.split("analysis", maxsplit=1)[0] in str(error.value)
+    check_sentence(error.value)
+
+
+def test_a_template_that_thinks_does_not_matter_to_plain_text() -> None:
+    one, other = (encode(encoder(opening(said), frame="plain"), "q", "a") for said in ("", "<|START_THINKING|>"))
+    assert one == other
+
+
+# --- tokens beyond the embedding -------------------------------------------------------------------------------------
+
+
+def test_a_token_beyond_the_embedding_costs_its_row_alone() -> None:
+    pairs = [pair("q", "a"), pair("é", "a"), pair("q", "aé"), pair("q", "a", "é")]
+    # The first byte of é is 195. Without BOS and end-of-text, plain prompts have bytes alone.
+    limited = encoder(ByteTokenizer(bos=None, end_of_text=None), frame="plain", num_embeddings=195)
+    fine, *others = limited.encode(pairs, ALL)
+    assert fine == encoder(ByteTokenizer(bos=None, end_of_text=None), frame="plain").encode(pairs, ALL)[0]
+    for other in others:
+        assert other.sequences == ()
+        assert other.null_reasons == dict.fromkeys(ALL, NullReason.TOKEN_BEYOND_EMBEDDING)
+        assert (other.num_a_tokens, other.is_truncated) == (0, False)
+
+
+def test_a_token_beyond_the_embedding_that_is_cut_away_costs_nothing() -> None:
+    limited = encoder(num_embeddings=300, max_tokens=400)
+    assert encode(limited, "q", "a" * 400 + "é").null_reasons == {}
+
+
+@pytest.mark.parametrize(("frame", "system_prompt"), [("chat", SYSTEM), ("plain", "é")])
+def test_prompts_that_the_model_cannot_read_are_an_error_with_the_remedy(
+    frame: str, system_prompt: str, check_sentence: Check
+) -> None:
+    with pytest.raises(TemplateUnusableError) as error:
+        encoder(ByteTokenizer(bos=None, end_of_text=None), frame=frame, system_prompt=system_prompt, num_embeddings=195)
+    check_sentence(error.value)
 
 
 @pytest.mark.parametrize("render", [dropping_user, repeating_user, broken])
@@ -497,9 +621,8 @@ def test_the_template_hash_changes_with_whatever_changes_a_prompt_and_with_nothi
         "system prompt": encoder(system_prompt="Write clean code"),
         "template": encoder(ByteTokenizer(without_system)),
         "other template": encoder(ByteTokenizer(lambda messages: chatml(messages) + "<think>\n\n</think>\n")),
-        "template of a row's own system text": encoder(
-            ByteTokenizer(lambda messages: chatml(messages) if SYSTEM in str(messages) else with_bos(messages))
-        ),
+        "system prompt that is empty": encoder(system_prompt=""),
+        "other generation prompt": encoder(ByteTokenizer(lambda messages: chatml(messages) + "Answer: ")),
     }
     hashes = {name: changed_encoder.template_hash() for name, changed_encoder in changed.items()}
     assert len({base, *hashes.values()}) == 1 + len(hashes), hashes

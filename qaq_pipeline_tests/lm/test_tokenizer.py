@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from qaq_pipeline.config.settings import ScoringSettings
+from qaq_pipeline.lm.chat_frame import TemplateUnusableError
+from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.lm.runners import UnsupportedModelError
-from qaq_pipeline.lm.tokenizer import HfTokenizer, load_tokenizer
+from qaq_pipeline.lm.tokenizer import HfTokenizer, load_tokenizer, warnings
 from qaq_pipeline_tests.conftest import TEMPLATES
 from qaq_pipeline_tests.lm.test_causal_lm import files, model_settings
 from qaq_pipeline_tests.support.naive import BOS, END_OF_TEXT, IM_END, IM_START, text
@@ -87,3 +91,109 @@ def test_a_template_that_asks_for_todays_date_renders_the_same_tomorrow(tiny_mod
     message = [{"role": "user", "content": "x"}]
     plain = tokenizer_of(tiny_model_dir()).render_chat(message)
     assert tokenizer_of(tiny_model_dir(), dated).render_chat(message) == "26 Jul 2024" + plain
+
+
+def test_a_named_template_is_chosen(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    save_templates(tiny_model_dir(), tmp_path, default=TEMPLATES["chatml"], short="[{{ messages[0]['content'] }}]")
+    message = [{"role": "user", "content": "x"}]
+    named = load_tokenizer(model_settings(chat_template_name="short"), files(tmp_path), tmp_path)
+    borrowed = load_tokenizer(
+        model_settings(chat_template_name="short", chat_template_from=str(tmp_path)), files(tiny_model_dir()), tmp_path
+    )
+    assert named.render_chat(message) == borrowed.render_chat(message) == "[x]"
+
+
+def save_templates(source: Path, folder: Path, **templates: str | None) -> None:
+    several: Any = AutoTokenizer.from_pretrained(source)
+    several.chat_template = templates
+    several.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("settings", [{"chat_template_name": "chatml"}, {}])
+@pytest.mark.parametrize("is_borrowed", [False, True])
+def test_a_template_that_is_not_there_or_has_to_be_chosen_is_an_error_with_the_names(
+    settings: dict[str, str],
+    is_borrowed: bool,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    check_sentence: Check,
+) -> None:
+    save_templates(tiny_model_dir(), tmp_path, tool_use="a", rag="b")
+    source = {"chat_template_from": str(tmp_path)} if is_borrowed else {}
+    folder = tiny_model_dir() if is_borrowed else tmp_path
+    with pytest.raises(TemplateUnusableError, match="set `chat_template_name` to one of: rag, tool_use") as error:
+        load_tokenizer(model_settings(**settings, **source), files(folder), tmp_path).render_chat([])
+    check_sentence(error.value)
+
+
+def test_templates_do_not_matter_to_plain_text(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    save_templates(tiny_model_dir(), tmp_path, tool_use="a", rag="b")
+    for given in ({}, {"chat_template_name": "absent", "template_variables": {"x": 1}}):
+        model = model_settings(frame="plain", **given)
+        assert load_tokenizer(model, files(tmp_path), tmp_path).encode_texts(["a"]) == [text("a")]
+
+
+def test_variables_are_given_to_the_template(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    (tmp_path / "thinking.jinja").write_text("{{ thinking }}|{{ budget }}|{{ effort }}|{{ messages[0]['content'] }}")
+    variables = {"thinking": False, "budget": 0, "effort": "low"}
+    model = model_settings(chat_template_from="thinking.jinja", template_variables=variables)
+    tokenizer = load_tokenizer(model, files(tiny_model_dir()), tmp_path)
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "False|0|low|x"
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+_USER = "{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
+_GEMMA = (
+    "{% for message in messages %}<start_of_turn>user\n{{ message['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+_PHI = "{% for message in messages %}<|user|>\n{{ message['content'] }}<|end|>\n{% endfor %}<|assistant|>\n"
+
+
+def warned(folder: Path, cache: Path, **settings: str) -> list[str]:
+    model, found = model_settings(**settings), files(folder)
+    tokenizer = load_tokenizer(model, found, cache)
+    encoder = PairEncoder(tokenizer, model, ScoringSettings(), found.num_embeddings())
+    return warnings(model, found, tokenizer, encoder)
+
+
+@pytest.mark.parametrize("frame", ["chat", "plain"])
+def test_a_model_with_its_own_template_is_no_warning(
+    frame: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert warned(tiny_model_dir(), tmp_path, frame=frame) == []
+
+
+@pytest.mark.parametrize("template", [_USER, _GEMMA, _PHI], ids=["llama2", "gemma", "phi3"])
+def test_a_borrowed_template_whose_markers_are_no_tokens_is_a_warning(
+    template: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, check_sentence: Check
+) -> None:
+    (tmp_path / "sibling.jinja").write_text(template)
+    check_sentence("\n".join(warned(tiny_model_dir(), tmp_path, chat_template_from="sibling.jinja")))
+
+
+def test_a_template_without_generation_prompt_is_a_warning(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, check_sentence: Check
+) -> None:
+    template = str(TEMPLATES["chatml"]).partition("{% if add_generation_prompt %}")[0]
+    (tmp_path / "sibling.jinja").write_text(template)
+    (warning,) = warned(tiny_model_dir(), tmp_path, chat_template_from="sibling.jinja")
+    check_sentence(warning)
+
+
+def test_a_model_that_spells_inst_in_text_is_no_warning(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "mistral")
+    (folder / "chat_template.jinja").write_text(_USER)
+    assert warned(folder, tmp_path) == []
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_a_warning(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, check_sentence: Check
+) -> None:
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "tiny")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<unused{number}>" for number in range(60)])
+    tokenizer.save_pretrained(folder)
+    (warning,) = warned(folder, tmp_path)
+    check_sentence(warning)

@@ -40,7 +40,7 @@ class ByteTokenizer:
     bos_token_id: int | None = 256
     end_of_text_id: int | None = None
 
-    def encode_markup(self, text: str) -> list[int]:
+    def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
         return list(text.encode())
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:

@@ -9,11 +9,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Estimate
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -44,6 +47,34 @@ def test_two_processes_give_the_scores_of_one(
     assert reference.report.num_workers == 1
     assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
     assert_same_scores(scored.frame, reference.frame)
+
+
+def with_added_tokens(source: Path, folder: Path) -> Path:
+    """A copy of the tiny model whose tokenizer has more tokens than the model embeddings; `<think>` is beyond them."""
+    copied = shutil.copytree(source, folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens([*(f"<unused{number}>" for number in range(60)), "<think>"])
+    tokenizer.save_pretrained(copied)
+    return folder
+
+
+def test_a_token_beyond_the_embedding_costs_its_pair_and_is_a_warning(
+    settings_for: SettingsFor,
+    storage: Storage,
+    tmp_path: Path,
+    twenty_samples: list[Pair],
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    folder = with_added_tokens(tiny_model_dir(), tmp_path / "more")
+    runtime = runtime_of(settings_for(strong={"directory": str(folder)}))
+    pairs = [*twenty_samples[:3], Pair("f" * 32, None, "Why <think>?", "Because.")]
+    scored = runtime.score("strong", pairs, storage, lambda _: None)
+    for quantity in Quantity:
+        reasons = scored.frame[f"null_reason_{quantity}"].to_list()
+        assert reasons == [None, None, None, NullReason.TOKEN_BEYOND_EMBEDDING]
+    (warning,) = scored.provenance["warnings"]
+    assert "has 322 tokens, the model 300 embeddings" in warning
+    assert runtime.score("weak", pairs, storage, lambda _: None).provenance["warnings"] == []
 
 
 def test_the_provenance_states_what_the_scores_rest_on(

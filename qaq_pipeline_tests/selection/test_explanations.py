@@ -196,6 +196,13 @@ def test_a_model_that_does_not_rank_a_selected_pair_is_told(snapshot: SnapshotAs
     assert said(4, decide("rmi_top", weak=weak))[2] == snapshot
 
 
+def test_a_token_beyond_the_embedding_is_told(check_sentence: Check) -> None:
+    beyond = rmi_rows({}, {}, {}, UNSCORED | {"null_reason_rmi": NullReason.TOKEN_BEYOND_EMBEDDING.value}, UNSCORED)
+    *_, reason, sentence = said(4, decide(weak=beyond))
+    assert reason == NullReason.TOKEN_BEYOND_EMBEDDING
+    check_sentence(sentence)
+
+
 def test_a_pair_that_no_model_ranks_is_told(snapshot: SnapshotAssertion) -> None:
     not_wanted = UNSCORED | {"null_reason_rmi": NullReason.NOT_WANTED.value}
     strong = rmi_rows(not_wanted, not_wanted, not_wanted, not_wanted, not_wanted | UNSCORED_ANSWER)

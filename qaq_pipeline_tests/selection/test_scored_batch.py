@@ -24,7 +24,13 @@ from qaq_pipeline_tests.support.frames import ONE_STRATUM, raw_rows, rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 
 LIMITS = GateSettings.model_validate({"min_scorable_share": 0.5})
-SCORED: dict[str, Any] = {"scoring": {"max_tokens": 8}, "frame": "chat", "identity_hash": "0", "identity": {}}
+SCORED: dict[str, Any] = {
+    "scoring": {"max_tokens": 8},
+    "frame": "chat",
+    "identity_hash": "0",
+    "identity": {},
+    "warnings": [],
+}
 
 
 def batch(**changes: Any) -> ScoredBatch:
@@ -98,6 +104,12 @@ def test_different_frames_are_a_warning() -> None:
     scores["weak"] = with_provenance(scores["weak"], frame="plain")
     _, warnings = scored_batch.rank(scores, ONE_STRATUM, "batch:b1", None)
     assert warnings == ["the models' frames differ (strong: chat, weak: plain): the gap measures the frame too"]
+
+
+def test_the_warnings_of_a_model_are_warnings_of_its_ranks() -> None:
+    scores = dict(batch().rmi_scores)
+    scores["weak"] = with_provenance(scores["weak"], warnings=["its tokenizer changes texts"])
+    assert scored_batch.rank(scores, ONE_STRATUM, "batch:b1", None)[1] == ["model 'weak': its tokenizer changes texts"]
 
 
 def test_scores_under_other_prompts_than_those_of_a_reference_are_refused(check_sentence: Check) -> None:

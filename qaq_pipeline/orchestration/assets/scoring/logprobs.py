@@ -13,7 +13,7 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
