@@ -200,7 +200,7 @@ def _size_warnings(files: ModelFiles, tokenizer: HfTokenizer) -> Iterator[str]:
     if rows is not None and tokenizer.num_tokens > rows:
         yield (
             f"the tokenizer of {files.name} has {tokenizer.num_tokens:,} tokens, the model {rows:,} embeddings: "
-            "a pair with another token cannot be scored"
+            "a pair with a token beyond them cannot be scored"
         )
 
 

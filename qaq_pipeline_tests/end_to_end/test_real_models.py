@@ -57,7 +57,7 @@ class Frame:
     bare: str
 
     def context(self, quantity: Quantity, prior: str, query: str, answer: str) -> list[str]:
-        """The pieces before the scored text, each tokenised by itself."""
+        """The pieces before the scored text, each tokenised by itself, and in them the system text too."""
         if quantity == Quantity.Q:
             return {
                 "null_answer": [self.before_a, self.between_a_and_q],
@@ -153,9 +153,13 @@ class Naive:
         pieces = frame.context(quantity, prior, pair.query, pair.answer)
         context: list[int] = []
         for piece in pieces:
-            is_delivered = piece in (pair.query, pair.answer)
-            text = piece if is_delivered else piece.replace(SYSTEM, pair.system or SYSTEM)
-            context += self.ids(text, is_delivered=is_delivered)
+            if piece in (pair.query, pair.answer):
+                context += self.ids(piece, is_delivered=True)
+                continue
+            before, system, after = piece.partition(SYSTEM)
+            context += self.ids(before, is_delivered=False)
+            context += self.ids(pair.system or SYSTEM, is_delivered=True) if system else []
+            context += self.ids(after, is_delivered=False)
         target = self.ids(pair.query if quantity in QUERY_SIDE else pair.answer, is_delivered=True)
         return naive_nll(self.model, context, target) / len(target), len(context) + len(target)
 
