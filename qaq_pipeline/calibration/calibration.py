@@ -75,7 +75,8 @@ class Judged:
     planted: pl.DataFrame
     """With `defect` and `original_pair_id`."""
     kept: Mapping[str, tuple[pl.DataFrame, pl.DataFrame]]
-    """The verdicts of each named selection on the clean and on the planted pairs, by the cuts of batch or reference."""
+    """The verdicts of each named selection on the clean and on the planted pairs, by the cuts of batch or reference,
+    without its conditions, quotas and caps: a copy with a defect has no test result and no judge's score."""
 
 
 def judge(
@@ -112,7 +113,7 @@ def judge(
             select(clean, one, None if frozen is None else of_pool),
             select(bad, one, of_pool).join(of_row, on="pair_id", validate="1:1"),
         )
-        for one in selections
+        for one in (selection.without_conditions for selection in selections)
     }
     return Judged(clean, bad.join(of_row, on="pair_id", validate="m:1", maintain_order="left"), kept)
 

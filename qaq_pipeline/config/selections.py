@@ -1,6 +1,6 @@
 """The settings of selections: one closed model per strategy, and their budgets.
 
-Does not belong here: what a strategy does (`selection.strategies`).
+Does not belong here: what every selection has (`conditions`), and what a strategy does (`selection.strategies`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed
+from qaq_pipeline.config.base import ROLE_NAME, Closed
+from qaq_pipeline.config.conditions import Composed
 
 CONTROL_STRATEGIES: tuple[Literal["random", "stratified_random"], ...] = ("random", "stratified_random")
 CONTROL_PREFIX = "control_"
@@ -45,17 +46,12 @@ _RankRange = Annotated[tuple[_Rank, _Rank], AfterValidator(_check_range)]
 _RmiRange = Annotated[tuple[float | None, float | None], AfterValidator(_check_range)]
 
 
-class _Named(Closed):
-    name: str = Field(pattern=NAME)
-    """Name of the selection, as in the decisions and the exports."""
-
-
-class _Budgeted(_Named):
+class _Budgeted(Composed):
     budget: Budget = Budget(fraction=0.25, count=None, answer_tokens=None)
     """Size of the selection."""
 
 
-class _OfModel(_Named):
+class _OfModel(Composed):
     model: str = Field("strong", pattern=ROLE_NAME)
     """Role of the model whose scores order the pairs. length: whose tokenizer counts the tokens. stratified_random:
     whose strata are used. random: without effect."""

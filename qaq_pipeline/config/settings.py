@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed, require_distinct
+from qaq_pipeline.config.conditions import RECORD, ROW_COLUMNS, TOKEN_COLUMNS, tables_named
 from qaq_pipeline.config.selections import (
     CONTROL_PREFIX,
     CONTROL_STRATEGIES,
@@ -272,6 +273,25 @@ class RankingSettings(Closed):
         return self
 
 
+class TableSettings(Closed):
+    """An imported table, such as test results or scores of a judge: a Parquet, CSV or JSONL file with one row for each
+    pair.
+    """
+
+    name: str = Field(pattern=NAME)
+    """Name of the table; a selection names its columns as NAME.COLUMN."""
+    path: str
+    """Local path or fsspec URL of the file."""
+    key: Literal["pair_id", "row"]
+    """Column that names the pair: `pair_id`, or `row`, the place of a row as `batch/file:row.turn`."""
+
+    @model_validator(mode="after")
+    def _is_free(self) -> Self:
+        if self.name == RECORD:
+            raise ValueError(f"name: {RECORD!r} is the prefix of the delivered record's fields; take another name")
+        return self
+
+
 class CalibrationSettings(Closed):
     """A validation of the scores by planted defects: rows of the batch are made bad on purpose and scored."""
 
@@ -417,6 +437,8 @@ class Settings(Closed):
     """Conditions for ranking a pair."""
     ranking: RankingSettings = RankingSettings()
     """Strata and ranks."""
+    tables: tuple[TableSettings, ...] = ()
+    """Imported tables, whose columns the selections can name."""
     selections: tuple[Selection, ...] = Field((DiffSelection(name="diff_high", strategy="diff_high"),), min_length=1)
     """Named selections. The first is published, with random controls of the same size."""
     calibration: CalibrationSettings = CalibrationSettings()
@@ -445,6 +467,7 @@ class Settings(Closed):
             raise ValueError(f"models: the roles {missing} are missing; `strong` and `weak` are required")
         names = [selection.name for selection in self.selections]
         require_distinct("selections", names)
+        require_distinct("tables", [table.name for table in self.tables])
         for selection in self.selections:
             self._check_selection(selection)
         for name in () if isinstance(self.export.selections, str) else self.export.selections:
@@ -460,6 +483,7 @@ class Settings(Closed):
         role = getattr(selection, "model", "strong")
         if role not in self.models:
             raise ValueError(f"selections: {selection.name!r} uses the model {role!r}; known: {sorted(self.models)}")
+        self._check_conditions(selection)
         match selection:
             case LengthSelection():
                 return
@@ -469,6 +493,24 @@ class Settings(Closed):
                 needed = "rmi"
         if needed not in self.scoring.quantities:
             raise ValueError(f"selections: {selection.name!r} needs `{needed}` in scoring.quantities")
+
+    def _check_conditions(self, selection: Selection) -> None:
+        """Reject a column of no table, and quotas in a reference: each batch takes another number of its pairs."""
+        tables = {table.name for table in self.tables}
+        for column in selection.columns:
+            table, dot, _ = column.partition(".")
+            if table not in {*tables, RECORD} if dot else column not in (*ROW_COLUMNS, *TOKEN_COLUMNS):
+                of_tables = (f"{name}.COLUMN" for name in sorted(tables))
+                known = [*ROW_COLUMNS, *TOKEN_COLUMNS, f"{RECORD}.FIELD", *of_tables]
+                raise ValueError(
+                    f"selections: {selection.name!r} names the column {column!r}; known: {', '.join(known)}. "
+                    "The section `tables` imports others"
+                )
+        if selection.quotas is not None and self.ranking.pool == "reference":
+            raise ValueError(
+                f"selections: {selection.name!r} has quotas, which divide the budget of one batch; with ranking.pool: "
+                "reference, a budget is of the reference. Leave quotas out, or rank each batch by itself"
+            )
 
     @model_validator(mode="after")
     def _places(self) -> Self:
@@ -484,6 +526,12 @@ class Settings(Closed):
     def is_calibrated(self) -> bool:
         """True if batches are calibrated: it is enabled, and RMI is computed."""
         return self.calibration.enabled and "rmi" in self.scoring.quantities
+
+    @property
+    def tables_read(self) -> list[TableSettings]:
+        """The imported tables that a selection names."""
+        named = tables_named(self.selections)
+        return [table for table in self.tables if table.name in named]
 
     @property
     def published(self) -> Selection:

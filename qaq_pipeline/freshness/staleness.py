@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from qaq_pipeline.config.settings import TableSettings
 from qaq_pipeline.freshness import eligibility
 from qaq_pipeline.ingest import landing
+from qaq_pipeline.ingest.imported_tables import sha256_of
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.screening import batch_order, withdrawals
+from qaq_pipeline.selection.scored_batch import TABLES_KEY
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage
 
@@ -51,6 +54,8 @@ class Present:
     """Roles of the models."""
     shared_inputs: Mapping[str, str]
     """Data versions by name of the inputs that belong to no single batch."""
+    imported: Sequence[TableSettings] = ()
+    """The imported tables that selections name."""
 
 
 def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline = PIPELINE) -> list[str]:
@@ -143,6 +148,9 @@ class Freshness:
         for name, version in made_of["inputs"].items():
             if version != self._input_version(name, partition):
                 return f"{table} was made from another {name}"
+        for name, sha256 in made_of.get(TABLES_KEY, {}).items():
+            if sha256 != self._hashes.get(name):
+                return f"{table} was made from another file of the imported table {name}"
         return None
 
     def _delivery_reason(self, batch: str, made_of: Mapping[str, Any]) -> str | None:
@@ -163,6 +171,11 @@ class Freshness:
     def _provenance(self, table: str, partition: Partition) -> dict[str, Any] | None:
         footer = self.storage.tables.readable_footer(table, partition)
         return None if footer is None else footer.provenance
+
+    @cached_property
+    def _hashes(self) -> dict[str, str | None]:
+        """sha256 of the file of each imported table, as it is now."""
+        return {table.name: sha256_of(table) for table in self.present.imported}
 
     @cached_property
     def _order(self) -> list[str]:

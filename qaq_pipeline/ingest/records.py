@@ -130,6 +130,16 @@ class _Candidate(NamedTuple):
 _NO_CANDIDATE = _Candidate(_Field("system", None), _Field("query", None), _Field("answer", None))
 
 
+def field_of(record: pl.Expr, name: str) -> pl.Expr:
+    """The text of a top-level field of JSON objects; null if it is absent or null, or the record is not JSON.
+
+    Args:
+        record: the objects.
+        name: of the field; without quotes and backslashes.
+    """
+    return record.str.json_path_match(f"$['{name}']")
+
+
 def read_file(content: bytes, source_file: str, batch: str, settings: RecordSettings) -> pl.DataFrame:
     """Read every row of a delivered file, accepted or rejected, with the columns of RawData in order.
 

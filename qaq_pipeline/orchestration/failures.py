@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import dagster as dg
 
+from qaq_pipeline.ingest.imported_tables import ImportedTableError
 from qaq_pipeline.ingest.landing import LandingError
 from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.schema.tables import TableError
@@ -22,7 +23,15 @@ from qaq_pipeline.storage.origin import OriginError
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-_REFUSALS = (BenchmarkError, LandingError, NothingToPublishError, OriginError, StaleVerdictError, TableError)
+_REFUSALS = (
+    BenchmarkError,
+    ImportedTableError,
+    LandingError,
+    NothingToPublishError,
+    OriginError,
+    StaleVerdictError,
+    TableError,
+)
 """Errors that say what a person has to do: running the step again would raise them again."""
 
 _FAILURE = f"{dg.Failure.__module__}.{dg.Failure.__name__}: "

@@ -66,7 +66,7 @@ def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE)
         reference = Partition(stored_reference.named(settings.ranking).name)
         if version := storage.tables.version(stored_reference.NAME, reference):
             shared_inputs[stored_reference.NAME] = version
-    return Present(versions, sorted(settings.models), shared_inputs)
+    return Present(versions, sorted(settings.models), shared_inputs, settings.tables_read)
 
 
 def build_executor(settings: Settings) -> dg.ExecutorDefinition:

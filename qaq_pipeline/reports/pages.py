@@ -33,6 +33,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection.decisions import by_reason
+from qaq_pipeline.selection.scored_batch import TABLES_KEY
 
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
@@ -352,6 +353,7 @@ def _device_hours(cost: Mapping[str, Any]) -> str:
 
 def _made_of(tables: BatchTables) -> Table:
     decided, screened = tables["decisions"], tables["screened_data"].provenance
+    imported = decided.provenance.get(TABLES_KEY, {})
     facts = [
         ("provenance id of the decisions", decided.provenance_id),
         ("pool of the ranks", decided.provenance["pool_id"]),
@@ -361,6 +363,7 @@ def _made_of(tables: BatchTables) -> Table:
         *((f"data version of {name}", table.data_version) for name, table in tables.tables.items()),
         *((f"input version of {name}", version) for name, version in sorted(decided.provenance["inputs"].items())),
         *((f"benchmark {name}, sha256", sha256) for name, sha256 in sorted(screened["benchmarks"].items())),
+        *((f"imported table {name}, sha256", sha256) for name, sha256 in sorted(imported.items())),
         ("older batches compared for duplicates", ", ".join(sorted(screened["compared_with"])) or "none"),
     ]
     return Table("Provenance of the decisions", ("", "value"), facts)

@@ -12,12 +12,16 @@ from typing import Any
 
 import polars as pl
 
+from qaq_pipeline.config.selections import Budget, RmiBandSelection, Selection
+from qaq_pipeline.ingest.imported_tables import ImportedTable
 from qaq_pipeline.publication import difference
 from qaq_pipeline.publication.curated_dataset import Publication
 from qaq_pipeline.schema.long_form import to_long
-from qaq_pipeline.schema.vocabularies import Quantity, Status
+from qaq_pipeline.schema.vocabularies import Quantity, SelectionReason, Status
 from qaq_pipeline.scoring.logprobs import ScoringReport
 from qaq_pipeline.scoring.runtime import ScoredPairs
+from qaq_pipeline.selection.grammar.pair_columns import count_unmatched
+from qaq_pipeline.selection.verdicts import limit_of, pool_size
 
 Numbers = dict[str, Any]
 
@@ -140,6 +144,48 @@ def of_decisions(frame: pl.DataFrame, verdicts: pl.DataFrame, published: str, *,
         "rows_by_reason": count_by(frame["reason"]),
         "selected_by_selection": {} if is_gated else count_by(verdicts.filter("is_selected")["selection"]),
     }
+
+
+def of_imported_tables(imported: Mapping[str, ImportedTable], raw: pl.DataFrame, screened: pl.DataFrame) -> Numbers:
+    """Count the rows of each imported table, and those that belong to no pair of the batch; nothing without tables."""
+    counts = {
+        name: {
+            "sha256": table.sha256,
+            "rows": table.rows.height,
+            "rows_of_no_pair": count_unmatched(raw, screened, table),
+        }
+        for name, table in imported.items()
+    }
+    return {"imported_tables": counts} if counts else {}
+
+
+def not_reached(selections: Sequence[Selection], verdicts: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, str]:
+    """The selections that take less than their budget, by name, as "takes 40 of at most 68 pairs".
+
+    Args:
+        selections: whose budgets are of the batch.
+        verdicts: of these selections.
+        pairs: the candidates that they judged.
+    """
+    tokens = pairs.filter(model="strong").select("pair_id", "answer_tokens")
+    found = {}
+    for one in selections:
+        if not isinstance(one, RmiBandSelection):
+            verdict = verdicts.filter(pl.col("selection") == one.name).join(tokens, on="pair_id", validate="1:1")
+            if said := _less_than_budget(verdict, one.budget):
+                found[one.name] = said
+    return found
+
+
+def _less_than_budget(verdict: pl.DataFrame, budget: Budget) -> str | None:
+    taken, limit = verdict.filter("is_selected"), limit_of(budget, pool_size(verdict))
+    if (verdict["reason"] == SelectionReason.BELOW_CUT.value).any():
+        return None  # Only so many answers fit into a budget of tokens.
+    if limit.answer_tokens is not None:
+        used, most, unit = int(taken["answer_tokens"].sum()), limit.answer_tokens, "answer tokens"
+    else:
+        used, most, unit = taken.height, limit.num_rows or 0, "pairs"
+    return f"takes {used:,} of at most {most:,} {unit}" if used < most else None
 
 
 def of_selected_subset(num_selected: int, num_rows: int, selection: str) -> Numbers:

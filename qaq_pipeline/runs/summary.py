@@ -91,7 +91,12 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
         pool_size=decided["pool_size"],
         selected_by_selection=dict(decided["selected_by_selection"]),
         models=[_model_summary(role, settings.models[role].frame, batch, results) for role in sorted(settings.models)],
-        warnings=[*results["disagreement_scores", partition]["warnings"], *unpassed, *_exclusions(batch, published)],
+        warnings=[
+            *results["disagreement_scores", partition]["warnings"],
+            *_unreached(settings.published.name, decided.get("budget_not_reached", {})),
+            *unpassed,
+            *_exclusions(batch, published),
+        ],
         dataset_url=storage.files.url(*versions.place(published["version"])),
         is_new_version=published["is_new_version"],
         tables={name: storage.tables.url(name, partition) for name in ("decisions", "selected_subset")},
@@ -104,6 +109,10 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
             if storage.files.exists(*parts)
         },
     )
+
+
+def _unreached(published: str, not_reached: Mapping[str, str]) -> list[str]:
+    return [f"{published} {not_reached[published]}"] if published in not_reached else []
 
 
 def _exclusions(batch: str, published: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,11 @@ _BINNED = _of("rmi_scores", "pair_id", "log_ppl_q", "rmi")
 """The sources of strata: pairs with an RMI, in the order of (log PPL(Q), pair_id)."""
 _RANK = _BINNED + _of("rank_reference", "pair_id", "model", "stratum_log_ppl_q", "stratum", "num_strata", "rmi", "rank")
 _SCORES = _NUMBERS + _of("disagreement_scores", "ranks")
-_VERDICT = _of("screened_data", "status") + _RANKED + _NUMBERS + _REFERENCE + _of("screened_data", "batch_gate")
+_CONDITIONS = _of("raw_data", *ROW_KEY, "pair_id", "query", "source", "language", "record")
+"""The columns that conditions, quotas and caps read, and those that match the rows of imported tables."""
+_VERDICT = (
+    _CONDITIONS + _of("screened_data", "status") + _RANKED + _NUMBERS + _REFERENCE + _of("screened_data", "batch_gate")
+)
 _REASON = _VERDICT + _of("screened_data", "reason")
 _TAKEN = _of("decisions", "verdicts")
 

@@ -331,13 +331,14 @@ VERDICT = dy.Struct(
         "score": dy.Float64(nullable=True, description="The value that orders the selection."),
         "position": dy.Int64(
             nullable=True,
-            description="Place of the pair in the order of the selection, from 1; null if the pair has no place.",
+            description="Place of the pair in the order of the selection, from 1, among the pairs that no filter or "
+            "condition excludes, also if a cap or a quota stops it; otherwise null.",
         ),
         "cut": dy.Float64(
             nullable=True,
             description="Score of the last pair taken in this batch or, with `ranking.pool: reference`, in the "
-            "reference (random selections: always in this batch). Null if no pair or every eligible pair was taken "
-            "there, and for rmi_band, which has no budget.",
+            "reference (random selections: always in this batch); with quotas, in the pair's group. Null if no pair or "
+            "every eligible pair was taken there, and for rmi_band without quotas, which has no budget.",
         ),
         "pool_size": dy.Int64(description="Pairs in the selection's pool."),
     }

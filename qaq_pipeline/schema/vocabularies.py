@@ -156,6 +156,9 @@ class SelectionReason(Vocabulary):
     )
     RMI_STRONG_OUT_OF_RANGE = "rmi_strong_out_of_range", "Not selected: the strong model's RMI is outside `rmi_strong`."
     IFD_ABOVE_MAXIMUM = "ifd_above_maximum", "Not selected: the IFD is above `maximum`."
+    WHERE_NOT_MET = "where_not_met", "Not selected: the pair does not meet a condition of `where`."
+    QUERY_FULL = "query_full", "Not selected: better pairs with the same query reach `max_per_query`."
+    QUOTA_FULL = "quota_full", "Not selected: pairs before it in its group fill the group's quota."
     NOT_IN_POOL = "not_in_pool", "Not selected: a model that the selection uses has no score for the pair."
 
 

@@ -47,11 +47,7 @@ def signatures(raw: pl.DataFrame) -> pl.DataFrame:
 
 
 def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
-    parts = [
-        pl.col(part).fill_null("").str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
-        for part in ("system", "query", "answer")
-    ]
-    normal = accepted.select(parts)
+    normal = accepted.select(normal_text(part) for part in ("system", "query", "answer"))
     systems, hashes = normal["system"], [_hash_content(*content) for content in normal.iter_rows()]
     salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
     bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
@@ -61,6 +57,11 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
         content_hash=pl.Series(hashes, dtype=pl.String),
         bands=pl.Series(bands, dtype=pl.List(pl.UInt64)),
     )
+
+
+def normal_text(column: str) -> pl.Expr:
+    """The text of a column by which rows are equal: after NFC, with each run of white space as one space."""
+    return pl.col(column).fill_null("").str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
 
 
 def _hash_content(system: str, query: str, answer: str) -> str:

@@ -15,6 +15,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, NullReason, SelectionReason, Status
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.explanations import explain
+from qaq_pipeline.selection.grammar.composition import with_grounds
 
 
 def decide(
@@ -31,7 +32,7 @@ def decide(
     Args:
         raw: RawData.
         screened: ScreenedData of the same rows.
-        candidates: of `candidates.candidates`, the scores and ranks of every distinct pair.
+        candidates: the scores and ranks of every distinct pair, with the columns that the published selection names.
         verdicts: of `strategies.select_all`, of the same pairs.
         published: the selection that decides.
         provenance_id: of the table that is made.
@@ -43,7 +44,7 @@ def decide(
     pairs = (
         _scores(candidates)
         .join(to_lists(verdicts, tables.VERDICT, "verdicts"), on="pair_id", how="left", validate="1:1")
-        .join(_published_verdict(verdicts, published), on="pair_id", how="left", validate="1:1")
+        .join(_published_verdict(verdicts, candidates, published), on="pair_id", how="left", validate="1:1")
     )
     rows = (
         screened.join(raw.select(*ROW_KEY, "detail"), on=ROW_KEY, validate="1:1")
@@ -130,7 +131,8 @@ def _fault(score: str) -> pl.Expr:
     return pl.when(reason != NullReason.NOT_WANTED.value).then(reason)
 
 
-def _published_verdict(verdicts: pl.DataFrame, published: Selection) -> pl.DataFrame:
-    of_published = verdicts.filter(pl.col("selection") == published.name)
-    columns = ("is_selected", "reason", "score", "position", "cut", "pool_size")
-    return of_published.select("pair_id", *(pl.col(name).alias(f"verdict_{name}") for name in columns))
+def _published_verdict(verdicts: pl.DataFrame, candidates: pl.DataFrame, published: Selection) -> pl.DataFrame:
+    """pair_id, and the published verdict with its grounds as `verdict_<column>`."""
+    of_published = verdicts.filter(pl.col("selection") == published.name).drop("selection")
+    grounds = with_grounds(of_published, candidates, published)
+    return grounds.select("pair_id", pl.exclude("pair_id").name.prefix("verdict_"))

@@ -10,6 +10,7 @@ from decimal import Decimal
 from posixpath import commonprefix
 from typing import Any
 
+from qaq_pipeline.config.conditions import NO_VALUE, Condition, Quotas
 from qaq_pipeline.config.selections import (
     Budget,
     IfdSelection,
@@ -30,6 +31,7 @@ _MEASURES = {
     "sum_high": ("sum", "sum of the ranks under both models"),
     "sum_low": ("sum", "sum of the ranks under both models"),
     "rmi_top": ("rank", "rank under the {model} model"),
+    "rmi_band": ("rank", "rank under the {model} model"),
     "length": ("answer length", "answer length in tokens of the {model} model"),
     "random": ("random number", "random number between 0 and 1"),
     "stratified_random": (
@@ -56,6 +58,9 @@ _MEASURES = {
     ),
 }
 """The score that a selection orders by, in a word and in full, by its measure or else its strategy."""
+
+_MOST_CHARACTERS = 80
+"""Characters of a value of a column that a sentence shows."""
 
 _WHY_NULL = {
     NullReason.NOT_WANTED: "the settings (scoring.quantities) do not ask for the score",
@@ -197,6 +202,16 @@ def _verdict(row: Mapping[str, Any], published: Selection) -> str:
 
 def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
     """What the selection takes, and the number of this pair that decides."""
+    if reason is SelectionReason.WHERE_NOT_MET:
+        return _not_met(published.where[row["verdict_condition"]], row["verdict_value"])
+    if reason is SelectionReason.QUERY_FULL:
+        return _beyond_cap(row, published)
+    if published.quotas is not None and row["verdict_position"] is not None:
+        return _in_group(row, published, published.quotas)
+    return _grounds_of_strategy(row, published, reason)
+
+
+def _grounds_of_strategy(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
     strong = next((score for score in row["scores"] if score["model"] == "strong"), {})
     score, limits = row["verdict_score"], published.model_dump()
     if isinstance(published, RmiBandSelection):
@@ -212,6 +227,72 @@ def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReas
     if reason is SelectionReason.IFD_ABOVE_MAXIMUM:
         return _within(f"only pairs with an {_measure(published)[1]}", (None, limits["maximum"]), "", "IFD", score)
     return f"{_size(row, published, published.budget)}. {_place(row, published, reason)}"
+
+
+def _not_met(condition: Condition, value: str | None) -> str:
+    """A condition of `where`, and the value of a pair that does not meet it."""
+    column = condition.column
+    own = f"This pair has no {column}" if value is None else f"This pair's {column} is {_shortened(value)}"
+    if condition.is_present is not None:
+        return f"only pairs {'with a value of' if condition.is_present else 'without'} {column}. {own}"
+    return f"only pairs whose {column} is {_wanted(condition)}. {own}"
+
+
+def _wanted(condition: Condition) -> str:
+    if condition.at_least is not None:
+        return f"at least {_setting(condition.at_least)}"
+    if condition.at_most is not None:
+        return f"at most {_setting(condition.at_most)}"
+    if condition.one_of is None:
+        return _setting(condition.equals)
+    *first, last = map(_setting, condition.one_of)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _setting(value: bool | float | str | None) -> str:
+    """A value of the settings as it is written there."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else _shortened(str(value))
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a value, on one line."""
+    line = " ".join(text.split())
+    return f"{line[:_MOST_CHARACTERS]}…" if len(line) > _MOST_CHARACTERS else line
+
+
+def _beyond_cap(row: Mapping[str, Any], published: Selection) -> str:
+    word, measure = _measure(published)
+    pairs = "1 pair" if published.max_per_query == 1 else f"{published.max_per_query} pairs"
+    end = "lowest" if _is_ascending(published) else "highest"
+    return (
+        f"at most {pairs} of one query, with the {end} {measure}. This pair's {word} is "
+        f"{_number(row['verdict_score'])}, number {row['verdict_query_place']} of the pairs with its query"
+    )
+
+
+def _in_group(row: Mapping[str, Any], published: Selection, quotas: Quotas) -> str:
+    """The part of the budget that the pair's group has, and the pair's place in the group."""
+    shares = quotas.shares if isinstance(quotas.shares, str) else "stated"
+    group, count = row["verdict_group"], row["verdict_group_taken"]
+    of_group = f"without {quotas.per}" if group == NO_VALUE else f"whose {quotas.per} is {_shortened(group)}"
+    own, last = _apart(row["verdict_score"], row["verdict_cut"])
+    word = _measure(published)[0]
+    taken = f"{count:,} {'pair' if count == 1 else 'pairs'} {of_group}" if count else f"no pair {of_group}"
+    place = f"This pair's {word} is {own}, number {row['verdict_group_place']} of its group"
+    if row["verdict_cut"] is None:
+        rest = f", of which {'every eligible' if count else 'no'} pair was taken"
+    else:
+        rest = f"; the {word} of the last pair taken of the group is {last}"
+    return f"{_whole(row, published)}, in {shares} shares by {quotas.per}: {taken}. {place}{rest}"
+
+
+def _whole(row: Mapping[str, Any], published: Selection) -> str:
+    """All that the selection takes."""
+    if isinstance(published, RmiBandSelection):
+        return f"pairs with a rank {_range(published.band)} under the {published.model} model"
+    return _size(row, published, published.budget)
 
 
 def _within(taken: str, ends: tuple[float | None, float | None], of: str, number: str, value: float) -> str:
@@ -264,8 +345,8 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
 
 def _limits(published: Selection) -> str:
     """The settings that exclude pairs of the pool, whatever their place."""
-    names = ("min_gap", "rank_strong", "rmi_strong", "maximum")
-    return " and ".join(name for name in names if getattr(published, name, None) is not None)
+    names = ("where", "min_gap", "rank_strong", "rmi_strong", "maximum")
+    return " and ".join(name for name in names if getattr(published, name, None) not in (None, ()))
 
 
 def _apart(value: float, cut: float | None) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import polars as pl
 
@@ -57,7 +58,10 @@ def stratified_places(stratum: pl.Series, draw: pl.Expr, num_rows: int | None) -
     return pl.when(place < quota).then(place / quota).otherwise(1 + (place - quota) / (size - quota))
 
 
-def quotas(sizes: Mapping[int, int], num_rows: int) -> dict[int, int]:
+_Key = TypeVar("_Key", int, str)
+
+
+def quotas(sizes: Mapping[_Key, int], num_rows: int) -> dict[_Key, int]:
     """floor(k * n_s / n), and one more for the largest remainders until k are given; ties to the lower stratum."""
     total = sum(sizes.values())
     shares = {stratum: divmod(num_rows * size, total) for stratum, size in sorted(sizes.items())}

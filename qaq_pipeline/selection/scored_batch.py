@@ -6,7 +6,7 @@ here: strata, ranks, verdicts and decisions themselves, and how the result is st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,14 +16,19 @@ import polars as pl
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import GateSettings, RankingSettings
+from qaq_pipeline.ingest.imported_tables import ImportedTable
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import disagreement_scores, rank_reference
 from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.stored_reference import Scores, identities, require_comparable
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.tables import StoredTable
+
+TABLES_KEY = "tables"
+"""Key in the decisions' provenance: sha256 of the file of each imported table that was read, by name."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,16 @@ class ScoredBatch:
         made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
         return gates.of_batch(batch_of(self.raw_data), self.screened_data.provenance, made_of, limits)
 
-    def facts(self, selections: Sequence[Selection], gate: Gate | None) -> dict[str, Any]:
+    def pairs(self, selections: Sequence[Selection], imported: Mapping[str, ImportedTable]) -> pl.DataFrame:
+        """The candidates with the columns that selections name, of the rows and of imported tables."""
+        raw, screened = self.raw_data.frame, self.screened_data.frame
+        return with_pair_columns(self.candidates, raw, screened, selections, imported)
+
+    def facts(
+        self, selections: Sequence[Selection], gate: Gate | None, imported: Mapping[str, ImportedTable]
+    ) -> dict[str, Any]:
         """The part of the decisions' provenance that their inputs do not show."""
+        hashes = {name: table.sha256 for name, table in imported.items()}
         ranked = self.disagreement_scores.provenance
         return {
             "settings_hash": settings_hash(selections),
@@ -76,6 +89,7 @@ class ScoredBatch:
             "pool_id": ranked["pool_id"],
             "ranking_hash": ranked["ranking_hash"],
             **gates.as_provenance(gate),
+            **({TABLES_KEY: hashes} if hashes else {}),
             "files": self.raw_data.provenance["files"],
             "models": identities(self.rmi_scores),
             "scored_by": {
@@ -84,11 +98,13 @@ class ScoredBatch:
             },
         }
 
-    def verdicts(self, selections: Sequence[Selection], frozen: StoredTable | None) -> pl.DataFrame:
-        """The verdict of every named selection on every pair, by the cuts of the batch or of the reference."""
+    def verdicts(
+        self, pairs: pl.DataFrame, selections: Sequence[Selection], frozen: StoredTable | None
+    ) -> pl.DataFrame:
+        """The verdict of every named selection on each of `pairs`, by the cuts of the batch or of the reference."""
         roles = list(self.rmi_scores)
         of_reference = None if frozen is None else rank_reference.reference_candidates(frozen.frame, roles)
-        return select_all(self.candidates, selections, of_reference)
+        return select_all(pairs, selections, of_reference)
 
 
 def rank(

@@ -16,6 +16,7 @@ from typing import assert_never
 
 import polars as pl
 
+from qaq_pipeline.config.conditions import Quotas
 from qaq_pipeline.config.selections import (
     CONTROL_PREFIX,
     CONTROL_STRATEGIES,
@@ -30,8 +31,10 @@ from qaq_pipeline.config.selections import (
     SumSelection,
 )
 from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
+from qaq_pipeline.selection.grammar.composition import compose, group_of, meets_all
+from qaq_pipeline.selection.grammar.quotas import divide
 from qaq_pipeline.selection.random_order import draw_column, stratified_places, with_draws
-from qaq_pipeline.selection.verdicts import Limit, Rule, flag, judge, last_taken, limit_of, pool_size, verdicts
+from qaq_pipeline.selection.verdicts import Cut, Limit, Rule, flag, judge, last_taken, limit_of, pool_size, verdicts
 
 _CONTROL_SEED = 0
 _NO_STRATUM = 0
@@ -48,27 +51,35 @@ def select(candidates: pl.DataFrame, selection: Selection, reference: pl.DataFra
     answers fit the token budget, in the order of (score, pair_id). Pairs that a filter of the selection excludes count
     in n, and have no position.
 
+    `where` excludes pairs like a filter. Of each query it takes the best pairs up to `max_per_query`, and quotas divide
+    the limit among groups.
+
     With a reference, it takes the pairs that do not come after the last one taken of the reference, in the same order,
-    or every pair that no filter excludes where all such pairs of the reference were taken. On the reference's own
-    pairs both ways give the same. A random selection's score tells nothing of a pair, so it takes the share of its pool
-    that its budget is of the reference's.
+    or every pair that no filter excludes where all such pairs of the reference were taken. Conditions and caps hold for
+    the batch's pairs only; without them, both ways give the same on the reference's own pairs. A random selection's
+    score tells nothing of a pair, so it takes the share of its pool that its budget is of the reference's.
 
     Args:
-        candidates: of the batch.
+        candidates: of the batch, with the columns that the selection names (`with_pair_columns`).
         selection: a named selection.
         reference: candidates of the reference; None: the budget is of the batch.
     """
     if isinstance(selection, RandomSelection):
         return _select_random(candidates, selection, reference)
-    rule = _rule(selection)
+    rule = compose(_rule(selection), selection)
     judged = judge(_of_model(candidates, selection), rule)
     if isinstance(selection, RmiBandSelection):
         limit = Limit()
     elif reference is not None:
-        limit = last_taken(select(reference, selection))
+        limit = last_taken(select(reference, selection.without_conditions))
     else:
         limit = limit_of(selection.budget, pool_size(judged))
-    return verdicts(judged, selection.name, rule, limit)
+    return verdicts(judged, selection.name, rule, _divided(limit, selection, judged))
+
+
+def _divided(limit: Limit | Cut, selection: Selection, judged: pl.DataFrame) -> Limit | Cut | dict[str, Limit]:
+    """The limit of each group, where the selection has quotas."""
+    return limit if selection.quotas is None or isinstance(limit, Cut) else divide(limit, selection.quotas, judged)
 
 
 def select_all(
@@ -77,7 +88,7 @@ def select_all(
     """Verdicts of all selections in their order, then of the two controls of the first, the published one.
 
     Args:
-        candidates: of the batch.
+        candidates: of the batch, with the columns that the selections name.
         selections: named selections.
         reference: candidates of the reference whose cuts decide; None: budgets are of the batch.
     """
@@ -183,13 +194,18 @@ def _same_share(limit: Limit, pool: pl.DataFrame, reference_pool: pl.DataFrame) 
 def _controls(
     candidates: pl.DataFrame, published: Selection, found: pl.DataFrame, *, is_cut_frozen: bool
 ) -> list[pl.DataFrame]:
-    """The random selections from the published one's pool, up to the same limit."""
+    """The random selections from the published one's pool, under its conditions and cap, up to the same limits."""
     in_pool = found["reason"] != SelectionReason.NOT_IN_POOL.value
     rows = _of_model(candidates, published).collect().with_columns(in_pool.alias("in_pool"))
-    limit = _control_limit(rows["answer_tokens"], published, found, is_cut_frozen=is_cut_frozen)
+    limit: Limit | dict[str, Limit]
+    if published.quotas is None:
+        limit = _control_limit(rows["answer_tokens"], published, found, is_cut_frozen=is_cut_frozen)
+    else:
+        limit = _control_limits(rows, published, published.quotas, found)
+    same = published.model_dump(include={"where", "quotas", "max_per_query"})
     controls = (
         RandomSelection(
-            name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=_CONTROL_SEED
+            name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=_CONTROL_SEED, **same
         )
         for strategy in CONTROL_STRATEGIES
     )
@@ -207,18 +223,39 @@ def _control_limit(
     budget = None if isinstance(published, RmiBandSelection) else published.budget
     if budget is None or budget.answer_tokens is None:
         return Limit(num_rows=int(found["is_selected"].sum()))
-    counted = found["is_selected"] if is_cut_frozen else found["position"].is_not_null()
+    can_be_taken = found["position"].is_not_null() & (found["reason"] != SelectionReason.QUERY_FULL.value)
+    counted = found["is_selected"] if is_cut_frozen else can_be_taken
     tokens = int(answer_tokens.filter(counted).sum())
     return Limit(answer_tokens=tokens if is_cut_frozen else min(budget.answer_tokens, tokens))
 
 
-def _draw(rows: pl.DataFrame, selection: RandomSelection, limit: Limit) -> pl.DataFrame:
+def _control_limits(rows: pl.DataFrame, published: Selection, quotas: Quotas, found: pl.DataFrame) -> dict[str, Limit]:
+    """A control takes of each group as many rows, or answer tokens, as the published selection took."""
+    taken = rows.filter(found["is_selected"]).group_by(group_of(quotas).alias("group"))
+    sizes = taken.agg(rows=pl.len().cast(pl.Int64), answer_tokens=pl.col("answer_tokens").sum().cast(pl.Int64))
+    if isinstance(published, RmiBandSelection) or published.budget.answer_tokens is None:
+        return {group: Limit(num_rows) for group, num_rows, _ in sizes.iter_rows()}
+    return {group: Limit(answer_tokens=tokens) for group, _, tokens in sizes.iter_rows()}
+
+
+def _draw(rows: pl.DataFrame, selection: RandomSelection, limit: Limit | dict[str, Limit]) -> pl.DataFrame:
     """Verdicts in the order of the draws; stratified: in the order of `stratified_places`."""
     drawn = with_draws(rows, selection.seed)
     score = pl.col(draw_column(selection.seed))
     if selection.strategy == "stratified_random":
         # A pair of the published pool may lack a stratum (ppl, ifd): such pairs are a stratum of their own.
-        drawn = drawn.with_columns(stratum=pl.when("in_pool").then(pl.col("stratum").fill_null(_NO_STRATUM)))
-        score = stratified_places(drawn["stratum"], score, limit.num_rows)
-    rule = Rule(pl.col("in_pool"), score, descending=False)
-    return verdicts(judge(drawn.lazy(), rule), selection.name, rule, limit)
+        is_open = pl.col("in_pool") & meets_all(selection.where)
+        drawn = drawn.with_columns(stratum=pl.when(is_open).then(pl.col("stratum").fill_null(_NO_STRATUM)))
+        score = stratified_places(drawn["stratum"], score, _num_rows(limit))
+    rule = compose(Rule(pl.col("in_pool"), score, descending=False), selection)
+    judged = judge(drawn.lazy(), rule)
+    divided = _divided(limit, selection, judged) if isinstance(limit, Limit) else limit
+    return verdicts(judged, selection.name, rule, divided)
+
+
+def _num_rows(limit: Limit | dict[str, Limit]) -> int | None:
+    """The rows of a limit, or of all groups; None: it is of tokens."""
+    if isinstance(limit, Limit):
+        return limit.num_rows
+    rows = [one.num_rows for one in limit.values() if one.num_rows is not None]
+    return sum(rows) if len(rows) == len(limit) else None

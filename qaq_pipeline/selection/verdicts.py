@@ -10,6 +10,7 @@ verdict depends on the order of the input.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +19,7 @@ import polars as pl
 from qaq_pipeline.config.selections import Budget
 from qaq_pipeline.schema.tables import VERDICT
 from qaq_pipeline.schema.vocabularies import SelectionReason
+from qaq_pipeline.selection.grammar.pair_columns import QUERY
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Rule:
     barriers: tuple[tuple[pl.Expr, SelectionReason], ...] = ()
     """In priority order, why a pooled pair is excluded."""
     taken: SelectionReason = SelectionReason.WITHIN_BUDGET
+    max_per_query: int | None = None
+    """Pairs of one query that can be taken; None: all."""
+    group: pl.Expr | None = None
+    """Group of a pair, where the budget is divided among groups."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,10 @@ def last_taken(verdicts: pl.DataFrame) -> Cut | Limit:
 
 
 def judge(rows: pl.LazyFrame, rule: Rule) -> pl.DataFrame:
-    """pair_id, answer_tokens, barrier, score, pool_size and position of each pair.
+    """pair_id, answer_tokens, barrier, score, pool_size, position, place, and `group` where there are groups.
 
     The position, from 1, is among the pairs without a barrier, by score and then by place in the frame; else null.
+    Pairs beyond the cap of their query then get a barrier, too: `place` is the position among the others.
 
     Args:
         rows: candidates of one model, sorted by pair_id.
@@ -80,16 +87,28 @@ def judge(rows: pl.LazyFrame, rule: Rule) -> pl.DataFrame:
     in_pool = flag(rule.in_pool)
     barriers = ((~in_pool, SelectionReason.NOT_IN_POOL), *rule.barriers)
     ascending = -pl.col("score") if rule.descending else pl.col("score")
-    return (
+    group = [] if rule.group is None else [rule.group.alias("group")]
+    judged = (
         rows.select(
             "pair_id",
             "answer_tokens",
             pl.coalesce(pl.when(flag(holds)).then(pl.lit(why.value)) for holds, why in barriers).alias("barrier"),
             pl.when(in_pool).then(rule.score).cast(pl.Float64).alias("score"),
             in_pool.sum().cast(pl.Int64).alias("pool_size"),
+            *([] if rule.max_per_query is None else [QUERY]),
+            *group,
         )
         .with_columns(position=pl.when(pl.col("barrier").is_null()).then(ascending).rank("ordinal").cast(pl.Int64))
-        .collect()
+        .with_columns(place="position")
+    )
+    return (judged if rule.max_per_query is None else _capped(judged, rule.max_per_query)).collect()
+
+
+def _capped(judged: pl.LazyFrame, max_per_query: int) -> pl.LazyFrame:
+    is_over = pl.col("position").rank("ordinal").over(QUERY) > max_per_query
+    full = pl.when(is_over).then(pl.lit(SelectionReason.QUERY_FULL.value))
+    return judged.with_columns(barrier=pl.coalesce("barrier", full)).with_columns(
+        place=pl.when(pl.col("barrier").is_null()).then("position").rank("ordinal").cast(pl.Int64)
     )
 
 
@@ -103,41 +122,66 @@ def pool_size(judged: pl.DataFrame) -> int:
     return 0 if judged.is_empty() else int(judged["pool_size"][0])
 
 
-def verdicts(judged: pl.DataFrame, name: str, rule: Rule, limit: Limit | Cut) -> pl.DataFrame:
+def verdicts(judged: pl.DataFrame, name: str, rule: Rule, limit: Limit | Cut | Mapping[str, Limit]) -> pl.DataFrame:
     """The verdict on every judged pair, in their order: pair_id and the fields of VERDICT.
 
     Args:
         judged: of `judge`.
         name: of the selection.
         rule: of the selection.
-        limit: where taking ends.
+        limit: where taking ends; where there are groups, in each of them.
     """
+    is_grouped = isinstance(limit, Mapping)
+    taken = _of_groups(judged, limit) if isinstance(limit, Mapping) else _of_all(judged, rule, limit)
+    full = SelectionReason.QUOTA_FULL if is_grouped else SelectionReason.BELOW_CUT
+    why_taken = pl.when("is_selected").then(pl.lit(rule.taken.value))
+    return taken.with_columns(
+        selection=pl.lit(name), reason=pl.coalesce("barrier", why_taken, pl.lit(full.value))
+    ).select("pair_id", *VERDICT.inner)
+
+
+def _of_all(judged: pl.DataFrame, rule: Rule, limit: Limit | Cut) -> pl.DataFrame:
+    """The judged pairs with `is_selected` and `cut`, where one order decides."""
     if isinstance(limit, Cut):
         num_taken = judged.select(flag(_up_to(limit, rule.descending)).sum()).item()
         cut = pl.lit(limit.score)
     else:
         num_taken = _num_taken(judged, limit)
-        last = pl.col("score").filter(pl.col("position") == num_taken).first()
-        cut = pl.when(pl.col("position").count() > num_taken).then(last)
-    is_selected = flag(pl.col("position") <= num_taken)
-    below, taken = pl.lit(SelectionReason.BELOW_CUT.value), pl.when(is_selected).then(pl.lit(rule.taken.value))
-    return judged.with_columns(
-        selection=pl.lit(name), is_selected=is_selected, reason=pl.coalesce("barrier", taken, below), cut=cut
-    ).select("pair_id", *VERDICT.inner)
+        last = pl.col("score").filter(pl.col("place") == num_taken).first()
+        cut = pl.when(pl.col("place").count() > num_taken).then(last)
+    return judged.with_columns(is_selected=flag(pl.col("place") <= num_taken), cut=cut)
+
+
+def _of_groups(judged: pl.DataFrame, limits: Mapping[str, Limit]) -> pl.DataFrame:
+    """As `_of_all`, where each group has an order and a limit of its own; groups without a limit get nothing."""
+    of_tokens = any(limit.answer_tokens is not None for limit in limits.values())
+    sizes = {group: limit.answer_tokens if of_tokens else limit.num_rows for group, limit in limits.items()}
+    place = pl.col("place")
+    tokens = pl.when(place.is_not_null()).then("answer_tokens").cum_sum().over("group", order_by="place")
+    used = tokens if of_tokens else place.rank("ordinal").over("group")
+    quota = pl.col("group").replace_strict(sizes, default=-1, return_dtype=pl.Int64)
+    last = pl.when("is_selected").then(place).max().over("group")
+    is_cut = place.count().over("group") > pl.col("is_selected").sum().over("group")
+    score = pl.col("score").filter(place == pl.col("last")).first().over("group")
+    return (
+        judged.with_columns(is_selected=flag(used <= quota))
+        .with_columns(last=last)
+        .with_columns(cut=pl.when(is_cut).then(score))
+    )
 
 
 def _up_to(cut: Cut, descending: bool) -> pl.Expr:
-    """Whether a pair with a position does not come after the cut. Such pairs are the first ones in the order."""
+    """Whether a pair with a place does not come after the cut. Such pairs are the first ones in the order."""
     score = pl.col("score")
     before = score > cut.score if descending else score < cut.score
     equal = (score == cut.score) & (pl.col("pair_id") <= cut.pair_id)
-    return pl.col("position").is_not_null() & (before | equal)
+    return pl.col("place").is_not_null() & (before | equal)
 
 
 def _num_taken(judged: pl.DataFrame, limit: Limit) -> int:
     """The length of the longest prefix of the order that is within the limit."""
-    num_placed = int(judged["position"].count())
+    num_placed = int(judged["place"].count())
     if limit.answer_tokens is None:
         return num_placed if limit.num_rows is None else min(limit.num_rows, num_placed)
-    in_order = judged.filter(pl.col("position").is_not_null()).sort("position")["answer_tokens"]
+    in_order = judged.filter(pl.col("place").is_not_null()).sort("place")["answer_tokens"]
     return int((in_order.cum_sum() <= limit.answer_tokens).sum())

@@ -178,6 +178,73 @@ def test_a_selection_that_cannot_be_is_refused(selection: dict[str, Any], named:
         assert part in text
 
 
+JUDGE = {"name": "judge", "path": "judge.csv", "key": "pair_id"}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "named"),
+    [
+        ({"where": [{"column": "language"}]}, ["where.0: ", "exactly one of equals, one_of", "got none"]),
+        (
+            {"where": [{"column": "language", "equals": "c", "at_most": 1}]},
+            ["where.0: ", "exactly one of", "['equals', 'at_most']"],
+        ),
+        ({"where": [{"column": "language", "one_of": []}]}, ["where.0.one_of", "at least 1"]),
+        ({"where": [{"column": "licence", "equals": "MIT"}]}, ["'mine' names the column 'licence'", "judge.COLUMN"]),
+        ({"where": [{"column": "runs.passed", "equals": True}]}, ["'runs.passed'", "record.FIELD, judge.COLUMN"]),
+        ({"where": [{"column": "record.a'b", "is_present": True}]}, ["where.0.column", "pattern"]),
+        ({"quotas": {"per": "lang", "shares": "equal"}}, ["'mine' names the column 'lang'", "known: language, source"]),
+        ({"quotas": {"per": "language", "shares": "even"}}, ["shares", "'equal' or 'proportional'"]),
+        (
+            {"quotas": {"per": "language", "shares": {"go": 0.7, "c": 0.4}}},
+            ["quotas: ", "they sum to 1.1", "at most 1"],
+        ),
+        ({"quotas": {"per": "language", "shares": {}}}, ["quotas: ", "they sum to 0"]),
+        ({"quotas": {"per": "language", "shares": {"go": 0}}}, ["shares", "greater than 0"]),
+        ({"max_per_query": 0}, ["max_per_query", "greater than or equal to 1"]),
+    ],
+)
+def test_a_condition_that_cannot_be_is_refused(grammar: dict[str, Any], named: list[str]) -> None:
+    for strategy in ("diff_high", "rmi_band", "random"):
+        text = refusal(selections=[{"name": "mine", "strategy": strategy} | grammar], tables=[JUDGE])
+        for words in named:
+            assert words in text
+
+
+def test_shares_that_sum_to_one_as_written_are_accepted() -> None:
+    shares = {f"l{number}": 0.1 for number in range(10)}
+    selection = {"name": "mine", "strategy": "length", "quotas": {"per": "record.kind", "shares": shares}}
+    assert settings(selections=[selection]).published.columns == ["record.kind"]
+
+
+def test_tables_have_names_of_their_own() -> None:
+    assert "tables: 'judge' appears twice" in refusal(tables=[JUDGE, JUDGE])
+    assert "'record' is the prefix" in refusal(tables=[JUDGE | {"name": "record"}])
+
+
+def test_a_table_that_no_selection_names_is_not_read() -> None:
+    where = [{"column": "judge.score", "at_least": 7}]
+    tables = [JUDGE, JUDGE | {"name": "runs"}]
+    read = settings(selections=[{"name": "a", "strategy": "length", "where": where}], tables=tables).tables_read
+    assert [table.name for table in read] == ["judge"]
+    assert settings(tables=tables).tables_read == []
+
+
+def test_quotas_divide_the_budget_of_a_batch_only() -> None:
+    selection = {"name": "mine", "strategy": "length", "quotas": {"per": "language", "shares": "equal"}}
+    pool = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1"]}}
+    assert "'mine' has quotas" in refusal(selections=[selection], ranking=pool)
+
+
+def test_unset_conditions_leave_no_trace_in_the_hash() -> None:
+    plain, given = (
+        settings(selections=[{"name": "mine", "strategy": "length"} | grammar]).published
+        for grammar in ({}, {"where": [], "quotas": None, "max_per_query": None})
+    )
+    assert not {"where", "quotas", "max_per_query"} & set(plain.model_dump(mode="json"))
+    assert settings_hash(plain) == settings_hash(given)
+
+
 def test_a_defect_is_named_once_and_known() -> None:
     assert "'echo' appears twice" in refusal(calibration={"defects": ["echo", "refusal", "echo"]})
     assert "other_answer" in refusal(calibration={"defects": ["typo"]})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -13,8 +15,10 @@ import yaml
 
 from qaq_pipeline.config.load import load_settings, parse_settings
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.runs import registration, run_batch
+from qaq_pipeline.runs import refresh, registration, run_batch
 from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import RunError
+from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
@@ -26,20 +30,31 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "batches" / "2026-11-02.alpa
 ANSWER = "Take the list, sort it by its second field, and keep every row whose first field is not empty or null. " * 3
 
 
-@pytest.fixture
-def curated(
-    settings_for: Callable[..., Settings], instance: dg.DagsterInstance, tmp_path: Path
-) -> tuple[Settings, Storage]:
-    """Rows of every fate under two tiny models: ranked, cut, too long, near and equal duplicates, rejected."""
-    settings = settings_for(runtime={"processes": 1})
+def rows_of_every_fate() -> list[dict[str, Any]]:
+    """Rows that are ranked, cut, too long, near and equal duplicates, and rejected."""
     examples = [json.loads(line) for line in EXAMPLES.read_text(encoding="utf-8").splitlines()[:10]]
     rows = [{"query": row["instruction"], "response": row["output"]} for row in examples]
     rows += [{"query": query, "response": answer} for query, answer in SAMPLES]
     rows += [{"query": "Filter the rows of a list.", "response": ANSWER}] * 2
     rows += [{"query": "Filter the rows of a list.", "response": ANSWER + "Then stop."}]
-    rows += [{"query": "Explain. " * 100, "response": "No."}, {"query": "", "response": "nothing was asked"}]
-    registration.register(Deployment(settings, instance), "b1", [write_jsonl(tmp_path / "rows.jsonl", rows)], None)
-    run_batch.run_batch(Deployment(settings, instance), "b1")
+    return [*rows, {"query": "Explain. " * 100, "response": "No."}, {"query": "", "response": "nothing was asked"}]
+
+
+def curate(
+    settings: Settings, instance: dg.DagsterInstance, folder: Path, rows: Sequence[dict[str, Any]]
+) -> BatchSummary:
+    """Curate the rows as batch b1."""
+    registration.register(Deployment(settings, instance), "b1", [write_jsonl(folder / "rows.jsonl", rows)], None)
+    return run_batch.run_batch(Deployment(settings, instance), "b1")
+
+
+@pytest.fixture
+def curated(
+    settings_for: Callable[..., Settings], instance: dg.DagsterInstance, tmp_path: Path
+) -> tuple[Settings, Storage]:
+    """Rows of every fate under two tiny models."""
+    settings = settings_for(runtime={"processes": 1})
+    curate(settings, instance, tmp_path, rows_of_every_fate())
     return settings, open_storage(settings)
 
 
@@ -84,6 +99,60 @@ def test_every_number_of_the_demo_follows_from_the_sums(
         registration.register(Deployment(settings, instance), batch, [path], None)
         run_batch.run_batch(Deployment(settings, instance), batch)
         print(f"{batch}: every number of {check_batch(open_storage(settings), settings, batch)} ranked rows follows")
+
+
+JUDGED = [{"column": "record.score", "at_least": 1}, {"column": "judge.score", "at_least": 6.5}]
+
+
+def composed_rows() -> list[dict[str, Any]]:
+    """Rows with languages and scores, of which some have one query and other answers."""
+    rows = rows_of_every_fate()
+    rows += [{"query": f" {row['query']}", "response": row["response"][::-1]} for row in rows[:12]]
+    languages = ["python", None, "go", "python", "go"]
+    return [row | {"score": number % 10, "language": languages[number % 5]} for number, row in enumerate(rows)]
+
+
+def write_scores(path: Path, scores: Sequence[object]) -> None:
+    """A table of a judge's scores, with an empty one, no row for the last rows, and a row of another batch."""
+    rows = [f"b1/rows.jsonl:{row}.0,{'' if row == 4 else score}\n" for row, score in enumerate(scores, start=1)]
+    path.write_text("row,score,unread\n" + "".join(rows) + "b0/rows.jsonl:1.0,9\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("quotas", [None, {"per": "language", "shares": "equal"}], ids=["ordered", "by_quotas"])
+def test_every_number_of_a_composed_selection_follows_too(
+    quotas: dict[str, Any] | None, settings_for: Callable[..., Settings], instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge.csv"
+    write_scores(judge, [5 + row % 5 / 2 for row in range(40)])
+    grammar = {"where": JUDGED, "max_per_query": 1, "quotas": quotas}
+    composed = {"name": "judged", "strategy": "diff_high", "budget": {"fraction": 0.25}} | grammar
+    settings = settings_for(
+        runtime={"processes": 1},
+        selections=[composed],
+        tables=[{"name": "judge", "path": str(judge), "key": "row"}],
+    )
+    summary = curate(settings, instance, tmp_path, composed_rows())
+    storage = open_storage(settings)
+    decisions = storage.tables.read("decisions", Partition("b1"))
+    full = {"below_cut"} if quotas is None else {"quota_full"}
+    assert set(decisions.frame["reason"]) >= {"within_budget", "where_not_met", "query_full"} | full
+    assert check_batch(storage, settings, "b1") > 20
+    assert decisions.provenance["tables"] == {"judge": hashlib.sha256(judge.read_bytes()).hexdigest()}
+    taken = summary.selected_by_selection
+    assert taken["control_random"] == taken["control_stratified_random"] == taken["judged"] > 0
+
+    write_scores(judge, [9] * 40)
+    (stale,) = Deployment(settings, instance).freshness().stale("b1")
+    assert (stale.table, stale.reason) == (
+        "decisions",
+        "decisions was made from another file of the imported table judge",
+    )
+    refresh.refresh_all(Deployment(settings, instance))
+    assert check_batch(storage, settings, "b1") > 20
+    assert Deployment(settings, instance).freshness().stale("b1") == []
+    judge.unlink()
+    with pytest.raises(RunError, match=r"table judge, .*judge\.csv: cannot be opened"):
+        refresh.refresh_all(Deployment(settings, instance))
 
 
 def test_a_number_that_does_not_follow_is_found(curated: tuple[Settings, Storage]) -> None:

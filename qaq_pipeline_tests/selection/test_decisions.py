@@ -21,6 +21,7 @@ from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import decisions, rank_reference
 from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
@@ -67,9 +68,9 @@ def decide(
     scores = {"strong": strong, "weak": weak}
     pool = rank_reference.pool_id("r1", "0") if is_against_reference else "batch:b1"
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, pool)
-    pairs = candidates(disagreement, scores)
-    verdicts = select_all(pairs, [selected_by], pairs if is_against_reference else None)
     screened = screen_alone(raw, ScreeningSettings())
+    pairs = with_pair_columns(candidates(disagreement, scores), raw, screened, [selected_by], {})
+    verdicts = select_all(pairs, [selected_by], pairs if is_against_reference else None)
     frame = decisions.decide(raw, screened, pairs, verdicts, selected_by, PROVENANCE_ID)
     return enforce(Decisions, frame)
 

@@ -15,10 +15,12 @@ from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
 from qaq_pipeline.selection import explanations
-from qaq_pipeline_tests.selection.test_decisions import STRONG, UNSCORED, UNSCORED_ANSWER, decide, said
+from qaq_pipeline_tests.selection.test_decisions import RAW, STRONG, UNSCORED, UNSCORED_ANSWER, decide, said
 from qaq_pipeline_tests.support.frames import rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 
+ONE_QUERY = RAW.with_columns(query=pl.when(pl.col("source_row") == 2).then(pl.lit(" query\t4")).otherwise("query"))
+ONE_EACH = {"per": "language", "shares": "equal"}
 GOLDEN = [
     pytest.param(4, {}, "selected", "within_budget", id="selected"),
     pytest.param(1, {}, "not_selected", "below_cut", id="below_cut"),
@@ -45,6 +47,47 @@ GOLDEN = [
         3, {"strategy": "ppl", "measure": "log_ppl_q", "order": "low"}, "not_selected", "below_cut", id="a_tie"
     ),
     pytest.param(2, {"strategy": "length"}, "selected", "within_budget", id="length"),
+    pytest.param(
+        1,
+        {"where": [{"column": "language", "equals": "go"}]},
+        "not_selected",
+        "where_not_met",
+        id="where_not_met_without_a_value",
+    ),
+    pytest.param(
+        4,
+        {"where": [{"column": "source", "is_present": True}, {"column": "language", "one_of": ["c", "rust"]}]},
+        "not_selected",
+        "where_not_met",
+        id="where_not_met",
+    ),
+    pytest.param(
+        4,
+        {"where": [{"column": "num_a_tokens", "at_least": 10}]},
+        "not_selected",
+        "where_not_met",
+        id="where_not_met_by_a_number",
+    ),
+    pytest.param(
+        4,
+        {"where": [{"column": "source", "is_present": False}]},
+        "not_selected",
+        "where_not_met",
+        id="where_not_met_by_a_value",
+    ),
+    pytest.param(
+        3, {"where": [{"column": "num_a_tokens", "at_least": 10}]}, "selected", "within_budget", id="where_met"
+    ),
+    pytest.param(2, {"max_per_query": 1, "raw": ONE_QUERY}, "not_selected", "query_full", id="query_full"),
+    pytest.param(1, {"quotas": ONE_EACH}, "not_selected", "quota_full", id="quota_full"),
+    pytest.param(3, {"quotas": ONE_EACH}, "selected", "within_budget", id="within_a_quota"),
+    pytest.param(4, {"quotas": ONE_EACH}, "selected", "within_budget", id="all_of_a_group"),
+    pytest.param(
+        4, {"quotas": {"per": "language", "shares": {"none": 0.5}}}, "not_selected", "quota_full", id="no_quota"
+    ),
+    pytest.param(
+        3, {"strategy": "rmi_band", "band": [0, 1], "quotas": ONE_EACH}, "selected", "in_band", id="a_quota_of_a_band"
+    ),
     pytest.param(5, {}, "rejected", "empty_query", id="rejected"),
     pytest.param(6, {}, "duplicate", "exact_duplicate", id="duplicate"),
     pytest.param(7, {}, "unscorable", "query_too_long", id="unscorable"),
@@ -159,6 +202,11 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
     given = {"name": "mine", "strategy": strategies.get(reason.value, "diff_high")}
     given |= {"min_gap": 0.2} if reason is SelectionReason.GAP_BELOW_MINIMUM else {}
     given |= {"rmi_strong": [None, 0.2]} if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE else {}
+    row |= {"verdict_condition": 0, "verdict_value": None, "verdict_query_place": 2}
+    row |= {"verdict_group": "go", "verdict_group_place": 2, "verdict_group_taken": 1}
+    given |= {"where": [{"column": "judge.score", "at_least": 7}]} if reason is SelectionReason.WHERE_NOT_MET else {}
+    given |= {"max_per_query": 1} if reason is SelectionReason.QUERY_FULL else {}
+    given |= {"quotas": {"per": "language", "shares": "equal"}} if reason is SelectionReason.QUOTA_FULL else {}
     sentence = explanations.explain(row, TypeAdapter(Selection).validate_python(given))
     assert reason.value not in sentence
     assert "None" not in sentence

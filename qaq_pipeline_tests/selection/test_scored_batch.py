@@ -117,7 +117,7 @@ def test_a_lost_row_is_a_fault(settings_for: Callable[..., Settings], check_sent
     rows = {"raw_data": whole.raw_data.data_version, "screened_data": lost.data_version}
     rmi = {role: with_provenance(table, scored_from=rows) for role, table in whole.rmi_scores.items()}
     torn = ScoredBatch(whole.raw_data, lost, rmi, inputs)
-    verdicts = torn.verdicts(settings.selections, None)
+    verdicts = torn.verdicts(torn.candidates, settings.selections, None)
     with pytest.raises(TableError) as error:
         decide(torn.raw_data.frame, lost.frame, torn.candidates, verdicts, settings.published, "0")
     check_sentence(error.value)

@@ -5,21 +5,38 @@ For tests, and for whoever doubts decisions: `check_batch(storage, settings, bat
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import re
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from qaq_pipeline.config.conditions import Quotas
 from qaq_pipeline.config.selections import DiffSelection
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.settings import Settings, TableSettings
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.storage.storage import Storage
 
 _TEXT = re.compile(r"up to 1 for the highest|where 1 is equal|the [\d.]+% of")
 _RANK = re.compile(r"rank ([\d.]+) under the (\w+) model \((?:the only stratum|stratum (\d+) of (\d+))\)")
-_PLACE = re.compile(r"gap is (-?[\d.]+), number (\d+) of (\d+) pairs; the gap of the last pair taken is (-?[\d.]+\d)")
+_LIMITS = r"(?:those that pass the limits \(where\), in a pool of )?"
+_PLACE = re.compile(
+    rf"gap is (-?[\d.]+), number (\d+) of {_LIMITS}(\d+) pairs; the gap of the last pair taken is (-?[\d.]+\d)"
+)
+_WHERE = re.compile(r"is at least ([\d.]+)\. This pair(?:'s [\w.]+ is| has no [\w.]+?)(?: ([\d.]+))?\.$")
+_QUERY = re.compile(
+    r"at most (\d+) pairs? of one query, .*gap is (-?[\d.]+), number (\d+) of the pairs with its query\.$"
+)
+_GROUP = re.compile(
+    r": (\d+|no) pairs? (?:whose [\w.]+ is \w+|without [\w.]+)\. "
+    r"This pair's gap is (-?[\d.]+), number (\d+) of its group"
+    r"(?:; the gap of the last pair taken of the group is (-?[\d.]+\d)|, of which (?:every eligible|no) pair was taken)"
+)
 _CUT = re.compile(r"Only the first (\d+) of the answer's (\d+) tokens were read by ([\w ]+)\.")
 _SHORT = re.compile(r"The query has only (\d+) tokens? for ([\w ]+),")
 
@@ -34,26 +51,126 @@ def check_batch(storage: Storage, settings: Settings, batch: str) -> int:
     gaps = {
         pair: ranks["strong"][pair][0] - ranks["weak"][pair][0] for pair in ranks["strong"] if pair in ranks["weak"]
     }
-    order = sorted(gaps, key=lambda pair: (-round(gaps[pair], 12), pair))
-    num_taken = math.floor((published.budget.fraction or 0) * len(order) + 0.5)
+    expected = _selection(gaps, published, _columns(storage, settings, batch, sums["strong"]))
     texts = _texts(storage, batch)
     num_ranked = 0
     for row in storage.tables.read("decisions", Partition(batch)).frame.iter_rows(named=True):
         if row["decision"] in ("selected", "not_selected"):
             _check_ranked(row, sums, ranks, settings)
-            place = order.index(row["pair_id"]) + 1
-            (found,) = _PLACE.findall(row["explanation"])
-            gap, cut = gaps[row["pair_id"]], gaps[order[num_taken - 1]]
-            assert _close(found[0], gap), (row, gap)
-            assert _close(found[3], cut), (row, cut)
-            assert (int(found[1]), int(found[2])) == (place, len(order)), row
-            assert (row["decision"] == "selected") == (place <= num_taken), row
+            reason, said = expected[row["pair_id"]]
+            assert row["reason"] == reason, (row, reason)
+            _check_numbers(row, said)
             _check_no_other_number(row["explanation"])
             num_ranked += 1
         elif row["reason"] == "near_duplicate":
             (found,) = re.findall(r"similarity ([\d.]+), where", row["explanation"])
             assert _close(found, _jaccard(texts[_reference(row)], texts[row["duplicate_of"]])), row
     return num_ranked
+
+
+# --- the selection ---------------------------------------------------------------------------------------------------
+
+Said = tuple[re.Pattern[str], tuple[float | str, ...]]
+"""The part of a sentence that tells a verdict, and the numbers and words in it."""
+
+
+def _selection(
+    gaps: dict[str, float], published: DiffSelection, columns: dict[str, dict[str, str | None]]
+) -> dict[str, tuple[str, Said]]:
+    """The reason of each pair, and the numbers of its sentence."""
+    order = sorted(gaps, key=lambda pair: (-round(gaps[pair], 12), pair))
+    found: dict[str, tuple[str, Said]] = {}
+    for pair in order:
+        if (not_met := _not_met(columns[pair], published)) is not None:
+            found[pair] = "where_not_met", (_WHERE, not_met)
+    placed = [pair for pair in order if pair not in found]
+    of_query: Counter[str | None] = Counter()
+    for pair in placed:
+        of_query[query := columns[pair]["query"]] += 1
+        if published.max_per_query is not None and of_query[query] > published.max_per_query:
+            found[pair] = "query_full", (_QUERY, (published.max_per_query, gaps[pair], of_query[query]))
+    num_taken = math.floor((published.budget.fraction or 0) * len(order) + 0.5)
+    left = [pair for pair in placed if pair not in found]
+    if published.quotas is not None:
+        return found | _of_groups(left, gaps, published.quotas, columns, num_taken)
+    for number, pair in enumerate(left):
+        reason = "within_budget" if number < num_taken else "below_cut"
+        said = (gaps[pair], placed.index(pair) + 1, len(order), gaps[left[min(num_taken, len(left)) - 1]])
+        found[pair] = reason, (_PLACE, said)
+    return found
+
+
+def _not_met(values: dict[str, str | None], published: DiffSelection) -> tuple[float | str, ...] | None:
+    """The limit and the value of the first condition that is not met; only lowest numbers are checked here."""
+    for condition in published.where:
+        value = values[condition.column]
+        assert condition.at_least is not None
+        if value is None or float(value) < condition.at_least:
+            return condition.at_least, "" if value is None else value
+    return None
+
+
+def _of_groups(
+    left: list[str], gaps: dict[str, float], quotas: Quotas, columns: dict[str, dict[str, str | None]], total: int
+) -> dict[str, tuple[str, Said]]:
+    """Equal shares, given out one at a time, the odd ones to the first groups by name."""
+    assert quotas.shares == "equal"
+    groups: dict[str, list[str]] = {}
+    for pair in left:
+        groups.setdefault(columns[pair][quotas.per] or "none", []).append(pair)
+    quota = dict.fromkeys(groups, 0)
+    while total and (room := [group for group in sorted(groups) if quota[group] < len(groups[group])]):
+        for group in room[:total]:
+            quota[group] += 1
+        total -= len(room[:total])
+    found: dict[str, tuple[str, Said]] = {}
+    for group, pairs in groups.items():
+        is_cut = 0 < quota[group] < len(pairs)
+        cut = (gaps[pairs[quota[group] - 1]],) if is_cut else ("",)
+        for number, pair in enumerate(pairs, start=1):
+            reason = "within_budget" if number <= quota[group] else "quota_full"
+            found[pair] = reason, (_GROUP, (quota[group] or "no", gaps[pair], number, *cut))
+    return found
+
+
+def _check_numbers(row: dict[str, Any], said: Said) -> None:
+    pattern, expected = said
+    (found,) = pattern.findall(row["explanation"])
+    for shown, value in zip(found, expected, strict=True):
+        is_same = shown == value if isinstance(value, str) else _close(shown, value)
+        assert is_same, (row, shown, value)
+
+
+def _columns(
+    storage: Storage, settings: Settings, batch: str, strong: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, str | None]]:
+    """The query and each column that the selection names, by pair: of the row that is kept, and of imported tables."""
+    kept = {
+        _reference(row)
+        for row in storage.tables.read("screened_data", Partition(batch)).frame.iter_rows(named=True)
+        if row["status"] == "accepted"
+    }
+    tables = {table.name: _imported(table) for table in settings.tables}
+    found = {}
+    for row in storage.tables.read("raw_data", Partition(batch)).frame.iter_rows(named=True):
+        if (place := _reference(row)) in kept:
+            values = {"query": " ".join(row["query"].split())}
+            for column in settings.published.columns:
+                table, dot, name = column.partition(".")
+                if table == "record":
+                    value = json.loads(row["record"]).get(name)
+                elif dot:
+                    value = tables[table].get(row["pair_id"], tables[table].get(place, {})).get(name) or None
+                else:
+                    value = row[column] if column in row else strong[row["pair_id"]][column]
+                values[column] = None if value is None else str(value)
+            found[row["pair_id"]] = values
+    return found
+
+
+def _imported(table: TableSettings) -> dict[str, dict[str, str]]:
+    with Path(table.path).open(encoding="utf-8", newline="") as stream:
+        return {row[table.key]: row for row in csv.DictReader(stream)}
 
 
 def _sums(storage: Storage, batch: str, role: str) -> dict[str, dict[str, Any]]:
@@ -114,7 +231,7 @@ def _roles(models: str) -> list[str]:
 def _check_no_other_number(said: str) -> None:
     """Nothing that was not checked: the patterns and the fixed phrases hold every digit."""
     rest = said.partition(" Flagged,")[0]
-    for pattern in (_PLACE, _RANK, _CUT, _SHORT, _TEXT):
+    for pattern in (_PLACE, _WHERE, _QUERY, _GROUP, _RANK, _CUT, _SHORT, _TEXT):
         rest = pattern.sub("", rest)
     assert not re.search(r"\d", rest), (said, rest)
 

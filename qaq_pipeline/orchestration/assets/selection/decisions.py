@@ -2,12 +2,14 @@
 
 import dagster as dg
 
+from qaq_pipeline.config.conditions import tables_named
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.ingest import imported_tables
 from qaq_pipeline.orchestration.materialisation import footer_before, provenance_of, table_result
 from qaq_pipeline.orchestration.metadata import asset, gate_metadata, pictures
 from qaq_pipeline.orchestration.run_log import report_gate
 from qaq_pipeline.reports import plots
-from qaq_pipeline.reports.table_numbers import of_decisions
+from qaq_pipeline.reports.table_numbers import not_reached, of_decisions, of_imported_tables
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import stored_reference
@@ -23,8 +25,9 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     """decisions[batch]: every input row under every named selection, with its reason."""
     ranking, published = settings.ranking, settings.published
     cut_by = [ranking.reference] if ranking.pool == "reference" else []
+    keyed_by = [table.model_dump(exclude={"path"}) for table in settings.tables_read]
 
-    @asset(settings, VERSION, reads=[settings.selections, settings.gates.min_scorable_share, *cut_by])
+    @asset(settings, VERSION, reads=[settings.selections, settings.gates.min_scorable_share, *cut_by, *keyed_by])
     def decisions(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
@@ -36,14 +39,19 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         batch = ScoredBatch(raw_data, screened_data, rmi_scores, disagreement_scores)
         frozen = stored_reference.read_pool(storage, ranking)
         stored_reference.require_pool(disagreement_scores, ranking, frozen)
-        gate, verdicts = batch.gate(settings.gates), batch.verdicts(settings.selections, frozen)
+        imported = imported_tables.read_tables(settings.tables_read, tables_named(settings.selections))
+        pairs, gate = batch.pairs(settings.selections, imported), batch.gate(settings.gates)
+        verdicts = batch.verdicts(pairs, settings.selections, frozen)
         inputs = batch.inputs | stored_reference.as_input(frozen)
-        facts = batch.facts(settings.selections, gate)
+        facts = batch.facts(settings.selections, gate, imported)
         made_of = provenance_of(context, inputs, **facts)
         made_by = storage.provenance.write(made_of, context.run.run_id)
-        frame = decide(raw_data.frame, screened_data.frame, batch.candidates, verdicts, published, made_by, gate)
+        frame = decide(raw_data.frame, screened_data.frame, pairs, verdicts, published, made_by, gate)
         _report_gate(context, storage, settings, screened_data, gate)
         metadata = of_decisions(frame, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
+        metadata |= of_imported_tables(imported, raw_data.frame, screened_data.frame)
+        if frozen is None and gate is None:
+            metadata["budget_not_reached"] = not_reached(settings.selections, verdicts, pairs)
         metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(frame))])
         return table_result(context, frame, inputs, metadata, **facts)
 

@@ -1,0 +1,1 @@
+"""The grammar of selections: conditions, caps and quotas, the same for every strategy."""
