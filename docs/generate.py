@@ -241,6 +241,8 @@ def _value(field: Json) -> str:
         return ", or ".join(_value(option) for option in field["anyOf"])
     if field["type"] == "array":
         return _list(field)
+    if field["type"] == "object":
+        return f"mapping from text to {_value(field['additionalProperties'])}"
     if "pattern" in field:
         return f"text that matches `{field['pattern']}`"
     return _NAMES.get(field["type"], "`null`") + _limits(field)

@@ -61,8 +61,8 @@ class Quotas(Closed):
     """The column whose values are the groups, as in `where[].column`. Pairs without a value are the group `none`."""
     shares: Literal["equal", "proportional"] | dict[str, Annotated[float, Field(gt=0, le=1)]]
     """equal: each group gets the same; what a group cannot fill goes to the others. proportional: each group gets its
-    share of the selection's pool. Stated shares, such as {python: 0.5, go: 0.2}, are maxima, and groups without one get
-    nothing. Except with equal, what a group does not fill is not taken."""
+    share of the selection's pool. Stated shares, such as `{python: 0.5, go: 0.2}`, are maxima, and groups without one
+    get nothing. Except with equal, what a group does not fill is not taken."""
 
     @model_validator(mode="after")
     def _at_most_all(self) -> Self:
@@ -84,7 +84,8 @@ class Composed(Closed):
     name: str = Field(pattern=NAME)
     """Name of the selection, as in the decisions and the exports."""
     where: tuple[Condition, ...] = Field((), exclude_if=_is_unset)
-    """Conditions; the selection takes only pairs that meet all of them."""
+    """Conditions; the selection takes only pairs that meet all of them. With `ranking.pool: reference`, they hold for
+    the batch's pairs, and the cut is that of the whole reference."""
     quotas: Quotas | None = Field(None, exclude_if=_is_unset)
     """Division of the budget among groups; null: none."""
     max_per_query: int | None = Field(None, ge=1, exclude_if=_is_unset)
