@@ -27,6 +27,11 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Value = bool | int | _Number | str
 
 
+def _is_unset(value: object) -> bool:
+    """True for the default of a field, which is left out of hashes and of the dataset card."""
+    return value is None or value == ()
+
+
 class Condition(Closed):
     """A condition on a column of a pair: exactly one of the fields beside `column`. A pair without a value meets only
     `is_present: false`.
@@ -35,15 +40,15 @@ class Condition(Closed):
     column: _Column
     """`language` or `source` of the row; `record.FIELD`, a field of the delivered record; `num_q_tokens`,
     `num_a_tokens` or `num_a_tokens_untruncated` under the strong model; or `TABLE.COLUMN` of an imported table."""
-    equals: _Value | None = None
+    equals: _Value | None = Field(None, exclude_if=_is_unset)
     """The value. A number is compared as a number, also with text such as "7"."""
-    one_of: tuple[_Value, ...] | None = Field(None, min_length=1)
+    one_of: tuple[_Value, ...] | None = Field(None, min_length=1, exclude_if=_is_unset)
     """The allowed values, compared as in `equals`."""
-    at_least: _Number | None = None
+    at_least: _Number | None = Field(None, exclude_if=_is_unset)
     """The lowest allowed number. Text that is not a number does not meet it."""
-    at_most: _Number | None = None
+    at_most: _Number | None = Field(None, exclude_if=_is_unset)
     """The highest allowed number. Text that is not a number does not meet it."""
-    is_present: bool | None = None
+    is_present: bool | None = Field(None, exclude_if=_is_unset)
     """true: the pair has a value. false: it has none."""
 
     @model_validator(mode="after")
@@ -71,11 +76,6 @@ class Quotas(Closed):
             if not 0 < total <= 1:
                 raise ValueError(f"shares: they sum to {float(total):g}; give at least one, and at most 1 in total")
         return self
-
-
-def _is_unset(value: object) -> bool:
-    """True for the default of a field, which is left out of hashes and of the dataset card."""
-    return value is None or value == ()
 
 
 class Composed(Closed):

@@ -243,6 +243,9 @@ def test_unset_conditions_leave_no_trace_in_the_hash() -> None:
     )
     assert not {"where", "quotas", "max_per_query"} & set(plain.model_dump(mode="json"))
     assert settings_hash(plain) == settings_hash(given)
+    condition = {"column": "language", "equals": False}
+    selection = settings(selections=[{"name": "mine", "strategy": "length", "where": [condition]}]).published
+    assert selection.model_dump(mode="json")["where"] == [condition]
 
 
 def test_a_defect_is_named_once_and_known() -> None:

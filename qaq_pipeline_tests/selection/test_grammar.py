@@ -353,6 +353,18 @@ def test_a_pair_has_the_columns_of_the_row_that_is_kept_and_of_the_imported_tabl
     assert [count_unmatched(RAW, screened, table) for table in tables.values()] == [1, 2]
 
 
+def test_a_batch_without_pairs_has_the_named_columns() -> None:
+    raw, tables = raw_rows(rejected()), {"judge": imported("pair_id", **{pair_name(1): "9"})}
+    condition = {"column": "judge.score", "at_least": 7}
+    selection = parse(
+        strategy="diff_high", where=[condition], max_per_query=1, quotas={"per": "source", "shares": "equal"}
+    )
+    pairs = candidates_of(scores_of(0, 1))
+    frame = with_pair_columns(pairs, raw, screen_alone(raw, ScreeningSettings()), [selection], tables)
+    assert {"column:judge.score", "column:source", QUERY} <= set(frame.columns)
+    assert select_all(frame, [selection]).is_empty()
+
+
 def test_candidates_without_named_columns_stay_as_they_are() -> None:
     frame = candidates_of(scores_of(3, 1))
     assert with_pair_columns(frame, RAW, RAW, [parse(strategy="length")], {}) is frame
