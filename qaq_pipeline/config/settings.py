@@ -274,8 +274,8 @@ class RankingSettings(Closed):
 
 
 class TableSettings(Closed):
-    """An imported table, such as test results or scores of a judge: a Parquet, CSV or JSONL file with one row for each
-    pair.
+    """An imported table, such as test results or scores of a judge: a Parquet, CSV or JSONL file, optionally gzipped,
+    with one row for each pair.
     """
 
     name: str = Field(pattern=NAME)

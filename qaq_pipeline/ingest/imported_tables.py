@@ -2,15 +2,19 @@
 
 Belongs here: reading and hashing them. Does not belong here: which pair has which value (`selection.grammar`).
 
-The format is detected from the content: Parquet; JSONL (the first character is `{`); else CSV. Every value is kept as
+The format is detected from the content: gzip around any of the others; Parquet; JSONL (the first character is `{`);
+else CSV. Every value is kept as
 text, so that no format changes what a condition means.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,10 +56,11 @@ def load_table(table: TableSettings, columns: Sequence[str]) -> ImportedTable:
     """Load the columns of the table at a local path or fsspec URL. Raises `ImportedTableError`."""
     data = _read(table)
     try:
-        rows = _parse(data, table, [table.key, *columns])
-    except (PolarsError, ValueError) as error:
-        if isinstance(error, ImportedTableError):
-            raise
+        content = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        rows = _parse(content.removeprefix(codecs.BOM_UTF8), table, [table.key, *columns])
+    except ImportedTableError:
+        raise
+    except (PolarsError, ValueError, OSError, EOFError, zlib.error) as error:
         raise _error(table, f"cannot be read ({error}); expected Parquet, CSV or JSONL") from error
     _require_keys(rows[table.key], table)
     return ImportedTable(table.key, hashlib.sha256(data).hexdigest(), rows.rename({table.key: KEY}))
@@ -86,9 +91,10 @@ def _parse(data: bytes, table: TableSettings, columns: Sequence[str]) -> pl.Data
         _require_columns(columns, pl.read_parquet_schema(io.BytesIO(data)), table)
         return _as_text(pl.read_parquet(io.BytesIO(data), columns=list(columns)), table)
     if data.lstrip().startswith(b"{"):
-        return _parse_lines(data.decode("utf-8-sig").split("\n"), table, columns)
-    _require_columns(columns, pl.read_csv(io.BytesIO(data), infer_schema=False, n_rows=0).columns, table)
-    return pl.read_csv(io.BytesIO(data), infer_schema=False, columns=list(columns))
+        return _parse_lines(data.decode().split("\n"), table, columns)
+    lines = data.rstrip(b"\r\n")
+    _require_columns(columns, pl.read_csv(io.BytesIO(lines), infer_schema=False, n_rows=0).columns, table)
+    return pl.read_csv(io.BytesIO(lines), infer_schema=False, columns=list(columns))
 
 
 def _as_text(frame: pl.DataFrame, table: TableSettings) -> pl.DataFrame:
@@ -103,7 +109,8 @@ def _parse_lines(lines: Sequence[str], table: TableSettings, columns: Sequence[s
     texts = pl.Series([line for line in lines if line.strip()], dtype=pl.String)
     frame = pl.DataFrame({"line": texts}).select(field_of(pl.col("line"), name).alias(name) for name in columns)
     if any(frame[name].null_count() == frame.height for name in columns):
-        _require_columns(columns, {name for line in texts for name in json.loads(line)}, table)
+        records = (record for line in texts if isinstance(record := json.loads(line), dict))
+        _require_columns(columns, {name for record in records for name in record}, table)
     return frame
 
 

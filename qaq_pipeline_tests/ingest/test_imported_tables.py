@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import json
 from collections.abc import Callable
@@ -67,6 +69,25 @@ def test_every_format_has_the_same_values(kind: str, table: Callable[..., TableS
     assert found.sha256 == hashlib.sha256(data).hexdigest()
 
 
+ONE, TWO = pair_name(1), pair_name(2)
+PLAIN = f"pair_id,score\n{ONE},7\n".encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PLAIN,
+        codecs.BOM_UTF8 + PLAIN,
+        PLAIN.replace(b"\n", b"\r\n") + b"\r\n\n",
+        gzip.compress(PLAIN),
+        codecs.BOM_UTF8 + f'{{"pair_id": "{ONE}", "score": 7}}\r\n\n'.encode(),
+    ],
+    ids=["plain", "bom", "crlf", "gzip", "jsonl with bom"],
+)
+def test_marks_and_empty_lines_around_the_rows_do_not_matter(data: bytes, table: Callable[..., TableSettings]) -> None:
+    assert load_table(table(data), ["score"]).rows.rows() == [(ONE, "7")]
+
+
 def test_only_named_columns_are_read(table: Callable[..., TableSettings]) -> None:
     named = {"judge": ["score"]}
     found = read_tables([table(as_csv(FRAME.drop("tags")))], named)
@@ -90,7 +111,6 @@ def test_the_hash_is_that_of_the_bytes_now(table: Callable[..., TableSettings]) 
     assert sha256_of(settings) is None
 
 
-ONE, TWO = pair_name(1), pair_name(2)
 FAULTS = {
     "no key in csv": (b"id,score\n1,2\n", ["score"], ["column pair_id", "id, score"]),
     "no column in csv": (f"pair_id,score\n{ONE},2\n".encode(), ["passed"], ["judge.passed", "pair_id, score"]),
@@ -99,6 +119,8 @@ FAULTS = {
     "a repeated key": (f"pair_id,score\n{ONE},2\n{TWO},2\n{ONE},3\n".encode(), ["score"], ["rows 1 and 3", ONE]),
     "a malformed key": (f"pair_id,score\n{ONE},2\nab12,2\n".encode(), ["score"], ["row 2", "'ab12'"]),
     "a missing key": (f'{{"pair_id": "{ONE}"}}\n{{"score": 2}}\n'.encode(), ["score"], ["row 2", "None"]),
+    "a list of jsonl": (f'{{"pair_id": "{ONE}"}}\n[1]\n'.encode(), ["score"], ["judge.score", "pair_id"]),
+    "broken gzip": (b"\x1f\x8b and nothing else", ["score"], ["cannot be read"]),
     "broken json": (b'{"pair_id": \n', ["score"], ["cannot be read", "Parquet, CSV or JSONL"]),
     "broken parquet": (b"PAR1 and nothing else", ["score"], ["cannot be read"]),
     "nothing": (b"", ["score"], ["cannot be read"]),
