@@ -83,7 +83,9 @@ def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Find
     elif table.name == "decisions" and table.stored == table.entered:
         found = storage.tables.footer(table.name, table.partition).provenance
         if hash_json(found) != batch.provenance_id:
-            yield Finding(table.path, f"its provenance differs from the provenance published with batch {batch.name}", remedy)
+            yield Finding(
+                table.path, f"its provenance differs from the provenance published with batch {batch.name}", remedy
+            )
 
 
 def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:
