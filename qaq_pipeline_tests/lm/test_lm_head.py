@@ -112,7 +112,7 @@ def test_token_logprobs_are_no_worse_than_the_naive_log_softmax(dtype: torch.dty
     targets_N = torch.randint(0, 5000, (64,), generator=generator)
     rows = torch.arange(64)
 
-    fast_N = token_logprobs(logits_NV, targets_N)
+    fast_N = token_logprobs(logits_NV, targets_N[:, None])
     naive_N = torch.log_softmax(logits_NV.float(), -1)[rows, targets_N]
     exact_N = torch.log_softmax(logits_NV.double(), -1)[rows, targets_N]
 
@@ -139,13 +139,13 @@ def test_the_logsumexp_by_blocks_equals_the_one_in_one_piece(
 
 
 def test_token_logprobs_of_equal_logits_are_minus_the_log_of_the_vocabulary() -> None:
-    assert token_logprobs(torch.full((1, 8), 3.0), torch.tensor([5])).item() == pytest.approx(-math.log(8))
+    assert token_logprobs(torch.full((1, 8), 3.0), torch.tensor([[5]])).item() == pytest.approx(-math.log(8))
 
 
 def test_token_logprobs_leave_their_input_alone() -> None:
     logits_NV = torch.randn(4, 9)
     before = logits_NV.clone()
-    token_logprobs(logits_NV, torch.tensor([0, 1, 2, 3]))
+    token_logprobs(logits_NV, torch.tensor([[0], [1], [2], [3]]))
     assert torch.equal(logits_NV, before)
 
 
@@ -160,7 +160,7 @@ def test_token_logprobs_leave_their_input_alone() -> None:
     ],
 )
 def test_what_is_not_finite_stays_visibly_so(logits: list[float], target: int, expected: float) -> None:
-    value = token_logprobs(torch.tensor([logits]), torch.tensor([target])).item()
+    value = token_logprobs(torch.tensor([logits]), torch.tensor([[target]])).item()
     # An infinite logit yields -inf or NaN, never a finite number.
     assert value == expected or (math.isnan(expected) and not math.isfinite(value))
 

@@ -40,6 +40,7 @@ def test_bos_and_end_of_text_are_those_of_the_tokenizer(tiny_model_dir: Callable
 @pytest.mark.parametrize("eos_token_id", [7, None])
 def test_without_a_named_end_of_text_token_the_end_of_sequence_token_stands_for_it(eos_token_id: int | None) -> None:
     tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=eos_token_id)
+    tokenizer.added_tokens_decoder = {}
     tokenizer.get_vocab = lambda: {"<|im_end|>": 7, "a": 1}
     assert HfTokenizer(tokenizer).end_of_text_id == eos_token_id
 
