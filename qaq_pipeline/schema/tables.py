@@ -356,7 +356,10 @@ MODEL_SCORE = dy.Struct(
         **{name: column for name, column in RmiScores.columns().items() if name != "pair_id" and "reason" not in name},
         **MODEL_RANK.inner,
         "null_reason": _closed(
-            NullReason, nullable=True, description="Reason why a requested score is null; otherwise null."
+            NullReason, nullable=True, description="Reason why a requested RMI or IFD is null; otherwise null."
+        ),
+        "null_reason_end": _closed(
+            NullReason, nullable=True, description="Reason why a requested nll_end is null; otherwise null."
         ),
     }
 )

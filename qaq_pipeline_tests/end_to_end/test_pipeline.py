@@ -701,7 +701,7 @@ class HandMadeRuntime:
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
         report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
-        provenance |= {"frame": "chat", "template": "chat", "scoring": self._scoring, "scored_with": []}
+        provenance |= {"frame": "chat", "template": "chat", "end_ids": [7], "scoring": self._scoring, "scored_with": []}
         return ScoredPairs(frame, report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
