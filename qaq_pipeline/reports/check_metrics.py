@@ -56,7 +56,10 @@ def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
 
 
 def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """Count the wanted quantities of Logprobs that are null, by reason; `truncated_answers` judges the ends of those."""
+    """Count the wanted quantities of Logprobs that are null, by reason. Ends of truncated answers are left out.
+
+    `truncated_answers` judges them.
+    """
     reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
     judged_elsewhere = [NullReason.NOT_WANTED.value, NullReason.ANSWER_TRUNCATED.value]
     wanted = reasons.filter(~reasons.is_in(judged_elsewhere).fill_null(value=False))

@@ -307,8 +307,9 @@ def test_fault_2_a_quantity_is_scored_whole_or_null_with_a_reason_whatever_the_t
     passes = scored(encoded)
     assert set(passes) | set(encoded.null_reasons) == ALL
     assert set(passes).isdisjoint(encoded.null_reasons)
+    own_end = {IM_END} if frame == "chat" else set()
+    counts = {Quantity.END: len(own_end.union(ends))} | dict.fromkeys(QUERY_SIDE, encoded.num_q_tokens)
     for quantity, (context, ids) in passes.items():
-        counts = {Quantity.END: len(ends) or 1} | dict.fromkeys(QUERY_SIDE, encoded.num_q_tokens)
         assert 0 < len(ids) == counts.get(quantity, encoded.num_a_tokens)
         assert len(context) > 0
     assert all(len(sequence.token_ids) <= max_tokens for sequence in encoded.sequences)
@@ -372,6 +373,56 @@ def test_a_bare_prior_without_any_left_context_drops_the_first_token_on_both_sid
     for prior in ("user", "null_answer"):
         whole = scored(encode(encoder(tokenizer, prior=prior), "Reverse s.", "s"))
         assert whole[Quantity.Q][1] == whole[Quantity.Q_GIVEN_A][1] == text("Reverse s.")
+
+
+# --- the end of the answer -------------------------------------------------------------------------------------------
+
+
+def end_of(encoded: EncodedPair) -> tuple[list[int], list[int]]:
+    return scored(encoded)[Quantity.END]
+
+
+def test_the_end_is_read_where_the_reverse_pass_leaves_the_answer() -> None:
+    for frame in FRAMES:
+        encoded = encode(encoder(frame=frame), "Reverse s.", "s[::-1]")
+        (reverse,) = (one for one in encoded.sequences if Quantity.END in {target.quantity for target in one.targets})
+        end, query = reverse.targets
+        assert (end.quantity, query.quantity) == (Quantity.END, Quantity.Q_GIVEN_A)
+        assert (end.any_of, end.stop) == (ENDS, end.start + 1)
+        assert reverse.token_ids[end.start] == (IM_END if frame == "chat" else ord("\n"))
+        assert encoded.end_ids == "257 259 260"
+    (without,) = encoder().encode([pair("Reverse s.", "s[::-1]")], TEXTS)
+    assert without.end_ids == ""
+
+
+@pytest.mark.parametrize(("ends", "chat"), [((), (IM_END,)), ((EOS,), (EOS, IM_END)), ((EOS, IM_END), (EOS, IM_END))])
+def test_the_chat_frame_adds_the_token_that_ends_the_turn_and_the_plain_frame_adds_none(
+    ends: tuple[int, ...], chat: tuple[int, ...]
+) -> None:
+    tokenizer = ByteTokenizer(ends=ends)
+    assert (encoder(tokenizer).end_ids(), encoder(tokenizer, frame="plain").end_ids()) == (chat, ends)
+    assert end_of(encode(encoder(tokenizer), "q", "a"))[1] == list(chat)
+
+
+def test_text_that_the_template_writes_after_a_turn_ends_no_answer() -> None:
+    """As in Llama 2's template: ` [/INST]` follows the text of the user."""
+    asked = encoder(ByteTokenizer(lambda messages: f"[INST] {messages[-1]['content']} [/INST]", ends=(EOS,)))
+    assert end_of(encode(asked, "q", "a"))[1] == [EOS]
+
+
+def test_a_template_without_any_text_after_a_turn_has_the_end_before_the_query() -> None:
+    asked = encoder(ByteTokenizer(lambda messages: "\n".join(message["content"] for message in messages)))
+    reverse, alone = encode(asked, "query", "a"), asked.encode([pair("query", "a")], END)[0]
+    assert end_of(reverse) == end_of(alone) == ([BOS, *text(f"{SYSTEM}\n{TASK}a")], list(ENDS))
+    assert scored(reverse)[Quantity.Q_GIVEN_A][1] == text("query")
+
+
+def test_without_any_end_token_the_end_is_null_with_a_reason_and_the_rest_is_scored() -> None:
+    endless = encode(encoder(ByteTokenizer(ends=()), frame="plain"), "q", "a")
+    assert endless.null_reasons == {Quantity.END: NullReason.NO_END_TOKEN}
+    assert set(scored(endless)) == set(TEXTS)
+    (alone,) = encoder(ByteTokenizer(ends=()), frame="plain").encode([pair("q", "a")], END)
+    assert alone.sequences == ()
 
 
 # --- too long, or empty ----------------------------------------------------------------------------------------------

@@ -116,15 +116,15 @@ def rows(frame: pl.DataFrame) -> list[tuple[object, ...]]:
 def test_each_target_is_a_row_of_its_own_with_its_count_of_tokens(open_writer: Open, storage: Storage) -> None:
     with open_writer() as writer:
         writer.add(sequence(1, 2, 3), [fp32(-0.5, -0.25), fp32(-1, -2, -4)])
-        writer.add(sequence(2, 1), [fp32(-8)])
         writer.add(ending(2, (7, 12)), [fp32(-0.5)])
+        writer.add(sequence(2, 1), [fp32(-8)])
     (shard,) = writer.closed
     first, second = f"{1:032x}", f"{2:032x}"
     assert shard.rows() == [
         (first, "q", 0.75, 2, "", None),
         (first, "q_given_a", 7.0, 3, "", None),
-        (second, "q", 8.0, 1, "", None),
         (second, "end", 0.5, 1, "7 12", None),
+        (second, "q", 8.0, 1, "", None),
     ]
     assert tables.enforce(tables.CachedScores, shard).equals(shard)
     assert storage.scores.read(IDENTITY, pl.Series([first, second])).drop("scored_with").equals(shard)
