@@ -315,7 +315,7 @@ def test_asked_for_one_score_first_and_then_for_all_only_the_rest_is_scored(
     new_storage: Callable[[], Storage],
     twenty_samples: list[Pair],
 ) -> None:
-    selections = [{"name": "any", "strategy": "random"}]
+    selections = [{"name": "any", "strategy": "length"}]
     part, part_report = scorings(twenty_samples, scoring={"quantities": [first], "prior": prior}, selections=selections)
     rest = set(Quantity).difference(QUANTITIES_OF[first])
     for quantity in rest:
