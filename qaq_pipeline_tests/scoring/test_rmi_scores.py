@@ -58,6 +58,7 @@ def model_scores(pairs: Pairs) -> pl.DataFrame:
             "rmi": rmi,
             "null_reason_rmi": "pair_too_long" if rmi is None else None,
             "null_reason_ifd": "not_wanted",
+            "null_reason_end": "not_wanted",
             "num_q_tokens": 5,
             "num_a_tokens": 5,
             "num_a_tokens_untruncated": 5,
