@@ -355,7 +355,7 @@ def test_a_run_makes_every_check_once_for_its_partition_and_none_blocks(
     assert summary.warnings == []
 
     assert numbers(found["raw_data.rows_can_be_read|b1"])["rejected_share"] == 0.0
-    assert numbers(found["logprobs.few_nulls|b1|weak"])["wanted_weak"] == 4 * 20
+    assert numbers(found["logprobs.few_nulls|b1|weak"])["wanted_weak"] == 5 * 20
     assert numbers(found["disagreement_scores.strata_are_filled|b1"]) == {
         "num_strata": 2,
         "fewest_rows_in_a_stratum": 10,
