@@ -48,6 +48,11 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
     end_of_text_id: int | None
+    end_token_ids: tuple[int, ...]
+    """Tokens that end a text or a turn."""
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether the token is a special one, which no ordinary text contains."""
 
     def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
         """Token ids of prompt text that begins or `continues` a sequence. Special tokens in it are recognised."""
@@ -76,6 +81,13 @@ class Target:
     quantity: Quantity
     start: int
     stop: int
+    any_of: tuple[int, ...] = ()
+    """If not empty: the quantity is -ln p that the token at `start` is one of these, whichever token stands there."""
+
+    @property
+    def end_ids(self) -> str:
+        """`any_of` as the score cache stores it."""
+        return " ".join(map(str, self.any_of))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,8 @@ class EncodedPair:
     num_a_tokens: int
     num_a_tokens_untruncated: int
     is_truncated: bool
+    end_ids: str
+    """The end tokens of this pair, as the score cache stores them; empty if the end is not scored."""
     sequences: tuple[TokenSequence, ...]
     null_reasons: Mapping[Quantity, NullReason]
 
@@ -188,9 +202,13 @@ class PairEncoder:
         if failure is None and not all(map(self._can_read, (*(markup if pair.system else ()), q_ids, kept))):
             failure = NullReason.TOKEN_BEYOND_EMBEDDING
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
+        end_ids = self.end_ids(pair.system)
+        if Quantity.END in wanted and (no_end := self._no_end(end_ids, is_truncated=len(kept) < len(a_ids))):
+            reasons[Quantity.END] = no_end
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
-        sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, wanted)
+        scored = frozenset(Quantity) - reasons.keys()
+        sequences = () if failure else self._sequences(pair, markup, q_ids, kept, scored)
         if pair.system:
             sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
@@ -199,6 +217,7 @@ class PairEncoder:
             num_a_tokens=0 if failure else len(kept),
             num_a_tokens_untruncated=len(a_ids),
             is_truncated=failure is None and len(kept) < len(a_ids),
+            end_ids="".join(target.end_ids for one in sequences for target in one.targets),
             sequences=sequences,
             null_reasons=reasons,
         )
@@ -213,15 +232,33 @@ class PairEncoder:
             return NullReason.PAIR_TOO_LONG
         return None
 
+    def end_ids(self, system: str | None = None) -> tuple[int, ...]:
+        """Tokens that end the answer in the reverse prompt: the tokenizer's, and the one with which the template ends a
+        user's turn. In the plain frame, ordinary text follows the answer, so only the tokenizer's end it.
+        """
+        following = self._markup_ids(system or self._model.system_prompt).between_a_and_q[:1]
+        own = filter(self._tokenizer.is_control, following if self._model.frame == "chat" else ())
+        ends = {*own, *self._tokenizer.end_token_ids}
+        return tuple(sorted(one for one in ends if one < self._num_embeddings))
+
+    def _no_end(self, end_ids: Collection[int], *, is_truncated: bool) -> NullReason | None:
+        """The reason why the end of the answer cannot be scored, or None."""
+        if is_truncated:
+            return NullReason.ANSWER_TRUNCATED
+        return None if end_ids else NullReason.NO_END_TOKEN
+
     @property
     def _num_dropped(self) -> int:
         """Number of tokens of Q without left context: 1 if the prior is `bare` and no token can precede Q, else 0."""
         return int(self._scoring.prior == "bare" and self._left_context is None)
 
     def _sequences(
-        self, pair_id: str, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
+        self, pair: Pair, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
     ) -> tuple[TokenSequence, ...]:
-        """The cheapest sequences for the wanted quantities: with the prior `user`, the pass of A | Q also scores Q."""
+        """The cheapest sequences for the wanted quantities.
+
+        The end of A is read where the pass of Q | A leaves A. With the prior `user`, the pass of A | Q also scores Q.
+        """
         priors = {
             "null_answer": [markup.before_a, [], markup.between_a_and_q, q],
             "user": [markup.before_q, q],
@@ -232,19 +269,28 @@ class PairEncoder:
             Quantity.Q_GIVEN_A: [markup.before_a, a, markup.between_a_and_q, q],
             Quantity.A_GIVEN_Q: [markup.before_q, q, markup.between_q_and_a, a],
             Quantity.A: [markup.before_q, [], markup.between_q_and_a, a],
+            Quantity.END: [markup.before_a, a, [*markup.between_a_and_q, *q][:1]],
         }
         scored = {last: {last: len(parts) - 1} for last, parts in passes.items() if last in wanted}
+        if Quantity.Q_GIVEN_A in scored and Quantity.END in scored:
+            scored[Quantity.Q_GIVEN_A] = {Quantity.END: 2, Quantity.Q_GIVEN_A: 3}
+            del scored[Quantity.END]
         if self._scoring.prior == "user" and Quantity.Q in scored and Quantity.A_GIVEN_Q in scored:
             scored[Quantity.A_GIVEN_Q] = {Quantity.Q: 1, Quantity.A_GIVEN_Q: 3}
             del scored[Quantity.Q]
-        return tuple(self._sequence(pair_id, passes[last], targets) for last, targets in scored.items())
+        end_ids = self.end_ids(pair.system)
+        return tuple(self._sequence(pair.pair_id, passes[last], targets, end_ids) for last, targets in scored.items())
 
-    def _sequence(self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int]) -> TokenSequence:
+    def _sequence(
+        self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int], end_ids: tuple[int, ...]
+    ) -> TokenSequence:
         """The parts one after another, with a target at the part of each quantity. The first part may be shared."""
         stops = list(accumulate(map(len, parts)))
         dropped = dict.fromkeys(QUANTITIES_OF["rmi"], self._num_dropped)
         targets = tuple(
-            Target(quantity, stops[part - 1] + dropped.get(quantity, 0), stops[part])
+            Target(Quantity.END, stops[part - 1], stops[part - 1] + 1, any_of=end_ids)
+            if quantity is Quantity.END
+            else Target(quantity, stops[part - 1] + dropped.get(quantity, 0), stops[part])
             for quantity, part in scored.items()
         )
         num_shared = len(parts[0]) - 1

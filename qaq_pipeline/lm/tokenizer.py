@@ -28,6 +28,7 @@ _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
 is the default of Llama 3's own templates."""
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
+_END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|EOT|>", "<|eot|>")
 
 SAMPLE_TEXTS = (
     "def f(x):\n    return x  # two  blanks\n",
@@ -52,6 +53,7 @@ class HfTokenizer:
         chat_template: a borrowed chat template. Default: the tokenizer's own.
         template_name: name of the chat template, if the tokenizer has several.
         template_variables: variables of the chat template.
+        generated_ends: tokens at which the model's generation config stops.
 
     Raises:
         UnsupportedModelError: the tokenizer is not a fast one.
@@ -63,6 +65,7 @@ class HfTokenizer:
         chat_template: str | None = None,
         template_name: str | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        generated_ends: Sequence[int] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModelError(f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is required")
@@ -76,6 +79,15 @@ class HfTokenizer:
         """One more than the largest token id."""
         named = (vocabulary[token] for token in _END_OF_TEXT if token in vocabulary)
         self.end_of_text_id: int | None = next(named, tokenizer.eos_token_id)
+        self._control_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        named_ends = {vocabulary[token] for token in (*_END_OF_TEXT, *_END_OF_TURN) if token in vocabulary}
+        ends = (named_ends & self._control_ids).union(generated_ends)
+        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.end_token_ids: tuple[int, ...] = tuple(sorted(ends.union(own)))
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether the token is a special one, which no ordinary text contains."""
+        return token_id in self._control_ids
 
     @cached_property
     def _chat_template(self) -> str:
@@ -172,10 +184,10 @@ def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTo
     """The tokenizer in the model's files. In the frame `chat` it has its own or a borrowed chat template."""
     tokenizer = AutoTokenizer.from_pretrained(files.folder)
     if model.frame == "plain":
-        return HfTokenizer(tokenizer)
+        return HfTokenizer(tokenizer, generated_ends=files.generated_ends())
     source, name = model.chat_template_from, model.chat_template_name
     borrowed = model_files.chat_template(source, cache, name) if source else None
-    return HfTokenizer(tokenizer, borrowed, name, model.template_variables)
+    return HfTokenizer(tokenizer, borrowed, name, model.template_variables, files.generated_ends())
 
 
 def warnings(model: ModelSettings, files: ModelFiles, tokenizer: HfTokenizer, encoder: PairEncoder) -> list[str]:

@@ -219,6 +219,10 @@ class CachedScores(_PairScores):
     quantity = _closed(Quantity, primary_key=True, description="The likelihood.")
     sum_nll = _nats("Sum of NLL. Null: see the reason.", unit="nats")
     num_tokens = _count("Number of scored tokens. The mean is the sum divided by it.")
+    end_ids = dy.String(
+        regex=r"^(\d+( \d+)*)?$",
+        description="For `end`: ids of the end tokens, any of which may come next. Otherwise empty.",
+    )
     null_reason = _null_reason("sum_nll")
 
 
@@ -229,10 +233,14 @@ class Logprobs(_PairScores):
     sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
     sum_nll_a = _nll("A after an empty query, in the text of the forward pass (page: The method)")
     sum_nll_a_given_q = _nll("A after Q, in the text of the forward pass (page: The method)")
+    sum_nll_end = _nats(
+        "-ln p that an end token comes right after A, in the reverse prompt. Null: see the null reason.", unit="nats"
+    )
     null_reason_q = _null_reason("sum_nll_q")
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
     null_reason_a_given_q = _null_reason("sum_nll_a_given_q")
+    null_reason_end = _null_reason("sum_nll_end")
     num_q_tokens = _count(
         "Number of scored tokens of Q; the same for sum_nll_q and sum_nll_q_given_a. Each sum is divided by it."
     )
@@ -244,7 +252,8 @@ class Logprobs(_PairScores):
 
     @dy.rule()
     def scored_has_tokens(cls) -> pl.Expr:
-        return pl.all_horizontal(pl.col(f"sum_nll_{q}").is_null() | (pl.col(q.tokens_column) > 0) for q in Quantity)
+        counts = {q: pl.col(q.tokens_column) for q in Quantity if q.tokens_column}
+        return pl.all_horizontal(pl.col(f"sum_nll_{q}").is_null() | (count > 0) for q, count in counts.items())
 
 
 class RmiScores(_PairScores):
@@ -259,8 +268,12 @@ class RmiScores(_PairScores):
         nullable=True, min=0.0, description="IFD as a ratio of perplexities: exp(log PPL(A | Q) - log PPL(A))."
     )
     ifd_loss = dy.Float64(nullable=True, min=0.0, description="IFD as a ratio of losses: log PPL(A | Q) / log PPL(A).")
+    nll_end = _nats(
+        "-ln p(end | A): low if the answer ends where the model expects it to, high if it was cut.", unit="nats"
+    )
     null_reason_rmi = _null_reason("rmi")
     null_reason_ifd = _null_reason("ifd_ppl")
+    null_reason_end = _null_reason("nll_end")
     num_q_tokens = _count("Scored tokens of Q.")
     num_a_tokens = _count("Scored tokens of A after truncation.")
     num_a_tokens_untruncated = _count("All tokens of A.")
@@ -355,6 +368,9 @@ MODEL_SCORE = dy.Struct(
             nullable=True,
             description="Reason why RMI or IFD is null, if `scoring.quantities` asks for it (RMI's reason if both are "
             "null); otherwise null.",
+        ),
+        "null_reason_end": _closed(
+            NullReason, nullable=True, description="Reason why a requested nll_end is null; otherwise null."
         ),
     }
 )

@@ -55,11 +55,9 @@ class Plan:
         self._wanted = frozenset(wanted)
         self.cached = cached
         """The argument `cached`: scores of the pairs, wanted or not."""
-        self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
+        self._known = set(cached.select("pair_id", "quantity", "num_tokens", "end_ids").iter_rows())
         self._window_pairs = window_pairs
-        known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}
-        counts = Counter(pair_id for pair_id, _ in known)
-        self._finished = {pair_id for pair_id, count in counts.items() if count == len(self._wanted)}
+        self._finished = self._without_work()
         self._pairs_left, self._characters_left = self._unfinished(pairs)
         self._pairs_planned = self._characters_planned = 0
         self.encoded: list[EncodedPair] = []
@@ -106,6 +104,21 @@ class Plan:
         """Forecast of all sequences to score, from the sequences per pair planned so far."""
         return _extrapolate(self.num_sequences, self._pairs_planned, self._pairs_left)
 
+    def _without_work(self) -> set[str]:
+        """Ids of the pairs whose wanted quantities are all cached, as far as can be known before tokenising.
+
+        An end scored with other end tokens than those of the default system text is to be scored again.
+        """
+        ends = " ".join(map(str, self._encoder.end_ids()))
+        wanted = self._wanted if ends else self._wanted - {Quantity.END}
+        known = {
+            (pair_id, quantity)
+            for pair_id, quantity, _, end_ids in self._known
+            if quantity in wanted and end_ids in ("", ends)
+        }
+        counts = Counter(pair_id for pair_id, _ in known)
+        return {pair_id for pair_id, count in counts.items() if count == len(wanted)}
+
     def _unfinished(self, pairs: Iterable[Pair]) -> tuple[int, int]:
         """Number and characters of the pairs that have wanted quantities outside the cache."""
         unfinished = [pair for pair in pairs if pair.pair_id not in self._finished]
@@ -131,18 +144,21 @@ class Plan:
         return sequences
 
     def _not_cached(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
-        """The sequences without their cached targets. A sequence without any target left is dropped.
+        """The sequences without their cached targets, and no longer than to the last target that is left.
 
-        A cached sum over another number of tokens comes from another segmentation, so its quantity is scored again.
+        A cached sum over another number of tokens comes from another segmentation, and one of other end tokens answers
+        another question: such a quantity is scored again. A sequence without any target left is dropped.
         """
         for sequence in sequences:
             targets = tuple(
                 target
                 for target in sequence.targets
-                if (sequence.pair_id, target.quantity.value, target.stop - target.start) not in self._known
+                if (sequence.pair_id, target.quantity.value, target.stop - target.start, target.end_ids)
+                not in self._known
             )
             if targets:
-                yield replace(sequence, targets=targets)
+                token_ids = sequence.token_ids[: max(target.stop for target in targets)]
+                yield replace(sequence, targets=targets, token_ids=token_ids)
 
 
 def _num_characters(pair: Pair) -> int:

@@ -115,6 +115,7 @@ class ModelRuntime:
             "frame": self._models[role].frame,
             "scoring": self._scoring.model_dump(mode="json", exclude={"quantities"}),
             "template": json.loads(model.encoder.template_text()),
+            "end_ids": list(model.encoder.end_ids()),
             "scored_with": list(report.scored_with),
             "warnings": list(model.warnings),
         }

@@ -70,6 +70,8 @@ _WHY_NULL = {
     NullReason.NO_TOKENS_TO_SCORE: "there is no token to score",
     NullReason.TOKEN_BEYOND_EMBEDDING: "the text of the pair has a token that the model has no embedding for",
     NullReason.NON_FINITE: "a result is not a finite number",
+    NullReason.ANSWER_TRUNCATED: "the answer was truncated, so its end is unknown",
+    NullReason.NO_END_TOKEN: "no token ends a text or a turn",
     NullReason.OUT_OF_MEMORY: "the pair did not fit into memory, even alone",
     NullReason.TOO_FEW_QUERY_TOKENS: "the query has fewer tokens than eligibility.min_query_tokens",
 }

@@ -19,6 +19,7 @@ from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.tokenizer import SAMPLE_TEXTS, HfTokenizer
 from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline_tests.support.frames import TEXTS
 from qaq_pipeline_tests.support.naive import naive_nll
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.tokenizer_families import FAMILIES, MARKERS, PUTTING_BLANKS, family, texts
@@ -109,10 +110,10 @@ def test_a_sequence_spells_its_prompt_and_its_texts(name: str, frame: str, templ
 def test_a_pair_has_the_same_ids_in_every_pass_and_prior(name: str) -> None:
     tokenizer = hf(name)
     for prior in ("null_answer", "user", "bare"):
-        for pair, encoded in zip(PAIRS, encoder(tokenizer, "chat", prior).encode(PAIRS, list(Quantity)), strict=True):
+        for pair, encoded in zip(PAIRS, encoder(tokenizer, "chat", prior).encode(PAIRS, TEXTS), strict=True):
             scored = [(target.quantity, one.token_ids[target.start : target.stop]) for one, target in targets(encoded)]
             q, a = tokenizer.encode_texts([pair.query, pair.answer])
-            assert {quantity: q if "num_q" in quantity.tokens_column else a for quantity in Quantity} == dict(scored)
+            assert {one: q if one.tokens_column == "num_q_tokens" else a for one in TEXTS} == dict(scored)
 
 
 def targets(encoded: Any) -> list[tuple[TokenSequence, Any]]:
