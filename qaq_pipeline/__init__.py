@@ -10,6 +10,7 @@ The packages, from the stored tables up; each imports only from those above it i
     ingest         deliveries and their rows
     screening      duplicates, contamination, withdrawals, gates
     scoring        pairs -> log-probabilities -> RMI and IFD
+    validity       cuts of the signals that say which pairs are valid (not yet used by an asset)
     selection      strata, ranks, strategies, the decision about every row
     calibration    validates the scores on planted defects
     publication    versions of the dataset, training files, dataset card, hub
