@@ -192,8 +192,8 @@ class ModelSettings(Closed):
 class ScoringSettings(Closed):
     """The scores, their prompt and their window."""
 
-    quantities: tuple[Literal["rmi", "ifd"], ...] = Field(("rmi", "ifd"), min_length=1)
-    """Scores to compute; ifd costs about as much as rmi."""
+    quantities: tuple[Literal["rmi", "ifd", "end"], ...] = Field(("rmi", "ifd", "end"), min_length=1)
+    """Scores to compute. ifd costs about as much as rmi; end comes with the pass of rmi and costs nothing more."""
     prior: Literal["null_answer", "user", "bare"] = "null_answer"
     """Text before Q when log PPL(Q) is computed: the reverse prompt with an empty answer, the beginning of a user turn,
     or only the token that begins a sequence (BOS)."""

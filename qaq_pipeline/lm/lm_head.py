@@ -4,11 +4,12 @@ Belongs here: the token shift, the output head on target rows only, log-softmax 
 Does not belong here: loading a model, attention, prompts, files.
 
 Shape suffixes: F tokens of all rows of a batch in sequence (flat), D hidden size, N target tokens of the batch,
-V vocabulary.
+K tokens of which any may be at a target's position, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,18 +65,36 @@ def batch_logprobs(
     The head processes target rows only, in chunks, so the logits of a whole batch are never in memory.
     """
     positions_N = target_positions(sequences, starts).to(hidden_FD.device)
-    targets = [sequence.token_ids[t.start : t.stop] for sequence in sequences for t in sequence.targets]
-    targets_N = torch.tensor([token for target in targets for token in target], device=hidden_FD.device)
+    targets_NK = target_ids(sequences).to(hidden_FD.device)
     rows = ROWS_PER_CHUNK_CPU if hidden_FD.device.type == "cpu" else ROWS_PER_CHUNK_GPU
-    chunks = zip(hidden_FD[positions_N - 1].split(rows), targets_N.split(rows), strict=True)
+    chunks = zip(hidden_FD[positions_N - 1].split(rows), targets_NK.split(rows), strict=True)
     logprobs_N = torch.cat([token_logprobs(head(hidden), tokens) for hidden, tokens in chunks]).cpu()
-    per_target = iter(logprobs_N.split([len(target) for target in targets]))
+    per_target = iter(logprobs_N.split([t.stop - t.start for sequence in sequences for t in sequence.targets]))
     return [[next(per_target) for _ in sequence.targets] for sequence in sequences]
 
 
-def token_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """`log_softmax(logits_NV.float(), -1)[n, targets_N[n]]` for every n: fp32 [N], in nats."""
-    chosen_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1).float()
+def target_ids(sequences: Sequence[TokenSequence]) -> torch.Tensor:
+    """Ids [N, K] whose probability is wanted at each position of `target_positions`; -1 fills shorter rows.
+
+    K is 1 unless a target asks for any of several tokens.
+    """
+    rows = [
+        target.any_of or (token,)
+        for sequence in sequences
+        for target in sequence.targets
+        for token in sequence.token_ids[target.start : target.stop]
+    ]
+    most = max(map(len, rows), default=1)
+    return torch.tensor([[*row, *[-1] * (most - len(row))] for row in rows], dtype=torch.long).reshape(-1, most)
+
+
+def token_logprobs(logits_NV: torch.Tensor, targets_NK: torch.Tensor) -> torch.Tensor:
+    """The log-probability that token n is one of `targets_NK[n]`, where -1 is no token: fp32 [N], in nats.
+
+    With one token in each row: `log_softmax(logits_NV.float(), -1)[n, targets_NK[n, 0]]`.
+    """
+    chosen_NK = logits_NV.gather(-1, targets_NK.clamp(min=0)).float()
+    chosen_N = chosen_NK.masked_fill(targets_NK < 0, -math.inf).logsumexp(-1)
     return chosen_N - logsumexp_fp32(logits_NV)
 
 

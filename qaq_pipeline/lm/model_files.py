@@ -56,6 +56,12 @@ class ModelFiles:
         present = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).exists()]
         return _hash_files(present)[:16]
 
+    def generated_ends(self) -> list[int]:
+        """Ids of the tokens at which the model's generation config stops."""
+        config = self.folder / "generation_config.json"
+        found = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.exists() else None
+        return found if isinstance(found, list) else [] if found is None else [found]
+
     def num_weight_bytes(self) -> int:
         """Size of the weights, in bytes."""
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))

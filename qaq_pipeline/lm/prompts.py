@@ -60,6 +60,11 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
     end_of_text_id: int | None
+    end_token_ids: tuple[int, ...]
+    """Tokens that end a text or a turn."""
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether the token is a special one, which no ordinary text contains."""
 
     def encode_markup(self, text: str) -> list[int]:
         """Token ids of prompt text. Special tokens in it are recognised; none is added."""
@@ -88,6 +93,13 @@ class Target:
     quantity: Quantity
     start: int
     stop: int
+    any_of: tuple[int, ...] = ()
+    """If not empty: the quantity is -ln p that the token at `start` is one of these, whichever token stands there."""
+
+    @property
+    def end_ids(self) -> str:
+        """`any_of` as the score cache stores it."""
+        return " ".join(map(str, self.any_of))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +128,8 @@ class EncodedPair:
     num_a_tokens: int
     num_a_tokens_untruncated: int
     is_truncated: bool
+    end_ids: str
+    """The end tokens of this pair, as the score cache stores them; empty if the end is not scored."""
     sequences: tuple[TokenSequence, ...]
     null_reasons: Mapping[Quantity, NullReason]
 
@@ -227,9 +241,12 @@ class PairEncoder:
         kept = a_ids[: max(room, 0)]
         failure = self._failure(q_ids, a_ids, room)
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
+        if Quantity.END in wanted and (no_end := self._no_end(markup, is_truncated=len(kept) < len(a_ids))):
+            reasons[Quantity.END] = no_end
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
-        sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, wanted)
+        scored = frozenset(Quantity) - reasons.keys()
+        sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, scored)
         if pair.system:
             sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
@@ -238,6 +255,7 @@ class PairEncoder:
             num_a_tokens=0 if failure else len(kept),
             num_a_tokens_untruncated=len(a_ids),
             is_truncated=failure is None and len(kept) < len(a_ids),
+            end_ids=" ".join(target.end_ids for one in sequences for target in one.targets if target.any_of),
             sequences=sequences,
             null_reasons=reasons,
         )
@@ -252,6 +270,20 @@ class PairEncoder:
             return NullReason.PAIR_TOO_LONG
         return None
 
+    def end_ids(self, markup: Markup[list[int]]) -> tuple[int, ...]:
+        """Tokens that end the answer in the reverse prompt: the tokenizer's, and the one with which the template ends a
+        user's turn. In the plain frame, ordinary text follows the answer, so only the tokenizer's end it.
+        """
+        first = markup.between_a_and_q[0]
+        own = {first} if self._model.frame == "chat" and self._tokenizer.is_control(first) else set()
+        return tuple(sorted(own.union(self._tokenizer.end_token_ids)))
+
+    def _no_end(self, markup: Markup[list[int]], *, is_truncated: bool) -> NullReason | None:
+        """The reason why the end of the answer cannot be scored, or None."""
+        if is_truncated:
+            return NullReason.ANSWER_TRUNCATED
+        return None if self.end_ids(markup) else NullReason.NO_END_TOKEN
+
     @property
     def _num_dropped(self) -> int:
         """Number of tokens of Q without left context: 1 if the prior is `bare` and no token can precede Q, else 0."""
@@ -260,7 +292,10 @@ class PairEncoder:
     def _sequences(
         self, pair_id: str, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
     ) -> tuple[TokenSequence, ...]:
-        """The cheapest sequences for the wanted quantities: with the prior `user`, the pass of A | Q also scores Q."""
+        """The cheapest sequences for the wanted quantities.
+
+        The end of A is read where the pass of Q | A leaves A. With the prior `user`, the pass of A | Q also scores Q.
+        """
         priors = {
             "null_answer": [markup.before_a, [], markup.between_a_and_q, q],
             "user": [markup.before_q, q],
@@ -271,19 +306,28 @@ class PairEncoder:
             Quantity.Q_GIVEN_A: [markup.before_a, a, markup.between_a_and_q, q],
             Quantity.A_GIVEN_Q: [markup.before_q, q, markup.between_q_and_a, a],
             Quantity.A: [markup.before_q, [], markup.between_q_and_a, a],
+            Quantity.END: [markup.before_a, a, markup.between_a_and_q[:1]],
         }
         scored = {last: {last: len(parts) - 1} for last, parts in passes.items() if last in wanted}
+        if Quantity.Q_GIVEN_A in scored and Quantity.END in scored:
+            scored[Quantity.Q_GIVEN_A] = {Quantity.END: 2, Quantity.Q_GIVEN_A: 3}
+            del scored[Quantity.END]
         if self._scoring.prior == "user" and Quantity.Q in scored and Quantity.A_GIVEN_Q in scored:
             scored[Quantity.A_GIVEN_Q] = {Quantity.Q: 1, Quantity.A_GIVEN_Q: 3}
             del scored[Quantity.Q]
-        return tuple(self._sequence(pair_id, passes[last], targets) for last, targets in scored.items())
+        end_ids = self.end_ids(markup) if Quantity.END in wanted else ()
+        return tuple(self._sequence(pair_id, passes[last], targets, end_ids) for last, targets in scored.items())
 
-    def _sequence(self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int]) -> TokenSequence:
+    def _sequence(
+        self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int], end_ids: tuple[int, ...]
+    ) -> TokenSequence:
         """The parts one after another, with a target at the part of each quantity. The first part may be shared."""
         stops = list(accumulate(map(len, parts)))
         dropped = dict.fromkeys(QUANTITIES_OF["rmi"], self._num_dropped)
         targets = tuple(
-            Target(quantity, stops[part - 1] + dropped.get(quantity, 0), stops[part])
+            Target(Quantity.END, stops[part - 1], stops[part - 1] + 1, any_of=end_ids)
+            if quantity is Quantity.END
+            else Target(quantity, stops[part - 1] + dropped.get(quantity, 0), stops[part])
             for quantity, part in scored.items()
         )
         num_shared = len(parts[0]) - 1

@@ -173,7 +173,7 @@ class OwnLogitsRunner:
             logits_NV = self._model(input_ids=ids_1T, use_cache=False, logits_to_keep=positions_N - 1).logits[0]
         else:
             logits_NV = self._model(input_ids=ids_1T, use_cache=False).logits[0][positions_N - 1]
-        logprobs_N = lm_head.token_logprobs(logits_NV, ids_1T[0, positions_N]).cpu()
+        logprobs_N = lm_head.token_logprobs(logits_NV, lm_head.target_ids([sequence]).to(ids_1T.device)).cpu()
         return list(logprobs_N.split([target.stop - target.start for target in sequence.targets]))
 
 

@@ -22,16 +22,22 @@ _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
 is the default of Llama 3's own templates."""
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
+_END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|EOT|>", "<|eot|>")
 
 
 class HfTokenizer:
     """A `prompts.Tokenizer` over a Hugging Face fast tokenizer.
 
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        chat_template: a borrowed template.
+        generated_ends: tokens at which the model's generation config stops.
+
     Raises:
         UnsupportedModelError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, chat_template: str | None = None, generated_ends: Sequence[int] = ()) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModelError(f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is required")
         self._tokenizer = tokenizer
@@ -42,6 +48,15 @@ class HfTokenizer:
         vocabulary = tokenizer.get_vocab()
         named = (vocabulary[token] for token in _END_OF_TEXT if token in vocabulary)
         self.end_of_text_id: int | None = next(named, tokenizer.eos_token_id)
+        self._control_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        named_ends = {vocabulary[token] for token in (*_END_OF_TEXT, *_END_OF_TURN) if token in vocabulary}
+        ends = (named_ends & self._control_ids).union(generated_ends)
+        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.end_token_ids: tuple[int, ...] = tuple(sorted(ends.union(own)))
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether the token is a special one, which no ordinary text contains."""
+        return token_id in self._control_ids
 
     def encode_markup(self, text: str) -> list[int]:
         """Token ids of prompt text. Special tokens in it are recognised; none is added."""
@@ -72,4 +87,4 @@ class HfTokenizer:
 def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:
     """The tokenizer in the model's files, with its own or a borrowed chat template."""
     borrowed = model_files.chat_template(model.chat_template_from, cache) if model.chat_template_from else None
-    return HfTokenizer(AutoTokenizer.from_pretrained(files.folder), borrowed)
+    return HfTokenizer(AutoTokenizer.from_pretrained(files.folder), borrowed, files.generated_ends())

@@ -53,7 +53,7 @@ _SCREENED = _of("raw_data", "status") + _SIGNED
 _SCREENED_FOR = _SCREENED + _of("raw_data", "reason")
 
 _LOG_PPL = {
-    f"log_ppl_{quantity}": _of("logprobs", f"sum_nll_{quantity}", quantity.tokens_column) for quantity in Quantity
+    f"log_ppl_{one}": _of("logprobs", f"sum_nll_{one}", one.tokens_column) for one in Quantity if one.tokens_column
 }
 """A sum divided by a count."""
 _RMI = _of("logprobs", "sum_nll_q", "num_q_tokens", "sum_nll_q_given_a", "null_reason_q", "null_reason_q_given_a")
@@ -114,6 +114,8 @@ SOURCES: ColumnSources = {
         **_LOG_PPL,
         **dict.fromkeys(("rmi", "null_reason_rmi"), _RMI),
         **dict.fromkeys(("ifd_ppl", "ifd_loss", "null_reason_ifd"), _IFD),
+        "nll_end": _of("logprobs", "sum_nll_end"),
+        "null_reason_end": _of("logprobs", "null_reason_end"),
         "is_short_query": _of("logprobs", "num_q_tokens"),
     },
     "rank_reference": {

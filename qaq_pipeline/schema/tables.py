@@ -219,6 +219,10 @@ class CachedScores(_PairScores):
     quantity = _closed(Quantity, primary_key=True, description="The likelihood.")
     sum_nll = _nats("Sum of NLL. Null: see the reason.", unit="nats")
     num_tokens = _count("Number of scored tokens. The mean is the sum divided by it.")
+    end_ids = dy.String(
+        regex=r"^(\d+( \d+)*)?$",
+        description="For `end`: ids of the end tokens, whose joint probability it is. Else empty.",
+    )
     null_reason = _null_reason("sum_nll")
 
 
@@ -229,10 +233,12 @@ class Logprobs(_PairScores):
     sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
     sum_nll_a = _nll("A after an empty query, in the text of the forward pass (page: The method)")
     sum_nll_a_given_q = _nll("A after Q, in the text of the forward pass (page: The method)")
+    sum_nll_end = _nll("an end token right after A, in the reverse prompt")
     null_reason_q = _null_reason("sum_nll_q")
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
     null_reason_a_given_q = _null_reason("sum_nll_a_given_q")
+    null_reason_end = _null_reason("sum_nll_end")
     num_q_tokens = _count(
         "Number of scored tokens of Q; the same for sum_nll_q and sum_nll_q_given_a. Each sum is divided by it."
     )
@@ -244,7 +250,8 @@ class Logprobs(_PairScores):
 
     @dy.rule()
     def scored_has_tokens(cls) -> pl.Expr:
-        return pl.all_horizontal(pl.col(f"sum_nll_{q}").is_null() | (pl.col(q.tokens_column) > 0) for q in Quantity)
+        counts = {q: pl.col(q.tokens_column) for q in Quantity if q.tokens_column}
+        return pl.all_horizontal(pl.col(f"sum_nll_{q}").is_null() | (count > 0) for q, count in counts.items())
 
 
 class RmiScores(_PairScores):
@@ -259,8 +266,12 @@ class RmiScores(_PairScores):
         nullable=True, min=0.0, description="IFD as a ratio of perplexities: exp(log PPL(A | Q) - log PPL(A))."
     )
     ifd_loss = dy.Float64(nullable=True, min=0.0, description="IFD as a ratio of losses: log PPL(A | Q) / log PPL(A).")
+    nll_end = _nats(
+        "-ln p(end | A): low where the answer ends as the model expects, high where it is cut.", unit="nats"
+    )
     null_reason_rmi = _null_reason("rmi")
     null_reason_ifd = _null_reason("ifd_ppl")
+    null_reason_end = _null_reason("nll_end")
     num_q_tokens = _count("Scored tokens of Q.")
     num_a_tokens = _count("Scored tokens of A after truncation.")
     num_a_tokens_untruncated = _count("All tokens of A.")

@@ -83,7 +83,7 @@ class GateReason(Vocabulary):
 
 
 class Quantity(Vocabulary):
-    """The four likelihoods of a pair: NLL(X | C), the negative log-likelihood of X after C (page: The method).
+    """The likelihoods of a pair: NLL(X | C), the negative log-likelihood of X after C (page: The method).
 
     The setting `scoring.quantities` does not name these likelihoods, but the scores that are computed from them.
     """
@@ -92,16 +92,20 @@ class Quantity(Vocabulary):
     Q_GIVEN_A = "q_given_a", "The query after the reverse prompt with the answer."
     A = "a", "The answer after an empty query."
     A_GIVEN_Q = "a_given_q", "The answer after the query."
+    END = "end", "An end token right after the answer, in the reverse prompt: does the answer end there?"
 
     @property
-    def tokens_column(self) -> str:
-        """Column with the number of scored tokens: the divisor of the quantity's mean."""
+    def tokens_column(self) -> str | None:
+        """Column with the number of scored tokens, the divisor of the quantity's mean; None: it is one token."""
+        if self is Quantity.END:
+            return None
         return "num_q_tokens" if self in (Quantity.Q, Quantity.Q_GIVEN_A) else "num_a_tokens"
 
 
 QUANTITIES_OF = {
     "rmi": (Quantity.Q, Quantity.Q_GIVEN_A),
     "ifd": (Quantity.A, Quantity.A_GIVEN_Q),
+    "end": (Quantity.END,),
 }
 """The likelihoods from which each score is computed."""
 
@@ -114,6 +118,8 @@ class NullReason(Vocabulary):
     PAIR_TOO_LONG = "pair_too_long", "The pair exceeds `scoring.max_tokens`, and `scoring.too_long` is leave_unscored."
     NO_TOKENS_TO_SCORE = "no_tokens_to_score", "Query or answer has no token to score."
     NON_FINITE = "non_finite", "The model or the formula returned a number that is not finite."
+    ANSWER_TRUNCATED = "answer_truncated", "The answer was truncated, so the model has not seen where it ends."
+    NO_END_TOKEN = "no_end_token", "The model has no token that ends a text or a turn."
     OUT_OF_MEMORY = "out_of_memory", "The pair did not fit into memory, even alone in a forward pass."
     TOO_FEW_QUERY_TOKENS = "too_few_query_tokens", "The query has fewer tokens than `eligibility.min_query_tokens`."
 

@@ -234,18 +234,21 @@ def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.
     """The Logprobs table, sorted by pair_id, from the token counts of the encoding and the `CachedScores`."""
     dtypes = tables.dtypes(tables.Logprobs)
     counts = pl.DataFrame(
-        {name: [getattr(pair, name) for pair in encoded] for name in _ENCODING_COLUMNS},
-        schema={name: dtypes[name] for name in _ENCODING_COLUMNS},
+        {name: [getattr(pair, name) for pair in encoded] for name in (*_ENCODING_COLUMNS, "end_ids")},
+        schema={name: dtypes[name] for name in _ENCODING_COLUMNS} | {"end_ids": pl.String()},
     )
     asked = pl.concat(
         counts.with_columns(
             quantity=pl.lit(quantity.value),
-            num_tokens=quantity.tokens_column,
+            num_tokens=quantity.tokens_column or pl.lit(1, pl.Int64),
+            end_ids="end_ids" if quantity is Quantity.END else pl.lit(""),
             refusal=pl.Series([pair.null_reasons.get(quantity) for pair in encoded], dtype=pl.String),
         )
         for quantity in Quantity
     )
-    found = asked.join(scores, on=["pair_id", "quantity", "num_tokens"], how="left", validate="1:1").with_columns(
+    found = asked.join(
+        scores, on=["pair_id", "quantity", "num_tokens", "end_ids"], how="left", validate="1:1"
+    ).with_columns(
         # The cache may hold a score that is not wanted now: it stays out of the table.
         sum_nll=pl.when(pl.col("refusal").is_null()).then("sum_nll"),
         null_reason=pl.coalesce("refusal", "null_reason"),

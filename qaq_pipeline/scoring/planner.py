@@ -55,9 +55,9 @@ class Plan:
         self._wanted = frozenset(wanted)
         self.cached = cached
         """The argument `cached`: scores of the pairs, wanted or not."""
-        self._known = set(zip(cached["pair_id"], cached["quantity"], cached["num_tokens"], strict=True))
+        self._known = set(cached.select("pair_id", "quantity", "num_tokens", "end_ids").iter_rows())
         self._window_pairs = window_pairs
-        known = {(pair_id, quantity) for pair_id, quantity, _ in self._known if quantity in self._wanted}
+        known = {(pair_id, quantity) for pair_id, quantity, *_ in self._known if quantity in self._wanted}
         counts = Counter(pair_id for pair_id, _ in known)
         self._finished = {pair_id for pair_id, count in counts.items() if count == len(self._wanted)}
         self._pairs_left, self._characters_left = self._unfinished(pairs)
@@ -131,18 +131,21 @@ class Plan:
         return sequences
 
     def _not_cached(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
-        """The sequences without their cached targets. A sequence without any target left is dropped.
+        """The sequences without their cached targets, and no longer than to the last target that is left.
 
-        A cached sum over another number of tokens comes from another segmentation, so its quantity is scored again.
+        A cached sum over another number of tokens comes from another segmentation, and one of other end tokens answers
+        another question: such a quantity is scored again. A sequence without any target left is dropped.
         """
         for sequence in sequences:
             targets = tuple(
                 target
                 for target in sequence.targets
-                if (sequence.pair_id, target.quantity.value, target.stop - target.start) not in self._known
+                if (sequence.pair_id, target.quantity.value, target.stop - target.start, target.end_ids)
+                not in self._known
             )
             if targets:
-                yield replace(sequence, targets=targets)
+                token_ids = sequence.token_ids[: max(target.stop for target in targets)]
+                yield replace(sequence, targets=targets, token_ids=token_ids)
 
 
 def _num_characters(pair: Pair) -> int:

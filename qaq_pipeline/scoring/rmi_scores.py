@@ -34,17 +34,20 @@ def rmi_scores(logprobs: pl.DataFrame, eligibility: EligibilitySettings) -> pl.D
     rmi       = log_ppl_q - log_ppl_q_given_a
     ifd_ppl   = exp(log_ppl_a_given_q - log_ppl_a)
     ifd_loss  = log_ppl_a_given_q / log_ppl_a
+    nll_end   = sum_nll_end
 
     A score is null, with a reason, if a sum is null (the sum's reason), if Q has fewer tokens than
     `eligibility.min_query_tokens`, or if the formula has no finite value. If one IFD is null, so is the other.
     """
-    log_ppl = {f"log_ppl_{one}": pl.col(f"sum_nll_{one}") / pl.col(one.tokens_column) for one in Quantity}
+    divisors = {one: pl.col(one.tokens_column) for one in Quantity if one.tokens_column}
+    log_ppl = {f"log_ppl_{one}": pl.col(f"sum_nll_{one}") / divisor for one, divisor in divisors.items()}
     few = pl.col("num_q_tokens") < eligibility.min_query_tokens
     scored = logprobs.lazy().sort("pair_id").with_columns(**log_ppl)
     scored = scored.with_columns(
         rmi=pl.col("log_ppl_q") - pl.col("log_ppl_q_given_a"),
         ifd_ppl=(pl.col("log_ppl_a_given_q") - pl.col("log_ppl_a")).exp(),
         ifd_loss=pl.col("log_ppl_a_given_q") / pl.col("log_ppl_a"),
+        nll_end=pl.col("sum_nll_end"),
         is_short_query=pl.col("num_q_tokens") < eligibility.short_query_tokens,
     ).with_columns(
         null_reason_rmi=_null_reason(QUANTITIES_OF["rmi"], few, ("rmi",)),

@@ -97,5 +97,6 @@ def _failed(pair_id: str, target: Target, reason: NullReason) -> dict[str, Any]:
         "quantity": target.quantity.value,
         "sum_nll": None,
         "num_tokens": target.stop - target.start,
+        "end_ids": target.end_ids,
         "null_reason": reason.value,
     }

@@ -56,13 +56,13 @@ class ScoreCache:
         self._locks = locks
 
     def read(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
-        """Every cached score of the pairs, once for each number of tokens, as `CachedScores` with `scored_with`.
+        """Every cached score of the pairs, once for each number of tokens and end tokens, with `scored_with`.
 
         `scored_with` is JSON: the libraries and the device that scored it. Where two writers cached a score, the lower
         sum counts, whatever the shards are named. A file that is no shard, torn or changed is set aside with a warning
         and never read: its pairs are scored again.
         """
-        key = [*CachedScores.primary_key(), "num_tokens"]
+        key = [*CachedScores.primary_key(), "num_tokens", "end_ids"]
         wanted = pl.col("pair_id").is_in(pair_ids.implode())
         digest = identity.digest()
         shards = [self._shard_or_aside(digest, name).filter(wanted) for name in self.shards(digest)]
