@@ -180,7 +180,7 @@ def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
     storage, identity = open_storage(settings), _identity(settings, role)
     known = storage.scores.read(source, pair_ids).filter(pl.col("quantity") == Quantity.Q_GIVEN_A.value)
     has = storage.scores.read(identity, pair_ids)
-    new = known.join(has, on=["pair_id", "quantity", "num_tokens"], how="anti")
+    new = known.join(has, on=["pair_id", "quantity", "num_tokens", "end_ids"], how="anti")
     if not new.is_empty():
         storage.scores.append(identity, new, {"libraries": {}, "device": "cpu"})
 

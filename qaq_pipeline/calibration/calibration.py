@@ -129,7 +129,7 @@ def calibrate(
     Args:
         judged: of `judge`; None: nothing was planted, and every number is null.
         roles: of the models.
-        quantities: those that are scored, `rmi` or `ifd`.
+        quantities: the names of the scores that are computed, of `scoring.quantities`.
         selections: those of `judged`.
         settings: the defects, the seed of the intervals, the rate of the low cut.
     """

@@ -173,6 +173,7 @@ def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
             yield f"  scored with {_libraries(scorer['libraries'])}, on {scorer['device']}"
         if with_template:
             yield f"  template: {asked.get('template', 'unknown')}"
+            yield f"  end tokens: {asked.get('end_ids', 'unknown')}"
     yield f"pool {made_of['pool_id']}, settings {made_of['settings_hash']}, code {made_of['code_version']}"
     for run in dossier.provenance.runs:
         yield f"decided by run {run['run_id']} at {run['time']}"

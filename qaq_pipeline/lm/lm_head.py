@@ -89,12 +89,13 @@ def target_ids(sequences: Sequence[TokenSequence]) -> torch.Tensor:
 
 
 def token_logprobs(logits_NV: torch.Tensor, targets_NK: torch.Tensor) -> torch.Tensor:
-    """The log-probability that token n is one of `targets_NK[n]`, where -1 is no token: fp32 [N], in nats.
+    """The log-probability that token n is one of `targets_NK[n]`, where an id outside the vocabulary is no token.
 
-    With one token in each row: `log_softmax(logits_NV.float(), -1)[n, targets_NK[n, 0]]`.
+    With one token in each row: `log_softmax(logits_NV.float(), -1)[n, targets_NK[n, 0]]`: fp32 [N], in nats.
     """
-    chosen_NK = logits_NV.gather(-1, targets_NK.clamp(min=0)).float()
-    chosen_N = chosen_NK.masked_fill(targets_NK < 0, -math.inf).logsumexp(-1)
+    inside_NK = targets_NK.clamp(0, logits_NV.shape[-1] - 1)
+    chosen_NK = logits_NV.gather(-1, inside_NK).float()
+    chosen_N = chosen_NK.masked_fill(inside_NK != targets_NK, -math.inf).logsumexp(-1)
     return chosen_N - logsumexp_fp32(logits_NV)
 
 

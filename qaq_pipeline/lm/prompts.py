@@ -241,12 +241,13 @@ class PairEncoder:
         kept = a_ids[: max(room, 0)]
         failure = self._failure(q_ids, a_ids, room)
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
-        if Quantity.END in wanted and (no_end := self._no_end(markup, is_truncated=len(kept) < len(a_ids))):
+        end_ids = self.end_ids(pair.system)
+        if Quantity.END in wanted and (no_end := self._no_end(end_ids, is_truncated=len(kept) < len(a_ids))):
             reasons[Quantity.END] = no_end
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
         scored = frozenset(Quantity) - reasons.keys()
-        sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, scored)
+        sequences = () if failure else self._sequences(pair, markup, q_ids, kept, scored)
         if pair.system:
             sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
@@ -255,7 +256,7 @@ class PairEncoder:
             num_a_tokens=0 if failure else len(kept),
             num_a_tokens_untruncated=len(a_ids),
             is_truncated=failure is None and len(kept) < len(a_ids),
-            end_ids=" ".join(target.end_ids for one in sequences for target in one.targets if target.any_of),
+            end_ids="".join(target.end_ids for one in sequences for target in one.targets),
             sequences=sequences,
             null_reasons=reasons,
         )
@@ -270,19 +271,19 @@ class PairEncoder:
             return NullReason.PAIR_TOO_LONG
         return None
 
-    def end_ids(self, markup: Markup[list[int]]) -> tuple[int, ...]:
+    def end_ids(self, system: str | None = None) -> tuple[int, ...]:
         """Tokens that end the answer in the reverse prompt: the tokenizer's, and the one with which the template ends a
         user's turn. In the plain frame, ordinary text follows the answer, so only the tokenizer's end it.
         """
-        first = markup.between_a_and_q[0]
-        own = {first} if self._model.frame == "chat" and self._tokenizer.is_control(first) else set()
-        return tuple(sorted(own.union(self._tokenizer.end_token_ids)))
+        following = self._markup_ids(system or self._model.system_prompt).between_a_and_q[:1]
+        own = filter(self._tokenizer.is_control, following if self._model.frame == "chat" else ())
+        return tuple(sorted({*own, *self._tokenizer.end_token_ids}))
 
-    def _no_end(self, markup: Markup[list[int]], *, is_truncated: bool) -> NullReason | None:
+    def _no_end(self, end_ids: Collection[int], *, is_truncated: bool) -> NullReason | None:
         """The reason why the end of the answer cannot be scored, or None."""
         if is_truncated:
             return NullReason.ANSWER_TRUNCATED
-        return None if self.end_ids(markup) else NullReason.NO_END_TOKEN
+        return None if end_ids else NullReason.NO_END_TOKEN
 
     @property
     def _num_dropped(self) -> int:
@@ -290,7 +291,7 @@ class PairEncoder:
         return int(self._scoring.prior == "bare" and self._left_context is None)
 
     def _sequences(
-        self, pair_id: str, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
+        self, pair: Pair, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
     ) -> tuple[TokenSequence, ...]:
         """The cheapest sequences for the wanted quantities.
 
@@ -306,7 +307,7 @@ class PairEncoder:
             Quantity.Q_GIVEN_A: [markup.before_a, a, markup.between_a_and_q, q],
             Quantity.A_GIVEN_Q: [markup.before_q, q, markup.between_q_and_a, a],
             Quantity.A: [markup.before_q, [], markup.between_q_and_a, a],
-            Quantity.END: [markup.before_a, a, markup.between_a_and_q[:1]],
+            Quantity.END: [markup.before_a, a, [*markup.between_a_and_q, *q][:1]],
         }
         scored = {last: {last: len(parts) - 1} for last, parts in passes.items() if last in wanted}
         if Quantity.Q_GIVEN_A in scored and Quantity.END in scored:
@@ -315,8 +316,8 @@ class PairEncoder:
         if self._scoring.prior == "user" and Quantity.Q in scored and Quantity.A_GIVEN_Q in scored:
             scored[Quantity.A_GIVEN_Q] = {Quantity.Q: 1, Quantity.A_GIVEN_Q: 3}
             del scored[Quantity.Q]
-        end_ids = self.end_ids(markup) if Quantity.END in wanted else ()
-        return tuple(self._sequence(pair_id, passes[last], targets, end_ids) for last, targets in scored.items())
+        end_ids = self.end_ids(pair.system)
+        return tuple(self._sequence(pair.pair_id, passes[last], targets, end_ids) for last, targets in scored.items())
 
     def _sequence(
         self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int], end_ids: tuple[int, ...]

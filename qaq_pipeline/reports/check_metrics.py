@@ -56,9 +56,13 @@ def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
 
 
 def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """Count the wanted quantities of Logprobs that are null, by reason."""
+    """Count the wanted quantities of Logprobs that are null, by reason. Ends of truncated answers are left out.
+
+    `truncated_answers` judges them.
+    """
     reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
-    wanted = reasons.filter(reasons.ne_missing(NullReason.NOT_WANTED.value))
+    judged_elsewhere = [NullReason.NOT_WANTED.value, NullReason.ANSWER_TRUNCATED.value]
+    wanted = reasons.filter(~reasons.is_in(judged_elsewhere).fill_null(value=False))
     counts = {"wanted": len(wanted), "null": wanted.count()}
     if wanted.is_empty():
         return Finding(True, "No pair was to be scored.", counts)

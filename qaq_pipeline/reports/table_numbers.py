@@ -88,13 +88,14 @@ def _speed(report: ScoringReport) -> Numbers:
 
 def of_rmi_scores(scores: pl.DataFrame) -> Numbers:
     """Report scorable pairs, null reasons, and the median of each score that has values."""
-    names = ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl")
+    names = ("rmi", "log_ppl_q", "log_ppl_q_given_a", "ifd_ppl", "nll_end")
     medians = {f"median_{name}": scores.select(pl.col(name).median().round(4)).item() for name in names}
     return {
         "scorable": scores.height - scores["rmi"].null_count(),
         "short_queries": int(scores["is_short_query"].sum()),
         "null_reasons_rmi": count_by(scores["null_reason_rmi"]),
         "null_reasons_ifd": count_by(scores["null_reason_ifd"]),
+        "null_reasons_end": count_by(scores["null_reason_end"]),
         **{name: value for name, value in medians.items() if value is not None},
     }
 

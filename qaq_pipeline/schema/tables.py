@@ -221,7 +221,7 @@ class CachedScores(_PairScores):
     num_tokens = _count("Number of scored tokens. The mean is the sum divided by it.")
     end_ids = dy.String(
         regex=r"^(\d+( \d+)*)?$",
-        description="For `end`: ids of the end tokens, whose joint probability it is. Else empty.",
+        description="For `end`: ids of the end tokens, any of which may come next. Otherwise empty.",
     )
     null_reason = _null_reason("sum_nll")
 
@@ -233,7 +233,9 @@ class Logprobs(_PairScores):
     sum_nll_q_given_a = _nll("Q after the reverse prompt with A")
     sum_nll_a = _nll("A after an empty query, in the text of the forward pass (page: The method)")
     sum_nll_a_given_q = _nll("A after Q, in the text of the forward pass (page: The method)")
-    sum_nll_end = _nll("an end token right after A, in the reverse prompt")
+    sum_nll_end = _nats(
+        "-ln p that an end token comes right after A, in the reverse prompt. Null: see the null reason.", unit="nats"
+    )
     null_reason_q = _null_reason("sum_nll_q")
     null_reason_q_given_a = _null_reason("sum_nll_q_given_a")
     null_reason_a = _null_reason("sum_nll_a")
@@ -267,7 +269,7 @@ class RmiScores(_PairScores):
     )
     ifd_loss = dy.Float64(nullable=True, min=0.0, description="IFD as a ratio of losses: log PPL(A | Q) / log PPL(A).")
     nll_end = _nats(
-        "-ln p(end | A): low where the answer ends as the model expects, high where it is cut.", unit="nats"
+        "-ln p(end | A): low if the answer ends where the model expects it to, high if it was cut.", unit="nats"
     )
     null_reason_rmi = _null_reason("rmi")
     null_reason_ifd = _null_reason("ifd_ppl")
@@ -365,6 +367,11 @@ MODEL_SCORE = dy.Struct(
             nullable=True,
             description="Reason why RMI or IFD is null, if `scoring.quantities` asks for it (RMI's reason if both are "
             "null); otherwise null.",
+        ),
+        "null_reason_end": _closed(
+            NullReason,
+            nullable=True,
+            description="Reason why nll_end is null, if `scoring.quantities` asks for it; otherwise null.",
         ),
     }
 )

@@ -57,9 +57,7 @@ class Plan:
         """The argument `cached`: scores of the pairs, wanted or not."""
         self._known = set(cached.select("pair_id", "quantity", "num_tokens", "end_ids").iter_rows())
         self._window_pairs = window_pairs
-        known = {(pair_id, quantity) for pair_id, quantity, *_ in self._known if quantity in self._wanted}
-        counts = Counter(pair_id for pair_id, _ in known)
-        self._finished = {pair_id for pair_id, count in counts.items() if count == len(self._wanted)}
+        self._finished = self._without_work()
         self._pairs_left, self._characters_left = self._unfinished(pairs)
         self._pairs_planned = self._characters_planned = 0
         self.encoded: list[EncodedPair] = []
@@ -105,6 +103,21 @@ class Plan:
     def expected_sequences(self) -> int:
         """Forecast of all sequences to score, from the sequences per pair planned so far."""
         return _extrapolate(self.num_sequences, self._pairs_planned, self._pairs_left)
+
+    def _without_work(self) -> set[str]:
+        """Ids of the pairs whose wanted quantities are all cached, as far as can be known before tokenising.
+
+        An end scored with other end tokens than those of the default system text is to be scored again.
+        """
+        ends = " ".join(map(str, self._encoder.end_ids()))
+        wanted = self._wanted if ends else self._wanted - {Quantity.END}
+        known = {
+            (pair_id, quantity)
+            for pair_id, quantity, _, end_ids in self._known
+            if quantity in wanted and end_ids in ("", ends)
+        }
+        counts = Counter(pair_id for pair_id, _ in known)
+        return {pair_id for pair_id, count in counts.items() if count == len(wanted)}
 
     def _unfinished(self, pairs: Iterable[Pair]) -> tuple[int, int]:
         """Number and characters of the pairs that have wanted quantities outside the cache."""

@@ -15,7 +15,7 @@ from qaq_pipeline.config.settings import EligibilitySettings
 from qaq_pipeline.schema.tables import RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 
-_CARRIED = ("identity", "identity_after", "identity_hash", "frame", "template", "scoring", "scored_with")
+_CARRIED = ("identity", "identity_after", "identity_hash", "frame", "template", "end_ids", "scoring", "scored_with")
 
 
 def facts(logprobs: Mapping[str, Any], eligibility: EligibilitySettings) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class ModelRuntime:
             "frame": self._models[role].frame,
             "scoring": self._scoring.model_dump(mode="json", exclude={"quantities"}),
             "template": json.loads(model.encoder.template_text()),
+            "end_ids": list(model.encoder.end_ids()),
             "scored_with": list(report.scored_with),
         }
         if report.num_scored_quantities and not watch.is_unchanged():

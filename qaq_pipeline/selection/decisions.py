@@ -120,7 +120,9 @@ def _null_reason() -> pl.Expr:
 def _scores(candidates: pl.DataFrame) -> pl.DataFrame:
     """pair_id, pool_id, gap, rank_sum and `scores` of each pair."""
     of_pair = candidates.filter(pl.col("model") == "strong").select("pair_id", "pool_id", "gap", "rank_sum")
-    with_reasons = candidates.with_columns(null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")))
+    with_reasons = candidates.with_columns(
+        null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")), null_reason_end=_fault("end")
+    )
     return of_pair.join(to_lists(with_reasons, tables.MODEL_SCORE, "scores"), on="pair_id", validate="1:1")
 
 

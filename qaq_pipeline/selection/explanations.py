@@ -64,6 +64,8 @@ _WHY_NULL = {
     "such pairs unscored",
     NullReason.NO_TOKENS_TO_SCORE: "there is no token to score",
     NullReason.NON_FINITE: "a result is not a finite number",
+    NullReason.ANSWER_TRUNCATED: "the answer was truncated, so its end is unknown",
+    NullReason.NO_END_TOKEN: "no token ends a text or a turn",
     NullReason.OUT_OF_MEMORY: "the pair did not fit into memory, even alone",
     NullReason.TOO_FEW_QUERY_TOKENS: "the query has fewer tokens than eligibility.min_query_tokens",
 }

@@ -79,7 +79,7 @@ class ScoredBatch:
             "files": self.raw_data.provenance["files"],
             "models": identities(self.rmi_scores),
             "scored_by": {
-                role: {key: table.provenance[key] for key in ("frame", "template", "scored_with")}
+                role: {key: table.provenance[key] for key in ("frame", "template", "end_ids", "scored_with")}
                 for role, table in self.rmi_scores.items()
             },
         }

@@ -24,6 +24,7 @@ import yaml
 
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline_tests.end_to_end.test_real_models import SMOLLM2, demo_settings, model_cache, read_pairs
+from qaq_pipeline_tests.support.frames import TEXTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(3600)]
 
@@ -105,8 +106,9 @@ class Scoring:
 
 def means(table: pl.DataFrame) -> np.ndarray:
     """Mean NLL of each pair and quantity, by pair_id."""
-    counts = {q: "num_q_tokens" if q in (Quantity.Q, Quantity.Q_GIVEN_A) else "num_a_tokens" for q in Quantity}
-    return table.sort("pair_id").select(pl.col(f"sum_nll_{q}") / pl.col(n) for q, n in counts.items()).to_numpy()
+    counts = {q: "num_q_tokens" if q in (Quantity.Q, Quantity.Q_GIVEN_A) else "num_a_tokens" for q in TEXTS}
+    means = [pl.col(f"sum_nll_{q}") / pl.col(n) for q, n in counts.items()]
+    return table.sort("pair_id").select(*means, f"sum_nll_{Quantity.END}").to_numpy()
 
 
 def test_a_scoring_ended_25_times_is_the_undisturbed_one_and_repeats_less_than_a_shard_for_each(

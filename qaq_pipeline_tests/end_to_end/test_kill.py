@@ -23,9 +23,9 @@ from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.runs import deployment, registration, run_batch
 from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.conftest import write_jsonl
+from qaq_pipeline_tests.support.frames import TEXTS
 
 TABLES = PIPELINE.tables_of_batch(Purpose.CURATION)
 
@@ -33,12 +33,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 QAQ = Path(sys.executable).with_name("qaq")
 NUM_PAIRS = 160
-NUM_QUANTITIES = 4 * NUM_PAIRS
+NUM_QUANTITIES = 5 * NUM_PAIRS
 RUN_TOLERANCE = 1e-5
 UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 MODEL_TABLES = ("logprobs", "rmi_scores")
-LOG_PPLS = [f"log_ppl_{quantity}" for quantity in Quantity]
+NUMBERS = [*(f"log_ppl_{quantity}" for quantity in TEXTS), "nll_end"]
 
 
 @pytest.fixture
@@ -168,5 +168,5 @@ def compare(resumed: dict[str, pl.DataFrame], expected: dict[str, pl.DataFrame])
         assert frame.select(key).sort(key).equals(expected[name].select(key).sort(key)), name
     for role in ("strong", "weak"):
         ours, theirs = (frames[f"rmi_scores|{role}"].sort("pair_id") for frames in (resumed, expected))
-        for column in LOG_PPLS:
+        for column in NUMBERS:
             assert (ours[column] - theirs[column]).abs().max() <= RUN_TOLERANCE, column  # type: ignore[operator]

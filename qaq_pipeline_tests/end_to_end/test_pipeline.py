@@ -311,10 +311,10 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
     assert (fates[REPEATED_ROW], fates[REJECTED_ROW]) == ("duplicate", "rejected")
     assert table(settings, "logprobs", "b1", "strong").height == 18
     assert table(settings, "selected_subset")["position"].to_list() == [1, 2, 3, 4, 5]
-    assert first.scored == 2 * 4 * 18
+    assert first.scored == 2 * 5 * 18
     assert [model.cached for model in first.models] == [0, 0]
     assert first.is_new_version
-    assert (second.scored, [model.cached for model in second.models]) == (0, [4 * 18] * 2)
+    assert (second.scored, [model.cached for model in second.models]) == (0, [5 * 18] * 2)
     assert not second.is_new_version
     assert second.rows_by_decision == first.rows_by_decision
     assert stored_tables(settings) == before
@@ -701,7 +701,7 @@ class HandMadeRuntime:
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
         report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
-        provenance |= {"frame": "chat", "template": "chat", "scoring": self._scoring, "scored_with": []}
+        provenance |= {"frame": "chat", "template": "chat", "end_ids": [7], "scoring": self._scoring, "scored_with": []}
         return ScoredPairs(frame, report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
@@ -865,7 +865,7 @@ def test_a_second_batch_that_shares_pairs_scores_only_the_rest_and_its_metadata_
         assert _counted(instance, "b2", role) == {
             "pairs": 10,
             "pairs_scored": 4,
-            "quantities_scored": 4 * 4,
+            "quantities_scored": 5 * 4,
             "quantities_from_cache": 6 * 4,
         }
     changes: list[dict[str, Any]] = [
@@ -1115,13 +1115,13 @@ def test_a_model_that_changes_while_it_scores_gates_the_batch_and_leaves_no_scor
     assert "identity_after" not in provenance["strong"]
     before, after = provenance["weak"]["identity"], provenance["weak"]["identity_after"]
     assert {name for name in before if before[name] != after[name]} == {"revision"}
-    assert 0 < cached_before[0] < 4 * 18
+    assert 0 < cached_before[0] < 5 * 18
     assert _num_cached(storage, "weak") == cached_before[0]
 
     again = run_batch.run_batch(Deployment(settings, instance), "b1")
     assert {model.role: (model.scored, model.cached) for model in again.models} == {
-        "strong": (0, 4 * 18),
-        "weak": (4 * 18, 0),
+        "strong": (0, 5 * 18),
+        "weak": (5 * 18, 0),
     }
     assert again.rows_by_decision["selected"] == 5
     shutil.copy(tiny_model_dir(seed=1) / "model.safetensors", weak)

@@ -1,7 +1,8 @@
-"""The demo's two real models, in their demo frames: all four NLLs equal the naive ones, pair by pair.
+"""The demo's two real models, in their demo frames: all five NLLs equal the naive ones, pair by pair.
 
-The naive side is one sequence at a time, full logits, log-softmax in fp32, after contexts written out here as text.
-Tolerance: 1e-4 nats per token in fp32; two orders of the same sums differ by up to 4e-5 in these models.
+The naive side is one sequence at a time, full logits, log-softmax in fp32, after contexts and for end tokens written
+out here as text. Tolerance: 1e-4 nats per token in fp32; two orders of the same sums differ by up to 4e-5 in these
+models.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qaq_pipeline.ingest.records import read_file
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline_tests.support.naive import TASK, naive_nll
+from qaq_pipeline_tests.support.naive import TASK, naive_nll, naive_nll_of_any
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,16 +69,18 @@ class Frame:
             Quantity.Q_GIVEN_A: [self.before_a, answer, self.between_a_and_q],
             Quantity.A: [self.before_q, self.between_q_and_a],
             Quantity.A_GIVEN_Q: [self.before_q, query, self.between_q_and_a],
+            Quantity.END: [self.before_a, answer],
         }[quantity]
 
 
 @dataclass(frozen=True)
 class RealModel:
-    """A model of the demo: its file, and its frame by name and as text."""
+    """A model of the demo: its file, its frame by name and as text, and the tokens that end an answer."""
 
     gguf: str
     frame_name: str
     frame: Frame
+    ends: tuple[str, ...]
 
     def role(self, settings: Settings) -> str:
         """The role that the demo gives it."""
@@ -96,6 +99,7 @@ GEMMA = RealModel(
         between_a_and_q="\n\nProblem:\n",
         bare="<bos>",
     ),
+    ("<eos>", "<end_of_turn>"),
 )
 SMOLLM2 = RealModel(
     "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -107,6 +111,7 @@ SMOLLM2 = RealModel(
         between_a_and_q="<|im_end|>\n<|im_start|>assistant\n",
         bare="<|im_start|>",  # SmolLM2 names this token its BOS.
     ),
+    ("<|endoftext|>", "<|im_end|>"),
 )
 
 
@@ -117,12 +122,12 @@ def model_cache() -> Path:
 
 
 def demo_settings(**scoring: Any) -> Settings:
-    """The demo profile in fp32 on the CPU, with both scores wanted."""
+    """The demo profile in fp32 on the CPU, with all scores wanted."""
     text = (resources.files("qaq_pipeline") / "profiles" / "demo.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text) | {"model_cache": str(model_cache())}
     for model in values["models"].values():
         model |= {"dtype": "float32", "device": "cpu"}
-    values["scoring"] = values.get("scoring", {}) | {"quantities": ["rmi", "ifd"]} | scoring
+    values["scoring"] = values.get("scoring", {}) | {"quantities": ["rmi", "ifd", "end"]} | scoring
     return parse_settings(yaml.safe_dump(values), "demo.yaml")
 
 
@@ -148,14 +153,17 @@ class Naive:
     def ids(self, text: str, *, is_delivered: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=is_delivered)["input_ids"]
 
-    def mean_nll(self, pair: Pair, quantity: Quantity, prior: str, frame: Frame) -> tuple[float, int]:
+    def mean_nll(self, pair: Pair, quantity: Quantity, prior: str, model: RealModel) -> tuple[float, int]:
         """Mean NLL of the quantity, and how many tokens the forward pass had."""
-        pieces = frame.context(quantity, prior, pair.query, pair.answer)
+        pieces = model.frame.context(quantity, prior, pair.query, pair.answer)
         context: list[int] = []
         for piece in pieces:
             is_delivered = piece in (pair.query, pair.answer)
             text = piece if is_delivered else piece.replace(SYSTEM, pair.system or SYSTEM)
             context += self.ids(text, is_delivered=is_delivered)
+        if quantity is Quantity.END:
+            ends = [self.tokenizer.get_vocab()[token] for token in model.ends]
+            return naive_nll_of_any(self.model, context, ends), len(context)
         target = self.ids(pair.query if quantity in QUERY_SIDE else pair.answer, is_delivered=True)
         return naive_nll(self.model, context, target) / len(target), len(context) + len(target)
 
@@ -207,9 +215,10 @@ def compare(
     for pair in pairs:
         row = rows[pair.pair_id]
         for quantity in quantities:
-            expected, tokens = naive.mean_nll(pair, quantity, settings.scoring.prior, model.frame)
+            expected, tokens = naive.mean_nll(pair, quantity, settings.scoring.prior, model)
             num_tokens += tokens
-            count = row["num_q_tokens" if quantity in QUERY_SIDE else "num_a_tokens"]
+            counted = "num_q_tokens" if quantity in QUERY_SIDE else "num_a_tokens"
+            count = 1 if quantity is Quantity.END else row[counted]
             assert row[f"null_reason_{quantity}"] is None
             largest[quantity] = max(largest[quantity], abs(row[f"sum_nll_{quantity}"] / count - expected))
     seconds = time.monotonic() - started
@@ -226,7 +235,7 @@ def compare(
     return largest
 
 
-def test_all_four_nlls_of_real_pairs_equal_the_naive_ones(
+def test_all_five_nlls_of_real_pairs_equal_the_naive_ones(
     real_model: tuple[RealModel, Naive], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     pairs = read_pairs()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from qaq_pipeline.lm import lm_head
-from qaq_pipeline.lm.lm_head import batch_logprobs, target_positions, token_logprobs
+from qaq_pipeline.lm.lm_head import batch_logprobs, target_ids, target_positions, token_logprobs
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema.vocabularies import Quantity
 
@@ -112,7 +112,7 @@ def test_token_logprobs_are_no_worse_than_the_naive_log_softmax(dtype: torch.dty
     targets_N = torch.randint(0, 5000, (64,), generator=generator)
     rows = torch.arange(64)
 
-    fast_N = token_logprobs(logits_NV, targets_N)
+    fast_N = token_logprobs(logits_NV, targets_N[:, None])
     naive_N = torch.log_softmax(logits_NV.float(), -1)[rows, targets_N]
     exact_N = torch.log_softmax(logits_NV.double(), -1)[rows, targets_N]
 
@@ -139,13 +139,45 @@ def test_the_logsumexp_by_blocks_equals_the_one_in_one_piece(
 
 
 def test_token_logprobs_of_equal_logits_are_minus_the_log_of_the_vocabulary() -> None:
-    assert token_logprobs(torch.full((1, 8), 3.0), torch.tensor([5])).item() == pytest.approx(-math.log(8))
+    assert token_logprobs(torch.full((1, 8), 3.0), torch.tensor([[5]])).item() == pytest.approx(-math.log(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_the_logprob_of_any_of_several_tokens_is_that_of_their_sum(dtype: torch.dtype, scale: float) -> None:
+    """Rows with one, two and three tokens; -1, and an id that the vocabulary does not have, are no tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = (torch.randn(4, 50, generator=generator) * scale).to(dtype)
+    rows = [[3], [3, 49], [0, 7, 20], [7]]
+    targets_NK = torch.tensor([[3, -1, -1], [3, 49, -1], [0, 7, 20], [50, 7, 9999]])
+    probabilities_NV = torch.softmax(logits_NV.double(), -1)
+    exact = [math.log(math.fsum(probabilities_NV[n, row].tolist())) for n, row in enumerate(rows)]
+    torch.testing.assert_close(token_logprobs(logits_NV, targets_NK).double(), torch.tensor(exact).double())
+
+
+def test_a_token_beside_longer_rows_has_the_value_that_it_has_alone() -> None:
+    logits_NV = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 20
+    targets_N = torch.tensor([0, 3, 9, 20, 48, 49])
+    padded_NK = torch.nn.functional.pad(targets_N[:, None], (0, 3), value=-1)
+    assert torch.equal(token_logprobs(logits_NV, padded_NK), token_logprobs(logits_NV, targets_N[:, None]))
+
+
+def test_of_no_token_at_all_the_probability_is_zero() -> None:
+    assert token_logprobs(torch.randn(1, 8), torch.tensor([[-1, 8]])).item() == -math.inf
+
+
+def test_target_ids_are_those_of_the_text_or_the_end_tokens_in_the_order_of_the_positions() -> None:
+    text = sequence([1, 2, 3, 4, 5], (3, 5), (1, 2))
+    end = TokenSequence("p", [6, 7, 8], (Target(Quantity.END, 1, 2, any_of=(20, 30)), Target(Quantity.Q, 2, 3)))
+    assert target_ids([text]).tolist() == [[4], [5], [2]]
+    assert target_ids([end, text]).tolist() == [[20, 30], [8, -1], [4, -1], [5, -1], [2, -1]]
+    assert target_ids([]).shape == (0, 1)
 
 
 def test_token_logprobs_leave_their_input_alone() -> None:
     logits_NV = torch.randn(4, 9)
     before = logits_NV.clone()
-    token_logprobs(logits_NV, torch.tensor([0, 1, 2, 3]))
+    token_logprobs(logits_NV, torch.tensor([[0], [1], [2], [3]]))
     assert torch.equal(logits_NV, before)
 
 
@@ -160,7 +192,7 @@ def test_token_logprobs_leave_their_input_alone() -> None:
     ],
 )
 def test_what_is_not_finite_stays_visibly_so(logits: list[float], target: int, expected: float) -> None:
-    value = token_logprobs(torch.tensor([logits]), torch.tensor([target])).item()
+    value = token_logprobs(torch.tensor([logits]), torch.tensor([[target]])).item()
     # An infinite logit yields -inf or NaN, never a finite number.
     assert value == expected or (math.isnan(expected) and not math.isfinite(value))
 

@@ -70,6 +70,22 @@ def rewrite(path: Path, data: bytes) -> None:
     os.utime(path, ns=(later, later))
 
 
+# --- end tokens ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [('{"eos_token_id": 7}', [7]), ('{"eos_token_id": [12, 7]}', [12, 7]), ('{"eos_token_id": null}', []), ("{}", [])],
+)
+def test_the_tokens_at_which_generation_stops_are_an_id_or_a_list(
+    config: str, expected: list[int], tmp_path: Path
+) -> None:
+    files = ModelFiles("m", tmp_path, "files:0")
+    assert files.generated_ends() == [], "without the file"
+    (tmp_path / "generation_config.json").write_text(config)
+    assert files.generated_ends() == expected
+
+
 # --- directories -----------------------------------------------------------------------------------------------------
 
 

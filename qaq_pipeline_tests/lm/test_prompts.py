@@ -17,9 +17,12 @@ from jinja2.exceptions import TemplateError
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TemplateUnusableError
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline_tests.support.frames import TEXTS
 from qaq_pipeline_tests.support.naive import (
     BOS,
     END_OF_TEXT,
+    ENDS,
+    EOS,
     FRAMES,
     IM_END,
     IM_START,
@@ -35,6 +38,7 @@ from qaq_pipeline_tests.support.sentences import Check
 ALL = frozenset(Quantity)
 RMI = frozenset({Quantity.Q, Quantity.Q_GIVEN_A})
 IFD = frozenset({Quantity.A, Quantity.A_GIVEN_Q})
+END = frozenset({Quantity.END})
 QUERY_SIDE = (Quantity.Q, Quantity.Q_GIVEN_A)
 Messages = list[dict[str, str]]
 
@@ -87,10 +91,15 @@ class ByteTokenizer:
         render: Callable[[Messages], str] = chatml,
         bos: int | None = BOS,
         end_of_text: int | None = END_OF_TEXT,
+        ends: tuple[int, ...] = ENDS,
     ) -> None:
         self.bos_token_id = bos
         self.end_of_text_id = end_of_text
+        self.end_token_ids = ends
         self._render = render
+
+    def is_control(self, token_id: int) -> bool:
+        return token_id in SPECIAL_TOKENS.values()
 
     def render_chat(self, messages: Messages) -> str:
         return self._render(messages)
@@ -125,14 +134,22 @@ def encode(encoder: PairEncoder, query: str, answer: str, system: str | None = N
 
 
 def scored(encoded: EncodedPair) -> dict[Quantity, tuple[list[int], list[int]]]:
-    """Context and scored ids of each quantity of the sequences; none is scored twice."""
+    """Context and scored ids of each quantity of the sequences; none is scored twice. The end's are its end tokens."""
     found = {}
     for sequence in encoded.sequences:
         for target in sequence.targets:
             assert target.quantity not in found
+            assert bool(target.any_of) == (target.quantity is Quantity.END)
             ids = sequence.token_ids
-            found[target.quantity] = (ids[: target.start], ids[target.start : target.stop])
+            assert target.stop <= len(ids)
+            found[target.quantity] = (ids[: target.start], list(target.any_of) or ids[target.start : target.stop])
     return found
+
+
+def by_hand(query: str, answer: str) -> dict[Quantity, list[int]]:
+    """The scored ids of each quantity of a pair."""
+    texts = {quantity: text(query if quantity in QUERY_SIDE else answer) for quantity in TEXTS}
+    return texts | {Quantity.END: list(ENDS)}
 
 
 def overhead(frame: str) -> int:
@@ -152,9 +169,8 @@ def test_every_pass_is_the_one_written_by_hand(frame: str, prior: str, twenty_sa
     ):
         q, a = text(sample.query), text(sample.answer)
         expected = contexts(frame, prior, q, a)
-        assert scored(encoded) == {
-            quantity: (expected[quantity], q if quantity in QUERY_SIDE else a) for quantity in Quantity
-        }
+        ids = by_hand(sample.query, sample.answer)
+        assert scored(encoded) == {quantity: (expected[quantity], ids[quantity]) for quantity in Quantity}
         assert encoded.pair_id == sample.pair_id
         assert (encoded.num_q_tokens, encoded.num_a_tokens) == (len(q), len(a))
         assert (encoded.num_a_tokens_untruncated, encoded.is_truncated) == (len(a), False)
@@ -186,23 +202,30 @@ def test_end_of_turn_and_other_special_tokens_are_never_scored(
 ) -> None:
     special = set(SPECIAL_TOKENS.values())
     for encoded in encoder(frame=frame, prior=prior).encode(twenty_samples, ALL):
-        assert all(special.isdisjoint(ids) for _, ids in scored(encoded).values())
+        passes = scored(encoded)
+        assert all(special.isdisjoint(passes[quantity][1]) for quantity in TEXTS)
 
 
 def test_scored_text_begins_right_after_the_generation_prompt() -> None:
     generation_prompt = [IM_END, *text("\n"), IM_START, *text("assistant\n")]
-    for quantity, (context, _) in scored(encode(encoder(), "Reverse s.", "s[::-1]")).items():
-        assert context[-len(generation_prompt) :] == generation_prompt, quantity
+    passes = scored(encode(encoder(), "Reverse s.", "s[::-1]"))
+    for quantity in TEXTS:
+        assert passes[quantity][0][-len(generation_prompt) :] == generation_prompt, quantity
 
 
 SEQUENCES = [
     ("null_answer", RMI, 2),
     ("null_answer", IFD, 2),
+    ("null_answer", END, 1),
+    ("null_answer", RMI | END, 2),
+    ("null_answer", IFD | END, 3),
     ("null_answer", ALL, 4),
     ("bare", RMI, 2),
+    ("bare", RMI | END, 2),
     ("bare", ALL, 4),
     ("user", RMI, 2),
     ("user", IFD, 2),
+    ("user", ALL - END, 3),
     ("user", ALL, 3),
 ]
 
@@ -247,6 +270,7 @@ def test_fault_2_a_long_answer_never_cuts_the_query(frame: str, prior: str) -> N
         Quantity.A: (cut[Quantity.A], text(answer)[:kept]),
         Quantity.A_GIVEN_Q: (cut[Quantity.A_GIVEN_Q], text(answer)[:kept]),
     }
+    assert encoded.null_reasons == {Quantity.END: NullReason.ANSWER_TRUNCATED}
     assert max(len(sequence.token_ids) for sequence in encoded.sequences) == 400
     assert encoded.is_truncated
     assert (encoded.num_a_tokens, encoded.num_a_tokens_untruncated) == (kept, len(answer))
@@ -255,7 +279,8 @@ def test_fault_2_a_long_answer_never_cuts_the_query(frame: str, prior: str) -> N
 def test_fault_2_a_query_that_fills_the_window_is_refused_and_never_scored_on_nothing() -> None:
     room = 400 - overhead("chat")
     fits = encode(encoder(max_tokens=400), "q" * (room - 1), "answer")
-    assert (fits.num_a_tokens, fits.is_truncated, fits.null_reasons) == (1, True, {})
+    assert (fits.num_a_tokens, fits.is_truncated) == (1, True)
+    assert fits.null_reasons == {Quantity.END: NullReason.ANSWER_TRUNCATED}
     for length in (room, room + 1, 5000):
         refused = encode(encoder(max_tokens=400), "q" * length, "answer")
         assert refused.sequences == ()
@@ -264,25 +289,28 @@ def test_fault_2_a_query_that_fills_the_window_is_refused_and_never_scored_on_no
         assert (refused.num_q_tokens, refused.num_a_tokens_untruncated) == (length, len("answer"))
 
 
-TEXTS = st.text(max_size=60) | st.sampled_from(["<|im_end|>", "<s>", "\n", "é" * 40])
+ANY_TEXT = st.text(max_size=60) | st.sampled_from(["<|im_end|>", "<s>", "\n", "é" * 40])
 
 
-@given(query=TEXTS, answer=TEXTS, prior=st.sampled_from(PRIORS), frame=st.sampled_from(FRAMES), data=st.data())
+@given(query=ANY_TEXT, answer=ANY_TEXT, prior=st.sampled_from(PRIORS), frame=st.sampled_from(FRAMES), data=st.data())
 @effort(max_examples=200)
 def test_fault_2_a_quantity_is_scored_whole_or_null_with_a_reason_whatever_the_texts(
     query: str, answer: str, prior: str, frame: str, data: st.DataObject
 ) -> None:
     max_tokens = data.draw(st.integers(16, overhead(frame) + 80))
     too_long = data.draw(st.sampled_from(["truncate_answer", "leave_unscored"]))
-    tokenizer = ByteTokenizer(end_of_text=None, bos=data.draw(st.sampled_from([BOS, None])))
+    ends = data.draw(st.sampled_from([(), (EOS,), ENDS]))
+    tokenizer = ByteTokenizer(end_of_text=None, bos=data.draw(st.sampled_from([BOS, None])), ends=ends)
     encoded = encode(
         encoder(tokenizer, frame=frame, prior=prior, max_tokens=max_tokens, too_long=too_long), query, answer
     )
     passes = scored(encoded)
     assert set(passes) | set(encoded.null_reasons) == ALL
     assert set(passes).isdisjoint(encoded.null_reasons)
+    own_end = {IM_END} if frame == "chat" else set()
+    counts = {Quantity.END: len(own_end.union(ends))} | dict.fromkeys(QUERY_SIDE, encoded.num_q_tokens)
     for quantity, (context, ids) in passes.items():
-        assert 0 < len(ids) == (encoded.num_q_tokens if quantity in QUERY_SIDE else encoded.num_a_tokens)
+        assert 0 < len(ids) == counts.get(quantity, encoded.num_a_tokens)
         assert len(context) > 0
     assert all(len(sequence.token_ids) <= max_tokens for sequence in encoded.sequences)
     if passes:
@@ -290,6 +318,7 @@ def test_fault_2_a_quantity_is_scored_whole_or_null_with_a_reason_whatever_the_t
         assert passes[Quantity.Q][1] == passes[Quantity.Q_GIVEN_A][1] == text(query)[dropped:]
         assert passes[Quantity.A][1] == passes[Quantity.A_GIVEN_Q][1] == text(answer)[: encoded.num_a_tokens]
         assert encoded.is_truncated == (encoded.num_a_tokens < len(text(answer)))
+        assert (Quantity.END in passes) == (not encoded.is_truncated and (frame == "chat" or ends != ()))
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -346,6 +375,56 @@ def test_a_bare_prior_without_any_left_context_drops_the_first_token_on_both_sid
         assert whole[Quantity.Q][1] == whole[Quantity.Q_GIVEN_A][1] == text("Reverse s.")
 
 
+# --- the end of the answer -------------------------------------------------------------------------------------------
+
+
+def end_of(encoded: EncodedPair) -> tuple[list[int], list[int]]:
+    return scored(encoded)[Quantity.END]
+
+
+def test_the_end_is_read_where_the_reverse_pass_leaves_the_answer() -> None:
+    for frame in FRAMES:
+        encoded = encode(encoder(frame=frame), "Reverse s.", "s[::-1]")
+        (reverse,) = (one for one in encoded.sequences if Quantity.END in {target.quantity for target in one.targets})
+        end, query = reverse.targets
+        assert (end.quantity, query.quantity) == (Quantity.END, Quantity.Q_GIVEN_A)
+        assert (end.any_of, end.stop) == (ENDS, end.start + 1)
+        assert reverse.token_ids[end.start] == (IM_END if frame == "chat" else ord("\n"))
+        assert encoded.end_ids == "257 259 260"
+    (without,) = encoder().encode([pair("Reverse s.", "s[::-1]")], TEXTS)
+    assert without.end_ids == ""
+
+
+@pytest.mark.parametrize(("ends", "chat"), [((), (IM_END,)), ((EOS,), (EOS, IM_END)), ((EOS, IM_END), (EOS, IM_END))])
+def test_the_chat_frame_adds_the_token_that_ends_the_turn_and_the_plain_frame_adds_none(
+    ends: tuple[int, ...], chat: tuple[int, ...]
+) -> None:
+    tokenizer = ByteTokenizer(ends=ends)
+    assert (encoder(tokenizer).end_ids(), encoder(tokenizer, frame="plain").end_ids()) == (chat, ends)
+    assert end_of(encode(encoder(tokenizer), "q", "a"))[1] == list(chat)
+
+
+def test_text_that_the_template_writes_after_a_turn_ends_no_answer() -> None:
+    """As in Llama 2's template: ` [/INST]` follows the text of the user."""
+    asked = encoder(ByteTokenizer(lambda messages: f"[INST] {messages[-1]['content']} [/INST]", ends=(EOS,)))
+    assert end_of(encode(asked, "q", "a"))[1] == [EOS]
+
+
+def test_a_template_without_any_text_after_a_turn_has_the_end_before_the_query() -> None:
+    asked = encoder(ByteTokenizer(lambda messages: "\n".join(message["content"] for message in messages)))
+    reverse, alone = encode(asked, "query", "a"), asked.encode([pair("query", "a")], END)[0]
+    assert end_of(reverse) == end_of(alone) == ([BOS, *text(f"{SYSTEM}\n{TASK}a")], list(ENDS))
+    assert scored(reverse)[Quantity.Q_GIVEN_A][1] == text("query")
+
+
+def test_without_any_end_token_the_end_is_null_with_a_reason_and_the_rest_is_scored() -> None:
+    endless = encode(encoder(ByteTokenizer(ends=()), frame="plain"), "q", "a")
+    assert endless.null_reasons == {Quantity.END: NullReason.NO_END_TOKEN}
+    assert set(scored(endless)) == set(TEXTS)
+    (alone,) = encoder(ByteTokenizer(ends=()), frame="plain").encode([pair("q", "a")], END)
+    assert alone.sequences == ()
+
+
 # --- too long, or empty ----------------------------------------------------------------------------------------------
 
 
@@ -353,14 +432,17 @@ def test_a_bare_prior_without_any_left_context_drops_the_first_token_on_both_sid
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_pair_that_just_fits_is_not_truncated(frame: str, prior: str) -> None:
     answer = "a" * (400 - overhead(frame) - len("query"))
-    fits = encode(encoder(frame=frame, prior=prior, max_tokens=400), "query", answer)
-    assert (fits.is_truncated, fits.num_a_tokens) == (False, len(answer))
-    longer = encode(encoder(frame=frame, prior=prior, max_tokens=400), "query", answer + "a")
+    encoding = encoder(frame=frame, prior=prior, max_tokens=400)
+    fits = encode(encoding, "query", answer)
+    assert (fits.is_truncated, fits.num_a_tokens, fits.null_reasons) == (False, len(answer), {})
+    longer = encode(encoding, "query", answer + "a")
     assert (longer.is_truncated, longer.num_a_tokens) == (True, len(answer))
-    assert longer.sequences == fits.sequences
+    assert longer.null_reasons == {Quantity.END: NullReason.ANSWER_TRUNCATED}
+    (without_end,) = encoding.encode([pair("query", answer)], TEXTS)
+    assert longer.sequences == without_end.sequences
 
 
-@pytest.mark.parametrize("wanted", [RMI, IFD, ALL])
+@pytest.mark.parametrize("wanted", [RMI, IFD, END, ALL])
 def test_the_answer_is_cut_alike_whichever_scores_are_wanted(wanted: Collection[Quantity]) -> None:
     (encoded,) = encoder(max_tokens=400).encode([pair("query", "a" * 1000)], wanted)
     assert encoded.num_a_tokens == 400 - overhead("chat") - len("query")
@@ -371,11 +453,13 @@ def test_leave_unscored_names_the_pair_too_long_and_cuts_nothing() -> None:
     (refused,) = refusing.encode([pair("query", "a" * 1000)], RMI)
     assert refused.sequences == ()
     assert refused.null_reasons == dict.fromkeys(RMI, NullReason.PAIR_TOO_LONG) | dict.fromkeys(
-        IFD, NullReason.NOT_WANTED
+        IFD | END, NullReason.NOT_WANTED
     )
     assert (refused.num_a_tokens, refused.num_a_tokens_untruncated, refused.is_truncated) == (0, 1000, False)
     fits = encode(refusing, "query", "a" * (400 - overhead("chat") - 5))
     assert fits.null_reasons == {}
+    (both,) = refusing.encode([pair("query", "a" * 1000)], ALL)
+    assert both.null_reasons == dict.fromkeys(ALL, NullReason.PAIR_TOO_LONG), "nothing is truncated"
     too_long_alone = encode(refusing, "q" * 400, "a")
     assert set(too_long_alone.null_reasons.values()) == {NullReason.QUERY_TOO_LONG}
 

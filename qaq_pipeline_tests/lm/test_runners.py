@@ -34,7 +34,7 @@ from qaq_pipeline.lm.runners import (
     pad_right,
 )
 from qaq_pipeline.schema.vocabularies import Quantity
-from qaq_pipeline_tests.support.naive import VOCABULARY_SIZE, naive_logprobs
+from qaq_pipeline_tests.support.naive import VOCABULARY_SIZE, naive_logprob_of_any, naive_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,8 +151,25 @@ def continued(prefix: int, length: int) -> TokenSequence:
     return sequence(ids, *spans, num_shared=PREFIX - 1)
 
 
+def ending(one: TokenSequence, *any_of: int, at: int) -> TokenSequence:
+    """The sequence with one more target: any of these tokens right at that position, in the place of its own."""
+    end = Target(Quantity.END, at, at + 1, any_of)
+    return dataclasses.replace(one, targets=(*one.targets, end))
+
+
+def ended_sequences() -> list[TokenSequence]:
+    """Sequences that ask for one or several end tokens: beside other targets or alone, in the middle or last."""
+    return [
+        ending(continued(0, 20), 2, at=PREFIX + 10),
+        ending(continued(0, 9), 2, 7, 299, at=PREFIX),
+        ending(sequence([*random_ids(PREFIX, 1001), 2], num_shared=PREFIX - 1), 0, 2, at=PREFIX),
+        ending(sequence(random_ids(12, 8), (1, 12)), 5, 6, 7, 8, at=11),
+        ending(sequence(random_ids(20, 9)), 2, at=1),
+    ]
+
+
 def mixed_sequences() -> list[TokenSequence]:
-    """Sequences with two shared prefixes, with a unique one, and with none; targets in either order."""
+    """Sequences with two shared prefixes, with a unique one, and with none; targets in either order, and ends."""
     alone = random_ids(45, 5)
     return [
         *(continued(0, length) for length in (60, 1, 17)),
@@ -160,6 +177,7 @@ def mixed_sequences() -> list[TokenSequence]:
         *(continued(1, length) for length in (3, 40)),
         sequence(random_ids(2, 6), (1, 2)),
         continued(2, 30),
+        *ended_sequences(),
     ]
 
 
@@ -170,10 +188,13 @@ def unshared(sequences: list[TokenSequence]) -> list[TokenSequence]:
 def naive_scores(model: Any, sequences: list[TokenSequence]) -> list[list[torch.Tensor]]:
     """Each target alone, from the model's own full logits, without a cache, which makes linear attention inexact."""
     model.config.use_cache = False
-    return [
-        [naive_logprobs(model, one.token_ids[: t.start], one.token_ids[t.start : t.stop]) for t in one.targets]
-        for one in sequences
-    ]
+    return [[naive_score(model, one.token_ids, target) for target in one.targets] for one in sequences]
+
+
+def naive_score(model: Any, ids: list[int], target: Target) -> torch.Tensor:
+    if target.any_of:
+        return naive_logprob_of_any(model, ids[: target.start], target.any_of)
+    return naive_logprobs(model, ids[: target.start], ids[target.start : target.stop])
 
 
 @functools.cache
@@ -220,6 +241,18 @@ def test_own_logits_are_cut_to_targets_where_the_model_cannot_do_so() -> None:
     model = tiny("llama")
     model.__class__ = WholeLlama
     assert_same(runner_of(OwnLogitsRunner, model)(mixed_sequences()), naive_mixed("llama"))
+
+
+@pytest.mark.parametrize("kind", [PackedRunner, PaddedRunner, OwnLogitsRunner])
+def test_the_token_that_stands_at_an_end_does_not_matter(kind: Callable[[Any], runners.Runner]) -> None:
+    """And neither do the tokens after it, if nothing after it is scored."""
+    score, (one, *_) = runner_of(kind, tiny("gemma2")), ended_sequences()
+    end = one.targets[-1]
+    only_end = dataclasses.replace(one, targets=(end,))
+    cut = dataclasses.replace(only_end, token_ids=one.token_ids[: end.stop])
+    others = [dataclasses.replace(cut, token_ids=[*cut.token_ids[:-1], token]) for token in (0, *end.any_of, 299)]
+    ((expected,), *found) = score([only_end, cut, *others])
+    assert_same([values for (values,) in found], [expected] * len(found), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [PackedRunner, PaddedRunner, OwnLogitsRunner])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from qaq_pipeline.lm.runners import UnsupportedModelError
 from qaq_pipeline.lm.tokenizer import HfTokenizer, load_tokenizer
 from qaq_pipeline_tests.conftest import TEMPLATES
 from qaq_pipeline_tests.lm.test_causal_lm import files, model_settings
-from qaq_pipeline_tests.support.naive import BOS, END_OF_TEXT, IM_END, IM_START, text
+from qaq_pipeline_tests.support.naive import BOS, END_OF_TEXT, ENDS, EOS, IM_END, IM_START, SPECIAL_TOKENS, text
 from qaq_pipeline_tests.support.sentences import Check
 
 
@@ -40,8 +42,35 @@ def test_bos_and_end_of_text_are_those_of_the_tokenizer(tiny_model_dir: Callable
 @pytest.mark.parametrize("eos_token_id", [7, None])
 def test_without_a_named_end_of_text_token_the_end_of_sequence_token_stands_for_it(eos_token_id: int | None) -> None:
     tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=eos_token_id)
+    tokenizer.added_tokens_decoder = {}
     tokenizer.get_vocab = lambda: {"<|im_end|>": 7, "a": 1}
     assert HfTokenizer(tokenizer).end_of_text_id == eos_token_id
+
+
+def test_the_end_tokens_are_those_of_the_names_of_the_tokenizer_and_of_the_generation_config(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    for stops, expected in ((EOS, ENDS), ([IM_START, END_OF_TEXT], tuple(sorted({*ENDS, IM_START}))), (None, ENDS)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        assert load_tokenizer(model_settings(), files(folder), tmp_path).end_token_ids == expected
+    (folder / "generation_config.json").unlink()
+    assert load_tokenizer(model_settings(), files(folder), tmp_path).end_token_ids == ENDS
+
+
+def test_an_ordinary_token_that_is_named_like_an_end_token_ends_nothing() -> None:
+    tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=None)
+    tokenizer.get_vocab = lambda: {"</s>": 3, "<eos>": 4, "<|im_end|>": 7, "a": 1}
+    tokenizer.added_tokens_decoder = {4: SimpleNamespace(special=False), 7: SimpleNamespace(special=True)}
+    found = HfTokenizer(tokenizer)
+    assert found.end_token_ids == (7,)
+    assert [found.is_control(token_id) for token_id in (1, 3, 4, 7)] == [False, False, False, True]
+
+
+def test_special_tokens_are_control_tokens_and_bytes_are_not(tiny_model_dir: Callable[..., Path]) -> None:
+    tokenizer = tokenizer_of(tiny_model_dir())
+    assert all(map(tokenizer.is_control, SPECIAL_TOKENS.values()))
+    assert not any(map(tokenizer.is_control, range(256)))
 
 
 def test_a_slow_tokenizer_is_refused(check_sentence: Check) -> None:

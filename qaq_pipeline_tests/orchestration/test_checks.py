@@ -23,6 +23,7 @@ from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, dtypes
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.tables import StoredTable
@@ -39,8 +40,8 @@ TWO_STRATA = RankingSettings.model_validate({"num_strata": 2, "min_rows_per_stra
 
 
 def logprob_rows(*rows: dict[str, Any]) -> pl.DataFrame:
-    """Logprobs of the pairs 1, 2, 3, …, all four quantities scored, with the given changes."""
-    scored = {f"sum_nll_{quantity}": 5.0 for quantity in ("q", "q_given_a", "a", "a_given_q")} | {
+    """Logprobs of the pairs 1, 2, 3, …, all quantities scored, with the given changes."""
+    scored = {f"sum_nll_{quantity}": 5.0 for quantity in Quantity} | {
         "num_q_tokens": 7,
         "num_a_tokens": 11,
         "num_a_tokens_untruncated": 11,
@@ -107,7 +108,7 @@ def test_screened_rows_are_shares_of_the_batch_and_its_gate_is_named() -> None:
 
 def test_null_quantities_are_a_share_of_the_wanted_ones() -> None:
     unwanted = {"sum_nll_a": None, "null_reason_a": "not_wanted", "sum_nll_a_given_q": None}
-    unwanted |= {"null_reason_a_given_q": "not_wanted"}
+    unwanted |= {"null_reason_a_given_q": "not_wanted", "sum_nll_end": None, "null_reason_end": "not_wanted"}
     failed = {"sum_nll_q": None, "null_reason_q": "query_too_long"}
     failed |= {"sum_nll_q_given_a": None, "null_reason_q_given_a": "non_finite"}
     frame = logprob_rows(unwanted, unwanted, unwanted, unwanted | failed)
@@ -121,6 +122,16 @@ def test_null_quantities_are_a_share_of_the_wanted_ones() -> None:
     }
     assert not check_metrics.null_quantities(frame, 0.24).passed
     assert not check_metrics.null_quantities(frame, LIMITS.max_null_logprob_share).passed
+
+
+def test_the_ends_of_truncated_answers_are_neither_null_nor_wanted_for_the_check_of_nulls() -> None:
+    """The check of truncated answers judges them. Any other reason of an end counts."""
+    cut = {"sum_nll_end": None, "null_reason_end": "answer_truncated", "is_truncated": True}
+    endless = {"sum_nll_end": None, "null_reason_end": "no_end_token"}
+    found = check_metrics.null_quantities(logprob_rows(cut, cut, {}), 0.0)
+    assert (found.passed, found.numbers["wanted"], found.numbers["null"]) == (True, 13, 0)
+    found = check_metrics.null_quantities(logprob_rows(cut, endless), 0.0)
+    assert (found.passed, found.numbers["null_by_reason"]) == (False, {"no_end_token": 1})
 
 
 def test_truncated_answers_are_a_share_of_the_pairs() -> None:
@@ -344,7 +355,7 @@ def test_a_run_makes_every_check_once_for_its_partition_and_none_blocks(
     assert summary.warnings == []
 
     assert numbers(found["raw_data.rows_can_be_read|b1"])["rejected_share"] == 0.0
-    assert numbers(found["logprobs.few_nulls|b1|weak"])["wanted_weak"] == 4 * 20
+    assert numbers(found["logprobs.few_nulls|b1|weak"])["wanted_weak"] == 5 * 20
     assert numbers(found["disagreement_scores.strata_are_filled|b1"]) == {
         "num_strata": 2,
         "fewest_rows_in_a_stratum": 10,

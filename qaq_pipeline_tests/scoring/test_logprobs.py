@@ -26,12 +26,23 @@ from qaq_pipeline.lm.tokenizer import load_tokenizer
 from qaq_pipeline.lm.workers import ScorerFacts, SequenceScorer
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Logprobs
-from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, score_pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline_tests.support.naive import BOS, FRAMES, PRIORS, SYSTEM, contexts, naive_nll, text
+from qaq_pipeline_tests.support.frames import TEXTS
+from qaq_pipeline_tests.support.naive import (
+    BOS,
+    ENDS,
+    FRAMES,
+    PRIORS,
+    SYSTEM,
+    contexts,
+    naive_nll,
+    naive_nll_of_any,
+    text,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,8 +145,9 @@ def scorings(settings_for: Callable[..., Settings], new_storage: Callable[[], St
 
 def means(frame: pl.DataFrame) -> pl.DataFrame:
     """Mean NLL of each quantity, by pair."""
-    counts = {q: "num_q_tokens" if q in QUERY_SIDE else "num_a_tokens" for q in Quantity}
-    return frame.select("pair_id", *(pl.col(f"sum_nll_{q}") / pl.col(count) for q, count in counts.items()))
+    counts = {q: "num_q_tokens" if q in QUERY_SIDE else "num_a_tokens" for q in TEXTS}
+    divided = (pl.col(f"sum_nll_{q}") / pl.col(count) for q, count in counts.items())
+    return frame.select("pair_id", *divided, f"sum_nll_{Quantity.END}")
 
 
 def assert_same_scores(one: pl.DataFrame, other: pl.DataFrame) -> None:
@@ -146,8 +158,9 @@ def assert_same_scores(one: pl.DataFrame, other: pl.DataFrame) -> None:
 def naive_means(model: Any, pair: Pair, frame: str, prior: str) -> dict[Quantity, float]:
     q, a = text(pair.query), text(pair.answer)
     before = contexts(frame, prior, q, a)
-    targets = {quantity: q if quantity in QUERY_SIDE else a for quantity in Quantity}
-    return {quantity: naive_nll(model, before[quantity], ids) / len(ids) for quantity, ids in targets.items()}
+    targets = {quantity: q if quantity in QUERY_SIDE else a for quantity in TEXTS}
+    texts = {quantity: naive_nll(model, before[quantity], ids) / len(ids) for quantity, ids in targets.items()}
+    return texts | {Quantity.END: naive_nll_of_any(model, before[Quantity.END], ENDS)}
 
 
 # --- the naive reference ---------------------------------------------------------------------------------------------
@@ -155,7 +168,7 @@ def naive_means(model: Any, pair: Pair, frame: str, prior: str) -> dict[Quantity
 
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("frame", FRAMES)
-def test_all_four_nlls_equal_the_naive_ones(
+def test_all_five_nlls_equal_the_naive_ones(
     frame: str,
     prior: str,
     scorings: Scorings,
@@ -172,7 +185,7 @@ def test_all_four_nlls_equal_the_naive_ones(
     assert scored["num_q_tokens"].to_list() == [len(text(pair.query)) for pair in pairs]
     assert scored["num_a_tokens"].to_list() == [len(text(pair.answer)) for pair in pairs]
     assert len(scorings.scored) > 1, "more than one batch"
-    assert report.num_scored_quantities == 4 * len(pairs)
+    assert report.num_scored_quantities == 5 * len(pairs)
 
 
 @pytest.mark.parametrize("beginning", [[], [BOS, BOS]])
@@ -263,11 +276,11 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
     second, second_report = scorings(twenty_samples)
     assert scorings.num_loads == 1
     assert_frame_equal(second, first)
-    assert (first_report.num_cached_quantities, first_report.num_scored_quantities) == (0, 80)
-    assert (second_report.num_cached_quantities, second_report.num_scored_quantities) == (80, 0)
+    assert (first_report.num_cached_quantities, first_report.num_scored_quantities) == (0, 100)
+    assert (second_report.num_cached_quantities, second_report.num_scored_quantities) == (100, 0)
     assert second_report == replace(
         first_report,
-        num_cached_quantities=80,
+        num_cached_quantities=100,
         num_scored_quantities=0,
         num_scored_pairs=0,
         num_sequences=0,
@@ -287,34 +300,68 @@ def test_only_pairs_that_are_new_are_scored(
 ) -> None:
     scorings(twenty_samples[5:12])
     scored, report = scorings(twenty_samples)
-    assert (report.num_cached_quantities, report.num_scored_quantities) == (28, 52)
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (35, 65)
     known = {pair.pair_id for pair in twenty_samples[5:12]}
     assert known.isdisjoint(sequence.pair_id for batch in scorings.scored for sequence in batch)
     assert_same_scores(scored, reference)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("first", ["rmi", "ifd"])
-def test_asked_for_one_score_first_and_then_for_both_only_the_rest_is_scored(
+@pytest.mark.parametrize("first", ["rmi", "ifd", "end"])
+def test_asked_for_one_score_first_and_then_for_all_only_the_rest_is_scored(
     first: str,
     prior: str,
     scorings: Scorings,
     new_storage: Callable[[], Storage],
     twenty_samples: list[Pair],
 ) -> None:
-    selections = [{"name": "any", "strategy": {"rmi": "rmi_top", "ifd": "ifd"}[first]}]
-    half, half_report = scorings(twenty_samples, scoring={"quantities": [first], "prior": prior}, selections=selections)
-    rest = {"rmi": ("a", "a_given_q"), "ifd": ("q", "q_given_a")}[first]
+    selections = [{"name": "any", "strategy": "length"}]
+    part, part_report = scorings(twenty_samples, scoring={"quantities": [first], "prior": prior}, selections=selections)
+    rest = set(Quantity).difference(QUANTITIES_OF[first])
     for quantity in rest:
-        assert half[f"null_reason_{quantity}"].unique().to_list() == [NullReason.NOT_WANTED.value]
-    both, report = scorings(twenty_samples, scoring={"prior": prior})
-    assert (half_report.num_scored_quantities, half_report.num_sequences) == (40, 40)
-    assert (report.num_cached_quantities, report.num_scored_quantities) == (40, 40)
-    assert report.num_sequences == 40
+        assert part[f"null_reason_{quantity}"].unique().to_list() == [NullReason.NOT_WANTED.value]
+    whole, report = scorings(twenty_samples, scoring={"prior": prior})
+    done = 20 * len(QUANTITIES_OF[first])
+    assert (part_report.num_scored_quantities, part_report.num_sequences) == (done, done)
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (done, 100 - done)
+    shares_a_sequence = prior == "user" and first == "end"  # Q is scored where A | Q is.
+    num_sequences = {"rmi": 60, "ifd": 40, "end": 60 if shares_a_sequence else 80}
+    assert report.num_sequences == num_sequences[first]
     asked = {target.quantity for batch in scorings.scored for one in batch for target in one.targets}
-    assert asked == set(rest)
+    assert asked == rest
     at_once, _ = scorings(twenty_samples, scoring={"prior": prior}, storage=new_storage())
-    assert_same_scores(both, at_once)
+    assert_same_scores(whole, at_once)
+
+
+def test_rmi_cached_without_the_end_costs_one_short_sequence_a_pair(
+    scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
+) -> None:
+    _, before = scorings(twenty_samples, scoring={"quantities": ["rmi"]})
+    scored, report = scorings(twenty_samples, scoring={"quantities": ["rmi", "end"]})
+    assert (report.num_cached_quantities, report.num_scored_quantities, report.num_sequences) == (40, 20, 20)
+    assert report.num_tokens < before.num_tokens / 2
+    assert_frame_equal(
+        scored.select("sum_nll_q", "sum_nll_q_given_a", "sum_nll_end"),
+        reference.select("sum_nll_q", "sum_nll_q_given_a", "sum_nll_end"),
+        abs_tol=20 * RUN_TOLERANCE,
+        rel_tol=0,
+    )
+
+
+def test_other_end_tokens_score_the_end_again_and_nothing_else(
+    scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a release knows another name of an end token: the model and its identity are the same."""
+    monkeypatch.setattr("qaq_pipeline.lm.tokenizer._END_OF_TEXT", ("</s>",))
+    fewer, report = scorings(twenty_samples)
+    assert report.num_scored_quantities == 100
+    monkeypatch.undo()
+    scored, report = scorings(twenty_samples)
+    assert (report.num_cached_quantities, report.num_scored_quantities, report.num_sequences) == (80, 20, 20)
+    assert_same_scores(scored, reference)
+    assert (fewer["sum_nll_end"] > scored["sum_nll_end"]).all(), "more tokens, more probability"
+    _, report = scorings(twenty_samples)
+    assert report.num_scored_quantities == 0
 
 
 class KilledError(Exception):
@@ -346,7 +393,7 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_scores(
     done = sum(len(sequence.targets) for batch in scorings.scored[:at_batch] for sequence in batch)
     scorings.wrap = lambda scorer: scorer
     scored, report = scorings(twenty_samples, runtime=runtime)
-    assert (report.num_cached_quantities, report.num_scored_quantities) == (done, 80 - done)
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (done, 100 - done)
     assert_same_scores(scored, reference)
 
 
@@ -364,7 +411,7 @@ def test_a_run_that_ends_by_an_error_or_a_signal_loses_nothing_that_was_finished
         scorings(twenty_samples, runtime=runtime, on_progress=stop)
     done = sum(len(sequence.targets) for batch in scorings.scored for sequence in batch)
     scored, report = scorings(twenty_samples, runtime=runtime)
-    assert (report.num_cached_quantities, report.num_scored_quantities) == (done, 80 - done)
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (done, 100 - done)
     assert_same_scores(scored, reference)
 
 
@@ -394,7 +441,7 @@ def test_whatever_makes_another_score_is_scored_again(scorings: Scorings, twenty
 def test_a_cached_sum_over_another_number_of_tokens_is_scored_again(
     settings_for: Callable[..., Settings], scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
 ) -> None:
-    stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "null_reason": None}
+    stale = {"quantity": "q", "sum_nll": 1e-6, "num_tokens": 999, "end_ids": "", "null_reason": None}
     rows = [stale | {"pair_id": pair.pair_id} for pair in twenty_samples[:3]]
     identity = scorings.model(settings_for()).identity
     scorings.storage.scores.append(
@@ -426,12 +473,30 @@ def test_what_is_not_scorable_is_null_with_its_reason_and_counted(scorings: Scor
     for too_long, last in (("truncate_answer", None), ("leave_unscored", NullReason.PAIR_TOO_LONG)):
         scored, report = scorings(pairs, scoring={"too_long": too_long})
         expected = [None, NullReason.NO_TOKENS_TO_SCORE, NullReason.NO_TOKENS_TO_SCORE, NullReason.QUERY_TOO_LONG, last]
-        for quantity in Quantity:
-            assert scored[f"null_reason_{quantity}"].to_list() == expected
-            assert scored[f"sum_nll_{quantity}"].is_null().to_list() == [reason is not None for reason in expected]
+        reasons: dict[Quantity, list[NullReason | None]] = dict.fromkeys(Quantity, expected)
+        if last is None:
+            reasons[Quantity.END] = [*expected[:-1], NullReason.ANSWER_TRUNCATED]
+        for quantity, of_quantity in reasons.items():
+            assert scored[f"null_reason_{quantity}"].to_list() == of_quantity
+            is_null = [reason is not None for reason in of_quantity]
+            assert scored[f"sum_nll_{quantity}"].is_null().to_list() == is_null
         assert report.num_pairs == scored.height == len(pairs)
         assert scored["is_truncated"].to_list() == [False, False, False, False, last is None]
         assert scored["num_a_tokens_untruncated"].to_list() == [7, 6, 0, 6, 600]
+
+
+def test_without_end_tokens_the_end_is_null_with_a_reason_and_nothing_else_is(
+    scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PairEncoder, "end_ids", lambda *_: ())
+    scored, report = scorings(twenty_samples)
+    assert scored["null_reason_end"].unique().to_list() == [NullReason.NO_END_TOKEN]
+    assert scored["sum_nll_end"].null_count() == 20
+    assert report.num_scored_quantities == 80
+    without = ("sum_nll_end", "null_reason_end")
+    sums = [name for name in SUMS if name not in without]
+    assert_frame_equal(scored.drop(*without, *sums), reference.drop(*without, *sums))
+    assert_frame_equal(scored.select(sums), reference.select(sums), abs_tol=100 * RUN_TOLERANCE, rel_tol=0)
 
 
 def test_where_nothing_is_scorable_no_model_is_loaded(scorings: Scorings) -> None:
@@ -464,7 +529,7 @@ class Spoiling(Wrapped):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("quantity", [Quantity.Q_GIVEN_A, Quantity.A])
+@pytest.mark.parametrize("quantity", [Quantity.Q_GIVEN_A, Quantity.A, Quantity.END])
 def test_fault_5_a_score_that_is_not_finite_is_null_with_a_reason_and_harms_no_other(
     value: float, quantity: Quantity, scorings: Scorings, twenty_samples: list[Pair], reference: pl.DataFrame
 ) -> None:
@@ -475,13 +540,13 @@ def test_fault_5_a_score_that_is_not_finite_is_null_with_a_reason_and_harms_no_o
     assert row["pair_id"] == spoiled
     assert (row[f"sum_nll_{quantity}"], row[f"null_reason_{quantity}"]) == (None, NullReason.NON_FINITE)
     reasons = scored.select(f"null_reason_{q}" for q in Quantity)
-    assert reasons.null_count().sum_horizontal().item() == 4 * 20 - 1
+    assert reasons.null_count().sum_horizontal().item() == 5 * 20 - 1
     others = pl.col("pair_id") != spoiled
     assert_frame_equal(means(scored).filter(others), means(reference).filter(others), abs_tol=RUN_TOLERANCE, rel_tol=0)
 
     again, report = scorings(twenty_samples)
     assert_frame_equal(again, scored)
-    assert (report.num_cached_quantities, report.num_scored_quantities) == (79, 1), "a failure is not cached"
+    assert (report.num_cached_quantities, report.num_scored_quantities) == (99, 1), "a failure is not cached"
     scorings.wrap = lambda scorer: scorer
     repaired, _ = scorings(twenty_samples)
     assert_frame_equal(means(repaired), means(reference), abs_tol=RUN_TOLERANCE, rel_tol=0)
@@ -522,7 +587,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_no_score_moves(
     scorings.wrap = lambda scorer: Cramped(scorer, room=700)
     scored, report = scorings(twenty_samples, runtime={"batch_tokens": 5000})
     assert report.num_splits > 3
-    assert report.num_scored_quantities == 80
+    assert report.num_scored_quantities == 100
     assert_same_scores(scored, reference)
 
 
@@ -599,7 +664,9 @@ def test_progress_before_any_time_has_passed_knows_no_rate() -> None:
     [
         (["rmi"], {Quantity.Q, Quantity.Q_GIVEN_A}),
         (["ifd"], {Quantity.A, Quantity.A_GIVEN_Q}),
-        (["rmi", "ifd"], set(Quantity)),
+        (["end"], {Quantity.END}),
+        (["rmi", "ifd"], set(TEXTS)),
+        (["rmi", "ifd", "end"], set(Quantity)),
     ],
 )
 def test_the_wanted_scores_name_their_quantities(quantities: list[str], wanted: set[Quantity]) -> None:

@@ -17,17 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
-from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
+from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, Target, TokenSequence
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 
 ALL = frozenset(Quantity)
 RMI = frozenset({Quantity.Q, Quantity.Q_GIVEN_A})
 IFD = frozenset({Quantity.A, Quantity.A_GIVEN_Q})
+END = frozenset({Quantity.END})
 Window = list[TokenSequence]
-Key = tuple[str, str, int]
-"""A cached score: pair_id, quantity, number of tokens."""
+Key = tuple[str, str, int, str]
+"""A cached score: pair_id, quantity, number of tokens, end tokens."""
 
 FORECAST_TOLERANCE = 0.3
 PATIENCE = 10.0
@@ -39,6 +40,12 @@ class ByteTokenizer:
 
     bos_token_id: int | None = 256
     end_of_text_id: int | None = None
+
+    def __init__(self, ends: tuple[int, ...]) -> None:
+        self.end_token_ids = ends
+
+    def is_control(self, token_id: int) -> bool:
+        raise AssertionError("the frame `plain` has no control tokens")
 
     def encode_markup(self, text: str) -> list[int]:
         return list(text.encode())
@@ -53,10 +60,12 @@ class ByteTokenizer:
 class WatchedEncoder(PairEncoder):
     """A real encoder that reports the start of a window, and waits or fails if a test wants it to."""
 
-    def __init__(self, *, prior: str = "null_answer", max_tokens: int = 4096) -> None:
+    def __init__(
+        self, *, prior: str = "null_answer", max_tokens: int = 4096, ends: tuple[int, ...] = (257, 259)
+    ) -> None:
         model = ModelSettings.model_validate({"hub": "tiny/tiny", "frame": "plain", "system_prompt": "S"})
         scoring = ScoringSettings.model_validate({"prior": prior, "max_tokens": max_tokens})
-        super().__init__(ByteTokenizer(), model, scoring)
+        super().__init__(ByteTokenizer(ends), model, scoring)
         self.begun: list[list[str]] = []
         """The ids of each window's pairs."""
         self.threads: set[str] = set()
@@ -95,8 +104,8 @@ def varied_pairs(num_pairs: int) -> list[Pair]:
 
 def cached_scores(keys: Iterable[Key] = ()) -> pl.DataFrame:
     rows = [
-        {"pair_id": pair_id, "quantity": quantity, "sum_nll": 1.0, "num_tokens": num_tokens}
-        for pair_id, quantity, num_tokens in keys
+        {"pair_id": pair_id, "quantity": quantity, "sum_nll": 1.0, "num_tokens": num_tokens, "end_ids": end_ids}
+        for pair_id, quantity, num_tokens, end_ids in keys
     ]
     return pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores), orient="row")
 
@@ -104,7 +113,9 @@ def cached_scores(keys: Iterable[Key] = ()) -> pl.DataFrame:
 def keys_of(sequences: Iterable[TokenSequence]) -> list[Key]:
     """The cache keys of the quantities that the sequences score."""
     return [
-        (one.pair_id, target.quantity.value, target.stop - target.start) for one in sequences for target in one.targets
+        (one.pair_id, target.quantity.value, target.stop - target.start, target.end_ids)
+        for one in sequences
+        for target in one.targets
     ]
 
 
@@ -121,7 +132,15 @@ def planned(plan: Plan) -> Window:
 
 
 @pytest.mark.parametrize(
-    ("scores", "expected"), [(("rmi",), RMI), (("ifd",), IFD), (("rmi", "ifd"), ALL), (("ifd", "rmi"), ALL)]
+    ("scores", "expected"),
+    [
+        (("rmi",), RMI),
+        (("ifd",), IFD),
+        (("end",), END),
+        (("rmi", "ifd"), RMI | IFD),
+        (("ifd", "rmi"), RMI | IFD),
+        (("end", "ifd", "rmi"), ALL),
+    ],
 )
 def test_the_wanted_quantities_are_those_that_the_scores_are_made_of(
     scores: tuple[str, ...], expected: frozenset[Quantity]
@@ -206,34 +225,103 @@ def test_an_exception_in_the_encoder_reaches_whoever_asks_for_that_window(failin
 
 
 def test_a_sequence_whose_targets_are_all_cached_is_dropped() -> None:
-    plan = Plan([pair(1, "abc", "defgh")], WatchedEncoder(), ALL, cached_scores([(f"{1:032x}", "q_given_a", 3)]))
+    plan = Plan([pair(1, "abc", "defgh")], WatchedEncoder(), ALL, cached_scores([(f"{1:032x}", "a_given_q", 5, "")]))
     scored = [target.quantity for one in planned(plan) for target in one.targets]
-    assert sorted(scored) == sorted(ALL - {Quantity.Q_GIVEN_A})
-    assert (plan.num_cached, plan.num_quantities, plan.num_sequences) == (1, 3, 3)
+    assert sorted(scored) == sorted(ALL - {Quantity.A_GIVEN_Q})
+    assert (plan.num_cached, plan.num_quantities, plan.num_sequences) == (1, 4, 3)
 
 
 def test_a_cached_target_is_dropped_from_a_sequence_that_has_another() -> None:
     """With the prior `user`, one sequence scores Q and A | Q."""
     encoder, pairs = WatchedEncoder(prior="user"), [pair(1, "abc", "defgh")]
-    (whole,) = (one for one in planned(Plan(pairs, encoder, ALL, cached_scores())) if len(one.targets) == 2)
-    plan = Plan(pairs, encoder, ALL, cached_scores([(f"{1:032x}", "a_given_q", 5)]))
+    (whole,) = (one for one in planned(Plan(pairs, encoder, RMI | IFD, cached_scores())) if len(one.targets) == 2)
+    plan = Plan(pairs, encoder, RMI | IFD, cached_scores([(f"{1:032x}", "q", 3, "")]))
     (rest,) = (one for one in planned(plan) if one.token_ids == whole.token_ids)
-    assert [target.quantity for target in rest.targets] == [Quantity.Q]
+    assert [target.quantity for target in rest.targets] == [Quantity.A_GIVEN_Q]
     assert rest.targets[0] in whole.targets
     assert rest.num_shared == whole.num_shared
     assert (plan.num_cached, plan.num_quantities, plan.num_sequences) == (1, 3, 3)
 
 
+def sequence_of(plan: Plan, quantity: Quantity) -> TokenSequence:
+    """The sequence that scores the quantity, and nothing else if it is one of a pair."""
+    (found,) = (one for one in planned(plan) if quantity in {target.quantity for target in one.targets})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prior", "first", "last", "length"),
+    [("user", Quantity.Q, Quantity.A_GIVEN_Q, 3), ("null_answer", Quantity.END, Quantity.Q_GIVEN_A, 1)],
+)
+def test_a_sequence_ends_with_its_last_target_that_is_not_cached(
+    prior: str, first: Quantity, last: Quantity, length: int
+) -> None:
+    """With the prior `user`, one sequence scores Q and A | Q; in every, one scores the end of A, and Q | A."""
+    encoder, pairs = WatchedEncoder(prior=prior), [pair(1, "abc", "defgh")]
+    whole = sequence_of(Plan(pairs, encoder, ALL, cached_scores()), last)
+    assert [target.quantity for target in whole.targets] == [first, last]
+    cached = [key for key in keys_of([whole]) if key[1] == last]
+    plan = Plan(pairs, encoder, ALL, cached_scores(cached))
+    rest = sequence_of(plan, first)
+    assert rest.targets == whole.targets[:1]
+    assert rest.token_ids == whole.token_ids[: whole.targets[0].start + length]
+    assert len(rest.token_ids) == rest.targets[0].stop < len(whole.token_ids)
+    assert (plan.num_cached, plan.num_quantities) == (1, 4)
+
+
+# --- the end of the answer -------------------------------------------------------------------------------------------
+
+
+def test_where_rmi_is_wanted_the_end_adds_neither_sequence_nor_token() -> None:
+    pairs, encoder = varied_pairs(20), WatchedEncoder()
+    without, with_end = (Plan(pairs, encoder, wanted, cached_scores()) for wanted in (RMI, RMI | END))
+    expected, found = planned(without), planned(with_end)
+    assert [(one.token_ids, one.num_shared) for one in found] == [(one.token_ids, one.num_shared) for one in expected]
+    assert (with_end.num_sequences, with_end.num_tokens) == (without.num_sequences, without.num_tokens)
+    assert with_end.num_shared_tokens == without.num_shared_tokens
+    assert (with_end.num_quantities, with_end.num_targets) == (without.num_quantities + 20, without.num_targets + 20)
+
+
+def test_where_rmi_is_cached_the_end_alone_is_scored_in_a_sequence_without_the_query() -> None:
+    pairs, encoder = [pair(1, "WXYZ", "answer")], WatchedEncoder()
+    alone = planned(Plan(pairs, encoder, END, cached_scores()))
+    cached = cached_scores(all_keys(encoder, pairs, RMI))
+    assert planned(Plan(pairs, encoder, RMI | END, cached)) == alone
+    (sequence,) = alone
+    assert not set(sequence.token_ids) & set(b"WXYZ"), "the query is not in it"
+    assert sequence.token_ids[-7:] == [*b"answer", *b"\n"], "A, and the token after it"
+    assert sequence.targets == (Target(Quantity.END, len(sequence.token_ids) - 1, len(sequence.token_ids), (257, 259)),)
+
+
+def test_with_other_end_tokens_the_end_alone_is_scored_again() -> None:
+    pairs = varied_pairs(7)
+    before = all_keys(WatchedEncoder(ends=(257,)), pairs, ALL)
+    plan = Plan(pairs, WatchedEncoder(ends=(257, 259)), ALL, cached_scores(before), window_pairs=3)
+    assert {(key[1], key[3]) for key in keys_of(planned(plan))} == {("end", "257 259")}
+    assert (plan.num_cached, plan.num_quantities, plan.num_sequences) == (4 * 7, 7, 7)
+
+
+def test_an_answer_that_is_cut_and_a_model_without_end_tokens_score_everything_else() -> None:
+    cut = Plan([pair(1, "abc", "d" * 900)], WatchedEncoder(max_tokens=300), ALL, cached_scores())
+    endless = Plan([pair(1, "abc", "def")], WatchedEncoder(ends=()), ALL, cached_scores())
+    for plan, reason in ((cut, NullReason.ANSWER_TRUNCATED), (endless, NullReason.NO_END_TOKEN)):
+        assert {key[1] for key in keys_of(planned(plan))} == ALL - END
+        assert plan.encoded[0].null_reasons == {Quantity.END: reason}
+        assert plan.encoded[0].end_ids == ""
+
+
 @pytest.mark.parametrize("num_tokens", [2, 4])
 def test_a_cached_sum_over_another_number_of_tokens_is_scored_again(num_tokens: int) -> None:
-    cached = cached_scores([(f"{1:032x}", "q", num_tokens), (f"{1:032x}", "q_given_a", 3)])
+    cached = cached_scores([(f"{1:032x}", "q", num_tokens, ""), (f"{1:032x}", "q_given_a", 3, "")])
     plan = Plan([pair(1, "abc", "defgh")], WatchedEncoder(), RMI, cached)
     assert [key[1] for key in keys_of(planned(plan))] == ["q"]
     assert (plan.num_cached, plan.num_quantities) == (1, 1)
 
 
 def test_the_scores_of_another_pair_serve_no_pair() -> None:
-    cached = cached_scores((f"{2:032x}", quantity.value, 3) for quantity in Quantity)
+    keys = all_keys(WatchedEncoder(), [pair(2, "abc", "def")], ALL)
+    assert len(keys) == 5
+    cached = cached_scores(keys)
     plan = Plan([pair(1, "abc", "def")], WatchedEncoder(), ALL, cached)
     assert len(planned(plan)) == 4
     assert plan.num_cached == 0
@@ -244,6 +332,7 @@ def test_where_all_is_cached_nothing_is_left_but_the_encodings() -> None:
     keys = all_keys(encoder, pairs, ALL)
     plan = Plan(pairs, encoder, ALL, cached_scores(keys), window_pairs=3)
     assert list(plan.windows()) == [[], [], []]
+    assert len(keys) == 5 * 7
     assert (plan.num_cached, plan.num_quantities, plan.expected_tokens) == (len(keys), 0, 0)
     assert len(plan.encoded) == 7
 
@@ -258,7 +347,7 @@ PAIRS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 60)), max_size=12)
 @given(
     PAIRS,
     st.sampled_from(["null_answer", "user", "bare"]),
-    st.sampled_from([ALL, RMI, IFD]),
+    st.sampled_from([ALL, RMI, IFD, END, RMI | END]),
     st.integers(1, 5),
     st.randoms(use_true_random=False),
 )
@@ -269,7 +358,8 @@ def test_cached_and_scored_quantities_are_together_all_that_can_be_scored(
     encoder = WatchedEncoder(prior=prior, max_tokens=256)
     keys = all_keys(encoder, pairs, wanted)
     cached = random.sample(keys, random.randint(0, len(keys)))
-    stale = [(pair_id, quantity, num_tokens + 1) for pair_id, quantity, num_tokens in cached[::2]]
+    stale = [(pair_id, quantity, num_tokens + 1, end_ids) for pair_id, quantity, num_tokens, end_ids in cached[::2]]
+    stale += [(*key[:3], "257 300") for key in cached[::2] if key[1] == Quantity.END]
     plan = Plan(pairs, encoder, wanted, cached_scores([*cached[1::2], *stale]), window_pairs)
 
     sequences = planned(plan)
@@ -321,8 +411,25 @@ def test_the_forecast_of_a_run_taken_up_again_is_fair_when_the_first_sequences_a
     pairs, encoder = varied_pairs(64), WatchedEncoder()
     longest = sorted(pairs, key=lambda one: -len(one.query) - len(one.answer))[:36]
     plan = Plan(pairs, encoder, ALL, cached_scores(all_keys(encoder, longest, ALL)), window_pairs=8)
+    assert_fair(plan)
+
+
+def test_the_forecast_of_a_run_taken_up_again_is_fair_without_end_tokens() -> None:
+    pairs, encoder = varied_pairs(64), WatchedEncoder(ends=())
+    longest = sorted(pairs, key=lambda one: -len(one.query) - len(one.answer))[:36]
+    assert_fair(Plan(pairs, encoder, ALL, cached_scores(all_keys(encoder, longest, ALL)), window_pairs=8))
+
+
+def test_the_forecast_is_fair_when_only_the_ends_are_to_be_scored_again() -> None:
+    pairs = varied_pairs(64)
+    cached = cached_scores(all_keys(WatchedEncoder(ends=(1,)), pairs, ALL))
+    assert_fair(Plan(pairs, WatchedEncoder(), ALL, cached, window_pairs=8))
+
+
+def assert_fair(plan: Plan) -> None:
+    """The forecast after the first window with work is at least half of the final count, and at most twice it."""
     windows = plan.windows()
     assert next(window for window in windows if window)
     forecast = plan.expected_tokens
     assert list(windows)
-    assert forecast > plan.num_tokens / 2
+    assert plan.num_tokens / 2 < forecast < 2 * plan.num_tokens

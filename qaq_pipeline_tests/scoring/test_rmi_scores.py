@@ -58,6 +58,7 @@ def model_scores(pairs: Pairs) -> pl.DataFrame:
             "rmi": rmi,
             "null_reason_rmi": "pair_too_long" if rmi is None else None,
             "null_reason_ifd": "not_wanted",
+            "null_reason_end": "not_wanted",
             "num_q_tokens": 5,
             "num_a_tokens": 5,
             "num_a_tokens_untruncated": 5,
@@ -141,6 +142,7 @@ def test_scores_equal_the_naive_formulas(drawn: list[dict[str, Any]]):
             for of, count in tokens.items()
         }
         assert {of: result[f"log_ppl_{of}"] for of in tokens} == log_ppl
+        assert (result["nll_end"], result["null_reason_end"]) == (row["sum_nll_end"], row["null_reason_end"])
         few = row["num_q_tokens"] < 3
         if few or None in (log_ppl["q"], log_ppl["q_given_a"]):
             assert result["rmi"] is None
@@ -191,6 +193,17 @@ def test_a_query_under_the_minimum_keeps_its_facts_and_has_no_score():
     assert result["rmi"].to_list() == [None, 0.0]
     assert result["ifd_loss"].to_list() == [None, 1.0]
     assert result["log_ppl_q"].to_list() == [5.0, pytest.approx(10 / 3)]
+
+
+def test_the_end_of_the_answer_needs_neither_a_long_query_nor_another_sum():
+    unscored: dict[str, Any] = {f"sum_nll_{part}": None for part in (*PARTS["rmi"], *PARTS["ifd"])}
+    unscored |= {f"null_reason_{part}": "not_wanted" for part in (*PARTS["rmi"], *PARTS["ifd"])} | {"num_q_tokens": 1}
+    ended = {"sum_nll_end": 0.25}
+    cut = {"sum_nll_end": None, "null_reason_end": "answer_truncated"}
+    result = scored([unscored | ended, cut], min_query_tokens=3)
+    assert result["nll_end"].to_list() == [0.25, None]
+    assert result["null_reason_end"].to_list() == [None, "answer_truncated"]
+    assert result["null_reason_rmi"].to_list() == ["not_wanted", None]
 
 
 def test_the_reason_of_a_sum_goes_before_that_of_a_short_query():

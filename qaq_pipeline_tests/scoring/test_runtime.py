@@ -93,7 +93,7 @@ def test_the_estimate_counts_what_the_scoring_then_computes(
     assert (cost.role, cost.device, cost.num_pairs) == ("strong", "cpu", 20)
     estimate = cost.estimate
     assert (cost.num_cached, estimate.num_sequences, estimate.num_tokens) == (
-        20,
+        25,
         report.num_sequences,
         report.num_tokens,
     )

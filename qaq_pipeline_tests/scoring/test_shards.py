@@ -97,6 +97,11 @@ def sequence(number: int, *lengths: int) -> TokenSequence:
     return TokenSequence(f"{number:032x}", [0] * stop, tuple(targets))
 
 
+def ending(number: int, end_ids: tuple[int, ...]) -> TokenSequence:
+    """A sequence that scores the end of an answer."""
+    return TokenSequence(f"{number:032x}", [0] * 4, (Target(Quantity.END, 3, 4, any_of=end_ids),))
+
+
 def fp32(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)
 
@@ -111,13 +116,15 @@ def rows(frame: pl.DataFrame) -> list[tuple[object, ...]]:
 def test_each_target_is_a_row_of_its_own_with_its_count_of_tokens(open_writer: Open, storage: Storage) -> None:
     with open_writer() as writer:
         writer.add(sequence(1, 2, 3), [fp32(-0.5, -0.25), fp32(-1, -2, -4)])
+        writer.add(ending(2, (7, 12)), [fp32(-0.5)])
         writer.add(sequence(2, 1), [fp32(-8)])
     (shard,) = writer.closed
     first, second = f"{1:032x}", f"{2:032x}"
     assert shard.rows() == [
-        (first, "q", 0.75, 2, None),
-        (first, "q_given_a", 7.0, 3, None),
-        (second, "q", 8.0, 1, None),
+        (first, "q", 0.75, 2, "", None),
+        (first, "q_given_a", 7.0, 3, "", None),
+        (second, "end", 0.5, 1, "7 12", None),
+        (second, "q", 8.0, 1, "", None),
     ]
     assert tables.enforce(tables.CachedScores, shard).equals(shard)
     assert storage.scores.read(IDENTITY, pl.Series([first, second])).drop("scored_with").equals(shard)
@@ -156,7 +163,7 @@ def test_what_is_not_finite_is_null_with_its_reason_and_never_cached(
 ) -> None:
     with open_writer() as writer:
         writer.add(sequence(1, 3, 2), [fp32(-1, value, -2), fp32(-1, -2)])
-    assert rows(writer.closed[0]) == [("q", None, 3, "non_finite"), ("q_given_a", 3.0, 2, None)]
+    assert rows(writer.closed[0]) == [("q", None, 3, "", "non_finite"), ("q_given_a", 3.0, 2, "", None)]
     assert cached() == ["1 q_given_a"]
 
 
@@ -166,11 +173,13 @@ def test_a_failure_is_a_row_for_each_target_and_not_in_the_cache(
 ) -> None:
     with open_writer() as writer:
         writer.add_failure(sequence(1, 4, 2), reason)
+        writer.add_failure(ending(1, (7, 12)), reason)
         writer.add(sequence(2, 1), [fp32(-1)])
     assert rows(writer.closed[0]) == [
-        ("q", None, 4, reason.value),
-        ("q_given_a", None, 2, reason.value),
-        ("q", 1.0, 1, None),
+        ("q", None, 4, "", reason.value),
+        ("q_given_a", None, 2, "", reason.value),
+        ("end", None, 1, "7 12", reason.value),
+        ("q", 1.0, 1, "", None),
     ]
     assert tables.enforce(tables.CachedScores, writer.closed[0]).equals(writer.closed[0])
     assert cached() == ["2 q"]
@@ -179,7 +188,7 @@ def test_a_failure_is_a_row_for_each_target_and_not_in_the_cache(
 def test_failures_alone_leave_the_cache_empty(open_writer: Open, cached: Callable[[], list[str]]) -> None:
     with open_writer() as writer:
         writer.add_failure(sequence(1, 4), NullReason.OUT_OF_MEMORY)
-    assert rows(writer.closed[0]) == [("q", None, 4, "out_of_memory")]
+    assert rows(writer.closed[0]) == [("q", None, 4, "", "out_of_memory")]
     assert cached() == []
 
 

@@ -142,6 +142,18 @@ def test_a_score_that_was_not_wanted_is_no_reason() -> None:
     assert said(1, frame)[:2] == ("selected", "within_budget")
 
 
+def test_an_end_that_could_not_be_scored_has_a_reason_of_its_own_and_makes_no_pair_unscorable() -> None:
+    cut = {"nll_end": None, "null_reason_end": NullReason.ANSWER_TRUNCATED.value}
+    not_wanted = {"nll_end": None, "null_reason_end": NullReason.NOT_WANTED.value}
+    weak = UNSCORED | {"null_reason_rmi": "non_finite"}
+    frame = decide(strong=rmi_rows({}, cut, cut, not_wanted, {}), weak=rmi_rows({}, {}, weak, {}, {}))
+    by_row = {row: frame.filter(source_row=row).row(0, named=True) for row in (1, 2, 3, 4)}
+    ends = {row: (of["scores"][0]["nll_end"], of["scores"][0]["null_reason_end"]) for row, of in by_row.items()}
+    assert ends == {1: (0.25, None), 2: (None, "answer_truncated"), 3: (None, "answer_truncated"), 4: (None, None)}
+    assert [by_row[row]["decision"] for row in (1, 2, 4)].count("unscorable") == 0
+    assert (by_row[3]["decision"], by_row[3]["reason"]) == ("unscorable", "non_finite")
+
+
 def test_the_vocabulary_of_reasons_is_closed() -> None:
     frame = decide()
     with pytest.raises(TableError, match=r"reason\|check \(7 rows\)"):

@@ -34,9 +34,10 @@ MODEL_COLUMNS = {
     "log_ppl_a_given_q": 1.0,
     "ifd_ppl": 0.5,
     "ifd_loss": 0.5,
+    "nll_end": 0.5,
     "num_a_tokens_untruncated": 10,
 }
-REASONS = ["null_reason_rmi", "null_reason_ifd"]
+REASONS = ["null_reason_rmi", "null_reason_ifd", "null_reason_end"]
 GOLDEN_DRAWS = [
     0.345723643218402,
     0.5877072141512608,
@@ -370,8 +371,9 @@ def scores_of(size: int, seed: int) -> dict[str, pl.DataFrame]:
             row: dict[str, Any] = dict.fromkeys(dtypes(RmiScores))
             row |= {f"log_ppl_{of}": chance.randint(1, 9) / 4 for of in ("q", "q_given_a", "a", "a_given_q")}
             row |= {"rmi": chance.randint(-9, 9) / 4, "ifd_ppl": chance.randint(1, 9) / 8, "ifd_loss": 0.5}
+            row |= {"nll_end": chance.randint(0, 9) / 4}
             if chance.random() < 0.1:
-                row |= dict.fromkeys(["rmi", "ifd_ppl", "ifd_loss"])
+                row |= dict.fromkeys(["rmi", "ifd_ppl", "ifd_loss", "nll_end"])
                 row |= dict.fromkeys(REASONS, "pair_too_long")
             row |= dict.fromkeys(["num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated"], chance.randint(1, 99))
             rows.append(row | {"pair_id": f"{number:032x}", "is_truncated": False, "is_short_query": False})

@@ -42,6 +42,21 @@ def test_cached_scores_come_back_for_the_pairs_that_are_asked_for(any_storage: S
     assert dict(found.schema) == tables.dtypes(tables.CachedScores)
 
 
+def test_scores_of_other_end_tokens_are_kept_beside_each_other(any_storage: Storage) -> None:
+    ends = cached(1, quantity=Quantity.END).with_columns(num_tokens=pl.lit(1, pl.Int64))
+    for end_ids, sum_nll in (("7", 2.0), ("7 12", 1.0), ("7", 2.5)):
+        scores = ends.with_columns(end_ids=pl.lit(end_ids), sum_nll=pl.lit(sum_nll))
+        any_storage.scores.append(IDENTITY, scores, SCORED_WITH)
+    found = any_storage.scores.read(IDENTITY, pair_ids(1))
+    assert sorted(found.select("end_ids", "sum_nll").iter_rows()) == [("7", 2.0), ("7 12", 1.0)]
+
+
+@pytest.mark.parametrize("end_ids", [" 7", "7  12", "7,12", "a"])
+def test_end_tokens_that_are_no_list_of_ids_are_refused(any_storage: Storage, end_ids: str) -> None:
+    with pytest.raises(TableError, match="end_ids"):
+        any_storage.scores.append(IDENTITY, cached(1).with_columns(end_ids=pl.lit(end_ids)), SCORED_WITH)
+
+
 def test_a_cache_without_shards_has_no_scores(any_storage: Storage) -> None:
     assert any_storage.scores.read(IDENTITY, pair_ids(1)).drop("scored_with").equals(empty(tables.CachedScores))
 

@@ -38,6 +38,9 @@ IDENTITY = ScoreIdentity(
 )
 
 
+TEXTS = tuple(quantity for quantity in Quantity if quantity is not Quantity.END)
+"""The likelihoods of a text: every quantity but the end of the answer."""
+
 ONE_STRATUM = RankingSettings.model_validate({"num_strata": 1, "min_rows_per_stratum": 1})
 
 
@@ -89,6 +92,7 @@ RMI_SCORE: dict[str, Any] = {
     "log_ppl_a_given_q": 0.5,
     "ifd_ppl": 0.6,
     "ifd_loss": 0.5,
+    "nll_end": 0.25,
     "num_q_tokens": 7,
     "num_a_tokens": 11,
     "num_a_tokens_untruncated": 11,
@@ -107,9 +111,9 @@ def rmi_rows(*rows: dict[str, Any]) -> pl.DataFrame:
 
 
 def cached(*numbers: int, quantity: Quantity = Quantity.Q, sum_nll: float = 1.5) -> pl.DataFrame:
-    """CachedScores: one quantity of some pairs."""
+    """CachedScores: one text quantity of some pairs."""
     rows = [
-        {"pair_id": pair_name(number), "quantity": quantity.value, "sum_nll": sum_nll, "num_tokens": 3}
+        {"pair_id": pair_name(number), "quantity": quantity.value, "sum_nll": sum_nll, "num_tokens": 3, "end_ids": ""}
         for number in numbers
     ]
     return pl.DataFrame(rows, schema=dtypes(CachedScores))

@@ -49,6 +49,8 @@ def check_batch(storage: Storage, settings: Settings, batch: str) -> int:
             assert (int(found[1]), int(found[2])) == (place, len(order)), row
             assert (row["decision"] == "selected") == (place <= num_taken), row
             _check_no_other_number(row["explanation"])
+            ends = {role: of_role[row["pair_id"]]["sum_nll_end"] for role, of_role in sums.items()}
+            assert {one["model"]: one["nll_end"] for one in row["scores"]} == ends, row
             num_ranked += 1
         elif row["reason"] == "near_duplicate":
             (found,) = re.findall(r"similarity ([\d.]+), where", row["explanation"])

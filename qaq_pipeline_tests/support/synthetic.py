@@ -134,6 +134,7 @@ def _scores(pair_ids: pl.Series, rng: np.random.Generator) -> dict[str, pl.DataF
             "log_ppl_q_given_a": np.maximum(0.0, log_ppl_q - rmi),
             "rmi": rmi,
             "null_reason_ifd": ["not_wanted"] * n,
+            "null_reason_end": ["not_wanted"] * n,
             "null_reason_rmi": pl.Series(np.where(unscored, "pair_too_long", "")).replace("", None),
             "num_q_tokens": num_q,
             "num_a_tokens": num_a,
