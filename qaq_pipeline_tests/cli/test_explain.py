@@ -12,6 +12,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
+from qaq_pipeline_tests.support.naive import ENDS
 from qaq_pipeline_tests.support.sentences import Check
 
 BRACKETS = "a[bold]b.jsonl"
@@ -30,6 +31,7 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
     assert re.search(r' by "diff_high", .* 25% .* 0\.\d{3}, number \d of 18 pairs; .* 0\.\d', shown.out)
     for word in ("query:", "answer:", "strong", "weak", "rmi", "control_stratified_random", "of 18", "provenance"):
         assert word in shown.out
+    assert re.search(r"nll_end +│? *\d+\.\d{4} +│? *\d+\.\d{4}", shown.out)
     assert "strong: chatml-0 (files:" in shown.out
     assert re.search(r"version 1 \(\w{8}, \d{4}-\d\d-\d\d\): in it: as above", shown.out)
     assert re.search(r"scored with tokenizers \S+, torch \S+, transformers \S+, on cpu", shown.out)
@@ -96,7 +98,9 @@ def test_explain_gives_all_of_it_as_json_and_the_templates_if_asked(home: Home, 
     assert dossier["representative"]["source_row"] == 1
     assert dossier["fates"][0]["published"]["number"] == 1
     assert set(dossier["provenance"]["made_of"]["scored_by"]) == {"strong", "weak"}
-    assert "TASK: Given an answer" in qaq(home, "explain", "b1", 1, "--provenance").out
+    shown = qaq(home, "explain", "b1", 1, "--provenance").out
+    assert "TASK: Given an answer" in shown
+    assert f"end tokens: {list(ENDS)}" in shown
 
 
 def test_markup_in_names_and_texts_is_shown_as_it_is(empty_home: Home, qaq: Qaq) -> None:

@@ -65,7 +65,7 @@ def test_every_packaged_profile_parses() -> None:
 def test_the_smallest_file_names_two_models() -> None:
     smallest = settings()
     assert smallest.published.name == "diff_high"
-    assert smallest.scoring.quantities == ("rmi", "ifd")
+    assert smallest.scoring.quantities == ("rmi", "ifd", "end")
 
 
 @pytest.mark.parametrize(

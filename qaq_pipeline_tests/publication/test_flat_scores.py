@@ -13,7 +13,7 @@ from qaq_pipeline.schema.tables import Decisions, dtypes, enforce
 from qaq_pipeline_tests.publication.test_exports import selected
 from qaq_pipeline_tests.support.frames import RMI_SCORE, pair_name
 
-SCORE = RMI_SCORE | {"stratum": 1, "num_strata": 1, "rank": 0.75, "null_reason": None}
+SCORE = RMI_SCORE | {"stratum": 1, "num_strata": 1, "rank": 0.75, "null_reason": None, "null_reason_end": None}
 VERDICT = {"reason": "within_budget", "score": 0.25, "position": 1, "cut": 0.25, "pool_size": 2}
 
 
