@@ -92,7 +92,7 @@ class Quantity(Vocabulary):
     Q_GIVEN_A = "q_given_a", "The query after the reverse prompt with the answer."
     A = "a", "The answer after an empty query."
     A_GIVEN_Q = "a_given_q", "The answer after the query."
-    END = "end", "An end token right after the answer, in the reverse prompt: does the answer end there?"
+    END = "end", "An end token right after the answer, in the reverse prompt."
 
     @property
     def tokens_column(self) -> str | None:

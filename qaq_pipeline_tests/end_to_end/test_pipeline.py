@@ -623,7 +623,7 @@ def test_equal_pairs_are_scored_once_and_reported_as_often_as_they_came(
         "unscorable": 0,
         "batch_gated": 0,
     }
-    assert summary.scored == 2 * 4
+    assert summary.scored == 2 * len(Quantity)
     representatives = table(settings, "decisions")["duplicate_of"].drop_nulls().unique().to_list()
     assert representatives == ["b1/a.jsonl:1.0"]
 
@@ -668,7 +668,7 @@ def test_a_new_delivery_of_a_batch_replaces_its_rows(
     again = curate(
         settings, instance, deliver(("Is 7 prime?", "Yes: no number from 2 to 6 divides it."), ("new", "row"))
     )
-    assert (again.rows_in, again.scored) == (2, 2 * 4)
+    assert (again.rows_in, again.scored) == (2, 2 * len(Quantity))
     assert table(settings, "raw_data")["source_row"].to_list() == [1, 2]
 
 
@@ -879,7 +879,7 @@ def test_a_changed_setting_rescores_nothing_that_it_does_not_touch(
     assert ranked.scored == 0
     assert ranked.rows_by_decision["unscorable"] == 1
     asked = curate(settings_for(weak={"system_prompt": "Write clean code."}), instance, delivered)
-    assert [(model.role, model.scored) for model in asked.models] == [("strong", 0), ("weak", 72)]
+    assert [(model.role, model.scored) for model in asked.models] == [("strong", 0), ("weak", 18 * len(Quantity))]
 
 
 def test_a_second_batch_that_shares_pairs_scores_only_the_rest_and_its_metadata_says_so(
@@ -895,7 +895,7 @@ def test_a_second_batch_that_shares_pairs_scores_only_the_rest_and_its_metadata_
             "pairs": 10,
             "pairs_scored": 4,
             "quantities_scored": 5 * 4,
-            "quantities_from_cache": 6 * 4,
+            "quantities_from_cache": 5 * 6,
         }
     changes: list[dict[str, Any]] = [
         {"tiny": {"seed": 7}},

@@ -31,6 +31,7 @@ from qaq_pipeline_tests.lm.test_runners import (
     assert_same,
     mixed_sequences,
     naive_mixed,
+    naive_score,
     scaled_llama,
     sequence,
     tiny,
@@ -91,8 +92,7 @@ def test_a_model_that_scales_its_logits_in_code_is_scored_by_its_own_logits(
     sequences = mixed_sequences()
     for one, values in zip(sequences, tensors(scorer.score(sequences)), strict=True):
         for target, value in zip(one.targets, values, strict=True):
-            ids = one.token_ids
-            naive = naive_logprobs(model, ids[: target.start], ids[target.start : target.stop])
+            naive = naive_score(model, one.token_ids, target)
             # With logits of the targets only, instead of all tokens, bfloat16 may round differently in its 8th bit.
             assert_same(value, naive, atol=1e-4 if dtype == torch.float32 else 0.1)
 

@@ -622,17 +622,23 @@ def test_a_token_beyond_the_embedding_costs_its_row_alone() -> None:
     pairs = [pair("q", "a"), pair("é", "a"), pair("q", "aé"), pair("q", "a", "é")]
     # The first byte of é is 195. Without BOS and end-of-text, plain prompts have bytes alone.
     limited = encoder(ByteTokenizer(bos=None, end_of_text=None), frame="plain", num_embeddings=195)
-    fine, *others = limited.encode(pairs, ALL)
-    assert fine == encoder(ByteTokenizer(bos=None, end_of_text=None), frame="plain").encode(pairs, ALL)[0]
+    fine, *others = limited.encode(pairs, TEXTS)
+    assert fine == encoder(ByteTokenizer(bos=None, end_of_text=None), frame="plain").encode(pairs, TEXTS)[0]
     for other in others:
         assert other.sequences == ()
-        assert other.null_reasons == dict.fromkeys(ALL, NullReason.TOKEN_BEYOND_EMBEDDING)
+        beyond = dict.fromkeys(TEXTS, NullReason.TOKEN_BEYOND_EMBEDDING)
+        assert other.null_reasons == beyond | {Quantity.END: NullReason.NOT_WANTED}
         assert (other.num_a_tokens, other.is_truncated) == (0, False)
 
 
 def test_a_token_beyond_the_embedding_that_is_cut_away_costs_nothing() -> None:
     limited = encoder(num_embeddings=300, max_tokens=400)
-    assert encode(limited, "q", "a" * 400 + "é").null_reasons == {}
+    assert encode(limited, "q", "a" * 400 + "é").null_reasons == {Quantity.END: NullReason.ANSWER_TRUNCATED}
+
+
+def test_an_end_token_beyond_the_embedding_is_left_out() -> None:
+    assert encoder(ByteTokenizer(ends=(EOS, 400)), num_embeddings=300).end_ids() == (EOS, IM_END)
+    assert encoder(ByteTokenizer(ends=(400,)), frame="plain", num_embeddings=300).end_ids() == ()
 
 
 @pytest.mark.parametrize(("frame", "system_prompt"), [("chat", SYSTEM), ("plain", "é")])

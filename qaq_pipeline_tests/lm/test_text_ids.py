@@ -20,7 +20,7 @@ from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.tokenizer import SAMPLE_TEXTS, HfTokenizer
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline_tests.support.frames import TEXTS
-from qaq_pipeline_tests.support.naive import naive_nll
+from qaq_pipeline_tests.support.naive import naive_nll, naive_nll_of_any
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.tokenizer_families import FAMILIES, MARKERS, PUTTING_BLANKS, family, texts
 
@@ -137,7 +137,12 @@ def test_scores_are_those_of_the_naive_computation_on_these_ids(name: str, one_t
     for sequence, values in zip(sequences, CausalLM(model, name).score(sequences), strict=True):
         for target, logprobs in zip(sequence.targets, values, strict=True):
             ids = sequence.token_ids
-            naive = naive_nll(naive_model, ids[: target.start], ids[target.start : target.stop])
+            before = ids[: target.start]
+            naive = (
+                naive_nll_of_any(naive_model, before, target.any_of)
+                if target.any_of
+                else naive_nll(naive_model, before, ids[target.start : target.stop])
+            )
             assert -logprobs.sum(dtype=float) == pytest.approx(naive, abs=1e-4 * len(logprobs))
 
 
