@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -78,14 +79,19 @@ def target_ids(sequences: Sequence[TokenSequence]) -> torch.Tensor:
 
     K is 1 unless a target asks for any of several tokens.
     """
-    rows = [
-        target.any_of or (token,)
-        for sequence in sequences
-        for target in sequence.targets
-        for token in sequence.token_ids[target.start : target.stop]
+    targets = [target for sequence in sequences for target in sequence.targets]
+    tokens = [
+        token for one in sequences for target in one.targets for token in one.token_ids[target.start : target.stop]
     ]
-    most = max(map(len, rows), default=1)
-    return torch.tensor([[*row, *[-1] * (most - len(row))] for row in rows], dtype=torch.long).reshape(-1, most)
+    most = max((len(target.any_of) for target in targets), default=0)
+    ids_NK = torch.full((len(tokens), max(most, 1)), -1)
+    ids_NK[:, 0] = torch.tensor(tokens, dtype=torch.long)
+    rows = accumulate((target.stop - target.start for target in targets), initial=0)
+    # A list for each of thousands of tokens would take longer than all the rest; few targets ask for several.
+    any_of = {row: target.any_of for row, target in zip(rows, targets, strict=False) if target.any_of}
+    if any_of:
+        ids_NK[list(any_of)] = torch.tensor([[*ids, *[-1] * (most - len(ids))] for ids in any_of.values()])
+    return ids_NK
 
 
 def token_logprobs(logits_NV: torch.Tensor, targets_NK: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ class PairEncoder:
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
         scored = frozenset(Quantity) - reasons.keys()
-        sequences = () if failure else self._sequences(pair, markup, q_ids, kept, scored)
+        sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, scored, end_ids)
         if pair.system:
             sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
@@ -253,7 +253,13 @@ class PairEncoder:
         return int(self._scoring.prior == "bare" and self._left_context is None)
 
     def _sequences(
-        self, pair: Pair, markup: Markup[list[int]], q: list[int], a: list[int], wanted: Collection[Quantity]
+        self,
+        pair_id: str,
+        markup: Markup[list[int]],
+        q: list[int],
+        a: list[int],
+        wanted: Collection[Quantity],
+        end_ids: tuple[int, ...],
     ) -> tuple[TokenSequence, ...]:
         """The cheapest sequences for the wanted quantities.
 
@@ -278,8 +284,7 @@ class PairEncoder:
         if self._scoring.prior == "user" and Quantity.Q in scored and Quantity.A_GIVEN_Q in scored:
             scored[Quantity.A_GIVEN_Q] = {Quantity.Q: 1, Quantity.A_GIVEN_Q: 3}
             del scored[Quantity.Q]
-        end_ids = self.end_ids(pair.system)
-        return tuple(self._sequence(pair.pair_id, passes[last], targets, end_ids) for last, targets in scored.items())
+        return tuple(self._sequence(pair_id, passes[last], targets, end_ids) for last, targets in scored.items())
 
     def _sequence(
         self, pair_id: str, parts: list[list[int]], scored: Mapping[Quantity, int], end_ids: tuple[int, ...]
