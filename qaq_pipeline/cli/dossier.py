@@ -99,10 +99,8 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
         _line(console, f"  {line}", style="dim")
 
 
-def shorten(text: str | None) -> str:
-    """The beginning of a text, on one line."""
-    line = " ".join((text or "").split())
-    return f"{line[:_SHOWN_CHARACTERS]}{'…' if len(line) > _SHOWN_CHARACTERS else ''}"
+def _beginning(text: str | None) -> str:
+    return explanations.shorten(text or "", _SHOWN_CHARACTERS)
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
@@ -150,8 +148,8 @@ def _texts(dossier: Dossier) -> list[tuple[str, str]]:
     if not dossier.text:
         return [("text", "not in the current delivery of the batch")]
     if dossier.text["query"] is None and dossier.text["answer"] is None:
-        return [("record", shorten(dossier.text["record"]))]
-    return [(label, shorten(dossier.text[label])) for label in ("query", "answer")]
+        return [("record", _beginning(dossier.text["record"]))]
+    return [(label, _beginning(dossier.text[label])) for label in ("query", "answer")]
 
 
 def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
@@ -226,7 +224,7 @@ def _cell(value: object) -> str:
 def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) -> None:
     """Print the first of the rows that contain a text, one per line, and the command that explains one."""
     for row in rows:
-        _line(console, f"{RowPlace.of(row)}: {shorten(row['query'] or '')}")
+        _line(console, f"{RowPlace.of(row)}: {_beginning(row['query'])}")
     if number > len(rows):
         _line(console, f"… and {number - len(rows):,} more")
     _line(console, f"{number:,} rows contain that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")

@@ -3,8 +3,7 @@
 Belongs here: reading and hashing them. Does not belong here: which pair has which value (`selection.grammar`).
 
 The format is detected from the content: gzip around any of the others; Parquet; JSONL (the first character is `{`);
-else CSV. Every value is kept as
-text, so that no format changes what a condition means.
+else CSV. Every value is kept as text, so that no format changes what a condition means.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import fsspec
 import polars as pl
 from polars.exceptions import PolarsError
 
 from qaq_pipeline.config.settings import TableSettings
 from qaq_pipeline.ingest.records import field_of
+from qaq_pipeline.storage.files import StorageError, read_url
 
 KEY = "key"
 """Column of a read table that names the pair or the row."""
@@ -80,9 +79,8 @@ def _error(table: TableSettings, what: str) -> ImportedTableError:
 
 def _read(table: TableSettings) -> bytes:
     try:
-        with fsspec.open(table.path, "rb") as stream:
-            return stream.read()  # type: ignore[union-attr]
-    except (OSError, ValueError, ImportError) as error:
+        return read_url(table.path)
+    except StorageError as error:
         raise _error(table, f"cannot be opened ({error}); check tables[].path") from error
 
 

@@ -3,8 +3,8 @@
 Belongs here: the tables' schemas, and the check that a frame fits its schema. Does not belong here: how a table is
 computed, or where it is stored.
 
-Every write enforces the schema (`enforce`), and the Dagster UI shows it. No other column is
-written. A number that cannot be computed is null, with a reason in another column, and never a number such as 0.
+Every write enforces the schema (`enforce`), and the Dagster UI shows it. No other column is written. A number
+that cannot be computed is null, with a reason in another column, and never a number such as 0.
 """
 
 from __future__ import annotations

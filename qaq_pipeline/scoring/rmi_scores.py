@@ -16,8 +16,15 @@ from qaq_pipeline.schema.tables import RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 
 _CARRIED = (
-    *("identity", "identity_after", "identity_hash"),
-    *("frame", "template", "end_ids", "scoring", "scored_with", "warnings"),
+    "identity",
+    "identity_after",
+    "identity_hash",
+    "frame",
+    "template",
+    "end_ids",
+    "scoring",
+    "scored_with",
+    "warnings",
 )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
+from qaq_pipeline.storage.files import StorageError, read_url
 
 
 class BenchmarkError(ValueError):
@@ -75,9 +75,8 @@ def read_benchmark(data: bytes, name: str) -> Benchmark:
 def load_benchmark(name: str, path: str) -> Benchmark:
     """Load the benchmark at a local path or fsspec URL. Raises `BenchmarkError`."""
     try:
-        with fsspec.open(path, "rb") as stream:
-            data = stream.read()  # type: ignore[union-attr]
-    except (OSError, ValueError, ImportError) as error:
+        data = read_url(path)
+    except StorageError as error:
         raise BenchmarkError(f"benchmark {name}: {path} cannot be read ({error}); check the path") from error
     return read_benchmark(data, name)
 

@@ -235,7 +235,7 @@ def _grounds_of_strategy(row: Mapping[str, Any], published: Selection, reason: S
 def _not_met(condition: Condition, value: str | None) -> str:
     """A condition of `where`, and the value of a pair that does not meet it."""
     column = condition.column
-    own = f"This pair has no {column}" if value is None else f"This pair's {column} is {_shortened(value)}"
+    own = f"This pair has no {column}" if value is None else f"This pair's {column} is {shorten(value)}"
     if condition.is_present is not None:
         return f"only pairs {'with a value of' if condition.is_present else 'without'} {column}. {own}"
     return f"only pairs whose {column} is {_wanted(condition)}. {own}"
@@ -256,13 +256,13 @@ def _setting(value: bool | float | str | None) -> str:
     """A value of the settings as it is written there."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else _shortened(str(value))
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else shorten(str(value))
 
 
-def _shortened(text: str) -> str:
-    """The beginning of a value, on one line."""
+def shorten(text: str, most: int = _MOST_CHARACTERS) -> str:
+    """The beginning of a text, on one line."""
     line = " ".join(text.split())
-    return f"{line[:_MOST_CHARACTERS]}…" if len(line) > _MOST_CHARACTERS else line
+    return f"{line[:most]}…" if len(line) > most else line
 
 
 def _beyond_cap(row: Mapping[str, Any], published: Selection) -> str:
@@ -279,7 +279,7 @@ def _in_group(row: Mapping[str, Any], published: Selection, quotas: Quotas) -> s
     """The part of the budget that the pair's group has, and the pair's place in the group."""
     shares = quotas.shares if isinstance(quotas.shares, str) else "stated"
     group, count = row["verdict_group"], row["verdict_group_taken"]
-    of_group = f"without {quotas.per}" if group == NO_VALUE else f"whose {quotas.per} is {_shortened(group)}"
+    of_group = f"without {quotas.per}" if group == NO_VALUE else f"whose {quotas.per} is {shorten(group)}"
     own, last = _apart(row["verdict_score"], row["verdict_cut"])
     word = _measure(published)[0]
     taken = f"{count:,} {'pair' if count == 1 else 'pairs'} {of_group}" if count else f"no pair {of_group}"

@@ -19,7 +19,9 @@ import polars as pl
 from qaq_pipeline.config.selections import Budget
 from qaq_pipeline.schema.tables import VERDICT
 from qaq_pipeline.schema.vocabularies import SelectionReason
-from qaq_pipeline.selection.grammar.pair_columns import QUERY
+
+QUERY = "same_query"
+"""Column of the candidates that is equal for pairs with the same query; needed where a rule has `max_per_query`."""
 
 
 @dataclass(frozen=True)

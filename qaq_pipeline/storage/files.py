@@ -28,6 +28,19 @@ class StorageError(ValueError):
     """A stored file is missing, torn or foreign. The text names the path and the remedy."""
 
 
+def read_url(url: str) -> bytes:
+    """The content of a user's file at a local path or fsspec URL.
+
+    Raises:
+        StorageError: it cannot be read. The text is the reason alone.
+    """
+    try:
+        with fsspec.open(url, "rb") as stream:
+            return stream.read()  # type: ignore[union-attr]
+    except (OSError, ValueError, ImportError) as error:
+        raise StorageError(str(error)) from error
+
+
 def json_bytes(value: Any) -> bytes:
     """A JSON value as it is stored: the one way to write it, so that its bytes can be compared."""
     return json.dumps(value, indent=2, sort_keys=True).encode()

@@ -13,8 +13,8 @@ import polars as pl
 
 from qaq_pipeline.config.conditions import NO_VALUE, Composed, Condition, Quotas
 from qaq_pipeline.schema.vocabularies import SelectionReason
-from qaq_pipeline.selection.grammar.pair_columns import QUERY, number_of, value_of
-from qaq_pipeline.selection.verdicts import Rule
+from qaq_pipeline.selection.grammar.pair_columns import number_of, value_of
+from qaq_pipeline.selection.verdicts import QUERY, Rule
 
 
 def compose(rule: Rule, selection: Composed) -> Rule:

@@ -18,9 +18,7 @@ from qaq_pipeline.ingest.records import field_of
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening.duplicates import normal_text
-
-QUERY = "same_query"
-"""Column of the candidates that is equal for pairs with the same query."""
+from qaq_pipeline.selection.verdicts import QUERY
 
 
 def value_of(column: str) -> pl.Expr:
@@ -57,7 +55,7 @@ def with_pair_columns(
     is_capped = any(selection.max_per_query is not None for selection in selections)
     if not named and not is_capped:
         return candidates
-    kept = _kept_rows(raw, screened)
+    kept = _kept_rows(raw, screened).collect()
     values = kept.select(
         "pair_id",
         "row",
@@ -74,14 +72,16 @@ def with_pair_columns(
 
 def count_unmatched(raw: pl.DataFrame, screened: pl.DataFrame, table: ImportedTable) -> int:
     """The number of an imported table's rows that belong to no pair of the batch."""
-    return table.rows.join(_kept_rows(raw, screened), left_on=KEY, right_on=table.key, how="anti").height
+    known = _kept_rows(raw, screened).select(table.key).collect()
+    return table.rows.join(known, left_on=KEY, right_on=table.key, how="anti").height
 
 
-def _kept_rows(raw: pl.DataFrame, screened: pl.DataFrame) -> pl.DataFrame:
+def _kept_rows(raw: pl.DataFrame, screened: pl.DataFrame) -> pl.LazyFrame:
+    """One row of each pair; lazy, so that only the columns that are read are copied."""
     accepted = screened.lazy().filter(pl.col("status") == Status.ACCEPTED.value).select(ROW_KEY)
     kept = raw.lazy().join(accepted, on=ROW_KEY, how="semi")
     columns = ("pair_id", "query", "language", "source", "record")
-    return kept.select(*columns, row=row_place()).with_row_index("number").collect()
+    return kept.select(*columns, row=row_place()).with_row_index("number")
 
 
 def _is_of_row(column: str) -> bool:
