@@ -76,8 +76,9 @@ def main(file: Path, number: int) -> None:
         signed = [duplicates.signatures(raw) for raw in (older, own)]
         signing = time.perf_counter() - started
         related = duplicates.related(signed[0], signed[1])
-        found = duplicates.find(signed[1], [related], texts_of([older, own]), DuplicateSettings().near_threshold)
-        rows.update(found["source_row"])
+        limits, texts = DuplicateSettings(), texts_of([older, own])
+        found = duplicates.find(signed[1], [related], texts, limits.near_threshold, limits.cluster_threshold)
+        rows.update(found.duplicates["source_row"])
         print(f"signatures {signing:.1f} s, all {time.perf_counter() - started:.1f} s")  # noqa: T201
 
     extra = peak_extra_memory(work)

@@ -56,7 +56,9 @@ class Asset:
     inputs: tuple[str, ...] = ()
     """Assets from which it is always made."""
     optional_inputs: tuple[str, ...] = ()
-    """Assets from which it is made under some settings."""
+    """Assets from which it is made under some settings. It reads them itself."""
+    calibrated_inputs: tuple[str, ...] = ()
+    """Assets from which it is made where batches are calibrated. It reads them itself."""
     partitioning: Partitioning = Partitioning.BATCH
     purpose: Purpose = Purpose.CURATION
     schema: type[dy.Schema] | None = None
@@ -75,6 +77,11 @@ class Asset:
         """The function that builds its Dagster definition, as `module:function`."""
         module = self.module or f"qaq_pipeline.orchestration.assets.{self.group}.{self.name}"
         return f"{module}:build_{self.name}"
+
+    @property
+    def all_inputs(self) -> tuple[str, ...]:
+        """Assets from which it may be made."""
+        return (*self.inputs, *self.calibrated_inputs, *self.optional_inputs)
 
     @property
     def table(self) -> type[dy.Schema]:
@@ -108,7 +115,7 @@ class Pipeline:
         for asset in self.assets:
             if asset.name in known:
                 raise ValueError(f"asset {asset.name!r} is declared twice")
-            if late := {*asset.inputs, *asset.optional_inputs} - known:
+            if late := {*asset.all_inputs} - known:
                 raise ValueError(f"asset {asset.name!r}: declare its inputs {sorted(late)} before it")
             known.add(asset.name)
 
@@ -130,12 +137,16 @@ class Pipeline:
         return {asset.name: asset for asset in self.assets}
 
     def part(self, is_in: Callable[[Asset], bool]) -> Pipeline:
-        """The pipeline of these assets alone; their optional inputs are those among them."""
+        """The pipeline of these assets alone; their inputs that are not always needed are those among them."""
         assets = [asset for asset in self.assets if is_in(asset)]
         names = {asset.name for asset in assets}
         return Pipeline(
             tuple(
-                replace(asset, optional_inputs=tuple(name for name in asset.optional_inputs if name in names))
+                replace(
+                    asset,
+                    optional_inputs=tuple(name for name in asset.optional_inputs if name in names),
+                    calibrated_inputs=tuple(name for name in asset.calibrated_inputs if name in names),
+                )
                 for asset in assets
             )
         )
@@ -170,12 +181,12 @@ class Pipeline:
         found = set(self.published)
         for asset in reversed(self.assets):
             if asset.name in found:
-                found |= {*asset.inputs, *asset.optional_inputs}
+                found |= {*asset.all_inputs}
         return tuple(asset for asset in self.assets if asset.name in found)
 
     def last_input(self, name: str) -> str | None:
         """The input of an asset that is made last: when it is there, so are the others."""
-        inputs = self[name].inputs
+        inputs = (*self[name].inputs, *self[name].calibrated_inputs)
         return next((asset.name for asset in reversed(self.assets) if asset.name in inputs), None)
 
     @cached_property
@@ -254,10 +265,21 @@ PIPELINE = Pipeline(
             needs_calibration=True,
         ),
         Asset(
+            "reference_cuts",
+            group="validity",
+            job="build_reference",
+            inputs=("raw_data", "screened_data", "planted_rows", "rmi_scores", "planted_scores"),
+            partitioning=Partitioning.REFERENCE,
+            purpose=Purpose.REFERENCE,
+            schema=tables.ValidityCuts,
+            needs_calibration=True,
+        ),
+        Asset(
             "rank_reference",
             group="selection",
             job="build_reference",
             inputs=("rmi_scores",),
+            calibrated_inputs=("raw_data", "screened_data", "reference_cuts"),
             partitioning=Partitioning.REFERENCE,
             purpose=Purpose.REFERENCE,
             schema=tables.RankReference,
@@ -271,10 +293,28 @@ PIPELINE = Pipeline(
             schema=tables.DisagreementScores,
         ),
         Asset(
+            "validity_cuts",
+            group="validity",
+            job="select_from_batch",
+            inputs=("raw_data", "screened_data", "planted_rows", "rmi_scores", "planted_scores"),
+            optional_inputs=("reference_cuts",),
+            schema=tables.ValidityCuts,
+            needs_calibration=True,
+        ),
+        Asset(
+            "validity",
+            group="validity",
+            job="select_from_batch",
+            inputs=("raw_data", "screened_data", "rmi_scores", "validity_cuts"),
+            schema=tables.Validity,
+            needs_calibration=True,
+        ),
+        Asset(
             "decisions",
             group="selection",
             job="select_from_batch",
             inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores"),
+            calibrated_inputs=("validity_cuts", "validity"),
             optional_inputs=("rank_reference",),
             schema=tables.Decisions,
             is_published=True,
@@ -314,7 +354,15 @@ PIPELINE = Pipeline(
             "calibration",
             group="calibration",
             job="calibrate_batch",
-            inputs=("planted_rows", "rmi_scores", "planted_scores", "disagreement_scores"),
+            inputs=(
+                "raw_data",
+                "screened_data",
+                "planted_rows",
+                "rmi_scores",
+                "planted_scores",
+                "disagreement_scores",
+            ),
+            calibrated_inputs=("validity_cuts", "validity"),
             optional_inputs=("rank_reference",),
             purpose=Purpose.CALIBRATION,
             schema=tables.Calibration,

@@ -69,6 +69,12 @@ _IGNORES_SYSTEM = (
 NO_REPORTS = {"pages": False, "plots": False}
 """Drawing takes seconds of every run: only tests of it ask for it."""
 
+NO_CALIBRATION: dict[str, Any] = {
+    "calibration": {"enabled": False},
+    "selections": [{"name": "diff_high", "strategy": "diff_high"}],
+}
+"""Four runs a batch fewer. Without calibration no pair is judged, so the selection is one of scores alone."""
+
 TEMPLATES = {
     "chatml": _CHATML,
     "emits_bos": "{{ bos_token }}" + _CHATML,
@@ -179,7 +185,8 @@ def settings_for(
     """Factory: `Settings` with two tiny models on the CPU and a QAQ_HOME of the test's own; sections by keyword.
 
     `settings_for(strong={"frame": "plain"}, tiny={"template": "trims"}, scoring={"prior": "user"})`: what `strong`
-    and `weak` give is added to the model's section, `tiny` varies both models on disk.
+    and `weak` give is added to the model's section, `tiny` varies both models on disk. Batches are calibrated where
+    `calibration` is given.
     """
     monkeypatch.setenv("QAQ_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("QAQ_CONFIG", raising=False)
@@ -202,8 +209,7 @@ def settings_for(
             "models": models,
             "scoring": {"max_tokens": 512} | sections.pop("scoring", {}),
             "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | sections.pop("ranking", {}),
-            # Four more runs a batch, and pages: what needs them asks for them.
-            "calibration": {"enabled": False} | sections.pop("calibration", {}),
+            **({} if "calibration" in sections else NO_CALIBRATION),
             "reports": NO_REPORTS,
         }
         return parse_settings(yaml.safe_dump(values | sections), "test.yaml")

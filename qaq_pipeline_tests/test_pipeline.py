@@ -22,6 +22,7 @@ from qaq_pipeline.schema.column_lineage import SOURCES
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.support.answer_lengths import SOURCES_OF_LENGTHS, with_answer_lengths
+from qaq_pipeline_tests.support.uncalibrated import UNCALIBRATED
 
 REFERENCE = {"pool": "reference", "reference": {"name": "frozen", "batches": ["b1"]}}
 
@@ -39,11 +40,12 @@ def test_the_graph_has_the_declared_inputs_partitions_and_groups(
         node, asset = graph.get(key), PIPELINE[key.to_user_string()]
         seen.add(asset.name)
         optional = set(asset.optional_inputs) if ranking else set()
-        assert {parent.to_user_string() for parent in node.parent_keys} == set(asset.inputs) | optional, asset.name
+        inputs = {*asset.inputs, *asset.calibrated_inputs} | optional
+        assert {parent.to_user_string() for parent in node.parent_keys} == inputs, asset.name
         assert node.group_name == asset.group
         number = 0 if node.partitions_def is None else len(getattr(node.partitions_def, "partitions_defs", [0]))
         assert number == dimensions.get(asset.partitioning, 0), asset.name
-    assert seen == {asset.name for asset in PIPELINE} - (set() if ranking else {"rank_reference"})
+    assert seen == {asset.name for asset in PIPELINE} - (set() if ranking else {"rank_reference", "reference_cuts"})
 
 
 def test_jobs_have_one_partitioning_each() -> None:
@@ -84,8 +86,10 @@ def test_a_table_of_each_model_has_a_partition_of_each() -> None:
 
 def test_the_last_input_is_the_one_declared_last() -> None:
     assert PIPELINE.last_input("raw_data") is None
-    assert PIPELINE.last_input("decisions") == "disagreement_scores"
-    assert PIPELINE.last_input("calibration") == "disagreement_scores"
+    assert PIPELINE.last_input("disagreement_scores") == "rmi_scores"
+    assert PIPELINE.last_input("decisions") == "validity"
+    assert UNCALIBRATED.last_input("decisions") == "disagreement_scores"
+    assert PIPELINE.last_input("calibration") == "validity"
 
 
 def test_a_page_is_no_table() -> None:
@@ -95,12 +99,28 @@ def test_a_page_is_no_table() -> None:
 
 def test_nothing_that_is_published_is_made_from_a_page_or_a_calibration() -> None:
     for asset in PIPELINE.of(Purpose.CURATION, Purpose.REFERENCE, Purpose.PUBLICATION):
-        purposes = {PIPELINE[name].purpose for name in (*asset.inputs, *asset.optional_inputs)}
+        purposes = {PIPELINE[name].purpose for name in asset.all_inputs}
         assert purposes <= {Purpose.CURATION, Purpose.REFERENCE}, asset.name
 
 
 def test_a_version_is_made_from_the_inputs_of_its_tables_and_no_other_table() -> None:
     assert [asset.name for asset in PIPELINE.sources_of_published] == [
+        "raw_data",
+        "signatures",
+        "screened_data",
+        "planted_rows",
+        "logprobs",
+        "rmi_scores",
+        "planted_scores",
+        "reference_cuts",
+        "rank_reference",
+        "disagreement_scores",
+        "validity_cuts",
+        "validity",
+        "decisions",
+        "selected_subset",
+    ]
+    assert [asset.name for asset in UNCALIBRATED.sources_of_published] == [
         "raw_data",
         "signatures",
         "screened_data",
@@ -120,10 +140,13 @@ def test_without_calibration_its_assets_are_not_made_and_the_rest_is_the_same(
     assert {asset.name for asset in PIPELINE} - {asset.name for asset in made} == {
         "planted_rows",
         "planted_scores",
+        "validity_cuts",
+        "validity",
         "calibration",
+        "reference_cuts",
         "rank_reference",
     }
-    assert made["decisions"].optional_inputs == ()
+    assert made["decisions"].optional_inputs == made["decisions"].calibrated_inputs == ()
     assert made.jobs()["ingest_batch"] == ["raw_data", "signatures", "screened_data"]
     assert "calibrate_batch" not in made.jobs()
 

@@ -3,9 +3,8 @@
 It is not the calibration of probabilities: there are no reliability curves. Some pairs of a batch are made bad on
 purpose and scored like the rest; the AUROC of each score, and what each selection keeps of them, follow from that.
 
-Belongs here: the AUROCs and shares with their intervals, the cuts of RMI and the settings that they offer; frames in,
-frames out. Does not belong here: what is planted (`defects`, `planting`), how it is scored, and the warnings
-(`check_metrics`).
+Belongs here: the AUROCs and shares with their intervals; frames in, frames out. Does not belong here: what is planted
+(`defects`, `planting`), how it is scored, the cuts of the signals (`validity`), and the warnings (`check_metrics`).
 
 A planted pair is ranked as a new pair would be: against the batch's own pairs, or against the reference where ranks
 are taken against one. It changes no rank and no verdict of the batch.
@@ -14,22 +13,22 @@ are taken against one. It changes no rank and no verdict of the batch.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
-import yaml
 
 from qaq_pipeline.config.selections import DiffSelection, Selection, SumSelection
 from qaq_pipeline.config.settings import CalibrationSettings, RankingSettings
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, dtypes
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
 from qaq_pipeline.selection import rank_reference
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.strategies import select
+from qaq_pipeline.validity.judgement import of_signal
+from qaq_pipeline.validity.signals.catalogue import SIGNALS
 
 MEASURES = (
     "rmi",
@@ -38,6 +37,7 @@ MEASURES = (
     "log_ppl_q",
     "log_ppl_q_given_a",
     "log_ppl_a_given_q",
+    "nll_end",
     "num_a_tokens_untruncated",
 )
 """Scores of one model that are judged; the answer's length is the baseline that costs nothing."""
@@ -46,12 +46,12 @@ MEASURES_OF_BOTH = ("gap", "rank_sum")
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
-ECHO_QUANTILE = 0.05
-"""Share of the echoes below the high cut of RMI."""
+VALID = "valid"
+"""The measure of the share that no signal declares invalid."""
 
-_OF_IFD = ("ifd_ppl", "log_ppl_a_given_q")
+_QUANTITY_OF = {"ifd_ppl": "ifd", "log_ppl_a_given_q": "ifd", "nll_end": "end"}
+"""The entry of `scoring.quantities` that a measure needs; the others need rmi."""
 _POOL = "calibration"
-_DECIMALS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ class Judged:
     kept: Mapping[str, tuple[pl.DataFrame, pl.DataFrame]]
     """The verdicts of each named selection on the clean and on the planted pairs, by the cuts of batch or reference,
     without its conditions, quotas and caps: a copy with a defect has no test result and no judge's score."""
+    validity: tuple[pl.DataFrame, pl.DataFrame]
+    """Validity of the clean and of the planted pairs, by the same cuts; the latter with `defect`."""
 
 
 def judge(
@@ -84,6 +86,7 @@ def judge(
     planted_scores: Mapping[str, pl.DataFrame],
     scores: Mapping[str, pl.DataFrame],
     disagreement: pl.DataFrame,
+    validity: tuple[pl.DataFrame, pl.DataFrame],
     ranking: RankingSettings,
     selections: Sequence[Selection],
     frozen: pl.DataFrame | None = None,
@@ -95,6 +98,7 @@ def judge(
         planted_scores: PlantedScores by model.
         scores: RmiScores of the batch by model.
         disagreement: DisagreementScores of the batch.
+        validity: Validity of the batch's pairs, and of the planted ones by the same cuts.
         ranking: the strata and ranks of the batch.
         selections: those whose verdicts are wanted.
         frozen: RankReference, where ranks are taken against one; None: the batch itself is the pool.
@@ -102,11 +106,12 @@ def judge(
     Raises:
         ValueError: the frames are not of the same pairs.
     """
-    pool = rank_reference.freeze([scores], ranking)[0] if frozen is None else frozen
+    of_clean, of_planted = validity
+    pool = rank_reference.freeze([scores], ranking, of_clean)[0] if frozen is None else frozen
     of_pool = rank_reference.reference_candidates(pool, list(scores))
-    clean = candidates(disagreement, scores)
+    clean = with_validity(candidates(disagreement, scores), of_clean)
     ranked = rank_reference.disagreement_scores(planted_scores, pool, ranking, _POOL)
-    bad = candidates(ranked, planted_scores)
+    bad = with_validity(candidates(ranked, planted_scores), of_planted)
     of_row = planted.select("pair_id", "defect", "original_pair_id")
     kept = {
         one.name: (
@@ -115,7 +120,12 @@ def judge(
         )
         for one in (selection.without_conditions for selection in selections)
     }
-    return Judged(clean, bad.join(of_row, on="pair_id", validate="m:1", maintain_order="left"), kept)
+    return Judged(
+        clean,
+        bad.join(of_row, on="pair_id", validate="m:1", maintain_order="left"),
+        kept,
+        (of_clean, of_planted.join(of_row.drop("original_pair_id"), on="pair_id", validate="1:1")),
+    )
 
 
 def calibrate(
@@ -132,13 +142,13 @@ def calibrate(
         roles: of the models.
         quantities: the names of the scores that are computed, of `scoring.quantities`.
         selections: those of `judged`.
-        settings: the defects, the seed of the intervals, the rate of the low cut.
+        settings: the defects, and the seed of the intervals.
     """
     models = sorted(roles)
     rows = [
-        *_auroc_rows(judged, models, settings, has_ifd="ifd" in quantities),
+        *_auroc_rows(judged, models, settings, quantities),
         *_kept_rows(judged, selections, settings.defects),
-        *_cut_rows(judged, models, settings.false_discovery_rate),
+        *_dropped_rows(judged, settings.defects),
     ]
     return pl.DataFrame(rows, schema=dtypes(Calibration))
 
@@ -156,13 +166,13 @@ def _unknown(reason: UnknownReason, num_clean: int = 0, num_planted: int = 0) ->
 
 
 def _auroc_rows(
-    judged: Judged | None, models: Sequence[str], settings: CalibrationSettings, *, has_ifd: bool
+    judged: Judged | None, models: Sequence[str], settings: CalibrationSettings, quantities: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     columns = [*itertools.product(models, MEASURES), *itertools.product([BOTH_MODELS], MEASURES_OF_BOTH)]
     for defect in settings.defects:
         twins = None if judged is None else _twins(judged, defect)
         for model, measure in columns:
-            if measure in _OF_IFD and not has_ifd:
+            if _QUANTITY_OF.get(measure, "rmi") not in quantities:
                 found = paired = _unknown(UnknownReason.NOT_WANTED)
             elif twins is None or twins.is_empty():
                 found = paired = _unknown(UnknownReason.NOT_PLANTED)
@@ -271,86 +281,37 @@ def _kept_share(judged: Judged | None, name: str, defect: str) -> Estimate:
     return share(int(verdicts["is_selected"].sum()), n, **counts)
 
 
-# --- cuts: where could RMI be cut? ------------------------------------------------------------------------------------
+# --- dropped shares: how many rows do the signals declare invalid? ----------------------------------------------------
 
 
-def _cut_rows(judged: Judged | None, models: Sequence[str], rate: float) -> Iterator[dict[str, Any]]:
-    for role in models:
-        clean, mismatches, echoes = (
-            np.empty(0) if judged is None else rmi_of(judged, role, of).drop_nulls().to_numpy()
-            for of in (CLEAN, Defect.OTHER_ANSWER, Defect.ECHO)
-        )
-        yield _row(Statistic.LOW_CUT, Defect.OTHER_ANSWER, role, "rmi", low_cut(clean, mismatches, rate))
-        yield _row(Statistic.HIGH_CUT, Defect.ECHO, role, "rmi", high_cut(clean, echoes, ECHO_QUANTILE))
+def _dropped_rows(judged: Judged | None, defects: Sequence[Defect]) -> Iterator[dict[str, Any]]:
+    told = None if judged is None else _told(*judged.validity)
+    for measure in (*(one.signal.value for one in SIGNALS), VALID):
+        for defect in (CLEAN, *defects):
+            yield _row(Statistic.DROPPED_SHARE, defect, BOTH_MODELS, measure, _dropped_share(told, measure, defect))
 
 
-def rmi_of(judged: Judged, role: str, defect: str) -> pl.Series:
-    """RMI under a model, of the clean pairs or of those planted with a defect."""
-    rows = judged.clean if defect == CLEAN else judged.planted.filter(pl.col("defect") == str(defect))
-    return rows.filter(pl.col("model") == role)["rmi"]
+def _told(clean: pl.DataFrame, planted: pl.DataFrame) -> pl.DataFrame:
+    """`defect` of every pair, whether it is `valid`, and whether each signal is raised; null: the signal has no cut."""
+    rows = pl.concat([clean.with_columns(defect=pl.lit(CLEAN)), planted])
+    told = rows.select("defect", pl.col("invalid_by").is_null().alias(VALID))
+    for one in SIGNALS:
+        found = of_signal(rows, one.signal)
+        has_cut = found["evidence"].null_count() < rows.height
+        told = told.with_columns(pl.when(has_cut).then(found["is_raised"]).alias(one.signal.value))
+    return told
 
 
-def low_cut(clean: np.ndarray, null: np.ndarray, rate: float) -> Estimate:
-    """The RMI above which, of the batch's rows, a share of at most `rate` is expected to be mismatches.
+def _dropped_share(told: pl.DataFrame | None, measure: str, defect: str) -> Estimate:
+    """The share of the distinct pairs of the batch, or of the planted pairs of a defect, for which the measure holds.
 
-    p_i = (1 + #{null >= x_i}) / (m + 1) of each row's RMI x_i, m the rows of the null: the RMI of queries with the
-    answer to another query. The rows that Benjamini and Hochberg's procedure at `rate` tells from the null lie above
-    all others; the cut is the largest RMI of the others, so that `cut < RMI` keeps exactly the former.
-
-    It assumes that a mismatch in the batch scores like one of the null. The p-values share the null, so they depend on
-    one another positively, which the procedure allows (Bates et al. 2023, arXiv 2104.08279). It needs
-    m >= 1 / rate - 1: p is never below 1 / (m + 1).
+    A signal counts whatever its action is, and whether or not another one comes first.
     """
-    from scipy import stats
-
-    if not clean.size or not null.size:
-        return _unknown(UnknownReason.NOT_PLANTED, clean.size, null.size)
-    at_least = null.size - np.searchsorted(np.sort(null), clean, side="left")
-    adjusted = stats.false_discovery_control((1 + at_least) / (null.size + 1), method="bh")
-    is_told = adjusted <= rate
-    if is_told.all() or not is_told.any():
-        reason = UnknownReason.ALL_TOLD_FROM_NULL if is_told.any() else UnknownReason.NONE_TOLD_FROM_NULL
-        return _unknown(reason, clean.size, null.size)
-    cut = float(clean[~is_told].max())
-    return Estimate(cut, num_clean=clean.size, num_planted=null.size, num_kept=int(is_told.sum()))
-
-
-def high_cut(clean: np.ndarray, echoes: np.ndarray, quantile: float) -> Estimate:
-    """The RMI up to which a share of `quantile` of the echoes lies: `RMI <= cut` excludes the others.
-
-    The quantile is interpolated linearly between the echoes. It assumes that an echo in the batch scores like one that
-    repeats the whole query. The number of the batch's rows that it keeps shows its cost.
-    """
-    if not echoes.size:
-        return _unknown(UnknownReason.NOT_PLANTED, clean.size)
-    cut = float(np.quantile(echoes, quantile))
-    kept = int((clean <= cut).sum())
-    return Estimate(cut, num_clean=clean.size, num_planted=echoes.size, num_kept=kept)
-
-
-def offered_range(calibration: pl.DataFrame) -> tuple[float | None, float | None]:
-    """The cuts of the strong model's RMI as `rmi_strong` of a selection: (lo, hi], to 4 decimals; None: no end.
-
-    They are rounded towards each other, so that the range keeps nothing that the cuts exclude.
-    """
-    cuts = calibration.filter(pl.col("model") == "strong", pl.col("measure") == "rmi")
-    values = dict(cuts.select("statistic", "value").iter_rows())
-    low, high = (values.get(cut.value) for cut in (Statistic.LOW_CUT, Statistic.HIGH_CUT))
-    return (
-        None if low is None else math.ceil(low * 10**_DECIMALS) / 10**_DECIMALS,
-        None if high is None else math.floor(high * 10**_DECIMALS) / 10**_DECIMALS,
-    )
-
-
-def offered_yaml(calibration: pl.DataFrame, published: Selection) -> str | None:
-    """A selection with the offered cuts, to be pasted into `selections`; None: no cut, or the cuts leave nothing.
-
-    It is the published selection if that can have cuts, else one by the gap.
-    """
-    low, high = offered_range(calibration)
-    if (low is None and high is None) or (low is not None and high is not None and low >= high):
-        return None
-    can_have = isinstance(published, DiffSelection | SumSelection)
-    base = published if can_have else DiffSelection(name="diff_high_within_cuts", strategy="diff_high")
-    values = base.model_dump(mode="json", exclude_none=True) | {"rmi_strong": [low, high]}
-    return yaml.safe_dump([values], sort_keys=False, default_flow_style=None)
+    rows = pl.Series() if told is None else told.filter(pl.col("defect") == defect)[measure]
+    n = len(rows)
+    if n == 0:
+        return _unknown(UnknownReason.NOT_PLANTED)
+    counts = {"num_clean": n} if defect == CLEAN else {"num_planted": n}
+    if rows.null_count():
+        return _unknown(UnknownReason.NO_CUT, **counts)
+    return share(int(rows.sum()), n, **counts)

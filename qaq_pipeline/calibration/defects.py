@@ -118,7 +118,7 @@ def _cut_at_line(text: Text, _: Others, choice: random.Random) -> Text | None:
 
 def _invented_terms(text: Text, _: Others, choice: random.Random) -> Text | None:
     """Half of the query's content words, rounded up, are replaced by invented words, equal words by the same one."""
-    words = sorted({word.lower() for word in _CONTENT_WORD.findall(text.query)} - _FUNCTION_WORDS)
+    words = sorted({word.lower() for word in _CONTENT_WORD.findall(text.query)} - FUNCTION_WORDS)
     if not words:
         return None
     chosen = choice.sample(words, (len(words) + 1) // 2)
@@ -232,7 +232,7 @@ FILLERS = (
 
 _LINE = re.compile(r"[^\n]*\S[^\n]*")
 _CONTENT_WORD = re.compile(r"\b[A-Za-z]{4,}\b")
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
         """

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from qaq_pipeline.calibration.calibration import Judged, judge
 from qaq_pipeline.config.selections import Selection
-from qaq_pipeline.config.settings import GateSettings, RankingSettings
+from qaq_pipeline.config.settings import GateSettings, RankingSettings, ValiditySettings
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.selection.stored_reference import Scores, differently_scored, require_pool, scored_by
-from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
+from qaq_pipeline.selection.scored_batch import JudgedBatch
+from qaq_pipeline.selection.stored_reference import require_pool
+from qaq_pipeline.storage.origin import batch_of, by_model, require_inputs
 from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.validity import judgement
+from qaq_pipeline.validity.planted_sample import PlantedSample
 
 
 @dataclass(frozen=True)
@@ -24,49 +27,38 @@ class PlantedBatch:
     """The tables from which the scores of a batch are validated.
 
     Raises:
-        OriginError: the planted rows were not drawn from the rows that were scored, or were scored otherwise.
+        OriginError: ranks or validity were not made from these scores.
     """
 
-    planted_rows: StoredTable
-    planted_scores: Scores
-    rmi_scores: Scores
+    sample: PlantedSample
     disagreement_scores: StoredTable
+    judged: JudgedBatch
 
     def __post_init__(self) -> None:
-        scores, drawn_from = by_model("rmi_scores", self.rmi_scores), self.planted_rows.provenance["inputs"]
+        scores = by_model("rmi_scores", self.sample.rmi_scores)
         require_inputs("disagreement_scores", self.disagreement_scores, scores)
-        if others := [name for name, table in scores.items() if table.provenance["scored_from"] != drawn_from]:
-            raise OriginError(
-                f"planted_rows of batch {batch_of(self.planted_rows)} were not drawn from the rows that "
-                f"{', '.join(others)} scored; materialise planted_rows and logprobs of this batch first (or `qaq run` "
-                "the batch again)"
-            )
-        for name, table in by_model("planted_scores", self.planted_scores).items():
-            require_inputs(name, table, {"planted_rows": self.planted_rows})
-        if differing := differently_scored(scored_by(self.rmi_scores), self.planted_scores):
-            raise OriginError(
-                f"planted_scores of batch {batch_of(self.planted_rows)} were made by other models than its rmi_scores, "
-                f"or asked differently, as {differing}; materialise logprobs and rmi_scores of the batch, then "
-                "planted_rows and planted_scores"
-            )
+        require_inputs("validity", self.judged.validity, scores | {"validity_cuts": self.judged.cuts})
 
     @property
     def inputs(self) -> dict[str, StoredTable]:
         """The tables by the names that provenance gives to inputs."""
-        return {
-            "planted_rows": self.planted_rows,
+        return self.sample.inputs | {
             "disagreement_scores": self.disagreement_scores,
-            **by_model("planted_scores", self.planted_scores),
-            **by_model("rmi_scores", self.rmi_scores),
+            **self.judged.inputs,
         }
 
     def gate(self, limits: GateSettings) -> Gate | None:
         """The stored verdict on the batch. Raises gates.StaleVerdictError."""
-        made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
-        return gates.of_batch(batch_of(self.planted_rows), self.planted_rows.provenance, made_of, limits)
+        made_of = {role: table.provenance for role, table in self.sample.rmi_scores.items()}
+        planted = self.sample.planted_rows
+        return gates.of_batch(batch_of(planted), planted.provenance, made_of, limits)
 
     def judge(
-        self, ranking: RankingSettings, selections: Sequence[Selection], frozen: StoredTable | None
+        self,
+        ranking: RankingSettings,
+        selections: Sequence[Selection],
+        signals: ValiditySettings,
+        frozen: StoredTable | None,
     ) -> Judged | None:
         """Ranks and verdicts of the planted pairs beside those of the batch; None: nothing was planted, or is ranked.
 
@@ -76,13 +68,15 @@ class PlantedBatch:
         if frozen is not None:
             require_pool(self.disagreement_scores, ranking, frozen)
         is_ranked = frozen is not None or self.disagreement_scores.frame["gap"].is_not_null().any()
-        if self.planted_rows.frame.is_empty() or not is_ranked:
+        rows = self.sample.planted_rows.frame
+        if rows.is_empty() or not is_ranked:
             return None
         return judge(
-            self.planted_rows.frame,
-            {role: table.frame for role, table in self.planted_scores.items()},
-            {role: table.frame for role, table in self.rmi_scores.items()},
+            rows,
+            {role: table.frame for role, table in self.sample.planted_scores.items()},
+            {role: table.frame for role, table in self.sample.rmi_scores.items()},
             self.disagreement_scores.frame,
+            (self.judged.validity.frame, judgement.judge(self.sample.planted, self.judged.cuts.frame, signals)),
             ranking,
             selections,
             None if frozen is None else frozen.frame,

@@ -21,9 +21,9 @@ from qaq_pipeline.calibration.defects import Others, Text
 from qaq_pipeline.calibration.mismatches import other_answers
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
+from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
-from qaq_pipeline.selection.random_order import draws
 
 ENOUGH = 20
 """Minimum number of planted rows for which a defect is judged: with 20, the interval of an AUROC of 0.9 is 0.2 wide."""

@@ -40,6 +40,8 @@ class Dossier:
     """Query, answer, record; empty if the current delivery has no such row."""
     representative: dict[str, Any] | None
     """The row that is kept instead of a duplicate."""
+    signals: list[dict[str, Any]] | None
+    """As `row_history.validity_of`."""
     fates: list[Fate]
     provenance: Provenance
 
@@ -53,13 +55,16 @@ def gather(storage: Storage, row: dict[str, Any], found_in: Published | None, *,
         found_in: the version it was found in; None: the current decisions.
         with_versions: collect the row's fate in every version.
     """
+    provenance = storage.provenance.read(row["provenance_id"])
+    inputs = {} if provenance.made_of is None else provenance.made_of["inputs"]
     return Dossier(
         row,
         found_in,
         row_history.text_of(storage, row),
         _representative(storage, row, found_in),
+        row_history.validity_of(storage, row, inputs),
         row_history.fates(storage, row) if with_versions else [],
-        storage.provenance.read(row["provenance_id"]),
+        provenance,
     )
 
 
@@ -91,6 +96,10 @@ def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
         _line(console, f"  {label}: {text}", style="dim")
     if row["scores"]:
         _print_scores(console, row["scores"])
+    if dossier.signals is None:
+        _line(console, "The evidence of the signals was judged again since this decision, so it is not shown.")
+    if dossier.signals:
+        _print_signals(console, dossier.signals)
     if row["verdicts"]:
         _print_verdicts(console, row["verdicts"])
     pair = "no pair" if row["pair_id"] is None else f"pair_id {row['pair_id']}"
@@ -190,6 +199,28 @@ def _print_scores(console: Console, scores: Sequence[Mapping[str, Any]]) -> None
         if field != "model":
             shown.add_row(field, *(_cell(of_model[field]) for of_model in scores))
     console.print(shown)
+
+
+def _print_signals(console: Console, signals: Sequence[Mapping[str, Any]]) -> None:
+    """Print one row per signal. Evidence at or below the cut raises the signal."""
+    shown = Table("signal", "evidence", "cut", "result")
+    has_reason = False
+    for signal in signals:
+        result = _result(signal, is_before=not has_reason)
+        shown.add_row(signal["signal"], _cell(signal["evidence"]), _cell(signal["cut"]), result)
+        has_reason = has_reason or signal["is_reason"]
+    console.print(shown)
+
+
+def _result(signal: Mapping[str, Any], *, is_before: bool) -> str:
+    """What a signal says of the pair. A raised signal before the reason, or without one, only flags the pair."""
+    if signal["cut"] is None:
+        return f"no cut ({signal['null_reason']})"
+    if not signal["is_raised"]:
+        return "not raised"
+    if signal["is_reason"]:
+        return "raised: the pair is invalid"
+    return "flagged" if is_before else "raised"
 
 
 def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:

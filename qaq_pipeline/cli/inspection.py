@@ -90,8 +90,7 @@ def calibration(
     batch: Annotated[str, typer.Argument(help="Name of the batch.")],
     config_file: ConfigOption = None,
 ) -> None:
-    """Show how well the scores separate a batch's original rows from planted bad ones, and suggest cuts of RMI."""
-    from qaq_pipeline.calibration import calibration as judging
+    """Show what the selections keep of a batch's planted bad rows, and how well scores and signals detect them."""
     from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 
     settings = read_settings(config_file)
@@ -105,17 +104,11 @@ def calibration(
         fail(f"batch {batch} is gated and therefore not calibrated: {gate.sentence}")
     if changed := staleness.changed_inputs(storage, "calibration", batch):
         warn(f"It used older scores: {', '.join(changed)} changed since; `qaq refresh` calibrates again.")
-    finding = check_metrics.discrimination(stored.frame, settings.checks.min_auc)
-    say(finding.sentence, style=None if finding.passed else "yellow")
+    for finding in check_metrics.of_calibration(stored.frame, settings.published.name, settings.checks):
+        say(finding.sentence, style=None if finding.passed else "yellow")
     render.print_page_tables(calibration_page.tables(stored.frame))
     for sentence in calibration_page.missing(stored.frame):
         say(sentence)
-    offered = judging.offered_yaml(stored.frame, settings.published)
-    if offered is not None and not finding.passed:
-        warn(calibration_page.BLIND)
-    say("No cut is offered." if offered is None else "Offered as a replacement for the selection of the same name:")
-    if offered is not None:
-        say(offered)
     page = page_store.calibration_page(batch)
     if storage.files.exists(*page):
         say(f"With plots and examples: {storage.files.url(*page)}")

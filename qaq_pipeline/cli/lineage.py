@@ -21,7 +21,7 @@ def lineage(
         str, typer.Argument(help="A published version: number, first digits of its hash, or `latest`.")
     ] = "latest",
     file: Annotated[
-        str | None, typer.Option("--file", help="Only this file of the version, for example diff_high/alpaca.json.")
+        str | None, typer.Option("--file", help="Only this file of the version, for example qaq/alpaca.json.")
     ] = None,
     row: Annotated[str | None, typer.Option("--row", help="Trace one row: BATCH/FILE:ROW[.TURN].")] = None,
     columns: Annotated[

@@ -84,7 +84,9 @@ class _Display:
 
 
 def print_summary(summary: BatchSummary) -> None:
-    """Print the result of `qaq run`."""
+    """Print the result of `qaq run`: first what the signals could not tell."""
+    for sentence in summary.untold:
+        say(f"WARNING: {sentence}.", style="bold red")
     rows = Table("rows", "", "why", title=f"Batch {summary.batch}")
     rows.add_row("in", f"{summary.rows_in:,}", "", style="bold")
     for decision, count in summary.rows_by_decision.items():
@@ -93,6 +95,9 @@ def print_summary(summary: BatchSummary) -> None:
     rows.add_row("sum", f"{sum(summary.rows_by_decision.values()):,}", "", style="bold")
     console.print(rows)
     _print_models(summary)
+    if summary.valid_pairs is not None:
+        invalid = ", ".join(f"{signal} {count:,}" for signal, count in summary.invalid_pairs.items())
+        say(f"Valid pairs: {summary.valid_pairs:,}; declared invalid by {invalid}")
     sizes = ", ".join(f"{name} {count:,}" for name, count in summary.selected_by_selection.items())
     selected = summary.rows_by_decision["selected"]
     say(

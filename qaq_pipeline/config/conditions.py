@@ -1,4 +1,5 @@
-"""The settings that every selection has, whatever its strategy: conditions, quotas, and a cap for each query.
+"""The settings that every selection has, whatever its strategy: conditions, quotas, and caps for each query
+and each near-duplicate cluster.
 
 Does not belong here: the strategies' own settings (`selections`), and the values of columns (`selection.grammar`).
 """
@@ -83,6 +84,9 @@ class Composed(Closed):
 
     name: str = Field(pattern=NAME)
     """Name of the selection, as in the decisions and the exports."""
+    valid: bool = Field(False, exclude_if=lambda valid: not valid)
+    """Take only valid pairs: no signal with the action drop (section `validity`) declares them invalid. Invalid pairs
+    count in the selection's pool, so that a budget may not be reached."""
     where: tuple[Condition, ...] = Field((), exclude_if=_is_unset)
     """Conditions; the selection takes only pairs that meet all of them. With `ranking.pool: reference`, they hold for
     the batch's pairs, and the cut is that of the whole reference."""
@@ -91,6 +95,9 @@ class Composed(Closed):
     max_per_query: int | None = Field(None, ge=1, exclude_if=_is_unset)
     """Maximum number of pairs with one query, the best first; queries that differ only in white space or Unicode
     normalisation are one. null: no limit."""
+    max_per_cluster: int | None = Field(None, ge=1, exclude_if=_is_unset)
+    """Maximum number of a batch's pairs from one near-duplicate cluster (`screening.duplicates.cluster_threshold`), the
+    best first, of those that `max_per_query` leaves. null: no limit."""
 
     @property
     def columns(self) -> list[str]:
@@ -101,7 +108,7 @@ class Composed(Closed):
     @property
     def without_conditions(self) -> Self:
         """The selection by scores alone, for pairs whose rows are not at hand."""
-        return self.model_copy(update={"where": (), "quotas": None, "max_per_query": None})
+        return self.model_copy(update={"where": (), "quotas": None, "max_per_query": None, "max_per_cluster": None})
 
 
 def tables_named(selections: Iterable[Composed]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from qaq_pipeline.config.settings import Settings
 
 _RENAMED_FIELDS = {
     "automation.recuration_cron": "automation.refresh_cron",
+    "calibration.false_discovery_rate": "validity.max_false_share",
     "calibration.max_planted_share": "calibration.mismatches and calibration.rows_per_defect, numbers of rows",
     "calibration.max_rows_per_defect": "calibration.rows_per_defect",
     "calibration.max_share": "calibration.mismatches and calibration.rows_per_defect, numbers of rows",

@@ -24,7 +24,9 @@ from qaq_pipeline.config.selections import (
     Selection,
 )
 from qaq_pipeline.schema.partition import check_batch_name
-from qaq_pipeline.schema.vocabularies import Defect
+from qaq_pipeline.schema.vocabularies import Defect, Signal
+
+SignalAction = Literal["drop", "flag", "off"]
 
 _IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
@@ -53,6 +55,18 @@ class DuplicateSettings(Closed):
     are duplicates."""
     across_batches: bool = True
     """Also find duplicates of rows in older batches: the older row is kept, and the newer one is not scored."""
+    cluster_threshold: float = Field(0.5, ge=0.3, le=1)
+    """Minimum Jaccard similarity of two rows of one near-duplicate cluster; rows with equal queries are in one cluster,
+    too. Not above near_threshold."""
+
+    @model_validator(mode="after")
+    def _clusters_are_wider(self) -> Self:
+        if self.near_threshold is not None and self.cluster_threshold > self.near_threshold:
+            raise ValueError(
+                f"cluster_threshold: {self.cluster_threshold:g} is above near_threshold {self.near_threshold:g}, so "
+                "that a row and its near duplicate would not be in one cluster; lower it, or raise near_threshold"
+            )
+        return self
 
 
 class BenchmarkSettings(Closed):
@@ -96,6 +110,17 @@ class ScreeningSettings(Closed):
     """Benchmark tasks."""
 
 
+class HeldOutSettings(Closed):
+    """The rows that are held out for training trials: whole near-duplicate clusters, drawn by a keyed hash. They are
+    not scored, so that they set no rank and no cut. Rows keep their side: share and seed decide on new clusters only.
+    """
+
+    share: float = Field(0.0, ge=0, le=0.5)
+    """Share of the new clusters that are held out; 0: none, and rows that were held out before are accepted again."""
+    seed: int = Field(0, ge=0)
+    """Seed of the draw."""
+
+
 class GateSettings(Closed):
     """The conditions for scoring and publishing a batch. Its rows are in `decisions` in any case."""
 
@@ -103,6 +128,9 @@ class GateSettings(Closed):
     """Maximum share of rejected rows; null: no limit. Above it, nothing is scored."""
     min_scorable_share: float | None = Field(0.5, ge=0, le=1)
     """Minimum share of distinct pairs that each model must score; null: no limit."""
+    must_tell: bool = False
+    """Hold a batch back if RMI does not tell its pairs from the same queries with answers to other queries. If false,
+    such a batch is published with a warning, and the signal `mismatch` declares none of its pairs invalid."""
 
 
 class CheckSettings(Closed):
@@ -120,6 +148,8 @@ class CheckSettings(Closed):
     """Maximum population stability index of PPL(Q) and RMI against the reference."""
     max_ks: float = Field(0.2, ge=0, le=1)
     """Maximum Kolmogorov-Smirnov statistic of PPL(Q) and RMI against the reference."""
+    max_kept_share: float = Field(0.35, ge=0, le=1)
+    """Maximum share of the planted rows of each defect that the published selection may keep."""
     min_auc: float = Field(0.8, ge=0.5, le=1)
     """Minimum AUROC with which a model's RMI must separate matched pairs from mismatched ones (the same query with
     another row's answer)."""
@@ -321,13 +351,39 @@ class CalibrationSettings(Closed):
     """Number of planted rows of every other defect. A batch of fewer pairs gets at most one row per pair."""
     seed: int = Field(0, ge=0)
     """Seed that decides which rows are copied and how the copies are changed."""
-    false_discovery_rate: float = Field(0.05, gt=0, lt=1)
-    """Target share of mismatches among the rows that the low cut of RMI keeps."""
 
     @model_validator(mode="after")
     def _defects(self) -> Self:
         require_distinct("defects", self.defects)
         return self
+
+
+class ValiditySettings(Closed):
+    """The signals of pairs that should not be trained on. drop: a selection with `valid: true` takes no pair that the
+    signal declares invalid. flag: its evidence is stored and shown. off: it is not looked at.
+    """
+
+    mismatch: SignalAction = "drop"
+    """RMI is not clearly above that of answers to other queries."""
+    echo: SignalAction = "drop"
+    """The answer repeats the query and little else."""
+    unfinished: SignalAction = "drop"
+    """The models do not expect the answer to end where it ends. Needs `end` in `scoring.quantities`."""
+    implausible_query: SignalAction = "drop"
+    """PPL(Q) is as high as that of queries with invented words."""
+    unclosed: SignalAction = "flag"
+    """The answer leaves a bracket or a code fence open."""
+    max_false_share: float = Field(0.015, gt=0, lt=1)
+    """For each signal, the largest share of pairs with its defect among those that it keeps, as estimated on the batch.
+    A smaller share also drops more good pairs."""
+
+    def is_on(self, signal: Signal) -> bool:
+        """Whether the signal is looked at."""
+        return getattr(self, signal.value) != "off"
+
+    def declares(self, signal: Signal) -> bool:
+        """Whether the signal declares pairs invalid."""
+        return getattr(self, signal.value) == "drop"
 
 
 class ExportSettings(Closed):
@@ -410,7 +466,8 @@ class ReportSettings(Closed):
     plots: bool = True
     """Show plots of the assets in the UI, each under 100 KB."""
     examples: int = Field(10, ge=0, le=25)
-    """Maximum number of example rows on a page for each reason, and for the lowest and the highest ranks and gaps."""
+    """Maximum number of example rows on a page for each reason, for the lowest and the highest ranks and gaps, and on
+    either side of the cut of each signal."""
 
 
 class AlertSettings(Closed):
@@ -429,6 +486,8 @@ class Settings(Closed):
     """Reading of delivered files."""
     screening: ScreeningSettings = ScreeningSettings()
     """Screening of rows before scoring."""
+    held_out: HeldOutSettings = HeldOutSettings()
+    """Rows held out for training trials."""
     gates: GateSettings = GateSettings()
     """Conditions for scoring and publishing a batch."""
     checks: CheckSettings = CheckSettings()
@@ -451,7 +510,11 @@ class Settings(Closed):
     """Strata and ranks."""
     tables: tuple[TableSettings, ...] = ()
     """Imported tables, whose columns the selections can name."""
-    selections: tuple[Selection, ...] = Field((DiffSelection(name="diff_high", strategy="diff_high"),), min_length=1)
+    validity: ValiditySettings = ValiditySettings()
+    """Signals of invalid pairs."""
+    selections: tuple[Selection, ...] = Field(
+        (DiffSelection(name="qaq", strategy="diff_high", valid=True),), min_length=1
+    )
     """Named selections. The first is published, with random controls of the same size."""
     calibration: CalibrationSettings = CalibrationSettings()
     """Validation of the scores by planted defects."""
@@ -485,6 +548,11 @@ class Settings(Closed):
         for name in () if isinstance(self.export.selections, str) else self.export.selections:
             if name not in names:
                 raise ValueError(f"export.selections: {name!r} is not a selection; known: {names}")
+        if self.held_out.share and not self.screening.duplicates.across_batches:
+            raise ValueError(
+                "held_out: rows are held out with all rows of their cluster, also those of other batches: set "
+                "screening.duplicates.across_batches: true, or held_out.share: 0"
+            )
         if self.ranking.pool == "reference" and "rmi" not in self.scoring.quantities:
             raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: it ranks RMI")
         return self
@@ -495,6 +563,12 @@ class Settings(Closed):
         role = getattr(selection, "model", "strong")
         if role not in self.models:
             raise ValueError(f"selections: {selection.name!r} uses the model {role!r}; known: {sorted(self.models)}")
+        if selection.valid and not self.is_calibrated:
+            raise ValueError(
+                f"selections: {selection.name!r} takes valid pairs only (valid: true), and the cuts of validity come "
+                "from planted rows: set calibration.enabled: true and have `rmi` in scoring.quantities, or leave "
+                "`valid` out"
+            )
         self._check_conditions(selection)
         match selection:
             case LengthSelection():

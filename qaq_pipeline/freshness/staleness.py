@@ -70,7 +70,8 @@ def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline 
     for name, version in storage.tables.footer(table, Partition(batch)).provenance["inputs"].items():
         source = Input.parse(name)
         is_of_batch = source.table in pipeline.tables_of_batch()
-        if is_of_batch and storage.tables.version(source.table, Partition(batch, source.model)) != version:
+        of_batch = source.batch or batch
+        if is_of_batch and storage.tables.version(source.table, Partition(of_batch, source.model)) != version:
             found.append(name)
     return found
 
@@ -167,7 +168,7 @@ class Freshness:
         if source.table not in self.pipeline.tables_of_batch():
             return self.present.shared_inputs.get(name)
         model = source.model or (partition.model if self.pipeline[source.table].has_models else None)
-        return self.storage.tables.version(source.table, Partition(partition.batch, model))
+        return self.storage.tables.version(source.table, Partition(source.batch or partition.batch, model))
 
     def _provenance(self, table: str, partition: Partition) -> dict[str, Any] | None:
         footer = self.storage.tables.readable_footer(table, partition)

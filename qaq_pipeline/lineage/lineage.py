@@ -192,7 +192,7 @@ def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> t
     The manifest says most of the versions, the footers of unchanged tables the rest.
     """
     entered, raw_data, tables = dict(entry["data_versions"]), None, []
-    for key, name, partition in _partitions(entry, pipeline):
+    for key, name, partition in _partitions(entry, pipeline, entered):
         footer = storage.tables.readable_footer(name, partition)
         state = _state(footer, entered.get(key))
         if footer is not None and state is State.AS_PUBLISHED:
@@ -205,16 +205,27 @@ def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> t
     return tuple(tables), raw_data
 
 
-def _partitions(entry: Mapping[str, Any], pipeline: Pipeline) -> Iterator[tuple[str, str, Partition]]:
+def _partitions(
+    entry: Mapping[str, Any], pipeline: Pipeline, entered: Mapping[str, str]
+) -> Iterator[tuple[str, str, Partition]]:
     """Key (as in a provenance), table and partition of everything from which a batch's selection was made.
 
     From the publication back to the delivery: each table's inputs come after it.
+
+    Args:
+        entry: of the batch in the manifest.
+        pipeline: the tables.
+        entered: data versions by key, to which those that a yielded table names are added before the next is asked for.
     """
-    for asset in reversed(pipeline.sources_of_published):
+    sources = pipeline.sources_of_published
+    is_calibrated = any(asset.needs_calibration and asset.name in entry["data_versions"] for asset in sources)
+    for asset in reversed(sources):
         name = asset.name
         if asset.purpose is Purpose.REFERENCE:
-            if name in entry["data_versions"]:
+            if name in entered:
                 yield name, name, Partition(str(rank_reference.name_in(entry["pool"])))
+            continue
+        if asset.needs_calibration and not is_calibrated:
             continue
         for partition in asset.partitions(entry["batch"], list(entry["models"])):
             yield str(Input(name, partition.model)), name, partition

@@ -8,7 +8,7 @@ Only a search by text reads whole tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +176,35 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
         return {}
     same = found.filter(pl.col("pair_id").eq_missing(pl.lit(row["pair_id"], pl.String)))
     return {} if same.is_empty() else same.select(columns[1:]).row(0, named=True)
+
+
+def validity_of(storage: Storage, row: dict[str, Any], inputs: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """What each signal says of the pair of a row: signal, evidence, cut, null_reason (of the cut), is_raised and
+    is_reason (it is the one that declares the pair invalid), in the order of the signals; empty: it was not judged.
+
+    Args:
+        storage: where it is stored.
+        row: the row of decisions.
+        inputs: data versions of the inputs of its decision.
+
+    Returns:
+        None where the validity that the decision used is no longer stored.
+    """
+    partition, names = Partition(row["batch"]), ("validity", "validity_cuts")
+    if row["pair_id"] is None or not row["scores"] or not inputs.keys() >= set(names):
+        return []
+    if any(storage.tables.version(name, partition) != inputs[name] for name in names):
+        return None
+    where: row_lookup.Where = [("pair_id", "==", row["pair_id"])]
+    judged = storage.tables.find(where, "validity", partition).to_dicts()
+    cuts = {cut["signal"]: cut for cut in storage.tables.read("validity_cuts", partition).frame.to_dicts()}
+    return [
+        found
+        | {name: cuts[found["signal"]][name] for name in ("cut", "null_reason")}
+        | {"is_reason": found["signal"] == pair["invalid_by"]}
+        for pair in judged
+        for found in pair["signals"]
+    ]
 
 
 def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None) -> Iterator[Matches]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qaq_pipeline.lineage.lineage import Batch, Lineage, Shards, Table
+from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import versions
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
@@ -29,9 +30,6 @@ class Finding:
 # --- the comparison -------------------------------------------------------------------------------------------------
 
 _TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq refresh`, which rebuilds it"
-_REFERENCE_REMEDY = (
-    "restore it from a backup, or remove it and materialise rank_reference, which rebuilds it from the same scores"
-)
 _SHARD_REMEDY = "remove it: its scores are computed again when a batch needs them"
 
 
@@ -72,7 +70,8 @@ def _verify_files(storage: Storage, lineage: Lineage) -> Iterator[Finding]:
 
 
 def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Finding]:
-    remedy = _REFERENCE_REMEDY if table.name == "rank_reference" else _TABLE_REMEDY
+    is_of_reference = table.name in PIPELINE.tables(Purpose.REFERENCE)
+    remedy = _reference_remedy(table.name) if is_of_reference else _TABLE_REMEDY
     try:
         fault = storage.tables.fault(table.name, table.partition)
     except StorageError:
@@ -86,6 +85,10 @@ def _verify_table(storage: Storage, table: Table, batch: Batch) -> Iterator[Find
             yield Finding(
                 table.path, f"its provenance differs from the provenance published with batch {batch.name}", remedy
             )
+
+
+def _reference_remedy(name: str) -> str:
+    return f"restore it from a backup, or remove it and materialise {name}, which rebuilds it from the same scores"
 
 
 def _verify_shards(storage: Storage, shards: Shards) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import check_metrics, drift
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.scoring import stored_scores
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.files import StorageError
@@ -55,7 +56,9 @@ _DESCRIPTIONS = {
     "calibration": {
         "models_can_tell": "Each model's RMI separates matched pairs from mismatched ones (the same query with another "
         "row's answer), with an AUROC of at least checks.min_auc, over at least 20 mismatched ones. Also shown: its "
-        "AUROC for every defect."
+        "AUROC for every defect.",
+        "defects_are_kept_out": "The published selection keeps at most checks.max_kept_share of the planted rows of "
+        "each defect, over at least 20 of each. Not judged: a wrong token of code, the negative control.",
     },
     "decisions": {
         "every_row_is_decided": "Every row of raw_data has one decision. Also shown: the selected share.",
@@ -79,6 +82,7 @@ def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
         "strata_are_filled": has_rmi and ranking.pool == "batch",
         "is_near_reference": has_rmi and ranking.reference is not None,
         "models_can_tell": settings.is_calibrated,
+        "defects_are_kept_out": settings.is_calibrated,
     }
     wanted = {
         asset: {name: text for name, text in checks.items() if is_wanted.get(name, True)}
@@ -185,7 +189,7 @@ def _drift(storage: Storage, batch: str, settings: Settings) -> Finding:
         return Finding(False, f"The reference {name} is not made yet: the drift from it is not known.")
     frozen = storage.tables.read(stored_reference.NAME, Partition(name))
     scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
-    if differing := stored_reference.differently_scored(frozen.provenance["scored_by"], scores):
+    if differing := stored_scores.differently_scored(frozen.provenance["scored_by"], scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
     found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
     return check_metrics.drift(found.statistics, found.evidence, settings.checks)
@@ -195,9 +199,12 @@ def _calibration(calibration: StoredTable, settings: Settings, *_: object) -> Me
     gate = gates.of_provenance(calibration.provenance)
     if gate is not None:
         text = f"The batch is gated, and not calibrated: {gate.sentence}."
-        return {"models_can_tell": lambda: Finding(True, text)}
-    limit = settings.checks.min_auc
-    return {"models_can_tell": lambda: check_metrics.discrimination(calibration.frame, limit)}
+        return dict.fromkeys(_DESCRIPTIONS["calibration"], lambda: Finding(True, text))
+    frame, limits, published = calibration.frame, settings.checks, settings.published.name
+    return {
+        "models_can_tell": lambda: check_metrics.discrimination(frame, limits.min_auc),
+        "defects_are_kept_out": lambda: check_metrics.kept_defects(frame, published, limits.max_kept_share),
+    }
 
 
 def _decisions(decisions: StoredTable, _: Settings, storage: Storage, partition: Partition) -> Measurements:

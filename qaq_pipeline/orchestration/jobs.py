@@ -39,7 +39,7 @@ def build_job_defs(
         on_progress: called after every scored batch, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
-    jobs = made_under(settings, pipeline).jobs()
+    made = made_under(settings, pipeline)
     storage = open_storage(settings, pipeline)
     resources: dict[str, object] = {
         "storage": storage,
@@ -49,9 +49,12 @@ def build_job_defs(
         ),
     }
     return dg.Definitions(
-        assets=conditions.automate(build_assets(settings, pipeline), pipeline),
+        assets=conditions.automate(build_assets(settings, pipeline), made),
         asset_checks=build_checks(settings),
-        jobs=[dg.define_asset_job(name, selection=dg.AssetSelection.assets(*assets)) for name, assets in jobs.items()],
+        jobs=[
+            dg.define_asset_job(name, selection=dg.AssetSelection.assets(*assets))
+            for name, assets in made.jobs().items()
+        ],
         resources=resources | (resource_overrides or {}),
         executor=build_executor(settings),
     )
@@ -64,8 +67,9 @@ def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE)
     shared_inputs = {}
     if settings.ranking.pool == "reference":
         reference = Partition(stored_reference.named(settings.ranking).name)
-        if version := storage.tables.version(stored_reference.NAME, reference):
-            shared_inputs[stored_reference.NAME] = version
+        for table in pipeline.tables(Purpose.REFERENCE):
+            if version := storage.tables.version(table, reference):
+                shared_inputs[table] = version
     return Present(versions, sorted(settings.models), shared_inputs, settings.tables_read)
 
 

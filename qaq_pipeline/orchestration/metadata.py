@@ -60,8 +60,11 @@ def asset(
         }
         if declared.partitioning is Partitioning.NONE:
             defined["deps"] = declared.inputs
-        elif settings.ranking.pool == "reference":
-            defined["deps"] = declared.optional_inputs
+        else:
+            defined["deps"] = [
+                *(declared.optional_inputs if settings.ranking.pool == "reference" else ()),
+                *(declared.calibrated_inputs if settings.is_calibrated else ()),
+            ]
         if declared.schema is not None:
             defined |= _of_schema(declared.schema)
         return dg.asset(**defined | options)(refusing(function))

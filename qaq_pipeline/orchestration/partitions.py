@@ -1,9 +1,11 @@
 """Partitions definitions of the assets."""
 
+from collections.abc import Sequence
+
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.pipeline import Asset, Partitioning
+from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning
 
 BATCHES = dg.DynamicPartitionsDefinition(name="batch")
 """One partition for each batch."""
@@ -17,3 +19,25 @@ def partitions_of(asset: Asset, settings: Settings) -> dg.PartitionsDefinition |
         Partitioning.BATCH_AND_MODEL: dg.MultiPartitionsDefinition({"batch": BATCHES, "model": models}),
     }
     return definitions.get(asset.partitioning)
+
+
+def of_reference_batches(
+    name: str, batches: Sequence[str], roles: Sequence[str], others: Sequence[str] = ()
+) -> list[dg.AssetDep]:
+    """The inputs of an asset of a reference: the partitions of exactly these batches, so other batches leave it fresh.
+
+    Args:
+        name: of the asset.
+        batches: of the reference.
+        roles: of the models.
+        others: further inputs, with partitions of batches or none.
+    """
+    of_models = [dg.MultiPartitionKey({"batch": batch, "model": role}) for batch in batches for role in roles]
+    found = []
+    for source in (PIPELINE[one] for one in (*PIPELINE[name].inputs, *others)):
+        if source.partitioning is Partitioning.REFERENCE:
+            found.append(dg.AssetDep(source.name))
+            continue
+        keys = of_models if source.has_models else batches
+        found.append(dg.AssetDep(source.name, partition_mapping=dg.SpecificPartitionsPartitionMapping(keys)))
+    return found

@@ -27,6 +27,9 @@ from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
 
+_BARRED = [status.value for status in (Status.WITHDRAWN, Status.CONTAMINATED, Status.HELD_OUT, Status.BETWEEN)]
+"""Statuses of the rows whose text no published record shows, not even as another turn of its conversation."""
+
 
 class NothingToPublishError(ValueError):
     """There is nothing to publish, or nothing is published yet. The text says why."""
@@ -159,6 +162,7 @@ def dataset_files(
         _concat(batches, "screened_data"),
         decided,
         {batch.batch: batch["screened_data"].provenance["benchmarks"] for batch in batches},
+        {batch.batch: batch["decisions"].provenance for batch in batches},
     )
     return files
 
@@ -172,7 +176,7 @@ def _rows(batches: Sequence[BatchTables], selection: str | None, *, has_meta: bo
     if not has_meta:
         return rows
     screened = _concat(batches, "screened_data")
-    barred = screened.filter(pl.col("status").is_in([Status.WITHDRAWN.value, Status.CONTAMINATED.value]))
+    barred = screened.filter(pl.col("status").is_in(_BARRED))
     return exports.with_meta(rows, _concat(batches, "raw_data"), barred)
 
 

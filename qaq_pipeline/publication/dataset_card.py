@@ -24,8 +24,9 @@ from qaq_pipeline.publication import exports, templates
 from qaq_pipeline.publication.exports import FORMATS
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import Decision, Status
+from qaq_pipeline.schema.vocabularies import Decision, Signal, Status
 from qaq_pipeline.selection.decisions import by_reason
+from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
 
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
 """The hub's names for numbers of rows of up to 3 digits, of 4, 5, 6, 7, 8, 9, and of more."""
@@ -60,6 +61,7 @@ def dataset_card(
     screened: pl.DataFrame,
     decisions: pl.DataFrame,
     benchmarks: Mapping[str, Mapping[str, str]],
+    made_of: Mapping[str, Mapping[str, Any]],
 ) -> bytes:
     """The README.md of a version.
 
@@ -71,6 +73,7 @@ def dataset_card(
         screened: ScreenedData of all batches.
         decisions: Decisions of the same rows.
         benchmarks: for each batch, the sha256 of the benchmark files that its rows were checked for, by name.
+        made_of: for each batch, the provenance of its decisions.
     """
     page = {
         "metadata": yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True),
@@ -87,6 +90,10 @@ def dataset_card(
         "models": models(entries, IDENTITY),
         "strata": _strata(decisions),
         "decisions": by_reason(decisions).rows(),
+        "warnings": _warnings(made_of, selection.name),
+        "signals": [signal.value for signal in Signal],
+        "validity": _validity(made_of),
+        "unjudged": sorted(batch for batch, facts in made_of.items() if VALIDITY_KEY not in facts),
         "benchmarks": _benchmarks(benchmarks),
         "unchecked": sorted(batch for batch, checked in benchmarks.items() if not checked),
         "num_flagged": _num_flagged(screened, decisions),
@@ -170,6 +177,24 @@ def _files(exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any
         "json_config": next(of_json, None),
         "llama_factory": next(iter(exports.llama_factory_entries(exported, export.formats)), None),
     }
+
+
+def _warnings(made_of: Mapping[str, Mapping[str, Any]], published: str) -> list[str]:
+    """What a reader must know first: signals that tell nothing of a batch, and budgets that were not reached."""
+    said = []
+    for batch, facts in sorted(made_of.items()):
+        said += [(batch, sentence) for sentence in facts.get(VALIDITY_KEY, {}).get("warnings", [])]
+        said += [(batch, f"{name} {how}") for name, how in facts.get(UNREACHED_KEY, {}).items() if name == published]
+    return [f"Batch {_shown(batch)}: {sentence}." for batch, sentence in said]
+
+
+def _validity(made_of: Mapping[str, Mapping[str, Any]]) -> list[tuple[str | int, ...]]:
+    """One row for each judged batch: its valid pairs, and those that each signal declares invalid."""
+    judged = {batch: facts[VALIDITY_KEY] for batch, facts in sorted(made_of.items()) if VALIDITY_KEY in facts}
+    return [
+        (batch, found["valid_pairs"], *(found["invalid_pairs"][signal.value] for signal in Signal))
+        for batch, found in judged.items()
+    ]
 
 
 def _strata(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:

@@ -1,4 +1,4 @@
-"""Present a calibration: tables for a terminal or Markdown, and an HTML page with plots.
+"""Present a calibration: tables for a terminal or Markdown, and an HTML page with plots and examples.
 
 Belongs here: the layout of the numbers, from Calibration to tables, plots and bytes. Does not belong here: the numbers
 (`calibration`), drawing (`plots`), rendering (`pages`) and storage (`page_store`).
@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import polars as pl
 
-from qaq_pipeline.calibration import calibration
-from qaq_pipeline.calibration.calibration import CONFIDENCE, Judged
-from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.calibration.calibration import CONFIDENCE, VALID, Judged
+from qaq_pipeline.calibration.planted_batch import PlantedBatch
+from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.reports import pages, plots, summaries
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
-from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
+from qaq_pipeline.schema.vocabularies import Defect, Signal, Statistic, UnknownReason
+from qaq_pipeline.scoring.logprobs import accepted_rows
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.origin import batch_of
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.validity import words
+from qaq_pipeline.validity.judgement import judged_pairs, of_signal
+from qaq_pipeline.validity.signals.catalogue import SIGNALS
+from qaq_pipeline.validity.signals.signal import Definition
 
 _SCORES = {
     "rmi": "RMI",
@@ -32,23 +37,26 @@ _SCORES = {
     "log_ppl_q": "log PPL(Q)",
     "log_ppl_q_given_a": "log PPL(Q|A)",
     "log_ppl_a_given_q": "log PPL(A|Q)",
+    "nll_end": "NLL of the end",
     "num_a_tokens_untruncated": "answer length",
     "gap": "gap",
     "rank_sum": "sum of ranks",
 }
 """Labels of the judged scores."""
 
-_CUTS = (Statistic.LOW_CUT.value, Statistic.HIGH_CUT.value)
-_GROUPS = {"as delivered": CLEAN, "other answer": Defect.OTHER_ANSWER.value, "echo": Defect.ECHO.value}
-
-BLIND = "The models cannot tell good from bad on this batch. Do not justify a cut by the numbers below."
-"""The warning before suggested cuts if the models failed the validation."""
+_SETS_CUTS_OF = {
+    defect.value: ", ".join(one.signal for one in SIGNALS if defect in one.defects)
+    for defect in Defect
+    if any(defect in one.defects for one in SIGNALS)
+}
+"""The signals whose cuts the planted rows of a defect set; the rows of other defects set none."""
 
 LIMITS = (
     "Planted defects are made by rule from rows of this batch. Real defects differ: scores that detect the planted "
     "ones may miss them.",
-    "Every delivered row counts as clean. If the batch is bad, AUROCs are too low, and the low cut rises or "
-    "is missing.",
+    "Every delivered row counts as clean. If the batch is bad, AUROCs are too low, and a signal may have no cut.",
+    "The same planted rows set the cuts of the signals. What a selection keeps of the other defects is an independent "
+    "test.",
     "An AUROC compares the planted rows with their original rows, not with the whole batch.",
     "A single wrong token of code is the negative control: no likelihood can be expected to detect it.",
     "The calibration shows whether the scores notice a defect, not whether training without it improves a model.",
@@ -62,17 +70,17 @@ def tables(frame: pl.DataFrame) -> list[Table]:
     """Return the numbers of a Calibration: one row per score and defect, one column per model.
 
     Defects that were not planted and scores that were not wanted have no row; `missing` names them. An unknown number
-    is shown as its reason.
+    is shown as its reason. The shares that selections keep and signals drop come first.
     """
     interval = f"{CONFIDENCE:.0%} interval"
     auroc = f"P(clean > planted), {interval}"
     of_both = pl.col("model") == BOTH_MODELS
     return [
+        _counted(f"Kept share, {interval}", ("selection", "rows", "kept", "share"), _of(frame, Statistic.KEPT_SHARE)),
+        _dropped(_of(frame, Statistic.DROPPED_SHARE)),
         _by_score(auroc, _of(frame, Statistic.AUROC).filter(~of_both)),
         _by_score(f"{auroc}, scores of both models", _of(frame, Statistic.AUROC).filter(of_both)),
         _by_score(f"Share below its own original, {interval}", _of(frame, Statistic.PAIRED_SHARE)),
-        _kept(f"Kept share, {interval}", _of(frame, Statistic.KEPT_SHARE)),
-        _cut_table(frame),
     ]
 
 
@@ -125,27 +133,30 @@ def _by_score(caption: str, rows: pl.DataFrame) -> Table:
     return Table(caption, ("score", "defect", *models), lines)
 
 
-def _kept(caption: str, rows: pl.DataFrame) -> Table:
+def _counted(caption: str, head: Sequence[str], rows: pl.DataFrame) -> Table:
+    """Build a table of shares with their counts and intervals: measure, rows, count, share; a repeat is blank."""
     known = rows.filter(_is_asked())
     lines = [
-        (label, row["defect"], f"{row['num_kept']} of {row['num_clean'] or row['num_planted']}", _said(row))
+        (label, row["defect"], _count(row), _said(row))
         for label, row in zip(_once(known["measure"]), known.iter_rows(named=True), strict=True)
     ]
-    return Table(caption, ("selection", "rows", "kept", "share"), lines)
+    return Table(caption, head, lines)
 
 
-def _cut_table(frame: pl.DataFrame) -> Table:
-    """Build the table of suggested cuts of RMI, with the clean rows that each keeps."""
-    lines = [
-        (
-            row["statistic"].replace("_", " "),
-            row["model"],
-            _said(row),
-            "" if row["num_kept"] is None else f"{row['num_kept']:,} of {row['num_clean']:,}",
-        )
-        for row in frame.filter(pl.col("statistic").is_in(_CUTS)).iter_rows(named=True)
-    ]
-    return Table("Cuts of RMI, nats per token", ("cut", "model", "RMI", "clean rows kept"), lines)
+def _count(row: Mapping[str, Any]) -> str:
+    return "" if row["num_kept"] is None else f"{row['num_kept']:,} of {row['num_clean'] or row['num_planted']:,}"
+
+
+def _dropped(rows: pl.DataFrame) -> Table:
+    """Build the table of the shares that each signal would drop: one row per defect, one column per signal."""
+    known = rows.filter(_is_asked())
+    measures = _distinct(known, "measure")
+    found: dict[str, dict[str, str]] = {}
+    for row in known.iter_rows(named=True):
+        said = _reason(row) if row["value"] is None else f"{row['value']:.3f}"
+        found.setdefault(row["defect"], {})[row["measure"]] = said
+    lines = [(defect, *(cells[measure] for measure in measures)) for defect, cells in found.items()]
+    return Table("Share that each signal would drop, and share that is valid", ("rows", *measures), lines)
 
 
 def _once(labels: Iterable[str]) -> list[str]:
@@ -155,8 +166,12 @@ def _once(labels: Iterable[str]) -> list[str]:
 
 def _said(row: Mapping[str, Any]) -> str:
     if row["value"] is None:
-        return row["null_reason"].replace("_", " ")
+        return _reason(row)
     return f"{row['value']:.3f}" + ("" if row["lower"] is None else f" [{row['lower']:.2f}, {row['upper']:.2f}]")
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return row["null_reason"].replace("_", " ")
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
@@ -186,20 +201,6 @@ def _grids(frame: pl.DataFrame) -> list[Plot]:
     ]
 
 
-def _cut_plots(frame: pl.DataFrame, judged: Judged | None) -> list[Plot]:
-    if judged is None:
-        return []
-    values = frame.filter(pl.col("statistic").is_in(_CUTS)).drop_nulls("value")
-    return [
-        plots.cuts(
-            summaries.spread({label: calibration.rmi_of(judged, role, defect) for label, defect in _GROUPS.items()}),
-            role,
-            values.filter(model=role)["value"].to_list(),
-        )
-        for role in _known_aurocs(frame)[1]
-    ]
-
-
 def _known_aurocs(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     """Return the AUROCs that are known, with the labels of defects on an axis, and the models that have one."""
     auroc = _in_words(_of(frame, Statistic.AUROC))
@@ -213,55 +214,176 @@ def _in_words(rows: pl.DataFrame) -> pl.DataFrame:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a page shows of a batch besides numbers."""
+
+    batch: str
+    texts: pl.DataFrame
+    """pair_id, query and answer of each of its pairs."""
+    scores: Mapping[str, pl.DataFrame]
+    """RmiScores of these pairs, by model."""
+    planted: pl.DataFrame
+    """PlantedRows."""
+    cuts: pl.DataFrame
+    """ValidityCuts."""
+
+    @classmethod
+    def of(cls, batch: PlantedBatch) -> Self:
+        """Take it from the stored tables."""
+        sample = batch.sample
+        texts = accepted_rows(sample.raw_data.frame, sample.screened_data.frame).select("pair_id", "query", "answer")
+        scores = {role: table.frame for role, table in sample.rmi_scores.items()}
+        return cls(batch_of(sample.planted_rows), texts, scores, sample.planted_rows.frame, batch.judged.cuts.frame)
+
+
+@dataclass(frozen=True, slots=True)
+class SignalPart:
+    """The part of the page about one signal."""
+
+    name: str
+    meaning: str
+    action: str
+    """What the settings do with the pairs that have the defect by this signal."""
+    sentence: str
+    """Its cut and what it costs, or why there is none."""
+    plots: Sequence[Plot] = ()
+    examples: Mapping[str, Sequence[Example]] | None = None
+    """Pairs as delivered on both sides of the cut, nearest first; None: there is no cut."""
+
+
 def page(
-    planted_rows: StoredTable,
+    shown: Shown,
     gate: Gate | None,
     judged: Judged | None,
     frame: pl.DataFrame,
-    finding: Finding,
-    defects: Sequence[Defect],
-    published: Selection,
+    findings: Sequence[Finding],
+    settings: Settings,
     made: Made,
 ) -> bytes:
     """Render the page of a batch's calibration as one HTML file.
 
     Args:
-        planted_rows: PlantedRows of the batch.
+        shown: texts and cuts of the batch.
         gate: the verdict on the batch.
-        judged: their scores and those of the batch; None if nothing was planted.
+        judged: scores and validity of the planted rows and of the batch; None if nothing was planted.
         frame: the Calibration computed from these.
-        finding: whether the models can tell pairs from mismatches.
-        defects: the defects to plant.
-        published: the selection that gets the suggested cuts.
+        findings: whether the published selection keeps defects out, and whether the models can tell pairs from
+            mismatches.
+        settings: the published selection, the defects to plant, the actions of the signals, the number of examples.
         made: the run that renders the page, and when.
     """
-    batch, planted = batch_of(planted_rows), planted_rows.frame
+    defects, planted = settings.calibration.defects, shown.planted
     kept_cells = _in_words(_of(frame, Statistic.KEPT_SHARE))
-    *of_aurocs, kept, cuts = tables(frame)
+    kept, dropped, *of_aurocs = tables(frame)
+    with_counts = _counted(
+        f"Share that each signal would drop, and share that is {VALID}, {CONFIDENCE:.0%} interval",
+        ("signal", "rows", "counted", "share"),
+        _of(frame, Statistic.DROPPED_SHARE),
+    )
     numbers = [(defect.value, planted.filter(defect=defect.value).height, defect.meaning) for defect in defects]
     return pages.render(
         "calibration.html",
         {
-            "title": f"Calibration of batch {batch}",
-            "batch": batch,
+            "title": f"Calibration of batch {shown.batch}",
+            "batch": shown.batch,
+            "published": settings.published.name,
             "gate": gate,
-            "finding": finding,
+            "warnings": [] if gate else words.warnings(shown.cuts),
+            "findings": findings,
             "num_planted": planted.height,
             "num_pairs": 0 if judged is None else judged.clean["pair_id"].n_unique(),
+            "proof": _proof(frame, settings.published.name),
+            "independent": [name for name, number, _ in numbers if number and _is_independent(name)],
+            "kept_plots": [plots.kept_grid(kept_cells.select(selection="measure", defect="defect", value="value"))],
+            "kept": kept,
+            "dropped": dropped,
+            "with_counts": with_counts,
+            "signals": [] if gate else [_signal(one, shown, judged, settings) for one in SIGNALS],
             "defects": Table("Planted defects", ("defect", "rows", "meaning"), numbers),
             "auroc_plots": [told_apart(frame), *_grids(frame)],
-            "kept_plots": [plots.kept_grid(kept_cells.select(selection="measure", defect="defect", value="value"))],
-            "cut_plots": _cut_plots(frame, judged),
             "tables": of_aurocs,
             "missing": missing(frame),
-            "kept": kept,
-            "cuts": cuts,
-            "offered": calibration.offered_yaml(frame, published),
-            "blind": None if finding.passed else BLIND,
             "examples": {} if judged is None else _examples(judged, planted, defects),
             "limits": LIMITS,
             "made": made,
         },
+    )
+
+
+def _is_independent(defect: str) -> bool:
+    """Return true if the rows of a defect set no cut and are expected to be kept out."""
+    return defect not in _SETS_CUTS_OF and defect != Defect.ONE_TOKEN_BUG.value
+
+
+def _proof(frame: pl.DataFrame, published: str) -> Table:
+    """Build the table of what the published selection keeps: the rows as delivered first, then independent defects."""
+    rows = _of(frame, Statistic.KEPT_SHARE).filter(_is_asked(), measure=published).to_dicts()
+    lines = []
+    for row in rows:
+        name = "as delivered" if row["defect"] == CLEAN else row["defect"]
+        lines.append((name, _count(row), _said(row), _SETS_CUTS_OF.get(row["defect"], "")))
+    caption = f"What the selection {published} keeps, {CONFIDENCE:.0%} interval"
+    head = ("rows", "kept", "share", "sets the cut of")
+    return Table(caption, head, sorted(lines, key=lambda line: line[3] != ""))
+
+
+def _signal(one: Definition, shown: Shown, judged: Judged | None, settings: Settings) -> SignalPart:
+    name, action = one.signal.value, getattr(settings.validity, one.signal.value)
+    cuts = shown.cuts.filter(signal=name)
+    sentence = next(iter(words.of_cuts(cuts)), f"{name}: it is turned off (validity.{name})")
+    part = SignalPart(name, one.signal.meaning, action, f"{sentence}.")
+    if judged is None or cuts["cut"].null_count() == cuts.height:
+        return part
+    (cut,) = cuts.to_dicts()
+    clean, planted = (of_signal(validity, one.signal) for validity in judged.validity)
+    of_defect = judged.validity[1]["defect"].is_in([defect.value for defect in one.defects])
+    groups = {"as delivered": clean["evidence"], " or ".join(one.defects): planted.filter(of_defect)["evidence"]}
+    return SignalPart(
+        name,
+        part.meaning,
+        action,
+        part.sentence,
+        [plots.evidence(summaries.spread(groups), name, cut["cut"])],
+        _nearest(one, cut, clean, shown, settings.reports.examples),
+    )
+
+
+def _nearest(
+    one: Definition, cut: Mapping[str, Any], evidence: pl.DataFrame, shown: Shown, most: int
+) -> dict[str, list[Example]]:
+    """Return the pairs as delivered nearest to the cut on both sides, nearest first, at most `most` of each."""
+    ordered = evidence.drop_nulls("evidence").sort((pl.col("evidence") - cut["cut"]).abs(), "pair_id")
+    found = {}
+    for title, is_raised in (("Nearest pairs that it would drop", True), ("Nearest pairs that it would keep", False)):
+        rows = ordered.filter(pl.col("is_raised") == is_raised).head(most)
+        found[f"{title} ({one.signal})"] = [] if rows.is_empty() else _near_examples(one, cut, rows, shown)
+    return found
+
+
+def _near_examples(one: Definition, cut: Mapping[str, Any], rows: pl.DataFrame, shown: Shown) -> list[Example]:
+    texts = rows.join(shown.texts, on="pair_id", validate="1:1", maintain_order="left")
+    scores = {role: frame.join(rows, on="pair_id", how="semi") for role, frame in shown.scores.items()}
+    pairs = judged_pairs(scores, texts.select("pair_id", "query", "answer"))
+    numbers = words.measured(one, pairs, cut, dict(rows.select("pair_id", "evidence").iter_rows()))
+    copied = pairs.unique("pair_id").select("pair_id", "query_in_answer", "answer_in_query")
+    return [
+        Example(
+            place=f"pair {row['pair_id']}",
+            decision="would be dropped" if row["is_raised"] else "would be kept",
+            reason=f"evidence {row['evidence']:.3f}, cut {cut['cut']:.3f}",
+            explanation=f"{numbers[row['pair_id']]}.",
+            texts={"query": row["query"], "answer": row["answer"]},
+            numbers=_copied(row) if one.signal is Signal.ECHO else "",
+        )
+        for row in texts.join(copied, on="pair_id", maintain_order="left").iter_rows(named=True)
+    ]
+
+
+def _copied(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['query_in_answer']:.0%} of the query's word sequences stand in the answer, and "
+        f"{row['answer_in_query']:.0%} of the answer's in the query"
     )
 
 

@@ -20,6 +20,7 @@ from qaq_pipeline.config.settings import CheckSettings, RankingSettings
 from qaq_pipeline.reports.table_numbers import count_by, spearman_of_ranks
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import CLEAN
 from qaq_pipeline.schema.vocabularies import Decision, Defect, NullReason, Quantity, Statistic, Status
 
 _LEAST_EVIDENCE = 100
@@ -237,6 +238,51 @@ def discrimination(calibration: pl.DataFrame, min_auc: float, enough: int = plan
         f"{said or 'unknown'}; expected at least {min_auc:g} (checks.min_auc).",
         numbers,
     )
+
+
+def of_calibration(calibration: pl.DataFrame, published: str, limits: CheckSettings) -> list[Finding]:
+    """Judge what the published selection keeps of planted rows, then whether the models can tell them."""
+    return [
+        kept_defects(calibration, published, limits.max_kept_share),
+        discrimination(calibration, limits.min_auc),
+    ]
+
+
+def kept_defects(calibration: pl.DataFrame, published: str, max_share: float, enough: int = planting.ENOUGH) -> Finding:
+    """Check that the published selection keeps few of the planted rows of every defect.
+
+    A wrong token of code is not judged: it is the negative control.
+
+    Args:
+        calibration: Calibration of the batch.
+        published: name of the published selection.
+        max_share: the largest kept share that passes.
+        enough: the fewest planted rows of a defect that are judged.
+    """
+    kept = calibration.filter(statistic=Statistic.KEPT_SHARE.value, measure=published)
+    numbers = {
+        f"kept_share_{defect}": value
+        for defect, value in kept.drop_nulls("value").select("defect", "value").iter_rows()
+    }
+    of_defects = kept.filter(~pl.col("defect").is_in([CLEAN, Defect.ONE_TOKEN_BUG.value]))
+    few = of_defects.filter(pl.col("num_planted") < enough)
+    judged = of_defects.filter(pl.col("num_planted") >= enough)
+    over = judged.filter(pl.col("value") > max_share).sort("value", descending=True)
+    limit = f"limit {max_share:g}, checks.max_kept_share"
+    unjudged = ", ".join(f"{number} of {defect}" for defect, number in few.select("defect", "num_planted").iter_rows())
+    said = ", ".join(f"{value:.1%} of {defect}" for defect, value in over.select("defect", "value").iter_rows())
+    if judged.is_empty():
+        sentence = f"Too few rows were planted to judge the selection {published}; {enough} of a defect are needed."
+        return Finding(False, sentence, numbers)
+    most = judged.sort("value")["value"][-1]
+    verdict = (
+        f"keeps too many planted rows: {said}"
+        if said
+        else f"keeps at most {most:.1%} of the planted rows of each judged defect"
+    )
+    verdict = f"The selection {published} {verdict} ({limit})."
+    too_few = f" Too few planted rows to judge, {enough} are needed: {unjudged}." if unjudged else ""
+    return Finding(over.is_empty() and few.is_empty(), verdict + too_few, numbers)
 
 
 def decided_rows(num_rows: int, decisions: pl.DataFrame) -> Finding:

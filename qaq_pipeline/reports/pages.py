@@ -33,7 +33,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection.decisions import by_reason
-from qaq_pipeline.selection.scored_batch import TABLES_KEY
+from qaq_pipeline.selection.scored_batch import TABLES_KEY, UNREACHED_KEY, VALIDITY_KEY
 
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
@@ -142,6 +142,9 @@ def batch_page(
         "title": f"Batch {tables.batch}",
         "batch": tables.batch,
         "gate": gates.of_provenance(decided.provenance),
+        "warnings": _warnings(decided.provenance, published),
+        "validity": _validity(decided.provenance.get(VALIDITY_KEY)),
+        "signals": decided.provenance.get(VALIDITY_KEY, {}).get("signals", []),
         "made": made,
         "files": _files(raw.frame, raw.provenance["files"]),
         "models": _models(scorings),
@@ -349,6 +352,22 @@ def _device_hours(cost: Mapping[str, Any]) -> str:
     if "seconds" not in cost or "processes" not in cost:
         return _UNKNOWN
     return f"{cost['seconds'] * cost['processes'] / 3600:.4f}"
+
+
+def _warnings(provenance: Mapping[str, Any], published: Selection) -> list[str]:
+    """Return what a reader must know first: what the signals could not tell, and a budget that was not reached."""
+    unreached = provenance.get(UNREACHED_KEY, {})
+    of_budget = [f"{name} {said}" for name, said in unreached.items() if name == published.name]
+    return [*provenance.get(VALIDITY_KEY, {}).get("warnings", []), *of_budget]
+
+
+def _validity(judged: Mapping[str, Any] | None) -> Table | None:
+    if judged is None:
+        return None
+    counts = {"valid": judged["valid_pairs"]} | {f"invalid: {name}": n for name, n in judged["invalid_pairs"].items()}
+    total = sum(counts.values())
+    rows = [(name, number, _share(number, total)) for name, number in counts.items()]
+    return Table("Distinct pairs by validity", ("", "pairs", "share"), rows, ("all", total, _share(total, total)))
 
 
 def _made_of(tables: BatchTables) -> Table:

@@ -258,12 +258,12 @@ def kept_grid(shares: pl.DataFrame) -> Plot:
     return Plot("kept_defects", "Share that each selection takes", caption, chart, shares)
 
 
-def cuts(shares: pl.DataFrame, role: str, marks: Sequence[float]) -> Plot:
-    """Plot the RMI of clean and planted rows, with the suggested cuts (`summaries.spread`)."""
-    title = f"Suggested cuts of RMI, {role} model"
-    caption = "Share of each group's pairs by RMI. Vertical lines: the low and the high cut, if any."
-    chart = _steps(shares, "RMI, nats per token", marks=marks)
-    return Plot(f"cuts_{role}", title, caption, chart, _by_group(shares))
+def evidence(shares: pl.DataFrame, signal: str, cut: float) -> Plot:
+    """Plot the evidence of a signal for pairs as delivered and planted ones, with its cut (`summaries.spread`)."""
+    title = f"Evidence of the signal {signal}"
+    caption = "Share of each group's pairs by evidence. Vertical line: the cut. Pairs at or below it have the defect."
+    chart = _steps(shares, "evidence, mean deviations from the planted rows", marks=[cut])
+    return Plot(f"evidence_{signal}", title, caption, chart, _by_group(shares))
 
 
 # --- parts of charts ------------------------------------------------------------------------------------------------

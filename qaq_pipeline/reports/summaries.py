@@ -26,7 +26,10 @@ TAIL = 0.05
 """Share of a stratum in each tail of RMI: possible mismatches in the low tail, possible echoes in the high one."""
 
 _SELECTED = "is_selected:"
-_STANDS_FOR_NO_PAIR = [d.value for d in (Decision.DUPLICATE, Decision.CONTAMINATED, Decision.WITHDRAWN)]
+_STANDS_FOR_NO_PAIR = [
+    d.value
+    for d in (Decision.DUPLICATE, Decision.CONTAMINATED, Decision.WITHDRAWN, Decision.HELD_OUT, Decision.BETWEEN)
+]
 _LONGEST_LABEL = 24
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff"
@@ -37,11 +40,14 @@ _IN_PART = 0.001
 """Share of pairs at each end of an axis that a plot may leave out."""
 
 _GATES = "batch passed its gates"
+_NOT_HELD_OUT, _ON_ONE_SIDE = "not held out", "not between"
 _STEPS = (
     (Decision.REJECTED, "readable"),
     (Decision.WITHDRAWN, "not withdrawn"),
     (Decision.CONTAMINATED, "not contaminated"),
     (Decision.DUPLICATE, "not a duplicate"),
+    (Decision.HELD_OUT, _NOT_HELD_OUT),
+    (Decision.BETWEEN, _ON_ONE_SIDE),
     (Decision.BATCH_GATED, _GATES),
     (Decision.UNSCORABLE, "scorable"),
     (Decision.NOT_SELECTED, "selected"),
@@ -76,12 +82,13 @@ def pairs(flat: pl.DataFrame) -> pl.DataFrame:
 def flow(flat: pl.DataFrame) -> pl.DataFrame:
     """Count the rows that remain and that leave at each step, from delivered to selected, as step, rows, left.
 
-    The gates are a step only if a batch failed one.
+    The gates are a step only if a batch failed one, and held-out rows only if there are any.
     """
     counts = dict(flat.group_by("decision").len().iter_rows())
     leaving = {"delivered": 0} | {step: counts.get(decision.value, 0) for decision, step in _STEPS}
     steps = pl.DataFrame({"step": list(leaving), "left": pl.Series(leaving.values(), dtype=pl.Int64)})
-    shown = steps.filter((pl.col("step") != _GATES) | (pl.col("left") > 0))
+    may_be_absent = pl.col("step").is_in([_GATES, _NOT_HELD_OUT, _ON_ONE_SIDE])
+    shown = steps.filter(~may_be_absent | (pl.col("left") > 0))
     return shown.select("step", rows=flat.height - pl.col("left").cum_sum(), left="left")
 
 

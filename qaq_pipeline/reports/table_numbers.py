@@ -22,6 +22,9 @@ from qaq_pipeline.scoring.logprobs import ScoringReport
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.selection.grammar.pair_columns import count_unmatched
 from qaq_pipeline.selection.verdicts import limit_of, pool_size
+from qaq_pipeline.validity.judgement import count_invalid
+from qaq_pipeline.validity.words import of_cuts
+from qaq_pipeline.validity.words import warnings as warnings_of_cuts
 
 Numbers = dict[str, Any]
 
@@ -133,6 +136,23 @@ def of_rank_reference(frame: pl.DataFrame, name: str, batches: Sequence[str], wa
         "num_strata": dict(frame.select("model", "num_strata").unique().sort("model").iter_rows()),
         "warnings": list(warnings),
     }
+
+
+def of_validity_cuts(cuts: pl.DataFrame) -> Numbers:
+    """Report what each signal tells, as sentences, and the numbers of its cut."""
+    numbers = ("cut", "missed", "defect_share", "dropped", "false_share", "num_planted", "num_pairs", "null_reason")
+    of_signal = {
+        row["signal"]: {name: row[name] for name in numbers if row[name] is not None}
+        for row in cuts.iter_rows(named=True)
+    }
+    return {"signals": of_cuts(cuts), "warnings": warnings_of_cuts(cuts), "cuts": of_signal}
+
+
+def of_validity(validity: pl.DataFrame) -> Numbers:
+    """Count the valid pairs, and the invalid ones by signal."""
+    counts = count_invalid(validity)
+    valid = counts.pop(None)
+    return {"valid_pairs": valid, "invalid_pairs": {str(signal): count for signal, count in counts.items()}}
 
 
 def of_decisions(frame: pl.DataFrame, verdicts: pl.DataFrame, published: str, *, is_gated: bool) -> Numbers:

@@ -14,6 +14,7 @@ from qaq_pipeline.runs.run_results import Results
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.selection.decisions import by_reason
+from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class BatchSummary:
     published: str
     pool_size: int
     selected_by_selection: dict[str, int]
+    untold: list[str]
+    """What the signals could not tell: to be read first."""
+    invalid_pairs: dict[str, int]
+    """Pairs declared invalid, by signal; empty: no pair was judged."""
+    valid_pairs: int | None
+    """Pairs that no signal declares invalid; None: no pair was judged."""
     models: list[ModelSummary]
     warnings: list[str]
     dataset_url: str
@@ -72,7 +79,8 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
         RunError: it has not one decision for each of its rows, or it was left out of the published dataset.
     """
     settings, storage, partition = deployment.settings, deployment.storage, Partition(batch)
-    decisions = storage.tables.read("decisions", partition).frame
+    stored = storage.tables.read("decisions", partition)
+    decisions, judged = stored.frame, stored.provenance.get(VALIDITY_KEY, {})
     num_rows = storage.tables.footer("raw_data", partition).num_rows
     if decisions.height != num_rows:
         raise RunError(
@@ -90,10 +98,13 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
         published=settings.published.name,
         pool_size=decided["pool_size"],
         selected_by_selection=dict(decided["selected_by_selection"]),
+        untold=list(judged.get("warnings", [])),
+        invalid_pairs=dict(judged.get("invalid_pairs", {})),
+        valid_pairs=judged.get("valid_pairs"),
         models=[_model_summary(role, settings.models[role].frame, batch, results) for role in sorted(settings.models)],
         warnings=[
             *results["disagreement_scores", partition]["warnings"],
-            *_unreached(settings.published.name, decided.get("budget_not_reached", {})),
+            *_unreached(settings.published.name, decided.get(UNREACHED_KEY, {})),
             *unpassed,
             *_exclusions(batch, published),
         ],

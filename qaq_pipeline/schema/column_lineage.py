@@ -47,8 +47,10 @@ def _same(table: str, *columns: str) -> dict[str, Sources]:
 
 
 _CONTENT = _of("raw_data", "system", "query", "answer")
-_SIGNED = _of("signatures", *ROW_KEY, "content_hash", "bands") + _of("raw_data", "query", "answer")
-"""The columns that are used to find duplicates and benchmark tasks."""
+_SIGNED = _of("signatures", *ROW_KEY, "pair_id", "content_hash", "query_hash", "bands") + _of(
+    "raw_data", "query", "answer"
+)
+"""The columns that are used to find duplicates, clusters and benchmark tasks."""
 _SCREENED = _of("raw_data", "status") + _SIGNED
 _SCREENED_FOR = _SCREENED + _of("raw_data", "reason")
 
@@ -72,21 +74,43 @@ _SCORES = _NUMBERS + _of("disagreement_scores", "ranks")
 _CONDITIONS = _of("raw_data", *ROW_KEY, "pair_id", "query", "source", "language", "record")
 """The columns that conditions, quotas and caps read, and those that match the rows of imported tables."""
 _VERDICT = (
-    _CONDITIONS + _of("screened_data", "status") + _RANKED + _NUMBERS + _REFERENCE + _of("screened_data", "batch_gate")
+    _CONDITIONS
+    + _of("screened_data", "status", "cluster")
+    + _RANKED
+    + _NUMBERS
+    + _REFERENCE
+    + _of("validity", "pair_id", "invalid_by")
+    + _of("screened_data", "batch_gate")
 )
 _REASON = _VERDICT + _of("screened_data", "reason")
 _TAKEN = _of("decisions", "verdicts")
+_EVIDENCE = _of("rmi_scores", "pair_id", "log_ppl_q", "rmi", "nll_end", "num_q_tokens") + _of(
+    "raw_data", *ROW_KEY, "pair_id", "query", "answer"
+)
+"""The columns that the signals of validity read."""
+_PLANTED_EVIDENCE = (
+    _of("planted_rows", "pair_id", "defect", "query", "answer")
+    + _of("planted_scores", "pair_id", "log_ppl_q", "rmi", "nll_end", "num_q_tokens")
+    + _of("screened_data", "status")
+)
+_CUT = _EVIDENCE + _PLANTED_EVIDENCE
+_OWN_CUTS = _CUT + _of("reference_cuts", *tables.ValidityCuts.columns())
+_VALIDITY = _EVIDENCE + _of("screened_data", "status") + _of("validity_cuts", "signal", "cut", "spreads")
 
 _PLANTED = _of("raw_data", *ROW_KEY, "pair_id", "language", "system", "query", "answer") + _of(
     "screened_data", "status", "batch_gate"
 )
 """Texts of accepted pairs."""
 _JUDGED = (
-    _of("planted_rows", "pair_id", "defect", "original_pair_id")
+    _of("raw_data", "pair_id")
+    + _of("screened_data", "status")
+    + _of("planted_rows", "pair_id", "defect", "original_pair_id")
     + _of("planted_scores", *tables.PlantedScores.columns())
     + _of("rmi_scores", *tables.RmiScores.columns())
     + _RANKED
     + _REFERENCE
+    + _of("validity_cuts", "signal", "cut", "spreads")
+    + _of("validity", "pair_id", "invalid_by", "signals")
 )
 
 SOURCES: ColumnSources = {
@@ -95,12 +119,13 @@ SOURCES: ColumnSources = {
         **{column: _of("raw_data", column, "status") for column in ROW_KEY},
         **_same("raw_data", "pair_id"),
         **dict.fromkeys(("content_hash", "bands"), _CONTENT),
+        "query_hash": _of("raw_data", "query"),
     },
     "screened_data": {
         **_same("raw_data", *ROW_KEY, "pair_id"),
         "status": _SCREENED,
         **dict.fromkeys(("reason", "batch_gate"), _SCREENED_FOR),
-        **dict.fromkeys(("duplicate_of", "similarity"), _SIGNED),
+        **dict.fromkeys(("duplicate_of", "similarity", "cluster"), _SIGNED),
         "evidence": _SIGNED + _of("raw_data", "detail"),
     },
     # Every score depends on all texts of the pair, because all must fit into the window.
@@ -119,8 +144,10 @@ SOURCES: ColumnSources = {
         "null_reason_end": _of("logprobs", "null_reason_end"),
         "is_short_query": _of("logprobs", "num_q_tokens"),
     },
+    "reference_cuts": dict.fromkeys(tables.ValidityCuts.columns(), _CUT) | {"signal": (), "chosen_from": ()},
     "rank_reference": {
         **_same("rmi_scores", *tables.RmiScores.columns()),
+        "invalid_by": _EVIDENCE + _of("screened_data", "status") + _of("reference_cuts", "signal", "cut", "spreads"),
         "model": (),
         "stratum_log_ppl_q": _of("rmi_scores", "log_ppl_q", "rmi"),
         "num_strata": _of("rmi_scores", "rmi"),
@@ -132,6 +159,13 @@ SOURCES: ColumnSources = {
         **dict.fromkeys(("gap", "rank_sum", "ranks"), _RANK),
         "null_reason": _of("rmi_scores", "null_reason_rmi"),
     },
+    "validity_cuts": dict.fromkeys(tables.ValidityCuts.columns(), _OWN_CUTS)
+    | {"signal": (), "chosen_from": _of("reference_cuts", "chosen_from")},
+    "validity": {
+        "pair_id": _of("rmi_scores", "pair_id"),
+        **dict.fromkeys(("invalid_by", "signals"), _VALIDITY),
+        **dict.fromkeys(("query_in_answer", "answer_in_query"), _of("raw_data", "query", "answer")),
+    },
     "decisions": {
         **_same("screened_data", *ROW_KEY, "pair_id", "duplicate_of", "similarity", "evidence"),
         **_same("disagreement_scores", "gap", "rank_sum"),
@@ -140,7 +174,9 @@ SOURCES: ColumnSources = {
         "explanation": _REASON
         + _of("screened_data", "duplicate_of", "evidence")
         + _of("raw_data", "detail")
-        + _of("disagreement_scores", "pool_id"),
+        + _of("disagreement_scores", "pool_id")
+        + _of("validity", "signals")
+        + _of("validity_cuts", *tables.ValidityCuts.columns()),
         "scores": _SCORES,
         "provenance_id": (),
     },

@@ -71,7 +71,7 @@ class Partition:
 class Input:
     """A stored table that another was made from, as its provenance names it.
 
-    `table`; `table|model`, of the same batch; or `table|batch|model`, where a table is made from several batches.
+    `table`; `table|model`, of the same batch; or, of another batch, `table|batch|model` or `table|batch|`.
     """
 
     table: str
@@ -82,7 +82,9 @@ class Input:
     def parse(cls, name: str) -> Self:
         """The input with this name."""
         table, *others = name.split(_SEPARATOR)
-        return cls(table, *reversed(others))
+        return cls(table, *(part or None for part in reversed(others)))
 
     def __str__(self) -> str:
-        return _SEPARATOR.join(part for part in (self.table, self.batch, self.model) if part is not None)
+        if self.batch is not None:
+            return _SEPARATOR.join((self.table, self.batch, self.model or ""))
+        return self.table if self.model is None else _SEPARATOR.join((self.table, self.model))

@@ -19,10 +19,13 @@ from qaq_pipeline.schema.vocabularies import (
     Defect,
     DuplicateReason,
     GateReason,
+    HoldOutReason,
+    NoCutReason,
     NullReason,
     Quantity,
     RejectReason,
     SelectionReason,
+    Signal,
     Statistic,
     Status,
     UnknownReason,
@@ -144,6 +147,7 @@ class Signatures(_RowKey):
         description="Hash of system text, query and answer, after Unicode normalisation (NFC) and with each run of "
         "white space as one space.",
     )
+    query_hash = dy.String(regex=_PAIR_ID, description="Hash of the query, after the same normalisation.")
     bands = dy.List(
         dy.UInt64(),
         description="25 short hashes (MinHash bands) of the 5-word sequences of query and answer; similar rows "
@@ -170,16 +174,24 @@ class Contamination(_RowKey):
     )
 
 
+DISTINCT = (Status.ACCEPTED.value, Status.HELD_OUT.value, Status.BETWEEN.value)
+"""Statuses of the rows that screening keeps: such a row represents its duplicates."""
+
+
 class ScreenedData(_RowKey):
     """The rows of raw_data with the results of screening, which comes before scoring. Only accepted rows are scored."""
 
     pair_id = RawData.pair_id
-    status = _closed(Status, description="Accepted, rejected (as in raw_data), withdrawn, contaminated or duplicate.")
+    status = _closed(
+        Status,
+        description="Accepted, rejected (as in raw_data), withdrawn, contaminated, duplicate, held_out or between.",
+    )
     reason = _closed(
         RejectReason,
         WithdrawalReason,
         ContaminationReason,
         DuplicateReason,
+        HoldOutReason,
         nullable=True,
         description="Reason why the row is not scored or is flagged; otherwise null.",
     )
@@ -194,6 +206,12 @@ class ScreenedData(_RowKey):
         description="Duplicate: Jaccard similarity to the row in `duplicate_of`. Contaminated: share of the word "
         "sequences of the benchmark's task that the row contains. Otherwise null.",
     )
+    cluster = dy.String(
+        nullable=True,
+        description="The row's near-duplicate cluster, named by its first row, as batch/file:row.turn: rows with equal "
+        "queries, or with a similarity of at least `screening.duplicates.cluster_threshold`, and rows similar to "
+        "these. Null unless accepted, held_out or between.",
+    )
     evidence = dy.String(nullable=True, description="Evidence for the status, in words; null if there is none.")
     batch_gate = _closed(
         GateReason,
@@ -204,6 +222,10 @@ class ScreenedData(_RowKey):
     @dy.rule()
     def duplicate_names_its_row(cls) -> pl.Expr:
         return (pl.col("status") == Status.DUPLICATE.value) == pl.col("duplicate_of").is_not_null()
+
+    @dy.rule()
+    def distinct_rows_have_a_cluster(cls) -> pl.Expr:
+        return pl.col("status").is_in(DISTINCT) == pl.col("cluster").is_not_null()
 
     @dy.rule()
     def pairs_are_scored_once(cls) -> pl.Expr:
@@ -281,6 +303,82 @@ class RmiScores(_PairScores):
     is_short_query = dy.Bool(description="True if Q has fewer tokens than `eligibility.short_query_tokens`: noisy.")
 
 
+_MODEL = dy.String(description="Role of the model.")
+
+SPREAD = dy.Struct(
+    {
+        "model": _MODEL,
+        "place": dy.Float64(description="Mean value of the planted rows where the covariate is 0."),
+        "place_slope": dy.Float64(description="Change of that mean per unit of the covariate."),
+        "scale": dy.Float64(description="Mean absolute deviation of the planted rows where the covariate is 0."),
+        "scale_slope": dy.Float64(description="Change of that deviation per unit of the covariate."),
+    }
+)
+
+
+def _share(description: str) -> dy.Float64:
+    return dy.Float64(nullable=True, min=0.0, max=1.0, description=f"{description} Null: there is no cut.")
+
+
+class ValidityCuts(_Explained):
+    """The cut of each signal, chosen from the planted rows and the batch itself, and its estimated cost.
+
+    One row per signal.
+    """
+
+    signal = _closed(Signal, primary_key=True, description="The signal.")
+    cut = dy.Float64(
+        nullable=True,
+        description="Pairs whose evidence is at most this have the defect by this signal. The evidence is a pair's "
+        "value relative to the planted rows, in their mean absolute deviations, averaged over both models.",
+    )
+    null_reason = _null_reason("cut", NoCutReason)
+    missed = _share("Share of pairs with the defect that are expected above the cut.")
+    defect_share = _share("Estimated share of the batch's pairs that have the defect.")
+    defect_share_upper = _share("Upper 95 % bound of that share.")
+    dropped = _share("Share of the batch's pairs that are at or below the cut.")
+    false_share = _share("Estimated share of pairs with the defect among those above the cut.")
+    num_planted = dy.Int64(min=0, description="Planted rows from which the cut is chosen.")
+    num_pairs = dy.Int64(min=0, description="Pairs of the batch, or of the reference, from which the cut is chosen.")
+    spreads = dy.List(SPREAD, description="Place and scale of the planted rows under each model; empty: no cut.")
+    chosen_from = dy.List(
+        dy.String(),
+        description="The batches whose planted rows and pairs are used: this one, older ones, or a reference's.",
+    )
+
+
+SIGNAL_EVIDENCE = dy.Struct(
+    {
+        "signal": _closed(Signal, description="The signal."),
+        "evidence": dy.Float64(
+            nullable=True,
+            description="The pair's value relative to the planted rows, in their mean absolute deviations, averaged "
+            "over both models: low where the pair has the defect. Null: a model has no such score, or there is no cut.",
+        ),
+        "is_raised": dy.Bool(description="True if the pair has the defect by this signal."),
+    }
+)
+
+
+class Validity(dy.Schema):
+    """Each distinct pair, and whether the signals declare it valid."""
+
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    invalid_by = _closed(
+        Signal,
+        nullable=True,
+        description="The first signal that declares the pair invalid; null: it is valid. A signal whose setting is "
+        "`flag` declares nothing.",
+    )
+    query_in_answer = dy.Float64(
+        min=0.0, max=1.0, description="Share of the query's word sequences (up to 4 words) that stand in the answer."
+    )
+    answer_in_query = dy.Float64(
+        min=0.0, max=1.0, description="Share of the answer's word sequences (up to 4 words) that stand in the query."
+    )
+    signals = dy.List(SIGNAL_EVIDENCE, description="The evidence of every signal, in their order.")
+
+
 class RankReference(RmiScores):
     """A reference, a fixed set of batches: the scores, strata and ranks of its pairs under each model.
 
@@ -302,14 +400,17 @@ class RankReference(RmiScores):
         max=1.0,
         description="Rank of RMI within the stratum, in (0, 1]; ties get their average; null: no score.",
     )
+    invalid_by = _closed(
+        Signal,
+        nullable=True,
+        description="The signal that declares the pair invalid; null: it is valid, or not judged.",
+    )
 
     @dy.rule()
     def ranked_in_a_stratum(cls) -> pl.Expr:
         ranked = pl.col("rank").is_not_null()
         return (pl.col("stratum").is_not_null() == ranked) & (pl.col("stratum_log_ppl_q").is_not_null() == ranked)
 
-
-_MODEL = dy.String(description="Role of the model.")
 
 MODEL_RANK = dy.Struct(
     {
@@ -387,6 +488,7 @@ class Decisions(_RowKey):
         WithdrawalReason,
         ContaminationReason,
         DuplicateReason,
+        HoldOutReason,
         NullReason,
         GateReason,
         description="Reason for the decision.",
@@ -440,24 +542,27 @@ class Calibration(_Explained):
     defect = dy.String(
         primary_key=True,
         check=lambda column: column.is_in([CLEAN, *Defect]),
-        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. For low_cut it is "
-        f"{Defect.OTHER_ANSWER}, for high_cut {Defect.ECHO}: the planted rows from which the cut is computed. One of: "
-        f"{CLEAN}, {', '.join(Defect)}.",
+        description=f"Defect of the planted rows; `{CLEAN}`: the rows as delivered. One of: {CLEAN}, "
+        f"{', '.join(Defect)}.",
     )
     model = dy.String(
         primary_key=True, description=f"Role of the model; `{BOTH_MODELS}` if the number needs both models."
     )
-    measure = dy.String(primary_key=True, description="The score that is judged; for kept_share, the named selection.")
+    measure = dy.String(
+        primary_key=True,
+        description="The score that is judged; for kept_share, the named selection; for dropped_share, the signal or "
+        "`valid`.",
+    )
     value = dy.Float64(
         nullable=True,
         description="auroc: the probability that a row as delivered scores above a planted one, a tie counted half. "
-        "paired_share, kept_share: a share. low_cut, high_cut: an RMI, in nats/token. Null: see null_reason.",
+        "paired_share, kept_share, dropped_share: a share. Null: see null_reason.",
     )
     lower = dy.Float64(nullable=True, description="Lower end of the 95 % interval; null if there is none.")
     upper = dy.Float64(nullable=True, description="Upper end of the 95 % interval; null if there is none.")
     num_clean = dy.Int64(min=0, description="Number of original rows, as delivered, from which the value is computed.")
     num_planted = dy.Int64(min=0, description="Number of planted rows from which the value is computed.")
-    num_kept = dy.Int64(nullable=True, min=0, description="kept_share: rows kept. Cuts: original rows kept.")
+    num_kept = dy.Int64(nullable=True, min=0, description="kept_share and dropped_share: rows that are counted.")
     null_reason = _null_reason("value", UnknownReason)
 
 

@@ -30,6 +30,8 @@ class Status(Vocabulary):
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
     DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
+    HELD_OUT = "held_out", "The row is held out for training trials: it is neither scored nor selected."
+    BETWEEN = "between", "The row is similar to rows that are trained on and to held-out rows, so it is in neither."
 
 
 class RejectReason(Vocabulary):
@@ -58,6 +60,17 @@ class DuplicateReason(Vocabulary):
     NEAR_DUPLICATE = "near_duplicate", "The similarity to the older row reaches `screening.duplicates.near_threshold`."
 
 
+class HoldOutReason(Vocabulary):
+    """Reasons why a readable row is not trained on although nothing is wrong with it."""
+
+    CLUSTER_DRAWN = "cluster_drawn", "The draw of the row's cluster is below `held_out.share`."
+    SIMILAR_TO_HELD_OUT = "similar_to_held_out", "The row's cluster contains a row that was held out before."
+    SIMILAR_TO_BOTH = (
+        "similar_to_both",
+        "The row's cluster contains rows that were trained on and rows that were held out before.",
+    )
+
+
 class ContaminationReason(Vocabulary):
     """The part of a benchmark task that a row contains."""
 
@@ -79,6 +92,10 @@ class GateReason(Vocabulary):
     UNREADABLE_FILE = "unreadable_file", "A file of the batch cannot be split into rows."
     TOO_MANY_REJECTED = "too_many_rejected", "The share of rejected rows is above `gates.max_rejected_share`."
     TOO_FEW_SCORABLE = "too_few_scorable", "The share of pairs that a model scored is below `gates.min_scorable_share`."
+    CANNOT_TELL = (
+        "cannot_tell",
+        "RMI does not tell the batch's pairs from answers to other queries, and `gates.must_tell` is true.",
+    )
     MODEL_CHANGED = "model_changed", "The files of a model changed during scoring."
 
 
@@ -137,8 +154,30 @@ class Decision(Vocabulary):
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
     DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
+    HELD_OUT = "held_out", "The row is held out for training trials: it is neither scored nor selected."
+    BETWEEN = "between", "The row is similar to rows that are trained on and to held-out rows, so it is in neither."
     UNSCORABLE = "unscorable", "A model that the selection uses has no score for the pair."
     BATCH_GATED = "batch_gated", "A gate stopped the batch: no row of it is published."
+
+
+class Signal(Vocabulary):
+    """The signals of validity: each tells one kind of pair that should not be trained on."""
+
+    MISMATCH = "mismatch", "RMI is not clearly above that of answers to other queries."
+    ECHO = "echo", "The answer repeats the query and little else, and makes it as predictable as an echo does."
+    UNFINISHED = "unfinished", "The models expect the end of the answer as little as that of a cut answer."
+    UNCLOSED = "unclosed", "The answer leaves a bracket or a code fence open."
+    IMPLAUSIBLE_QUERY = "implausible_query", "PPL(Q) is as high as that of queries with invented words."
+
+
+class NoCutReason(Vocabulary):
+    """Reasons why a signal has no cut, so that it declares no pair invalid."""
+
+    TURNED_OFF = "turned_off", "The setting of the signal is off."
+    NOT_PLANTED = "not_planted", "`calibration.defects` does not include the defects of the signal."
+    NOT_SCORED = "not_scored", "No pair of the batch has the score of the signal under both models."
+    TOO_FEW_PLANTED = "too_few_planted", "Too few planted rows have the score to choose a cut."
+    CANNOT_TELL = "cannot_tell", "The batch's pairs are not clearly different from planted ones by this signal."
 
 
 class SelectionReason(Vocabulary):
@@ -163,8 +202,26 @@ class SelectionReason(Vocabulary):
     )
     RMI_STRONG_OUT_OF_RANGE = "rmi_strong_out_of_range", "Not selected: the strong model's RMI is outside `rmi_strong`."
     IFD_ABOVE_MAXIMUM = "ifd_above_maximum", "Not selected: the IFD is above `maximum`."
+    INVALID_MISMATCH = (
+        "invalid_mismatch",
+        "Not selected: not valid, because the answer may belong to another query (signal `mismatch`).",
+    )
+    INVALID_ECHO = "invalid_echo", "Not selected: not valid, because the answer repeats the query (signal `echo`)."
+    INVALID_UNFINISHED = (
+        "invalid_unfinished",
+        "Not selected: not valid, because the answer seems to be cut (signal `unfinished`).",
+    )
+    INVALID_UNCLOSED = (
+        "invalid_unclosed",
+        "Not selected: not valid, because the answer leaves a bracket or a code fence open (signal `unclosed`).",
+    )
+    INVALID_IMPLAUSIBLE_QUERY = (
+        "invalid_implausible_query",
+        "Not selected: not valid, because the query seems to have no meaning (signal `implausible_query`).",
+    )
     WHERE_NOT_MET = "where_not_met", "Not selected: the pair does not meet a condition of `where`."
     QUERY_FULL = "query_full", "Not selected: better pairs with the same query reach `max_per_query`."
+    CLUSTER_FULL = "cluster_full", "Not selected: better pairs of the same cluster reach `max_per_cluster`."
     QUOTA_FULL = "quota_full", "Not selected: pairs before it in its group fill the group's quota."
     NOT_IN_POOL = "not_in_pool", "Not selected: a model that the selection uses has no score for the pair."
 
@@ -189,11 +246,11 @@ class Statistic(Vocabulary):
     AUROC = "auroc", "Probability that a row as delivered scores above a planted one, a tie counted half."
     PAIRED_SHARE = "paired_share", "Share of planted rows that score below their own original."
     KEPT_SHARE = "kept_share", "Share of rows that a selection takes."
-    LOW_CUT = (
-        "low_cut",
-        "The largest RMI that does not clearly differ from planted mismatches, at the set false-discovery rate.",
+    DROPPED_SHARE = (
+        "dropped_share",
+        "Share of rows that have the defect by a signal, whatever its action; for the measure `valid`, share of rows "
+        "that no signal declares invalid.",
     )
-    HIGH_CUT = "high_cut", "The RMI above which a row may be an echo."
 
 
 class UnknownReason(Vocabulary):
@@ -202,17 +259,13 @@ class UnknownReason(Vocabulary):
     NOT_PLANTED = "not_planted", "No row has this defect, or none can be compared: no pair of the batch is ranked."
     NOT_WANTED = "not_wanted", "`scoring.quantities` does not include this score."
     NOT_SCORED = "not_scored", "None of the rows as delivered, or none of the planted rows, has this score."
-    NONE_TOLD_FROM_NULL = (
-        "none_told_from_null",
-        "No row of the batch clearly differs from the planted mismatches, so there is no low cut.",
-    )
-    ALL_TOLD_FROM_NULL = (
-        "all_told_from_null",
-        "Every row of the batch clearly differs from the planted mismatches, so a low cut would remove nothing.",
-    )
+    NO_CUT = "no_cut", "The signal has no cut, so that it tells nothing of any row."
 
 
 SELECTED_REASONS = (SelectionReason.WITHIN_BUDGET, SelectionReason.IN_BAND)
+
+INVALID_REASONS = {signal: SelectionReason(f"invalid_{signal}") for signal in Signal}
+"""Reason with which a selection excludes the pairs that a signal declares invalid."""
 
 
 class Change(Vocabulary):

@@ -22,6 +22,12 @@ def batches_before(storage: Storage, batch: str) -> list[str]:
     return known[: known.index(batch)] if batch in known else known
 
 
+def batches_after(storage: Storage, batch: str) -> list[str]:
+    """Return the batches screened after this one; none if it has no place yet."""
+    known = batches_in_order(storage)
+    return known[known.index(batch) + 1 :] if batch in known else []
+
+
 def take_place(storage: Storage, batch: str) -> None:
     """Give a screened batch its permanent place in the order. Call it under a lock."""
     known = batches_in_order(storage)

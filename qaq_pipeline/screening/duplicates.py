@@ -1,7 +1,8 @@
 """Duplicates of rows, in the same batch and in older ones: exact after normalisation, or near by words. No Dagster.
 
-Belongs here: the signatures of rows, and which row represents which. Does not belong here: which rows may be
-representatives at all (`screen`), or what a word is (`shingles`).
+Belongs here: the signatures of rows, which row represents which, and which of the other rows are similar. Does not
+belong here: which rows may be representatives at all (`screen`), what follows from similar rows (`clusters`), or what a
+word is (`shingles`).
 
 Near duplicates have the same system text and similar sets of word 5-grams over query and answer. MinHash bands find
 candidates (Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Their
@@ -14,7 +15,9 @@ batch, a pair is found by the bands of its own words.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from qaq_pipeline.screening.shingles import Hashes
 
 NGRAM_WORDS = 5
 NUM_BANDS, VALUES_PER_BAND = 25, 5
-SIGNATURE_VERSION = "1"
+SIGNATURE_VERSION = "2"
 """Covers everything in a signature, including rensa's algorithm; signatures of two versions are not compared."""
 _SEED = 5
 _ROWS_AT_ONCE = 10_000
@@ -50,11 +53,13 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
     normal = accepted.select(normal_text(part) for part in ("system", "query", "answer"))
     systems, hashes = normal["system"], [_hash_content(*content) for content in normal.iter_rows()]
     salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
+    queries = [hashlib.blake2b(query.encode(), digest_size=16).hexdigest() for query in normal["query"]]
     bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
     return accepted.select(
         *ROW_KEY,
         "pair_id",
         content_hash=pl.Series(hashes, dtype=pl.String),
+        query_hash=pl.Series(queries, dtype=pl.String),
         bands=pl.Series(bands, dtype=pl.List(pl.UInt64)),
     )
 
@@ -88,7 +93,7 @@ def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
 
 
 def related(older: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
-    """Return the older Signatures that share their content or a band with any own row."""
+    """Return the older Signatures that share their query or a band with any own row; equal rows share their query."""
     bands = own.select(pl.col("bands").explode(empty_as_null=False).unique())
     by_band = (
         older.with_row_index("row")
@@ -97,32 +102,52 @@ def related(older: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
         .join(bands, on="bands", how="semi")["row"]
         .unique()
     )
-    by_content = older.select((pl.col("content_hash").is_in(own["content_hash"].implode())).arg_true()).to_series()
-    return older[pl.concat([by_band, by_content]).unique().sort()]
+    by_query = older.select((pl.col("query_hash").is_in(own["query_hash"].implode())).arg_true()).to_series()
+    return older[pl.concat([by_band, by_query]).unique().sort()]
 
 
-def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_threshold: float | None) -> pl.DataFrame:
-    """Find the duplicates in a batch: key, reason, duplicate_of, similarity, evidence.
+@dataclass(frozen=True)
+class Found:
+    """The duplicates in a batch, and the similar rows among those that are none."""
+
+    duplicates: pl.DataFrame
+    """Key, reason, duplicate_of, similarity, evidence."""
+    distinct: pl.DataFrame
+    """Signatures of the other rows, older ones first, with `order`, their place in it, and `is_own`."""
+    links: pl.DataFrame
+    """order, earlier: own rows, each with an earlier row (own or older) that has the same query or is similar. Of rows
+    with one query, only the first own row is linked to the older ones, and the others to it."""
+
+
+def find(
+    own: pl.DataFrame,
+    older: Sequence[pl.DataFrame],
+    texts: Texts,
+    near_threshold: float | None,
+    cluster_threshold: float = 1.0,
+) -> Found:
+    """Find the duplicates in a batch, and the links between its other rows and to older ones.
 
     A row is compared with those before it, oldest first: the rows of older batches, then its own batch's in key
-    order. The first equal or near row represents it. A duplicate represents no other row.
+    order. The first equal or near row represents it. A duplicate represents no other row, and is linked to none.
 
     Args:
         own: Signatures of the batch's rows that may be selected.
         older: rows of older batches that may represent others, oldest first (`related` ones suffice).
         texts: returns the texts of rows; called only for rows with a candidate.
         near_threshold: minimum Jaccard similarity of near duplicates; None: find exact ones only.
+        cluster_threshold: minimum Jaccard similarity of linked rows, not above near_threshold.
     """
-    rows = pl.concat([*older, own.sort(ROW_KEY)]).with_row_index("order")
+    rows = pl.concat([*(frame.select(own.columns) for frame in older), own.sort(ROW_KEY)]).with_row_index("order")
     num_older = rows.height - own.height
     rows = rows.with_columns(first=pl.col("order").min().over("content_hash"))
-    stands_for: dict[int, tuple[int, float]] = {}
-    if near_threshold is not None:
-        stands_for = _near(rows.filter(pl.col("order") == pl.col("first")), num_older, texts, near_threshold)
+    firsts = rows.filter(pl.col("order") == pl.col("first"))
+    thresholds = math.inf if near_threshold is None else near_threshold, cluster_threshold
+    stands_for, similar = _near(firsts, num_older, texts, thresholds)
     found = [_duplicate(row, stands_for) for row in rows[num_older:].iter_rows(named=True) if _is_one(row, stands_for)]
     frame = pl.DataFrame(found, schema=_DUPLICATES, orient="row")
     pairs, of = rows[frame["order"]], rows[frame["duplicate_of"]]
-    return pairs.select(
+    duplicates = pairs.select(
         *ROW_KEY,
         frame["reason"],
         of.select(duplicate_of=row_place()).to_series(),
@@ -130,6 +155,26 @@ def find(own: pl.DataFrame, older: Sequence[pl.DataFrame], texts: Texts, near_th
         evidence=pl.when(pairs["pair_id"] == of["pair_id"])
         .then(pl.lit("equal system text, query and answer"))
         .otherwise(frame["evidence"]),
+    )
+    is_own = pl.col("order") >= num_older
+    distinct = rows.drop("first").join(frame, on="order", how="anti", maintain_order="left").with_columns(is_own=is_own)
+    by_words = pl.DataFrame(similar, schema=_LINKS, orient="row")
+    return Found(duplicates, distinct, pl.concat([by_words, _same_query(distinct)]))
+
+
+_LINKS = {"order": pl.UInt32, "earlier": pl.UInt32}
+
+
+def _same_query(distinct: pl.DataFrame) -> pl.DataFrame:
+    """Link each own row to the first own row with its query, and that one to the older rows with it."""
+    own = distinct.filter("is_own").select("order", "query_hash", first=pl.col("order").min().over("query_hash"))
+    firsts = own.filter(pl.col("order") == pl.col("first"))
+    older = distinct.filter(~pl.col("is_own")).select("query_hash", earlier="order")
+    return pl.concat(
+        [
+            firsts.join(older, on="query_hash").select("order", "earlier"),
+            own.filter(pl.col("order") != pl.col("first")).select("order", earlier="first"),
+        ]
     )
 
 
@@ -155,34 +200,50 @@ def _duplicate(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) ->
     return row["order"], first, DuplicateReason.EXACT_DUPLICATE.value, 1.0, "equal but for white space or Unicode form"
 
 
-def _near(rows: pl.DataFrame, num_older: int, texts: Texts, threshold: float) -> dict[int, tuple[int, float]]:
-    """Return, for each own row near an earlier one, that row's order and the similarity."""
+def _near(
+    rows: pl.DataFrame, num_older: int, texts: Texts, thresholds: tuple[float, float]
+) -> tuple[dict[int, tuple[int, float]], list[tuple[int, int]]]:
+    """Return, for each own row near an earlier one, that row's order and the similarity; and the links of the others.
+
+    Args:
+        rows: Signatures, the first of each content, with their order.
+        num_older: the order of the first own row.
+        texts: returns the texts of rows.
+        thresholds: minimum similarity of near duplicates, and of linked rows.
+    """
     in_common = _shared_bands(rows, num_older)
     ngrams_of = _ngram_sets(rows.join(in_common.select("order"), on="order", how="semi"), texts)
     standing: dict[int, list[int]] = {}
     found: dict[int, tuple[int, float]] = {}
+    links: list[tuple[int, int]] = []
     for order, bands in in_common.iter_rows():
         if order >= num_older:
             shared = (standing.get(band, ()) for band in bands)
             candidates = sorted({earlier for others in shared if len(others) < _MAX_STANDING for earlier in others})
-            near = _first_near(ngrams_of[order], candidates, ngrams_of, threshold)
+            near, similar = _compare(ngrams_of[order], candidates, ngrams_of, thresholds)
             if near is not None:
                 found[order] = near
                 continue
+            links += [(order, earlier) for earlier in similar]
         for band in bands:
             if len(rows_of := standing.setdefault(band, [])) < _MAX_STANDING:
                 rows_of.append(order)
-    return found
+    return found, links
 
 
-def _first_near(
-    own: Hashes, candidates: Sequence[int], ngrams_of: dict[int, Hashes], threshold: float
-) -> tuple[int, float] | None:
+def _compare(
+    own: Hashes, candidates: Sequence[int], ngrams_of: dict[int, Hashes], thresholds: tuple[float, float]
+) -> tuple[tuple[int, float] | None, list[int]]:
+    """Return the first candidate that is a near duplicate, with the similarity, or else all that are linked."""
+    near_threshold, cluster_threshold = thresholds
+    similar = []
     for earlier in candidates:
         similarity = shingles.jaccard(ngrams_of[earlier], own)
-        if similarity >= threshold:
-            return earlier, similarity
-    return None
+        if similarity >= near_threshold:
+            return (earlier, similarity), []
+        if similarity >= cluster_threshold:
+            similar.append(earlier)
+    return None, similar
 
 
 def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:

@@ -93,6 +93,15 @@ def withdrawn(reason: str) -> Gate:
     return Gate(GateReason.BATCH_WITHDRAWN, f"it was withdrawn: {reason}")
 
 
+def cannot_tell(sentence: str) -> Gate:
+    """Return the verdict on a batch about which the scores tell nothing."""
+    return Gate(
+        GateReason.CANNOT_TELL,
+        f"{sentence}; look at examples on the batch's page, then mend the delivery, take other models, or set "
+        "gates.must_tell: false",
+    )
+
+
 def before_scoring(screened: pl.DataFrame, settings: GateSettings) -> Gate | None:
     """Return the first gate that a batch's ScreenedData fails."""
     if screened.is_empty():

@@ -1,10 +1,11 @@
 """Screening of rows before any GPU time is spent: which rows are scored, and why the others are not.
 
 Belongs here: the order of the verdicts, and which rows may represent duplicates. Does not belong here: detection
-of duplicates (`duplicates`) and of benchmark text (`contamination`), parsing of records, or scores.
+of duplicates (`duplicates`) and of benchmark text (`contamination`), held-out rows (`held_out`), parsing of records, or
+scores.
 
-Verdicts have this priority: rejected, withdrawn, contaminated, duplicate. Duplicates are searched for among the
-remaining rows, so that a representative can itself be selected.
+Verdicts have this priority: rejected, withdrawn, contaminated, duplicate, held out or between. Duplicates are searched
+for among the remaining rows, so that a representative can itself be selected, unless it is held out.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import dtypes
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
-from qaq_pipeline.screening import duplicates, shingles
+from qaq_pipeline.screening import duplicates, held_out, shingles
+from qaq_pipeline.screening.clusters import clusters, linked
 from qaq_pipeline.screening.duplicates import Texts
+from qaq_pipeline.screening.held_out import NOTHING_HELD_OUT, HoldOut
 
 
 def screen(
@@ -30,6 +33,7 @@ def screen(
     texts: Texts,
     settings: ScreeningSettings,
     withdrawn: Mapping[str, str],
+    hold_out: HoldOut = NOTHING_HELD_OUT,
 ) -> pl.DataFrame:
     """Build the ScreenedData of a batch, in key order; `batch_gate` is null.
 
@@ -37,27 +41,27 @@ def screen(
         raw: RawData.
         signatures: Signatures of its accepted rows.
         contamination: its rows that contain benchmark tasks.
-        older: Signatures of older batches' accepted rows, oldest first.
+        older: Signatures of older batches' distinct rows, with their status and cluster, oldest first.
         texts: returns the texts of rows of all these batches.
         settings: which checks run, and what happens to contaminated rows.
         withdrawn: content hashes of rows that must not be published, each with the reason.
+        hold_out: which rows are held out.
     """
     gone = _withdrawn(signatures, withdrawn)
     held = _held(contamination).join(gone, on=ROW_KEY, how="anti")
     is_dropped = settings.contamination.action == "drop"
     own = signatures.join(gone, on=ROW_KEY, how="anti")
     own = own.join(held, on=ROW_KEY, how="anti") if is_dropped else own
-    twins = duplicates.find(own, older, texts, settings.duplicates.near_threshold).join(
-        held.select(*ROW_KEY, flagged="evidence"), on=ROW_KEY, how="left", validate="1:1"
-    )
-    twins = twins.with_columns(
-        evidence=pl.concat_str(
-            "evidence", pl.format("flagged: it contains {}", "flagged"), separator="; ", ignore_nulls=True
-        )
-    )
+    limits = settings.duplicates
+    found = duplicates.find(own, older, texts, limits.near_threshold, limits.cluster_threshold)
+    own_clusters = clusters(found, older)
+    newer = linked(own_clusters, found, hold_out.newer, texts, limits.cluster_threshold)
+    sides = held_out.sides(own_clusters, newer, hold_out)
+    not_trained = sides.filter(pl.col("status") != Status.ACCEPTED.value).drop("cluster")
     by_priority = (
         (gone, Status.WITHDRAWN),
-        (twins, Status.DUPLICATE),
+        (_with_flag(found.duplicates, held), Status.DUPLICATE),
+        (_with_flag(not_trained, held), None),
         (held, Status.CONTAMINATED if is_dropped else Status.ACCEPTED),
         (raw.select(*ROW_KEY, "status", "reason", evidence="detail"), None),
     )
@@ -66,8 +70,19 @@ def screen(
         how="diagonal",
     ).unique(ROW_KEY, keep="first", maintain_order=True)
     rows = raw.select(*ROW_KEY, "pair_id", batch_gate=pl.lit(None, pl.String))
-    screened = rows.join(verdicts, on=ROW_KEY, validate="1:1")
+    screened = rows.join(verdicts, on=ROW_KEY, validate="1:1").join(
+        sides.select(*ROW_KEY, "cluster"), on=ROW_KEY, how="left", validate="1:1"
+    )
     return screened.sort(ROW_KEY).select(list(dtypes(tables.ScreenedData)))
+
+
+def _with_flag(verdicts: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFrame:
+    """Add to the evidence what a row contains of a benchmark."""
+    flagged = contaminated.select(*ROW_KEY, flagged="evidence")
+    flag = pl.format("flagged: it contains {}", "flagged")
+    return verdicts.join(flagged, on=ROW_KEY, how="left", validate="1:1").with_columns(
+        evidence=pl.concat_str("evidence", flag, separator="; ", ignore_nulls=True)
+    )
 
 
 def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:

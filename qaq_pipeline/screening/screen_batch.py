@@ -6,13 +6,14 @@ Belongs here: reading what a batch is compared with. Does not belong here: the o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from qaq_pipeline.config.settings import ContaminationSettings, GateSettings, ScreeningSettings
+from qaq_pipeline.config.settings import ContaminationSettings, GateSettings, HeldOutSettings, ScreeningSettings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
@@ -23,14 +24,18 @@ from qaq_pipeline.screening import (
     contamination_cache,
     duplicates,
     gates,
+    held_out,
     screen,
     withdrawals,
 )
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.storage.files import hash_json
+from qaq_pipeline.screening.held_out import HoldOut
+from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable, empty
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,16 @@ class FoundBenchmarks:
     """Contamination."""
     hashes: Mapping[str, str]
     """sha256 of each benchmark's file, by name."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The other batches that a batch is compared with."""
+
+    older: Sequence[str] = ()
+    """Batches whose rows may represent rows of this one, oldest first."""
+    newer: Sequence[str] = ()
+    """Batches whose rows are on a side already; not looked at unless rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +72,11 @@ def screen_batch(
     storage: Storage,
     raw_data: StoredTable,
     signatures: StoredTable,
-    older: Sequence[str],
+    others: Neighbours,
     found: FoundBenchmarks,
     settings: ScreeningSettings,
     limits: GateSettings,
+    hold_out: HeldOutSettings,
 ) -> ScreenedBatch:
     """Screen a batch and judge its gate. Call it under the lock of the batches' order.
 
@@ -68,22 +84,31 @@ def screen_batch(
         storage: contains older batches and withdrawals.
         raw_data: RawData of the batch.
         signatures: Signatures of the batch.
-        older: batches whose rows may represent rows of this one, oldest first.
+        others: the other batches.
         found: the benchmark tasks that the batch contains.
         settings: which checks run.
         limits: when a batch is gated.
+        hold_out: which rows are held out.
 
     Raises:
         OriginError: another version of the code made the signatures of an older batch.
     """
     batch = raw_data.provenance["partition"][0]
     withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
-    compared = {name: _read_older(storage, name, signatures.frame) for name in older}
+    compared = {name: _read_other(storage, name, signatures.frame) for name in others.older}
     related = {name: rows for name, (rows, _) in compared.items() if not rows.is_empty()}
-    raws = [storage.tables.read("raw_data", Partition(name)).frame for name in related]
+    newer = _read_newer(storage, others.newer, signatures.frame) if hold_out.share else {}
+    raws = [storage.tables.read("raw_data", Partition(name)).frame for name in (*related, *newer)]
     texts = screen.texts_of([raw_data.frame, *raws])
     frame = screen.screen(
-        raw_data.frame, signatures.frame, found.rows, list(related.values()), texts, settings, withdrawn
+        raw_data.frame,
+        signatures.frame,
+        found.rows,
+        list(related.values()),
+        texts,
+        settings,
+        withdrawn,
+        HoldOut(hold_out, _sides_before(storage, batch) if hold_out.share else None, list(newer.values())),
     )
     gate = _judge(batch, frame, withdrawn, limits)
     facts = {
@@ -101,16 +126,40 @@ def _judge(batch: str, screened: pl.DataFrame, withdrawn: Mapping[str, str], lim
     return gates.before_scoring(screened, limits) if reason is None else gates.withdrawn(reason)
 
 
-def _read_older(storage: Storage, batch: str, own: pl.DataFrame) -> tuple[pl.DataFrame, str]:
-    """Read the Signatures of an older batch that may represent own rows, and its screened_data's data version."""
+def _sides_before(storage: Storage, batch: str) -> pl.DataFrame | None:
+    """Read the sides of a batch's pairs from its stored screening; None if it has none, or was gated."""
+    footer = storage.tables.readable_footer("screened_data", Partition(batch))
+    if footer is None or gates.of_provenance(footer.provenance) is not None:
+        return None
+    columns = [*ROW_KEY, "pair_id", "status", "duplicate_of"]
+    try:
+        stored = pl.concat(storage.tables.scan("screened_data", Partition(batch), columns))
+    except StorageError as error:
+        logger.warning("%s; rows that it accepted may be held out now", error)
+        return None
+    return held_out.sides_before(stored)
+
+
+def _read_newer(storage: Storage, batches: Sequence[str], own: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """Read the Signatures of newer batches' rows that are on a side and may be similar to own rows."""
+    is_on_a_side = pl.col("status") != Status.BETWEEN.value
+    related = {name: _read_other(storage, name, own)[0].filter(is_on_a_side) for name in batches}
+    return {name: rows for name, rows in related.items() if not rows.is_empty()}
+
+
+def _read_other(storage: Storage, batch: str, own: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+    """Read the Signatures of another batch that may be similar to own rows, and its screened_data's data version.
+
+    Each row has its status and cluster.
+    """
     signed, screened = (storage.tables.read(name, Partition(batch)) for name in ("signatures", "screened_data"))
     if signed.provenance["signature_version"] != duplicates.SIGNATURE_VERSION:
         raise OriginError(
             f"the signatures of batch {batch} were made by another version of the code; in the UI, materialise "
             "signatures of every batch, then screened_data of every batch, the oldest batch first"
         )
-    accepted = screened.frame.filter(pl.col("status") == Status.ACCEPTED.value)
-    standing = signed.frame.join(accepted, on=ROW_KEY, how="semi", maintain_order="left")
+    distinct = screened.frame.filter(pl.col("status").is_in(tables.DISTINCT)).select(*ROW_KEY, "status", "cluster")
+    standing = signed.frame.join(distinct, on=ROW_KEY, maintain_order="left", validate="1:1")
     return duplicates.related(standing, own), screened.data_version
 
 

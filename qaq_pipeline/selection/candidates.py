@@ -8,6 +8,7 @@ import polars as pl
 
 from qaq_pipeline.schema.long_form import by_pair, to_long
 from qaq_pipeline.schema.vocabularies import NullReason
+from qaq_pipeline.selection.verdicts import INVALID_BY
 
 
 def candidates(disagreement: pl.DataFrame, scores: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -38,6 +39,21 @@ def candidates(disagreement: pl.DataFrame, scores: Mapping[str, pl.DataFrame]) -
     return pl.concat(
         pl.concat([ranks[role], frame.drop("pair_id"), of_pair], how="horizontal") for role, frame in ordered.items()
     )
+
+
+def with_validity(candidates: pl.DataFrame, validity: pl.DataFrame | None) -> pl.DataFrame:
+    """The candidates with the signal that declares each pair invalid; unchanged without Validity.
+
+    Raises:
+        ValueError: the validity of a pair is missing.
+    """
+    if validity is None:
+        return candidates
+    judged = validity.select("pair_id", pl.col("invalid_by").alias(INVALID_BY), is_judged=pl.lit(value=True))
+    joined = candidates.join(judged, on="pair_id", how="left", validate="m:1", maintain_order="left")
+    if joined["is_judged"].null_count():
+        raise ValueError("scores and validity are not of the same pairs; make validity again")
+    return joined.drop("is_judged")
 
 
 def _ranks(pairs: pl.DataFrame, roles: list[str]) -> dict[str, pl.DataFrame]:

@@ -26,6 +26,7 @@ def decide(
     published: Selection,
     provenance_id: str,
     gate: Gate | None = None,
+    why_invalid: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """The Decisions of a batch: one row for every row of RawData.
 
@@ -37,6 +38,7 @@ def decide(
         published: the selection that decides.
         provenance_id: of the table that is made.
         gate: why the batch is held back; every row then has its reason and no verdict. None: it is not.
+        why_invalid: pair_id and `why_invalid` of the invalid pairs; None: no pair is judged.
 
     Raises:
         TableError: a row is lost or doubled.
@@ -46,6 +48,8 @@ def decide(
         .join(to_lists(verdicts, tables.VERDICT, "verdicts"), on="pair_id", how="left", validate="1:1")
         .join(_published_verdict(verdicts, candidates, published), on="pair_id", how="left", validate="1:1")
     )
+    if why_invalid is not None:
+        pairs = pairs.join(why_invalid, on="pair_id", how="left", validate="1:1")
     rows = (
         screened.join(raw.select(*ROW_KEY, "detail"), on=ROW_KEY, validate="1:1")
         .join(pairs, on="pair_id", how="left", validate="m:1")

@@ -62,6 +62,15 @@ _MEASURES = {
 _MOST_CHARACTERS = 80
 """Characters of a value of a column that a sentence shows."""
 
+_NOT_SCORED = {
+    Decision.WITHDRAWN: "Withdrawn, so it is no longer published:",
+    Decision.CONTAMINATED: "Contaminated, and not scored: it contains",
+    Decision.HELD_OUT: "Held out for training trials, and not scored:",
+    Decision.BETWEEN: "Between: it is similar to rows that are trained on and to held-out rows, so it is in neither, "
+    "and not scored:",
+}
+"""What comes before the evidence of a row that screening leaves out."""
+
 _WHY_NULL = {
     NullReason.NOT_WANTED: "the settings (scoring.quantities) do not ask for the score",
     NullReason.QUERY_TOO_LONG: "the query alone exceeds the window (scoring.max_tokens), and no query is truncated",
@@ -81,19 +90,17 @@ def explain(row: Mapping[str, Any], published: Selection) -> str:
     """The decision about a row, its reason and the numbers behind it.
 
     Args:
-        row: the columns of Decisions, the `detail` of RawData, the pool_id, and the published verdict's columns as
-            `verdict_<column>`.
+        row: the columns of Decisions, the `detail` of RawData, the pool_id, `why_invalid` where pairs are judged, and
+            the published verdict's columns as `verdict_<column>`.
         published: the selection that decides.
     """
     decision = Decision(row["decision"])
     if decision is Decision.REJECTED:
         return f"Rejected when it was read, and never scored: {_sentence(row['detail'])}"
-    if decision is Decision.WITHDRAWN:
-        return f"Withdrawn, so it is no longer published: {_sentence(row['evidence'])}"
-    if decision is Decision.CONTAMINATED:
-        return f"Contaminated, and not scored: it contains {_sentence(row['evidence'])}"
     if decision is Decision.DUPLICATE:
         return _duplicate(row)
+    if decision in _NOT_SCORED:
+        return f"{_NOT_SCORED[decision]} {_sentence(row['evidence'])}"
     flag = f" Flagged but kept: it contains {_sentence(row['evidence'])}" if row["evidence"] else ""
     if decision is Decision.UNSCORABLE:
         return f'Not scorable: {_why_unscorable(row)}. So "{published.name}" can neither rank nor take the pair.{flag}'
@@ -205,10 +212,12 @@ def _verdict(row: Mapping[str, Any], published: Selection) -> str:
 
 def _grounds(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
     """What the selection takes, and the number of this pair that decides."""
+    if reason in vocabularies.INVALID_REASONS.values():
+        return f"valid pairs only. {row['why_invalid']}"
     if reason is SelectionReason.WHERE_NOT_MET:
         return _not_met(published.where[row["verdict_condition"]], row["verdict_value"])
-    if reason is SelectionReason.QUERY_FULL:
-        return _beyond_cap(row, published)
+    if reason in (SelectionReason.QUERY_FULL, SelectionReason.CLUSTER_FULL):
+        return _beyond_cap(row, published, reason)
     if published.quotas is not None and row["verdict_position"] is not None:
         return _in_group(row, published, published.quotas)
     return _grounds_of_strategy(row, published, reason)
@@ -265,13 +274,18 @@ def shorten(text: str, most: int = _MOST_CHARACTERS) -> str:
     return f"{line[:most]}…" if len(line) > most else line
 
 
-def _beyond_cap(row: Mapping[str, Any], published: Selection) -> str:
+def _beyond_cap(row: Mapping[str, Any], published: Selection, reason: SelectionReason) -> str:
     word, measure = _measure(published)
-    pairs = "1 pair" if published.max_per_query == 1 else f"{published.max_per_query} pairs"
+    if reason is SelectionReason.QUERY_FULL:
+        most, of, place = published.max_per_query, "query", row["verdict_query_place"]
+    else:
+        most, of, place = published.max_per_cluster, "cluster of similar pairs", row["verdict_cluster_place"]
+    rest = "the pairs with its query" if reason is SelectionReason.QUERY_FULL else "its cluster"
+    pairs = "1 pair" if most == 1 else f"{most} pairs"
     end = "lowest" if _is_ascending(published) else "highest"
     return (
-        f"at most {pairs} of one query, with the {end} {measure}. This pair's {word} is "
-        f"{_number(row['verdict_score'])}, number {row['verdict_query_place']} of the pairs with its query"
+        f"at most {pairs} of one {of}, with the {end} {measure}. This pair's {word} is "
+        f"{_number(row['verdict_score'])}, number {place} of {rest}"
     )
 
 
@@ -348,8 +362,8 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
 
 def _limits(published: Selection) -> str:
     """The settings that exclude pairs of the pool, whatever their place."""
-    names = ("where", "min_gap", "rank_strong", "rmi_strong", "maximum")
-    return " and ".join(name for name in names if getattr(published, name, None) not in (None, ()))
+    names = ("valid", "where", "min_gap", "rank_strong", "rmi_strong", "maximum")
+    return " and ".join(name for name in names if getattr(published, name, None) not in (None, (), False))
 
 
 def _apart(value: float, cut: float | None) -> tuple[str, str]:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
 
 import polars as pl
 
-
-def draws(pair_ids: pl.Series, seed: int) -> pl.Series:
-    """floor(h / 2**11) / 2**53, in [0, 1), of h = the 64-bit big-endian blake2b of pair_id under the key of `seed`.
-
-    hashlib, since Series.hash is not stable across versions of Polars.
-    """
-    key = hashlib.blake2b(str(seed).encode()).digest()
-    digests = [hashlib.blake2b(pair_id.encode(), key=key, digest_size=8).digest() for pair_id in pair_ids]
-    hashed = pl.Series(digests, dtype=pl.Binary).bin.reinterpret(dtype=pl.UInt64, endianness="big")
-    return (hashed // 2**11).cast(pl.Float64) / 2**53
+from qaq_pipeline.schema.draws import draws
 
 
 def draw_column(seed: int) -> str:

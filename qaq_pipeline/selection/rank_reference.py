@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.settings import RankingSettings
-from qaq_pipeline.schema.tables import RankReference, RmiScores, dtypes
+from qaq_pipeline.schema.tables import RankReference, RmiScores, Validity, dtypes
 from qaq_pipeline.selection import ranks
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.disagreement_scores import disagreement
 
 _POOL = "reference"
@@ -45,12 +45,15 @@ def name_in(pool: str) -> str | None:
     return name if kind == _POOL else None
 
 
-def freeze(batches: Sequence[Mapping[str, pl.DataFrame]], ranking: RankingSettings) -> tuple[pl.DataFrame, list[str]]:
+def freeze(
+    batches: Sequence[Mapping[str, pl.DataFrame]], ranking: RankingSettings, validity: pl.DataFrame | None = None
+) -> tuple[pl.DataFrame, list[str]]:
     """The RankReference of some batches, and warnings as sentences.
 
     Args:
         batches: RmiScores by model, of each batch; a pair of several batches has its scores of the first of them.
         ranking: how strata are made.
+        validity: Validity of these pairs, each once; None: they are not judged.
 
     Raises:
         ValueError: the models' frames of a batch do not hold the same pairs, or a model can rank none of them.
@@ -71,6 +74,10 @@ def freeze(batches: Sequence[Mapping[str, pl.DataFrame]], ranking: RankingSettin
         .select("pair_id", "model", "stratum", "num_strata", "rank", stratum_log_ppl_q="log_ppl_q")
         .join(long, on=["pair_id", "model"], validate="1:1", maintain_order="left")
     )
+    judged = pl.DataFrame(schema=dtypes(Validity)) if validity is None else validity
+    frame = frame.join(
+        judged.select("pair_id", "invalid_by"), on="pair_id", how="left", validate="m:1", maintain_order="left"
+    )
     return frame.select(list(dtypes(RankReference))), ranks.few_strata_warnings(pools, ranking)
 
 
@@ -83,7 +90,8 @@ def reference_candidates(reference: pl.DataFrame, roles: Sequence[str]) -> pl.Da
     frozen = by_model(reference, roles)
     ranked = pl.concat(frozen.values()).with_columns(null_reason="null_reason_rmi")
     scores = {role: frame.select(list(dtypes(RmiScores))) for role, frame in frozen.items()}
-    return candidates(disagreement(ranked, _POOL), scores)
+    judged = frozen["strong"].select("pair_id", "invalid_by")
+    return with_validity(candidates(disagreement(ranked, _POOL), scores), judged)
 
 
 def by_model(reference: pl.DataFrame, roles: Sequence[str]) -> dict[str, pl.DataFrame]:

@@ -17,18 +17,63 @@ from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import GateSettings, RankingSettings
 from qaq_pipeline.ingest.imported_tables import ImportedTable
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.scoring.stored_scores import Scores, identities
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import disagreement_scores, rank_reference
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
-from qaq_pipeline.selection.stored_reference import Scores, identities, require_comparable
+from qaq_pipeline.selection.stored_reference import require_comparable
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
+from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.validity import judgement, words
+from qaq_pipeline.validity.planted_sample import pairs_of_batch
 
 TABLES_KEY = "tables"
 """Key in the decisions' provenance: sha256 of the file of each imported table that was read, by name."""
+VALIDITY_KEY = "validity"
+"""Key in the decisions' provenance: what the signals tell of the batch, as `of_judged`; absent: no pair is judged."""
+UNREACHED_KEY = "budget_not_reached"
+"""Key in the decisions' provenance: the selections that take less than their budget, by name, as sentences."""
+
+
+@dataclass(frozen=True)
+class JudgedBatch:
+    """The tables that say which pairs of a batch are valid."""
+
+    cuts: StoredTable
+    """validity_cuts."""
+    validity: StoredTable
+
+    @property
+    def inputs(self) -> dict[str, StoredTable]:
+        """The tables by the names that provenance gives to inputs."""
+        return {"validity_cuts": self.cuts, "validity": self.validity}
+
+
+def of_judged(cuts: pl.DataFrame, validity: pl.DataFrame) -> dict[str, Any]:
+    """What the signals tell of a batch, for people: `warnings` and `signals` as sentences, `valid_pairs`, and
+    `invalid_pairs` by signal.
+
+    Args:
+        cuts: ValidityCuts.
+        validity: Validity.
+    """
+    counts = judgement.count_invalid(validity)
+    return {
+        "warnings": words.warnings(cuts),
+        "signals": words.of_cuts(cuts),
+        "valid_pairs": counts.pop(None),
+        "invalid_pairs": {str(signal): count for signal, count in counts.items()},
+    }
+
+
+def read_judged(storage: Storage, batch: str) -> JudgedBatch:
+    """The stored validity of a batch. Raises StorageError where it is not stored, or damaged."""
+    return JudgedBatch(*(storage.tables.read(name, Partition(batch)) for name in ("validity_cuts", "validity")))
 
 
 @dataclass(frozen=True)
@@ -43,6 +88,8 @@ class ScoredBatch:
     screened_data: StoredTable
     rmi_scores: Scores
     disagreement_scores: StoredTable
+    judged: JudgedBatch | None = None
+    """None: batches are not calibrated, so no pair is judged."""
 
     def __post_init__(self) -> None:
         rows = {"raw_data": self.raw_data, "screened_data": self.screened_data}
@@ -51,6 +98,8 @@ class ScoredBatch:
         for name, table in ranked.items():
             require_inputs(name, table, rows, table.provenance["scored_from"])
         require_inputs("disagreement_scores", self.disagreement_scores, ranked)
+        if self.judged is not None:
+            require_inputs("validity", self.judged.validity, rows | ranked | {"validity_cuts": self.judged.cuts})
 
     @property
     def inputs(self) -> dict[str, StoredTable]:
@@ -60,17 +109,30 @@ class ScoredBatch:
             "screened_data": self.screened_data,
             "disagreement_scores": self.disagreement_scores,
             **by_model("rmi_scores", self.rmi_scores),
+            **({} if self.judged is None else self.judged.inputs),
         }
 
     @cached_property
     def candidates(self) -> pl.DataFrame:
-        """Scores and ranks of every distinct pair, as `candidates.candidates`."""
-        return candidates(self.disagreement_scores.frame, {role: one.frame for role, one in self.rmi_scores.items()})
+        """Scores, ranks and validity of every distinct pair, as `candidates.candidates`."""
+        found = candidates(self.disagreement_scores.frame, {role: one.frame for role, one in self.rmi_scores.items()})
+        return with_validity(found, None if self.judged is None else self.judged.validity.frame)
+
+    @property
+    def why_invalid(self) -> pl.DataFrame | None:
+        """The reason of each invalid pair, as `words.reasons`; None: no pair is judged."""
+        if self.judged is None:
+            return None
+        invalid = self.judged.validity.frame.filter(pl.col("invalid_by").is_not_null())
+        pairs = pairs_of_batch(self.raw_data, self.screened_data, self.rmi_scores, invalid.select("pair_id"))
+        return words.reasons(pairs, invalid, self.judged.cuts.frame)
 
     def gate(self, limits: GateSettings) -> Gate | None:
         """The stored verdict on the batch. Raises gates.StaleVerdictError."""
         made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
-        return gates.of_batch(batch_of(self.raw_data), self.screened_data.provenance, made_of, limits)
+        of_scores = gates.of_batch(batch_of(self.raw_data), self.screened_data.provenance, made_of, limits)
+        is_untold = self.judged is not None and words.is_untold(self.judged.cuts.frame)
+        return gates.cannot_tell(words.UNTOLD) if of_scores is None and limits.must_tell and is_untold else of_scores
 
     def pairs(self, selections: Sequence[Selection], imported: Mapping[str, ImportedTable]) -> pl.DataFrame:
         """The candidates with the columns that selections name, of the rows and of imported tables."""
@@ -90,6 +152,7 @@ class ScoredBatch:
             "ranking_hash": ranked["ranking_hash"],
             **gates.as_provenance(gate),
             **({TABLES_KEY: hashes} if hashes else {}),
+            **self._judged_facts(),
             "files": self.raw_data.provenance["files"],
             "models": identities(self.rmi_scores),
             "scored_by": {
@@ -97,6 +160,10 @@ class ScoredBatch:
                 for role, table in self.rmi_scores.items()
             },
         }
+
+    def _judged_facts(self) -> dict[str, Any]:
+        judged = self.judged
+        return {} if judged is None else {VALIDITY_KEY: of_judged(judged.cuts.frame, judged.validity.frame)}
 
     def verdicts(
         self, pairs: pl.DataFrame, selections: Sequence[Selection], frozen: StoredTable | None

@@ -9,20 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qaq_pipeline.config.settings import GateSettings, RankingSettings, ReferenceSettings
+import polars as pl
+
+from qaq_pipeline.config.settings import GateSettings, RankingSettings, ReferenceSettings, ValiditySettings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Input, Partition
+from qaq_pipeline.scoring.stored_scores import Scores, differently_scored, identities, scored_by
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.origin import OriginError, batch_of, require_inputs
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.validity import judgement
+from qaq_pipeline.validity.judgement import Sample, choose_cuts
+from qaq_pipeline.validity.planted_sample import PlantedSample, pairs_of_batch
 
 NAME = "rank_reference"
-
-Scores = Mapping[str, StoredTable]
-"""rmi_scores of a batch, by model."""
+CUTS = "reference_cuts"
 
 
 class RankReferenceError(OriginError):
@@ -39,23 +43,6 @@ def named(ranking: RankingSettings) -> ReferenceSettings:
 def frozen_with(ranking: RankingSettings) -> dict[str, Any]:
     """The settings that a reference is frozen with, as its provenance stores them."""
     return {"batches": list(named(ranking).batches), "ranking": ranking.without_pool()}
-
-
-def scored_by(scores: Scores) -> dict[str, Any]:
-    """What scores must have in common to be ranked together, by role: the model, its prompts and its window."""
-    return {
-        role: {key: table.provenance[key] for key in ("identity_hash", "scoring")} for role, table in scores.items()
-    }
-
-
-def identities(scores: Scores) -> dict[str, Any]:
-    """ScoreIdentities by role."""
-    return {role: table.provenance["identity"] for role, table in scores.items()}
-
-
-def differently_scored(expected: Mapping[str, Any], scores: Scores) -> list[str]:
-    """The models whose scores cannot be compared with those that were `scored_by` the expected ones."""
-    return [role for role, found in scored_by(scores).items() if expected.get(role) != found]
 
 
 def require_comparable(frozen: StoredTable, scores: Scores) -> None:
@@ -136,10 +123,53 @@ def read_scores(storage: Storage, batch: str, roles: Sequence[str], limits: Gate
     return scores
 
 
+def read_sample(storage: Storage, batch: str, roles: Sequence[str], limits: GateSettings) -> PlantedSample:
+    """The pairs and planted rows of a batch from which a reference's cuts may be chosen.
+
+    Raises:
+        RankReferenceError: something is missing, or the batch is gated.
+        OriginError: something is stale.
+    """
+    scores = read_scores(storage, batch, roles, limits)
+    needed = [("planted_rows", Partition(batch)), *(("planted_scores", Partition(batch, role)) for role in roles)]
+    if missing := [f"{table}[{partition}]" for table, partition in needed if not storage.tables.has(table, partition)]:
+        raise RankReferenceError(
+            f"{CUTS}: batch {batch} lacks {', '.join(missing)}; materialise them first, or `qaq run` the batch with "
+            "ranking.pool: batch and calibration.enabled: true"
+        )
+    raw, screened, planted = (
+        storage.tables.read(name, Partition(batch)) for name in ("raw_data", "screened_data", "planted_rows")
+    )
+    of_planted = {role: storage.tables.read("planted_scores", Partition(batch, role)) for role in sorted(roles)}
+    return PlantedSample(raw, screened, scores, planted, of_planted)
+
+
+def judge(
+    storage: Storage, batches: Mapping[str, Scores], cuts: StoredTable, settings: ValiditySettings
+) -> dict[str, pl.DataFrame]:
+    """Validity of the pairs of each batch of a reference, by the reference's cuts."""
+    found = {}
+    for batch, scores in batches.items():
+        raw, screened = (storage.tables.read(name, Partition(batch)) for name in ("raw_data", "screened_data"))
+        found[batch] = judgement.judge(pairs_of_batch(raw, screened, scores), cuts.frame, settings)
+    return found
+
+
 def freeze(
-    batches: Mapping[str, Scores], ranking: RankingSettings, code_version: str | None
+    batches: Mapping[str, Scores],
+    ranking: RankingSettings,
+    code_version: str | None,
+    validity: Mapping[str, pl.DataFrame] | None = None,
+    cuts: StoredTable | None = None,
 ) -> tuple[StoredTable, list[str]]:
     """The reference of some batches, and warnings as sentences.
+
+    Args:
+        batches: the scores of each batch.
+        ranking: names the reference, and how strata are made.
+        code_version: of the asset.
+        validity: Validity of each batch by the cuts; None: pairs are not judged.
+        cuts: reference_cuts, where pairs are judged.
 
     Raises:
         RankReferenceError: the batches were scored differently, or a model can rank no pair.
@@ -148,11 +178,15 @@ def freeze(
     _require_one_eligibility(batches)
     frames = [{role: table.frame for role, table in scores.items()} for scores in batches.values()]
     try:
-        frame, warnings = rank_reference.freeze(frames, ranking)
+        judged = None if validity is None else pl.concat(validity.values()).unique("pair_id", keep="first")
+        frame, warnings = rank_reference.freeze(frames, ranking, judged)
         checked = tables.enforce(tables.RankReference, frame)
     except ValueError as error:
         raise RankReferenceError(f"{NAME} {named(ranking).name}: {error}; nothing was written") from error
-    return StoredTable(checked, _provenance(batches, ranking, code_version)), warnings
+    provenance = _provenance(NAME, batches, ranking, code_version)
+    if cuts is not None:
+        provenance["inputs"][CUTS] = cuts.data_version
+    return StoredTable(checked, provenance), warnings
 
 
 def _require_one_scoring(batches: Mapping[str, Scores]) -> None:
@@ -181,10 +215,52 @@ def _require_one_eligibility(batches: Mapping[str, Scores]) -> None:
         )
 
 
-def _provenance(batches: Mapping[str, Scores], ranking: RankingSettings, code_version: str | None) -> dict[str, Any]:
+def freeze_cuts(
+    samples: Mapping[str, PlantedSample], ranking: RankingSettings, settings: ValiditySettings, code_version: str | None
+) -> StoredTable:
+    """The cuts of a reference, chosen from the pairs and planted rows of all its batches.
+
+    Raises:
+        RankReferenceError: the batches were scored differently.
+    """
+    scores = {batch: sample.rmi_scores for batch, sample in samples.items()}
+    _require_one_scoring(scores)
+    joined = Sample.joined([sample.sample for sample in samples.values()])
+    checked = tables.enforce(tables.ValidityCuts, choose_cuts(joined, settings))
+    provenance = _provenance(CUTS, scores, ranking, code_version)
+    provenance["frozen_with"] = provenance["frozen_with"] | {"validity": settings.model_dump(mode="json")}
+    provenance["inputs"] |= {
+        str(Input("planted_scores", role, batch)): table.data_version
+        for batch, sample in samples.items()
+        for role, table in sample.planted_scores.items()
+    }
+    return StoredTable(checked, provenance)
+
+
+def read_cuts(storage: Storage, ranking: RankingSettings, settings: ValiditySettings) -> StoredTable:
+    """The stored cuts of the reference that batches are ranked against.
+
+    Raises:
+        StorageError: they are not stored, or damaged.
+        RankReferenceError: they are frozen with other settings.
+    """
+    name = named(ranking).name
+    table = storage.tables.read(CUTS, Partition(name))
+    wanted = frozen_with(ranking) | {"validity": settings.model_dump(mode="json")}
+    if table.provenance["frozen_with"] != wanted:
+        raise RankReferenceError(
+            f"the cuts of the reference {name} were chosen with {table.provenance['frozen_with']}, but the settings "
+            f"are {wanted}; give ranking.reference a new name, and materialise {CUTS} and {NAME}"
+        )
+    return table
+
+
+def _provenance(
+    table: str, batches: Mapping[str, Scores], ranking: RankingSettings, code_version: str | None
+) -> dict[str, Any]:
     scores = next(iter(batches.values()))
     return {
-        "table": NAME,
+        "table": table,
         "partition": [named(ranking).name],
         "code_version": code_version,
         "inputs": {
@@ -199,23 +275,23 @@ def _provenance(batches: Mapping[str, Scores], ranking: RankingSettings, code_ve
 
 
 def store(storage: Storage, name: str, made: StoredTable) -> StoredTable:
-    """Store a reference once under its name, and return the stored one.
+    """Store a reference, or its cuts, once under its name, and return the stored one.
 
     Raises:
         RankReferenceError: another reference is stored under the name, or the stored one is damaged.
     """
-    partition = Partition(name)
-    with storage.locks.hold(NAME, name):
-        frozen = _read_frozen(storage, partition, made) if storage.tables.has(NAME, partition) else None
+    table, partition = made.provenance["table"], Partition(name)
+    with storage.locks.hold(table, name):
+        frozen = _read_frozen(storage, partition, made) if storage.tables.has(table, partition) else None
         if frozen is None:
-            storage.tables.write(made, NAME, partition)
+            storage.tables.write(made, table, partition)
             return made
     if not frozen.frame.equals(made.frame) or any(
         frozen.provenance[key] != made.provenance[key] for key in ("frozen_with", "scored_by")
     ):
         raise RankReferenceError(
-            f"the reference {name} is frozen, and its batches or the settings of its ranks have changed; give "
-            "ranking.reference a new name, or restore what it was made from"
+            f"the reference {name} is frozen, and its batches or the settings of its ranks or signals have changed; "
+            "give ranking.reference a new name, or restore what it was made from"
         )
     return frozen
 
@@ -223,9 +299,9 @@ def store(storage: Storage, name: str, made: StoredTable) -> StoredTable:
 def _read_frozen(storage: Storage, partition: Partition, made: StoredTable) -> StoredTable | None:
     """The stored reference; None: it is damaged, and was the same as the one that is made now."""
     try:
-        return storage.tables.read(NAME, partition)
+        return storage.tables.read(made.provenance["table"], partition)
     except StorageError as error:
-        if storage.tables.version(NAME, partition) == made.data_version:
+        if storage.tables.version(made.provenance["table"], partition) == made.data_version:
             return None
         raise RankReferenceError(
             f"the reference {partition.batch} is damaged, and cannot be made again as it was ({error}); restore the "

@@ -31,12 +31,13 @@ from qaq_pipeline.config.selections import (
     SumSelection,
 )
 from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
-from qaq_pipeline.selection.grammar.composition import compose, group_of, meets_all
+from qaq_pipeline.selection.grammar.composition import compose, group_of, is_open_to
 from qaq_pipeline.selection.grammar.quotas import divide
 from qaq_pipeline.selection.random_order import draw_column, stratified_places, with_draws
 from qaq_pipeline.selection.verdicts import Cut, Limit, Rule, flag, judge, last_taken, limit_of, pool_size, verdicts
 
-_CONTROL_SEED = 0
+_CONTROL_SEEDS = dict(zip(CONTROL_STRATEGIES, range(len(CONTROL_STRATEGIES)), strict=True))
+"""Each control has its own seed: with the same draws, the controls would take mostly the same pairs."""
 _NO_STRATUM = 0
 
 _ScoredSelection = (
@@ -51,8 +52,8 @@ def select(candidates: pl.DataFrame, selection: Selection, reference: pl.DataFra
     answers fit the token budget, in the order of (score, pair_id). Pairs that a filter of the selection excludes count
     in n, and have no position.
 
-    `where` excludes pairs like a filter. Of each query it takes the best pairs up to `max_per_query`, and quotas divide
-    the limit among groups.
+    `valid` and `where` exclude pairs like a filter. Of each query it takes the best pairs up to `max_per_query`, then
+    of each cluster up to `max_per_cluster`, and quotas divide the limit among groups.
 
     With a reference, it takes the pairs that do not come after the last one taken of the reference, in the same order,
     or every pair that no filter excludes where all such pairs of the reference were taken. Conditions and caps hold for
@@ -93,7 +94,7 @@ def select_all(
         reference: candidates of the reference whose cuts decide; None: budgets are of the batch.
     """
     seeds = {selection.seed for selection in selections if isinstance(selection, RandomSelection)}
-    for seed in sorted(seeds | {_CONTROL_SEED}):
+    for seed in sorted(seeds | set(_CONTROL_SEEDS.values())):
         candidates = with_draws(candidates, seed)
     found = [select(candidates, selection, reference) for selection in selections]
     controls = _controls(candidates, selections[0], found[0], is_cut_frozen=reference is not None)
@@ -202,12 +203,10 @@ def _controls(
         limit = _control_limit(rows["answer_tokens"], published, found, is_cut_frozen=is_cut_frozen)
     else:
         limit = _control_limits(rows, published, published.quotas, found)
-    same = published.model_dump(include={"where", "quotas", "max_per_query"})
+    same = published.model_dump(include={"valid", "where", "quotas", "max_per_query", "max_per_cluster"})
     controls = (
-        RandomSelection(
-            name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=_CONTROL_SEED, **same
-        )
-        for strategy in CONTROL_STRATEGIES
+        RandomSelection(name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=seed, **same)
+        for strategy, seed in _CONTROL_SEEDS.items()
     )
     return [_draw(rows, control, limit) for control in controls]
 
@@ -223,7 +222,8 @@ def _control_limit(
     budget = None if isinstance(published, RmiBandSelection) else published.budget
     if budget is None or budget.answer_tokens is None:
         return Limit(num_rows=int(found["is_selected"].sum()))
-    can_be_taken = found["position"].is_not_null() & (found["reason"] != SelectionReason.QUERY_FULL.value)
+    is_capped = found["reason"].is_in([SelectionReason.QUERY_FULL.value, SelectionReason.CLUSTER_FULL.value])
+    can_be_taken = found["position"].is_not_null() & ~is_capped
     counted = found["is_selected"] if is_cut_frozen else can_be_taken
     tokens = int(answer_tokens.filter(counted).sum())
     return Limit(answer_tokens=tokens if is_cut_frozen else min(budget.answer_tokens, tokens))
@@ -244,7 +244,7 @@ def _draw(rows: pl.DataFrame, selection: RandomSelection, limit: Limit | dict[st
     score = pl.col(draw_column(selection.seed))
     if selection.strategy == "stratified_random":
         # A pair of the published pool may lack a stratum (ppl, ifd): such pairs are a stratum of their own.
-        is_open = pl.col("in_pool") & meets_all(selection.where)
+        is_open = pl.col("in_pool") & is_open_to(selection)
         drawn = drawn.with_columns(stratum=pl.when(is_open).then(pl.col("stratum").fill_null(_NO_STRATUM)))
         score = stratified_places(drawn["stratum"], score, _num_rows(limit))
     rule = compose(Rule(pl.col("in_pool"), score, descending=False), selection)

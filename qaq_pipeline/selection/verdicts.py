@@ -23,6 +23,12 @@ from qaq_pipeline.schema.vocabularies import SelectionReason
 QUERY = "same_query"
 """Column of the candidates that is equal for pairs with the same query; needed where a rule has `max_per_query`."""
 
+CLUSTER = "same_cluster"
+"""Column of the candidates with the near-duplicate cluster; needed where a rule has `max_per_cluster`."""
+
+INVALID_BY = "invalid_by"
+"""Column of the candidates: the signal that declares a pair invalid; needed where a selection has `valid: true`."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -36,6 +42,8 @@ class Rule:
     taken: SelectionReason = SelectionReason.WITHIN_BUDGET
     max_per_query: int | None = None
     """Pairs of one query that can be taken; None: all."""
+    max_per_cluster: int | None = None
+    """Pairs of one near-duplicate cluster that can be taken, of those within the cap of their query; None: all."""
     group: pl.Expr | None = None
     """Group of a pair, where the budget is divided among groups."""
 
@@ -80,7 +88,8 @@ def judge(rows: pl.LazyFrame, rule: Rule) -> pl.DataFrame:
     """pair_id, answer_tokens, barrier, score, pool_size, position, place, and `group` where there are groups.
 
     The position, from 1, is among the pairs without a barrier, by score and then by place in the frame; else null.
-    Pairs beyond the cap of their query then get a barrier, too: `place` is the position among the others.
+    Pairs beyond the cap of their query, then of their cluster, get a barrier, too: `place` is the position among the
+    others.
 
     Args:
         rows: candidates of one model, sorted by pair_id.
@@ -97,18 +106,28 @@ def judge(rows: pl.LazyFrame, rule: Rule) -> pl.DataFrame:
             pl.coalesce(pl.when(flag(holds)).then(pl.lit(why.value)) for holds, why in barriers).alias("barrier"),
             pl.when(in_pool).then(rule.score).cast(pl.Float64).alias("score"),
             in_pool.sum().cast(pl.Int64).alias("pool_size"),
-            *([] if rule.max_per_query is None else [QUERY]),
+            *(column for column, most, _ in _caps(rule) if most is not None),
             *group,
         )
         .with_columns(position=pl.when(pl.col("barrier").is_null()).then(ascending).rank("ordinal").cast(pl.Int64))
         .with_columns(place="position")
     )
-    return (judged if rule.max_per_query is None else _capped(judged, rule.max_per_query)).collect()
+    for column, most, full in _caps(rule):
+        judged = judged if most is None else _capped(judged, column, most, full)
+    return judged.collect()
 
 
-def _capped(judged: pl.LazyFrame, max_per_query: int) -> pl.LazyFrame:
-    is_over = pl.col("position").rank("ordinal").over(QUERY) > max_per_query
-    full = pl.when(is_over).then(pl.lit(SelectionReason.QUERY_FULL.value))
+def _caps(rule: Rule) -> tuple[tuple[str, int | None, SelectionReason], ...]:
+    """In this order: the column whose values are capped, the cap, and the reason of pairs beyond it."""
+    return (
+        (QUERY, rule.max_per_query, SelectionReason.QUERY_FULL),
+        (CLUSTER, rule.max_per_cluster, SelectionReason.CLUSTER_FULL),
+    )
+
+
+def _capped(judged: pl.LazyFrame, column: str, most: int, reason: SelectionReason) -> pl.LazyFrame:
+    is_over = pl.col("place").rank("ordinal").over(column) > most
+    full = pl.when(is_over).then(pl.lit(reason.value))
     return judged.with_columns(barrier=pl.coalesce("barrier", full)).with_columns(
         place=pl.when(pl.col("barrier").is_null()).then("position").rank("ordinal").cast(pl.Int64)
     )

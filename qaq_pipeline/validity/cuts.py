@@ -81,6 +81,8 @@ class Cut:
     """Upper bound of P(planted > cut), in expectation: (n - k + 1) / (n + 1) for the k-th smallest of n planted."""
     share: float
     """Estimated share of the batch that has the defect."""
+    share_upper: float
+    """Its upper 95 % bound."""
     dropped: float
     """Share of the batch that the cut drops."""
     false_share: float
@@ -92,7 +94,12 @@ class Cut:
 def spread_of(values: Numbers, covariate: Numbers) -> Spread:
     """Place and scale of planted values: least squares of the values, then of their absolute deviations.
 
-    The scale is at least a quarter of its mean over the range of the planted covariates, so that it is positive there.
+    The scale does not fall with the covariate, and is at least a quarter of its mean. So it is positive for every pair,
+    also beyond the planted ones: below zero, a residual would have the wrong sign.
+
+    Args:
+        values: of the planted rows.
+        covariate: of each, at least 0.
     """
     if np.ptp(covariate) < _NO_RANGE:
         mean = float(values.mean())
@@ -107,47 +114,66 @@ def _positive(deviations: Numbers, covariate: Numbers) -> Line:
     mean = max(float(deviations.mean()), _NO_SCALE)
     slope, _ = np.polyfit(covariate, deviations, 1)
     center = float(covariate.mean())
-    reach = max(center - float(covariate.min()), float(covariate.max()) - center)
-    steepest = 0.75 * mean / reach
-    slope = float(np.clip(slope, -steepest, steepest))
+    slope = float(np.clip(slope, 0.0, 0.75 * mean / center))
     return Line(mean - slope * center, slope)
 
 
-def share_of_defect(batch: Numbers, planted: Numbers) -> float:
-    """The estimated share of the batch that is distributed like the planted pairs, from 0 to 1."""
-    at = np.quantile(planted, SHARE_QUANTILES)
+def share_of_defect(batch: Numbers, planted: Numbers) -> tuple[float, float]:
+    """The estimated share of the batch that is distributed like the planted pairs, and its upper bound, from 0 to 1.
+
+    The bound is that of the smallest ratio: the upper end of the 95 % Wilson interval of its P(batch <= t). At least
+    one planted value is finite.
+    """
+    from scipy import stats
+
+    finite = planted[np.isfinite(planted)]
+    at = np.minimum(np.quantile(planted, SHARE_QUANTILES, method="inverted_cdf"), finite.max())
     ratios = [(batch <= t).mean() / (planted <= t).mean() for t in at]
-    return min(1.0, float(min(ratios)))
+    t = at[int(np.argmin(ratios))]
+    below = stats.binomtest(int((batch <= t).sum()), batch.size).proportion_ci(method="wilson")
+    return min(1.0, float(min(ratios))), min(1.0, float(below.high / (planted <= t).mean()))
 
 
 def choose_cut(batch: Numbers, planted: Numbers, max_missed: float, max_false_share: float) -> Cut | None:
     """The cut that drops least of the batch, within both limits; None: there are too few planted pairs for one.
 
-    Where no cut keeps the false share within its limit, the one with the smallest false share is chosen.
+    Where no cut keeps the false share within its limit, the one with the smallest false share is chosen. `missed` is
+    above its limit where too many planted pairs cannot have the defect.
 
     Args:
-        batch: residuals of the pairs of the batch, at least one.
-        planted: residuals of the planted pairs.
+        batch: residuals of the pairs of the batch, at least one; infinite where a pair cannot have the defect.
+        planted: residuals of the planted pairs; infinite ones are missed at every cut.
         max_missed: largest share of defective pairs that may be missed.
         max_false_share: largest share of defective pairs among those kept.
     """
     ordered, values = np.sort(planted), np.sort(batch)
     n = ordered.size
     allowed = math.floor(max_missed * (n + 1) + 1e-9)  # Ranks from the top that stay within `max_missed`.
-    if allowed < 1:
+    first = int(np.isinf(ordered).sum()) + 1
+    if allowed < 1 or first > n:
         return None
-    share = share_of_defect(batch, planted)
+    share, share_upper = share_of_defect(batch, planted)
+    allowed = max(allowed, first)
     tells = _tells(values, ordered, allowed)
-    cuts = [_cut(ordered[n - rank], rank / (n + 1), share, values, tells=tells) for rank in range(allowed, 0, -1)]
+    cuts = [
+        _cut(ordered[n - rank], _missed(ordered, ordered[n - rank]), (share, share_upper), values, tells=tells)
+        for rank in range(allowed, first - 1, -1)
+    ]
     within = (cut for cut in cuts if cut.false_share <= max_false_share)
     return next(within, min(cuts, key=lambda cut: cut.false_share))
 
 
-def _cut(residual: float, missed: float, share: float, batch: Numbers, *, tells: bool) -> Cut:
+def _missed(planted: Numbers, residual: float) -> float:
+    """Upper bound of the share of the defect above the cut. Equal planted values lie all at or below it."""
+    return (int((planted > residual).sum()) + 1) / (planted.size + 1)
+
+
+def _cut(residual: float, missed: float, shares: tuple[float, float], batch: Numbers, *, tells: bool) -> Cut:
+    share, share_upper = shares
     dropped = int(np.searchsorted(batch, residual, side="right"))
     kept = batch.size - dropped
     false_share = min(1.0, share * missed * batch.size / kept) if kept else 1.0
-    return Cut(float(residual), missed, share, dropped / batch.size, false_share, tells)
+    return Cut(float(residual), missed, share, share_upper, dropped / batch.size, false_share, tells)
 
 
 def _tells(batch: Numbers, planted: Numbers, rank: int) -> bool:
@@ -157,6 +183,7 @@ def _tells(batch: Numbers, planted: Numbers, rank: int) -> bool:
     """
     from scipy import stats
 
-    kept = int((batch > planted[planted.size - rank]).sum())
-    table = [[kept, batch.size - kept], [rank, planted.size - rank]]
+    residual = planted[planted.size - rank]
+    kept, missed = (int((values > residual).sum()) for values in (batch, planted))
+    table = [[kept, batch.size - kept], [missed + 1, planted.size - missed - 1]]
     return bool(stats.fisher_exact(table, alternative="greater").pvalue < 1 - CONFIDENCE)

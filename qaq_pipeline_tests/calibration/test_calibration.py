@@ -12,16 +12,7 @@ import yaml
 from scipy import stats
 
 from qaq_pipeline.calibration import calibration
-from qaq_pipeline.calibration.calibration import (
-    auroc,
-    calibrate,
-    high_cut,
-    judge,
-    low_cut,
-    offered_range,
-    offered_yaml,
-    paired_share,
-)
+from qaq_pipeline.calibration.calibration import VALID, auroc, calibrate, judge, paired_share
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.reports import check_metrics
@@ -32,6 +23,7 @@ from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select
+from qaq_pipeline.validity import judgement
 from qaq_pipeline_tests.support.frames import pair_name, rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -47,7 +39,6 @@ def settings(**sections: Any) -> Settings:
             {"name": "diff_high", "strategy": "diff_high", "budget": {"fraction": 0.25}},
             {"name": "band", "strategy": "rmi_band", "model": "weak"},
         ],
-        "calibration": {"false_discovery_rate": 0.2},
     }
     return parse_settings(yaml.safe_dump(values | sections))
 
@@ -132,53 +123,6 @@ def test_the_paired_share_counts_rows_above_their_own_twin() -> None:
     assert (found.value, found.lower, found.upper, found.num_clean) == (0.5, wilson.low, wilson.high, 4)
 
 
-def test_the_low_cut_is_the_procedure_of_benjamini_and_hochberg_step_by_step() -> None:
-    random = np.random.default_rng(3)
-    clean = np.concatenate([random.normal(3, 0.7, 80), random.normal(0, 1, 20)])
-    null = random.normal(0, 1, 60)
-    p = np.array([(1 + (null >= x).sum()) / 61 for x in clean])
-    order = np.argsort(p)
-    passing = [k for k in range(1, 101) if p[order[k - 1]] <= k / 100 * 0.05]
-    rejected = clean[p <= p[order[max(passing) - 1]]]
-    found = low_cut(clean, null, 0.05)
-    assert found.value is not None
-    assert found.value == max(x for x in clean if x not in rejected)
-    assert found.num_kept == len(rejected) == (clean > found.value).sum()
-    assert 50 < len(rejected) < 90
-
-
-def test_the_low_cut_lets_through_no_more_mismatches_than_its_rate() -> None:
-    random, shares = np.random.default_rng(4), []
-    for _ in range(200):
-        good, bad = random.normal(3, 1, 150), random.normal(0, 1, 50)
-        found = low_cut(np.concatenate([good, bad]), random.normal(0, 1, 100), 0.1)
-        if found.value is not None:
-            shares.append((bad > found.value).sum() / found.num_kept)
-    assert 0.01 < np.mean(shares) < 0.1
-
-
-@pytest.mark.parametrize(
-    ("clean", "null", "reason"),
-    [
-        ([], [1.0], UnknownReason.NOT_PLANTED),
-        ([1.0], [], UnknownReason.NOT_PLANTED),
-        ([0.1, 0.2], [1.0] * 99, UnknownReason.NONE_TOLD_FROM_NULL),
-        ([2.0, 3.0], [1.0] * 99, UnknownReason.ALL_TOLD_FROM_NULL),
-        ([2.0, 3.0], [1.0] * 5, UnknownReason.NONE_TOLD_FROM_NULL),
-    ],
-    ids=["no row", "no null", "like the null", "unlike the null", "too small a null"],
-)
-def test_where_there_is_no_low_cut_the_reason_is_said(clean: list[float], null: list[float], reason: Any) -> None:
-    assert low_cut(np.array(clean), np.array(null), 0.05).null_reason is reason
-
-
-def test_the_high_cut_is_a_quantile_of_the_echoes() -> None:
-    echoes = np.arange(1.0, 22.0)
-    found = high_cut(np.array([0.5, 2.0, 30.0]), echoes, 0.05)
-    assert (found.value, found.num_kept, found.num_planted) == (2.0, 2, 21)
-    assert high_cut(np.array([1.0]), np.empty(0), 0.05).null_reason is UnknownReason.NOT_PLANTED
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +142,8 @@ def planted_of(defects: dict[Defect, int], first: int) -> pl.DataFrame:
     for defect, count in defects.items():
         for twin in range(count):
             row = {"pair_id": pair_name(number), "defect": defect.value, "original_pair_id": pair_name(twin + 1)}
-            rows.append(row | {"system": None, "query": "q", "answer": "a"})
+            answer = "q" if defect is Defect.ECHO else "a"
+            rows.append(row | {"system": None, "query": "q", "answer": answer})
             number += 1
     return pl.DataFrame(rows, schema=tables.dtypes(tables.PlantedRows))
 
@@ -213,14 +158,45 @@ def planted_rows() -> pl.DataFrame:
     return planted_of({Defect.OTHER_ANSWER: 20, Defect.ECHO: 20}, first=101)
 
 
+def clean_texts() -> pl.DataFrame:
+    """Texts of the clean pairs."""
+    numbers = range(1, 41)
+    texts = {"query": [f"query {n}" for n in numbers], "answer": [f"answer {n}" for n in numbers]}
+    return pl.DataFrame({"pair_id": [pair_name(n) for n in numbers]} | texts)
+
+
+def clean_scores() -> dict[str, pl.DataFrame]:
+    """RmiScores of 40 clean pairs."""
+    return scored(40, 1.0, seed=0)
+
+
+def planted_scores() -> dict[str, pl.DataFrame]:
+    """The mismatches below the clean pairs, the echoes above."""
+    low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
+    return {role: pl.concat([low[role], high[role]]) for role in low}
+
+
+def sample() -> judgement.Sample:
+    """The clean pairs and the planted rows, as the signals read them."""
+    rows = planted_rows()
+    planted = judgement.judged_pairs(planted_scores(), rows).join(rows.select("pair_id", "defect"), on="pair_id")
+    return judgement.Sample(judgement.judged_pairs(clean_scores(), clean_texts()), planted, ("b1",))
+
+
+def cuts() -> pl.DataFrame:
+    """ValidityCuts of the batch: of mismatch and echo, for whose defects rows are planted."""
+    return judgement.choose_cuts(sample(), settings().validity)
+
+
 def judged_batch() -> calibration.Judged:
     """40 clean pairs; the mismatches below them, the echoes above."""
-    clean = scored(40, 1.0, seed=0)
-    rows = planted_rows()
-    low, high = scored(20, -0.3, seed=1, first=101), scored(20, 4.0, seed=2, first=121)
-    planted = {role: pl.concat([low[role], high[role]]) for role in low}
-    ranks, _ = disagreement_scores(clean, settings().ranking, "batch:b1")
-    return judge(rows, planted, clean, ranks, settings().ranking, settings().selections)
+    whole, clean = settings(), clean_scores()
+    ranks, _ = disagreement_scores(clean, whole.ranking, "batch:b1")
+    pairs = sample()
+    validity = tuple(judgement.judge(rows, cuts(), whole.validity) for rows in (pairs.pairs, pairs.planted))
+    return judge(
+        planted_rows(), planted_scores(), clean, ranks, (validity[0], validity[1]), whole.ranking, whole.selections
+    )
 
 
 def calibrated(judged: calibration.Judged | None, **sections: Any) -> pl.DataFrame:
@@ -291,27 +267,48 @@ def test_kept_shares_are_by_the_cut_of_the_batch_and_clean_rows_are_taken_as_the
     assert (band["value"], band["num_planted"]) == (0, 20)
 
 
-def test_the_cuts_are_offered_as_a_selection_that_the_settings_take(judged: calibration.Judged) -> None:
+def test_the_dropped_share_counts_every_pair_that_a_signal_is_raised_for(judged: calibration.Judged) -> None:
     frame = calibrated(judged)
-    low, high = offered_range(frame)
-    assert low is not None
-    assert high is not None
-    assert low == pytest.approx(
-        number_of(frame, Statistic.LOW_CUT, Defect.OTHER_ANSWER, "strong", "rmi")["value"], abs=1e-4
-    )
-    text = offered_yaml(frame, settings().published)
-    assert text is not None
-    (pasted,) = settings(selections=yaml.safe_load(text)).selections
-    assert (pasted.name, pasted.strategy, pasted.rmi_strong) == ("diff_high", "diff_high", (low, high))  # type: ignore[union-attr]
-    band = settings(selections=[{"name": "band", "strategy": "rmi_band"}]).published
-    assert yaml.safe_load(offered_yaml(frame, band) or "")[0]["name"] == "diff_high_within_cuts"
+    clean, planted = judged.validity
+    evidence = cuts().select("signal", "cut").to_dicts()
+    for defect, of_defect in {CLEAN: clean, "echo": planted.filter(defect="echo")}.items():
+        rows = of_defect.to_dicts()
+        raised = {one["signal"]: 0 for one in evidence}
+        for row in rows:
+            for one in row["signals"]:
+                raised[one["signal"]] += one["is_raised"]
+        for signal in ("mismatch", "echo"):
+            row = number_of(frame, Statistic.DROPPED_SHARE, defect, BOTH_MODELS, signal)
+            assert (row["num_kept"], row["num_clean"] or row["num_planted"]) == (raised[signal], len(rows))
+            assert row["value"] == raised[signal] / len(rows)
+            assert row["lower"] < row["value"] < row["upper"] or row["value"] in (0, 1)
+    echoes = number_of(frame, Statistic.DROPPED_SHARE, Defect.ECHO, BOTH_MODELS, "echo")
+    assert echoes["num_kept"] >= 19
+    assert number_of(frame, Statistic.DROPPED_SHARE, Defect.OTHER_ANSWER, BOTH_MODELS, "mismatch")["value"] >= 0.8
 
 
-def test_cuts_that_leave_nothing_are_not_offered(judged: calibration.Judged) -> None:
+def test_the_share_of_valid_pairs_is_that_which_no_signal_declares_invalid(judged: calibration.Judged) -> None:
+    clean, planted = judged.validity
     frame = calibrated(judged)
-    swapped = frame.with_columns(value=pl.when(pl.col("statistic") == "low_cut").then(99.0).otherwise("value"))
-    assert offered_yaml(swapped, settings().published) is None
-    assert offered_yaml(calibrated(None), settings().published) is None
+    valid = {
+        name: number_of(frame, Statistic.DROPPED_SHARE, name, BOTH_MODELS, VALID)["num_kept"]
+        for name in (CLEAN, "other_answer", "echo")
+    }
+    assert valid == {
+        CLEAN: clean["invalid_by"].null_count(),
+        "other_answer": planted.filter(defect="other_answer")["invalid_by"].null_count(),
+        "echo": planted.filter(defect="echo")["invalid_by"].null_count(),
+    }
+    assert valid["echo"] <= 1 < valid[CLEAN]
+
+
+def test_a_signal_without_a_cut_drops_an_unknown_share(judged: calibration.Judged) -> None:
+    frame = calibrated(judged)
+    untold = frame.filter(statistic="dropped_share", measure="implausible_query")
+    reasons = dict(untold.select("defect", "null_reason").iter_rows())
+    assert reasons[CLEAN] == reasons["echo"] == "no_cut"
+    assert reasons["refusal"] == "not_planted"
+    assert untold["value"].null_count() == untold.height
 
 
 def test_without_a_planted_row_every_number_is_null_with_its_reason() -> None:
@@ -320,7 +317,8 @@ def test_without_a_planted_row_every_number_is_null_with_its_reason() -> None:
     assert set(frame["null_reason"]) == {"not_planted"}
     without_ifd = calibrated(None, scoring={"quantities": ["rmi"]})
     not_wanted = without_ifd.filter(pl.col("null_reason") == "not_wanted")
-    assert set(not_wanted["measure"]) == {"ifd_ppl", "log_ppl_a_given_q"}
+    assert set(not_wanted["measure"]) == {"ifd_ppl", "log_ppl_a_given_q", "nll_end"}
+    assert "nll_end" not in set(calibrated(None).filter(null_reason="not_wanted")["measure"])
 
 
 def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(
@@ -354,3 +352,43 @@ def test_a_model_that_cannot_tell_is_named_and_few_rows_are_not_judged(
     few = check_metrics.discrimination(blind, 0.8, 21)
     assert not few.passed
     assert few.sentence.startswith("Too few rows were planted to judge: 20 with other_answer; 21 are needed.")
+
+
+def test_the_published_selection_is_judged_by_what_it_keeps_of_each_defect(
+    judged: calibration.Judged, check_sentence: Check
+) -> None:
+    frame = calibrated(judged, calibration={"defects": ["other_answer", "echo"]})
+    shares = {CLEAN: 0.25, "other_answer": 0.3, "echo": 0.1}
+    is_kept = (pl.col("statistic") == "kept_share") & (pl.col("measure") == "diff_high")
+    frame = frame.with_columns(
+        value=pl.when(is_kept).then(pl.col("defect").replace_strict(shares)).otherwise("value"),
+    )
+    passing = check_metrics.kept_defects(frame, "diff_high", 0.3, 20)
+    assert passing.passed
+    assert passing.numbers == {f"kept_share_{defect}": share for defect, share in shares.items()}
+    check_sentence(passing.sentence)
+    failing = check_metrics.kept_defects(frame, "diff_high", 0.29, 20)
+    assert not failing.passed
+    check_sentence(failing.sentence)
+    assert not check_metrics.kept_defects(frame, "another", 1.0, 20).passed
+
+
+def test_too_few_planted_rows_of_a_defect_are_a_warning_and_a_wrong_token_is_not_judged(
+    judged: calibration.Judged, check_sentence: Check
+) -> None:
+    frame = calibrated(judged)
+    few = check_metrics.kept_defects(frame, "diff_high", 1.0, 20)
+    assert not few.passed
+    check_sentence(few.sentence)
+    assert "one_token_bug" not in few.sentence
+    none = check_metrics.kept_defects(calibrated(None), "diff_high", 1.0, 20)
+    assert not none.passed
+    check_sentence(none.sentence)
+    kept = pl.col("value").is_null() & (pl.col("statistic") == "kept_share")
+    bug = frame.with_columns(
+        value=pl.when(kept).then(0.0).otherwise("value"), num_planted=pl.when(kept).then(60).otherwise("num_planted")
+    )
+    is_bug = (pl.col("defect") == "one_token_bug") & (pl.col("statistic") == "kept_share")
+    of_bug = bug.with_columns(value=pl.when(is_bug).then(0.99).otherwise("value"))
+    assert check_metrics.kept_defects(of_bug, "diff_high", 0.9, 20).passed
+    assert not check_metrics.kept_defects(of_bug.with_columns(value=pl.lit(0.99)), "diff_high", 0.9, 20).passed

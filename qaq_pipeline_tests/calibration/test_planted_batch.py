@@ -1,4 +1,4 @@
-"""planted_batch: planted rows of other ranks, or scored otherwise than the batch, are refused."""
+"""planted_batch: ranks or validity of other scores are refused, and a gated or unranked batch is not judged."""
 
 from __future__ import annotations
 
@@ -8,46 +8,39 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
-from qaq_pipeline.config.settings import GateSettings, ScreeningSettings
-from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.schema.tables import PlantedRows, RmiScores, dtypes
+from qaq_pipeline.config.settings import GateSettings, ValiditySettings
+from qaq_pipeline.schema.tables import PlantedRows, ValidityCuts, dtypes
 from qaq_pipeline.schema.vocabularies import GateReason
-from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
+from qaq_pipeline.selection.scored_batch import JudgedBatch
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.storage.tables import StoredTable, empty
-from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
+from qaq_pipeline.validity.planted_sample import PlantedSample
+from qaq_pipeline_tests.support.frames import ONE_STRATUM, all_valid, pair_name
+from qaq_pipeline_tests.support.planted import planted_sample
 
 UNSCORED = {"rmi": None, "log_ppl_q": None, "log_ppl_q_given_a": None, "null_reason_rmi": "query_too_long"}
-SCREENED = {"raw_data": "1", "screened_data": "2"}
-SCORED: dict[str, Any] = {"partition": ["b1", "m"], "identity_hash": "0", "scoring": {}, "scored_from": SCREENED}
-SCORED |= {"min_scorable_share": None}
 LIMITS = GateSettings(min_scorable_share=None)
 
 
 def batch(
-    planted: dict[str, Any] | None = None,
-    planted_scores: dict[str, Any] | None = None,
-    ranked: dict[str, Any] | None = None,
-    scores: dict[str, Any] | None = None,
+    sample: PlantedSample | None = None,
     *,
-    is_scored: bool = True,
-    rows: pl.DataFrame | None = None,
+    ranked: dict[str, Any] | None = None,
+    judged: dict[str, Any] | None = None,
 ) -> PlantedBatch:
-    """A batch with nothing planted; the dictionaries change what the tables record."""
-    row = {} if is_scored else UNSCORED
-    frames = {role: rmi_rows(row, row) for role in ("strong", "weak")}
-    rmi = {role: StoredTable(frame, SCORED | (scores or {})) for role, frame in frames.items()}
-    of_scores = {f"rmi_scores|{role}": table.data_version for role, table in rmi.items()}
+    """A batch whose pairs are all valid; the dictionaries change the provenance of ranks and validity."""
+    tables = sample or planted_sample()
+    frames = {role: table.frame for role, table in tables.rmi_scores.items()}
+    of_scores = {f"rmi_scores|{role}": table.data_version for role, table in tables.rmi_scores.items()}
     made_of = {"partition": ["b1"], "inputs": of_scores} | (ranked or {})
     ranks = StoredTable(disagreement_scores(frames, ONE_STRATUM, "batch:b1")[0], made_of)
-    texts = empty(PlantedRows) if rows is None else rows
-    drawn = StoredTable(texts, {"partition": ["b1"], "inputs": SCREENED} | (planted or {}))
-    made_of = {**SCORED, "inputs": {"planted_rows": drawn.data_version}} | (planted_scores or {})
-    return PlantedBatch(drawn, {role: StoredTable(empty(RmiScores), made_of) for role in rmi}, rmi, ranks)
+    cuts = StoredTable(empty(ValidityCuts), {"partition": ["b1"]})
+    made_of = {"partition": ["b1"], "inputs": of_scores | {"validity_cuts": cuts.data_version}} | (judged or {})
+    validity = StoredTable(all_valid(frames["strong"]["pair_id"]), made_of)
+    return PlantedBatch(tables, ranks, JudgedBatch(cuts, validity))
 
 
 def test_tables_that_belong_together_are_inputs_by_name() -> None:
@@ -56,17 +49,21 @@ def test_tables_that_belong_together_are_inputs_by_name() -> None:
         "planted_rows",
         "planted_scores|strong",
         "planted_scores|weak",
+        "raw_data",
         "rmi_scores|strong",
         "rmi_scores|weak",
+        "screened_data",
+        "validity",
+        "validity_cuts",
     ]
     assert batch().gate(LIMITS) is None
 
 
 def test_the_verdict_is_that_of_the_screening_before_those_of_the_scores() -> None:
     before, after = Gate(GateReason.EMPTY_BATCH, "it has no row"), Gate(GateReason.TOO_FEW_SCORABLE, "none is scored")
-    gated = batch(gates.as_provenance(before), scores=gates.as_provenance(after))
-    assert gated.gate(LIMITS) == before
-    assert batch(scores=gates.as_provenance(after)).gate(LIMITS) == after
+    gated = planted_sample(gates.as_provenance(before), scores=gates.as_provenance(after))
+    assert batch(gated).gate(LIMITS) == before
+    assert batch(planted_sample(scores=gates.as_provenance(after))).gate(LIMITS) == after
 
 
 def test_a_verdict_by_another_limit_is_refused() -> None:
@@ -77,32 +74,19 @@ def test_a_verdict_by_another_limit_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ranked": {"inputs": {}}}, r"disagreement_scores of batch b1 was made from another rmi_scores\|strong"),
         (
-            ({"inputs": {**SCREENED, "screened_data": "3"}},),
-            r"planted_rows of batch b1 were not drawn from the rows that rmi_scores\|strong, rmi_scores\|weak scored",
+            {"judged": {"inputs": {}}},
+            r"validity of batch b1 was made from another rmi_scores\|strong, rmi_scores\|weak, validity_cuts",
         ),
-        ((None, None, {"inputs": {}}), r"disagreement_scores of batch b1 was made from another rmi_scores\|strong"),
-        ((None, {"inputs": {}}), r"planted_scores\|strong of batch b1 was made from another planted_rows"),
-        ((None, {"identity_hash": "1"}), r"were made by other models .* as \['strong', 'weak'\]; materialise logprobs"),
     ],
 )
-def test_tables_that_do_not_belong_together_are_refused(changes: tuple[Any, ...], message: str) -> None:
+def test_ranks_and_validity_of_other_scores_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OriginError, match=message):
-        batch(*changes)
+        batch(**changes)
 
 
 def test_where_no_pair_is_ranked_nothing_is_judged() -> None:
     planted = pl.DataFrame([{"pair_id": pair_name(9), "query": "q", "answer": "a"}], schema=dtypes(PlantedRows))
-    assert batch(is_scored=False, rows=planted).judge(ONE_STRATUM, [], None) is None
-
-
-def test_rows_are_planted_among_the_distinct_accepted_ones() -> None:
-    raw = raw_rows({"query": "one"}, {"query": "two"}, rejected(), {"pair_id": pair_name(1), "query": "one"})
-    pairs = accepted_rows(raw, screen_alone(raw, ScreeningSettings()))
-    assert pairs.select("pair_id", "query").rows() == [(pair_name(1), "one"), (pair_name(2), "two")]
-
-
-def test_planted_rows_are_scored_with_their_texts() -> None:
-    texts = {"pair_id": pair_name(1), "query": "q", "answer": "a"}
-    planted = pl.DataFrame([texts], schema=dtypes(PlantedRows))
-    assert pairs_of(planted) == [Pair(pair_name(1), None, "q", "a")]
+    unscored = batch(planted_sample(score=UNSCORED, rows=planted))
+    assert unscored.judge(ONE_STRATUM, [], ValiditySettings(), None) is None

@@ -19,7 +19,7 @@ from qaq_pipeline.cli import app
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.storage.storage import open_storage
-from qaq_pipeline_tests.conftest import NO_REPORTS, delivered_rows, write_jsonl
+from qaq_pipeline_tests.conftest import NO_CALIBRATION, NO_REPORTS, delivered_rows, write_jsonl
 
 QAQ = Path(sys.executable).with_name("qaq")
 
@@ -69,7 +69,7 @@ def write_settings(path: Path, models: dict[str, Path], **sections: Any) -> Path
         },
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
-        "calibration": {"enabled": False},
+        **NO_CALIBRATION,
         "reports": NO_REPORTS,
     }
     path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")

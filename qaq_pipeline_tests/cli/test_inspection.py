@@ -12,7 +12,7 @@ import yaml
 
 from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.tables import Calibration, dtypes
+from qaq_pipeline.schema.tables import BOTH_MODELS, Calibration, dtypes
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
 from qaq_pipeline_tests.support.sentences import Check
@@ -134,15 +134,19 @@ def test_a_table_that_no_batch_has_says_what_to_type(
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) -> None:
-    row = {"statistic": "low_cut", "defect": "other_answer", "model": "strong", "measure": "rmi", "value": 0.25}
+def test_a_calibration_is_shown_with_what_selections_keep_and_signals_drop(home: Home, qaq: Qaq) -> None:
+    row = {"defect": "other_answer", "model": "strong", "measure": "rmi"}
+    dropped = row | {"statistic": "dropped_share", "model": BOTH_MODELS, "num_clean": 0, "num_planted": 20}
     rows = [
-        row | {"num_clean": 18, "num_planted": 20, "num_kept": 12},
+        dropped | {"measure": "mismatch", "value": 0.85, "num_kept": 17},
+        dropped | {"measure": "echo", "null_reason": "no_cut"},
         row
         | {"statistic": "auroc", "lower": 0.875, "upper": 0.99, "value": 0.9375, "num_clean": 20, "num_planted": 20},
         row
         | {"statistic": "paired_share", "value": None, "num_clean": 0, "num_planted": 0, "null_reason": "not_scored"},
-        row | {"statistic": "kept_share", "value": 0.1, "measure": "diff_high", "num_clean": 0, "num_planted": 20},
+        row
+        | {"statistic": "kept_share", "value": 0.4, "measure": "diff_high", "num_clean": 0, "num_planted": 20}
+        | {"num_kept": 8},
     ]
     frame = pl.DataFrame(rows, schema=dtypes(Calibration))
     storage = open_storage_of(home)
@@ -152,9 +156,11 @@ def test_a_calibration_is_shown_with_a_selection_to_paste(home: Home, qaq: Qaq) 
     assert shown.code == 0
     assert "used older scores" not in shown.out
     assert "│ RMI │ other_answer │ 0.938 [0.88, 0.99] │" in shown.out
-    assert "│ low cut │ strong │ 0.250 │ 12 of 18 │" in shown.out
-    offered = yaml.safe_load(shown.lines[shown.lines.index("- name: ") :])
-    assert offered[0]["rmi_strong"] == [0.25, None]
+    assert shown.out.startswith(
+        "The selection diff_high keeps too many planted rows: 40.0% of other_answer (limit 0.35, checks.max_kept_share)"
+    )
+    assert "│ diff_high │ other_answer │ 8 of 20 │ 0.400 │" in shown.out
+    assert re.search("┃ rows ┃ mismatch ┃ echo ┃.*│ other_answer │ 0.850 │ no cut │", shown.out)
     storage.tables.write(
         StoredTable(frame, {"inputs": {"rmi_scores|strong": "of before"}}), "calibration", Partition("b1")
     )

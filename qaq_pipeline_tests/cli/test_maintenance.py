@@ -20,15 +20,15 @@ def test_the_cache_is_shown_by_model_and_pruned_by_name(empty_home: Home, qaq: Q
     for _ in range(2):
         assert qaq(empty_home, "run", delivery, "--batch", "b1").code == 0
     shown = qaq(empty_home, "cache")
-    assert "scores │ 72 │ 72" in shown.out
-    assert "hits │ 72 │ 72" in shown.out
+    assert "scores │ 90 │ 90" in shown.out
+    assert "hits │ 90 │ 90" in shown.out
     assert "set aside │ 0 │ 0" in shown.out
     (strong, weak) = open_storage(parse_settings(empty_home.config.read_text(), "s")).scores.models()
     assert (
         qaq(empty_home, "cache", "--prune", "nobody").error().startswith("error: the cache holds nothing of 'nobody'")
     )
     removed = qaq(empty_home, "cache", "--prune", strong.digest[:8])
-    assert f"removed 72 scores of {strong.identity['model']}" in removed.out
+    assert f"removed 90 scores of {strong.identity['model']}" in removed.out
     assert weak.digest[:8] in qaq(empty_home, "cache").out
     assert strong.digest[:8] not in qaq(empty_home, "cache").out
 

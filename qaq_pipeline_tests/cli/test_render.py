@@ -25,6 +25,9 @@ def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixt
                 "diff_high",
                 0,
                 {},
+                ["[b]RMI[/b] tells nothing"],
+                {"echo": 2, "mismatch": 1_000},
+                3_000,
                 models,
                 ["mind: [b]this[/b]"],
                 "/a/[b]/c",
@@ -34,6 +37,8 @@ def test_a_summary_shows_what_a_model_lacks_as_a_dash(capsys: pytest.CaptureFixt
             )
         )
         shown = " ".join(capsys.readouterr().out.split())
+        assert shown.startswith("WARNING: [b]RMI[/b] tells nothing.")
+        assert "Valid pairs: 3,000; declared invalid by echo 2, mismatch 1,000" in shown
         assert "median rmi" in shown
         assert "0.500" in shown
         assert "mind: [b]this[/b]" in shown

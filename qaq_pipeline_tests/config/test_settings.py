@@ -64,7 +64,7 @@ def test_every_packaged_profile_parses() -> None:
 
 def test_the_smallest_file_names_two_models() -> None:
     smallest = settings()
-    assert smallest.published.name == "diff_high"
+    assert (smallest.published.name, smallest.published.valid) == ("qaq", True)
     assert smallest.scoring.quantities == ("rmi", "ifd", "end")
 
 
@@ -78,7 +78,7 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"records": {"shape": "csv"}}, ["records.shape", "'alpaca'", "got 'csv'"]),
         ({"ranking": {"num_strata": 0}}, ["ranking.num_strata", "greater than or equal to 1", "got 0"]),
         ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'parquet' or 'hf'", "got 'xml'"]),
-        ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is not a selection", "['diff_high']"]),
+        ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is not a selection", "['qaq']"]),
         ({"export": {"selections": "some"}}, ["export.selections", "'published' or 'all'", "got 'some'"]),
         ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
@@ -216,6 +216,7 @@ JUDGE = {"name": "judge", "path": "judge.csv", "key": "pair_id"}
         ({"quotas": {"per": "language", "shares": {}}}, ["quotas: ", "they sum to 0"]),
         ({"quotas": {"per": "language", "shares": {"go": 0}}}, ["shares", "greater than 0"]),
         ({"max_per_query": 0}, ["max_per_query", "greater than or equal to 1"]),
+        ({"max_per_cluster": 0}, ["max_per_cluster", "greater than or equal to 1"]),
     ],
 )
 def test_a_condition_that_cannot_be_is_refused(grammar: dict[str, Any], named: list[str]) -> None:
@@ -250,12 +251,29 @@ def test_quotas_divide_the_budget_of_a_batch_only() -> None:
     assert "'mine' has quotas" in refusal(selections=[selection], ranking=pool)
 
 
+def test_rows_are_held_out_with_their_whole_cluster_only() -> None:
+    alone = {"duplicates": {"across_batches": False}}
+    text = refusal(held_out={"share": 0.1}, screening=alone)
+    assert "held_out: rows are held out with all rows of their cluster" in text
+    assert "screening.duplicates.across_batches: true" in text
+    assert settings(screening=alone).held_out.share == 0
+    assert "less than or equal to 0.5" in refusal(held_out={"share": 0.6})
+
+
+def test_a_cluster_contains_the_near_duplicates_of_its_rows() -> None:
+    limits = {"near_threshold": 0.6, "cluster_threshold": 0.7}
+    text = refusal(screening={"duplicates": limits})
+    assert "cluster_threshold: 0.7 is above near_threshold 0.6" in text
+    duplicates = settings(screening={"duplicates": limits | {"near_threshold": None}}).screening.duplicates
+    assert duplicates.cluster_threshold == 0.7
+
+
 def test_unset_conditions_leave_no_trace_in_the_hash() -> None:
     plain, given = (
         settings(selections=[{"name": "mine", "strategy": "length"} | grammar]).published
-        for grammar in ({}, {"where": [], "quotas": None, "max_per_query": None})
+        for grammar in ({}, {"where": [], "quotas": None, "max_per_query": None, "max_per_cluster": None})
     )
-    assert not {"where", "quotas", "max_per_query"} & set(plain.model_dump(mode="json"))
+    assert not {"where", "quotas", "max_per_query", "max_per_cluster"} & set(plain.model_dump(mode="json"))
     assert settings_hash(plain) == settings_hash(given)
     condition = {"column": "language", "equals": False}
     selection = settings(selections=[{"name": "mine", "strategy": "length", "where": [condition]}]).published
@@ -272,6 +290,14 @@ def test_without_an_rmi_there_is_nothing_to_calibrate() -> None:
     ifd = {"scoring": {"quantities": ["ifd"]}, "selections": [{"name": "mine", "strategy": "ifd"}]}
     assert not parse_settings(yaml.safe_dump({"models": MODELS} | ifd)).is_calibrated
     assert parse_settings(yaml.safe_dump({"models": MODELS})).is_calibrated
+
+
+@pytest.mark.parametrize("section", [{"calibration": {"enabled": False}}, {"scoring": {"quantities": ["ifd"]}}])
+def test_a_selection_of_valid_pairs_needs_the_planted_rows_that_set_the_cuts(section: dict[str, Any]) -> None:
+    longest = {"name": "mine", "strategy": "length"}
+    text = refusal(selections=[longest | {"valid": True}], **section)
+    assert "'mine' takes valid pairs only (valid: true), and the cuts of validity come from planted rows" in text
+    assert settings(selections=[longest], **section)
 
 
 def test_two_selections_have_two_names(check_sentence: Check) -> None:

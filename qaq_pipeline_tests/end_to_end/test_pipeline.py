@@ -32,7 +32,7 @@ from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
-from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Signal
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
@@ -95,6 +95,13 @@ def stored_tables(settings: Settings) -> dict[str, bytes]:
     version = root.joinpath(*versions.place(latest(settings)["version"]))
     files = [*tables, *(path for path in version.rglob("*") if path.is_file())]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def exported_files(settings: Settings) -> dict[str, str]:
+    """sha256 of every training file of the newest version, by name."""
+    storage = open_storage(settings)
+    files = versions.read_manifest(storage, latest(settings)["version"])["files"]
+    return {name: sha256 for name, sha256 in files.items() if "/" in name}
 
 
 # --- the graph ------------------------------------------------------------------------------------------------------
@@ -173,6 +180,10 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"selections": [{"name": "other", "strategy": "diff_high"}]},
         {"decisions", "selected_subset", "curated_dataset"},
     ),
+    "max_per_cluster": (
+        {"selections": [{"name": "diff_high", "strategy": "diff_high", "max_per_cluster": 1}]},
+        {"decisions", "curated_dataset"},
+    ),
     "second_selection": (
         {
             "selections": [
@@ -186,6 +197,8 @@ CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "keep_versions": ({"publication": {"keep_versions": 3}}, {"curated_dataset"}),
     "near_threshold": ({"screening": {"duplicates": {"near_threshold": 0.9}}}, {"screened_data"}),
     "contamination": ({"screening": {"contamination": {"action": "flag"}}}, {"screened_data"}),
+    "cluster_threshold": ({"screening": {"duplicates": {"cluster_threshold": 0.6}}}, {"screened_data"}),
+    "held_out": ({"held_out": {"share": 0.1}}, {"screened_data"}),
     "rejected_share": ({"gates": {"max_rejected_share": 0.5}}, {"screened_data"}),
     "scorable_share": ({"gates": {"min_scorable_share": 0.9}}, {"rmi_scores", "decisions"}),
     "alerts": ({"alerts": {"channels": []}}, set()),
@@ -299,6 +312,8 @@ def test_a_batch_runs_through_and_a_second_run_changes_nothing(
         "not_selected": 13,
         "rejected": 1,
         "withdrawn": 0,
+        "held_out": 0,
+        "between": 0,
         "contaminated": 0,
         "duplicate": 1,
         "unscorable": 0,
@@ -385,18 +400,30 @@ CALIBRATED = {
 }
 
 
-def test_a_batch_is_calibrated_after_it_was_published_and_the_dataset_is_as_without(
+def test_a_batch_is_calibrated_after_it_was_published_and_takes_the_same_rows_as_without(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
     settings = settings_for(selections=CALIBRATED["selections"])
-    curate(settings, instance, delivered)
-    before = stored_tables(settings)
+    before = curate(settings, instance, delivered)
+    tables = {path: data for path, data in stored_tables(settings).items() if not path.startswith("curated_dataset/")}
+    decided, exported = table(settings, "decisions"), exported_files(settings)
 
     settings = settings_for(**CALIBRATED, reports={"pages": True, "plots": False})
     summary = curate(settings, instance, delivered)
 
-    assert stored_tables(settings) == before
-    assert not summary.is_new_version
+    changed = {path for path, data in stored_tables(settings).items() if path in tables and data != tables[path]}
+    assert {path.partition("/")[0] for path in changed} == {"decisions", "selected_subset"}
+    # Decisions record the validity that they were made from, so the version is another one with the same rows.
+    assert_frame_equal(table(settings, "decisions").drop("provenance_id"), decided.drop("provenance_id"))
+    assert exported_files(settings) == exported
+    assert summary.rows_by_decision == before.rows_by_decision
+    assert summary.is_new_version
+    assert (before.valid_pairs, before.invalid_pairs, before.untold) == (None, {}, [])
+    assert set(summary.invalid_pairs) == set(Signal)
+    assert summary.valid_pairs == table(settings, "validity")["invalid_by"].null_count()
+    assert sum(summary.invalid_pairs.values(), summary.valid_pairs or 0) == table(settings, "validity").height
+    (kept,) = [warning for warning in summary.warnings if "defects_are_kept_out" in warning]
+    assert "Too few rows were planted to judge the selection diff_high" in kept
     planted = table(settings, "planted_rows")
     assert dict(planted["defect"].value_counts().sort("defect").iter_rows()) == {
         "cut_answer": 4,
@@ -532,17 +559,19 @@ def test_ranks_against_a_reference_calibrate_against_it(
 @pytest.mark.parametrize(
     ("changed", "stale"),
     [
-        ({"seed": 1}, {"planted_rows", "calibration"}),
-        ({"mismatches": 5}, {"planted_rows"}),
-        ({"rows_per_defect": 5}, {"planted_rows"}),
-        ({"false_discovery_rate": 0.1}, {"calibration"}),
+        ({"calibration": {"seed": 1}}, {"planted_rows", "calibration"}),
+        ({"calibration": {"mismatches": 5}}, {"planted_rows"}),
+        ({"calibration": {"rows_per_defect": 5}}, {"planted_rows"}),
+        ({"validity": {"max_false_share": 0.01}}, {"validity_cuts", "validity", "calibration"}),
+        ({"validity": {"echo": "flag"}}, {"validity_cuts", "validity", "calibration"}),
+        ({"gates": {"must_tell": True}}, {"decisions"}),
     ],
 )
-def test_a_changed_setting_of_calibration_makes_nothing_else_stale(
+def test_a_changed_setting_of_calibration_or_validity_makes_nothing_else_stale(
     settings_for: SettingsFor, changed: dict[str, Any], stale: set[str]
 ) -> None:
-    before = code_versions(settings_for(calibration={"enabled": True}))
-    after = code_versions(settings_for(calibration={"enabled": True} | changed))
+    before = code_versions(settings_for(calibration={}))
+    after = code_versions(settings_for(**{"calibration": {}} | changed))
     assert {name for name in before if before[name] != after[name]} == stale
 
 
@@ -618,6 +647,8 @@ def test_equal_pairs_are_scored_once_and_reported_as_often_as_they_came(
         "not_selected": 1,
         "rejected": 0,
         "withdrawn": 0,
+        "held_out": 0,
+        "between": 0,
         "contaminated": 0,
         "duplicate": 5,
         "unscorable": 0,

@@ -23,8 +23,9 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.tables import StoredTable
-from qaq_pipeline_tests.conftest import NO_REPORTS, SAMPLES, write_jsonl
+from qaq_pipeline_tests.conftest import NO_CALIBRATION, NO_REPORTS, SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.recomputation import check_batch
+from qaq_pipeline_tests.support.recomputed_validity import check_validity
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "batches" / "2026-11-02.alpaca.jsonl"
 ANSWER = "Take the list, sort it by its second field, and keep every row whose first field is not empty or null. " * 3
@@ -91,7 +92,7 @@ def test_every_number_of_the_demo_follows_from_the_sums(
     if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
         pytest.fail(f"{models}: no models; `make test-slow` fetches them")
     monkeypatch.setenv("QAQ_HOME", str(tmp_path))
-    changes = {"model_cache": str(models), "reports": NO_REPORTS, "calibration": {"enabled": False}}
+    changes = {"model_cache": str(models), "reports": NO_REPORTS, **NO_CALIBRATION}
     values = load_settings("demo").model_dump(mode="json", exclude_defaults=True) | changes
     settings = parse_settings(yaml.safe_dump(values), "demo")
     for path in sorted(EXAMPLES.parent.iterdir()):
@@ -99,6 +100,25 @@ def test_every_number_of_the_demo_follows_from_the_sums(
         registration.register(Deployment(settings, instance), batch, [path], None)
         run_batch.run_batch(Deployment(settings, instance), batch)
         print(f"{batch}: every number of {check_batch(open_storage(settings), settings, batch)} ranked rows follows")
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.timeout(3600)
+def test_every_number_of_the_validity_of_a_demo_batch_follows_from_the_scores(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = load_settings("demo").model_cache_dir
+    if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
+        pytest.fail(f"{models}: no models; `make test-slow` fetches them")
+    monkeypatch.setenv("QAQ_HOME", str(tmp_path))
+    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True)
+    settings = parse_settings(yaml.safe_dump(values | {"model_cache": str(models), "reports": NO_REPORTS}), "demo")
+    registration.register(Deployment(settings, instance), "b1", [EXAMPLES], None)
+    run_batch.run_batch(Deployment(settings, instance), "b1")
+    invalid = check_validity(open_storage(settings), settings, "b1")
+    print(f"every number of the reasons of {invalid} invalid rows follows")
+    assert invalid > 10
 
 
 JUDGED = [{"column": "record.score", "at_least": 1}, {"column": "judge.score", "at_least": 6.5}]

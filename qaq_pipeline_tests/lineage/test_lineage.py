@@ -29,12 +29,21 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.tables import StoredTable
-from qaq_pipeline_tests.conftest import NO_REPORTS, REJECTED_ROW, REPEATED_ROW, delivered_rows, write_jsonl
+from qaq_pipeline_tests.conftest import (
+    NO_CALIBRATION,
+    NO_REPORTS,
+    REJECTED_ROW,
+    REPEATED_ROW,
+    delivered_rows,
+    write_jsonl,
+)
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import TABLES
 
 NUM_TABLES = len(TABLES) + 2
 """Two of them are there for each of two models."""
+
+QAQ = {"name": "qaq", "strategy": "diff_high", "valid": True}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,9 @@ def published(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     yield from run_through(tiny_model_dir, tmp_path_factory.mktemp("home"))
 
 
-def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any) -> Iterator[Settings]:
+def run_through(
+    tiny_model_dir: Callable[..., Path], home: Path, sections: dict[str, Any] | None = None, **ranking: Any
+) -> Iterator[Settings]:
     """The settings of a home in which two batches were run and published."""
     models = {
         role: {"directory": str(tiny_model_dir(seed=seed)), "device": "cpu", "dtype": "float32"}
@@ -54,7 +65,7 @@ def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any)
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2} | ranking,
         "screening": {"duplicates": {"across_batches": False}},
-        "calibration": {"enabled": False},
+        **(sections or NO_CALIBRATION),
         "reports": NO_REPORTS,
     }
     with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
@@ -67,6 +78,13 @@ def run_through(tiny_model_dir: Callable[..., Path], home: Path, **ranking: Any)
             run_batch.run_batch(Deployment(settings, instance), batch)
         (home / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         yield settings
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Two published batches whose pairs are judged by planted rows."""
+    sections = {"calibration": {"mismatches": 20, "rows_per_defect": 20}, "selections": [QAQ]}
+    yield from run_through(tiny_model_dir, tmp_path_factory.mktemp("calibrated"), sections)
 
 
 @pytest.fixture
@@ -285,6 +303,24 @@ def test_a_frozen_reference_is_on_the_way_and_a_changed_byte_of_it_is_named(
             with flipped(path, offset):
                 assert set(found(storage)) == {str(path)}, offset
         assert found(storage) == []
+
+
+def test_a_calibrated_version_goes_back_to_the_cuts_and_the_planted_rows(calibrated: Settings) -> None:
+    storage = open_storage(calibrated)
+    walked = walk_newest(storage)
+    for batch in walked.batches:
+        names = [table.name for table in batch.tables]
+        assert {table.state for table in batch.tables} == {State.AS_PUBLISHED}
+        assert names.index("decisions") < names.index("validity") < names.index("validity_cuts")
+        assert names.index("validity_cuts") < names.index("planted_scores") < names.index("planted_rows")
+        assert names.count("planted_scores") == 2
+    assert found(storage) == []
+    for name in ("validity", "validity_cuts", "planted_rows"):
+        path = Path(storage.tables.url(name, Partition("b1")))
+        with flipped(path, path.stat().st_size // 2):
+            assert found(storage) == [str(path)]
+        with away(path):
+            assert found(storage) == [str(path)]
 
 
 def test_a_table_that_was_rebuilt_since_is_no_fault_and_is_reported_as_replaced(storage: Storage) -> None:

@@ -23,11 +23,12 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
 from qaq_pipeline_tests.support.sentences import Check
 
-SETTINGS = """
+MODELS = """
 models:
   strong: {hub: tiny/strong}
   weak: {hub: tiny/weak}
 """
+SETTINGS = MODELS + "selections: [{name: diff_high, strategy: diff_high}]\n"
 KEEP_ONE = "publication: {keep_versions: 1}"
 
 
@@ -128,7 +129,7 @@ def test_a_text_is_found_in_query_answer_and_record_whatever_its_white_space(
 @pytest.fixture
 def thrice(storage: Storage) -> Storage:
     """Version 1 without the batch, version 2 with row 3 of it selected, version 3 with row 3 not selected."""
-    half = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    half = parse_settings(MODELS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
     whole = parse_settings(SETTINGS)
     store_batch(storage, whole, "b0")
     publish_all(storage, whole, "b0")
@@ -180,7 +181,7 @@ def test_a_cut_is_shown_with_the_side_that_is_taken(verdict: dict[str, Any], sho
 
 
 def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, settings: Settings) -> None:
-    whole = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {fraction: 1.0}}]")
+    whole = parse_settings(MODELS + "selections: [{name: diff_high, strategy: diff_high, budget: {fraction: 1.0}}]")
     store_batch(storage, whole)
     publish_all(storage, whole, "b1")
     store_batch(storage, settings, queries=("a", "b", {"query": "c", "source_row": 4}, {"query": "d", "source_row": 3}))

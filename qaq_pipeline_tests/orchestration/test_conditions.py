@@ -16,12 +16,12 @@ import yaml
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.orchestration import liveness
-from qaq_pipeline_tests.conftest import NO_REPORTS
+from qaq_pipeline_tests.conftest import NO_CALIBRATION, NO_REPORTS
 
 MODELS = {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}}
-PLAIN = {"models": MODELS, "calibration": {"enabled": False}, "reports": NO_REPORTS}
+PLAIN = {"models": MODELS, **NO_CALIBRATION, "reports": NO_REPORTS}
 SETTINGS = parse_settings(yaml.safe_dump(PLAIN))
-REPORTING = parse_settings(yaml.safe_dump({"models": MODELS, "calibration": {"enabled": False}}))
+REPORTING = parse_settings(yaml.safe_dump({"models": MODELS, **NO_CALIBRATION}))
 RANKING = {"pool": "reference", "reference": {"name": "r1", "batches": ["b1", "b2"]}}
 REFERRING = parse_settings(yaml.safe_dump(PLAIN | {"ranking": RANKING}))
 INGEST = ["screened_data", "signatures"]
@@ -167,7 +167,7 @@ def test_planted_rows_are_scored_with_their_batch_which_is_calibrated_beside_the
     assert calibrating.settle() == [
         each([*INGEST, "planted_rows"], "b1"),
         each([*SCORE, "planted_scores"], "b1|strong", "b1|weak"),
-        each(SELECT, "b1"),
+        each([*SELECT, "validity_cuts", "validity"], "b1"),
         {"curated_dataset": {None}} | each(["calibration"], "b1"),
     ]
     assert calibrating.settle() == []

@@ -24,12 +24,15 @@ from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.publication.dataset_card import dataset_card
 from qaq_pipeline.schema.tables import Decisions, ScreenedData, dtypes
+from qaq_pipeline.schema.vocabularies import Signal
 from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, IDENTITY, raw_rows, store_batch
 from qaq_pipeline_tests.support.sentences import Check
 
-SETTINGS = "models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}\n"
+MODELS = "models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}\n"
+SETTINGS = MODELS + "selections: [{name: diff_high, strategy: diff_high}]\n"
 NO_SCORES = pl.lit([], dtype=dtypes(Decisions)["scores"]).alias("scores")
 SHA256 = hashlib.sha256(b"benchmark").hexdigest()
 
@@ -60,6 +63,7 @@ def card_of(**changes: Any) -> str:
         "screened": pl.DataFrame(schema=dtypes(ScreenedData)),
         "decisions": pl.DataFrame(schema=dtypes(Decisions)),
         "benchmarks": {"b1": {}},
+        "made_of": {"b1": {}},
     }
     return dataset_card(**(parts | changes)).decode()
 
@@ -167,7 +171,7 @@ def test_configurations_are_files_of_one_loader(formats: tuple[str, ...], config
 
 
 MINE: dict[str, Any] = {
-    "selection": parse_settings(SETTINGS + "selections: [{name: mine, strategy: random}]").published,
+    "selection": parse_settings(MODELS + "selections: [{name: mine, strategy: random}]").published,
     "exported": {"mine": 2},
 }
 
@@ -274,7 +278,7 @@ def test_a_batch_shows_the_pool_of_its_ranks() -> None:
 
 def test_the_recipe_is_the_selection_of_the_settings() -> None:
     settings = parse_settings(
-        SETTINGS + "selections: [{name: half, strategy: diff_high, budget: {fraction: 0.5}, rank_strong: [0.1, 0.9]}]"
+        MODELS + "selections: [{name: half, strategy: diff_high, budget: {fraction: 0.5}, rank_strong: [0.1, 0.9]}]"
     )
     card = card_of(selection=settings.published, exported={"half": 0})
     recipe = card.split("```yaml\n")[1].split("```")[0]
@@ -291,6 +295,35 @@ def test_the_benchmarks_are_listed_with_their_hashes_and_who_was_not_checked_is_
     assert "Selected rows that contain a benchmark's task, kept and flagged in the decisions: 0.\n" in card
     assert "not checked for any benchmark: `b3`.\n" in card
     assert "not checked for any benchmark" not in card_of(benchmarks={"b1": {"humaneval": SHA256}})
+
+
+def judged_facts(invalid: int = 0, *warnings: str) -> dict[str, Any]:
+    """What the provenance of a batch's decisions says of its validity."""
+    counts = dict.fromkeys((signal.value for signal in Signal), 0) | {"mismatch": invalid}
+    return {VALIDITY_KEY: {"warnings": list(warnings), "signals": [], "valid_pairs": 1200, "invalid_pairs": counts}}
+
+
+def test_invalid_pairs_are_counted_by_signal_and_unjudged_batches_are_named() -> None:
+    card = card_of(made_of={"b2": judged_facts(34), "b1": judged_facts(), "old": {}})
+    head, first, second = tables(card)["Validity"]
+    assert head == ["batch", "pairs valid", *Signal]
+    assert (first[:2], second[:2]) == (["b1", "1,200"], ["b2", "1,200"])
+    assert dict(zip(head[2:], second[2:], strict=True)) == dict.fromkeys(Signal, "0") | {"mismatch": "34"}
+    assert "Batches whose pairs were not judged: `old`." in card
+    assert "This selection and its controls take invalid pairs too." in card
+    valid = parse_settings(MODELS).published
+    assert "take only valid pairs" in card_of(selection=valid, exported={"qaq": 0}, made_of={"b1": judged_facts()})
+
+
+def test_what_the_signals_cannot_tell_and_an_unreached_budget_come_first_on_the_card() -> None:
+    facts = judged_facts(0, "RMI tells nothing") | {
+        UNREACHED_KEY: {"diff_high": "takes 4 of at most 5 pairs", "other": "takes 1 of at most 2 pairs"}
+    }
+    card = card_of(made_of={"b|1": facts})
+    first, second = (line for line in card.splitlines() if line.startswith("> **Warning.**"))
+    assert first == "> **Warning.** Batch b&#124;1: RMI tells nothing."
+    assert second == "> **Warning.** Batch b&#124;1: diff_high takes 4 of at most 5 pairs."
+    assert card.index(first) < card.index("Pairs of a query and an answer")
 
 
 def test_selected_rows_that_were_flagged_and_not_dropped_are_counted() -> None:
@@ -329,7 +362,7 @@ def test_the_grounds_of_every_strategy_are_known() -> None:
 
 def chosen_by(**values: Any) -> str:
     """The card of a selection, its lines joined."""
-    settings = parse_settings(SETTINGS + yaml.safe_dump({"selections": [{"name": "mine"} | values]}))
+    settings = parse_settings(MODELS + yaml.safe_dump({"selections": [{"name": "mine"} | values]}))
     return " ".join(card_of(selection=settings.published, exported={"mine": 0}).split())
 
 

@@ -26,11 +26,12 @@ from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.support.frames import store_batch, store_selection
 from qaq_pipeline_tests.support.sentences import Check
 
-SETTINGS = """
+MODELS = """
 models:
   strong: {hub: tiny/strong}
   weak: {hub: tiny/weak}
 """
+SETTINGS = MODELS + "selections: [{name: diff_high, strategy: diff_high}]\n"
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_changed_content_is_a_new_version_and_the_old_one_stays(storage: Storage
 def test_another_setting_of_the_selection_is_another_version(storage: Storage, settings: Settings, change: str) -> None:
     store_batch(storage, settings)
     old = publish_registered(storage, settings, "b1")
-    changed = parse_settings(SETTINGS + change)
+    changed = parse_settings(MODELS + change)
     store_batch(storage, changed)
     new = publish_registered(storage, changed, "b1")
     assert new.version != old.version
@@ -166,7 +167,7 @@ selections:
 def test_other_selections_are_exported_where_they_are_asked_for(
     storage: Storage, selections: str, others: list[str]
 ) -> None:
-    settings = parse_settings(f"{SETTINGS}{THREE}export: {{formats: [messages], selections: {selections}}}")
+    settings = parse_settings(f"{MODELS}{THREE}export: {{formats: [messages], selections: {selections}}}")
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     folders = {name.partition("/")[0] for name in published.manifest["files"] if "/" in name}
@@ -182,9 +183,9 @@ def test_a_batch_whose_other_selections_were_decided_otherwise_is_left_out_where
     storage: Storage, check_sentence: Check
 ) -> None:
     store_batch(storage, parse_settings(SETTINGS))
-    alone = parse_settings(SETTINGS + THREE)
+    alone = parse_settings(MODELS + THREE)
     assert read_batches(storage, ["b1"], alone)[1] == {}
-    every = parse_settings(f"{SETTINGS}{THREE}export: {{selections: all}}")
+    every = parse_settings(f"{MODELS}{THREE}export: {{selections: all}}")
     _, excluded = read_batches(storage, ["b1"], every)
     check_sentence(excluded["b1"])
 
@@ -283,12 +284,12 @@ def _lose_table(storage: Storage, _: Settings) -> None:
 
 
 def _select_otherwise(storage: Storage, _: Settings) -> None:
-    other = parse_settings(SETTINGS + "selections: [{name: other, strategy: sum_high}]")
+    other = parse_settings(MODELS + "selections: [{name: other, strategy: sum_high}]")
     store_batch(storage, other)
 
 
 def _change_the_budget(storage: Storage, _: Settings) -> None:
-    other = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    other = parse_settings(MODELS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
     store_batch(storage, other)
 
 
@@ -433,7 +434,7 @@ def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reas
 ) -> None:
     store_batch(storage, settings)
     publish_registered(storage, settings, "b1")
-    half = parse_settings(SETTINGS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
+    half = parse_settings(MODELS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
     store_batch(storage, half)
     second = publish_registered(storage, half, "b1")
     assert changes(second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]

@@ -27,6 +27,7 @@ from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
 from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
@@ -197,6 +198,44 @@ def test_a_gated_batch_gets_a_page_that_says_so() -> None:
     assert "Not published (too_many_rejected):" in text
     assert "3 of its 4 rows cannot be read &lt;b&gt;" in text
     assert "<strong>0</strong> rows selected" in text
+
+
+def judge_invalid(tables: BatchTables) -> BatchTables:
+    """Declare the pairs that were not selected for `below_cut` invalid, and tell of it in the provenance."""
+    decided = tables["decisions"].frame.with_columns(
+        reason=pl.when(reason="below_cut").then(pl.lit("invalid_mismatch")).otherwise("reason")
+    )
+    counts = {"echo": 0, "mismatch": 1_234}
+    judged = {"warnings": ["<b>RMI</b> tells nothing"], "signals": ["mismatch: 5% of the pairs"]}
+    judged |= {"valid_pairs": 3_766, "invalid_pairs": counts}
+    unreached = {"diff_high": "takes 4 of at most 5 pairs", "other": "takes 1 of at most 2 pairs"}
+    facts = {VALIDITY_KEY: judged, UNREACHED_KEY: unreached}
+    return changed(tables, decisions=StoredTable(decided, tables["decisions"].provenance | facts))
+
+
+def test_a_batch_page_says_what_is_invalid_and_what_the_signals_cannot_tell() -> None:
+    page, tables = page_of(40, changed=judge_invalid)
+    text, seen = page.decode(), Seen(page)
+    assert 'role="alert"><strong>Warning:</strong> &lt;b&gt;RMI&lt;/b&gt; tells nothing.' in text
+    assert "<strong>Warning:</strong> diff_high takes 4 of at most 5 pairs." in text
+    assert "takes 1 of at most 2" not in text
+    assert seen.tables["Distinct pairs by validity"][1:] == [
+        ["valid", "3,766", "75.3%"],
+        ["invalid: echo", "0", "0.0%"],
+        ["invalid: mismatch", "1,234", "24.7%"],
+        ["all", "5,000", "100.0%"],
+    ]
+    assert "<li>mismatch: 5% of the pairs.</li>" in text
+    invalid = tables["decisions"].frame.filter(reason="invalid_mismatch").height
+    assert invalid > 0
+    (row,) = (row for row in seen.tables["Rows by decision and reason"] if row[1] == "invalid_mismatch")
+    assert row[2] == str(invalid)
+    assert re.search(r"<h3>[^<]*invalid_mismatch", text)
+
+
+def test_a_page_of_a_batch_that_was_not_judged_says_nothing_of_validity(hostile: bytes) -> None:
+    assert "Distinct pairs by validity" not in Seen(hostile).tables
+    assert b"<strong>Warning:</strong>" not in hostile
 
 
 def test_the_text_of_a_withdrawn_row_is_not_shown(hostile: bytes) -> None:

@@ -50,6 +50,15 @@ def test_a_gate_is_a_step_of_a_gated_batch_only(flat: pl.DataFrame) -> None:
     assert dict(summaries.flow(gated).select("step", "rows").iter_rows())["batch passed its gates"] == 0
 
 
+def test_held_out_rows_are_a_step_only_where_there_are_any(flat: pl.DataFrame) -> None:
+    assert not {"not held out", "not between"} & set(summaries.flow(flat)["step"])
+    is_selected = pl.col("decision") == Decision.SELECTED.value
+    held_out = pl.when(is_selected).then(pl.lit(Decision.HELD_OUT.value)).otherwise("decision")
+    steps = summaries.flow(flat.with_columns(decision=held_out))
+    assert dict(steps.select("step", "left").iter_rows())["not held out"] == flat.filter(is_selected).height
+    assert (steps["rows"][-1], "not between" in steps["step"]) == (0, False)
+
+
 def test_a_pair_counts_once_and_by_the_row_that_stands_for_it(flat: pl.DataFrame) -> None:
     pairs = summaries.pairs(flat)
     assert pairs["pair_id"].is_unique().all()

@@ -21,16 +21,27 @@ from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.column_lineage import Column, ancestry, derivations, of_records, of_scores, sources_in
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.tables import Calibration, Contamination, Decisions, Logprobs, RawData, SelectedSubset, dtypes
-from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.schema.tables import (
+    Calibration,
+    Contamination,
+    Decisions,
+    Logprobs,
+    PlantedRows,
+    RawData,
+    SelectedSubset,
+    dtypes,
+)
+from qaq_pipeline.schema.vocabularies import Defect, Quantity
 from qaq_pipeline.scoring import rmi_scores
+from qaq_pipeline.scoring.logprobs import accepted_rows
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen, texts_of
 from qaq_pipeline.selection import decisions, rank_reference
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline.validity import judgement, words
 from qaq_pipeline_tests.conftest import write_jsonl
-from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected
+from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 from qaq_pipeline_tests.support.uncalibrated import TABLES
 
 DERIVED = PIPELINE.column_sources
@@ -79,6 +90,9 @@ def test_only_what_is_of_the_delivery_the_settings_or_a_partition_has_no_source(
     without = {(row.table, row.column) for row in derivations(DERIVED) if not row.sources}
     of_raw_data = {("raw_data", column) for column in RawData.columns()}
     assert without == of_raw_data | {
+        ("reference_cuts", "signal"),
+        ("reference_cuts", "chosen_from"),
+        ("validity_cuts", "signal"),
         ("rank_reference", "model"),
         ("disagreement_scores", "pool_id"),
         ("decisions", "provenance_id"),
@@ -145,28 +159,59 @@ def _rmi_scores(tables: Tables) -> pl.DataFrame:
     return rmi_scores.rmi_scores(tables["logprobs"], EligibilitySettings(min_query_tokens=1, short_query_tokens=11))
 
 
-def _by_role(tables: Tables) -> dict[str, pl.DataFrame]:
+NUM_PLANTED = 30
+"""So many that the three pairs are told from them."""
+
+
+def _planted() -> Tables:
+    """Answers to other queries, and their scores: all below those of the pairs."""
+    names = [pair_name(100 + number) for number in range(NUM_PLANTED)]
+    texts = {"defect": Defect.OTHER_ANSWER.value, "original_pair_id": pair_name(1), "query": "q", "answer": "a"}
+    scores = [{"pair_id": name, "rmi": -1 - number / 1000} for number, name in enumerate(names)]
+    rows = pl.DataFrame([{"pair_id": name} | texts for name in names], schema=dtypes(PlantedRows))
+    return {"planted_rows": rows, "planted_scores": rmi_rows(*scores)}
+
+
+def _by_role(strong: pl.DataFrame) -> dict[str, pl.DataFrame]:
     """Of the same table: the weak model ranks the other way round."""
-    strong = tables["rmi_scores"]
     weak = strong.with_columns(rmi=pl.lit(1.0) - pl.col("rmi") * pl.col("rmi"))
     return {"strong": strong, "weak": weak}
 
 
+def _pairs(tables: Tables) -> pl.DataFrame:
+    texts = accepted_rows(tables["raw_data"], tables["screened_data"])
+    return judgement.judged_pairs(_by_role(tables["rmi_scores"]), texts)
+
+
+def _choose_cuts(tables: Tables) -> pl.DataFrame:
+    rows = tables["planted_rows"]
+    planted = judgement.judged_pairs(dict.fromkeys(("strong", "weak"), tables["planted_scores"]), rows)
+    defects = planted.join(rows.select("pair_id", "defect"), on="pair_id", maintain_order="left")
+    return judgement.choose_cuts(judgement.Sample(_pairs(tables), defects, ("b1",)), SETTINGS.validity)
+
+
+def _judge(tables: Tables, cuts: str) -> pl.DataFrame:
+    return judgement.judge(_pairs(tables), tables[cuts], SETTINGS.validity)
+
+
 def _freeze(tables: Tables) -> pl.DataFrame:
-    return rank_reference.freeze([_by_role(tables)], ONE_STRATUM)[0]
+    judged = _judge(tables, "reference_cuts")
+    return rank_reference.freeze([_by_role(tables["rmi_scores"])], ONE_STRATUM, judged)[0]
 
 
 def _rank(tables: Tables) -> pl.DataFrame:
-    return rank_reference.disagreement_scores(_by_role(tables), tables["rank_reference"], ONE_STRATUM, "reference:r1:0")
+    scores = _by_role(tables["rmi_scores"])
+    return rank_reference.disagreement_scores(scores, tables["rank_reference"], ONE_STRATUM, "reference:r1:0")
 
 
 def _decide(tables: Tables) -> pl.DataFrame:
-    by_role, disagreement = _by_role(tables), tables["disagreement_scores"]
-    pairs = candidates(disagreement, by_role)
+    by_role, disagreement = _by_role(tables["rmi_scores"]), tables["disagreement_scores"]
+    pairs = with_validity(candidates(disagreement, by_role), tables["validity"])
     frozen = rank_reference.reference_candidates(tables["rank_reference"], ["strong", "weak"])
     verdicts = select_all(pairs, SETTINGS.selections, frozen)
     raw, screened = tables["raw_data"], tables["screened_data"]
-    return decisions.decide(raw, screened, pairs, verdicts, SETTINGS.published, pair_name(0))
+    why_invalid = words.reasons(_pairs(tables), tables["validity"], tables["validity_cuts"])
+    return decisions.decide(raw, screened, pairs, verdicts, SETTINGS.published, pair_name(0), why_invalid=why_invalid)
 
 
 def _select(tables: Tables) -> pl.DataFrame:
@@ -177,8 +222,11 @@ MADE_BY: Mapping[str, Callable[[Tables], pl.DataFrame]] = {
     "signatures": lambda tables: duplicates.signatures(tables["raw_data"]),
     "screened_data": _screen,
     "rmi_scores": _rmi_scores,
+    "reference_cuts": _choose_cuts,
     "rank_reference": _freeze,
     "disagreement_scores": _rank,
+    "validity_cuts": _choose_cuts,
+    "validity": lambda tables: _judge(tables, "validity_cuts"),
     "decisions": _decide,
     "selected_subset": _select,
 }
@@ -187,11 +235,12 @@ MADE_BY: Mapping[str, Callable[[Tables], pl.DataFrame]] = {
 
 @pytest.fixture(scope="module")
 def tables() -> Tables:
-    made = {"raw_data": _raw(), "logprobs": _logprobs(1, 2, 4)}
+    made = {"raw_data": _raw(), "logprobs": _logprobs(1, 2, 4), **_planted()}
     for name, make in MADE_BY.items():
         made[name] = make(made)
     accepted = made["screened_data"].filter(pl.col("status") == "accepted")
     assert accepted["pair_id"].to_list() == made["logprobs"]["pair_id"].to_list()
+    assert made["validity_cuts"].filter(pl.col("cut").is_not_null())["signal"].to_list() == ["mismatch"]
     return made
 
 
@@ -216,7 +265,7 @@ def _changed_columns(made: pl.DataFrame, again: pl.DataFrame) -> set[str]:
 
 def _perturbations() -> list[Any]:
     """Each column of plain values that is a source of a table here, less keys and closed vocabularies."""
-    closed = {*ROW_KEY, "pair_id", "status", "reason", "batch_gate", "decision", "model", "content_hash"}
+    closed = {*ROW_KEY, "pair_id", "status", "reason", "batch_gate", "decision", "model", "content_hash", "signal"}
     inputs = {table: {name for of in DERIVED[table].values() for name, _ in of} for table in MADE_BY}
     return [
         pytest.param(table, source, column, id=f"{table}-{source}.{column}")
@@ -253,6 +302,10 @@ SPOT_CHECKS: list[tuple[Column, Column]] = [
     (("rank_reference", "rank"), ("rmi_scores", "rmi")),
     (("disagreement_scores", "gap"), ("rmi_scores", "rmi")),
     (("disagreement_scores", "ranks"), ("rank_reference", "rmi")),
+    (("validity_cuts", "cut"), ("planted_scores", "rmi")),
+    (("validity_cuts", "num_planted"), ("planted_rows", "defect")),
+    (("validity", "signals"), ("rmi_scores", "rmi")),
+    (("validity", "query_in_answer"), ("raw_data", "query")),
     (("decisions", "gap"), ("disagreement_scores", "gap")),
     (("decisions", "decision"), ("disagreement_scores", "gap")),
     (("decisions", "verdicts"), ("disagreement_scores", "gap")),
@@ -356,5 +409,5 @@ def test_every_materialisation_says_what_its_columns_come_from(
             column: [(dep.asset_key.to_user_string(), dep.column_name) for dep in deps]
             for column, deps in lineage.deps_by_column.items()
         }
-        made_of = set(DERIVED) - {"rank_reference"}
-        assert found == {column: sorted(sources) for column, sources in sources_in(DERIVED, table, made_of).items()}
+        made_of = sources_in(DERIVED, table, set(TABLES))
+        assert found == {column: sorted(sources) for column, sources in made_of.items()}

@@ -22,7 +22,7 @@ from qaq_pipeline_tests.support.sentences import Check
 
 STORED_TABLES = PIPELINE.tables()
 
-ALL_TABLES = [*STORED_TABLES.values(), CachedScores]
+ALL_TABLES = [*dict.fromkeys(STORED_TABLES.values()), CachedScores]
 PAIR_ID = "0123456789abcdef" * 2
 
 
@@ -36,6 +36,7 @@ def screened(*rows: dict[str, object]) -> pl.DataFrame:
         "reason": None,
         "duplicate_of": None,
         "similarity": None,
+        "cluster": "b1/a.jsonl:1.0",
         "evidence": None,
     }
     return pl.DataFrame(
@@ -58,12 +59,14 @@ DUPLICATE: dict[str, object] = {
     "reason": DuplicateReason.EXACT_DUPLICATE.value,
     "duplicate_of": "b1/a.jsonl:1.0",
     "similarity": 1.0,
+    "cluster": None,
     "evidence": "equal text",
 }
 REJECTED: dict[str, object] = {
     "pair_id": None,
     "status": Status.REJECTED.value,
     "reason": RejectReason.EMPTY_QUERY.value,
+    "cluster": None,
 }
 
 
@@ -146,6 +149,15 @@ def test_a_pair_is_accepted_once_but_may_be_delivered_often() -> None:
 def test_equal_keys_are_rejected() -> None:
     with pytest.raises(TableError, match=r"primary_key \(2 rows\)"):
         enforce(ScreenedData, screened({}, {"source_row": 1}))
+
+
+def test_distinct_rows_and_no_others_have_a_cluster() -> None:
+    held_out: dict[str, object] = {"status": "held_out", "reason": "cluster_drawn"}
+    between: dict[str, object] = {"status": "between", "reason": "similar_to_both"}
+    enforce(ScreenedData, screened({}, held_out, between, DUPLICATE, REJECTED))
+    for row in ({"cluster": None}, held_out | {"cluster": None}, REJECTED | {"cluster": "b1/a.jsonl:1.0"}):
+        with pytest.raises(TableError, match=r"distinct_rows_have_a_cluster \(1 rows\)"):
+            enforce(ScreenedData, screened({}, row))
 
 
 def test_a_duplicate_names_the_row_that_represents_it() -> None:

@@ -43,7 +43,7 @@ def found(own: pl.DataFrame, *older: pl.DataFrame, threshold: float | None = 0.7
     """Return, for each own duplicate by source_row, its representative, reason and similarity."""
     signed = [enforce(Signatures, duplicates.signatures(raw)) for raw in (*older, own)]
     related = [duplicates.related(signatures, signed[-1]) for signatures in signed[:-1]]
-    frame = duplicates.find(signed[-1], related, texts_of([*older, own]), threshold)
+    frame = duplicates.find(signed[-1], related, texts_of([*older, own]), threshold).duplicates
     return {
         one["source_row"]: (one["duplicate_of"], one["reason"], round(one["similarity"], 3))
         for one in frame.iter_rows(named=True)

@@ -63,6 +63,7 @@ def test_a_duplicate_says_why_and_of_what() -> None:
         "duplicate_of": "b1/a.jsonl:1.0",
         "similarity": 1.0,
         "evidence": "equal system text, query and answer",
+        "cluster": None,
         "batch_gate": None,
     }
 

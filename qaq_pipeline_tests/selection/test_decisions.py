@@ -19,11 +19,11 @@ from qaq_pipeline.schema.tables import Decisions, SelectedSubset, TableError, dt
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import decisions, rank_reference
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.strategies import select_all
-from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
+from qaq_pipeline_tests.support.frames import ONE_STRATUM, all_valid, pair_name, raw_rows, rejected, rmi_rows
 
 PROVENANCE_ID = "0123456789abcdef" * 2
 HALF = {"budget": {"fraction": 0.5}}
@@ -51,6 +51,7 @@ STRONG = rmi_rows(
 WEAK = rmi_rows(
     {"rmi": 0.4}, {"rmi": 0.3}, {"rmi": 0.2}, {"rmi": 0.1}, UNSCORED | {"null_reason_rmi": "no_tokens_to_score"}
 )
+BOTH = {"strong": STRONG, "weak": WEAK}
 
 
 def decide(
@@ -60,18 +61,36 @@ def decide(
     strong: pl.DataFrame = STRONG,
     weak: pl.DataFrame = WEAK,
     is_against_reference: bool = False,
+    invalid: dict[str, str] | None = None,
     **published: Any,
 ) -> pl.DataFrame:
-    """Decisions under one selection, as the asset makes them; with a reference, r1 of these very pairs."""
+    """Decisions under one selection, as the asset makes them; with a reference, r1 of these very pairs.
+
+    Args:
+        strategy: of the selection.
+        raw: the rows.
+        strong: scores under the strong model.
+        weak: scores under the weak model.
+        is_against_reference: whether a reference ranks the pairs.
+        invalid: the signal that declares a pair invalid, by pair_id.
+        published: further fields of the selection.
+    """
     given = {"name": "mine", "strategy": strategy} | ({} if strategy == "rmi_band" else HALF) | published
     selected_by: Selection = TypeAdapter(Selection).validate_python(given)
     scores = {"strong": strong, "weak": weak}
     pool = rank_reference.pool_id("r1", "0") if is_against_reference else "batch:b1"
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, pool)
     screened = screen_alone(raw, ScreeningSettings())
-    pairs = with_pair_columns(candidates(disagreement, scores), raw, screened, [selected_by], {})
+    found = invalid or {}
+    validity = all_valid(disagreement["pair_id"]).with_columns(
+        invalid_by=pl.col("pair_id").replace_strict(found, default=None, return_dtype=pl.String)
+    )
+    judged = with_validity(candidates(disagreement, scores), validity)
+    pairs = with_pair_columns(judged, raw, screened, [selected_by], {})
     verdicts = select_all(pairs, [selected_by], pairs if is_against_reference else None)
-    frame = decisions.decide(raw, screened, pairs, verdicts, selected_by, PROVENANCE_ID)
+    said_of = {"pair_id": list(found), "why_invalid": [f"Evidence of {signal} is here" for signal in found.values()]}
+    why_invalid = pl.DataFrame(said_of, schema={"pair_id": pl.String, "why_invalid": pl.String})
+    frame = decisions.decide(raw, screened, pairs, verdicts, selected_by, PROVENANCE_ID, why_invalid=why_invalid)
     return enforce(Decisions, frame)
 
 
@@ -246,3 +265,37 @@ def test_decisions_add_up_whatever_the_batch(
     assert sorted(chosen["pair_id"]) == sorted(frame.filter(decision="selected")["pair_id"])
     for control in ("control_random", "control_stratified_random"):
         assert decisions.selected_rows(control, raw, frame).height == chosen.height
+
+
+def test_rows_that_are_not_trained_on_have_a_decision_and_neither_scores_nor_verdicts() -> None:
+    kept = screen_alone(RAW, ScreeningSettings())
+    words = {"held_out": ("cluster_drawn", "its cluster is drawn"), "between": ("similar_to_both", "it is similar")}
+    for number, (status, (reason, evidence)) in enumerate(words.items(), start=1):
+        changed = {"status": status, "reason": reason, "evidence": evidence}
+        kept = kept.with_columns(
+            pl.when(pl.col("source_row") == number).then(pl.lit(value)).otherwise(name).alias(name)
+            for name, value in changed.items()
+        )
+    others = ~pl.col("pair_id").is_in([pair_name(1), pair_name(2)])
+    scores = {role: frame.filter(others) for role, frame in BOTH.items()}
+    pairs = candidates(disagreement_scores(scores, ONE_STRATUM, "batch:b1")[0], scores)
+    selection: Selection = TypeAdapter(Selection).validate_python({"name": "mine", "strategy": "diff_high"} | HALF)
+    verdicts = select_all(pairs, [selection])
+    frame = enforce(Decisions, decisions.decide(RAW, kept, pairs, verdicts, selection, PROVENANCE_ID))
+    assert said(1, frame) == (
+        "held_out",
+        "cluster_drawn",
+        "Held out for training trials, and not scored: its cluster is drawn.",
+    )
+    assert said(2, frame) == (
+        "between",
+        "similar_to_both",
+        "Between: it is similar to rows that are trained on and to held-out rows, so it is in neither, and not scored: "
+        "it is similar.",
+    )
+    assert frame.head(2).select(pl.col("scores", "verdicts").list.len()).rows() == [(0, 0), (0, 0)]
+    assert not set(selected_rows_of(frame)) & {1, 2}
+
+
+def selected_rows_of(frame: pl.DataFrame) -> list[int]:
+    return decisions.selected_rows("mine", RAW, frame)["source_row"].to_list()

@@ -16,7 +16,7 @@ from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.vocabularies import NullReason, SelectionReason
 from qaq_pipeline.selection import explanations
 from qaq_pipeline_tests.selection.test_decisions import RAW, STRONG, UNSCORED, UNSCORED_ANSWER, decide, said
-from qaq_pipeline_tests.support.frames import rmi_rows
+from qaq_pipeline_tests.support.frames import pair_name, rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 
 ONE_QUERY = RAW.with_columns(query=pl.when(pl.col("source_row") == 2).then(pl.lit(" query\t4")).otherwise("query"))
@@ -79,6 +79,14 @@ GOLDEN = [
         3, {"where": [{"column": "num_a_tokens", "at_least": 10}]}, "selected", "within_budget", id="where_met"
     ),
     pytest.param(2, {"max_per_query": 1, "raw": ONE_QUERY}, "not_selected", "query_full", id="query_full"),
+    pytest.param(2, {"max_per_cluster": 1, "raw": ONE_QUERY}, "not_selected", "cluster_full", id="cluster_full"),
+    pytest.param(
+        2,
+        {"max_per_query": 2, "max_per_cluster": 1, "raw": ONE_QUERY},
+        "not_selected",
+        "cluster_full",
+        id="cluster_full_within_the_query",
+    ),
     pytest.param(1, {"quotas": ONE_EACH}, "not_selected", "quota_full", id="quota_full"),
     pytest.param(3, {"quotas": ONE_EACH}, "selected", "within_budget", id="within_a_quota"),
     pytest.param(4, {"quotas": ONE_EACH}, "selected", "within_budget", id="all_of_a_group"),
@@ -87,6 +95,15 @@ GOLDEN = [
     ),
     pytest.param(
         3, {"strategy": "rmi_band", "band": [0, 1], "quotas": ONE_EACH}, "selected", "in_band", id="a_quota_of_a_band"
+    ),
+    *(
+        pytest.param(
+            4, {"valid": True, "invalid": {pair_name(4): signal.value}}, "not_selected", reason.value, id=reason.value
+        )
+        for signal, reason in vocabularies.INVALID_REASONS.items()
+    ),
+    pytest.param(
+        4, {"invalid": {pair_name(4): "echo"}}, "selected", "within_budget", id="invalid_where_valid_is_not_asked_for"
     ),
     pytest.param(5, {}, "rejected", "empty_query", id="rejected"),
     pytest.param(6, {}, "duplicate", "exact_duplicate", id="duplicate"),
@@ -172,6 +189,7 @@ EVERY_REASON = [
         vocabularies.WithdrawalReason,
         vocabularies.ContaminationReason,
         vocabularies.DuplicateReason,
+        vocabularies.HoldOutReason,
         NullReason,
         SelectionReason,
     )
@@ -183,6 +201,7 @@ DECISION_OF = {
     vocabularies.WithdrawalReason: "withdrawn",
     vocabularies.ContaminationReason: "contaminated",
     vocabularies.DuplicateReason: "duplicate",
+    vocabularies.HoldOutReason: "held_out",
     NullReason: "unscorable",
 }
 
@@ -197,15 +216,16 @@ def test_no_reason_is_told_by_its_name_in_the_code(reason: Any) -> None:
     row = {"decision": DECISION_OF.get(type(reason), "not_selected"), "reason": reason.value, "scores": [score]}
     row |= {"detail": "it is so", "evidence": "this", "duplicate_of": "b1/a:1.0", "similarity": 0.9, "gap": 0.1}
     row |= {"pool_id": "batch:b1", "verdict_reason": reason.value, "verdict_score": 0.1, "verdict_position": 1}
-    row |= {"verdict_cut": 0.2, "verdict_pool_size": 3}
+    row |= {"verdict_cut": 0.2, "verdict_pool_size": 3, "why_invalid": "The evidence is here"}
     strategies = {"in_band": "rmi_band", "outside_band": "rmi_band", "ifd_above_maximum": "ifd"}
     given = {"name": "mine", "strategy": strategies.get(reason.value, "diff_high")}
     given |= {"min_gap": 0.2} if reason is SelectionReason.GAP_BELOW_MINIMUM else {}
     given |= {"rmi_strong": [None, 0.2]} if reason is SelectionReason.RMI_STRONG_OUT_OF_RANGE else {}
-    row |= {"verdict_condition": 0, "verdict_value": None, "verdict_query_place": 2}
+    row |= {"verdict_condition": 0, "verdict_value": None, "verdict_query_place": 2, "verdict_cluster_place": 2}
     row |= {"verdict_group": "go", "verdict_group_place": 2, "verdict_group_taken": 1}
     given |= {"where": [{"column": "judge.score", "at_least": 7}]} if reason is SelectionReason.WHERE_NOT_MET else {}
     given |= {"max_per_query": 1} if reason is SelectionReason.QUERY_FULL else {}
+    given |= {"max_per_cluster": 1} if reason is SelectionReason.CLUSTER_FULL else {}
     given |= {"quotas": {"per": "language", "shares": "equal"}} if reason is SelectionReason.QUOTA_FULL else {}
     sentence = explanations.explain(row, TypeAdapter(Selection).validate_python(given))
     assert reason.value not in sentence

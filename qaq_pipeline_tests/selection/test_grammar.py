@@ -23,7 +23,7 @@ from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.grammar.composition import meets
-from qaq_pipeline.selection.grammar.pair_columns import QUERY, count_unmatched, with_pair_columns
+from qaq_pipeline.selection.grammar.pair_columns import CLUSTER, QUERY, count_unmatched, with_pair_columns
 from qaq_pipeline.selection.grammar.quotas import spread
 from qaq_pipeline.selection.strategies import model_of, select, select_all
 from qaq_pipeline_tests.selection.test_strategies import STRATEGIES, candidates_of, parse, reasons, scores_of
@@ -50,7 +50,7 @@ def naive(rows: list[dict[str, Any]], selection: Selection) -> dict[str, str]:
         rows: of one pair each: its columns, and `plain`, its verdict where all pairs without a filter are taken.
         selection: with conditions, a cap and quotas.
     """
-    found, open_rows, per_query = {}, [], Counter[int]()
+    found, open_rows, per_query, per_cluster = {}, [], Counter[int](), Counter[str]()
     in_pool = [row for row in rows if row["plain"]["reason"] != "not_in_pool"]
     for row in sorted(rows, key=lambda row: row["plain"]["position"] or 0):
         if row["plain"]["reason"] == "not_in_pool":
@@ -63,7 +63,11 @@ def naive(rows: list[dict[str, Any]], selection: Selection) -> dict[str, str]:
             found[row["pair_id"]] = "query_full"
         else:
             per_query[row[QUERY]] += 1
-            open_rows.append(row)
+            per_cluster[row[CLUSTER]] += 1
+            if selection.max_per_cluster is not None and per_cluster[row[CLUSTER]] > selection.max_per_cluster:
+                found[row["pair_id"]] = "cluster_full"
+            else:
+                open_rows.append(row)
     quotas = naive_quotas(in_pool, open_rows, selection)
     used: Counter[str | None] = Counter()
     full = set()
@@ -142,7 +146,7 @@ def naive_spread(capacities: dict[str, int], total: int) -> dict[str, int]:
 
 
 def columns_of(size: int, seed: int) -> pl.DataFrame:
-    """A language, a judge's score and a query for each pair, some without."""
+    """A language, a judge's score, a query and a cluster for each pair, the first two for some only."""
     numbers = range(size)
     return pl.DataFrame(
         {
@@ -150,12 +154,14 @@ def columns_of(size: int, seed: int) -> pl.DataFrame:
             "column:language": [VALUES[(seed + number * number) % 4] for number in numbers],
             "column:judge.score": [str((seed + number) % 6) if (seed + number) % 7 else None for number in numbers],
             QUERY: [(seed + number) % max(1, size // 2) for number in numbers],
+            CLUSTER: [f"b1/a.jsonl:{(seed + number) % max(1, size // 4) + 1}.0" for number in numbers],
         },
         schema={
             "pair_id": pl.String,
             "column:language": pl.String,
             "column:judge.score": pl.String,
             QUERY: pl.Int64,
+            CLUSTER: pl.String,
         },
     )
 
@@ -168,6 +174,7 @@ GRAMMAR = st.fixed_dictionaries(
     {
         "where": st.sampled_from(CONDITIONS),
         "max_per_query": st.sampled_from([None, 1, 2]),
+        "max_per_cluster": st.sampled_from([None, 1, 3]),
         "quotas": st.sampled_from([None, *({"per": "language", "shares": shares} for shares in SHARES)]),
     }
 )
@@ -212,7 +219,8 @@ def test_equal_shares_are_filled_like_water(capacities: dict[str, int], total: i
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
-    grammar = {"where": CONDITIONS[1], "max_per_query": 1, "quotas": {"per": "language", "shares": "equal"}}
+    quotas = {"per": "language", "shares": "equal"}
+    grammar = {"where": CONDITIONS[1], "max_per_query": 1, "max_per_cluster": 1, "quotas": quotas}
     selections = [composed(one | {"name": f"s{i}"}, **grammar) for i, one in enumerate(STRATEGIES)]
     frame = candidates_of(scores_of(60, 3)).join(columns_of(60, 3), on="pair_id", maintain_order="left")
     shuffled = frame.sample(fraction=1, shuffle=True, seed=2)
@@ -232,10 +240,10 @@ def test_controls_have_the_conditions_the_cap_and_the_groups_of_the_published_se
     frame = candidates_of(scores_of(120, 1)).join(columns, on="pair_id", maintain_order="left")
     sized = {} if strategy["strategy"] == "rmi_band" else {"budget": budget}
     quotas = None if shares is None else {"per": "language", "shares": shares}
-    published = composed(strategy | sized, where=CONDITIONS[1], max_per_query=1, quotas=quotas)
+    published = composed(strategy | sized, where=CONDITIONS[1], max_per_query=1, max_per_cluster=1, quotas=quotas)
     first, *controls = select_all(frame, [published]).partition_by("selection", maintain_order=True)
     groups = dict(columns.select("pair_id", "column:language").iter_rows())
-    queries = dict(columns.select("pair_id", QUERY).iter_rows())
+    capped = [dict(columns.select("pair_id", name).iter_rows()) for name in (QUERY, CLUSTER)]
     taken = first.filter("is_selected")["pair_id"]
     is_of_tokens = "answer_tokens" in sized.get("budget", {})
     for control in controls:
@@ -245,7 +253,8 @@ def test_controls_have_the_conditions_the_cap_and_the_groups_of_the_published_se
         not_met = [one.filter(reason="where_not_met")["pair_id"].to_list() for one in (control, first)]
         assert not_met[0] == not_met[1]
         assert {groups[pair] for pair in of_control} <= {"python", "go"}
-        assert max(Counter(queries[pair] for pair in of_control).values(), default=0) <= 1
+        for value_of in capped:
+            assert max(Counter(value_of[pair] for pair in of_control).values(), default=0) <= 1
         if not is_of_tokens:
             assert len(of_control) == len(taken)
             if quotas is not None:
@@ -258,11 +267,14 @@ def test_conditions_and_caps_of_a_reference_hold_for_the_batch_only() -> None:
     reference = candidates_of(scores_of(80, 5))
     batch = reference.join(columns_of(80, 5), on="pair_id", maintain_order="left")
     plain = parse(strategy="diff_high", budget={"fraction": 0.5})
-    selection = parse(strategy="diff_high", budget={"fraction": 0.5}, where=CONDITIONS[1], max_per_query=1)
+    selection = parse(
+        strategy="diff_high", budget={"fraction": 0.5}, where=CONDITIONS[1], max_per_query=1, max_per_cluster=1
+    )
     expected, found = select(batch, plain, reference), select(batch, selection, reference)
     taken = set(found.filter("is_selected")["pair_id"])
     assert taken < set(expected.filter("is_selected")["pair_id"])
-    assert set(found["reason"]) == {"not_in_pool", "where_not_met", "query_full", "within_budget", "below_cut"}
+    excluded = {"not_in_pool", "where_not_met", "query_full", "cluster_full"}
+    assert set(found["reason"]) == excluded | {"within_budget", "below_cut"}
     assert found.drop_nulls("cut")["cut"].unique().to_list() == expected.drop_nulls("cut")["cut"].unique().to_list()
     below = found.filter(pl.col("reason").is_in(["within_budget", "below_cut"])).join(expected, on="pair_id")
     assert below["reason"].equals(below["reason_right"].alias("reason"))
@@ -340,7 +352,7 @@ def test_a_pair_has_the_columns_of_the_row_that_is_kept_and_of_the_imported_tabl
     }
     conditions = [{"column": name, "is_present": True} for name in NAMED]
     selection = TypeAdapter(Selection).validate_python(
-        {"name": "mine", "strategy": "length", "where": conditions, "max_per_query": 1}
+        {"name": "mine", "strategy": "length", "where": conditions, "max_per_query": 1, "max_per_cluster": 1}
     )
     frame = with_pair_columns(pairs, RAW, screened, [selection], tables)
     assert frame.select(pairs.columns).equals(pairs)
@@ -350,6 +362,8 @@ def test_a_pair_has_the_columns_of_the_row_that_is_kept_and_of_the_imported_tabl
     assert (other["column:judge.score"], other["column:record.ok"], other["column:source"]) == (None, "yes", "forum")
     queries = dict(frame.select("pair_id", QUERY).iter_rows())
     assert queries[pair_name(1)] == queries[pair_name(4)] != queries[pair_name(5)]
+    clusters = dict(frame.select("pair_id", CLUSTER).iter_rows())
+    assert clusters[pair_name(1)] == clusters[pair_name(4)] == "b1/a.jsonl:1.0" != clusters[pair_name(5)]
     assert [count_unmatched(RAW, screened, table) for table in tables.values()] == [1, 2]
 
 

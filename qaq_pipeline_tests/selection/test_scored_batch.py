@@ -11,6 +11,7 @@ import pytest
 from qaq_pipeline.config.settings import GateSettings, RankingSettings, ScreeningSettings, Settings
 from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.schema.vocabularies import GateReason
+from qaq_pipeline.scoring import stored_scores
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
@@ -114,8 +115,8 @@ def test_the_warnings_of_a_model_are_warnings_of_its_ranks() -> None:
 
 def test_scores_under_other_prompts_than_those_of_a_reference_are_refused(check_sentence: Check) -> None:
     scores = batch().rmi_scores
-    frozen = StoredTable(rmi_rows(), {"partition": ["r1"], "scored_by": stored_reference.scored_by(scores)})
-    assert stored_reference.differently_scored(frozen.provenance["scored_by"], scores) == []
+    frozen = StoredTable(rmi_rows(), {"partition": ["r1"], "scored_by": stored_scores.scored_by(scores)})
+    assert stored_scores.differently_scored(frozen.provenance["scored_by"], scores) == []
     changed = dict(scores) | {"weak": with_provenance(scores["weak"], identity_hash="1")}
     with pytest.raises(stored_reference.RankReferenceError) as error:
         stored_reference.require_comparable(frozen, changed)

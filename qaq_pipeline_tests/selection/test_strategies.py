@@ -15,12 +15,13 @@ from pydantic import TypeAdapter
 
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.tables import VERDICT, DisagreementScores, RmiScores, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import SelectionReason
 from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
-from qaq_pipeline.selection.random_order import draws, quotas
+from qaq_pipeline.selection.random_order import quotas
 from qaq_pipeline.selection.strategies import select, select_all
 
 ROLES = ["strong", "weak"]
@@ -482,6 +483,18 @@ def test_the_random_control_is_the_order_of_seed_0():
     selections = [parse(strategy="diff_high", budget={"count": 2}), parse(name="random", strategy="random", seed=5)]
     verdicts = select_all(pairs(gap=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), selections)
     assert taken(verdicts.filter(selection="control_random")) == GOLDEN_ORDER[:2]
+
+
+def test_the_stratified_control_is_a_draw_of_its_own():
+    frame = candidates_of(scores_of(400, seed=3))
+    published = parse(strategy="diff_high", budget={"fraction": 0.25})
+    verdicts = select_all(frame, [published])
+    found = [set(taken(verdicts.filter(selection=f"control_{name}"))) for name in ("random", "stratified_random")]
+    size = len(found[0])
+    assert size == len(found[1]) >= 80
+    assert len(found[0] & found[1]) < 0.45 * size  # Independent draws share a quarter.
+    same = parse(name="same", strategy="stratified_random", seed=1, budget={"count": size})
+    assert found[1] == set(taken(select(frame, same)))
 
 
 def test_controls_of_a_token_budget_have_the_same_token_budget():

@@ -11,11 +11,11 @@ import polars as pl
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import RankingSettings, Settings
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, dtypes
+from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, Validity, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
@@ -110,6 +110,12 @@ def rmi_rows(*rows: dict[str, Any]) -> pl.DataFrame:
     )
 
 
+def all_valid(pair_ids: pl.Series) -> pl.DataFrame:
+    """Validity of pairs that no signal looks at: every pair is valid."""
+    rows = [{"pair_id": name, "query_in_answer": 0.0, "answer_in_query": 0.0, "signals": []} for name in pair_ids]
+    return pl.DataFrame(rows, schema=dtypes(Validity))
+
+
 def cached(*numbers: int, quantity: Quantity = Quantity.Q, sum_nll: float = 1.5) -> pl.DataFrame:
     """CachedScores: one text quantity of some pairs."""
     rows = [
@@ -135,7 +141,7 @@ def store_batch(
     rmi = {"strong": [0.1 * n for n in range(len(queries))], "weak": [-0.1 * n for n in range(len(queries))]}
     scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, f"batch:{batch}")
-    pairs = candidates(disagreement, scores)
+    pairs = with_validity(candidates(disagreement, scores), all_valid(disagreement["pair_id"]))
     verdicts = select_all(pairs, settings.selections)
     files = {source_file: hashlib.sha256(repr(queries).encode()).hexdigest()}
     raw_data = StoredTable(raw, {"files": files})

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from qaq_pipeline_tests.conftest import NO_CALIBRATION
+
 REPOSITORY = Path(__file__).parents[2]
 QAQ = Path(sys.executable).with_name("qaq")
 LOOPBACK = "127.0.0.1"
@@ -54,7 +56,7 @@ def write_profile(path: Path, models: dict[str, Path], **sections: Any) -> Path:
         },
         "scoring": {"max_tokens": 512},
         "ranking": {"num_strata": 2, "min_rows_per_stratum": 2},
-        "calibration": {"enabled": False},
+        **({} if "calibration" in sections else NO_CALIBRATION),
     }
     path.write_text(yaml.safe_dump(values | sections), encoding="utf-8")
     return path

@@ -14,13 +14,13 @@ from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.schema.tables import RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection.candidates import candidates
+from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.tables import StoredTable
-from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, rejected
+from qaq_pipeline_tests.support.frames import IDENTITY, all_valid, pair_name, rejected
 
 LANGUAGES = ["python", "javascript", "java", "c++", "go", "rust", "sql", "bash", None]
 SOURCES = ["evol-instruct", "oss-instruct", "self-instruct"]
@@ -51,7 +51,7 @@ def batch(
     pair_ids = screened.filter(pl.col("status") == Status.ACCEPTED.value)["pair_id"].sort()
     scores = _scores(pair_ids, rng)
     disagreement, _ = disagreement_scores(scores, settings.ranking, f"batch:{name}")
-    pairs = candidates(disagreement, scores)
+    pairs = with_validity(candidates(disagreement, scores), all_valid(pair_ids))
     verdicts = select_all(pairs, settings.selections)
     raw_data = StoredTable(raw, {"files": {"rows.jsonl": "f" * 64}, "delivery": "d" * 32})
     screened_data = StoredTable(

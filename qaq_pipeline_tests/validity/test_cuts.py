@@ -24,6 +24,13 @@ def batch_with(share: float, seed: int, size: int = 1000, distance: float = 6.0)
 # --- place and scale -------------------------------------------------------------------------------------------------
 
 
+def test_the_bound_of_the_share_is_above_it_and_shrinks_with_the_batch() -> None:
+    planted = normal(9, 200)
+    small, large = (share_of_defect(batch_with(0.2, seed=2)[::step], planted) for step in (10, 1))
+    assert small[0] < small[1] <= 1
+    assert large[0] < large[1] < small[1]
+
+
 def test_place_and_scale_follow_covariate() -> None:
     covariate = np.random.default_rng(0).uniform(1, 5, 4000)
     values = 0.3 - 0.1 * covariate + (0.05 + 0.04 * covariate) * normal(1, 4000)
@@ -56,12 +63,12 @@ def test_a_line_of_equal_residuals_gives_the_residual_back() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.8, 1.0])
 def test_the_share_of_the_defect_is_found_where_the_signal_tells(share: float) -> None:
-    assert share_of_defect(batch_with(share, seed=2), normal(9, 200)) == pytest.approx(share, abs=0.07)
+    assert share_of_defect(batch_with(share, seed=2), normal(9, 200))[0] == pytest.approx(share, abs=0.07)
 
 
 def test_the_share_is_never_above_one_and_high_where_nothing_can_be_told() -> None:
-    assert 0.8 < share_of_defect(normal(0, 500), normal(1, 500)) <= 1
-    assert share_of_defect(normal(0, 500, -9), normal(1, 500)) == 1
+    assert 0.8 < share_of_defect(normal(0, 500), normal(1, 500))[0] <= 1
+    assert share_of_defect(normal(0, 500, -9), normal(1, 500))[0] == 1
 
 
 # --- the cut ---------------------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def test_no_looser_cut_would_keep_both_limits(seed: int, max_missed: float, max_
         assert max_missed * 41 < 1
         return
     looser = [value for value in planted if value < cut.residual]
-    share = share_of_defect(batch, planted)
+    share = share_of_defect(batch, planted)[0]
     for residual in looser:
         missed = ((planted >= residual).sum()) / 41
         kept = (batch > residual).mean()

@@ -1,7 +1,7 @@
-"""Conditions and caps as parts of a rule, and the numbers behind them for an explanation.
+"""Validity, conditions and caps as parts of a rule, and the numbers behind them for an explanation.
 
-Belongs here: what `where` and `max_per_query` exclude. Does not belong here: the division of a budget (`quotas`), and
-the words (`explanations`).
+Belongs here: what `valid`, `where`, `max_per_query` and `max_per_cluster` exclude. Does not belong here: the division
+of a budget (`quotas`), and the words (`explanations`).
 """
 
 from __future__ import annotations
@@ -12,23 +12,32 @@ from collections.abc import Sequence
 import polars as pl
 
 from qaq_pipeline.config.conditions import NO_VALUE, Composed, Condition, Quotas
-from qaq_pipeline.schema.vocabularies import SelectionReason
+from qaq_pipeline.schema.vocabularies import INVALID_REASONS, SelectionReason
 from qaq_pipeline.selection.grammar.pair_columns import number_of, value_of
-from qaq_pipeline.selection.verdicts import QUERY, Rule
+from qaq_pipeline.selection.verdicts import CLUSTER, INVALID_BY, QUERY, Rule
 
 
 def compose(rule: Rule, selection: Composed) -> Rule:
-    """The rule of a strategy with the conditions, the cap and the groups of a selection."""
-    conditions = tuple((~meets(one), SelectionReason.WHERE_NOT_MET) for one in selection.where)
+    """The rule of a strategy with the validity, the conditions, the caps and the groups of a selection."""
+    invalid = INVALID_REASONS.items() if selection.valid else ()
+    conditions = (
+        *((pl.col(INVALID_BY) == signal.value, reason) for signal, reason in invalid),
+        *((~meets(one), SelectionReason.WHERE_NOT_MET) for one in selection.where),
+    )
     group = None if selection.quotas is None else group_of(selection.quotas)
     return dataclasses.replace(
-        rule, barriers=(*conditions, *rule.barriers), group=group, max_per_query=selection.max_per_query
+        rule,
+        barriers=(*conditions, *rule.barriers),
+        group=group,
+        max_per_query=selection.max_per_query,
+        max_per_cluster=selection.max_per_cluster,
     )
 
 
-def meets_all(conditions: Sequence[Condition]) -> pl.Expr:
-    """Whether a pair meets every condition."""
-    return pl.all_horizontal(pl.lit(value=True), *map(meets, conditions))
+def is_open_to(selection: Composed) -> pl.Expr:
+    """Whether a pair is valid, where it must be, and meets every condition."""
+    valid = pl.col(INVALID_BY).is_null() if selection.valid else pl.lit(value=True)
+    return pl.all_horizontal(valid, *map(meets, selection.where))
 
 
 def meets(condition: Condition) -> pl.Expr:
@@ -61,24 +70,28 @@ def with_grounds(verdict: pl.DataFrame, candidates: pl.DataFrame, selection: Com
     """The verdict of a selection with the numbers of its grammar that an explanation names.
 
     `condition` is the place in `where` of the first condition that a pair does not meet, and `value` what it has there.
-    `query_place` is its place among the pairs with its query, `group_place` that in its group, of which the selection
-    takes `group_taken`.
+    `query_place` is its place among the pairs with its query, `cluster_place` that among the pairs of its cluster that
+    the cap of queries leaves, and `group_place` that in its group, of which the selection takes `group_taken`.
 
     Args:
         verdict: pair_id and the fields of VERDICT.
         candidates: of `with_pair_columns`.
         selection: whose verdict it is.
     """
-    if not selection.columns and selection.max_per_query is None:
+    if not (selection.columns or selection.max_per_query or selection.max_per_cluster):
         return verdict
-    of_pair = candidates.filter(pl.col("model") == "strong").select("pair_id", r"^column:.*$", rf"^{QUERY}$")
-    is_open = pl.col("reason") != SelectionReason.QUERY_FULL.value
+    of_pair = candidates.filter(pl.col("model") == "strong").select("pair_id", rf"^(column:.*|{QUERY}|{CLUSTER})$")
+    is_within_query = pl.col("reason") != SelectionReason.QUERY_FULL.value
+    is_open = is_within_query & (pl.col("reason") != SelectionReason.CLUSTER_FULL.value)
     place = pl.col("position").rank("ordinal")
     grounds = []
     if selection.where:
         grounds += _first_not_met(selection.where)
     if selection.max_per_query is not None:
         grounds.append(place.over(QUERY).alias("query_place"))
+    if selection.max_per_cluster is not None:
+        of_cluster = pl.when(is_within_query).then("position").rank("ordinal")
+        grounds.append(of_cluster.over(CLUSTER).alias("cluster_place"))
     if selection.quotas is not None:
         group = group_of(selection.quotas)
         grounds += [

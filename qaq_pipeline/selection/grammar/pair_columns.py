@@ -1,4 +1,4 @@
-"""The columns that conditions and quotas name, as further columns of the candidates.
+"""The columns that conditions, quotas and caps need, as further columns of the candidates.
 
 Belongs here: the value of each column for a pair. Does not belong here: reading files (`ingest.imported_tables`), and
 what follows from a value (`composition`, `quotas`).
@@ -18,7 +18,7 @@ from qaq_pipeline.ingest.records import field_of
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening.duplicates import normal_text
-from qaq_pipeline.selection.verdicts import QUERY
+from qaq_pipeline.selection.verdicts import CLUSTER, QUERY
 
 
 def value_of(column: str) -> pl.Expr:
@@ -53,7 +53,8 @@ def with_pair_columns(
     """
     named = dict.fromkeys(column for selection in selections for column in selection.columns)
     is_capped = any(selection.max_per_query is not None for selection in selections)
-    if not named and not is_capped:
+    has_clusters = any(selection.max_per_cluster is not None for selection in selections)
+    if not (named or is_capped or has_clusters):
         return candidates
     kept = _kept_rows(raw, screened).collect()
     values = kept.select(
@@ -61,6 +62,7 @@ def with_pair_columns(
         "row",
         *(_of_row(column).alias(_stored(column)) for column in named if _is_of_row(column)),
         *([pl.col("number").first().over(normal_text("query")).alias(QUERY)] if is_capped else []),
+        *([pl.col("cluster").alias(CLUSTER)] if has_clusters else []),
     )
     for name, columns in tables_named(selections).items():
         values = _with_table(values, name, columns, tables[name])
@@ -78,9 +80,9 @@ def count_unmatched(raw: pl.DataFrame, screened: pl.DataFrame, table: ImportedTa
 
 def _kept_rows(raw: pl.DataFrame, screened: pl.DataFrame) -> pl.LazyFrame:
     """One row of each pair; lazy, so that only the columns that are read are copied."""
-    accepted = screened.lazy().filter(pl.col("status") == Status.ACCEPTED.value).select(ROW_KEY)
-    kept = raw.lazy().join(accepted, on=ROW_KEY, how="semi")
-    columns = ("pair_id", "query", "language", "source", "record")
+    accepted = screened.lazy().filter(pl.col("status") == Status.ACCEPTED.value).select(*ROW_KEY, "cluster")
+    kept = raw.lazy().join(accepted, on=ROW_KEY, maintain_order="left", validate="1:1")
+    columns = ("pair_id", "query", "language", "source", "record", "cluster")
     return kept.select(*columns, row=row_place()).with_row_index("number")
 
 

@@ -13,19 +13,23 @@ from qaq_pipeline.orchestration.run_log import report_gate
 from qaq_pipeline.reports.table_numbers import of_screened_data
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import batch_order, contamination, gates, screen_batch
+from qaq_pipeline.screening.screen_batch import Neighbours
 from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
     """screened_data[batch]: the verdict on each row before any GPU time is spent."""
-    screening, limits = settings.screening, settings.gates
+    screening, limits, hold_out = settings.screening, settings.gates, settings.held_out
 
     @asset(
-        settings, VERSION, reads=[contamination.VERSION, screening, limits.max_rejected_share], output_required=False
+        settings,
+        VERSION,
+        reads=[contamination.VERSION, screening, limits.max_rejected_share, hold_out],
+        output_required=False,
     )
     def screened_data(
         context: dg.AssetExecutionContext,
@@ -38,9 +42,9 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
         found = screen_batch.find_benchmarks(storage, batch, raw_data, screening.contamination)
         # One batch at a time: each is compared with all before it, and the next must find this one's rows.
         with storage.locks.hold("batch_order", waits=True):
-            older = _older(context, storage) if screening.duplicates.across_batches else []
-            made = screen_batch.screen_batch(storage, raw_data, signatures, older, found, screening, limits)
-            metadata = of_screened_data(made.frame, older, found.hashes) | gate_metadata(made.gate)
+            others = _others(context, storage) if screening.duplicates.across_batches else Neighbours()
+            made = screen_batch.screen_batch(storage, raw_data, signatures, others, found, screening, limits, hold_out)
+            metadata = of_screened_data(made.frame, others.older, found.hashes) | gate_metadata(made.gate)
             inputs = {"raw_data": raw_data, "signatures": signatures}
             result = table_result(context, made.frame, inputs, metadata, **made.facts)
             assert result.value is not None
@@ -54,12 +58,13 @@ def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
     return screened_data
 
 
-def _older(context: dg.AssetExecutionContext, storage: Storage) -> list[str]:
-    """Older batches whose rows may represent rows of this one; the log names those that are left out."""
+def _others(context: dg.AssetExecutionContext, storage: Storage) -> Neighbours:
+    """The comparable batches before and after this one; the log names the older ones that are left out."""
     older = batch_order.batches_before(storage, context.partition_key)
     registered = set(context.instance.get_dynamic_partitions(str(BATCHES.name)))
     comparable = eligibility.comparable_batches(storage, older, registered)
     for batch in older:
         if batch not in comparable:
             context.log.warning("not compared with batch %s: it is gated, incomplete, stale, or gone", batch)
-    return list(comparable)
+    newer = batch_order.batches_after(storage, context.partition_key)
+    return Neighbours(list(comparable), list(eligibility.comparable_batches(storage, newer, registered)))

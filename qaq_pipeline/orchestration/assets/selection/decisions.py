@@ -14,20 +14,21 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.selection.decisions import by_reason, decide
-from qaq_pipeline.selection.scored_batch import ScoredBatch
+from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, ScoredBatch, read_judged
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
-VERSION = "4"
+VERSION = "5"
 
 
 def build_decisions(settings: Settings) -> dg.AssetsDefinition:
     """decisions[batch]: every input row under every named selection, with its reason."""
     ranking, published = settings.ranking, settings.published
     cut_by = [ranking.reference] if ranking.pool == "reference" else []
+    limits = settings.gates.model_dump(include={"min_scorable_share", "must_tell"})
     keyed_by = [table.model_dump(exclude={"path"}) for table in settings.tables_read]
 
-    @asset(settings, VERSION, reads=[settings.selections, settings.gates.min_scorable_share, *cut_by, *keyed_by])
+    @asset(settings, VERSION, reads=[settings.selections, limits, *cut_by, *keyed_by])
     def decisions(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
@@ -36,22 +37,26 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         rmi_scores: dict[str, StoredTable],
         disagreement_scores: StoredTable,
     ) -> dg.MaterializeResult:
-        batch = ScoredBatch(raw_data, screened_data, rmi_scores, disagreement_scores)
+        judged = read_judged(storage, context.partition_key) if settings.is_calibrated else None
+        batch = ScoredBatch(raw_data, screened_data, rmi_scores, disagreement_scores, judged)
         frozen = stored_reference.read_pool(storage, ranking)
         stored_reference.require_pool(disagreement_scores, ranking, frozen)
         imported = imported_tables.read_tables(settings.tables_read, tables_named(settings.selections))
         pairs, gate = batch.pairs(settings.selections, imported), batch.gate(settings.gates)
         verdicts = batch.verdicts(pairs, settings.selections, frozen)
         inputs = batch.inputs | stored_reference.as_input(frozen)
-        facts = batch.facts(settings.selections, gate, imported)
+        missed = not_reached(settings.selections, verdicts, pairs) if frozen is None and gate is None else {}
+        facts = batch.facts(settings.selections, gate, imported) | ({UNREACHED_KEY: missed} if missed else {})
         made_of = provenance_of(context, inputs, **facts)
         made_by = storage.provenance.write(made_of, context.run.run_id)
-        frame = decide(raw_data.frame, screened_data.frame, pairs, verdicts, published, made_by, gate)
+        frame = decide(
+            raw_data.frame, screened_data.frame, pairs, verdicts, published, made_by, gate, batch.why_invalid
+        )
         _report_gate(context, storage, settings, screened_data, gate)
         metadata = of_decisions(frame, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
         metadata |= of_imported_tables(imported, raw_data.frame, screened_data.frame)
         if frozen is None and gate is None:
-            metadata["budget_not_reached"] = not_reached(settings.selections, verdicts, pairs)
+            metadata[UNREACHED_KEY] = missed
         metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(frame))])
         return table_result(context, frame, inputs, metadata, **facts)
 

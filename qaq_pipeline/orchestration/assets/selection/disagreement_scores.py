@@ -8,6 +8,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import asset, pictures
 from qaq_pipeline.reports import pages
 from qaq_pipeline.reports.table_numbers import of_disagreement_scores
+from qaq_pipeline.scoring import stored_scores
 from qaq_pipeline.selection import scored_batch, stored_reference
 from qaq_pipeline.storage.origin import by_model
 from qaq_pipeline.storage.storage import Storage
@@ -30,7 +31,7 @@ def build_disagreement_scores(settings: Settings) -> dg.AssetsDefinition:
         facts = {
             "pool_id": stored_reference.pool_id(context.partition_key, ranking, frozen),
             "ranking_hash": settings_hash(ranking.without_pool()),
-            "models": stored_reference.identities(rmi_scores),
+            "models": stored_scores.identities(rmi_scores),
         }
         frame, warnings = scored_batch.rank(rmi_scores, ranking, facts["pool_id"], frozen)
         for warning in warnings:

@@ -1,0 +1,1 @@
+"""The signals of validity, one module each."""
