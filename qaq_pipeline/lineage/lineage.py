@@ -196,7 +196,8 @@ def _tables(storage: Storage, entry: Mapping[str, Any], pipeline: Pipeline) -> t
         footer = storage.tables.readable_footer(name, partition)
         state = _state(footer, entered.get(key))
         if footer is not None and state is State.AS_PUBLISHED:
-            inputs = {} if pipeline[name].purpose is Purpose.REFERENCE else _inputs(footer, partition, pipeline)
+            is_end = pipeline[name].purpose is Purpose.REFERENCE or partition.batch != entry["batch"]
+            inputs = {} if is_end else _inputs(footer, partition, pipeline)
             if any(entered.setdefault(source, version) != version for source, version in inputs.items()):
                 state = State.SAME_CONTENT
             raw_data = footer if name == "raw_data" else raw_data
@@ -210,7 +211,8 @@ def _partitions(
 ) -> Iterator[tuple[str, str, Partition]]:
     """Key (as in a provenance), table and partition of everything from which a batch's selection was made.
 
-    From the publication back to the delivery: each table's inputs come after it.
+    From the publication back to the delivery: each table's inputs come after it. A table of another batch that it
+    takes over, as a small batch does with validity_cuts, comes directly after its own; the walk ends there.
 
     Args:
         entry: of the batch in the manifest.
@@ -229,6 +231,9 @@ def _partitions(
             continue
         for partition in asset.partitions(entry["batch"], list(entry["models"])):
             yield str(Input(name, partition.model)), name, partition
+        for source in sorted(map(Input.parse, entered), key=str):
+            if source.table == name and source.batch is not None:
+                yield str(source), name, Partition(source.batch, source.model)
 
 
 def _inputs(footer: Footer, partition: Partition, pipeline: Pipeline) -> dict[str, str]:

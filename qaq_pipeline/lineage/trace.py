@@ -20,6 +20,7 @@ from qaq_pipeline.storage.storage import Storage
 _SHOWN = {
     "selected_subset": ("position",),
     "decisions": ("decision", "reason"),
+    "validity": ("invalid_by",),
     "disagreement_scores": ("gap", "ranks"),
     "rmi_scores": ("rmi", "log_ppl_q", "log_ppl_q_given_a"),
     "logprobs": ("sum_nll_q", "sum_nll_q_given_a", "num_q_tokens"),

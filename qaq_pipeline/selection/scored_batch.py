@@ -131,8 +131,10 @@ class ScoredBatch:
         """The stored verdict on the batch. Raises gates.StaleVerdictError."""
         made_of = {role: table.provenance for role, table in self.rmi_scores.items()}
         of_scores = gates.of_batch(batch_of(self.raw_data), self.screened_data.provenance, made_of, limits)
-        is_untold = self.judged is not None and words.is_untold(self.judged.cuts.frame)
-        return gates.cannot_tell(words.UNTOLD) if of_scores is None and limits.must_tell and is_untold else of_scores
+        if of_scores is not None or self.judged is None or not limits.must_tell:
+            return of_scores
+        cuts = self.judged.cuts.frame
+        return gates.cannot_tell(words.untold(cuts)) if words.is_untold(cuts) else None
 
     def pairs(self, selections: Sequence[Selection], imported: Mapping[str, ImportedTable]) -> pl.DataFrame:
         """The candidates with the columns that selections name, of the rows and of imported tables."""

@@ -25,13 +25,8 @@ _WHY_NO_CUT = {
     NoCutReason.NOT_PLANTED: "no row with its defect was planted (calibration.defects)",
     NoCutReason.NOT_SCORED: "no pair has its score under both models",
     NoCutReason.TOO_FEW_PLANTED: "too few planted rows have its score",
-    NoCutReason.CANNOT_TELL: "it does not tell the batch's pairs from planted ones",
+    NoCutReason.CANNOT_TELL: "it does not tell pairs from planted ones",
 }
-
-UNTOLD = (
-    "RMI does not tell the pairs of this batch from the same queries with answers to other queries, so it declares "
-    "none invalid; either the models cannot judge such data, or hardly a pair of the batch is valid"
-)
 
 
 def reasons(pairs: pl.DataFrame, validity: pl.DataFrame, cuts: pl.DataFrame) -> pl.DataFrame:
@@ -89,6 +84,11 @@ def _values(
 def _numbers(
     one: Definition, values: Mapping[str, tuple[float, float]], evidence: float, cut: Mapping[str, Any]
 ) -> str:
+    if one.of_text is not None:
+        is_found, mean = values[MODELS[0]]  # Both models see the same text.
+        is_so, is_not = one.of_text
+        of_planted = f"in {mean:.0%} of the planted {one.compared_with}"
+        return f"Here {is_so}, as {of_planted}" if is_found else f"Here {is_not}; one is {of_planted}"
     own = " and ".join(f"{_number(values[role][0])} under the {role} model" for role in MODELS)
     means = " and ".join(_number(values[role][1]) for role in MODELS)
     return (
@@ -110,7 +110,8 @@ def of_cuts(cuts: pl.DataFrame) -> list[str]:
         if row["null_reason"] == NoCutReason.TURNED_OFF.value:
             continue
         if row["cut"] is None:
-            said.append(f"{row['signal']}: declares nothing, because {_WHY_NO_CUT[NoCutReason(row['null_reason'])]}")
+            why = _WHY_NO_CUT[NoCutReason(row["null_reason"])]
+            said.append(f"{row['signal']} (rows of {', '.join(row['chosen_from'])}): declares nothing, because {why}")
         else:
             said.append(_of_cut(row))
     return said
@@ -127,14 +128,14 @@ def _of_cut(row: Mapping[str, Any]) -> str:
 
 def warnings(cuts: pl.DataFrame) -> list[str]:
     """What a reader must know first: the signals that could not tell anything, as sentences."""
-    untold = cuts.filter(pl.col("null_reason") == NoCutReason.CANNOT_TELL.value)["signal"].to_list()
-    first = [UNTOLD] if Signal.MISMATCH.value in untold else []
-    others = [signal for signal in untold if signal != Signal.MISMATCH.value]
+    others = cuts.filter(_cannot_tell(), pl.col("signal") != Signal.MISMATCH.value)
+    first = [untold(cuts)] if is_untold(cuts) else []
     return (
         first
         + [
-            f"the signal {signal} does not tell the pairs of this batch from planted ones, so it declares none invalid"
-            for signal in others
+            f"the signal {row['signal']} does not tell the pairs of {_source(row)} from planted ones, so it declares "
+            "none invalid"
+            for row in others.iter_rows(named=True)
         ]
         + [_too_many(row) for row in cuts.iter_rows(named=True) if _drops_too_many(row)]
     )
@@ -153,6 +154,27 @@ def _too_many(cut: Mapping[str, Any]) -> str:
 
 
 def is_untold(cuts: pl.DataFrame) -> bool:
-    """Whether RMI tells nothing about the batch."""
-    mismatch = cuts.filter(pl.col("signal") == Signal.MISMATCH.value)
-    return mismatch["null_reason"].to_list() == [NoCutReason.CANNOT_TELL.value]
+    """Whether RMI tells nothing about the batches from which the cuts were chosen."""
+    return not cuts.filter(_cannot_tell(), signal=Signal.MISMATCH.value).is_empty()
+
+
+def untold(cuts: pl.DataFrame) -> str:
+    """The sentence for people where `is_untold`. It names the batches that RMI tells nothing about.
+
+    They are others than the judged one where it has the cuts of an older batch or of a reference.
+    """
+    of = _source(cuts.row(by_predicate=pl.col("signal") == Signal.MISMATCH.value, named=True))
+    return (
+        f"RMI does not tell the pairs of {of} from the same queries with answers to other queries, so it declares none "
+        f"invalid; either the models cannot judge such data, or hardly a pair of {of} is valid"
+    )
+
+
+def _cannot_tell() -> pl.Expr:
+    return pl.col("null_reason") == NoCutReason.CANNOT_TELL.value
+
+
+def _source(cut: Mapping[str, Any]) -> str:
+    """The batches whose rows a signal was compared with."""
+    batches = cut["chosen_from"]
+    return f"{'batch' if len(batches) == 1 else 'the batches'} {', '.join(batches)}"

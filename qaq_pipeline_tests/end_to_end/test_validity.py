@@ -17,6 +17,7 @@ from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import changed_inputs
+from qaq_pipeline.lineage import lineage, trace, verify
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.jobs import build_job_defs
 from qaq_pipeline.pipeline import PIPELINE
@@ -32,7 +33,7 @@ from qaq_pipeline.selection.scored_batch import UNREACHED_KEY
 from qaq_pipeline.selection.stored_reference import CUTS, NAME
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline.storage.tables import StoredTable
-from qaq_pipeline.validity.words import UNTOLD
+from qaq_pipeline.validity.words import untold
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY
 from qaq_pipeline_tests.support.recomputed_validity import check_validity
@@ -304,7 +305,7 @@ def test_a_batch_of_wrong_answers_alone_is_one_about_which_rmi_tells_nothing(
     settings = settings_for(calibration={})
     curate(settings, [mismatch(number) for number in range(NUM_ROWS)])
     assert no_cut(settings)["mismatch"] == NoCutReason.CANNOT_TELL.value
-    assert metadata(instance, "validity_cuts")["warnings"] == [UNTOLD]
+    assert metadata(instance, "validity_cuts")["warnings"] == [untold(stored(settings, "validity_cuts").frame)]
 
 
 def test_where_the_models_cannot_tell_that_is_said_and_nothing_is_a_mismatch(
@@ -313,8 +314,9 @@ def test_where_the_models_cannot_tell_that_is_said_and_nothing_is_a_mismatch(
     settings = settings_for(calibration={})
     blind = Reader(is_blind=True)
     curate(settings, sixty_rows(), runtime=blind, last=SCORE)
-    assert UNTOLD in run_job(settings, instance, SELECT, "b1", blind)
-    assert metadata(instance, "validity_cuts")["warnings"] == [UNTOLD]
+    logged = run_job(settings, instance, SELECT, "b1", blind)
+    assert untold(stored(settings, "validity_cuts").frame) in logged
+    assert metadata(instance, "validity_cuts")["warnings"] == [untold(stored(settings, "validity_cuts").frame)]
     assert no_cut(settings)["mismatch"] == NoCutReason.CANNOT_TELL.value
     assert metadata(instance, "validity")["invalid_pairs"]["mismatch"] == 0
     decisions = decided(settings)
@@ -333,7 +335,7 @@ def test_where_the_models_must_tell_the_batch_is_held_back(
     assert set(decisions["decision"]) == {"batch_gated"}
     assert set(decisions["reason"]) == {GateReason.CANNOT_TELL.value}
     assert stored(settings, "selected_subset").frame.is_empty()
-    assert UNTOLD in decisions["explanation"][0]
+    assert untold(stored(settings, "validity_cuts").frame) in decisions["explanation"][0]
     check_sentence(decisions["explanation"][0])
     # Scores that tell release it.
     curate(settings, sixty_rows(), runtime=Reader(system="1"))
@@ -385,6 +387,28 @@ def test_a_small_batch_takes_the_cuts_of_the_newest_older_one_over(
     assert changed_inputs(storage, "validity_cuts", "b2", PIPELINE) == []
     curate(settings, sixty_rows()[:-1])
     assert "validity_cuts|b1|" in changed_inputs(storage, "validity_cuts", "b2", PIPELINE)
+
+
+def test_the_lineage_of_a_small_batch_names_the_cuts_that_it_takes_over(
+    settings_for: SettingsFor, curate: Callable[..., None]
+) -> None:
+    settings = settings_for(calibration={})
+    curate(settings, sixty_rows())
+    curate(settings, [clean(100), clean(101), mismatch(102)], "b2", last=PUBLISH)
+    storage = open_storage(settings)
+    walked = lineage.walk(storage, versions.find_version(storage, "latest").version)
+    (small,) = [batch for batch in walked.batches if batch.name == "b2"]
+    older = [table for table in small.tables if table.partition.batch == "b1"]
+    assert [(table.name, table.state) for table in older] == [("validity_cuts", lineage.State.AS_PUBLISHED)]
+    own = [table.name for table in small.tables].index("validity_cuts")
+    assert small.tables[own + 1] == older[0]
+    file = stored(settings, "raw_data", "b2").frame["source_file"][0]
+    (path,) = trace.trace(storage, walked, f"b2/{file}:3")
+    assert [row.facts for row in path.tables if row.table.name == "validity"] == [{"invalid_by": "mismatch"}]
+    assert list(verify.verify(storage, walked)) == []
+    Path(older[0].path).write_bytes(b"PAR1")
+    alone = dataclasses.replace(walked, batches=(small,))
+    assert [finding.path for finding in verify.verify(storage, alone)] == [older[0].path]
 
 
 def test_a_small_batch_of_other_models_takes_nothing_over(

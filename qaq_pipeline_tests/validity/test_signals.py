@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import ValiditySettings
 from qaq_pipeline.schema.tables import RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import INVALID_REASONS, Defect, SelectionReason, Signal
-from qaq_pipeline.validity.judgement import MODELS, choose_cuts, judge, judged_pairs
+from qaq_pipeline.validity.judgement import MODELS, choose_cuts, judge, judged_pairs, of_signal
 from qaq_pipeline.validity.signals.catalogue import SIGNALS
+from qaq_pipeline.validity.signals.mismatch import SHORTEST
 from qaq_pipeline.validity.signals.signal import Definition
 from qaq_pipeline.validity.unclosed import is_unclosed
 from qaq_pipeline_tests.support.frames import pair_name
@@ -162,3 +164,44 @@ def test_an_answer_that_was_truncated_is_not_judged_by_its_end() -> None:
 )
 def test_an_answer_is_unclosed_where_a_bracket_or_a_fence_is_left_open(answer: str, is_open: bool) -> None:
     assert is_unclosed(pl.Series([answer, ""])).to_list() == [is_open, False]
+
+
+# --- short answers --------------------------------------------------------------------------------------------------
+
+
+def of_tokens(pairs: pl.DataFrame, strong: int, weak: int | None = None) -> pl.DataFrame:
+    """The pairs with answers of so many tokens under the strong model, and under the weak one, if that differs."""
+    under_weak = strong if weak is None else weak
+    tokens = pl.when(pl.col("model") == "strong").then(strong).otherwise(under_weak)
+    return pairs.with_columns(num_a_tokens_untruncated=tokens.cast(pairs.schema["num_a_tokens_untruncated"]))
+
+
+@pytest.mark.parametrize(
+    ("strong", "weak", "is_judged"),
+    [(SHORTEST, SHORTEST, True), (SHORTEST - 1, SHORTEST - 1, False), (SHORTEST, SHORTEST - 1, False), (1, 99, False)],
+)
+def test_a_mismatch_is_told_only_from_an_answer_that_is_long_enough(strong: int, weak: int, is_judged: bool) -> None:
+    mismatches = pairs_like(Defect.OTHER_ANSWER, 20, 3000)
+    found = raised(Signal.MISMATCH, of_tokens(mismatches, strong, weak))
+    assert (len(found) >= 15) if is_judged else not found
+    validity = judged_alone(of_tokens(mismatches, strong, weak))
+    assert validity["evidence"].null_count() == (0 if is_judged else 20)
+
+
+def judged_alone(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Evidence of mismatch for each of these pairs, by the cut of clean pairs and planted rows."""
+    settings = ValiditySettings()
+    of_batch = sample(pairs_like(CLEAN_PAIR, NUM_CLEAN))
+    validity = judge(pairs, choose_cuts(of_batch, settings), settings)
+    return of_signal(validity, Signal.MISMATCH)
+
+
+def test_planted_rows_with_short_answers_set_no_cut_of_mismatch() -> None:
+    short = of_tokens(planted(30, Defect.OTHER_ANSWER, first=200_000), SHORTEST - 1)
+    long = planted(60, Defect.OTHER_ANSWER)
+    both, alone = (
+        choose_cuts(sample(pairs_like(CLEAN_PAIR, NUM_CLEAN), rows), ValiditySettings()).filter(signal="mismatch")
+        for rows in (together(long, short), long)
+    )
+    assert_frame_equal(both, alone, check_exact=True)
+    assert both["num_planted"].item() == 60

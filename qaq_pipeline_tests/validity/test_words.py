@@ -15,7 +15,7 @@ from qaq_pipeline.validity import words
 from qaq_pipeline.validity.judgement import MODELS, choose_cuts, judge
 from qaq_pipeline.validity.signals.catalogue import SIGNALS
 from qaq_pipeline.validity.signals.signal import Definition
-from qaq_pipeline.validity.words import UNTOLD, WHY
+from qaq_pipeline.validity.words import WHY
 from qaq_pipeline_tests.support.frames import pair_name
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.validity import CLEAN_PAIR, DEFECTS, DROP_ALL, pairs_like, sample, together
@@ -120,8 +120,22 @@ def test_every_number_of_a_reason_is_that_of_the_frames(pairs: pl.DataFrame, one
         means = [one.sign * (spreads[m]["place"] + spreads[m]["place_slope"] * at[m]) for m in MODELS]
         numbers = [*(SHOWN[one.signal](rows[role]) for role in MODELS), *means, evidence[pair_id], cut["cut"]]
         expected = [f"{number:.3f}" for number in numbers] + [f"{1 - cut['missed']:.0%}"]
+        if one.of_text is not None:
+            expected = [f"{means[0]:.0%}"]
         assert NUMBER.findall(found[pair_id]) == expected
         assert evidence[pair_id] <= cut["cut"]
+
+
+def test_a_signal_of_the_text_says_whether_the_text_has_its_mark(pairs: pl.DataFrame) -> None:
+    (one,) = [one for one in SIGNALS if one.of_text is not None]
+    cut = cut_of(one.signal, judged_by(one.signal, pairs)[2])
+    mean = -cut["spreads"][0]["place"]
+    for is_open, said in ((True, "a bracket or a code fence is left open, as in"), (False, "no bracket or code fence")):
+        pair = pairs_like(CLEAN_PAIR, 1).with_columns(is_unclosed=pl.lit(is_open))
+        (sentence,) = words.measured(one, pair, cut, {pair_name(1): 0.0}).values()
+        assert sentence.startswith(f"Here {said}")
+        assert NUMBER.findall(sentence) == [f"{mean:.0%}"]
+        assert "model" not in sentence
 
 
 def test_no_number_is_minus_zero() -> None:
@@ -178,8 +192,20 @@ def test_a_signal_that_cannot_tell_is_a_warning(signal: Signal, check_sentence: 
 
 def test_that_rmi_tells_nothing_is_said_first() -> None:
     cuts = pl.concat([one_cut(signal, null_reason=NoCutReason.CANNOT_TELL.value) for signal in Signal])
-    assert [sentence == UNTOLD for sentence in words.warnings(cuts)] == [True] + [False] * 4
-    assert [sentence == UNTOLD for sentence in words.warnings(cuts.reverse())] == [True] + [False] * 4
+    for order in (cuts, cuts.reverse()):
+        said = words.warnings(order)
+        assert [sentence == words.untold(cuts) for sentence in said] == [True] + [False] * 4
+
+
+@pytest.mark.parametrize(("chosen_from", "of"), [(["b0"], "batch b0"), (["b0", "b1"], "the batches b0, b1")])
+def test_a_cut_of_other_batches_is_said_to_be_theirs(chosen_from: list[str], of: str) -> None:
+    for signal in Signal:
+        cuts = one_cut(signal, null_reason=NoCutReason.CANNOT_TELL.value, chosen_from=chosen_from)
+        (said,) = words.warnings(cuts)
+        assert f"does not tell the pairs of {of} from" in said
+        assert "this batch" not in said
+        (of_cut,) = words.of_cuts(cuts)
+        assert f"(rows of {', '.join(chosen_from)})" in of_cut
 
 
 @pytest.mark.parametrize("reason", [reason for reason in NoCutReason if reason is not NoCutReason.CANNOT_TELL])

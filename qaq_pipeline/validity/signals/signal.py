@@ -40,3 +40,6 @@ class Definition:
     """Name of the number as people read it."""
     compared_with: str = ""
     """The planted rows, in words."""
+    of_text: tuple[str, str] | None = None
+    """Where the number is 1 or 0 and comes from the text alone: what is said of a pair with 1 ("…, as in 45% of the
+    planted rows"), and of one with 0 ("…; one is in 45% of the planted rows")."""

@@ -19,6 +19,7 @@ UNCLOSED = Definition(
     is_possible=pl.col("is_unclosed"),
     max_missed=0.6,
     fault="the answer leaves a bracket or a code fence open",
-    measure="the mark of an open bracket or code fence (one: open)",
+    measure="an open bracket or code fence",
     compared_with="cut answers",
+    of_text=("a bracket or a code fence is left open", "no bracket or code fence is left open"),
 )
