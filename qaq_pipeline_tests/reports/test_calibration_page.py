@@ -160,7 +160,7 @@ def test_a_signal_that_tells_nothing_is_an_alert(judged: Judged) -> None:
     findings = check_metrics.of_calibration(frame, "diff_high", whole.checks)
     shown = Shown("b1", clean_texts(), clean_scores(), planted_rows(), untold)
     text = calibration_page.page(shown, None, judged, frame, findings, whole, MADE).decode()
-    assert f'role="alert"><strong>Warning:</strong> {words.UNTOLD}.' in text
+    assert f'role="alert"><strong>Warning:</strong> {words.untold(untold)}.' in text
     assert "Nearest pairs" not in text
 
 

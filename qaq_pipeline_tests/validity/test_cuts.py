@@ -86,6 +86,14 @@ def test_the_missed_share_is_bounded_in_expectation(num_planted: int, max_missed
     assert np.mean(missed) <= max_missed + 0.01
 
 
+def test_planted_pairs_that_cannot_have_the_defect_are_missed_above_the_limit() -> None:
+    planted = np.concatenate([normal(1, 70), np.full(30, np.inf)])
+    cut = choose_cut(batch_with(0.0, 2), planted, 0.05, 1.0)
+    assert cut is not None
+    assert cut.residual == planted[:70].max()
+    assert cut.missed == pytest.approx(31 / 101)
+
+
 @pytest.mark.parametrize(("num_planted", "max_missed"), [(18, 0.05), (5, 0.15), (0, 0.5)])
 def test_too_few_planted_pairs_give_no_cut(num_planted: int, max_missed: float) -> None:
     assert choose_cut(normal(0, 100), normal(1, num_planted), max_missed, 0.02) is None
