@@ -41,7 +41,7 @@ from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.strategies import select
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline.validity import judgement
-from qaq_pipeline.validity.judgement import Sample, judged_pairs
+from qaq_pipeline.validity.judgement import Sample, judged_pairs, judged_planted
 
 PRIORS = ("null_answer", "user", "bare")
 ROLES = ("strong", "weak")
@@ -154,9 +154,8 @@ def measure(settings: Settings, pairs: pl.DataFrame, planted: pl.DataFrame) -> d
         scored = score(settings, role, rows)  # In one call: loading a model takes as long as scoring hundreds of pairs.
         clean[role], bad[role] = (scored.join(of, on="pair_id", how="semi") for of in (pairs, planted))
     ranked, _ = disagreement_scores.disagreement_scores(clean, settings.ranking, "batch:b")
-    of_clean, of_bad = judged_pairs(clean, pairs), judged_pairs(bad, planted)
-    defects = of_bad.join(planted.select("pair_id", "defect"), on="pair_id", maintain_order="left")
-    cuts = judgement.choose_cuts(Sample(of_clean, defects, ("b",)), settings.validity)
+    of_clean, of_bad = judged_pairs(clean, pairs), judged_planted(bad, planted)
+    cuts = judgement.choose_cuts(Sample(of_clean, of_bad, ("b",)), settings.validity)
     validity = (judgement.judge(of_clean, cuts, settings.validity), judgement.judge(of_bad, cuts, settings.validity))
     judged = calibration.judge(planted, bad, clean, ranked, validity, settings.ranking, settings.selections)
     found = calibration.calibrate(

@@ -19,7 +19,7 @@ from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.validity import judgement
-from qaq_pipeline.validity.judgement import MODELS, Sample, judged_pairs
+from qaq_pipeline.validity.judgement import MODELS, Sample, judged_pairs, judged_planted
 
 Score = Callable[[str, pl.DataFrame], pl.DataFrame]
 """RmiScores of rows under a model."""
@@ -58,9 +58,7 @@ def curate(batch: Batch, settings: Settings, score: Score, *, is_valid_first: bo
     scores = {role: score(role, pairs) for role in MODELS}
     sample = Sample(
         judged_pairs(scores, pairs),
-        judged_pairs({role: score(role, planted) for role in MODELS}, planted).join(
-            planted.select("pair_id", "defect"), on="pair_id", maintain_order="left"
-        ),
+        judged_planted({role: score(role, planted) for role in MODELS}, planted),
         (batch.name,),
     )
     cuts = judgement.choose_cuts(sample, settings.validity)

@@ -2,7 +2,7 @@
 
 Belongs here: the evidence of every signal, where its cut lies, and which pairs it declares invalid; frames in, frames
 out. Does not belong here: the statistics of a cut (`cuts`), what a signal reads (`signals`), and stored tables
-(`validity_of_batch`).
+(`planted_sample`, `stored_cuts`).
 
 The evidence of a signal is the mean over both models of (value - place) / scale, where place and scale are those of the
 planted rows at the same covariate. The mean of both tells every kind of defect as well as the better model, or better.
@@ -46,6 +46,17 @@ def judged_pairs(scores: Mapping[str, pl.DataFrame], texts: pl.DataFrame) -> pl.
     return long.join(shown, on="pair_id", validate="m:1").sort("model", "pair_id")
 
 
+def judged_planted(scores: Mapping[str, pl.DataFrame], planted: pl.DataFrame) -> pl.DataFrame:
+    """The planted rows as `judged_pairs`, with `defect`.
+
+    Args:
+        scores: PlantedScores by model.
+        planted: PlantedRows.
+    """
+    defects = planted.select("pair_id", "defect")
+    return judged_pairs(scores, planted).join(defects, on="pair_id", validate="m:1", maintain_order="left")
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """The pairs and planted rows from which cuts are chosen."""
@@ -53,7 +64,7 @@ class Sample:
     pairs: pl.DataFrame
     """Of `judged_pairs`: the pairs as delivered."""
     planted: pl.DataFrame
-    """Of `judged_pairs`: the planted rows, with `defect`."""
+    """Of `judged_planted`."""
     batches: tuple[str, ...]
 
     @classmethod
@@ -76,9 +87,7 @@ def _row(one: Definition, sample: Sample, settings: ValiditySettings) -> dict[st
     planted = sample.planted.filter(pl.col("defect").is_in([defect.value for defect in one.defects]))
     planted = _judgeable(planted, one)
     pairs = _judgeable(sample.pairs, one)
-    numbers = ("cut", "missed", "defect_share", "defect_share_upper", "dropped", "false_share")
-    none: dict[str, Any] = dict.fromkeys(numbers)
-    row = none | {
+    row: dict[str, Any] = {  # The numbers of a cut are null where they are missing.
         "signal": one.signal.value,
         "null_reason": None,
         "num_planted": planted.height // len(MODELS),
@@ -88,7 +97,7 @@ def _row(one: Definition, sample: Sample, settings: ValiditySettings) -> dict[st
     }
     if reason := _no_cut(one, row, settings):
         return row | {"null_reason": reason.value}
-    spreads = {role: _spread(one, planted.filter(pl.col("model") == role)) for role in MODELS}
+    spreads = {role: spread_of(*_values(one, planted.filter(pl.col("model") == role))) for role in MODELS}
     of_planted, of_pairs = (_as_possible(one, rows, _evidence(one, rows, spreads)) for rows in (planted, pairs))
     cut = choose_cut(of_pairs, of_planted, one.max_missed, settings.max_false_share)
     if cut is None:
@@ -120,10 +129,6 @@ def _judgeable(rows: pl.DataFrame, one: Definition) -> pl.DataFrame:
     """The pairs that have the value and the covariate under both models."""
     has_both = (one.value.is_not_null() & one.covariate.is_not_null()).all().over("pair_id")
     return rows.filter(has_both)
-
-
-def _spread(one: Definition, planted: pl.DataFrame) -> Spread:
-    return spread_of(*_values(one, planted))
 
 
 def _values(one: Definition, rows: pl.DataFrame) -> tuple[Numbers, Numbers]:

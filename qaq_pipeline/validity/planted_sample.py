@@ -14,7 +14,7 @@ from qaq_pipeline.scoring.logprobs import accepted_rows
 from qaq_pipeline.scoring.stored_scores import Scores, differently_scored, scored_by
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.tables import StoredTable
-from qaq_pipeline.validity.judgement import Sample, judged_pairs
+from qaq_pipeline.validity.judgement import Sample, judged_pairs, judged_planted
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class PlantedSample:
     @property
     def planted(self) -> pl.DataFrame:
         """The planted rows, as the signals read them, with `defect`."""
-        rows = self.planted_rows.frame
-        pairs = judged_pairs({role: table.frame for role, table in self.planted_scores.items()}, rows)
-        return pairs.join(rows.select("pair_id", "defect"), on="pair_id", validate="m:1", maintain_order="left")
+        scores = {role: table.frame for role, table in self.planted_scores.items()}
+        return judged_planted(scores, self.planted_rows.frame)
 
     @property
     def sample(self) -> Sample:

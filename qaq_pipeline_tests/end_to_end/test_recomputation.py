@@ -82,19 +82,24 @@ def test_every_number_of_an_explanation_follows_from_the_sums_and_every_row_from
         assert "TASK: Given an answer" in json.dumps(scored_by["template"])
 
 
+def demo_settings(home: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Settings:
+    """The demo's settings with its fetched models, without reports, in another home."""
+    models = load_settings("demo").model_cache_dir
+    if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
+        pytest.fail(f"{models}: no models; `make test-slow` fetches them")
+    monkeypatch.setenv("QAQ_HOME", str(home))
+    changes |= {"model_cache": str(models), "reports": NO_REPORTS}
+    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True) | changes
+    return parse_settings(yaml.safe_dump(values), "demo")
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.timeout(3600)
 def test_every_number_of_the_demo_follows_from_the_sums(
     instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = load_settings("demo").model_cache_dir
-    if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
-        pytest.fail(f"{models}: no models; `make test-slow` fetches them")
-    monkeypatch.setenv("QAQ_HOME", str(tmp_path))
-    changes = {"model_cache": str(models), "reports": NO_REPORTS, **NO_CALIBRATION}
-    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True) | changes
-    settings = parse_settings(yaml.safe_dump(values), "demo")
+    settings = demo_settings(tmp_path, monkeypatch, **NO_CALIBRATION)
     for path in sorted(EXAMPLES.parent.iterdir()):
         batch = path.name.split(".")[0]
         registration.register(Deployment(settings, instance), batch, [path], None)
@@ -108,12 +113,7 @@ def test_every_number_of_the_demo_follows_from_the_sums(
 def test_every_number_of_the_validity_of_a_demo_batch_follows_from_the_scores(
     instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = load_settings("demo").model_cache_dir
-    if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
-        pytest.fail(f"{models}: no models; `make test-slow` fetches them")
-    monkeypatch.setenv("QAQ_HOME", str(tmp_path))
-    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True)
-    settings = parse_settings(yaml.safe_dump(values | {"model_cache": str(models), "reports": NO_REPORTS}), "demo")
+    settings = demo_settings(tmp_path, monkeypatch)
     registration.register(Deployment(settings, instance), "b1", [EXAMPLES], None)
     run_batch.run_batch(Deployment(settings, instance), "b1")
     invalid = check_validity(open_storage(settings), settings, "b1")
