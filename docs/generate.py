@@ -78,6 +78,7 @@ def _file_of(table: str) -> str:
         Partitioning.BATCH: "<batch>",
         Partitioning.BATCH_AND_MODEL: "<batch>/<model>",
         Partitioning.REFERENCE: "<name>",
+        Partitioning.VERSION: "<version>",
     }
     return f"{table}/{folders[PIPELINE[table].partitioning]}/table.parquet"
 

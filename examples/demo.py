@@ -41,7 +41,7 @@ def main() -> None:
     print_defects(batches)
     done = time.monotonic()
     console.print(f"Models fetched and converted in {ready - started:.0f} s, batches curated in {done - ready:.0f} s.")
-    console.print("Next: `make ui`, or `.venv/bin/qaq explain 2026-11-02 ROW`.")
+    console.print("Next: `make ui`, or `.venv/bin/qaq explain 2026-11-02 ROW`, or `.venv/bin/qaq trial latest`.")
 
 
 def batch_name(path: Path) -> str:

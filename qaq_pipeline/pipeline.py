@@ -28,6 +28,8 @@ class Partitioning(StrEnum):
     BATCH_AND_MODEL = "batch and model"
     REFERENCE = "reference"
     """Stored once under the name of the reference."""
+    VERSION = "version"
+    """One partition for each published version of the dataset."""
     NONE = "none"
 
 
@@ -41,6 +43,8 @@ class Purpose(StrEnum):
     PUBLICATION = "publication"
     CALIBRATION = "calibration"
     """The scores are validated with it. Nothing is published from it."""
+    TRIAL = "trial"
+    """It tests what is published. It is made on demand only, and nothing is made from it."""
     PAGE = "page"
     """People read it. Nothing is made from it, so a failure stops nothing."""
 
@@ -367,6 +371,17 @@ PIPELINE = Pipeline(
             purpose=Purpose.CALIBRATION,
             schema=tables.Calibration,
             needs_calibration=True,
+        ),
+        Asset(
+            "training_trial",
+            group="trial",
+            job="try_version",
+            inputs=("raw_data", "screened_data", "rmi_scores", "disagreement_scores", "decisions", "curated_dataset"),
+            calibrated_inputs=("validity_cuts", "validity"),
+            optional_inputs=("rank_reference",),
+            partitioning=Partitioning.VERSION,
+            purpose=Purpose.TRIAL,
+            schema=tables.TrainingTrial,
         ),
     )
 )

@@ -34,7 +34,7 @@ def test_the_graph_has_the_declared_inputs_partitions_and_groups(
     graph = build_job_defs(
         settings_for(ranking=ranking, reports={"pages": True}, calibration={"enabled": True})
     ).resolve_asset_graph()
-    dimensions = {Partitioning.BATCH: 1, Partitioning.BATCH_AND_MODEL: 2}
+    dimensions = {Partitioning.BATCH: 1, Partitioning.BATCH_AND_MODEL: 2, Partitioning.VERSION: 1}
     seen = set()
     for key in graph.get_all_asset_keys():
         node, asset = graph.get(key), PIPELINE[key.to_user_string()]

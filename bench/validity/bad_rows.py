@@ -97,12 +97,12 @@ def batches(pairs: Sequence[_Pair], draws: int, draws_alone: int) -> list[Batch]
     for draw in range(draws):
         own = pairs[draw * ROWS : (draw + 1) * ROWS]
         choice = random.Random(100 + draw)  # noqa: S311
-        bad = _spoil(own, [*KINDS], round(max(SHARES) * ROWS), choice)
+        bad = spoil(own, [*KINDS], round(max(SHARES) * ROWS), choice)
         for share in SHARES:
             first = dict(list(bad.items())[: round(share * ROWS)])
             found.append(_batch(draw, f"{share:.0%}", own, first))
         alone = ALONE_KINDS if draw < draws_alone else ()
-        found += [_batch(draw, kind, own, _spoil(own, [kind], round(ALONE * ROWS), choice)) for kind in alone]
+        found += [_batch(draw, kind, own, spoil(own, [kind], round(ALONE * ROWS), choice)) for kind in alone]
     return found
 
 
@@ -110,7 +110,7 @@ def _batch(draw: int, name: str, own: Sequence[_Pair], bad: dict[int, Row]) -> B
     return Batch(draw, name, tuple(bad.get(place, Row(*pair)) for place, pair in enumerate(own)))
 
 
-def _spoil(own: Sequence[_Pair], kinds: Sequence[str], number: int, choice: random.Random) -> dict[int, Row]:
+def spoil(own: Sequence[_Pair], kinds: Sequence[str], number: int, choice: random.Random) -> dict[int, Row]:
     """Bad rows by place, the kinds in turn; a row in which its kind is impossible stays clean."""
     places = list(range(len(own)))
     choice.shuffle(places)

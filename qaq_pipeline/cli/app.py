@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qaq_pipeline.cli import doctor, explain, inspection, lineage, maintenance, run
+from qaq_pipeline.cli import doctor, explain, inspection, lineage, maintenance, run, trial
 from qaq_pipeline.cli.terminal import expected, fail
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.files import StorageError
@@ -56,6 +56,7 @@ for command in (
     inspection.report,
     inspection.table,
     inspection.calibration,
+    trial.trial,
     run.estimate,
     maintenance.cache,
     doctor.doctor,

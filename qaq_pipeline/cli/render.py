@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qaq_pipeline.scoring.runtime import ScoringCost
     from qaq_pipeline.storage.score_cache import CachedModel
     from qaq_pipeline.storage.storage import Storage
+    from qaq_pipeline.trial.trial import TrialProgress
 
 _LONGEST_LINE = 10_000
 
@@ -50,7 +51,7 @@ def progress_display() -> Iterator[Events]:
     )
     with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
         display = _Display(bars)
-        yield Events(on_stage=display.stage, on_progress=display.scoring, on_notice=display.notice)
+        yield Events(display.stage, display.scoring, display.training, display.notice)
         display.finish()
 
 
@@ -71,6 +72,10 @@ class _Display:
         assert self._current is not None
         total, done = progress.total_tokens, progress.done_tokens
         self._bars.update(self._current, total=total, completed=done, detail=progress.sentence)
+
+    def training(self, progress: TrialProgress) -> None:
+        assert self._current is not None
+        self._bars.update(self._current, total=progress.num_steps, completed=progress.step, detail=progress.sentence)
 
     def notice(self, text: str) -> None:
         self._bars.console.print(f"note: {text}", style="yellow", markup=False, highlight=False)

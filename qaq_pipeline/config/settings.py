@@ -386,6 +386,58 @@ class ValiditySettings(Closed):
         return getattr(self, signal.value) == "drop"
 
 
+EVERYTHING, UNTRAINED = TRIAL_ARMS = ("everything", "untrained")
+"""Arms of a training trial that are no selection."""
+HELD_OUT = "held_out"
+"""The measure of a training trial on held-out pairs."""
+
+
+class TrialSettings(Closed):
+    """A training trial of a published version: a model is fine-tuned on its selection, on random controls and on all
+    rows, by the same amount of training, and measured on held-out pairs.
+    """
+
+    model: str = Field("weak", pattern=ROLE_NAME)
+    """Role of the model that is fine-tuned."""
+    selections: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
+    """Further selections to train on, besides the published one and its controls."""
+    seeds: int = Field(5, ge=1, le=100)
+    """Number of trainings of each arm. A seed decides the order of the rows, and the draw of random arms. A verdict
+    needs at least 5."""
+    equal: Literal["tokens", "rows"] = "tokens"
+    """Amount of training that is equal in all arms: answer tokens, or rows."""
+    amount: int | None = Field(None, ge=1)
+    """Answer tokens, or rows, of a training. Default: those of the published selection's random control, once. An arm
+    with fewer repeats its rows."""
+    rows_per_step: int = Field(8, ge=1)
+    """Mean number of rows of an optimizer step in the random control."""
+    method: Literal["full", "lora"] = "full"
+    """Train all weights, or adapters of low rank by peft; `lora` needs the extra `trial`."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Learning rate of the first step; it falls linearly to 0. Default: 5e-5 for full, 2e-4 for lora."""
+    curve_points: int = Field(4, ge=1)
+    """Number of points of a learning curve."""
+    max_held_out: int = Field(400, ge=1)
+    """Maximum number of held-out pairs that are measured, one of each near-duplicate cluster; a keyed hash chooses
+    them."""
+    benchmarks: tuple[BenchmarkSettings, ...] = ()
+    """Files in the format of HumanEval or MBPP, whose canonical solutions are measured after their prompts. Their tasks
+    are not excluded from training: list them in screening.contamination too."""
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        require_distinct("selections", self.selections)
+        require_distinct("benchmarks", [benchmark.name for benchmark in self.benchmarks])
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or {"full": 5e-5, "lora": 2e-4}[self.method]
+
+
 class ExportSettings(Closed):
     """The training files of a published version."""
 
@@ -518,6 +570,8 @@ class Settings(Closed):
     """Named selections. The first is published, with random controls of the same size."""
     calibration: CalibrationSettings = CalibrationSettings()
     """Validation of the scores by planted defects."""
+    trial: TrialSettings = TrialSettings()
+    """Training trial of a published version."""
     export: ExportSettings = ExportSettings()
     """Formats of the published dataset."""
     publication: PublicationSettings = PublicationSettings()
@@ -548,6 +602,7 @@ class Settings(Closed):
         for name in () if isinstance(self.export.selections, str) else self.export.selections:
             if name not in names:
                 raise ValueError(f"export.selections: {name!r} is not a selection; known: {names}")
+        self._check_trial()
         if self.held_out.share and not self.screening.duplicates.across_batches:
             raise ValueError(
                 "held_out: rows are held out with all rows of their cluster, also those of other batches: set "
@@ -556,6 +611,22 @@ class Settings(Closed):
         if self.ranking.pool == "reference" and "rmi" not in self.scoring.quantities:
             raise ValueError("ranking: pool: reference needs `rmi` in scoring.quantities: it ranks RMI")
         return self
+
+    def _check_trial(self) -> None:
+        names = [selection.name for selection in self.selections]
+        for name in names:
+            if name in TRIAL_ARMS:
+                raise ValueError(
+                    f"selections: the name {name!r} is reserved for an arm of `qaq trial`; take another one"
+                )
+        for benchmark in self.trial.benchmarks:
+            if benchmark.name == HELD_OUT:
+                raise ValueError(f"trial.benchmarks: {HELD_OUT!r} is the name of the held-out pairs; take another one")
+        if self.trial.model not in self.models:
+            raise ValueError(f"trial.model: {self.trial.model!r} is not a model; known: {sorted(self.models)}")
+        for name in self.trial.selections:
+            if name not in names:
+                raise ValueError(f"trial.selections: {name!r} is not a selection; known: {names}")
 
     def _check_selection(self, selection: Selection) -> None:
         if selection.name.startswith(CONTROL_PREFIX):

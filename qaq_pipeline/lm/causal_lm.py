@@ -226,9 +226,7 @@ def loaders(
     device = devices.resolve_device(model.device)
     load = functools.partial(load_model, sample_ids=sample_ids)
     if device.type == "cuda":
-        indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
-        locks = {f"cuda:{index}": f"gpu-{torch.cuda.get_device_properties(index).uuid}" for index in indices}
-        with devices.lease_devices(locks, devices.LEASES, limit, devices.LEASE_SECONDS) as gpus:
+        with devices.lease_gpus(device, limit) as gpus:
             settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
             yield [functools.partial(load, gpu, files, min_context) for gpu in settings]
         return

@@ -77,6 +77,19 @@ def lease_devices(locks: Mapping[str, str], directory: Path, limit: int, timeout
         yield held
 
 
+@contextmanager
+def lease_gpus(device: torch.device, limit: int) -> Iterator[list[str]]:
+    """Hold at least one and at most `limit` of this machine's free GPUs, or the GPU of that index, as `cuda:N`.
+
+    Raises:
+        DeviceBusyError: other processes hold them.
+    """
+    indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    locks = {f"cuda:{index}": f"gpu-{torch.cuda.get_device_properties(index).uuid}" for index in indices}
+    with lease_devices(locks, LEASES, limit, LEASE_SECONDS) as gpus:
+        yield gpus
+
+
 def resolve_device(device: str) -> torch.device:
     """The named device; for `auto`, a GPU if there is one.
 

@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -240,6 +240,16 @@ class PairEncoder:
         own = filter(self._tokenizer.is_control, following if self._model.frame == "chat" else ())
         ends = {*own, *self._tokenizer.end_token_ids}
         return tuple(sorted(one for one in ends if one < self._num_embeddings))
+
+    @cached_property
+    def end_of_answer(self) -> int | None:
+        """The token with which a model learns to end an answer: the one that ends a turn in the chat frame, or the end
+        of text. None: the model has neither.
+        """
+        after_query = self._markup_ids(self._model.system_prompt).between_q_and_a[:1]
+        is_end = self._model.frame == "chat" and set(after_query) <= set(self._tokenizer.end_token_ids)
+        end = after_query[0] if after_query and is_end else self._tokenizer.end_of_text_id
+        return end if end is not None and self._can_read([end]) else None
 
     def _no_end(self, end_ids: Collection[int], *, is_truncated: bool) -> NullReason | None:
         """The reason why the end of the answer cannot be scored, or None."""

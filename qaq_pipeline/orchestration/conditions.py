@@ -39,6 +39,8 @@ def _condition(asset: Asset, pipeline: Pipeline) -> dg.AutomationCondition | Non
             return of_report(last_input)
         case Purpose.CURATION:
             return of_batch(last_input)
+        case Purpose.TRIAL:
+            return None
 
 
 def of_batch(last_input: str) -> dg.AutomationCondition:

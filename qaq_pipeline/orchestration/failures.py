@@ -19,6 +19,7 @@ from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.screening.benchmarks import BenchmarkError
 from qaq_pipeline.screening.gates import StaleVerdictError
 from qaq_pipeline.storage.origin import OriginError
+from qaq_pipeline.trial.arms import TrialError
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -31,6 +32,7 @@ _REFUSALS = (
     OriginError,
     StaleVerdictError,
     TableError,
+    TrialError,
 )
 """Errors that say what a person has to do: running the step again would raise them again."""
 

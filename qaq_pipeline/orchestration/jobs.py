@@ -19,6 +19,7 @@ from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.trial.trial import TrialProgress, TrialRuntime
 
 CURATING = (Purpose.CURATION, Purpose.PAGE, Purpose.PUBLICATION)
 """The purposes of the jobs that curate and publish a batch. Calibration follows, and its failure stops nothing."""
@@ -29,6 +30,7 @@ def build_job_defs(
     *,
     pipeline: Pipeline = PIPELINE,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_training: Callable[[TrialProgress], None] = lambda _: None,
     resource_overrides: dict[str, object] | None = None,
 ) -> dg.Definitions:
     """Fresh definitions.
@@ -37,6 +39,7 @@ def build_job_defs(
         settings: everything that can be configured.
         pipeline: the assets and their jobs.
         on_progress: called after every scored batch, where steps run in this process.
+        on_training: called after every logged training step, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
     made = made_under(settings, pipeline)
@@ -47,6 +50,7 @@ def build_job_defs(
         "model_runtime": ModelRuntime(
             settings.models, settings.scoring, settings.runtime, settings.model_cache_dir, on_progress
         ),
+        "trial_runtime": TrialRuntime(settings, on_training),
     }
     return dg.Definitions(
         assets=conditions.automate(build_assets(settings, pipeline), made),

@@ -15,7 +15,7 @@ import dataframely as dy
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.failures import refusing
-from qaq_pipeline.orchestration.partitions import partitions_of
+from qaq_pipeline.orchestration.partitions import of_all_batches, partitions_of
 from qaq_pipeline.pipeline import PIPELINE, Partitioning
 from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.pages import Made
@@ -58,13 +58,16 @@ def asset(
             "owners": ["team:data-curation"],
             "tags": _HOLDS_TEXT,
         }
+        others = [
+            *(declared.optional_inputs if settings.ranking.pool == "reference" else ()),
+            *(declared.calibrated_inputs if settings.is_calibrated else ()),
+        ]
         if declared.partitioning is Partitioning.NONE:
             defined["deps"] = declared.inputs
+        elif declared.partitioning is Partitioning.VERSION:
+            defined["deps"] = of_all_batches([*declared.inputs, *others])
         else:
-            defined["deps"] = [
-                *(declared.optional_inputs if settings.ranking.pool == "reference" else ()),
-                *(declared.calibrated_inputs if settings.is_calibrated else ()),
-            ]
+            defined["deps"] = others
         if declared.schema is not None:
             defined |= _of_schema(declared.schema)
         return dg.asset(**defined | options)(refusing(function))

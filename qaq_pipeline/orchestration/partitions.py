@@ -10,15 +10,26 @@ from qaq_pipeline.pipeline import PIPELINE, Asset, Partitioning
 BATCHES = dg.DynamicPartitionsDefinition(name="batch")
 """One partition for each batch."""
 
+VERSIONS = dg.DynamicPartitionsDefinition(name="version")
+"""One partition for each published version of the dataset."""
+
 
 def partitions_of(asset: Asset, settings: Settings) -> dg.PartitionsDefinition | None:
     """The partitions definition of an asset; None: it has no partitions."""
     models = dg.StaticPartitionsDefinition(sorted(settings.models))
     definitions = {
         Partitioning.BATCH: BATCHES,
+        Partitioning.VERSION: VERSIONS,
         Partitioning.BATCH_AND_MODEL: dg.MultiPartitionsDefinition({"batch": BATCHES, "model": models}),
     }
     return definitions.get(asset.partitioning)
+
+
+def of_all_batches(names: Sequence[str]) -> list[dg.AssetDep]:
+    """The inputs of an asset of a version: which batches the version contains is in its manifest."""
+    without = (Partitioning.NONE, Partitioning.REFERENCE)
+    mappings = {name: None if PIPELINE[name].partitioning in without else dg.AllPartitionMapping() for name in names}
+    return [dg.AssetDep(name, partition_mapping=mapping) for name, mapping in mappings.items()]
 
 
 def of_reference_batches(

@@ -154,7 +154,7 @@ def dataset_files(
             files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
         exported[selection] = rows.height
     files["dataset_info.json"] = exports.llama_factory_info(exported, export.formats)
-    files["README.md"] = dataset_card.dataset_card(
+    files[versions.CARD] = dataset_card.dataset_card(
         published,
         exported,
         export,

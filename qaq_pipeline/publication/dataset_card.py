@@ -45,7 +45,7 @@ _PAPER = (
 
 _LIMITS = (
     "A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.",
-    "Whether this selection trains a better model than its random controls is unknown until both are trained on.",
+    "Whether this selection trains a better model than random rows is unknown, unless a training trial is shown below.",
     "A rank compares a row only with the rows of its pool: its batch, or the reference that it was ranked against.",
     "Rows were checked for the benchmarks that the card and the page of their batch list, and for no other.",
     "Nobody looked for personal data, secrets or harmful content. The language of the text is not checked either.",

@@ -2,8 +2,9 @@
 
 Belongs here: which version may be copied, and the commit or copy of it. Does not belong here: what a version contains.
 
-The files are copied unchanged from the storage. The manifest is copied too, so that a repetition is recognised. Files
-of an earlier version that this one does not have are removed; nothing else is touched.
+The files are copied unchanged from the storage, except the card: the verdicts of a training trial, which comes after
+the publication, are added at its end. The manifest is copied too, so that a repetition is recognised. Files of an
+earlier version that this one does not have are removed; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.versions import MANIFEST, MANIFEST_FORMAT
+from qaq_pipeline.publication.versions import CARD, MANIFEST, MANIFEST_FORMAT, TRIAL_HEADING
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.storage.files import Files, hash_json
 from qaq_pipeline.storage.storage import Storage
@@ -71,6 +72,8 @@ def publish(storage: Storage, version: str, to: str, *, is_private: bool = False
     """
     version = _existing_version(storage, version)
     files = _read_files(storage, version)
+    note = _trial_note(storage, version)
+    files[CARD] += note
     sizes = {name: len(data) for name, data in files.items()}
     hub = _parse(to)
     if is_dry_run:
@@ -80,7 +83,7 @@ def publish(storage: Storage, version: str, to: str, *, is_private: bool = False
         raise PublishError(f"{to}: lies in the storage, where versions are never changed; take another folder")
     there = target.manifest()
     if there is not None and hash_json(there) == version:
-        return Copy(version, target.url, sizes, is_new=False)
+        return Copy(version, target.url, sizes, is_new=_add_note(target, note, files[MANIFEST]))
     obsolete = target.existing([name for name in _files_of(there) if name not in files])
     foreign = [] if _is_ours(there) else target.existing([*files])
     if foreign and not target.has_history:
@@ -114,6 +117,25 @@ def _read_files(storage: Storage, version: str) -> dict[str, bytes]:
         for name, sha256 in versions.read_manifest(storage, version)["files"].items()
     }
     return files | {MANIFEST: storage.files.read_bytes(*versions.place(version, MANIFEST))}
+
+
+def _trial_note(storage: Storage, version: str) -> bytes:
+    """The section of the version's training trial, for its card; empty if there was none."""
+    place = versions.trial_note_place(version)
+    return b"\n" + storage.files.read_bytes(*place) if storage.files.exists(*place) else b""
+
+
+def _add_note(target: _Folder | _Repository, note: bytes, manifest: bytes) -> bool:
+    """Add the section of a trial to the card at a target, or replace it; return whether it was not there.
+
+    Nothing else of the card changes: others may have edited it.
+    """
+    card = (target.read(CARD) or b"") if note else b""
+    if note in card:
+        return False
+    own, _, _ = card.partition(b"\n" + TRIAL_HEADING.encode())
+    target.replace({CARD: own + note, MANIFEST: manifest}, [], "Add the training trial")
+    return True
 
 
 def _parse(to: str) -> tuple[str, str] | None:
@@ -159,6 +181,10 @@ class _Folder:
         """JSON value of the manifest at the target; None: there is none."""
         return self._files.read_json(MANIFEST) if self._files.exists(MANIFEST) else None
 
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file at the target; None: there is none."""
+        return self._files.read_bytes(name) if self._files.exists(name) else None
+
     def existing(self, names: Sequence[str]) -> list[str]:
         """The files of these names that exist at the target."""
         return [name for name in names if self._files.exists(*name.split("/"))]
@@ -203,13 +229,18 @@ class _Repository:
         return f"{self._api.endpoint}/datasets/{self._repo}{branch}"
 
     def manifest(self) -> Any:
+        try:
+            return json.loads(self.read(MANIFEST) or b"null")
+        except ValueError:  # It is no JSON and so none of ours.
+            return None
+
+    def read(self, name: str) -> bytes | None:
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         with _naming(self._repo), tempfile.TemporaryDirectory() as folder:
             try:
-                path = self._api.hf_hub_download(filename=MANIFEST, local_dir=folder, **self._at)
-                return json.loads(Path(path).read_bytes())
-            except (RemoteEntryNotFoundError, ValueError):  # There is none, or it is no JSON and so none of ours.
+                return Path(self._api.hf_hub_download(filename=name, local_dir=folder, **self._at)).read_bytes()
+            except RemoteEntryNotFoundError:
                 return None
 
     def existing(self, names: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ version (`curated_dataset`, `difference`), and its audit page (`reports`).
     curated_dataset/differences/<newer>_from_<older>.parquet   rows that entered and left, and why
     curated_dataset/pair_index/<version>.parquet      from pair_ids to the rows of its scores.parquet
     curated_dataset/reports/<version>.html            audit page
+    curated_dataset/trials/<version>.html, .md        page of a training trial, and its verdicts
     curated_dataset/retired/<version>.json            manifest of a version whose files were removed
 
 A version is the hash of its manifest: equal content is one version, however often it is published. The index and the
@@ -35,6 +36,9 @@ from qaq_pipeline.storage.tables import FoundRows
 MANIFEST_FORMAT = 2
 MANIFEST = "manifest.json"
 SCORES = "scores.parquet"
+CARD = "README.md"
+TRIAL_HEADING = "## Training trial"
+"""Heading of the section of a training trial in the card; it is the last section."""
 _FOLDER = "curated_dataset"
 _LOG = (_FOLDER, "publications.json")
 _SHORTEST_HASH = 4
@@ -63,6 +67,16 @@ def place(version: str, *file: str) -> tuple[str, ...]:
 def page_place(version: str) -> tuple[str, ...]:
     """Place of a version's audit page."""
     return (_FOLDER, "reports", f"{version}.html")
+
+
+def trial_page_place(version: str) -> tuple[str, ...]:
+    """Place of the page of a version's training trial."""
+    return (_FOLDER, "trials", f"{version}.html")
+
+
+def trial_note_place(version: str) -> tuple[str, ...]:
+    """Place of the verdicts of a version's training trial, as Markdown for its card."""
+    return (_FOLDER, "trials", f"{version}.md")
 
 
 def difference_place(older: str, newer: str) -> tuple[str, ...]:

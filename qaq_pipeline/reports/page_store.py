@@ -22,7 +22,7 @@ from qaq_pipeline.config.settings import ReferenceSettings, ReportSettings
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
-from qaq_pipeline.reports import pages
+from qaq_pipeline.reports import pages, trial_page
 from qaq_pipeline.reports.pages import Frozen, Made, Scoring
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.selection import stored_reference
@@ -128,6 +128,15 @@ def write_version_page(storage: Storage, version: str, reference: ReferenceSetti
     return flat
 
 
+def _verdict(storage: Storage, version: str) -> str | None:
+    """Find the verdict of the stored training trial of a version."""
+    name, partition = "training_trial", Partition(version)
+    if not storage.tables.has(name, partition):
+        return None
+    stored = storage.tables.read(name, partition)
+    return trial_page.of_stored(version, stored.frame, stored.provenance).verdict
+
+
 def read_reference(storage: Storage, reference: ReferenceSettings | None) -> Frozen | None:
     """Read the reference to measure drift against; None if none is configured, or if it is not built yet."""
     if reference is None or not storage.tables.has(stored_reference.NAME, Partition(reference.name)):
@@ -136,13 +145,16 @@ def read_reference(storage: Storage, reference: ReferenceSettings | None) -> Fro
 
 
 def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the previous version, the difference to it, the batches left out, and the pages of batches."""
+    """Find the previous version, the difference to it, the batches left out, and the pages of batches and the trial."""
     kept = versions.kept_versions(storage)
     previous = [None, *kept][kept.index(version)]
     difference = None if previous is None else versions.read_difference(storage, previous, version)
     excluded = versions.find_version(storage, version).excluded_batches
     batches = [*(entry["batch"] for entry in manifest["batches"]), *excluded]
+    trial_page_place = versions.trial_page_place(version)
     return {
+        "verdict": _verdict(storage, version),
+        "trial": "/".join(("..", *trial_page_place[1:])) if storage.files.exists(*trial_page_place) else None,
         "previous": previous,
         "difference": difference,
         "excluded": excluded,

@@ -183,7 +183,8 @@ def version_page(
         flat: its scores.parquet.
         published: the selection recorded in the manifest.
         neighbours: `previous` version or None, `difference` to it as Difference or None, `excluded` batches with the
-            reasons, `pages` of batches by name, as links from this page.
+            reasons, `pages` of batches by name, as links from this page, `verdict` of its training trial and the link
+            `trial` to its page, or None.
         sizes: bytes of each of its files, by the name in the manifest.
         frozen: name and RankReference to measure drift against; None if there is none.
         made: the run that renders the page, and when.
@@ -198,6 +199,8 @@ def version_page(
         "pages": neighbours["pages"],
         "excluded": Table("Batches left out", ("batch", "reason"), sorted(neighbours["excluded"].items())),
         "previous": neighbours["previous"],
+        "verdict": neighbours["verdict"],
+        "trial": neighbours["trial"],
         "difference": _difference(neighbours["difference"]),
         "models": _models_of(manifest["batches"]),
         "drift": _drift(partial(_drift_by_batch, pairs), frozen),

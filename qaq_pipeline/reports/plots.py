@@ -210,29 +210,14 @@ def told_apart(intervals: pl.DataFrame) -> Plot:
     title = "How well RMI detects each defect"
     caption = (
         "P(a row as delivered scores above a planted one), with its 95 % interval: 1 is perfect detection, 0.5 (the "
-        "line) is chance. A detected echo shows near 0: it scores above its original, in the tail that the high cut "
-        "removes. Any other defect below 0.5 scores better than the original. Answer length costs nothing to compute: "
-        "a score that is no farther from the line than answer length is not worth its GPU time."
-    )
-    if intervals.is_empty():
-        return Plot("told_apart", title, caption, None, intervals)
-    groups, defects = (intervals[name].unique(maintain_order=True).to_list() for name in ("group", "defect"))
-    base = alt.Chart(intervals).encode(
-        y=_names("defect", intervals),
-        yOffset=alt.YOffset("group:N", sort=groups),
-        color=_group_colour(groups, [_ONE, _TWO, _THREE]),
+        "line) is chance. A detected echo shows near 0: it scores above its original. Any other defect below 0.5 "
+        "scores better than the original. Answer length costs nothing to compute: a score that is no farther from the "
+        "line than answer length is not worth its GPU time."
     )
     limits = alt.Scale(domain=[0, 1], nice=False)
     axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], grid=True)
     x = alt.X("value:Q", scale=limits, axis=axis, title="P(clean > planted)")
-    shapes = alt.Scale(domain=groups, range=["circle", "square", "triangle-up"][: len(groups)])
-    points = base.mark_point(filled=True, opacity=1, size=55).encode(
-        x=x, shape=alt.Shape("group:N", sort=groups, scale=shapes)
-    )
-    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("lower:Q", scale=limits), x2="upper:Q")
-    chance = alt.Chart(pl.DataFrame({"chance": [0.5]})).mark_rule(color=_MUTED, strokeDash=[6, 3]).encode(x="chance:Q")
-    height = (14 * len(groups) + 8) * len(defects) + 80
-    return Plot("told_apart", title, caption, _drawn(height, chance, bars, points), intervals)
+    return Plot("told_apart", title, caption, _intervals(intervals, "defect", x, limits, line=0.5), intervals)
 
 
 def auroc_grid(name: str, of: str, cells: pl.DataFrame) -> Plot:
@@ -266,7 +251,73 @@ def evidence(shares: pl.DataFrame, signal: str, cut: float) -> Plot:
     return Plot(f"evidence_{signal}", title, caption, chart, _by_group(shares))
 
 
+# --- of a training trial --------------------------------------------------------------------------------------------
+
+
+def differences(intervals: pl.DataFrame, other: str) -> Plot:
+    """Plot each arm's loss less that of another one: group, arm, value, lower, upper (`trial_page`)."""
+    import altair as alt
+
+    title = f"Loss of each arm less that of {other}"
+    caption = (
+        "Mean difference over the measured answers, in nats per token, with its 95 % interval over the seeds. Left of "
+        "the line an arm trains better."
+    )
+    scale = alt.Scale(zero=True)
+    x = alt.X("value:Q", scale=scale, axis=alt.Axis(grid=True), title="difference, nats per token")
+    return Plot("differences", title, caption, _intervals(intervals, "arm", x, scale, line=0.0), intervals)
+
+
+def learning_curves(points: pl.DataFrame) -> Plot:
+    """Plot the loss of held-out answers during training: arm, step, loss (`trial_page`)."""
+    import altair as alt
+
+    title = "Learning curves"
+    caption = (
+        "Loss of some of the held-out answers and their ends during training, mean of the seeds, in nats per token. A "
+        "curve that rises shows that the training went on for too long."
+    )
+    if points.is_empty():
+        return Plot("learning_curves", title, caption, None, points)
+    arms = points["arm"].unique(maintain_order=True).to_list()
+    colour = _group_colour(arms, [_ONE, _TWO, _THREE] * len(arms), symbolType="stroke", symbolSize=300)
+    dashes = alt.Scale(domain=arms, range=[_DASHES[place // 3 % len(_DASHES)] for place in range(len(arms))])
+    lines = (
+        alt.Chart(points)
+        .mark_line(strokeWidth=2, point=True)
+        .encode(
+            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(grid=False)),
+            y=alt.Y("loss:Q", scale=alt.Scale(zero=False), title="loss, nats per token"),
+            color=colour,
+            strokeDash=alt.StrokeDash("arm:N", sort=arms, scale=dashes),
+        )
+    )
+    return Plot("learning_curves", title, caption, _drawn(260, lines), points)
+
+
 # --- parts of charts ------------------------------------------------------------------------------------------------
+
+
+def _intervals(
+    intervals: pl.DataFrame, names: str, x: alt.X, scale: alt.Scale, line: float
+) -> alt.TopLevelMixin | None:
+    """Draw the values of each name by group as points with their intervals, and a vertical line."""
+    import altair as alt
+
+    if intervals.is_empty():
+        return None
+    groups, rows = (intervals[name].unique(maintain_order=True).to_list() for name in ("group", names))
+    base = alt.Chart(intervals).encode(
+        y=_names(names, intervals),
+        yOffset=alt.YOffset("group:N", sort=groups),
+        color=_group_colour(groups, [_ONE, _TWO, _THREE]),
+    )
+    shapes = alt.Scale(domain=groups, range=["circle", "square", "triangle-up"][: len(groups)])
+    shape = alt.Shape("group:N", sort=groups, scale=shapes)
+    points = base.mark_point(filled=True, opacity=1, size=55).encode(x=x, shape=shape)
+    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("lower:Q", scale=scale), x2="upper:Q")
+    at = alt.Chart(pl.DataFrame({"line": [line]})).mark_rule(color=_MUTED, strokeDash=[6, 3]).encode(x="line:Q")
+    return _drawn((14 * len(groups) + 8) * len(rows) + 80, at, bars, points)
 
 
 def _steps(

@@ -24,6 +24,7 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import Progress
+from qaq_pipeline.trial.trial import TrialProgress
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """Keeps Dagster's log off the console; the event log has all of it."""
@@ -53,6 +54,8 @@ class Events:
     """Called with the job and the partition when a stage begins."""
     on_progress: Callable[[Progress], None] = _ignore
     """Called after every scored batch, where steps run in this process."""
+    on_training: Callable[[TrialProgress], None] = _ignore
+    """Called after every logged training step, where steps run in this process."""
     on_notice: Callable[[str], None] = _ignore
     """Called with a message for the user."""
 
@@ -110,7 +113,7 @@ def lock_directory() -> Path:
 @contextmanager
 def driving(deployment: Deployment, events: Events) -> Iterator[Driver]:
     """Yield a driver of the deployment, after runs of dead processes are ended."""
-    jobs = build_job_defs(deployment.settings, on_progress=events.on_progress)
+    jobs = build_job_defs(deployment.settings, on_progress=events.on_progress, on_training=events.on_training)
     liveness.end_dead_runs(deployment.instance, lock_directory())
     for run_id in liveness.holders_of_pools(deployment.instance):
         events.on_notice(f"run {run_id} holds the GPU pool, and scoring waits for it; it can be terminated in the UI")

@@ -190,6 +190,12 @@ SOURCES: ColumnSources = {
     | _same("planted_rows", "pair_id"),
     "calibration": dict.fromkeys(tables.Calibration.columns(), _JUDGED)
     | dict.fromkeys(tables.Calibration.primary_key(), ()),
+    "training_trial": {
+        **dict.fromkeys(("measure", "arm", "seed"), ()),
+        **dict.fromkeys(("item", "num_tokens"), _CONTENT + _of("screened_data", "status")),
+        # The cuts are read to check that the validity is of them.
+        "nll": _CONTENT + _VERDICT + _of("decisions", "verdicts") + _of("validity_cuts", "cut"),
+    },
 }
 """Sources of every stored table of the pipeline; the settings decide the keys of a calibration."""
 

@@ -566,6 +566,28 @@ class Calibration(_Explained):
     null_reason = _null_reason("value", UnknownReason)
 
 
+class TrainingTrial(dy.Schema):
+    """A training trial of a published version: the loss of every measured answer under every trained model.
+
+    All arms are trained by the same amount. The differences between arms are computed from this table.
+    """
+
+    measure = dy.String(primary_key=True, description="held_out, or the name of a benchmark.")
+    arm = dy.String(
+        primary_key=True,
+        description="The rows that the model was trained on: a named selection, one of its random controls drawn anew, "
+        "everything, or untrained.",
+    )
+    seed = dy.Int64(primary_key=True, min=0, description="Seed of the order of the rows, and of random draws.")
+    item = dy.String(primary_key=True, description="pair_id of the held-out pair, or id of the benchmark's task.")
+    num_tokens = dy.Int64(min=1, metadata={"unit": "tokens"}, description="Number of tokens of the answer.")
+    nll = dy.Float64(
+        min=0.0,
+        metadata={"unit": "nats"},
+        description="Sum of -ln p over the tokens of the answer after the query.",
+    )
+
+
 class SelectedSubset(_RowKey):
     """The rows of the published selection, best first: text and origin, without scores."""
 

@@ -276,3 +276,12 @@ class Change(Vocabulary):
     ROW_DELIVERED = "row_delivered", "The batch is in both versions; the row was not in the older delivery."
     ROW_GONE = "row_gone", "The batch is in both versions; the row is not in the newer delivery."
     DECIDED_OTHERWISE = "decided_otherwise", "The row is in both deliveries, and its decision changed."
+
+
+class Verdict(Vocabulary):
+    """Outcomes of the comparison of two arms of a training trial."""
+
+    BETTER = "better", "The arm's loss is lower, with a p-value below 0.05."
+    NOT_TOLD_APART = "not_told_apart", "The p-value is at least 0.05."
+    WORSE = "worse", "The arm's loss is higher, with a p-value below 0.05."
+    TOO_FEW_SEEDS = "too_few_seeds", "There are fewer than 5 seeds."

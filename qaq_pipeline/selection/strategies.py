@@ -101,6 +101,23 @@ def select_all(
     return pl.concat([*found, *controls])
 
 
+def draw_controls(
+    candidates: pl.DataFrame, published: Selection, reference: pl.DataFrame | None, first_seed: int
+) -> pl.DataFrame:
+    """Verdicts of the controls of a selection, drawn with other seeds than the published ones.
+
+    Args:
+        candidates: of the batch, with the columns that the selection names.
+        published: the published selection.
+        reference: candidates of the reference whose cuts decide; None: budgets are of the batch.
+        first_seed: seed of the first control; each other one has the next.
+    """
+    found = select(candidates, published, reference)
+    return pl.concat(
+        _controls(candidates, published, found, is_cut_frozen=reference is not None, first_seed=first_seed)
+    )
+
+
 def model_of(selection: Selection) -> str:
     """The model whose scores and ranks a selection reads; strong where it orders by the gap or the sum."""
     return "strong" if isinstance(selection, DiffSelection | SumSelection) else selection.model
@@ -193,7 +210,7 @@ def _same_share(limit: Limit, pool: pl.DataFrame, reference_pool: pl.DataFrame) 
 
 
 def _controls(
-    candidates: pl.DataFrame, published: Selection, found: pl.DataFrame, *, is_cut_frozen: bool
+    candidates: pl.DataFrame, published: Selection, found: pl.DataFrame, *, is_cut_frozen: bool, first_seed: int = 0
 ) -> list[pl.DataFrame]:
     """The random selections from the published one's pool, under its conditions and cap, up to the same limits."""
     in_pool = found["reason"] != SelectionReason.NOT_IN_POOL.value
@@ -205,7 +222,9 @@ def _controls(
         limit = _control_limits(rows, published, published.quotas, found)
     same = published.model_dump(include={"valid", "where", "quotas", "max_per_query", "max_per_cluster"})
     controls = (
-        RandomSelection(name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=seed, **same)
+        RandomSelection(
+            name=CONTROL_PREFIX + strategy, strategy=strategy, model=model_of(published), seed=first_seed + seed, **same
+        )
         for strategy, seed in _CONTROL_SEEDS.items()
     )
     return [_draw(rows, control, limit) for control in controls]

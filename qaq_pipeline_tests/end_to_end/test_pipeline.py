@@ -136,7 +136,7 @@ def test_the_definitions_load_and_have_every_job() -> None:
     defs = build_defs(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     dg.Definitions.validate_loadable(defs)
     stages, calibration = PIPELINE.jobs(*CURATING), PIPELINE.jobs(Purpose.CALIBRATION)
-    assert [job.name for job in defs.jobs or []] == [*stages, *calibration, "refresh"]
+    assert [job.name for job in defs.jobs or []] == [*stages, *calibration, "try_version", "refresh"]
     pages = {"batch_report", "dataset_report"}
     made = [asset for assets in stages.values() for asset in assets]
     curated = [*PIPELINE.tables_of_batch(Purpose.CURATION), "curated_dataset"]
@@ -148,7 +148,7 @@ def test_the_definitions_load_and_have_every_job() -> None:
 def test_only_the_scoring_waits_for_the_gpu_and_the_ui_shows_every_column() -> None:
     assets = build_assets(parse_settings(yaml.safe_dump(HUB_SETTINGS)))
     pools = {asset.key.to_user_string(): asset.op.pool for asset in assets}
-    assert {name for name, pool in pools.items() if pool == "gpu"} == {"logprobs", "planted_scores"}
+    assert {name for name, pool in pools.items() if pool == "gpu"} == {"logprobs", "planted_scores", "training_trial"}
     for asset in assets:
         (spec,) = asset.specs
         name = spec.key.to_user_string()
@@ -161,10 +161,11 @@ def test_only_the_scoring_waits_for_the_gpu_and_the_ui_shows_every_column() -> N
 CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "records": ({"records": {"multi_turn": "every"}}, {"raw_data"}),
     "model": ({"strong": {"dtype": "bfloat16"}}, {"logprobs"}),
-    "system_prompt": ({"weak": {"system_prompt": "Write clean code."}}, {"logprobs"}),
+    "system_prompt": ({"weak": {"system_prompt": "Write clean code."}}, {"logprobs", "training_trial"}),
+    "trial": ({"trial": {"seeds": 7}}, {"training_trial"}),
     "device": ({"strong": {"device": "auto"}}, set()),
     "prior": ({"scoring": {"prior": "user"}}, {"logprobs"}),
-    "window": ({"scoring": {"max_tokens": 256}}, {"logprobs"}),
+    "window": ({"scoring": {"max_tokens": 256}}, {"logprobs", "training_trial"}),
     "eligibility": ({"eligibility": {"min_query_tokens": 3}}, {"rmi_scores"}),
     "ranking": ({"ranking": {"num_strata": 3}}, {"disagreement_scores"}),
     "reference": ({"ranking": {"reference": {"name": "r1", "batches": ["b1"]}}}, set()),

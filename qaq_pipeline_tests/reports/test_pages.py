@@ -311,7 +311,9 @@ def test_a_batch_page_says_of_each_column_of_every_stored_table_what_it_is_made_
     assert f'<h3>raw_data</h3> <span class="muted">{len(tables.RawData.columns())} columns</span>' in hostile.decode()
 
 
-def version_of(num_rows: int = 300, *, has_meta: bool = False) -> tuple[bytes, pl.DataFrame]:
+def version_of(
+    num_rows: int = 300, *, has_meta: bool = False, verdict: str | None = None
+) -> tuple[bytes, pl.DataFrame]:
     tables = synthetic.batch(SETTINGS, num_rows).tables
     flat = flat_scores(tables["decisions"].frame)
     entry = {
@@ -334,10 +336,18 @@ def version_of(num_rows: int = 300, *, has_meta: bool = False) -> tuple[bytes, p
         "difference": None,
         "excluded": {"b<2>": "not materialised: raw_data"},
         "pages": {"b1": "../../reports/b1/report.html"},
+        "verdict": verdict,
+        "trial": None if verdict is None else "../trials/v1.html",
     }
     return pages.version_page(
         "v1", manifest, flat, SETTINGS.published, neighbours, {"scores.parquet": 10}, None, MADE
     ), flat
+
+
+def test_a_version_page_says_the_verdict_of_its_trial_or_how_to_get_one() -> None:
+    assert "Nobody has tested whether this selection trains better" in version_of()[0].decode()
+    page = version_of(verdict="mine trains better.")[0].decode()
+    assert '<a href="../trials/v1.html">Training trial</a>: mine trains better.' in page
 
 
 def test_a_version_page_lists_batches_files_and_those_left_out() -> None:

@@ -506,7 +506,11 @@ def test_the_graph_has_the_reference_before_the_ranks_and_of_its_own_batches_alo
     assert REFERENCE_JOB in [job.name for job in defs.jobs or []]
     graph = defs.resolve_asset_graph()
     node = graph.get(dg.AssetKey(NAME))
-    assert {key.to_user_string() for key in node.child_keys} == {"disagreement_scores", "decisions"}
+    assert {key.to_user_string() for key in node.child_keys} == {
+        "disagreement_scores",
+        "decisions",
+        "training_trial",
+    }
     mapping = node.partition_mappings[dg.AssetKey("rmi_scores")]
     assert isinstance(mapping, dg.SpecificPartitionsPartitionMapping)
     assert dg.deserialize_value(dg.serialize_value(mapping)) == mapping  # As the webserver gets it.

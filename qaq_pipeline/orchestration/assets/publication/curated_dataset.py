@@ -6,7 +6,7 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.metadata import asset
-from qaq_pipeline.orchestration.partitions import BATCHES
+from qaq_pipeline.orchestration.partitions import BATCHES, VERSIONS
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches, require_batches
 from qaq_pipeline.reports.table_numbers import of_publication
@@ -38,6 +38,7 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
             batches, excluded = read_batches(storage, registered, settings)
             require_batches(storage, batches, excluded)
             published = publish(storage, settings, batches, excluded, context.run.run_id)
+        context.instance.add_dynamic_partitions(str(VERSIONS.name), [published.version])
         return _result(context, published, excluded)
 
     return curated_dataset

@@ -1,0 +1,1 @@
+"""The asset of the training trial."""
