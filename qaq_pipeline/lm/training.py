@@ -6,6 +6,7 @@ trained on (`trial.arms`), how much (`trial.trial`), and the scoring of the resu
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ def device_for(model: ModelSettings) -> Iterator[torch.device]:
     device = devices.resolve_device(model.device)
     if device.type != "cuda":
         yield device
+        gc.collect()  # The trainer and its model refer to each other.
         return
     if device.index:
         raise devices.DeviceNotFoundError(
@@ -73,6 +75,8 @@ def device_for(model: ModelSettings) -> Iterator[torch.device]:
         )
     with devices.lease_gpus(torch.device("cuda:0"), limit=1) as (gpu,):
         yield torch.device(gpu)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def load_for_training(files: ModelFiles, seed: int, device: torch.device) -> Any:

@@ -274,7 +274,7 @@ def learning_curves(points: pl.DataFrame) -> Plot:
 
     title = "Learning curves"
     caption = (
-        "Loss of some of the held-out answers and their ends during training, mean of the seeds, in nats per token. A "
+        "Loss of some of the held-out answers and their ends during the first seed's training, in nats per token. A "
         "curve that rises shows that the training went on for too long."
     )
     if points.is_empty():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qaq_pipeline.lm import training
     from qaq_pipeline.lm.training_steps import Work
 
-TYPICAL_SHARE = 0.3
+TYPICAL_SHARE = 0.12
 """Share of the matmul peak that a trial reaches on a CPU, measured on the demo."""
 
 _SAMPLED = 1000
