@@ -269,7 +269,7 @@ def differences(intervals: pl.DataFrame, other: str) -> Plot:
 
 
 def learning_curves(points: pl.DataFrame) -> Plot:
-    """Plot the loss of held-out answers during training: arm, step, loss (`trial_page`)."""
+    """Plot the loss of held-out answers during training: group (the arm), step, loss (`trial_page`)."""
     import altair as alt
 
     title = "Learning curves"
@@ -279,7 +279,7 @@ def learning_curves(points: pl.DataFrame) -> Plot:
     )
     if points.is_empty():
         return Plot("learning_curves", title, caption, None, points)
-    arms = points["arm"].unique(maintain_order=True).to_list()
+    arms = points["group"].unique(maintain_order=True).to_list()
     colour = _group_colour(arms, [_ONE, _TWO, _THREE] * len(arms), symbolType="stroke", symbolSize=300)
     dashes = alt.Scale(domain=arms, range=[_DASHES[place // 3 % len(_DASHES)] for place in range(len(arms))])
     lines = (
@@ -289,7 +289,7 @@ def learning_curves(points: pl.DataFrame) -> Plot:
             x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(grid=False)),
             y=alt.Y("loss:Q", scale=alt.Scale(zero=False), title="loss, nats per token"),
             color=colour,
-            strokeDash=alt.StrokeDash("arm:N", sort=arms, scale=dashes),
+            strokeDash=alt.StrokeDash("group:N", sort=arms, scale=dashes),
         )
     )
     return Plot("learning_curves", title, caption, _drawn(260, lines), points)

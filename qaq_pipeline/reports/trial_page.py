@@ -22,6 +22,8 @@ from qaq_pipeline.trial import verdict
 from qaq_pipeline.trial.arms import CONTROLS
 from qaq_pipeline.trial.verdict import Comparison
 
+_SMALLEST_P_VALUE = 0.001
+
 LIMITS = (
     "The number of seeds and the learning rate must be chosen before the trial. Whoever tries several until the "
     "verdict suits has no verdict.",
@@ -115,7 +117,7 @@ def _differences(shown: Shown) -> Table:
             one.measure,
             f"{one.difference:+.4f}",
             "-" if one.lower is None else f"{one.lower:+.4f} to {one.upper:+.4f}",
-            "-" if one.p_value is None else f"{one.p_value:.3f}",
+            _p_value(one.p_value),
             one.verdict.value.replace("_", " "),
         )
         for one in [shown.primary, *shown.others]
@@ -126,6 +128,12 @@ def _differences(shown: Shown) -> Table:
         head,
         rows,
     )
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= _SMALLEST_P_VALUE else f"<{_SMALLEST_P_VALUE}"
 
 
 def _cost(shown: Shown) -> Table:
@@ -186,7 +194,7 @@ def learning_curves(shown: Shown) -> Plot:
         for point in run["curve"]
         if "held_out_loss" in point
     ]
-    points = pl.DataFrame(rows, schema={"arm": pl.String, "step": pl.Int64, "loss": pl.Float64}, orient="row")
+    points = pl.DataFrame(rows, schema={"group": pl.String, "step": pl.Int64, "loss": pl.Float64}, orient="row")
     return plots.learning_curves(points)
 
 

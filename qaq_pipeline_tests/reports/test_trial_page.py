@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import random
+import re
 from typing import Any
 
 import polars as pl
@@ -95,9 +96,12 @@ def test_the_plots_show_every_arm() -> None:
     assert set(drawn.table["arm"]) == set(SHIFTS) - {"control_random"}
     assert set(drawn.table["group"]) == {"held_out", "humaneval"}
     curves = trial_page.learning_curves(shown)
-    assert curves.table.filter(arm="mine")["loss"].to_list() == pytest.approx([1.5, 1.2])
+    assert curves.table.filter(group="mine")["loss"].to_list() == pytest.approx([1.5, 1.2])
     for plot in (drawn, curves):
         assert plots.svg(plot).startswith("<svg")
+        assert (
+            re.search(r'<path d="M[^"]*" stroke="var\(--plot-one\)" stroke-width="2"', plots.svg(plot)) or plot is drawn
+        )
         assert plots.png(plot)
 
 
