@@ -41,7 +41,7 @@ WAY_BACK = [
 ]
 """From curated_dataset on, each is one click from the one before it."""
 
-GRAPH_VIEWPORT = (1500, 1125)
+GRAPH_VIEWPORT = (1500, 1900)
 """As the graph is laid out: it is made to fit by its width, and is cut in a lower window."""
 
 PLOTS = {
