@@ -16,21 +16,18 @@ from typing import Literal
 import polars as pl
 
 from bench.validity import bad_rows
-from bench.validity.__main__ import scored, trial_settings
+from bench.validity.__main__ import QUARTER, SELECTIONS, scored, trial_settings
 from bench.validity.bad_rows import CLEAN, Batch, Row
 from bench.validity.curated import Curated, curate
-from qaq_pipeline.config.selections import (
-    Budget,
-    DiffSelection,
-    IfdSelection,
-    LengthSelection,
-    RandomSelection,
-    RmiBandSelection,
-    RmiTopSelection,
-    Selection,
-    SumSelection,
+from qaq_pipeline.config.selections import LengthSelection, RandomSelection, Selection, SumSelection
+from qaq_pipeline.config.settings import (
+    EVERYTHING,
+    HeldOutSettings,
+    RecordSettings,
+    ScreeningSettings,
+    Settings,
+    TrialSettings,
 )
-from qaq_pipeline.config.settings import HeldOutSettings, RecordSettings, ScreeningSettings, Settings, TrialSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema import tables
@@ -47,23 +44,11 @@ BUDGET = 0.25
 """Share of the pool that an arm takes."""
 KINDS = (*bad_rows.KINDS, "one-token bug")
 """The kinds of bad rows, in equal parts. A one-token bug is a control: no signal tells it."""
-_QUARTER = Budget(fraction=BUDGET, count=None, answer_tokens=None)
-
-EVERYTHING, ORACLE, RANDOM, STRATIFIED, VALID_RANDOM = (
-    "everything",
-    "random_clean",
-    "random",
-    "stratified_random",
-    "valid_random",
-)
+ORACLE, RANDOM, STRATIFIED, VALID_RANDOM = "random_clean", "random", "stratified_random", "valid_random"
 _FIXED: tuple[Selection, ...] = (
-    DiffSelection(name="qaq", strategy="diff_high", valid=True, budget=_QUARTER),
-    DiffSelection(name="diff_high", strategy="diff_high", budget=_QUARTER),
-    RmiBandSelection(name="rmi_band", strategy="rmi_band"),
-    RmiTopSelection(name="rmi_top", strategy="rmi_top", budget=_QUARTER),
-    IfdSelection(name="ifd", strategy="ifd", budget=_QUARTER),
-    SumSelection(name="sum_high", strategy="sum_high", budget=_QUARTER),
-    LengthSelection(name="length", strategy="length", budget=_QUARTER),
+    *(selection for selection in SELECTIONS if selection.name != RANDOM),
+    SumSelection(name="sum_high", strategy="sum_high", budget=QUARTER),
+    LengthSelection(name="length", strategy="length", budget=QUARTER),
 )
 _RANDOM_ARMS: tuple[tuple[str, Literal["random", "stratified_random"], bool], ...] = (
     (RANDOM, "random", False),
@@ -131,9 +116,7 @@ def pool_settings(seeds: list[int]) -> Settings:
     settings = trial_settings(has_ifd=True)
     # Draws of their own: with one seed, random arms would take mostly the same rows.
     random_ones = [
-        RandomSelection(
-            name=f"{name}_{seed}", strategy=strategy, seed=3 * seed + place, valid=is_valid, budget=_QUARTER
-        )
+        RandomSelection(name=f"{name}_{seed}", strategy=strategy, seed=3 * seed + place, valid=is_valid, budget=QUARTER)
         for seed in seeds
         for place, (name, strategy, is_valid) in enumerate(_RANDOM_ARMS)
     ]

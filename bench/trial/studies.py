@@ -11,19 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from bench.trial.pools import BUDGET, EVERYTHING, Pool
-from qaq_pipeline.config.settings import Settings
+from bench.trial.pools import BUDGET, Pool
+from qaq_pipeline.config.settings import EVERYTHING, UNTRAINED, Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.lm.training_steps import Work
 from qaq_pipeline.trial.training_run import RunResult, TrialModel
 
-UNTRAINED, FULL_EPOCH = "untrained", "everything, one epoch"
-"""Arms with another amount of training: none, and all rows once."""
+FULL_EPOCH = "everything, one epoch"
+"""An arm with another amount of training: all rows once."""
 _ANY_POOL = "any pool"
 
 
@@ -35,29 +36,33 @@ class Study:
     settings: Settings
     measured: Mapping[str, Sequence[Pair]]
 
-    def work(self, model: TrialModel, pool: Pool, *, epoch: bool = False) -> Work:
-        """One epoch of a random quarter of the pool, or of the whole pool, in answer tokens."""
-        examples = model.examples(pool.pairs(EVERYTHING, 0))
-        share = 1.0 if epoch else BUDGET
-        amount = round(share * sum(one.num_trained for one in examples))
-        return Work("tokens", amount, round(share * len(examples) / self.settings.trial.rows_per_step))
+    @cached_property
+    def model(self) -> TrialModel:
+        """The model that is trained."""
+        return TrialModel(self.settings)
+
+    def work(self, pool: Pool) -> dict[float, Work]:
+        """One epoch of a share of the pool's rows, in answer tokens: of a random quarter, and of the whole pool."""
+        examples = self.model.examples(pool.pairs(EVERYTHING, 0))
+        tokens, steps = sum(one.num_trained for one in examples), len(examples) / self.settings.trial.rows_per_step
+        return {share: Work("tokens", round(share * tokens), round(share * steps)) for share in (BUDGET, 1.0)}
 
     def run(self, pools: Sequence[Pool], arms: Sequence[str], seeds: Sequence[int]) -> None:
         """Run the trainings that have no file yet: seed by seed, so that all arms have the same seeds at any time."""
-        model = TrialModel(self.settings)
-        self.train(_ANY_POOL, UNTRAINED, 0, functools.partial(model.run, [], None, 0, self.measured), {})
+        self.open()
+        self.train(_ANY_POOL, UNTRAINED, 0, functools.partial(self.model.run, [], None, 0, self.measured), {})
         for pool in pools:
-            work = {arm: self.work(model, pool, epoch=arm == FULL_EPOCH) for arm in arms}
+            work = self.work(pool)
             for seed in seeds:
                 for arm in arms:
                     rows = EVERYTHING if arm == FULL_EPOCH else arm
                     pairs = pool.pairs(rows, seed)
-                    train = functools.partial(model.run, pairs, work[arm], seed, self.measured)
+                    amount = work[1.0 if arm == FULL_EPOCH else BUDGET]
+                    train = functools.partial(self.model.run, pairs, amount, seed, self.measured)
                     self.train(pool.name, arm, seed, train, {"rows": len(pairs), "kinds": pool.kinds(rows, seed)})
 
     def train(self, pool: str, arm: str, seed: int, run: Callable[[], RunResult], facts: Mapping[str, Any]) -> None:
         """Run a training and write its file, unless there is one."""
-        self._require_same()
         file = self.folder / f"{pool} {arm} {seed}.json"
         if file.exists():
             return
@@ -68,11 +73,11 @@ class Study:
         part.rename(file)
         print(f"{time.strftime('%H:%M:%S')} {file.stem}: {result.seconds:.0f} s", file=sys.stderr)  # noqa: T201
 
-    def _require_same(self) -> None:
-        """Refuse a folder of a study with another model, other settings or other measured pairs."""
+    def open(self) -> None:
+        """Make the folder; refuse one of a study with another model, other settings or other measured pairs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         measured = {name: [pair.pair_id for pair in pairs] for name, pairs in self.measured.items()}
-        facts = {"identity": TrialModel(self.settings).identity, "measured": measured}
+        facts = {"identity": self.model.identity, "measured": measured}
         file = self.folder / "study"
         if not file.exists():
             file.write_text(json.dumps(facts), encoding="utf-8")

@@ -20,7 +20,6 @@ from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.lm.training_steps import Work
 from qaq_pipeline.schema.vocabularies import Verdict
 from qaq_pipeline.trial import verdict
-from qaq_pipeline.trial.training_run import TrialModel
 
 SEEDS, TRIES = 5, 20
 MISMATCHED = 0.6
@@ -37,23 +36,23 @@ class Truth:
 
     def run(self) -> None:
         """Run the trainings that have no file yet."""
-        model = TrialModel(self.study.settings)
+        self.study.open()
         for seed in range(SEEDS):
             clean = self._draw(f"clean {seed}")
-            self._train(model, "truth", CLEAN_ARM, seed, clean)
-            self._train(model, "truth", MISMATCHED_ARM, seed, _mismatched(clean, seed))
+            self._train("truth", CLEAN_ARM, seed, clean)
+            self._train("truth", MISMATCHED_ARM, seed, _mismatched(clean, seed))
         for number in range(TRIES):
             for seed in range(SEEDS):
                 for arm in ("a", "b"):
-                    self._train(model, f"null {number}", arm, seed, self._draw(f"{number} {arm} {seed}"))
+                    self._train(f"null {number}", arm, seed, self._draw(f"{number} {arm} {seed}"))
 
     def _draw(self, name: str) -> list[Pair]:
         chosen = random.Random(name).sample(range(len(self.pairs)), self.rows)  # noqa: S311
         return [Pair(str(place), None, *self.pairs[place]) for place in sorted(chosen)]
 
-    def _train(self, model: TrialModel, pool: str, arm: str, seed: int, pairs: list[Pair]) -> None:
+    def _train(self, pool: str, arm: str, seed: int, pairs: list[Pair]) -> None:
         work = Work("rows", len(pairs), max(1, len(pairs) // self.study.settings.trial.rows_per_step))
-        train = functools.partial(model.run, pairs, work, seed, self.study.measured)
+        train = functools.partial(self.study.model.run, pairs, work, seed, self.study.measured)
         self.study.train(pool, arm, seed, train, {"rows": len(pairs)})
 
 

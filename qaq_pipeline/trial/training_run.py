@@ -92,11 +92,8 @@ class TrialModel:
         """The facts of the model, the settings and the machine that determine the result of a training."""
         from qaq_pipeline.lm import devices, training
 
-        trial, scoring, device = (
-            self._settings.trial,
-            self._settings.scoring,
-            devices.resolve_device(self._model.device),
-        )
+        trial, scoring = self._settings.trial, self._settings.scoring
+        device = devices.resolve_device(self._model.device)
         libraries = LIBRARIES if trial.method == "lora" else LIBRARIES[:-1]
         return {
             "code_version": CODE_VERSION,

@@ -120,7 +120,7 @@ class Trial:
     num_stored: int
     """Results that an earlier trial had stored."""
 
-    @property
+    @functools.cached_property
     def frame(self) -> pl.DataFrame:
         """TrainingTrial."""
         rows = [
@@ -132,7 +132,7 @@ class Trial:
         schema = tables.dtypes(tables.TrainingTrial)
         return pl.DataFrame(rows, schema=schema, orient="row").sort("measure", "arm", "seed", "item")
 
-    @property
+    @functools.cached_property
     def runs(self) -> list[dict[str, Any]]:
         """Arm, seed, rows, tokens, steps, seconds and curve of each training, for people."""
         return [
