@@ -39,9 +39,9 @@ def main() -> int:
     for command in (run, planted):
         command.add_argument("pairs", type=Path)
         command.add_argument("--learning-rate", type=float)
-        command.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"))
     for command in (run, planted, show):
         command.add_argument("folder", type=Path)
+    run.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"))
     run.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.6])
     run.add_argument("--only", type=float, nargs="+", help="pools to train on; default: all shares")
     run.add_argument("--arms", nargs="*", default=list(ARMS))
@@ -54,14 +54,15 @@ def main() -> int:
         return 0
     settings = with_rate(pools.pool_settings(getattr(arguments, "seeds", [])), arguments.learning_rate)
     pairs, held_out = pools.read_sides(arguments.pairs)
+    if arguments.command == "truth":
+        study = Study(arguments.folder, settings, {"held_out": held_out[: truth.MEASURED]})
+        Truth(study, pairs, arguments.rows).run()
+        return 0
     measured = {"held_out": held_out}
     for name, path in arguments.benchmark:
         tasks = load_benchmark(name, path).tasks
         measured[name] = [Pair(one.task_id, None, one.prompt, one.solution) for one in tasks if one.solution]
     study = Study(arguments.folder, settings, measured)
-    if arguments.command == "truth":
-        Truth(study, pairs, arguments.rows).run()
-        return 0
     wanted = {f"{share:.0%}" for share in arguments.only or arguments.shares}
     made = pools.make_pools(pairs, arguments.shares, settings)
     study.run([pool for pool in made if pool.name in wanted], arguments.arms, arguments.seeds)

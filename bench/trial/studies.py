@@ -21,6 +21,7 @@ from bench.trial.pools import BUDGET, Pool
 from qaq_pipeline.config.settings import EVERYTHING, UNTRAINED, Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.lm.training_steps import Work
+from qaq_pipeline.trial.answer_losses import losses_table
 from qaq_pipeline.trial.training_run import RunResult, TrialModel
 
 FULL_EPOCH = "everything, one epoch"
@@ -90,11 +91,6 @@ class Study:
         return [one for one in read if one["pool"] in (pool, _ANY_POOL)]
 
     def losses(self, pool: str) -> pl.DataFrame:
-        """measure, arm, seed, item, num_tokens, nll of the trainings of a pool, as the table training_trial."""
-        rows = [
-            (measure, one["arm"], one["seed"], loss["item"], loss["num_tokens"], loss["nll"])
-            for one in self.results(pool)
-            for measure, found in one["result"]["losses"].items()
-            for loss in found
-        ]
-        return pl.DataFrame(rows, schema=["measure", "arm", "seed", "item", "num_tokens", "nll"], orient="row")
+        """The trainings of a pool as the table training_trial."""
+        read = ((one["arm"], one["seed"], RunResult.of_json(one["result"])) for one in self.results(pool))
+        return losses_table((arm, seed, result.losses) for arm, seed, result in read)

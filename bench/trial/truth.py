@@ -22,6 +22,8 @@ from qaq_pipeline.schema.vocabularies import Verdict
 from qaq_pipeline.trial import verdict
 
 SEEDS, TRIES = 5, 20
+MEASURED = 50
+"""Held-out pairs that are measured: the trainings are short, and there are many."""
 MISMATCHED = 0.6
 CLEAN_ARM, MISMATCHED_ARM = "clean", "mismatched"
 

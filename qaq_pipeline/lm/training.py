@@ -26,10 +26,6 @@ PACKING_TOLERANCE = 1e-3
 """Largest relative difference between the loss of packed pairs and that of the same pairs alone, in float32."""
 
 
-class MissingExtraError(ImportError):
-    """An optional library is not installed. The text names the extra."""
-
-
 @dataclass(frozen=True, slots=True)
 class Progress:
     """A training after one of its steps."""
@@ -107,11 +103,9 @@ def check_packing(model: Any, name: str, examples: Sequence[Example]) -> None:
 
 
 def _with_adapters(model: Any, rank: int) -> Any:
-    """The model wrapped by peft. Raises MissingExtraError."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingExtraError("trial.method: lora needs peft: pip install 'qaq-pipeline[trial]'") from error
+    """The model wrapped by peft."""
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
@@ -139,7 +133,7 @@ def train(
         on_step: called with every logged step.
 
     Raises:
-        MissingExtraError: peft is not installed, and `trial.method` is lora.
+        ImportError: peft is not installed, and `trial.method` is lora.
         MemoryError: a step does not fit into the device's memory.
     """
     device = model.device

@@ -1,16 +1,20 @@
 """The loss of answers under a trained model, by the scoring engine.
 
-Belongs here: from a loaded model and pairs to -ln p(A | Q). Does not belong here: the training of the model.
+Belongs here: from a loaded model and pairs to -ln p(A | Q), and the table of these losses. Does not belong here: the
+training of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import polars as pl
 
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import SequenceScorer, open_workers
+from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Quantity
 
 
@@ -34,6 +38,17 @@ def answer_losses(scorer: SequenceScorer, encoder: PairEncoder, pairs: Sequence[
     encoded = encoder.encode(pairs, {Quantity.A_GIVEN_Q})
     found = _sums(scorer, [sequence for one in encoded for sequence in one.sequences])
     return [AnswerLoss(one.pair_id, one.num_a_tokens, found[one.pair_id]) for one in encoded if one.pair_id in found]
+
+
+def losses_table(trained: Iterable[tuple[str, int, Mapping[str, Sequence[AnswerLoss]]]]) -> pl.DataFrame:
+    """TrainingTrial, from the arm, the seed and the losses by measure of every training."""
+    rows = [
+        (measure, arm, seed, loss.item, loss.num_tokens, loss.nll)
+        for arm, seed, losses in trained
+        for measure, found in losses.items()
+        for loss in found
+    ]
+    return pl.DataFrame(rows, schema=tables.dtypes(tables.TrainingTrial), orient="row")
 
 
 def _sums(scorer: SequenceScorer, sequences: Sequence[TokenSequence]) -> dict[str, float]:

@@ -45,7 +45,7 @@ FIRST_SEED = 1_000_000
 
 
 class TrialError(ValueError):
-    """A version cannot be tried. The text names the version or the batch, the cause and the remedy."""
+    """A trial cannot be made. The text names the version, the batch or the setting, the cause and the remedy."""
 
 
 @dataclass(frozen=True)

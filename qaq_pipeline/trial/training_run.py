@@ -8,6 +8,7 @@ torch and transformers load on first use.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import Pair, PairEncoder
 from qaq_pipeline.lm.workers import ScorerFacts
 from qaq_pipeline.trial.answer_losses import AnswerLoss, answer_losses
+from qaq_pipeline.trial.arms import TrialError
 
 if TYPE_CHECKING:
     from qaq_pipeline.lm.training import Progress
@@ -72,6 +74,7 @@ class TrialModel:
     """The model that a trial trains, from the settings.
 
     Raises:
+        TrialError: peft is not installed, and `trial.method` is lora.
         model_files.ModelNotFoundError: the model's files are missing or cannot be read.
         chat_frame.TemplateUnusableError: the prompts cannot be expressed for the model.
     """
@@ -80,6 +83,8 @@ class TrialModel:
         from qaq_pipeline.lm import causal_lm
         from qaq_pipeline.lm.tokenizer import load_tokenizer
 
+        if settings.trial.method == "lora" and importlib.util.find_spec("peft") is None:
+            raise TrialError("trial.method: lora needs peft: pip install 'qaq-pipeline[trial]'")
         self._settings = settings
         self._model = settings.models[settings.trial.model]
         self._files = model_files.locate(self._model, settings.model_cache_dir)
@@ -145,7 +150,6 @@ class TrialModel:
         Raises:
             ValueError: no pair can be trained on.
             runners.UnsupportedModelError: the model cannot be trained or scored correctly.
-            training.MissingExtraError: peft is not installed, and `trial.method` is lora.
             MemoryError: a step or a pair does not fit into memory.
         """
         from qaq_pipeline.lm import causal_lm, training

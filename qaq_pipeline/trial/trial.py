@@ -9,7 +9,6 @@ training_runs/<id>.json    the result of one training; its id is the hash of eve
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,11 +18,11 @@ import polars as pl
 
 from qaq_pipeline.config.settings import EVERYTHING, HELD_OUT, UNTRAINED, Settings
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.schema import tables
 from qaq_pipeline.screening.benchmarks import load_benchmark
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.trial.answer_losses import losses_table
 from qaq_pipeline.trial.arms import CONTROLS, TrialError, read_arms
 from qaq_pipeline.trial.training_run import RunResult, TrialModel
 
@@ -123,14 +122,9 @@ class Trial:
     @functools.cached_property
     def frame(self) -> pl.DataFrame:
         """TrainingTrial."""
-        rows = [
-            (measure, one.arm, one.seed, loss.item, loss.num_tokens, loss.nll)
-            for one, result in zip(self.plan.trainings, self.results, strict=True)
-            for measure, losses in result.losses.items()
-            for loss in losses
-        ]
-        schema = tables.dtypes(tables.TrainingTrial)
-        return pl.DataFrame(rows, schema=schema, orient="row").sort("measure", "arm", "seed", "item")
+        both = zip(self.plan.trainings, self.results, strict=True)
+        table = losses_table((one.arm, one.seed, result.losses) for one, result in both)
+        return table.sort("measure", "arm", "seed", "item")
 
     @functools.cached_property
     def runs(self) -> list[dict[str, Any]]:
@@ -166,8 +160,6 @@ class TrialRuntime:
             benchmarks.BenchmarkError: a benchmark file cannot be read.
         """
         trial, arms = self.settings.trial, read_arms(storage, self.settings, version)
-        if trial.method == "lora" and importlib.util.find_spec("peft") is None:
-            raise TrialError("trial.method: lora needs peft: pip install 'qaq-pipeline[trial]'")
         measured = {HELD_OUT: arms.held_out(trial.max_held_out), **self._benchmarks()}
         self._check_measured(measured, version)
         fixed = {arm: arms.pairs(arm) for arm in self._arms(arms.published.name)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -188,16 +187,6 @@ def test_training_lowers_the_loss_and_reports_it(tiny_model_dir: Callable[..., P
     assert reported[-1].num_steps == 20
     assert not math.isnan(loss)
     assert float(trained()) == loss
-
-
-def test_lora_without_peft_names_the_extra(tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    folder = tiny_model_dir()
-    files = model_files.locate(ModelSettings(directory=str(folder), device="cpu"), folder)
-    model = training.load_for_training(files, 0, torch.device("cpu"))
-    found = [Example("1", (BOS, *text("an answer")), 4)]
-    with pytest.raises(training.MissingExtraError, match="qaq-pipeline\\[trial\\]"):
-        training.train(model, [found], TrialSettings(method="lora"), 0)
 
 
 def test_a_training_holds_the_first_gpu_and_refuses_another_one(monkeypatch: pytest.MonkeyPatch, check_sentence: Check):

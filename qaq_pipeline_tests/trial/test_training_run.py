@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from qaq_pipeline.lm.training_steps import Work
 from qaq_pipeline.lm.workers import ScorerFacts
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.trial import answer_losses
+from qaq_pipeline.trial.arms import TrialError
 from qaq_pipeline.trial.training_run import RunResult, TrialModel
 from qaq_pipeline_tests.support.naive import SYSTEM, contexts, naive_logprobs, text
 
@@ -70,6 +72,12 @@ def test_adapters_are_trained_and_leave_an_untrained_model_as_it_is(
     assert model.run([], None, 0, measured).losses == full.losses
     after = model.run(twenty_samples[:2], Work("tokens", 400, 8), 0, measured)
     assert sum(one.nll for one in after.losses["held_out"]) < 0.9 * sum(one.nll for one in full.losses["held_out"])
+
+
+def test_adapters_without_peft_name_the_extra(settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(TrialError, match="qaq-pipeline\\[trial\\]"):
+        TrialModel(settings_for(trial={"method": "lora"}))
 
 
 def test_a_training_of_one_step_learns(settings: Settings, twenty_samples: list[Pair]):
