@@ -1,7 +1,7 @@
 """The command that explains the decision on a row.
 
 Belongs here: finding the row that is meant. Does not belong here: what is known of it, and how that is printed
-(`dossier`).
+(`lineage.dossier`, `row_view`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from qaq_pipeline.cli import dossier, render
+from qaq_pipeline.cli import render, row_view
 from qaq_pipeline.cli.terminal import ConfigOption, console, errors, fail, open_stored, warn
-from qaq_pipeline.lineage import row_history
+from qaq_pipeline.lineage import dossier, row_history
 from qaq_pipeline.publication.versions import Published, find_version
 from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.schema.row_place import RowPlace
@@ -52,7 +52,7 @@ def explain(
         if text is not None:
             found, number = _rows_with_text(storage, text, batch)
             if number > 1:
-                dossier.matches(console, found, number)
+                row_view.matches(console, found, number)
                 return
             place = RowPlace.of(found[0])
             what, row = place.batch, place.in_batch
@@ -71,7 +71,7 @@ def explain(
     if len(gathered) == row_history.MOST_ROWS:
         warn(f"There may be more: the first {row_history.MOST_ROWS} rows follow.")
     for one in gathered:
-        dossier.show(console, one, with_template=provenance)
+        row_view.show(console, one, with_template=provenance)
 
 
 def _find(

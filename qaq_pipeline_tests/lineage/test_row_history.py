@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from qaq_pipeline.cli import dossier
+from qaq_pipeline.cli import row_view
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.lineage import row_history
+from qaq_pipeline.lineage import dossier, row_history
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.schema.partition import Partition
@@ -156,7 +156,7 @@ def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal
     gathered = dossier.gather(thrice, row, second, with_versions=False)
     gathered.text["query"] = "hi\x1b[2J\x1b]0;owned"
     stream = io.StringIO()
-    dossier.show(Console(file=stream, width=80), gathered, with_template=True)
+    row_view.show(Console(file=stream, width=80), gathered, with_template=True)
     shown = stream.getvalue()
     assert "in version 2" in shown
     assert "\x1b" not in shown
@@ -177,7 +177,7 @@ def test_a_row_of_a_version_is_shown_and_no_character_of_it_reaches_the_terminal
     ],
 )
 def test_a_cut_is_shown_with_the_side_that_is_taken(verdict: dict[str, Any], shown: str) -> None:
-    assert dossier._cut(verdict) == shown
+    assert dossier.cut_of(verdict) == shown
 
 
 def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, settings: Settings) -> None:
@@ -188,7 +188,7 @@ def test_another_text_at_the_place_is_not_the_row_s_history(storage: Storage, se
     publish_all(storage, settings, "b1")
     row = row_history.find_row(storage, "b1", "3").rows[0]
     stream = io.StringIO()
-    dossier.show(
+    row_view.show(
         Console(file=stream, width=200),
         dossier.gather(storage, row, None, with_versions=True),
         with_template=False,
@@ -204,7 +204,7 @@ def test_versions_in_a_row_that_say_the_same_of_a_row_are_one_line(thrice: Stora
     row = row_history.find_row(thrice, "b1", "3").rows[0]
     stream = io.StringIO()
     gathered = dossier.gather(thrice, row, None, with_versions=True)
-    dossier.show(Console(file=stream, width=200), gathered, with_template=False)
+    row_view.show(Console(file=stream, width=200), gathered, with_template=False)
     lines = [line for line in stream.getvalue().splitlines() if line.startswith("version")]
     assert len(lines) == 4
     assert lines[0].endswith("the version does not contain its batch")
@@ -266,7 +266,7 @@ def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice:
     assert second.version in torn.fault
     stream = io.StringIO()
     gathered = dossier.gather(thrice, row, None, with_versions=True)
-    dossier.show(Console(file=stream, width=200), gathered, with_template=False)
+    row_view.show(Console(file=stream, width=200), gathered, with_template=False)
     assert "the row's fate is unknown" in stream.getvalue()
 
 

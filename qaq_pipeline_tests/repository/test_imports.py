@@ -45,7 +45,7 @@ def test_importing_loads_no_heavy_library_and_touches_no_file(module: str, tmp_p
 
 def test_what_explains_a_row_loads_no_dagster_and_no_datasets_of_pyarrow() -> None:
     """They take longer to import than a row to be found."""
-    probe = "import sys, qaq_pipeline.cli.app, qaq_pipeline.cli.dossier, qaq_pipeline.publication.versions\n"
+    probe = "import sys, qaq_pipeline.cli.app, qaq_pipeline.cli.row_view, qaq_pipeline.publication.versions\n"
     probe += "assert not {'torch', 'transformers', 'dagster', 'pyarrow.dataset'} & set(sys.modules), sys.modules.keys()"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""dossier: the evidence of the signals for a judged pair, read from the tables that its decision used."""
+"""row_view: the evidence of the signals for a judged pair, read from the tables that its decision used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from qaq_pipeline.cli import dossier
-from qaq_pipeline.cli.dossier import Dossier
+from qaq_pipeline.cli import row_view
 from qaq_pipeline.lineage import row_history
+from qaq_pipeline.lineage.dossier import Dossier
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Decisions, Validity, ValidityCuts, dtypes
 from qaq_pipeline.storage.provenance import Provenance
@@ -60,7 +60,7 @@ def store(storage: Storage, **changes: Any) -> dict[str, str]:
 def shown(signals: list[dict[str, Any]] | None) -> str:
     console = Console(width=120, record=True)
     row = ROW | {"scores": []}
-    dossier.show(console, Dossier(row, None, {}, None, signals, [], Provenance("p", None, [])), with_template=False)
+    row_view.show(console, Dossier(row, None, {}, None, signals, [], Provenance("p", None, [])), with_template=False)
     return " ".join(console.export_text().split())
 
 

@@ -1,8 +1,8 @@
-"""Everything that is known about a row, as `qaq explain` prints it: decision, scores, versions, provenance.
+"""Everything that is known about a row: decision, scores, signals, versions, provenance.
 
-Belongs here: the parts of a dossier, and its words and tables in a terminal. Does not belong here: finding the row
-(`lineage.row_history`), and the sentences of the decision (`selection.explanations`). No Dagster: importing it takes
-longer than the answer.
+Belongs here: the parts of a dossier, and the sentences that every view of it shares. Does not belong here: finding the
+row (`row_history`), the sentences of the decision (`selection.explanations`), and a view of it (`cli.row_view`,
+`row_browser`). No Dagster: importing it takes longer than the answer.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.table import Column, Table
+from typing import Any, NamedTuple
 
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.lineage.row_history import Fate
 from qaq_pipeline.publication.versions import Published
-from qaq_pipeline.reports.summaries import visible
 from qaq_pipeline.schema.row_place import RowPlace
 from qaq_pipeline.selection import explanations
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.provenance import Provenance
 from qaq_pipeline.storage.storage import Storage
 
-_SHOWN_CHARACTERS = 160
+JUDGED_AGAIN = "The evidence of the signals was judged again since this decision, so it is not shown."
+
+
+class Grid(NamedTuple):
+    """A table of numbers and words."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -79,44 +82,11 @@ def _representative(storage: Storage, row: dict[str, Any], found_in: Published |
     return rows[0] if rows else None
 
 
-# --- in a terminal ---------------------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------------------------
 
 
-def show(console: Console, dossier: Dossier, *, with_template: bool) -> None:
-    """Print a dossier, the decision first."""
-    row = dossier.row
-    now = "" if dossier.found_in is None else f" in {_version(dossier.found_in)}"
-    _line(console, f"{RowPlace.of(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
-    _line(console, row.get("explanation") or "This version has no explanation of the row; its numbers follow.")
-    if row["duplicate_of"] is not None:
-        _line(console, _said_of(dossier.representative))
-    for line in _history(dossier):
-        _line(console, line)
-    for label, text in _texts(dossier):
-        _line(console, f"  {label}: {text}", style="dim")
-    if row["scores"]:
-        _print_scores(console, row["scores"])
-    if dossier.signals is None:
-        _line(console, "The evidence of the signals was judged again since this decision, so it is not shown.")
-    if dossier.signals:
-        _print_signals(console, dossier.signals)
-    if row["verdicts"]:
-        _print_verdicts(console, row["verdicts"])
-    pair = "no pair" if row["pair_id"] is None else f"pair_id {row['pair_id']}"
-    _line(console, f"{pair}, provenance {row['provenance_id']}", style="dim")
-    for line in _origin(dossier, with_template=with_template):
-        _line(console, f"  {line}", style="dim")
-
-
-def _beginning(text: str | None) -> str:
-    return explanations.shorten(text or "", _SHOWN_CHARACTERS)
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _said_of(representative: Mapping[str, Any] | None) -> str:
+def said_of(representative: Mapping[str, Any] | None) -> str:
+    """What is said of the row that is kept instead of a duplicate."""
     if representative is None:
         return "That row is no longer in the decisions."
     own = representative.get("explanation")
@@ -124,18 +94,19 @@ def _said_of(representative: Mapping[str, Any] | None) -> str:
     return f"That row is {representative['decision'].replace('_', ' ')}.{said}"
 
 
-def _version(published: Published) -> str:
+def name_of(published: Published) -> str:
+    """Number, hash and day of a version."""
     day = "" if published.published_at is None else f", {published.published_at[:10]}"
     return f"version {published.number} ({published.version[:8]}{day})"
 
 
-def _history(dossier: Dossier) -> Iterator[str]:
+def history(dossier: Dossier) -> Iterator[str]:
     """One line per version; consecutive versions with the same fate share one."""
     for said, group in itertools.groupby(dossier.fates, key=lambda fate: _fate(dossier, fate)):
         versions = [fate.published for fate in group]
         first, last = versions[0], versions[-1]
         several = f"versions {first.number} to {last.number} ({first.version[:8]} to {last.version[:8]})"
-        yield f"{_version(first) if first is last else several}: {said}"
+        yield f"{name_of(first) if first is last else several}: {said}"
 
 
 def _fate(dossier: Dossier, fate: Fate) -> str:
@@ -153,15 +124,7 @@ def _fate(dossier: Dossier, fate: Fate) -> str:
     )
 
 
-def _texts(dossier: Dossier) -> list[tuple[str, str]]:
-    if not dossier.text:
-        return [("text", "not in the current delivery of the batch")]
-    if dossier.text["query"] is None and dossier.text["answer"] is None:
-        return [("record", _beginning(dossier.text["record"]))]
-    return [(label, _beginning(dossier.text[label])) for label in ("query", "answer")]
-
-
-def _origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
+def origin(dossier: Dossier, *, with_template: bool) -> Iterator[str]:
     """The provenance of the row's decision, line by line."""
     made_of, row = dossier.provenance.made_of, dossier.row
     if made_of is None:
@@ -192,24 +155,24 @@ def _libraries(libraries: Mapping[str, str] | str) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
 
 
-def _print_scores(console: Console, scores: Sequence[Mapping[str, Any]]) -> None:
-    """Print one column per model and one row per number."""
-    shown = Table("", *(of_model["model"] for of_model in scores))
-    for field in scores[0]:
-        if field != "model":
-            shown.add_row(field, *(_cell(of_model[field]) for of_model in scores))
-    console.print(shown)
+# --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _print_signals(console: Console, signals: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row per signal. Evidence at or below the cut raises the signal."""
-    shown = Table("signal", "evidence", "cut", "result")
-    has_reason = False
-    for signal in signals:
+def scores(row: Mapping[str, Any]) -> Grid:
+    """One column per model and one row per number."""
+    fields = [field for field in row["scores"][0] if field != "model"] if row["scores"] else []
+    head = ("", *(of_model["model"] for of_model in row["scores"]))
+    return Grid(head, [(field, *(of_model[field] for of_model in row["scores"])) for field in fields])
+
+
+def signals(found: Sequence[Mapping[str, Any]]) -> Grid:
+    """One row per signal of `Dossier.signals`. Evidence at or below the cut raises the signal."""
+    rows, has_reason = [], False
+    for signal in found:
         result = _result(signal, is_before=not has_reason)
-        shown.add_row(signal["signal"], _cell(signal["evidence"]), _cell(signal["cut"]), result)
+        rows.append((signal["signal"], signal["evidence"], signal["cut"], result))
         has_reason = has_reason or signal["is_reason"]
-    console.print(shown)
+    return Grid(("signal", "evidence", "cut", "result"), rows)
 
 
 def _result(signal: Mapping[str, Any], *, is_before: bool) -> str:
@@ -223,39 +186,31 @@ def _result(signal: Mapping[str, Any], *, is_before: bool) -> str:
     return "flagged" if is_before else "raised"
 
 
-def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row per selection; long names are folded, never cut."""
-    shown = Table(
-        *(Column(head, overflow="fold") for head in ("selection", "selected", "reason", "score", "place", "cut"))
-    )
-    for verdict in verdicts:
-        place = " of ".join(_cell(verdict[name]) for name in ("position", "pool_size") if name in verdict)
-        numbers = [_cell(verdict["score"]), place, _cut(verdict)]
-        shown.add_row(verdict["selection"], _cell(verdict["is_selected"]), verdict["reason"], *numbers)
-    console.print(shown)
+def verdicts(row: Mapping[str, Any]) -> Grid:
+    """One row per selection."""
+    head = ("selection", "selected", "reason", "score", "place", "cut")
+    return Grid(head, [_verdict(verdict) for verdict in row["verdicts"]])
 
 
-def _cut(verdict: Mapping[str, Any]) -> str:
+def _verdict(verdict: Mapping[str, Any]) -> tuple[Any, ...]:
+    place = " of ".join(cell(verdict[name]) for name in ("position", "pool_size") if name in verdict)
+    numbers = (verdict["score"], place, cut_of(verdict))
+    return (verdict["selection"], verdict["is_selected"], verdict["reason"], *numbers)
+
+
+def cut_of(verdict: Mapping[str, Any]) -> str:
     """The cut, and the side that is taken if the pair's own place shows it: a draw takes the lowest."""
     score, cut = verdict["score"], verdict.get("cut")
     if score is None or cut is None or score == cut or verdict.get("position") is None:
-        return _cell(cut)
+        return cell(cut)
     takes_low = (score < cut) == verdict["is_selected"]
-    return f"{'≤' if takes_low else '≥'} {_cell(cut)}"
+    return f"{'≤' if takes_low else '≥'} {cell(cut)}"
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value of a `Grid` as text."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def matches(console: Console, rows: Sequence[Mapping[str, Any]], number: int) -> None:
-    """Print the first of the rows that contain a text, one per line, and the command that explains one."""
-    for row in rows:
-        _line(console, f"{RowPlace.of(row)}: {_beginning(row['query'])}")
-    if number > len(rows):
-        _line(console, f"… and {number - len(rows):,} more")
-    _line(console, f"{number:,} rows contain that text; explain one: `qaq explain {RowPlace.of(rows[0])}`")
