@@ -39,24 +39,24 @@ def main() -> int:
     for command in (run, planted):
         command.add_argument("pairs", type=Path)
         command.add_argument("--learning-rate", type=float)
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     for command in (run, planted, show):
         command.add_argument("folder", type=Path)
     run.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"))
     run.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.6])
     run.add_argument("--only", type=float, nargs="+", help="pools to train on; default: all shares")
     run.add_argument("--arms", nargs="*", default=list(ARMS))
-    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     planted.add_argument("--rows", type=int, default=48, help="rows of a training")
     show.add_argument("--against", default=RANDOM, help="arm that every arm is compared with")
     arguments = parser.parse_args()
     if arguments.command == "show":
         show_results(Study(arguments.folder, pools.pool_settings([]), {}), arguments.against)
         return 0
-    settings = with_rate(pools.pool_settings(getattr(arguments, "seeds", [])), arguments.learning_rate)
+    settings = with_rate(pools.pool_settings(arguments.seeds), arguments.learning_rate)
     pairs, held_out = pools.read_sides(arguments.pairs)
     if arguments.command == "truth":
         study = Study(arguments.folder, settings, {"held_out": held_out[: truth.MEASURED]})
-        Truth(study, pairs, arguments.rows).run()
+        Truth(study, pairs, arguments.rows, arguments.seeds).run()
         return 0
     measured = {"held_out": held_out}
     for name, path in arguments.benchmark:

@@ -35,16 +35,17 @@ class Truth:
     study: Study
     pairs: Sequence[tuple[str, str]]
     rows: int
+    seeds: Sequence[int]
 
     def run(self) -> None:
         """Run the trainings that have no file yet."""
         self.study.open()
-        for seed in range(SEEDS):
+        for seed in self.seeds:
             clean = self._draw(f"clean {seed}")
             self._train("truth", CLEAN_ARM, seed, clean)
             self._train("truth", MISMATCHED_ARM, seed, _mismatched(clean, seed))
         for number in range(TRIES):
-            for seed in range(SEEDS):
+            for seed in self.seeds:
                 for arm in ("a", "b"):
                     self._train(f"null {number}", arm, seed, self._draw(f"{number} {arm} {seed}"))
 
