@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qaq_pipeline.cli import doctor, explain, inspection, lineage, maintenance, run, trial
+from qaq_pipeline.cli import doctor, explain, inspection, lineage, maintenance, rows, run, trial
 from qaq_pipeline.cli.terminal import expected, fail
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.files import StorageError
@@ -52,6 +52,7 @@ for command in (
     maintenance.withdraw,
     maintenance.publish,
     explain.explain,
+    rows.rows,
     lineage.lineage,
     inspection.report,
     inspection.table,

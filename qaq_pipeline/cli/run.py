@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
+from qaq_pipeline.cli.rows import ROWS_PORT
 from qaq_pipeline.cli.terminal import ConfigOption, fail, open_deployment, read_settings, say
 from qaq_pipeline.config.load import home_directory
 
@@ -51,12 +53,15 @@ def estimate(
 
 def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 3000,
+    rows_port: Annotated[
+        int, typer.Option("--rows-port", min=1, max=65535, help="Port of the row browser on 127.0.0.1.")
+    ] = ROWS_PORT,
     workspace: Annotated[
         Path | None, typer.Option("--workspace", help="Dagster workspace file. Default: the packaged one.")
     ] = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Open the Dagster UI and its daemon on 127.0.0.1, with the same QAQ_HOME as `qaq run`."""
+    """Open the Dagster UI and its daemon on 127.0.0.1, and the row browser, with the same QAQ_HOME as `qaq run`."""
     from qaq_pipeline.runs.deployment import prepare_home
 
     read_settings(config_file)
@@ -65,8 +70,11 @@ def ui(
         fail(f"{workspace}: no such file; without --workspace the packaged one is used", code=2)
     home = prepare_home()
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "QAQ_HOME": str(home_directory())}
+    # It ends with this process, which becomes dagster's.
+    browser = [sys.executable, "-m", "qaq_pipeline.cli", "rows", "--port", str(rows_port), "--parent", str(os.getpid())]
+    subprocess.Popen(browser, env=environment)  # noqa: S603
     say(f"Dagster UI: http://127.0.0.1:{port} (Dagster home {home}); Ctrl-C ends it")
     # A shell that starts this in the background makes it ignore Ctrl-C's signal, and with it dagster's own shutdown.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    environment = {**os.environ, "DAGSTER_HOME": str(home), "QAQ_HOME": str(home_directory())}
     os.execve(command[0], command, environment)  # noqa: S606

@@ -517,9 +517,19 @@ class ReportSettings(Closed):
     """Write a page for every batch and every published version."""
     plots: bool = True
     """Show plots of the assets in the UI, each under 100 KB."""
+    rows_url: str = "http://127.0.0.1:3001"
+    """Where `qaq rows` or `qaq ui` serves the rows: pages and the UI link to it."""
     examples: int = Field(10, ge=0, le=25)
     """Maximum number of example rows on a page for each reason, for the lowest and the highest ranks and gaps, and on
     either side of the cut of each signal."""
+
+    def rows_of_batch(self, batch: str) -> str:
+        """Address of the rows of a batch."""
+        return f"{self.rows_url.rstrip('/')}/batches/{batch}"
+
+    def rows_of_version(self, version: str) -> str:
+        """Address of the published rows of a version, by its hash."""
+        return f"{self.rows_url.rstrip('/')}/versions/{version}?decision=selected&order=line"
 
 
 class AlertSettings(Closed):

@@ -216,20 +216,30 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
         StorageError: a batch has no raw_data, or it cannot be read.
         ValueError: the text is only white space, which every row holds.
     """
+    for batch in storage.tables.batches_with("raw_data") if batches is None else batches:
+        rows: list[dict[str, Any]] = []
+        number = 0
+        for found in with_text(storage, text, batch):
+            number += found.height
+            rows += found[: MOST_ROWS - len(rows)].iter_rows(named=True)
+        yield Matches(batch, rows, number)
+
+
+def with_text(storage: Storage, text: str, batch: str) -> Iterator[pl.DataFrame]:
+    """All rows of a batch that contain a text, as `find_text` finds them: key, pair_id, query, answer.
+
+    Raises:
+        StorageError: the batch has no raw_data, or it cannot be read.
+        ValueError: the text is only white space, which every row holds.
+    """
     wanted = " ".join(text.split())
     if not wanted:
         raise ValueError("the text to look for is empty or only white space; give some words of the row")
     columns = [*ROW_KEY, "pair_id", "query", "answer", "record"]
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))
-    for batch in storage.tables.batches_with("raw_data") if batches is None else batches:
-        rows: list[dict[str, Any]] = []
-        number = 0
-        for chunk in storage.tables.scan("raw_data", Partition(batch), columns=columns):
-            found = chunk.filter(holds).drop("record")
-            number += found.height
-            rows += found[: MOST_ROWS - len(rows)].iter_rows(named=True)
-        yield Matches(batch, rows, number)
+    for chunk in storage.tables.scan("raw_data", Partition(batch), columns=columns):
+        yield chunk.filter(holds).drop("record")
 
 
 # --- versions --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
-from qaq_pipeline.config.settings import ReferenceSettings, ReportSettings
+from qaq_pipeline.config.settings import ReferenceSettings, ReportSettings, Settings
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
@@ -97,14 +97,16 @@ def write_batch_page(
     """Render and store the page of a batch; return the hash of its inputs and its code."""
     frozen = read_reference(storage, reference)
     calibration = calibration_page(tables.batch)[-1] if is_calibrated and settings.pages else None
-    page = pages.batch_page(tables, scorings, published, frozen, made, settings.examples, calibration)
+    page = pages.batch_page(
+        tables, scorings, published, frozen, made, settings.examples, calibration, settings.rows_of_batch(tables.batch)
+    )
     stands = {"code_version": made.code_version, "inputs": {name: tables[name].data_version for name in _INPUTS}}
     storage.files.write_bytes(page, *batch_page(tables.batch))
     storage.files.write_json(stands, *_made_of(tables.batch))
     return hash_json(stands)
 
 
-def write_version_page(storage: Storage, version: str, reference: ReferenceSettings | None, made: Made) -> pl.DataFrame:
+def write_version_page(storage: Storage, version: str, settings: Settings, made: Made) -> pl.DataFrame:
     """Render and store the page of a version whose files are kept; return its scores.
 
     Raises:
@@ -119,9 +121,9 @@ def write_version_page(storage: Storage, version: str, reference: ReferenceSetti
         manifest,
         flat,
         TypeAdapter(Selection).validate_python(manifest["selection"]),
-        _neighbours(storage, version, manifest),
+        _neighbours(storage, version, manifest) | {"rows": settings.reports.rows_of_version(version)},
         {name: storage.files.size(*versions.place(version, name)) for name in manifest["files"]},
-        read_reference(storage, reference),
+        read_reference(storage, settings.ranking.reference),
         made,
     )
     storage.files.write_bytes(page, *versions.page_place(version))

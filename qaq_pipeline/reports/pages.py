@@ -123,6 +123,7 @@ def batch_page(
     made: Made,
     examples: int,
     calibration: str | None = None,
+    rows: str | None = None,
 ) -> bytes:
     """Render the page of a batch.
 
@@ -134,6 +135,7 @@ def batch_page(
         made: the run that renders the page, and when.
         examples: the most examples of each kind.
         calibration: link from this page to its calibration page; None if it is not calibrated.
+        rows: address of its rows in the row browser; None: no link.
     """
     raw, decided = tables["raw_data"], tables["decisions"]
     flat = flat_rows(tables)
@@ -151,6 +153,7 @@ def batch_page(
         "cost": _cost(scorings),
         "made_of": _made_of(tables),
         "calibration": calibration,
+        "rows": rows,
         "drift": _drift(partial(_drift_of_batch, scorings), frozen),
         "drift_plots": [] if frozen is None else _drift_plots(pairs, frozen[1]),
         "examples": _examples(flat, pairs, tables, examples),
@@ -182,9 +185,9 @@ def version_page(
         manifest: manifest of the version.
         flat: its scores.parquet.
         published: the selection recorded in the manifest.
-        neighbours: `previous` version or None, `difference` to it as Difference or None, `excluded` batches with the
-            reasons, `pages` of batches by name, as links from this page, `verdict` of its training trial and the link
-            `trial` to its page, or None.
+        neighbours: `rows`, the address of its rows in the row browser; `previous` version or None; `difference` to it
+            as Difference or None; `excluded` batches with the reasons; `pages` of batches by name, as links from this
+            page; `verdict` of its training trial and the link `trial` to its page, or None.
         sizes: bytes of each of its files, by the name in the manifest.
         frozen: name and RankReference to measure drift against; None if there is none.
         made: the run that renders the page, and when.
@@ -198,6 +201,7 @@ def version_page(
         "batches": _batches(manifest["batches"]),
         "pages": neighbours["pages"],
         "excluded": Table("Batches left out", ("batch", "reason"), sorted(neighbours["excluded"].items())),
+        "rows": neighbours["rows"],
         "previous": neighbours["previous"],
         "verdict": neighbours["verdict"],
         "trial": neighbours["trial"],

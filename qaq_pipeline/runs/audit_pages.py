@@ -70,5 +70,5 @@ def find_version_page(deployment: Deployment, version: str) -> str:
     page = versions.page_place(found)
     if not storage.files.exists(*page):
         made = Made(datetime.now(UTC).isoformat(timespec="seconds"), "qaq report", "")
-        page_store.write_version_page(storage, found, deployment.settings.ranking.reference, made)
+        page_store.write_version_page(storage, found, deployment.settings, made)
     return storage.files.url(*page)

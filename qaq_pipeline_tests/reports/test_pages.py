@@ -336,6 +336,7 @@ def version_of(
         "difference": None,
         "excluded": {"b<2>": "not materialised: raw_data"},
         "pages": {"b1": "../../reports/b1/report.html"},
+        "rows": "http://127.0.0.1:3001/versions/v1",
         "verdict": verdict,
         "trial": None if verdict is None else "../trials/v1.html",
     }

@@ -25,7 +25,7 @@ def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
         if newest is None:
             raise NothingToPublishError("dataset_report: nothing is published yet; materialise curated_dataset")
         version = newest.version
-        flat = page_store.write_version_page(storage, version, settings.ranking.reference, made_by(context))
+        flat = page_store.write_version_page(storage, version, settings, made_by(context))
 
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version),

@@ -39,13 +39,13 @@ def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
             require_batches(storage, batches, excluded)
             published = publish(storage, settings, batches, excluded, context.run.run_id)
         context.instance.add_dynamic_partitions(str(VERSIONS.name), [published.version])
-        return _result(context, published, excluded)
+        return _result(context, published, excluded, settings.reports.rows_of_version(published.version))
 
     return curated_dataset
 
 
 def _result(
-    context: dg.AssetExecutionContext, published: Publication, excluded: dict[str, str]
+    context: dg.AssetExecutionContext, published: Publication, excluded: dict[str, str], rows: str
 ) -> dg.MaterializeResult:
     if not published.is_new:
         context.log.info("version %s was published before; no file is written", published.version)
@@ -56,6 +56,7 @@ def _result(
         metadata={
             **of_publication(published, excluded),
             "path": dg.MetadataValue.path(published.url),
+            "rows": dg.MetadataValue.url(rows),
             "made_from": _made_from(published),
             "manifest": dg.JsonMetadataValue(published.manifest),
         },

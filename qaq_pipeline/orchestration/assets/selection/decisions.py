@@ -55,6 +55,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         _report_gate(context, storage, settings, screened_data, gate)
         metadata = of_decisions(frame, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
         metadata |= of_imported_tables(imported, raw_data.frame, screened_data.frame)
+        metadata["rows"] = dg.MetadataValue.url(settings.reports.rows_of_batch(context.partition_key))
         if frozen is None and gate is None:
             metadata[UNREACHED_KEY] = missed
         metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(frame))])

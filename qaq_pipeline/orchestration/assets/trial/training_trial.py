@@ -50,7 +50,7 @@ def build_training_trial(settings: Settings) -> dg.AssetsDefinition:
         storage.files.write_bytes(trial_page.note(shown), *versions.trial_note_place(version))
         if settings.reports.pages:
             storage.files.write_bytes(trial_page.page(shown, made_by(context)), *page)
-            page_store.write_version_page(storage, version, settings.ranking.reference, made_by(context))
+            page_store.write_version_page(storage, version, settings, made_by(context))
         return result
 
     return training_trial

@@ -1,0 +1,154 @@
+"""The rows of a batch or of a version as one frame that stays in memory: some 150 MB for 300,000 rows.
+
+Belongs here: what the table shows of each row. Does not belong here: which rows are wanted (`question`), everything
+about one row (`lineage.dossier`), and the pages (`server`).
+
+    batch … turn_index, pair_id   the row
+    decision, reason              of the current decisions, or of the version
+    position                      batch: place in the order of the published selection
+    line                          version: line in the training files; null: it is not published
+    signals                       the signals that the pair raises, in one text; null: not judged, or judged again since
+    language                      of the delivery
+    gap, rmi_<model>, rank_<model>
+    query, answer                 their beginnings; null: the row has none, was withdrawn, or has another text now
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import polars as pl
+
+from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.versions import Published
+from qaq_pipeline.schema.long_form import to_columns
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
+from qaq_pipeline.schema.vocabularies import Decision, Status
+from qaq_pipeline.storage.storage import Storage
+
+SHOWN_CHARACTERS = 160
+"""Characters of a query or an answer in the table."""
+
+SCORES = ("rmi", "rank")
+"""Scores of each model in the table."""
+
+SEPARATOR = ", "
+"""Between the names of signals."""
+
+_SHOWN = ("query", "answer")
+_ROW = (*ROW_KEY, "pair_id", "decision", "reason", "gap")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The rows of a batch, or of a version."""
+
+    rows: pl.DataFrame
+    version: Published | None
+    """None: the current decisions of a batch."""
+
+    @property
+    def batches(self) -> list[str]:
+        """Names of the batches whose rows these are."""
+        return self.rows["batch"].unique(maintain_order=True).to_list()
+
+    def line_of(self, place: RowPlace) -> int | None:
+        """Line of a row in the training files of the version; None: it is not published."""
+        key = dict(zip(ROW_KEY, (place.batch, place.source_file, place.source_row, place.turn_index), strict=True))
+        found = self.rows.filter(**key)
+        return None if found.is_empty() else found["line"][0]
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of the columns that hold numbers."""
+        return [name for name, dtype in self.rows.schema.items() if dtype.is_numeric() and name not in ROW_KEY]
+
+
+def of_batch(storage: Storage, batch: str) -> Listing:
+    """The rows of a batch under its current decisions.
+
+    Raises:
+        StorageError: it has no decisions, or a table cannot be read.
+    """
+    lists = [f"scores.list.element.{name}" for name in ("model", *SCORES)]
+    position = pl.col("verdicts").list.first().struct.field("position")  # The first verdict is the published one.
+    parts = storage.tables.scan("decisions", Partition(batch), [*_ROW, *lists, "verdicts.list.element.position"])
+    decided = pl.concat(part.with_columns(position=position).drop("verdicts") for part in parts)
+    inputs = storage.tables.footer("decisions", Partition(batch)).provenance["inputs"]
+    judged_by = {batch: inputs["validity"]} if "validity" in inputs else {}
+    return Listing(_arrange(_complete(storage, to_columns(decided, "scores"), judged_by)), None)
+
+
+def of_version(storage: Storage, version: Published) -> Listing:
+    """The rows of a version as they were published.
+
+    Raises:
+        StorageError: its files were not kept, or a file cannot be read.
+    """
+    manifest = versions.read_manifest(storage, version.version)
+    roles = sorted({role for entry in manifest["batches"] for role in entry["models"]})
+    position = f"position:{manifest['selection']['name']}"
+    columns = [*_ROW, position, *(f"{score}_{role}" for role in roles for score in SCORES)]
+    rows = versions.find_rows(storage, version.version, [], columns).rename({position: "position"}, strict=False)
+    order = {entry["batch"]: place for place, entry in enumerate(manifest["batches"])}
+    published = (
+        rows.filter(decision=Decision.SELECTED.value)
+        .sort(pl.col("batch").replace_strict(order, return_dtype=pl.Int64), "position")
+        .select(*ROW_KEY, line=pl.int_range(1, pl.len() + 1))
+    )
+    rows = rows.join(published, on=ROW_KEY, how="left", validate="1:1")
+    judged_by = {}
+    for entry in manifest["batches"]:
+        decided = storage.tables.readable_footer("decisions", Partition(entry["batch"]))
+        if decided is not None and decided.data_version == entry["data_versions"]["decisions"]:
+            judged_by[entry["batch"]] = decided.provenance["inputs"].get("validity")
+    return Listing(_arrange(_complete(storage, rows, judged_by)), version)
+
+
+def _complete(storage: Storage, rows: pl.DataFrame, judged_by: Mapping[str, str | None]) -> pl.DataFrame:
+    """The rows with their texts, languages and signals.
+
+    Args:
+        storage: where these are stored.
+        rows: with the columns of `_ROW`.
+        judged_by: data version of the validity that decided a batch.
+    """
+    batches = rows["batch"].unique(maintain_order=True)
+    texts = pl.concat([_texts(storage, batch) for batch in batches])
+    signals = pl.concat([_signals(storage, batch, judged_by.get(batch)) for batch in batches])
+    # A place may have another text now than when the version was published.
+    found = rows.join(texts, on=[*ROW_KEY, "pair_id"], how="left", validate="1:1", nulls_equal=True)
+    return found.join(signals, on=["batch", "pair_id"], how="left", validate="m:1").sort(ROW_KEY)
+
+
+def _texts(storage: Storage, batch: str) -> pl.DataFrame:
+    """Language and beginnings of the texts of a batch's rows as delivered now; no text of a withdrawn row."""
+    partition = Partition(batch)
+    columns = [*ROW_KEY, "pair_id", "language", *_SHOWN]
+    begin = pl.col(_SHOWN).str.slice(0, SHOWN_CHARACTERS)
+    parts = [part.with_columns(begin) for part in storage.tables.scan("raw_data", partition, columns)]
+    status = pl.concat(storage.tables.scan("screened_data", partition, [*ROW_KEY, "status"]))
+    withdrawn = status.filter(status=Status.WITHDRAWN.value).select(ROW_KEY)
+    return pl.concat(parts).join(withdrawn, on=ROW_KEY, how="anti")
+
+
+def _signals(storage: Storage, batch: str, version: str | None) -> pl.DataFrame:
+    """The signals that each pair of a batch raises; no row where validity has another data version."""
+    empty = pl.DataFrame(schema={"batch": pl.String, "pair_id": pl.String, "signals": pl.String})
+    if version is None or storage.tables.version("validity", Partition(batch)) != version:
+        return empty
+    columns = ["pair_id", "signals.list.element.signal", "signals.list.element.is_raised"]
+    raised = pl.element().struct.field("signal").filter(pl.element().struct.field("is_raised"))
+    judged = pl.concat(storage.tables.scan("validity", Partition(batch), columns))
+    named = pl.col("signals").list.eval(raised).list.join(SEPARATOR)
+    return judged.select(pl.lit(batch).alias("batch"), "pair_id", named)
+
+
+def _arrange(rows: pl.DataFrame) -> pl.DataFrame:
+    """The columns in the order in which they are shown."""
+    scores = sorted(name for name in rows.columns if name.startswith(tuple(f"{score}_" for score in SCORES)))
+    ahead = ["decision", "reason", "signals", "language"]
+    place = "line" if "line" in rows.columns else "position"
+    return rows.select(*ROW_KEY, "pair_id", *ahead, *_SHOWN, place, "gap", *scores)
