@@ -1,6 +1,6 @@
 # The commands for development. `make` lists them. They need Python 3.11, 3.12 or 3.13 and a package registry; no GPU.
 
-PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+PYTHON ?= $(firstword $(foreach one,python3.11 python3.12 python3.13,$(shell $(one) -c "" 2>/dev/null && echo $(one))) python3)
 VENV ?= .venv
 PYTHONS ?= python3.11 python3.12 python3.13
 QAQ_HOME ?= var
@@ -17,8 +17,17 @@ help: ## List the targets
 
 install: $(VENV)/.installed ## Create the virtual environment and install the project into it
 
+define NEEDED_PYTHON
+import sys
+found = sys.version_info[:2]
+if not (3, 11) <= found <= (3, 13):
+    sys.exit(f"Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is {found[0]}.{found[1]}. Install one, or: make PYTHON=python3.12")
+endef
+export NEEDED_PYTHON
+
 # torch is installed first and alone, so that an existing build (CPU or CUDA, from any index) is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "$$NEEDED_PYTHON"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

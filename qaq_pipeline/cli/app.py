@@ -6,7 +6,9 @@ Belongs here: the list of commands. Does not belong here: a command (`run`, `ins
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.metadata
+import signal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -34,8 +36,12 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with expected(SettingsError, StorageError, PartitionBusyError, OSError):  # The text of an OSError has its path.
-            return super().invoke(ctx)
+        try:
+            # The text of an OSError has its path.
+            with expected(SettingsError, StorageError, PartitionBusyError, OSError):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", code=128 + signal.SIGINT)
 
 
 app = typer.Typer(
@@ -43,27 +49,44 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Select synthetic code-instruction data worth training on (QAQ).",
+    epilog="Begin with: qaq doctor, then qaq run FILE --batch NAME, then qaq explain NAME ROW.",
 )
-for command in (
-    run.run,
-    inspection.status,
-    maintenance.refresh,
-    maintenance.withdraw,
-    maintenance.publish,
-    explain.explain,
-    rows.rows,
-    lineage.lineage,
-    inspection.report,
-    inspection.table,
-    inspection.calibration,
-    trial.trial,
-    run.estimate,
-    maintenance.cache,
-    doctor.doctor,
-    run.ui,
-):
-    app.command()(command)
+
+COMMANDS = {
+    "Run": (doctor.doctor, run.estimate, run.run, run.ui, maintenance.refresh, inspection.status),
+    "Look": (
+        explain.explain,
+        rows.rows,
+        inspection.report,
+        inspection.calibration,
+        trial.trial,
+        inspection.table,
+        lineage.lineage,
+    ),
+    "Publish and maintain": (maintenance.publish, maintenance.withdraw, maintenance.cache),
+}
+"""The commands, in the groups of `qaq --help`."""
+
+for group, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qaq-pipeline {importlib.metadata.version('qaq-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Declare the options of `qaq` itself."""
 
 
 def main() -> None:

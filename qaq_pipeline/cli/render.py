@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 
 from qaq_pipeline.cli.terminal import complain, console, say, warn
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 _LONGEST_LINE = 10_000
 
 # --- progress --------------------------------------------------------------------------------------------------------
+
+
+def starting() -> Status:
+    """A sign of life on a terminal while Dagster is imported, which takes seconds."""
+    return console.status("starting")
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def run(
     config_file: ConfigOption = None,
 ) -> None:
     """Register files as a batch, run every stage, publish, and print a summary."""
-    from qaq_pipeline.runs import registration, run_batch
-
+    with render.starting():
+        from qaq_pipeline.runs import registration, run_batch
     with (
         open_deployment(config_file) as deployment,
         deployment.lock_batch(batch),
@@ -70,6 +70,7 @@ def ui(
         fail(f"{workspace}: no such file; without --workspace the packaged one is used", code=2)
     home = prepare_home()
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)]
+    command += ["--log-level", "warning"]
     environment = {**os.environ, "DAGSTER_HOME": str(home), "QAQ_HOME": str(home_directory())}
     # It ends with this process, which becomes dagster's.
     browser = [sys.executable, "-m", "qaq_pipeline.cli", "rows", "--port", str(rows_port), "--parent", str(os.getpid())]

@@ -1,6 +1,7 @@
 """What every command shares: printing, exit codes, the option --config and the settings it names.
 
-Exit codes: 0 the command succeeded, 1 the work failed, 2 the command or the settings cannot be used.
+Exit codes: 0 the command succeeded, 1 the work failed, 2 the command or the settings cannot be used, 128 + n signal n
+ended it (130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def expected(*kinds: type[Exception]) -> Iterator[None]:
     except BrokenPipeError:
         raise  # The reader of the output left: click ends without a word.
     except kinds as error:
-        fail(str(error), code=2 if isinstance(error, SettingsError) else 1)
+        fail(str(error), code=getattr(error, "exit_code", 2 if isinstance(error, SettingsError) else 1))
 
 
 def read_settings(config_file: Path | None) -> Settings:

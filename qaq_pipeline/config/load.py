@@ -6,12 +6,17 @@ Dagster home, the storage and the model cache, unless the file places them elsew
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
@@ -89,12 +94,68 @@ def _read_profile(source: str) -> tuple[str, str]:
 
 
 def _describe(error: ValidationError, name: str) -> str:
-    lines = []
-    for fault in error.errors(include_url=False):
-        field = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
-        value = fault["input"]
-        is_secret = fault["loc"][:1] == ("alerts",)  # It may be a password instead of the name of its variable.
-        shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
-        message = f"is now {_RENAMED_FIELDS[field]}" if field in _RENAMED_FIELDS else fault["msg"]
-        lines.append(f"  {field}: {message}{shown}")
+    faults = error.errors(include_url=False)
+    lines = [f"  {_path(fault)}: {_said(fault)}" for fault in faults if not _follows_from_another(fault, faults)]
     return f"{name}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)
+
+
+def _path(fault: ErrorDetails) -> str:
+    return ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+
+
+def _follows_from_another(fault: ErrorDetails, faults: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is too short only because one of its items cannot be used."""
+    length = len(fault["loc"])
+    return fault["type"] == "too_short" and any(
+        len(one["loc"]) > length and one["loc"][:length] == fault["loc"] for one in faults
+    )
+
+
+def _said(fault: ErrorDetails) -> str:
+    """What is wrong with a value, the value, and the remedy."""
+    field, value = _path(fault), fault["input"]
+    is_secret = fault["loc"][:1] == ("alerts",)  # It may be a password instead of the name of its variable.
+    shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
+    if field in _RENAMED_FIELDS:
+        return f"is now {_RENAMED_FIELDS[field]}{shown}"
+    if fault["type"] == "extra_forbidden":
+        *parents, last = fault["loc"]
+        return f"there is no such setting{shown}{_nearest(str(last), _fields_at(parents))}"
+    if fault["type"] == "union_tag_invalid":
+        context = fault.get("ctx", {})
+        key, tag, known = (
+            context["discriminator"].strip("'"),
+            context["tag"],
+            context["expected_tags"].replace("'", "").split(", "),
+        )
+        return f"{key} {tag!r} is not known{_nearest(tag, known)}"
+    return fault["msg"].removeprefix("Value error, ") + shown
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that is most like this one, else all of them."""
+    if alike := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {alike[0]!r}?"
+    return f"; known: {', '.join(map(repr, known))}" if known else ""
+
+
+def _fields_at(place: Sequence[int | str]) -> list[str]:
+    """The names of the settings at a place, of which parts may be positions, keys of a mapping, or kinds of a union."""
+    models = {Settings}
+    for part in place:
+        below = {model for one in models if part in one.model_fields for model in _models_of(one.model_fields[part])}
+        of_kind = {
+            one for one in models if any(part in get_args(field.annotation) for field in one.model_fields.values())
+        }
+        models = below or of_kind or models
+    return sorted({name for one in models for name in one.model_fields})
+
+
+def _models_of(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """The models in the type of a field."""
+    open_types: list[Any] = [field.annotation]
+    while open_types:
+        one = open_types.pop()
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            yield one
+        open_types += get_args(one)

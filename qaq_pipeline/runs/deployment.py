@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 import dagster as dg
+import yaml
+from dagster._core.instance.ref import InstanceRef
 
 from qaq_pipeline.config.load import dagster_home, home_directory
 from qaq_pipeline.config.settings import Settings
@@ -18,6 +20,12 @@ from qaq_pipeline.orchestration.jobs import made_under, present
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.schema.partition import Partition, check_batch_name
 from qaq_pipeline.storage.storage import Storage, open_storage
+
+_NO_CAPTURE = {
+    "module": "dagster._core.storage.noop_compute_log_manager",
+    "class": "NoOpComputeLogManager",
+    "config": {},
+}
 
 
 @dataclass(frozen=True)
@@ -70,16 +78,33 @@ class Deployment:
 
 
 def prepare_home() -> Path:
-    """Create DAGSTER_HOME and the landing zone, with the packaged instance settings unless it has its own."""
+    """Create DAGSTER_HOME and the landing zone, with the packaged instance settings unless it has its own.
+
+    Raises:
+        OSError: a folder or the file cannot be made; the text names the remedy.
+    """
     home = dagster_home()
-    home.mkdir(parents=True, exist_ok=True)
-    (home_directory() / "landing").mkdir(parents=True, exist_ok=True)
     target = home / "dagster.yaml"
-    if not target.exists():
-        target.write_bytes((importlib.resources.files("qaq_pipeline") / "dagster.yaml").read_bytes())
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home_directory() / "landing").mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            target.write_bytes((importlib.resources.files("qaq_pipeline") / "dagster.yaml").read_bytes())
+    except OSError as error:
+        raise OSError(
+            f"{error.filename} cannot be written ({error.strerror}); set QAQ_HOME to a folder that can, now it is "
+            f"{home_directory()}"
+        ) from error
     return home
 
 
 def open_instance() -> dg.DagsterInstance:
-    """The Dagster instance in DAGSTER_HOME."""
-    return dg.DagsterInstance.from_config(str(prepare_home()))
+    """The Dagster instance in DAGSTER_HOME.
+
+    Unless its dagster.yaml says how to capture what steps print, nothing is captured in this process: to capture it,
+    Dagster points the terminal's output elsewhere while a step runs, and no progress could be shown.
+    """
+    home = prepare_home()
+    configured = yaml.safe_load((home / "dagster.yaml").read_text(encoding="utf-8")) or {}
+    overrides = {} if "compute_logs" in configured else {"compute_logs": _NO_CAPTURE}
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=overrides))

@@ -33,13 +33,20 @@ _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 class RunError(RuntimeError):
     """The work cannot be done. The text names the cause and the remedy."""
 
+    exit_code = 1
+    """Of the command that did not do it."""
+
 
 class FailedJobError(RunError):
     """A job failed, or cannot be run. The text names the job, its partition, the cause and the remedy."""
 
 
 class InterruptedRunError(RunError):
-    """A signal ended the driver between two runs."""
+    """A signal ended the driver."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number  # As shells have it.
 
 
 def _ignore(*_: object) -> None:
@@ -60,6 +67,8 @@ class Events:
     """Called with a message for the user."""
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
 SILENT = Events()
 """Reports nothing."""
 
@@ -72,24 +81,28 @@ class Driver:
     events: Events
     _jobs: dg.Definitions
     _tags: Mapping[str, str]
-    _has_signal_come: Callable[[], bool]
+    _signal_come: Callable[[], int | None]
+    """The number of a signal that came since it was last asked."""
 
     def run(self, job_name: str, partition: Partition | None = None) -> str:
         """Run a job; return the id of the run. The rank reference is built before the first job that needs it.
 
         Raises:
             FailedJobError: the job failed, or cannot be run.
-            InterruptedRunError: a signal came; it ends the driver, as one inside a run does.
+            InterruptedRunError: a signal came.
         """
         if job_name == PIPELINE["disagreement_scores"].job and _is_reference_missing(self.deployment):
             self.run(PIPELINE["rank_reference"].job)
         self.events.on_stage(job_name, str(partition or ""))
         run_id = self._run_job(job_name, partition)
-        if self._has_signal_come():
-            raise InterruptedRunError(
-                f"interrupted by a signal after {job_name} of {partition or 'all'}; run again to go on"
-            )
+        self._end_if_interrupted(f"after {_name(job_name, partition)}")
         return run_id
+
+    def _end_if_interrupted(self, when: str) -> None:
+        if (number := self._signal_come()) is not None:
+            raise InterruptedRunError(
+                f"interrupted by a signal {when}; what was finished is stored, run again to go on", number
+            )
 
     def _run_job(self, job_name: str, partition: Partition | None) -> str:
         instance, tags = self.deployment.instance, {**self._tags, **_partition_tags(partition)}
@@ -99,10 +112,14 @@ class Driver:
             job = self._jobs.resolve_job_def(job_name)
             result = job.execute_in_process(instance=instance, run_config=_QUIET, tags=tags, raise_on_error=False)
         if not result.success:
+            self._end_if_interrupted(f"during {_name(job_name, partition)}")
             failures = [event for event in result.all_events if event.is_step_failure or event.is_run_failure]
-            what = f"{job_name} of {partition}" if partition else job_name
-            raise FailedJobError(describe(what, failures, result.run_id))
+            raise FailedJobError(describe(_name(job_name, partition), failures, result.run_id))
         return result.run_id
+
+
+def _name(job_name: str, partition: Partition | None) -> str:
+    return f"{job_name} of {partition}" if partition else job_name
 
 
 def lock_directory() -> Path:
@@ -117,15 +134,15 @@ def driving(deployment: Deployment, events: Events) -> Iterator[Driver]:
     liveness.end_dead_runs(deployment.instance, lock_directory())
     for run_id in liveness.holders_of_pools(deployment.instance):
         events.on_notice(f"run {run_id} holds the GPU pool, and scoring waits for it; it can be terminated in the UI")
-    with liveness.living(lock_directory()) as tags, _signals_to_end() as has_signal_come:
-        yield Driver(deployment, events, jobs, tags, has_signal_come)
+    with liveness.living(lock_directory()) as tags, _signals_to_end() as signal_come:
+        yield Driver(deployment, events, jobs, tags, signal_come)
 
 
 @contextmanager
-def _signals_to_end() -> Iterator[Callable[[], bool]]:
-    """Yield a test for SIGINT and SIGTERM: Dagster raises them inside a step, and drops them between steps."""
+def _signals_to_end() -> Iterator[Callable[[], int | None]]:
+    """Yield a function that gives the number of a SIGINT or SIGTERM that came; Dagster drops one between two steps."""
     if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread only.
-        yield lambda: False
+        yield lambda: None
         return
     reader, writer = socket.socketpair()
     with reader, writer:
@@ -133,7 +150,7 @@ def _signals_to_end() -> Iterator[Callable[[], bool]]:
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
-            yield lambda: not {signal.SIGINT, signal.SIGTERM}.isdisjoint(_received(reader))
+            yield lambda: next((one for one in _received(reader) if one in _ENDING), None)
         finally:
             signal.set_wakeup_fd(before)
 

@@ -82,7 +82,7 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"export": {"selections": "some"}}, ["export.selections", "'published' or 'all'", "got 'some'"]),
         ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
-        ({"scorring": {}}, ["scorring", "not permitted"]),
+        ({"scorring": {}}, ["scorring: there is no such setting", "did you mean 'scoring'?"]),
         ({"models": MODELS | {"Third": {"directory": "x"}}}, ["models.Third", "pattern", "got 'Third'"]),
         ({"models": {"strong": {"directory": "big"}}}, ["weak", "required"]),
         ({"models": MODELS | {"third": {}}}, ["models.third", "exactly one of hub, directory, gguf", "none"]),
@@ -169,7 +169,7 @@ def test_the_published_selection_and_its_controls_are_always_exported(
         ({"strategy": "rmi_band", "band": [0.75, 0.5]}, ["band: ", "must be [lo, hi] with lo < hi", "[0.75, 0.5]"]),
         ({"strategy": "rmi_band", "band": [0.5, 0.5]}, ["band: ", "must be [lo, hi] with lo < hi"]),
         ({"strategy": "rmi_band", "band": [0.5, 1.1]}, ["band.1: ", "less than or equal to 1", "got 1.1"]),
-        ({"strategy": "rmi_band", "budget": {"count": 3}}, ["budget", "not permitted"]),
+        ({"strategy": "rmi_band", "budget": {"count": 3}}, ["budget: there is no such setting", "'band'"]),
         ({"strategy": "diff_low", "rank_strong": [0.9, 0.1]}, ["rank_strong: ", "must be [lo, hi] with lo < hi"]),
         (
             {"strategy": "sum_high", "rmi_strong": [0.9, 0.9]},

@@ -89,7 +89,7 @@ def kill_once(
     if by == signal.SIGKILL:
         assert process.returncode == -by, f"the run ended before it was killed: {errors.decode()}"
     else:
-        assert process.returncode == 1, errors.decode()
+        assert process.returncode == 128 + by, errors.decode()
         assert "interrupted by a signal" in errors.decode()
 
 

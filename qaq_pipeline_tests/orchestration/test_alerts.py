@@ -412,9 +412,9 @@ def test_a_channel_that_never_ends_is_given_up_and_the_next_is_tried(monkeypatch
 REFUSED = {
     "password": (
         email_channel(25, password=SECRET),
-        "alerts.channels.0.email.password: Extra inputs are not permitted",
+        "alerts.channels.0.email.password: there is no such setting; did you mean 'password_env'?",
     ),
-    "webhook": (SLACK | {"webhook": SECRET}, "alerts.channels.0.slack.webhook: Extra inputs are not permitted"),
+    "webhook": (SLACK | {"webhook": SECRET}, "alerts.channels.0.slack.webhook: there is no such setting"),
     "webhook_env": (SLACK | {"webhook_env": f"https://{SECRET}"}, "alerts.channels.0.slack.webhook_env: String should"),
     "login": (email_channel(25, username="qaq"), "username and password_env belong together: give both or neither"),
     "clear_text": (
@@ -427,7 +427,7 @@ REFUSED = {
     ),
     "sender": (email_channel(25, sender="qaq"), "alerts.channels.0.email.sender: String should match"),
     "target": ({"kind": "python", "target": "module.function"}, "alerts.channels.0.python.target: String should match"),
-    "kind": ({"kind": "pager"}, "alerts.channels.0: Input tag 'pager'"),
+    "kind": ({"kind": "pager"}, "alerts.channels.0: kind 'pager' is not known"),
 }
 
 

@@ -52,7 +52,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     long = made["raw_data"].frame.with_columns(
         answer=pl.col("answer") + FILLER * 5, record="Delivered: " + pl.col("query").fill_null("")
     )
-    tables = made.tables | {"raw_data": StoredTable(long, made["raw_data"].provenance)}
+    tables = {**made.tables, "raw_data": StoredTable(long, made["raw_data"].provenance)}
     for name, table in tables.items():
         storage.tables.write(table, name, Partition("b1"))
     publish(storage, SETTINGS, [made], {}, run_id="run")
