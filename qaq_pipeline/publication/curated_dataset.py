@@ -152,6 +152,7 @@ def dataset_files(
         rows = _rows(batches, None if selection == published.name else selection, has_meta=export.meta)
         for name in export.formats:
             files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
+        files[f"{selection}/{exports.KEYS}"] = exports.keys(rows)
         exported[selection] = rows.height
     files["dataset_info.json"] = exports.llama_factory_info(exported, export.formats)
     files[versions.CARD] = dataset_card.dataset_card(

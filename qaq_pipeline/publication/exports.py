@@ -25,6 +25,10 @@ import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.storage import parquet_file
+
+KEYS = "keys.parquet"
+"""File in the folder of a selection that leads from a record back to its row."""
 
 _ROWS_AT_A_TIME = 10_000
 """Rows in one Arrow record batch, whose texts must stay below 2 GB."""
@@ -89,6 +93,15 @@ def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
             return {path: stream.getvalue()}
         case _:
             return {f"{path}/{file}": data for file, data in _saved_to_disk(name, rows).items()}
+
+
+def keys(rows: pl.DataFrame) -> bytes:
+    """The key and the pair_id of each record of a selection, by its place in the training files.
+
+    `line` counts the records of every format from 1. The file is there because trainers refuse other fields in a
+    record; `meta` adds them to the records, too.
+    """
+    return parquet_file.encode(rows.select(pl.int_range(1, pl.len() + 1).alias("line"), *ROW_KEY, "pair_id"), {})
 
 
 def columns(name: str, *, has_meta: bool) -> pa.Schema:

@@ -4,7 +4,7 @@ Belongs here: every path below `curated_dataset/`, and which versions there are.
 version (`curated_dataset`, `difference`), and its audit page (`reports`).
 
     curated_dataset/publications.json                 every publication in order; the last entry is the newest version
-    curated_dataset/<version>/<selection>/…           training files, in each exported format
+    curated_dataset/<version>/<selection>/…           training files, in each exported format, and keys.parquet
     curated_dataset/<version>/scores.parquet, README.md, dataset_info.json
     curated_dataset/<version>/manifest.json           written after all other files of the version
     curated_dataset/differences/<newer>_from_<older>.parquet   rows that entered and left, and why

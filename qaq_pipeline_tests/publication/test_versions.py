@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_
 from qaq_pipeline.publication import curated_dataset, difference, versions
 from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
@@ -55,13 +57,16 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
     assert sorted(version_files(storage, published.version)) == [
         "README.md",
         "control_random/alpaca.json",
+        "control_random/keys.parquet",
         "control_random/messages.jsonl",
         "control_random/prompt_completion.jsonl",
         "control_stratified_random/alpaca.json",
+        "control_stratified_random/keys.parquet",
         "control_stratified_random/messages.jsonl",
         "control_stratified_random/prompt_completion.jsonl",
         "dataset_info.json",
         "diff_high/alpaca.json",
+        "diff_high/keys.parquet",
         "diff_high/messages.jsonl",
         "diff_high/prompt_completion.jsonl",
         "manifest.json",
@@ -148,8 +153,25 @@ def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
     settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
     store_batch(storage, settings)
     files = publish_registered(storage, settings, "b1").manifest["files"]
-    always = {"README.md", "dataset_info.json", "scores.parquet"}
+    always = {"README.md", "dataset_info.json", "scores.parquet", "keys.parquet"}
     assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", *always}
+
+
+def test_each_line_of_a_training_file_leads_to_its_row_in_the_scores(storage: Storage, settings: Settings) -> None:
+    for batch in ("b2", "b1"):
+        store_batch(storage, settings, batch, tuple(f"query {n} of {batch}" for n in range(8)))
+    files = version_files(storage, publish_registered(storage, settings, "b2", "b1").version)
+    scores = pl.read_parquet(io.BytesIO(files["scores.parquet"]))
+    raw = pl.concat(storage.tables.read("raw_data", Partition(batch)).frame for batch in ("b1", "b2"))
+    for selection in ("diff_high", "control_random"):
+        keys = pl.read_parquet(io.BytesIO(files[f"{selection}/keys.parquet"]))
+        lines = [json.loads(line) for line in files[f"{selection}/messages.jsonl"].splitlines()]
+        assert keys["line"].to_list() == list(range(1, len(lines) + 1))
+        rows = keys.join(scores, on=[*ROW_KEY, "pair_id"], validate="1:1").sort("line")
+        assert rows[f"is_selected:{selection}"].to_list() == [True] * len(lines)
+        texts = keys.join(raw, on=[*ROW_KEY, "pair_id"], validate="1:1").sort("line")
+        assert texts["query"].to_list() == [line["messages"][0]["content"] for line in lines]
+        assert [one["instruction"] for one in json.loads(files[f"{selection}/alpaca.json"])] == texts["query"].to_list()
 
 
 THREE = """
