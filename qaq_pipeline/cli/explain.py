@@ -62,7 +62,7 @@ def explain(
         answer, found_in = _find(storage, what, row, published)
         gathered = [dossier.gather(storage, one, found_in, with_versions=published is None) for one in answer.rows]
     except ValueError as error:
-        fail(f"{error}. Known batches: `qaq status`")
+        fail(str(error))
     if as_json:
         render.print_json(gathered)
         return

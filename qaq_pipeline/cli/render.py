@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.status import Status
-from rich.table import Table
+from rich.table import Column, Table
 
 from qaq_pipeline.cli.terminal import complain, console, say, warn
 from qaq_pipeline.publication import versions
@@ -232,7 +232,7 @@ def warn_of_withdrawn(storage: Storage) -> None:
 
 
 def _print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    shown = Table(*heads, title=title)
+    shown = Table(*(Column(head, overflow="fold") for head in heads), title=title)
     for row in rows:
         shown.add_row(*map(escape, row))
     console.print(shown)

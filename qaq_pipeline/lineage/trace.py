@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
-from qaq_pipeline.publication import versions
+from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
 from qaq_pipeline.storage import row_lookup
@@ -108,7 +108,8 @@ def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) 
 def _holds_records(file: str, selection: str) -> bool:
     """True if a file contains records of a selection: in a folder saved by `datasets`, only the Arrow file does."""
     folder, _, name = file.partition("/")
-    return folder == selection and ("/" not in name or name.endswith(".arrow"))
+    is_training_file = folder == selection and exports.format_of(name) is not None
+    return is_training_file and ("/" not in name or name.endswith(".arrow"))
 
 
 def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRow | None]:

@@ -87,7 +87,10 @@ def _speed(report: ScoringReport) -> Numbers:
             "computed_per_real_token": round(report.num_computed_tokens / report.num_tokens, 4),
         }
     if report.estimate is not None and math.isfinite(report.estimate.seconds):
-        speed |= {"estimated_seconds": round(report.estimate.seconds, 1), "teraflop": report.estimate.flops / 1e12}
+        speed |= {
+            "estimated_seconds": round(report.estimate.seconds, 1),
+            "teraflop": round(report.estimate.flops / 1e12, 3),
+        }
     if report.peak_share is not None:
         speed["share_of_matmul_peak"] = round(report.peak_share, 3)
     return speed
@@ -211,7 +214,7 @@ def _less_than_budget(verdict: pl.DataFrame, budget: Budget) -> str | None:
 
 def of_selected_subset(num_selected: int, num_rows: int, selection: str) -> Numbers:
     """Compute the selected share of all rows."""
-    share = {"share_of_rows_in": num_selected / num_rows} if num_rows else {}
+    share = {"share_of_rows_in": round(num_selected / num_rows, 4)} if num_rows else {}
     return {"selection": selection, "rows_in": num_rows, **share}
 
 

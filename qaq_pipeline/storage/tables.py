@@ -31,6 +31,8 @@ from qaq_pipeline.storage.row_lookup import Where
 _TABLE_FILE = "table.parquet"
 _INDEX_FILE = "pair_index.parquet"
 _INDEXED = ("decisions",)
+_DELIVERED = "raw_data"
+"""The table that every batch has."""
 _NO_ROWS = (pa.ArrowException, KeyError)
 
 
@@ -234,10 +236,12 @@ class Tables:
 
     def _existing(self, name: str, partition: Partition) -> tuple[str, ...]:
         """The place of a table that must be there."""
-        parts = self._place(name, partition)
-        if not self._files.exists(*parts):
-            raise StorageError(f"{self._files.url(*parts)}: not stored yet; materialise {name} first")
-        return parts
+        parts, batch = self._place(name, partition), partition.batch
+        if self._files.exists(*parts):
+            return parts
+        if name in self._pipeline.tables_of_batch() and not self._files.exists(_DELIVERED, batch, _TABLE_FILE):
+            raise StorageError(f"there is no batch {batch!r} in {self._files.url()}; `qaq status` lists the batches")
+        raise StorageError(f"{self._files.url(*parts)}: not stored yet; `qaq run` makes it (the asset {name})")
 
     @contextlib.contextmanager
     def _reading(self, parts: Place, damage: tuple[type[Exception], ...]) -> Iterator[None]:

@@ -71,7 +71,8 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
 
 
 def _metadata(frame: pl.DataFrame, findings: Sequence[Finding]) -> dict[str, Any]:
-    numbers: dict[str, Any] = {name: number for finding in findings for name, number in finding.numbers.items()}
+    found = {name: number for finding in findings for name, number in finding.numbers.items()}
+    numbers = {name: round(number, 4) if isinstance(number, float) else number for name, number in found.items()}
     return {
         "findings": [finding.sentence for finding in findings],
         "table": dg.MetadataValue.md(calibration_page.as_markdown(frame)),
