@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qaq_pipeline.cli import doctor, explain, inspection, lineage, maintenance, rows, run, trial
+from qaq_pipeline.cli import diff, doctor, explain, inspection, lineage, maintenance, rows, run, trial
 from qaq_pipeline.cli.terminal import expected, fail
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.files import StorageError
@@ -64,6 +64,7 @@ COMMANDS = {
         trial.trial,
         inspection.table,
         lineage.lineage,
+        diff.diff,
     ),
     "Publish and maintain": (maintenance.publish, maintenance.withdraw, maintenance.cache),
 }

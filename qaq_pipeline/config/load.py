@@ -52,10 +52,10 @@ def packaged_profiles() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+def load_settings(path: str | os.PathLike[str] | None = None, home: Path | None = None) -> Settings:
     """Load the settings from `path`, else from `QAQ_CONFIG`, else from the packaged demo profile.
 
-    `path` may be the name of a packaged profile (`demo`, `paper`).
+    `path` may be the name of a packaged profile (`demo`, `paper`). `home` is used instead of QAQ_HOME.
 
     Raises:
         SettingsError: the file is missing, is not YAML, or contains an invalid value; the text names the field,
@@ -63,10 +63,10 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     """
     source = os.fspath(path) if path is not None else os.environ.get("QAQ_CONFIG") or "demo"
     text, name = _read_profile(source)
-    return parse_settings(text, name)
+    return parse_settings(text, name, home)
 
 
-def parse_settings(text: str, name: str = "settings") -> Settings:
+def parse_settings(text: str, name: str = "settings", home: Path | None = None) -> Settings:
     """Parse settings from YAML text; `name` is the file's name in errors. Raises `SettingsError`."""
     try:
         values = yaml.safe_load(text)
@@ -75,7 +75,7 @@ def parse_settings(text: str, name: str = "settings") -> Settings:
     if not isinstance(values, dict):
         raise SettingsError(f"{name}: must be a mapping of settings, not {type(values).__name__}")
     try:
-        return Settings.model_validate(values, context={"home": home_directory()})
+        return Settings.model_validate(values, context={"home": home or home_directory()})
     except ValidationError as error:
         raise SettingsError(_describe(error, name)) from error
 

@@ -124,15 +124,16 @@ def explain_in_version(
         absent = "the version does not contain its batch" + ("" if left_out is None else f": {left_out}")
         return dropped + ("the batch had no such row" if has_batch else absent)
     is_in = row["decision"] == Decision.SELECTED.value
-    return ("in it: " if is_in else dropped or "not in it: ") + _news(row["explanation"], told or "")
+    fate = "published" if is_in else dropped.removesuffix(": ") or "not published"
+    return fate + _news(row["explanation"], told or "")
 
 
 def _news(why: str, told: str) -> str:
     """The explanation without the sentences at its beginning that were just told."""
     if why == told:
-        return "as above"
+        return ", for the same reason"
     start = commonprefix([why, told]).rfind(". ") + 1
-    return f"as above, but:{why[start:]}" if start else why
+    return f", as explained above, but:{why[start:]}" if start else f": {why}"
 
 
 def _sentence(text: str) -> str:

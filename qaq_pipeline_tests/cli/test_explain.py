@@ -33,7 +33,7 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
         assert word in shown.out
     assert re.search(r"nll_end +│? *\d+\.\d{4} +│? *\d+\.\d{4}", shown.out)
     assert "strong: chatml-0 (files:" in shown.out
-    assert re.search(r"version 1 \(\w{8}, \d{4}-\d\d-\d\d\): in it: as above", shown.out)
+    assert re.search(r"version 1 \(\w{8}, \d{4}-\d\d-\d\d\): published, for the same reason", shown.out)
     assert re.search(r"scored with tokenizers \S+, torch \S+, transformers \S+, on cpu", shown.out)
     assert re.search(r"input: rows\.jsonl, row \d+, sha256 [0-9a-f]{64}", shown.out)
     assert "decided by run " in shown.out

@@ -208,10 +208,10 @@ def test_versions_in_a_row_that_say_the_same_of_a_row_are_one_line(thrice: Stora
     lines = [line for line in stream.getvalue().splitlines() if line.startswith("version")]
     assert len(lines) == 4
     assert lines[0].endswith("the version does not contain its batch")
-    assert re.search(r"^version 2 \(.*: in it: ", lines[1])
+    assert re.search(r"^version 2 \(.*: published[:,] ", lines[1])
     assert lines[2].startswith("version 3 (")
     assert "dropped (it was in version 2)" in lines[2]
-    assert re.fullmatch(r"versions 4 to 5 \(\w{8} to \w{8}\): not in it: as above", lines[3])
+    assert re.fullmatch(r"versions 4 to 5 \(\w{8} to \w{8}\): not published, for the same reason", lines[3])
 
 
 def test_a_version_is_asked_by_its_number_or_hash_and_answers_from_its_own_file(thrice: Storage) -> None:
