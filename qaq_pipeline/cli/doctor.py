@@ -74,6 +74,9 @@ def _models(settings: Settings) -> Iterator[Finding]:
             tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
             encoder = PairEncoder(tokenizer, model, settings.scoring, files.num_embeddings())
             warned = warnings(model, files, tokenizer, encoder)
+        except model_files.ModelNotFetchedError as error:
+            yield Finding(check, is_ok=True, text=str(error), is_warning=True)
+            continue
         except (OSError, ValueError) as error:  # Of the model's files, its tokenizer, its template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue

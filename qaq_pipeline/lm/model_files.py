@@ -40,6 +40,10 @@ class ModelNotFoundError(ValueError):
     """A model's files are missing or cannot be read. The text names the model, the place, and the remedy."""
 
 
+class ModelNotFetchedError(ModelNotFoundError):
+    """A hub model is not on this machine yet. The text says what downloads it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """A local folder in Hugging Face layout, and the identity of its content."""
@@ -83,6 +87,7 @@ def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> Model
 
     Raises:
         ModelNotFoundError: a local path does not exist, or the repository cannot be downloaded.
+        ModelNotFetchedError: the hub model is not in the hub's cache, and `download` is false.
         gguf_files.ConversionError: a GGUF file cannot be converted to the same model.
     """
     if model.gguf is not None:
@@ -142,18 +147,31 @@ def chat_template(source: str, cache: Path, name: str | None = None) -> str:
 
 def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFiles:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         snapshot = snapshot_download(
             hub_id, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_files_only=not download
         )
-    except Exception as error:  # huggingface_hub raises OSError, ValueError and httpx errors alike
-        raise ModelNotFoundError(
-            f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be downloaded: {_first_line(error)}. "
-            "Check the id and the network, log in if the model is gated, or set a local `directory`"
+    except LocalEntryNotFoundError as error:
+        if download:
+            raise ModelNotFoundError(_not_downloaded(hub_id, revision, error)) from error
+        raise ModelNotFetchedError(
+            f"hub model {hub_id!r} (revision {revision or 'newest'}) is not on this machine yet; `qaq estimate` or "
+            "`qaq run` downloads it"
         ) from error
+    except Exception as error:  # huggingface_hub raises OSError, ValueError and httpx errors alike
+        raise ModelNotFoundError(_not_downloaded(hub_id, revision, error)) from error
     folder = Path(snapshot)
     return ModelFiles(hub_id, folder, folder.name)
+
+
+def _not_downloaded(hub_id: str, revision: str | None, error: Exception) -> str:
+    said = _first_line(error).rstrip(".")
+    return (
+        f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be downloaded: {said}. Check the id and the "
+        "network, log in if the model is gated, or set a local `directory`"
+    )
 
 
 def _from_directory(folder: Path) -> ModelFiles:
@@ -174,8 +192,8 @@ def _directory_files(folder: Path) -> list[Path]:
 def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:
     if not gguf.exists():
         raise ModelNotFoundError(
-            f"{gguf}: no such GGUF file. `make demo` downloads the models of the demo; "
-            "for others, put the file there, or correct `gguf` or `model_cache` in the settings"
+            f"{gguf}: no such GGUF file. `python examples/fetch_models.py` fetches the models of the demo into this "
+            "QAQ_HOME; for others, put the file there, or correct `gguf` or `model_cache` in the settings"
         )
     beside = gguf_files.tokenizer_beside(gguf)
     sha256 = _remembered_hash([gguf, beside] if beside.exists() else [gguf])

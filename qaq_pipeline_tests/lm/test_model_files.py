@@ -307,7 +307,7 @@ def interleaved(weight: Any, num_heads: int | None) -> Any:
 def test_a_missing_gguf_file_is_an_error_that_names_it_and_the_remedy(tmp_path: Path, check_sentence: Check) -> None:
     message = refusal(tmp_path, gguf="absent.gguf")
     assert message.startswith(f"{tmp_path / 'absent.gguf'}: no such GGUF file.")
-    assert "`make demo`" in message
+    assert "`python examples/fetch_models.py`" in message
     check_sentence(message)
 
 
@@ -427,6 +427,14 @@ def test_a_hub_model_that_cannot_be_had_is_an_error_that_names_it_and_the_remedy
     assert message.startswith("hub model 'nobody/nothing' (revision abc) cannot be downloaded: ")
     assert message.endswith("Check the id and the network, log in if the model is gated, or set a local `directory`")
     assert "(revision newest)" in refusal(tmp_path, hub="nobody/nothing")
+
+
+def test_a_hub_model_that_is_not_fetched_yet_says_what_fetches_it(
+    hub_cache: Path, tmp_path: Path, check_sentence: Check
+) -> None:
+    with pytest.raises(model_files.ModelNotFetchedError) as error:
+        model_files.locate(ModelSettings(hub="nobody/nothing"), tmp_path, download=False)
+    check_sentence(error.value)
 
 
 def test_a_hub_model_is_identified_by_its_commit(hub_cache: Path, tmp_path: Path) -> None:
