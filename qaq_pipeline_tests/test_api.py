@@ -49,7 +49,7 @@ def test_decisions_and_explanations_are_those_of_the_tables(home: api.Home) -> N
     assert home.explain("b1", "a.jsonl:2") == stored.filter(source_row=2)["explanation"][0]
     with pytest.raises(LookupError, match="no row"):
         home.explain("b1", "a.jsonl:99")
-    with pytest.raises(StorageError, match="there is no batch 'b9'"):
+    with pytest.raises(StorageError, match="nothing of a batch 'b9' is stored"):
         home.decisions("b9")
 
 

@@ -240,7 +240,10 @@ class Tables:
         if self._files.exists(*parts):
             return parts
         if name in self._pipeline.tables_of_batch() and not self._files.exists(_DELIVERED, batch, _TABLE_FILE):
-            raise StorageError(f"there is no batch {batch!r} in {self._files.url()}; `qaq status` lists the batches")
+            raise StorageError(
+                f"nothing of a batch {batch!r} is stored in {self._files.url()}; `qaq status` lists the batches, "
+                f"`qaq run FILE --batch {batch}` makes it (in the UI, materialise {_DELIVERED} first)"
+            )
         raise StorageError(f"{self._files.url(*parts)}: not stored yet; `qaq run` makes it (the asset {name})")
 
     @contextlib.contextmanager

@@ -854,7 +854,7 @@ def test_a_missing_partition_upstream_is_named_with_its_remedy(
 ) -> None:
     settings = settings_for()
     registration.register(Deployment(settings, instance), "b1", [delivered], None)
-    said = r"rmi_scores/b1/strong/table\.parquet: not stored yet; materialise rmi_scores first"
+    said = r"nothing of a batch 'b1' is stored .* \(in the UI, materialise raw_data first\)"
     with pytest.raises(StorageError, match=said):
         run_stages(settings, instance, "b1", "select_from_batch")
 
