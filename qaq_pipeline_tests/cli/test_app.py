@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qaq_pipeline.cli import app
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, write_settings
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES
 from qaq_pipeline_tests.support.sentences import Check
+
+
+def test_the_version_is_printed_and_the_help_has_every_command_in_a_group(empty_home: Home, qaq: Qaq) -> None:
+    assert qaq(empty_home, "--version").out.strip() == f"qaq-pipeline {importlib.metadata.version('qaq-pipeline')}"
+    short, long = qaq(empty_home, "-h"), qaq(empty_home, "--help")
+    assert (short.code, short.out) == (0, long.out)
+    for group, commands in app.COMMANDS.items():
+        assert group in short.out
+        assert all(command.__name__ in short.out for command in commands)
 
 
 def test_the_error_of_a_renamed_command_gives_its_new_name(empty_home: Home, qaq: Qaq) -> None:
