@@ -26,7 +26,7 @@ def status(
     from qaq_pipeline.automation import unattended
     from qaq_pipeline.runs.status import batch_status
 
-    with open_deployment(config_file) as deployment:
+    with open_deployment(config_file, makes_home=False) as deployment:
         batches = batch_status(deployment)
         for sentence in unattended.unattended(deployment.instance, datetime.now(UTC)):
             say(sentence)
@@ -59,7 +59,7 @@ def report(
 
     if (batch is None) == (version is None):
         fail("name either a batch, or a version with --version", code=2)
-    with open_deployment(config_file) as deployment:
+    with open_deployment(config_file, makes_home=False) as deployment:
         if batch is not None:
             url = audit_pages.find_batch_page(deployment, batch)
         else:
@@ -80,7 +80,7 @@ def table(
 
     if name not in PIPELINE.tables_of_batch():
         fail(f"{name!r} is no table; known: {', '.join(PIPELINE.tables_of_batch())}", code=2)
-    with open_deployment(config_file) as deployment:
+    with open_deployment(config_file, makes_home=False) as deployment:
         frame = collect_table(deployment, name, batch)
         write_frame(frame, to)
     say(f"{frame.height:,} rows of {name} written to {to}")

@@ -77,12 +77,19 @@ def read_settings(config_file: Path | None) -> Settings:
 
 
 @contextmanager
-def open_deployment(config_file: Path | None) -> Iterator[Deployment]:
-    """Open the deployment that a command works on; exit with the text of an error that the user can fix."""
+def open_deployment(config_file: Path | None, *, makes_home: bool = True) -> Iterator[Deployment]:
+    """Open the deployment that a command works on; exit with the text of an error that the user can fix.
+
+    Args:
+        config_file: of the option --config.
+        makes_home: make the home if there is none; a command that only shows what is stored makes nothing.
+    """
     from qaq_pipeline.runs.deployment import Deployment, open_instance
     from qaq_pipeline.runs.job_runs import RunError
 
     settings = read_settings(config_file)
+    if not makes_home and not settings.home.exists():
+        fail(f"there is no home at {settings.home}; set QAQ_HOME to one, or make one: `qaq run FILE --batch NAME`")
     _quiet_logs()
     with open_instance() as instance, expected(RunError, PartitionBusyError, ValueError):
         yield Deployment(settings, instance)

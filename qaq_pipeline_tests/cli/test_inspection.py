@@ -14,7 +14,7 @@ from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import BOTH_MODELS, Calibration, dtypes
 from qaq_pipeline.storage.tables import StoredTable
-from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of
+from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of, write_settings
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import TABLES
 
@@ -172,3 +172,12 @@ def test_a_batch_without_a_calibration_is_one_line(home: Home, qaq: Qaq, check_s
     said = qaq(home, "calibration", "b1").error()
     check_sentence(said)
     check_sentence(said)
+
+
+@pytest.mark.parametrize("command", [["status"], ["report", "b1"], ["table", "decisions", "--to", "out.csv"]])
+def test_a_command_that_shows_makes_no_home(
+    qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], command: list[str], check_sentence: Check
+) -> None:
+    config = write_settings(tmp_path / "settings.yaml", tiny_models)
+    check_sentence(qaq(Home(tmp_path / "home", config), *command).error())
+    assert not (tmp_path / "home").exists()
