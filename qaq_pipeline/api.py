@@ -26,11 +26,10 @@ from qaq_pipeline.ingest.records import pair_id
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.difference import difference
-from qaq_pipeline.publication.flat_scores import flat_scores
+from qaq_pipeline.publication.difference import compare
+from qaq_pipeline.publication.flat_scores import flat_scores, lines
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import Decision
 from qaq_pipeline.scoring.rmi_scores import rmi_scores
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
@@ -65,19 +64,16 @@ class Home:
         """
         found = versions.find_version(self.storage, name).version
         manifest = versions.read_manifest(self.storage, found)
-        order = {entry["batch"]: place for place, entry in enumerate(manifest["batches"])}
-        position = f"position:{manifest['selection']['name']}"
-        rows = (
-            versions.read_scores(self.storage, found)
-            .filter(decision=Decision.SELECTED.value)
-            .sort(pl.col("batch").replace_strict(order, return_dtype=pl.Int64), position)
-        )
+        batches = [entry["batch"] for entry in manifest["batches"]]
+        scores = versions.read_scores(self.storage, found)
+        of_files = lines(scores, batches, manifest["selection"]["name"])
+        rows = of_files.join(scores, on=ROW_KEY, how="left", validate="1:1", maintain_order="left")
         texts = [
             self.storage.tables.read("raw_data", Partition(batch)).frame.select(*ROW_KEY, "pair_id", "query", "answer")
-            for batch in order
+            for batch in batches
         ]
         with_texts = rows.join(pl.concat(texts), on=[*ROW_KEY, "pair_id"], how="left", maintain_order="left")
-        return with_texts.select(pl.int_range(1, pl.len() + 1).alias("line"), pl.all())
+        return with_texts.select("line", pl.exclude("line"))
 
     def decisions(self, batch: str) -> pl.DataFrame:
         """Every delivered row of a batch: decision, reason, explanation, and a column for each score and model
@@ -106,8 +102,7 @@ class Home:
 
     def difference(self, older: str, newer: str) -> pl.DataFrame:
         """The rows that are in only one of two versions, and why (table Difference). Raises StorageError."""
-        found = [versions.find_version(self.storage, name).version for name in (older, newer)]
-        return difference(*(versions.read_scores(self.storage, version) for version in found))
+        return compare(self.storage, *(versions.find_version(self.storage, name).version for name in (older, newer)))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> pl.DataFrame:
         """The scores of some pairs of query and answer: query, answer, model and the columns of RmiScores. The

@@ -10,7 +10,7 @@ import typer
 from qaq_pipeline.cli import render
 from qaq_pipeline.cli.terminal import ConfigOption, expected, open_stored, say
 from qaq_pipeline.publication import versions
-from qaq_pipeline.publication.difference import count_changes, difference
+from qaq_pipeline.publication.difference import compare, count_changes
 from qaq_pipeline.reports.pages import Table
 
 
@@ -25,7 +25,7 @@ def diff(
     """Show how many rows entered and left the published selection between two versions, and why."""
     storage = open_stored(config_file)
     compared = [versions.find_version(storage, name) for name in (older, newer)]
-    found = difference(*(versions.read_scores(storage, one.version) for one in compared))
+    found = compare(storage, *(one.version for one in compared))
     names = [f"version {one.number} ({one.version[:8]})" for one in compared]
     if found.is_empty():
         say(f"The published rows of {names[0]} and {names[1]} are the same.")

@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli.terminal import ConfigOption, expected, fail, open_stored, say
+from qaq_pipeline.config.settings import ROWS_PORT
 from qaq_pipeline.publication.versions import find_version
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
-
-ROWS_PORT = 3001
 
 
 def rows(

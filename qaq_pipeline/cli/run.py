@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from qaq_pipeline.cli import render
-from qaq_pipeline.cli.rows import ROWS_PORT
 from qaq_pipeline.cli.terminal import ConfigOption, fail, open_deployment, read_settings, say
 from qaq_pipeline.config.load import home_directory
+from qaq_pipeline.config.settings import ROWS_PORT
 
 
 def run(

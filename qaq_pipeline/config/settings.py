@@ -510,6 +510,10 @@ class PythonAlerts(Closed):
     """Function, as module:function; imported when the first alert is sent."""
 
 
+ROWS_PORT = 3001
+"""Port on which `qaq rows` and `qaq ui` serve the rows by default."""
+
+
 class ReportSettings(Closed):
     """The audit pages and the plots in the UI."""
 
@@ -517,7 +521,7 @@ class ReportSettings(Closed):
     """Write a page for every batch and every published version."""
     plots: bool = True
     """Show plots of the assets in the UI, each under 100 KB."""
-    rows_url: str = "http://127.0.0.1:3001"
+    rows_url: str = f"http://127.0.0.1:{ROWS_PORT}"
     """Where `qaq rows` or `qaq ui` serves the rows: pages and the UI link to it."""
     examples: int = Field(10, ge=0, le=25)
     """Maximum number of example rows on a page for each reason, for the lowest and the highest ranks and gaps, and on

@@ -10,6 +10,7 @@ import polars as pl
 
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
 from qaq_pipeline.publication import exports, versions
+from qaq_pipeline.publication.flat_scores import lines
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
 from qaq_pipeline.storage import row_lookup
@@ -88,17 +89,13 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
 
 def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
     """Number of each row in each exported file: batches in the order of the manifest, rows as selected."""
-    order = {batch.name: number for number, batch in enumerate(lineage.batches)}
+    batches = [batch.name for batch in lineage.batches]
     numbers: list[dict[str, int]] = [{} for _ in range(keys.height)]
     for selection in {file.name.partition("/")[0] for file in lineage.files if "/" in file.name}:
         if f"is_selected:{selection}" not in scores.columns:
             continue
-        taken = (
-            scores.filter(pl.col(f"is_selected:{selection}"))
-            .sort(pl.col("batch").replace_strict(order), f"position:{selection}")
-            .select(*ROW_KEY, number=pl.int_range(1, pl.len() + 1))
-        )
-        found = keys.join(taken, on=ROW_KEY, how="left", maintain_order="left")["number"]
+        taken = lines(scores, batches, selection)
+        found = keys.join(taken, on=ROW_KEY, how="left", maintain_order="left")["line"]
         files = [file.name for file in lineage.files if _holds_records(file.name, selection)]
         for row, number in enumerate(found):
             numbers[row] |= {} if number is None else dict.fromkeys(files, number)

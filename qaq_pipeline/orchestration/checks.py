@@ -17,6 +17,7 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.metadata import readable
 from qaq_pipeline.orchestration.partitions import BATCHES, partitions_of
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
@@ -139,13 +140,8 @@ def _result(name: str, measure: Callable[[], Measurements], model: str | None) -
         check_name=name,
         severity=dg.AssetCheckSeverity.WARN,
         description=finding.sentence,
-        metadata={f"{number}{ending}": _readable(value) for number, value in finding.numbers.items()},
+        metadata={f"{number}{ending}": readable(value) for number, value in finding.numbers.items()},
     )
-
-
-def _readable(number: Any) -> Any:
-    """A fraction with four significant digits; other values unchanged."""
-    return float(f"{number:.4g}") if isinstance(number, float) else number
 
 
 # --- the checks of each table --------------------------------------------------------------------------------------

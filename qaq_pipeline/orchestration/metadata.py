@@ -104,6 +104,11 @@ def _column(name: str, column: dy.Column) -> dg.TableColumn:
     )
 
 
+def readable(number: Any) -> Any:
+    """A fraction with four significant digits; other values unchanged."""
+    return float(f"{number:.4g}") if isinstance(number, float) else number
+
+
 def lineage_of_columns(table: str, inputs: Collection[str]) -> dict[str, dg.MetadataValue]:
     """The columns of the inputs from which each column of a table is derived.
 

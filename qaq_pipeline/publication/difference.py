@@ -17,10 +17,15 @@ from qaq_pipeline.storage.storage import Storage
 
 def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
     """Compare two stored versions, and store the difference if they are not the same version."""
-    found = difference(versions.read_scores(storage, older), versions.read_scores(storage, newer))
+    found = compare(storage, older, newer)
     if older != newer:
         storage.files.write_bytes(parquet_file.encode(found, {}), *versions.difference_place(older, newer))
     return found
+
+
+def compare(storage: Storage, older: str, newer: str) -> pl.DataFrame:
+    """Compare two stored versions, named by their hashes. Raises StorageError."""
+    return difference(versions.read_scores(storage, older), versions.read_scores(storage, newer))
 
 
 def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:

@@ -6,13 +6,14 @@ here: the training files (`exports`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.long_form import to_columns
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import parquet_file
 
 _VERDICT = ("is_selected", "reason", "score", "position")
@@ -26,6 +27,21 @@ def scores_parquet(decisions: pl.DataFrame) -> bytes:
 def flat_scores(decisions: pl.DataFrame) -> pl.DataFrame:
     """Decisions with a column for each score and model (`rmi_strong`) and each selection (`is_selected:diff_high`)."""
     return to_columns(to_columns(decisions, "scores"), "verdicts", ":", _VERDICT)
+
+
+def lines(scores: pl.DataFrame, batches: Sequence[str], selection: str) -> pl.DataFrame:
+    """The key and the `line`, from 1, of each record of a selection in the training files of a version.
+
+    Args:
+        scores: scores.parquet of the version, with at least the key, `is_selected:` and `position:` of the selection.
+        batches: names of its batches, in the order of its manifest.
+        selection: name of the selection.
+    """
+    order = {batch: place for place, batch in enumerate(batches)}
+    taken = scores.filter(pl.col(f"is_selected:{selection}"))
+    return taken.sort(pl.col("batch").replace_strict(order, return_dtype=pl.Int64), f"position:{selection}").select(
+        *ROW_KEY, line=pl.int_range(1, pl.len() + 1)
+    )
 
 
 def nested_row(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import polars as pl
 
 from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.flat_scores import lines
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
-from qaq_pipeline.schema.vocabularies import Decision, Status
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.storage.storage import Storage
 
 SHOWN_CHARACTERS = 160
@@ -89,16 +90,12 @@ def of_version(storage: Storage, version: Published) -> Listing:
     """
     manifest = versions.read_manifest(storage, version.version)
     roles = sorted({role for entry in manifest["batches"] for role in entry["models"]})
-    position = f"position:{manifest['selection']['name']}"
-    columns = [*_ROW, position, *(f"{score}_{role}" for role in roles for score in SCORES)]
-    rows = versions.find_rows(storage, version.version, [], columns).rename({position: "position"}, strict=False)
-    order = {entry["batch"]: place for place, entry in enumerate(manifest["batches"])}
-    published = (
-        rows.filter(decision=Decision.SELECTED.value)
-        .sort(pl.col("batch").replace_strict(order, return_dtype=pl.Int64), "position")
-        .select(*ROW_KEY, line=pl.int_range(1, pl.len() + 1))
-    )
-    rows = rows.join(published, on=ROW_KEY, how="left", validate="1:1")
+    published = manifest["selection"]["name"]
+    of_selection = [f"is_selected:{published}", f"position:{published}"]
+    columns = [*_ROW, *of_selection, *(f"{score}_{role}" for role in roles for score in SCORES)]
+    scores = versions.find_rows(storage, version.version, [], columns)
+    of_files = lines(scores, [entry["batch"] for entry in manifest["batches"]], published)
+    rows = scores.drop(of_selection).join(of_files, on=ROW_KEY, how="left", validate="1:1")
     judged_by = {}
     for entry in manifest["batches"]:
         decided = storage.tables.readable_footer("decisions", Partition(entry["batch"]))

@@ -139,7 +139,7 @@ class _Site:
             raise HTTPException(HTTPStatus.NOT_FOUND, f"There is no row {place}.")
         of_row = dossier.gather(self.storage, rows[0], version, with_versions=True)
         line = None if version is None else self.listings.get("versions", name or "").line_of(place)
-        return _page("row.html", _of_row(of_row, place) | {"line": line, "texts": self._texts(rows[0])})
+        return _page("row.html", _of_row(of_row, place) | {"line": line, "texts": self._shown(rows[0], of_row.text)})
 
     def asset(self, request: Request) -> Response:
         """A script or a style sheet."""
@@ -164,15 +164,16 @@ class _Site:
 
     def _cards(self, rows: pl.DataFrame, found: Listing, start: int) -> list[dict[str, Any]]:
         part = rows[start : start + _OF_A_SIDE].iter_rows(named=True)
-        return [_record(row, found) | {"texts": self._texts(row)} for row in part]
+        texts = row_history.text_of
+        return [_record(row, found) | {"texts": self._shown(row, texts(self.storage, row))} for row in part]
 
-    def _texts(self, row: dict[str, Any]) -> dict[str, str]:
-        """Query, answer and record of a row; empty where it was withdrawn, or where its place has another text now."""
+    def _shown(self, row: Mapping[str, Any], text: Mapping[str, str | None]) -> dict[str, str]:
+        """The texts of a row (`row_history.text_of`) that may be shown: none if it was withdrawn."""
         where = row_lookup.of_key([row[name] for name in ROW_KEY])
         screened = self.storage.tables.find(where, "screened_data", Partition(row["batch"]), columns=["status"])
         if screened["status"].to_list() == [Status.WITHDRAWN.value]:
             return {}
-        return {name: text for name, text in row_history.text_of(self.storage, row).items() if text is not None}
+        return {name: part for name, part in text.items() if part is not None}
 
 
 def application(storage: Storage) -> Starlette:

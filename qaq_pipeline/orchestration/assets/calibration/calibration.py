@@ -10,7 +10,7 @@ from qaq_pipeline.calibration import calibration as pure
 from qaq_pipeline.calibration.planted_batch import PlantedBatch
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import asset, gate_metadata, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata, made_by, pictures, readable
 from qaq_pipeline.reports import calibration_page, check_metrics, page_store
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.tables import Calibration
@@ -71,8 +71,7 @@ def build_calibration(settings: Settings) -> dg.AssetsDefinition:
 
 
 def _metadata(frame: pl.DataFrame, findings: Sequence[Finding]) -> dict[str, Any]:
-    found = {name: number for finding in findings for name, number in finding.numbers.items()}
-    numbers = {name: round(number, 4) if isinstance(number, float) else number for name, number in found.items()}
+    numbers = {name: readable(number) for finding in findings for name, number in finding.numbers.items()}
     return {
         "findings": [finding.sentence for finding in findings],
         "table": dg.MetadataValue.md(calibration_page.as_markdown(frame)),
