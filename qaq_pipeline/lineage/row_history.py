@@ -20,7 +20,8 @@ from qaq_pipeline.publication.flat_scores import nested_row
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
@@ -225,8 +226,14 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
         yield Matches(batch, rows, number)
 
 
-def with_text(storage: Storage, text: str, batch: str) -> Iterator[pl.DataFrame]:
+def with_text(storage: Storage, text: str, batch: str, withdrawn: pl.DataFrame | None = None) -> Iterator[pl.DataFrame]:
     """All rows of a batch that contain a text, as `find_text` finds them: key, pair_id, query, answer.
+
+    Args:
+        storage: where they are stored.
+        text: what to look for.
+        batch: name of the batch.
+        withdrawn: keys of rows that are not found, and whose records are not searched, for the other turns neither.
 
     Raises:
         StorageError: the batch has no raw_data, or it cannot be read.
@@ -239,7 +246,22 @@ def with_text(storage: Storage, text: str, batch: str) -> Iterator[pl.DataFrame]
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))
     for chunk in storage.tables.scan("raw_data", Partition(batch), columns=columns):
-        yield chunk.filter(holds).drop("record")
+        searched = chunk if withdrawn is None else _without(chunk, withdrawn)
+        yield searched.filter(holds).drop("record")
+
+
+def _without(rows: pl.DataFrame, withdrawn: pl.DataFrame) -> pl.DataFrame:
+    """The rows that were not withdrawn; without the record where another turn of it was."""
+    records = withdrawn.select(RECORD_KEY).unique().with_columns(is_hidden=pl.lit(True))
+    left = rows.join(withdrawn, on=ROW_KEY, how="anti", maintain_order="left")
+    marked = left.join(records, on=RECORD_KEY, how="left", validate="m:1", maintain_order="left")
+    return marked.with_columns(record=pl.when(pl.col("is_hidden").is_null()).then("record")).drop("is_hidden")
+
+
+def withdrawn_rows(storage: Storage, batch: str) -> pl.DataFrame:
+    """Keys of the rows of a batch that were withdrawn."""
+    parts = storage.tables.scan("screened_data", Partition(batch), [*ROW_KEY, "status"])
+    return pl.concat(part.filter(status=Status.WITHDRAWN.value).select(ROW_KEY) for part in parts)
 
 
 # --- versions --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
-from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY
 from qaq_pipeline.storage import parquet_file
 
 KEYS = "keys.parquet"
@@ -49,11 +49,10 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl
     It is text because the values vary. From JSON objects `datasets` would infer dates where batches are named by their
     day, and nulls where no row has a source, so that the columns of two files would differ in type.
     """
-    of_record = [name for name in ROW_KEY if name != "turn_index"]
-    is_barred = barred.select(of_record).unique().with_columns(is_barred=pl.lit(True))
+    is_barred = barred.select(RECORD_KEY).unique().with_columns(is_barred=pl.lit(True))
     records = (
         rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
-        .join(is_barred, on=of_record, how="left", validate="m:1", maintain_order="left")
+        .join(is_barred, on=RECORD_KEY, how="left", validate="m:1", maintain_order="left")
         .with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record"))
     )
     values = [json.dumps(value, ensure_ascii=False) for value in records.select(_META).iter_rows(named=True)]

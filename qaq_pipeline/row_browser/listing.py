@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from qaq_pipeline.lineage.row_history import withdrawn_rows
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.flat_scores import lines
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
-from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.storage.storage import Storage
 
 SHOWN_CHARACTERS = 160
@@ -126,9 +126,7 @@ def _texts(storage: Storage, batch: str) -> pl.DataFrame:
     columns = [*ROW_KEY, "pair_id", "language", *_SHOWN]
     begin = pl.col(_SHOWN).str.slice(0, SHOWN_CHARACTERS)
     parts = [part.with_columns(begin) for part in storage.tables.scan("raw_data", partition, columns)]
-    status = pl.concat(storage.tables.scan("screened_data", partition, [*ROW_KEY, "status"]))
-    withdrawn = status.filter(status=Status.WITHDRAWN.value).select(ROW_KEY)
-    return pl.concat(parts).join(withdrawn, on=ROW_KEY, how="anti")
+    return pl.concat(parts).join(withdrawn_rows(storage, batch), on=ROW_KEY, how="anti")
 
 
 def _signals(storage: Storage, batch: str, version: str | None) -> pl.DataFrame:

@@ -43,7 +43,7 @@ from qaq_pipeline.row_browser import listing, question
 from qaq_pipeline.row_browser.listing import Listing
 from qaq_pipeline.row_browser.question import Question
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
+from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY, RowPlace
 from qaq_pipeline.schema.vocabularies import Decision, Status
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import StorageError
@@ -59,6 +59,7 @@ _ASSETS = {
 }
 _UNSHOWN = ("source_file", "source_row", "turn_index", "pair_id")
 _PAGING = ("start", "length")
+_LISTED = ("decisions", "raw_data", "screened_data", "validity")
 _KEPT_LISTINGS = 2
 _OF_A_SIDE = 10
 """Rows of a page on either side."""
@@ -66,26 +67,31 @@ _OF_A_SIDE = 10
 
 @dataclass
 class _Listings:
-    """The listings that were asked for last. One is read again when its table has changed."""
+    """The listings that were asked for last. One is read again when a table that it shows has changed."""
 
     storage: Storage
-    kept: dict[tuple[str, str], Listing] = field(default_factory=dict)
+    kept: dict[tuple[str | None, ...], Listing] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, kind: str, name: str) -> Listing:
         """The listing of a batch, or of a version by number, hash or `latest`. Raises StorageError."""
         with self.lock:  # Two requests for one batch read it once.
             if kind == "batches":
-                key = (name, self.storage.tables.footer("decisions", Partition(name)).data_version)
+                key = (name, *self._state([name]))
                 found = self.kept.pop(key, None) or listing.of_batch(self.storage, name)
             else:
                 version = versions.find_version(self.storage, name)
-                key = ("", version.version)
+                manifest = versions.read_manifest(self.storage, version.version)
+                key = (version.version, *self._state([entry["batch"] for entry in manifest["batches"]]))
                 found = self.kept.pop(key, None) or listing.of_version(self.storage, version)
             self.kept[key] = found
             while len(self.kept) > _KEPT_LISTINGS:
                 del self.kept[next(iter(self.kept))]
             return found
+
+    def _state(self, batches: list[str]) -> list[str | None]:
+        """Data versions of the tables that a listing of batches shows."""
+        return [self.storage.tables.version(name, Partition(batch)) for batch in batches for name in _LISTED]
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,14 @@ class _Site:
     def _wanted(self, found: Listing, asked: Question) -> pl.DataFrame:
         with_text = None
         if asked.text:
-            parts = [part for batch in found.batches for part in row_history.with_text(self.storage, asked.text, batch)]
-            with_text = pl.concat(part.select(ROW_KEY) for part in parts)
+            with_text = pl.concat(self._with_text(asked.text, batch) for batch in found.batches)
         return question.answer(found, asked, with_text)
+
+    def _with_text(self, text: str, batch: str) -> pl.DataFrame:
+        """Keys of the rows of a batch that contain a text which may be shown."""
+        withdrawn = row_history.withdrawn_rows(self.storage, batch)
+        parts = row_history.with_text(self.storage, text, batch, withdrawn)
+        return pl.concat(part.select(ROW_KEY) for part in parts)
 
     def _cards(self, rows: pl.DataFrame, found: Listing, start: int) -> list[dict[str, Any]]:
         part = rows[start : start + _OF_A_SIDE].iter_rows(named=True)
@@ -168,12 +179,16 @@ class _Site:
         return [_record(row, found) | {"texts": self._shown(row, texts(self.storage, row))} for row in part]
 
     def _shown(self, row: Mapping[str, Any], text: Mapping[str, str | None]) -> dict[str, str]:
-        """The texts of a row (`row_history.text_of`) that may be shown: none if it was withdrawn."""
-        where = row_lookup.of_key([row[name] for name in ROW_KEY])
-        screened = self.storage.tables.find(where, "screened_data", Partition(row["batch"]), columns=["status"])
-        if screened["status"].to_list() == [Status.WITHDRAWN.value]:
+        """The texts of a row (`row_history.text_of`) that may be shown: none if it was withdrawn, and no record if
+        another turn of it was.
+        """
+        where = row_lookup.of_record([row[name] for name in RECORD_KEY])
+        columns = ["turn_index", "status"]
+        turns = self.storage.tables.find(where, "screened_data", Partition(row["batch"]), columns=columns)
+        withdrawn = turns.filter(status=Status.WITHDRAWN.value)["turn_index"].to_list()
+        if row["turn_index"] in withdrawn:
             return {}
-        return {name: part for name, part in text.items() if part is not None}
+        return {name: part for name, part in text.items() if part is not None and not (withdrawn and name == "record")}
 
 
 def application(storage: Storage) -> Starlette:

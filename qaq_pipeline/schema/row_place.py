@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import polars as pl
 
-ROW_KEY = ["batch", "source_file", "source_row", "turn_index"]
+RECORD_KEY = ["batch", "source_file", "source_row"]
+ROW_KEY = [*RECORD_KEY, "turn_index"]
 """The columns that together name a row."""
 
 

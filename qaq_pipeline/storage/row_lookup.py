@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import polars as pl
 import pyarrow.parquet as pq
 
-from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY
 
 Condition = tuple[str, Literal["==", ">=", "<"], Any]
 """Column, comparison and value."""
@@ -80,6 +80,11 @@ def of_pair(start: str) -> Where:
 def of_key(key: Sequence[Any]) -> Where:
     """Return the conditions for the row of a key, in the order of `ROW_KEY`."""
     return [(name, "==", value) for name, value in zip(ROW_KEY, key, strict=True)]
+
+
+def of_record(key: Sequence[Any]) -> Where:
+    """Return the conditions for the rows of a record, by its key in the order of `RECORD_KEY`."""
+    return [(name, "==", value) for name, value in zip(RECORD_KEY, key, strict=True)]
 
 
 def find_rows(rows: pl.DataFrame, row: str, batch: str = "") -> pl.DataFrame:

@@ -149,17 +149,48 @@ def test_the_next_rows_of_both_sides_are_a_link_away(storage: Storage, settings:
     assert len(seen) == len(set(seen)) == 31
 
 
-def test_a_withdrawn_text_is_shown_nowhere(stored: Storage) -> None:
+def withdraw(stored: Storage, source_row: int) -> None:
+    """Mark turn 0 of a record of b1 as withdrawn."""
     screened = stored.tables.read("screened_data", Partition("b1"))
+    is_it = (pl.col("source_row") == source_row) & (pl.col("turn_index") == 0)
     changed = screened.frame.with_columns(
-        status=pl.when(pl.col("source_row") == 2).then(pl.lit(Status.WITHDRAWN.value)).otherwise("status"),
-        reason=pl.when(pl.col("source_row") == 2).then(pl.lit("row_withdrawn")).otherwise("reason"),
-        cluster=pl.when(pl.col("source_row") == 2).then(None).otherwise("cluster"),
+        status=pl.when(is_it).then(pl.lit(Status.WITHDRAWN.value)).otherwise("status"),
+        reason=pl.when(is_it).then(pl.lit("row_withdrawn")).otherwise("reason"),
+        cluster=pl.when(is_it).then(None).otherwise("cluster"),
     )
     stored.tables.write(StoredTable(changed, screened.provenance), "screened_data", Partition("b1"))
+
+
+def test_a_withdrawn_text_is_shown_nowhere(stored: Storage, client: TestClient) -> None:
+    shown = ("/batches/b1/rows.json", "/batches/b1/sides", "/versions/1/sides", "/row?place=b1/a.jsonl:2.0")
+    assert all("zebra" in client.get(address).text for address in shown)  # These listings are kept in memory.
+    withdraw(stored, 2)
+    assert not any("zebra" in client.get(address).text for address in shown)
+
+
+def test_the_record_of_a_withdrawn_turn_is_neither_shown_nor_searched_with_its_other_turns(stored: Storage) -> None:
+    partition = Partition("b1")
+    for name in ("raw_data", "screened_data", "decisions"):  # Rows 2 and 3 become turns 0 and 1 of record 2.
+        table = stored.tables.read(name, partition)
+        is_second = pl.col("source_row") == 3
+        turns = table.frame.with_columns(
+            turn_index=pl.when(is_second).then(1).otherwise("turn_index").cast(pl.Int64),
+            source_row=pl.when(is_second).then(2).otherwise("source_row").cast(pl.Int64),
+        )
+        stored.tables.write(StoredTable(turns, table.provenance), name, partition)
+    raw = stored.tables.read("raw_data", partition)
+    conversation = pl.when(pl.col("source_row") == 2).then(pl.lit('{"turns": ["zebra crossing", "c"]}'))
+    whole = raw.frame.with_columns(record=conversation.otherwise("record"))
+    stored.tables.write(StoredTable(whole, raw.provenance), "raw_data", partition)
     client = TestClient(application(stored), base_url="http://127.0.0.1")
-    for address in ("/batches/b1/rows.json", "/batches/b1/sides", "/versions/1/sides", "/row?place=b1/a.jsonl:2.0"):
+    second = "/row?place=b1/a.jsonl:2.1"
+    assert "zebra" in client.get(second).text
+    assert client.get("/batches/b1/rows.json?text=zebra").json()["recordsFiltered"] == 2
+    withdraw(stored, 2)
+    for address in ("/batches/b1/rows.json", "/batches/b1/sides", "/row?place=b1/a.jsonl:2.0", second):
         assert "zebra" not in client.get(address).text
+    assert '<pre dir="auto">c</pre>' in client.get(second).text
+    assert client.get("/batches/b1/rows.json?text=zebra").json()["recordsFiltered"] == 0
 
 
 def test_raised_signals_are_shown_and_not_those_of_a_newer_judgement(storage: Storage, settings: Settings) -> None:
