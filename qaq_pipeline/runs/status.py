@@ -19,6 +19,7 @@ class TableStatus:
     """Stored partitions: one per model for some tables."""
     num_wanted: int
     is_readable: bool = True
+    """Whether the footers can be read; changed bytes elsewhere are found by `qaq lineage --verify`."""
 
     @property
     def sentence(self) -> str:
@@ -97,7 +98,7 @@ def _table_status(deployment: Deployment, name: str, batch: str) -> TableStatus:
     tables = deployment.storage.tables
     try:
         partitions = deployment.partitions(name, batch)
-        rows = [tables.read(name, one).frame.height for one in partitions if tables.has(name, one)]
+        rows = [tables.footer(name, one).num_rows for one in partitions if tables.has(name, one)]
     except ValueError:  # A StorageError, or a name that the UI let pass.
         return TableStatus(None, 0, 1, is_readable=False)
     return TableStatus(rows[0] if rows else None, len(rows), len(partitions))
