@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from qaq_pipeline.cli import diff, doctor, explain, inspection, lineage, maintenance, rows, run, trial
-from qaq_pipeline.cli.terminal import expected, fail
+from qaq_pipeline.cli.terminal import expected, fail, no_disk_fault
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.locks import PartitionBusyError
@@ -38,7 +38,7 @@ class _Commands(TyperGroup):
         """Run the command."""
         try:
             # The text of an OSError has its path.
-            with expected(SettingsError, StorageError, PartitionBusyError, OSError):
+            with expected(SettingsError, StorageError, PartitionBusyError, OSError), no_disk_fault():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", code=128 + signal.SIGINT)

@@ -18,8 +18,9 @@ import typer
 from rich.console import Console
 
 from qaq_pipeline.config.base import SettingsError
-from qaq_pipeline.config.load import dagster_home, load_settings
+from qaq_pipeline.config.load import dagster_home, home_directory, load_settings
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.storage import disk_faults
 from qaq_pipeline.storage.locks import PartitionBusyError
 from qaq_pipeline.storage.storage import Storage, open_storage
 
@@ -65,6 +66,17 @@ def expected(*kinds: type[Exception]) -> Iterator[None]:
         raise  # The reader of the output left: click ends without a word.
     except kinds as error:
         fail(str(error), code=getattr(error, "exit_code", 2 if isinstance(error, SettingsError) else 1))
+
+
+@contextmanager
+def no_disk_fault() -> Iterator[None]:
+    """Exit with the fault of a disk in one line, whichever layer noticed it."""
+    try:
+        yield
+    except Exception as error:
+        if (fault := disk_faults.fault_of(error, home_directory())) is None:
+            raise
+        fail(fault)
 
 
 def read_settings(config_file: Path | None) -> Settings:

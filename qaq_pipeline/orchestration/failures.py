@@ -12,12 +12,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import dagster as dg
 
+from qaq_pipeline.config.load import home_directory
 from qaq_pipeline.ingest.imported_tables import ImportedTableError
 from qaq_pipeline.ingest.landing import LandingError
 from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.screening.benchmarks import BenchmarkError
 from qaq_pipeline.screening.gates import StaleVerdictError
+from qaq_pipeline.storage import disk_faults
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.trial.arms import TrialError
 
@@ -63,8 +65,11 @@ def _as_failures() -> Iterator[None]:
 
 
 def describe(what: str, failures: Sequence[dg.DagsterEvent], run_id: str) -> str:
-    """The failure of a run in words; `failures` as `cause` takes them."""
-    return f"{what} failed: {cause(failures)}\nRun {run_id}; earlier results are kept. Fix the cause and run again."
+    """The failure of a run in words, and its remedy; `failures` as `cause` takes them."""
+    found = cause(failures)
+    if (fault := disk_faults.remedy(found, home_directory())) is not None:
+        return f"{what} failed: {fault} (run {run_id})"
+    return f"{what} failed: {found}\nRun {run_id}; earlier results are kept. Fix the cause and run again."
 
 
 def cause(failures: Sequence[dg.DagsterEvent]) -> str:
