@@ -39,7 +39,12 @@ def mount(options: str, folder: Path) -> None:
 def qaq(home: Home, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **home.environment, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [str(QAQ), *map(str, arguments)], env=environment, cwd=home.config.parent, capture_output=True, text=True
+        [str(QAQ), *map(str, arguments)],
+        check=False,
+        env=environment,
+        cwd=home.config.parent,
+        capture_output=True,
+        text=True,
     )
 
 
