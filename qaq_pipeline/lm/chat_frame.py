@@ -12,6 +12,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from jinja2.exceptions import TemplateError
 
+from qaq_pipeline.lm.model_error import ModelError
+
 SYSTEM_SLOT = "QAQ6b1fSYSTEM"
 """Place of the system text. Templates are rendered with it, since they would read control tokens in a real text."""
 
@@ -35,7 +37,7 @@ Render = Callable[[list[dict[str, str]]], str]
 """Renders messages by a chat template, with the generation prompt at the end."""
 
 
-class TemplateUnusableError(ValueError):
+class TemplateUnusableError(ModelError):
     """The prompts cannot be expressed for the model. The text names the fault and the remedy."""
 
 

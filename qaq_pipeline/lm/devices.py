@@ -19,6 +19,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
+from qaq_pipeline.lm.model_error import ModelError
+
 _PEAK_SECONDS = 0.2
 
 FREE_SHARE = 0.7
@@ -32,7 +34,7 @@ LEASE_SECONDS = 60.0
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-class DeviceNotFoundError(ValueError):
+class DeviceNotFoundError(ModelError):
     """The configured device does not exist on this machine. The text names it and the remedy."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qaq_pipeline.lm.model_error import ModelError, first_line
+
 VERSION = 2
 """Increased if the same file converts to something else."""
 
@@ -24,7 +26,7 @@ _MAX_DIFFERING = 0.01
 """Share of tokens that a tokenizer.json may spell otherwise than the GGUF file: converters respell added tokens."""
 
 
-class ConversionError(ValueError):
+class ConversionError(ModelError):
     """A GGUF file cannot be converted to the same model. The text names the file, the fault and the remedy."""
 
 
@@ -37,13 +39,21 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write the de-quantised weights (fp32 safetensors) and the tokenizer. The folder appears once it is complete.
 
     Raises:
-        ConversionError: texts would get other token ids than in the original model.
+        ConversionError: it cannot be read, or texts would get other token ids than in the original model.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = _tokenizer(gguf)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    try:
+        tokenizer = _tokenizer(gguf)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    except ConversionError:
+        raise
+    except Exception as error:  # transformers raises errors of any kind.
+        raise ConversionError(
+            f"{gguf}: cannot be read as a GGUF file of a causal language model ({first_line(error)}); fetch it again, "
+            "or correct `gguf` in the settings"
+        ) from error
     # The weights are plain fp32 now, but the attributes of the quantised file would prevent saving them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

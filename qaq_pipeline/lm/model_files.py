@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from qaq_pipeline.config.settings import ModelSettings
 from qaq_pipeline.lm import chat_frame, gguf_files
+from qaq_pipeline.lm.model_error import ModelError, first_line
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,12 +37,20 @@ _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 log = logging.getLogger(__name__)
 
 
-class ModelNotFoundError(ValueError):
+class ModelNotFoundError(ModelError):
     """A model's files are missing or cannot be read. The text names the model, the place, and the remedy."""
 
 
 class ModelNotFetchedError(ModelNotFoundError):
     """A hub model is not on this machine yet. The text says what downloads it."""
+
+
+def unreadable(folder: Path, part: str, error: Exception) -> ModelNotFoundError:
+    """The error of a part of a model's files that transformers cannot read."""
+    return ModelNotFoundError(
+        f"{folder}: its {part} cannot be read ({first_line(error)}); fetch the model again, or correct `hub`, "
+        "`directory` or `gguf` in the settings"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +70,18 @@ class ModelFiles:
         return _hash_files(present)[:16]
 
     def num_embeddings(self) -> int | None:
-        """Number of tokens that the model can read, from its config; None if the config does not have it."""
+        """Number of tokens that the model can read, from its config; None if the config does not have it.
+
+        Raises:
+            ModelNotFoundError: the config cannot be read.
+        """
         from transformers import AutoConfig
 
-        return getattr(AutoConfig.from_pretrained(self.folder).get_text_config(), "vocab_size", None)
+        try:
+            config = AutoConfig.from_pretrained(self.folder)
+        except Exception as error:  # transformers raises errors of any kind.
+            raise unreadable(self.folder, "config.json", error) from error
+        return getattr(config.get_text_config(), "vocab_size", None)
 
     def generated_ends(self) -> list[int]:
         """Ids of the tokens at which the model's generation config stops."""
@@ -138,7 +155,7 @@ def chat_template(source: str, cache: Path, name: str | None = None) -> str:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(local) if local.exists() else source)
             templates = tokenizer.chat_template
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"chat_template_from: {source!r} cannot be read ({_first_line(error)})") from error
+        raise ModelNotFoundError(f"chat_template_from: {source!r} cannot be read ({first_line(error)})") from error
     chosen = chat_frame.named_template(templates, name, f"chat_template_from: {source!r}")
     if not chosen:
         raise ModelNotFoundError(f"chat_template_from: {source!r} has no chat template")
@@ -167,7 +184,7 @@ def _from_hub(hub_id: str, revision: str | None, *, download: bool) -> ModelFile
 
 
 def _not_downloaded(hub_id: str, revision: str | None, error: Exception) -> str:
-    said = _first_line(error).rstrip(".")
+    said = first_line(error)
     return (
         f"hub model {hub_id!r} (revision {revision or 'newest'}) cannot be downloaded: {said}. Check the id and the "
         "network, log in if the model is gated, or set a local `directory`"
@@ -239,7 +256,3 @@ def _hash_files(files: Iterable[Path]) -> str:
         with path.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qaq_pipeline.lm import attention, lm_head
 from qaq_pipeline.lm.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
+from qaq_pipeline.lm.model_error import ModelError
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema.vocabularies import Quantity
 
@@ -43,7 +44,7 @@ _PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 logger = logging.getLogger(__name__)
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(ModelError):
     """The model cannot be scored correctly. The text names the model, the fault and the remedy."""
 
 

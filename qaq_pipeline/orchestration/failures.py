@@ -15,6 +15,7 @@ import dagster as dg
 from qaq_pipeline.config.load import home_directory
 from qaq_pipeline.ingest.imported_tables import ImportedTableError
 from qaq_pipeline.ingest.landing import LandingError
+from qaq_pipeline.lm.model_error import ModelError
 from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.screening.benchmarks import BenchmarkError
@@ -30,6 +31,7 @@ _REFUSALS = (
     BenchmarkError,
     ImportedTableError,
     LandingError,
+    ModelError,
     NothingToPublishError,
     OriginError,
     StaleVerdictError,

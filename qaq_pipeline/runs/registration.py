@@ -22,18 +22,24 @@ def register(deployment: Deployment, batch: str, files: Sequence[Path], limit: i
 
     Raises:
         RunError: a file is missing, or two files have one name.
-        ValueError: the name of the batch cannot be used, or a file cannot be read at all.
+        ValueError: the name of the batch cannot be used, a file cannot be read at all, or a model cannot be used.
     """
     check_batch_name(batch)
     contents = read_files(files)
     for name, data in contents.items():
         records.check_file(data, name)
+    _runtime(deployment).check()
     storage = deployment.storage
     previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
     delivery = storage.deliveries.store(batch, contents, limit)
     landing.settle(storage, batch)
     deployment.instance.add_dynamic_partitions("batch", [batch])
     return previous is not None and previous.content_hash != delivery.content_hash
+
+
+def _runtime(deployment: Deployment) -> ModelRuntime:
+    settings = deployment.settings
+    return ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
 
 
 def read_files(files: Sequence[Path]) -> dict[str, bytes]:
@@ -64,5 +70,5 @@ def estimate(deployment: Deployment, files: Sequence[Path]) -> list[ScoringCost]
     pairs = pairs_of(rows)
     if settings.is_calibrated:
         pairs += pairs_of(planting.plant(rows, settings.calibration))
-    runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
+    runtime = _runtime(deployment)
     return [runtime.estimate(role, pairs, deployment.storage) for role in settings.models]

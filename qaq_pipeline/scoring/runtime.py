@@ -91,10 +91,8 @@ class ModelRuntime:
         batch's gate. Scores made after the change are not cached, since either model may have made them.
 
         Raises:
-            model_files.ModelNotFoundError: the model's files are missing or cannot be read.
-            gguf_files.ConversionError: a GGUF file cannot be converted to the same model.
-            runners.UnsupportedModelError: the model cannot be scored correctly.
-            chat_frame.TemplateUnusableError: the prompts cannot be expressed for the model.
+            ModelError: the model's files are missing or cannot be read, it cannot be scored correctly, or the prompts
+                cannot be expressed for it.
         """
         files, model = self._prepare(role)
         watch = model_files.FilesWatch(files)
@@ -122,6 +120,15 @@ class ModelRuntime:
         if report.num_scored_quantities and not watch.is_unchanged():
             provenance["identity_after"] = identity | {"revision": watch.found}
         return ScoredPairs(frame, report, provenance)
+
+    def check(self) -> None:
+        """Find out whether the models can be used, without loading weights. A hub model is downloaded.
+
+        Raises:
+            ModelError: one cannot.
+        """
+        for role in self._models:
+            self._prepare(role)
 
     def estimate(self, role: str, pairs: Sequence[Pair], storage: Storage) -> ScoringCost:
         """The cost of scoring the pairs under the model of that role. It tokenises every pair, but loads no weights.
@@ -155,8 +162,9 @@ class ModelRuntime:
 
         model, max_tokens = self._models[role], self._scoring.max_tokens
         files = model_files.locate(model, self._model_cache)
+        num_embeddings = files.num_embeddings()  # First, since a tokenizer reads the config too.
         tokenizer = load_tokenizer(model, files, self._model_cache)
-        encoder = PairEncoder(tokenizer, model, self._scoring, files.num_embeddings())
+        encoder = PairEncoder(tokenizer, model, self._scoring, num_embeddings)
         device = devices.resolve_device(model.device)
         identity = ScoreIdentity(
             model=files.name,

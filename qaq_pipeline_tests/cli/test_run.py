@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, write_settings
 from qaq_pipeline_tests.conftest import LockHolder, delivered_rows, write_jsonl
@@ -143,14 +145,44 @@ def test_two_files_of_one_name_are_refused(empty_home: Home, qaq: Qaq, tmp_path:
     check_sentence(shown.error())
 
 
-def test_a_missing_model_fails_its_stage_and_says_what_stays(
+@pytest.mark.parametrize(
+    ("place", "setting"),
+    [("nowhere", "directory"), ("html.gguf", "gguf"), ("no_tokenizer", "directory"), ("torn_config", "directory")],
+)
+def test_a_model_that_cannot_be_used_is_named_before_anything_is_registered(
+    empty_home: Home,
+    qaq: Qaq,
+    tmp_path: Path,
+    tiny_models: dict[str, Path],
+    place: str,
+    setting: str,
+    check_sentence: Check,
+) -> None:
+    (tmp_path / "html.gguf").write_text("<!doctype html><title>404</title>")
+    for name, file in (("no_tokenizer", "tokenizer.json"), ("torn_config", "config.json")):
+        shutil.copytree(tiny_models["strong"], tmp_path / name)
+        (tmp_path / name / file).write_text("{")
+    values = yaml.safe_load(empty_home.config.read_text())
+    values["models"]["strong"] = {setting: str(tmp_path / place), "device": "cpu"}
+    empty_home.config.write_text(yaml.safe_dump(values))
+    error = qaq(empty_home, "run", write_jsonl(tmp_path / "rows.jsonl", delivered_rows()), "--batch", "b1").error()
+    assert str(tmp_path / place) in error
+    check_sentence(error)
+    assert not (empty_home.folder / "storage" / "deliveries").exists()
+    assert qaq(empty_home, "status").out.endswith("No batch yet: register one with `qaq run FILE --batch NAME`.")
+
+
+def test_a_model_that_goes_missing_fails_its_stage_in_its_own_words(
     empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], check_sentence: Check
 ) -> None:
-    write_settings(empty_home.config, tiny_models | {"strong": tmp_path / "nowhere"})
+    shutil.copytree(tiny_models["strong"], tmp_path / "moved")
+    write_settings(empty_home.config, tiny_models | {"strong": tmp_path / "moved"})
     delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows())
-    error = qaq(empty_home, "run", delivery, "--batch", "b1").error(lines=2)
-    check_sentence(error)
-    check_sentence(error)
+    assert qaq(empty_home, "run", delivery, "--batch", "b1").code == 0
+    shutil.rmtree(tmp_path / "moved")
+    write_settings(empty_home.config, tiny_models | {"strong": tmp_path / "moved"}, scoring={"max_tokens": 500})
+    error = qaq(empty_home, "refresh").error(lines=3)
+    assert "ModelNotFoundError" not in error
     check_sentence(error)
 
 
