@@ -24,6 +24,9 @@ def run(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Read only the first N rows of the delivery.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the files in place of an earlier delivery of the batch.")
+    ] = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Register files as a batch, run every stage, publish, and print a summary."""
@@ -34,7 +37,7 @@ def run(
         deployment.lock_batch(batch),
         render.progress_display() as events,
     ):
-        if registration.register(deployment, batch, files, limit):
+        if registration.register(deployment, batch, files, limit, replaces=replace):
             events.on_notice(f"this replaces the earlier delivery of batch {batch}, which had other content")
         summary = run_batch.run_batch(deployment, batch, events)
     render.print_summary(summary)

@@ -15,13 +15,23 @@ from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoringCost
 from qaq_pipeline.screening import screen
+from qaq_pipeline.storage.deliveries import hashes
 
 
-def register(deployment: Deployment, batch: str, files: Sequence[Path], limit: int | None) -> bool:
+def register(
+    deployment: Deployment, batch: str, files: Sequence[Path], limit: int | None, *, replaces: bool = False
+) -> bool:
     """Keep a copy of the files as the batch's delivery, and add its partition; True if it had other content before.
 
+    Args:
+        deployment: where they are kept.
+        batch: name of the batch.
+        files: its files.
+        limit: number of rows that are read of each; None: all.
+        replaces: whether they may replace other files of the batch.
+
     Raises:
-        RunError: a file is missing, or two files have one name.
+        RunError: a file is missing, two files have one name, or the batch has other files that may not be replaced.
         ValueError: the name of the batch cannot be used, a file cannot be read at all, or a model cannot be used.
     """
     check_batch_name(batch)
@@ -31,6 +41,11 @@ def register(deployment: Deployment, batch: str, files: Sequence[Path], limit: i
     _runtime(deployment).check()
     storage = deployment.storage
     previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
+    if previous is not None and not replaces and previous.files != hashes(contents):
+        raise RunError(
+            f"batch {batch} was delivered with other content ({', '.join(previous.files)}); give these files a batch "
+            "of their own, or add --replace to take them in its place"
+        )
     delivery = storage.deliveries.store(batch, contents, limit)
     landing.settle(storage, batch)
     deployment.instance.add_dynamic_partitions("batch", [batch])

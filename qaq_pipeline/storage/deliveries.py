@@ -34,6 +34,11 @@ class Delivery:
         return hash_json({"files": self.files, "limit": self.limit})
 
 
+def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
+    """sha256 of each file, by its name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
 class Deliveries:
     """The deliveries of all batches."""
 
@@ -42,7 +47,7 @@ class Deliveries:
 
     def store(self, batch: str, files: Mapping[str, bytes], limit: int | None = None) -> Delivery:
         """Keep an immutable copy of a delivery; the same content is stored once."""
-        delivery = Delivery(batch, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, limit)
+        delivery = Delivery(batch, hashes(files), limit)
         for name, data in files.items():
             copy = self.place(batch, delivery.content_hash, name)
             if not (self._files.exists(*copy) and self._files.read_bytes(*copy) == data):  # Replace a damaged copy.

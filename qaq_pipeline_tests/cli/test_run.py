@@ -50,6 +50,16 @@ def test_a_second_run_says_that_nothing_was_scored(home: Home, qaq: Qaq, tmp_pat
     assert "Dataset (unchanged): " in shown.out
 
 
+def test_other_files_do_not_replace_a_batch_unless_they_are_told_to(
+    home: Home, qaq: Qaq, tmp_path: Path, check_sentence: Check
+) -> None:
+    delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows()[:3])
+    before = qaq(home, "table", "decisions", "--batch", "b1", "--to", tmp_path / "before.jsonl")
+    check_sentence(qaq(home, "run", delivery, "--batch", "b1").error())
+    assert qaq(home, "table", "decisions", "--batch", "b1", "--to", tmp_path / "after.jsonl").code == before.code == 0
+    assert (tmp_path / "before.jsonl").read_bytes() == (tmp_path / "after.jsonl").read_bytes()
+
+
 @pytest.mark.slow
 def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
     delivery = tmp_path / "odd.json"
@@ -60,7 +70,9 @@ def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home
     status = qaq(empty_home, "status")
     assert "odd is left out: gated (empty_batch): it has no row; deliver it again with some" in status.out
     delivery.write_text(json.dumps(delivered_rows()[:1]))
-    shown = qaq(empty_home, "run", delivery, "--batch", "odd")
+    refused = qaq(empty_home, "run", delivery, "--batch", "odd")
+    assert "batch odd was delivered with other content (odd.json)" in refused.error()
+    shown = qaq(empty_home, "run", delivery, "--batch", "odd", "--replace")
     assert shown.code == 0
     assert "sum │ 1 │" in shown.out
     assert "note: this replaces the earlier delivery of batch odd, which had other content" in shown.out

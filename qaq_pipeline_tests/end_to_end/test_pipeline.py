@@ -67,8 +67,8 @@ def deliver(tmp_path: Path) -> Deliver:
 
 
 def curate(settings: Settings, instance: dg.DagsterInstance, *files: Path, batch: str = "b1") -> BatchSummary:
-    """What `qaq run` does."""
-    registration.register(Deployment(settings, instance), batch, files, None)
+    """What `qaq run --replace` does."""
+    registration.register(Deployment(settings, instance), batch, files, None, replaces=True)
     summary = run_batch.run_batch(Deployment(settings, instance), batch)
     assert sum(summary.rows_by_decision.values()) == summary.rows_in
     sizes = summary.selected_by_selection
@@ -711,7 +711,7 @@ def test_tables_of_another_delivery_are_not_mixed(
     registration.register(Deployment(settings, instance), "b1", [delivered], None)
     run_stages(settings, instance, "b1", model_runtime=HandMadeRuntime())
     before = table(settings, "decisions")
-    registration.register(Deployment(settings, instance), "b1", [deliver(("Is 7 prime?", "Yes."))], None)
+    registration.register(Deployment(settings, instance), "b1", [deliver(("Is 7 prime?", "Yes."))], None, replaces=True)
     run_stages(settings, instance, "b1", "ingest_batch")
     said = (
         r"rmi_scores\|strong of batch b1 was made from another raw_data, .*materialise rmi_scores of this batch first"
