@@ -24,7 +24,7 @@ _SHOWN_CHARACTERS = 160
 def show(console: Console, of_row: Dossier, *, with_template: bool) -> None:
     """Print a dossier, the decision first."""
     row = of_row.row
-    now = "" if of_row.found_in is None else f" in {dossier.name_of(of_row.found_in)}"
+    now = "" if of_row.found_in is None else f" in {of_row.found_in.name}"
     _line(console, f"{RowPlace.of(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
     _line(console, row.get("explanation") or "This version has no explanation of the row; its numbers follow.")
     if row["duplicate_of"] is not None:

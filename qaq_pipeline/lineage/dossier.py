@@ -94,19 +94,13 @@ def said_of(representative: Mapping[str, Any] | None) -> str:
     return f"That row is {representative['decision'].replace('_', ' ')}.{said}"
 
 
-def name_of(published: Published) -> str:
-    """Number, hash and day of a version."""
-    day = "" if published.published_at is None else f", {published.published_at[:10]}"
-    return f"version {published.number} ({published.version[:8]}{day})"
-
-
 def history(dossier: Dossier) -> Iterator[str]:
     """One line per version; consecutive versions with the same fate share one."""
     for said, group in itertools.groupby(dossier.fates, key=lambda fate: _fate(dossier, fate)):
         versions = [fate.published for fate in group]
         first, last = versions[0], versions[-1]
         several = f"versions {first.number} to {last.number} ({first.version[:8]} to {last.version[:8]})"
-        yield f"{name_of(first) if first is last else several}: {said}"
+        yield f"{first.name if first is last else several}: {said}"
 
 
 def _fate(dossier: Dossier, fate: Fate) -> str:

@@ -1,4 +1,4 @@
-"""When an asset is made without a hand: the automation condition of each, in one rule for a batch and one for all.
+"""When an asset is made automatically: the automation condition of each, in one rule for a batch and one for all.
 
 Belongs here: the conditions. Does not belong here: what evaluates them (`automation`), and what an asset does.
 

@@ -5,6 +5,7 @@ Does not belong here: how a table is written (`io_manager`), and metadata for pe
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
@@ -108,10 +109,27 @@ def unless_same(
 
 def _recorded_version(context: dg.AssetExecutionContext) -> str | None:
     """Data version of the partition's newest materialisation."""
-    wanted = dg.AssetRecordsFilter(context.asset_key, asset_partitions=[context.partition_key])
-    records = context.instance.fetch_materializations(wanted, limit=1).records
-    event = records[0].asset_materialization if records else None
-    return None if event is None else (event.tags or {}).get("dagster/data_version")
+    newest = newest_materialisation(context.instance, context.asset_key, context.partition_key)
+    return None if newest is None else newest.data_version
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A materialisation in Dagster's event log."""
+
+    run_id: str
+    data_version: str | None
+    metadata: dict[str, Any]
+
+
+def newest_materialisation(instance: dg.DagsterInstance, asset: dg.AssetKey, partition: str | None) -> Recorded | None:
+    """The newest materialisation of an asset, or of a partition of it; None: there is none."""
+    wanted = dg.AssetRecordsFilter(asset, asset_partitions=None if partition is None else [partition])
+    for record in instance.fetch_materializations(wanted, limit=1).records:
+        if (event := record.asset_materialization) is not None:
+            metadata = {name: value.value for name, value in event.metadata.items()}
+            return Recorded(record.run_id, (event.tags or {}).get("dagster/data_version"), metadata)
+    return None
 
 
 def _differing(made: StoredTable, before: Footer) -> set[str]:

@@ -39,8 +39,8 @@ _SELECTED = pl.col("decision") == Decision.SELECTED.value
 _OF_RMI = DiffSelection | SumSelection | RmiBandSelection | RmiTopSelection
 
 _PAPER = (
-    "In the paper a model trained on a quarter of the data, chosen this way, did as well as one trained on all of it, "
-    "within noise: one HumanEval+ task is 0.61 points and a standard error about 3.5."
+    "In the paper, training on the selected quarter matched training on everything, within noise (one HumanEval+ task "
+    "is 0.61 points, the standard error about 3.5)."
 )
 
 _LIMITS = (

@@ -55,6 +55,11 @@ class Published:
     excluded_batches: dict[str, str]
     """Reason for each registered batch that is not in it."""
 
+    @property
+    def name(self) -> str:
+        """Number, hash and day, for people."""
+        return f"version {self.number} ({self.version[:8]}, {self.published_at[:10]})"
+
 
 # --- places -----------------------------------------------------------------------------------------------------------
 

@@ -382,7 +382,7 @@ def _near_examples(one: Definition, cut: Mapping[str, Any], rows: pl.DataFrame, 
 
 def _copied(row: Mapping[str, Any]) -> str:
     return (
-        f"{row['query_in_answer']:.0%} of the query's word sequences stand in the answer, and "
+        f"{row['query_in_answer']:.0%} of the query's word sequences occur in the answer, and "
         f"{row['answer_in_query']:.0%} of the answer's in the query"
     )
 

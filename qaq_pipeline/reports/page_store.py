@@ -146,6 +146,13 @@ def read_reference(storage: Storage, reference: ReferenceSettings | None) -> Fro
     return reference.name, storage.tables.read(stored_reference.NAME, Partition(reference.name)).frame
 
 
+def _link(storage: Storage, version: str) -> dict[str, str | None]:
+    """Return what a page says of another version: its hash, its name, and the link to its page if it has one."""
+    place = versions.page_place(version)
+    page = place[-1] if storage.files.exists(*place) else None
+    return {"version": version, "name": versions.find_version(storage, version).name, "page": page}
+
+
 def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Find the previous version, the difference to it, the batches left out, and the pages of batches and the trial."""
     kept = versions.kept_versions(storage)
@@ -155,9 +162,10 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
     batches = [*(entry["batch"] for entry in manifest["batches"]), *excluded]
     trial_page_place = versions.trial_page_place(version)
     return {
-        "verdict": _verdict(storage, version),
+        "name": versions.find_version(storage, version).name,
+        "of_trial": _verdict(storage, version),
         "trial": "/".join(("..", *trial_page_place[1:])) if storage.files.exists(*trial_page_place) else None,
-        "previous": previous,
+        "previous": None if previous is None else _link(storage, previous),
         "difference": difference,
         "excluded": excluded,
         "pages": {

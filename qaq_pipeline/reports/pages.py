@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,6 +143,7 @@ def batch_page(
     pairs = summaries.pairs(flat)
     page = _of_rows(flat, pairs, published) | {
         "title": f"Batch {tables.batch}",
+        "verdict": _verdict_on_batch(flat, decided.provenance.get(VALIDITY_KEY), published),
         "batch": tables.batch,
         "gate": gates.of_provenance(decided.provenance),
         "warnings": _warnings(decided.provenance, published),
@@ -185,9 +187,10 @@ def version_page(
         manifest: manifest of the version.
         flat: its scores.parquet.
         published: the selection recorded in the manifest.
-        neighbours: `rows`, the address of its rows in the row browser; `previous` version or None; `difference` to it
-            as Difference or None; `excluded` batches with the reasons; `pages` of batches by name, as links from this
-            page; `verdict` of its training trial and the link `trial` to its page, or None.
+        neighbours: its `name`; `rows`, the address of its rows in the row browser; the `previous` version, as its
+            `version`, its `name` and the link to its `page` or None, or None; `difference` to it as Difference or
+            None; `excluded` batches with the reasons; `pages` of batches by name, as links from this page; what is
+            said `of_trial`, its training trial, and the link `trial` to its page, or None.
         sizes: bytes of each of its files, by the name in the manifest.
         frozen: name and RankReference to measure drift against; None if there is none.
         made: the run that renders the page, and when.
@@ -195,7 +198,8 @@ def version_page(
     pairs = summaries.pairs(flat)
     is_one_pool = len({entry["pool"] for entry in manifest["batches"]}) == 1
     page = _of_rows(flat, pairs, published, has_strata=is_one_pool) | {
-        "title": f"Version {version}",
+        "title": neighbours["name"].capitalize(),
+        "verdict": _verdict_on_version(flat, manifest, published, neighbours),
         "version": version,
         "made": made,
         "batches": _batches(manifest["batches"]),
@@ -203,7 +207,7 @@ def version_page(
         "excluded": Table("Batches left out", ("batch", "reason"), sorted(neighbours["excluded"].items())),
         "rows": neighbours["rows"],
         "previous": neighbours["previous"],
-        "verdict": neighbours["verdict"],
+        "of_trial": neighbours["of_trial"],
         "trial": neighbours["trial"],
         "difference": _difference(neighbours["difference"]),
         "models": _models_of(manifest["batches"]),
@@ -359,6 +363,33 @@ def _device_hours(cost: Mapping[str, Any]) -> str:
     if "seconds" not in cost or "processes" not in cost:
         return _UNKNOWN
     return f"{cost['seconds'] * cost['processes'] / 3600:.4f}"
+
+
+def _verdict_on_batch(flat: pl.DataFrame, judged: Mapping[str, Any] | None, published: Selection) -> str:
+    """Return what became of a batch, in one or two sentences."""
+    taken = flat.filter(decision=Decision.SELECTED.value).height
+    said = f"{taken:,} of its {flat.height:,} rows are selected by {published.name}."
+    if judged is None:
+        return said
+    invalid: Mapping[str, int] = judged["invalid_pairs"]
+    num_invalid = sum(invalid.values())
+    most = max(invalid, key=lambda name: invalid[name], default=None)
+    why = f", most of them by the signal {most} ({invalid[most]:,})" if most is not None and num_invalid else ""
+    return f"{said} Of {num_invalid + judged['valid_pairs']:,} distinct pairs, {num_invalid:,} are invalid{why}."
+
+
+def _verdict_on_version(
+    flat: pl.DataFrame, manifest: Mapping[str, Any], published: Selection, neighbours: Mapping[str, Any]
+) -> str:
+    """Return what a version has, and what changed since the previous one, in one or two sentences."""
+    taken, batches = flat.filter(decision=Decision.SELECTED.value).height, len(manifest["batches"])
+    of = "1 batch" if batches == 1 else f"{batches:,} batches"
+    said = f"{taken:,} of {flat.height:,} rows of {of} are published by {published.name}."
+    if neighbours["difference"] is None:
+        return said
+    is_added: pl.Series = neighbours["difference"]["is_added"]
+    entered, left = is_added.sum(), (~is_added).sum()
+    return f"{said} Since {neighbours['previous']['name']}, {entered:,} rows entered and {left:,} left."
 
 
 def _warnings(provenance: Mapping[str, Any], published: Selection) -> list[str]:
@@ -554,7 +585,9 @@ def _example(row: Mapping[str, Any], roles: Sequence[str]) -> Example:
 
 def render(template: str, page: Mapping[str, Any]) -> bytes:
     """Render a template of `pages/` with text, numbers, `Table`s, `Plot`s and `Example`s."""
-    return templates.render(template, page, {"picture": _picture, "numbers": _numbers}, finalize=_shown)
+    return templates.render(
+        template, page, {"picture": _picture, "numbers": _numbers, "shared": _shared}, finalize=_shown
+    )
 
 
 def _shown(value: Any) -> Any:
@@ -568,6 +601,14 @@ def _shown(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return value if isinstance(value, Markup) else summaries.visible(str(value))
+
+
+def _shared(examples: Sequence[Example]) -> str:
+    """Return the sentences with which the explanations of several examples begin: a page shows them once."""
+    if len(examples) < 2:
+        return ""
+    sentences = zip(*(re.split(r"(?<=\. )", one.explanation) for one in examples), strict=False)
+    return "".join(first for first, *others in itertools.takewhile(lambda said: len(set(said)) == 1, sentences))
 
 
 def _picture(plot: Plot) -> Markup:

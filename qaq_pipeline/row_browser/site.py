@@ -108,7 +108,7 @@ class _Site:
             batch: tables.footer("decisions", Partition(batch)).num_rows for batch in tables.batches_with("decisions")
         }
         published = [one for one in reversed(versions.publications(self.storage)) if one.version in kept]
-        named = [(one.number, dossier.name_of(one)) for one in published]
+        named = [(one.number, one.name) for one in published]
         return _page("rows_index.html", {"title": "Rows", "batches": rows, "versions": named})
 
     def table(self, request: Request) -> Response:
@@ -225,7 +225,7 @@ def _of_listing(request: Request, found: Listing, asked: Question) -> dict[str, 
     kind, name = request.path_params["kind"], request.path_params["name"]
     filters = [one for one in request.query_params.multi_items() if one[0] not in _PAGING]
     return {
-        "title": f"Rows of {'batch ' + name if found.version is None else dossier.name_of(found.version)}",
+        "title": f"Rows of {'batch ' + name if found.version is None else found.version.name}",
         "path": f"/{kind}/{name}",
         "filters_of_page": urlencode(filters),
         "asked": asked,
@@ -262,7 +262,7 @@ def _of_row(of_row: Dossier, place: RowPlace) -> dict[str, Any]:
     return {
         "title": str(place),
         "row": row,
-        "found_in": None if of_row.found_in is None else dossier.name_of(of_row.found_in),
+        "found_in": None if of_row.found_in is None else of_row.found_in.name,
         "representative": None if row["duplicate_of"] is None else dossier.said_of(of_row.representative),
         "kept": None if row["duplicate_of"] is None else urlencode({"place": row["duplicate_of"]}),
         "history": list(dossier.history(of_row)),

@@ -19,6 +19,7 @@ from qaq_pipeline.freshness.staleness import Freshness
 from qaq_pipeline.orchestration.jobs import made_under, present
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.schema.partition import Partition, check_batch_name
+from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
 
 _NO_CAPTURE = {
@@ -44,6 +45,12 @@ class Deployment:
     def pipeline(self) -> Pipeline:
         """The part of the pipeline that is made under the settings."""
         return made_under(self.settings)
+
+    @cached_property
+    def model_runtime(self) -> ModelRuntime:
+        """The models that the settings name, without a report of progress."""
+        settings = self.settings
+        return ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
 
     @property
     def batches(self) -> Sequence[str]:

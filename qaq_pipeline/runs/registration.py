@@ -13,7 +13,7 @@ from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
-from qaq_pipeline.scoring.runtime import ModelRuntime, ScoringCost
+from qaq_pipeline.scoring.runtime import ScoringCost
 from qaq_pipeline.screening import screen
 from qaq_pipeline.storage.deliveries import hashes
 
@@ -38,7 +38,8 @@ def register(
     contents = read_files(files)
     for name, data in contents.items():
         records.check_file(data, name)
-    _runtime(deployment).check()
+    for role in deployment.settings.models:
+        deployment.model_runtime.identity(role)  # One that cannot be used is refused before anything is stored.
     storage = deployment.storage
     previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
     if previous is not None and not replaces and previous.files != hashes(contents):
@@ -50,11 +51,6 @@ def register(
     landing.settle(storage, batch)
     deployment.instance.add_dynamic_partitions("batch", [batch])
     return previous is not None and previous.content_hash != delivery.content_hash
-
-
-def _runtime(deployment: Deployment) -> ModelRuntime:
-    settings = deployment.settings
-    return ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
 
 
 def read_files(files: Sequence[Path]) -> dict[str, bytes]:
@@ -85,5 +81,5 @@ def estimate(deployment: Deployment, files: Sequence[Path]) -> list[ScoringCost]
     pairs = pairs_of(rows)
     if settings.is_calibrated:
         pairs += pairs_of(planting.plant(rows, settings.calibration))
-    runtime = _runtime(deployment)
+    runtime = deployment.model_runtime
     return [runtime.estimate(role, pairs, deployment.storage) for role in settings.models]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -11,6 +12,9 @@ from qaq_pipeline.schema.partition import Partition
 
 Results = dict[tuple[str, Partition | None], dict[str, Any]]
 """The metadata of each asset that was made, by the asset's name and partition."""
+
+_WORK = {"quantities_scored": 0, "tokens": 0, "seconds": 0.0, "is_new_version": False}
+"""Metadata of the work of a run, as they are where nothing had to be done."""
 
 _REPORTED_ELSEWHERE = (("disagreement_scores", "strata_are_filled"), ("curated_dataset", "every_batch_is_in_it"))
 """Checks whose assets report the same as a warning."""
@@ -40,3 +44,10 @@ def materialisation_metadata(instance: dg.DagsterInstance, run_id: str, asset: s
         if materialisation and materialisation.asset_key == dg.AssetKey(asset):
             return {name: value.value for name, value in materialisation.metadata.items()}
     raise RunError(f"run {run_id} succeeded without materialising {asset}; see its log in the UI")
+
+
+def repeated(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an earlier run whose result still holds: nothing was scored or published now."""
+    scored = metadata.get("quantities_scored", 0)
+    cached = {name: value + scored for name, value in metadata.items() if name == "quantities_from_cache"}
+    return {**metadata, **cached, **{name: value for name, value in _WORK.items() if name in metadata}}

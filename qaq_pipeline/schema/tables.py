@@ -371,10 +371,10 @@ class Validity(dy.Schema):
         "`flag` declares nothing.",
     )
     query_in_answer = dy.Float64(
-        min=0.0, max=1.0, description="Share of the query's word sequences (up to 4 words) that stand in the answer."
+        min=0.0, max=1.0, description="Share of the query's word sequences (up to 4 words) that occur in the answer."
     )
     answer_in_query = dy.Float64(
-        min=0.0, max=1.0, description="Share of the answer's word sequences (up to 4 words) that stand in the query."
+        min=0.0, max=1.0, description="Share of the answer's word sequences (up to 4 words) that occur in the query."
     )
     signals = dy.List(SIGNAL_EVIDENCE, description="The evidence of every signal, in their order.")
 

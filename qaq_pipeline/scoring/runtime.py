@@ -76,6 +76,8 @@ class ModelRuntime:
         self._runtime = runtime
         self._model_cache = model_cache
         self._on_progress = on_progress
+        self._described: dict[tuple[str, str], ScoringModel] = {}
+        """By role and revision."""
 
     def score(
         self,
@@ -121,14 +123,13 @@ class ModelRuntime:
             provenance["identity_after"] = identity | {"revision": watch.found}
         return ScoredPairs(frame, report, provenance)
 
-    def check(self) -> None:
-        """Find out whether the models can be used, without loading weights. A hub model is downloaded.
+    def identity(self, role: str) -> ScoreIdentity:
+        """The identity of the scores that the model would give now. No weights are loaded; a hub model is downloaded.
 
         Raises:
-            ModelError: one cannot.
+            ModelError: it cannot be used.
         """
-        for role in self._models:
-            self._prepare(role)
+        return self._prepare(role)[1].identity
 
     def estimate(self, role: str, pairs: Sequence[Pair], storage: Storage) -> ScoringCost:
         """The cost of scoring the pairs under the model of that role. It tokenises every pair, but loads no weights.
@@ -156,12 +157,17 @@ class ModelRuntime:
         )
 
     def _prepare(self, role: str) -> tuple[model_files.ModelFiles, ScoringModel]:
-        """The model's files, and the model as it is before its weights are loaded."""
+        """The model's files, and the model as it is before its weights are loaded: the same while its files are."""
+        files = model_files.locate(self._models[role], self._model_cache)
+        if (role, files.revision) not in self._described:
+            self._described[role, files.revision] = self._describe(role, files)
+        return files, self._described[role, files.revision]
+
+    def _describe(self, role: str, files: model_files.ModelFiles) -> ScoringModel:
         from qaq_pipeline.lm import causal_lm, devices
         from qaq_pipeline.lm.tokenizer import load_tokenizer, warnings
 
         model, max_tokens = self._models[role], self._scoring.max_tokens
-        files = model_files.locate(model, self._model_cache)
         num_embeddings = files.num_embeddings()  # First, since a tokenizer reads the config too.
         tokenizer = load_tokenizer(model, files, self._model_cache)
         encoder = PairEncoder(tokenizer, model, self._scoring, num_embeddings)
@@ -178,7 +184,7 @@ class ModelRuntime:
         )
         sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
         libraries = {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES}
-        return files, ScoringModel(
+        return ScoringModel(
             role=role,
             encoder=encoder,
             identity=identity,

@@ -97,7 +97,7 @@ def cannot_tell(sentence: str) -> Gate:
     """Return the verdict on a batch about which the scores tell nothing."""
     return Gate(
         GateReason.CANNOT_TELL,
-        f"{sentence}; look at examples on the batch's page, then mend the delivery, take other models, or set "
+        f"{sentence}; look at examples on the batch's page, then correct the delivery, choose other models, or set "
         "gates.must_tell: false",
     )
 

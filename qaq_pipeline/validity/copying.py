@@ -1,4 +1,4 @@
-"""How much of the query stands in the answer, and of the answer in the query: direct evidence of copying.
+"""How much of the query occurs in the answer, and of the answer in the query: direct evidence of copying.
 
 Belongs here: the two shares, from texts alone. Does not belong here: what follows from them (`signals.echo`).
 """
@@ -19,7 +19,7 @@ WORDS = 4
 def shares(texts: pl.DataFrame) -> pl.DataFrame:
     """pair_id, query_in_answer and answer_in_query, each from 0 to 1, in the order of the rows.
 
-    Each is the share of the distinct sequences of `WORDS` words of one text that stand in the other; 0 where a text has
+    Each is the share of the distinct sequences of `WORDS` words of one text that occur in the other; 0 where a text has
     no words.
 
     Args:

@@ -48,6 +48,8 @@ def test_a_second_run_says_that_nothing_was_scored(home: Home, qaq: Qaq, tmp_pat
     assert (shown.code, shown.err) == (0, "")
     assert "Nothing was scored: every score was in the cache." in shown.out
     assert "Dataset (unchanged): " in shown.out
+    assert re.search(r"from the cache │ 90 │ 90 │", shown.out)
+    assert not re.search(r"^(ingest|score|select|publish|report|calibrate)_", shown.lines, re.MULTILINE)
 
 
 def test_other_files_do_not_replace_a_batch_unless_they_are_told_to(

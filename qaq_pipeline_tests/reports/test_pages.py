@@ -19,7 +19,7 @@ from qaq_pipeline.publication import curated_dataset, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import pages
-from qaq_pipeline.reports.pages import Made, Scoring
+from qaq_pipeline.reports.pages import Example, Made, Scoring
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.column_lineage import Column
 from qaq_pipeline.schema.row_place import ROW_KEY
@@ -142,6 +142,48 @@ def test_a_page_asks_nobody_and_runs_nothing_whatever_rows_hold(hostile: bytes) 
     assert not re.search("[\x00-\x08\u202a-\u202e\u2066-\u2069]", text)
     assert "url(http" not in text
     assert "@import" not in text
+
+
+def test_a_batch_page_says_first_what_became_of_the_batch_and_last_by_which_hashes(
+    plain: tuple[bytes, BatchTables],
+) -> None:
+    page, tables = plain[0].decode(), plain[1]
+    taken, delivered = tables["selected_subset"].frame.height, tables["raw_data"].frame.height
+    said = f'<p class="verdict">{taken} of its {delivered} rows are selected by diff_high.</p>'
+    places = [page.index(part) for part in (said, "<table>", 'id="examples"', 'id="limits"', 'id="made-of"')]
+    assert places == sorted(places)
+
+
+def test_a_batch_page_names_the_signal_that_declares_most_pairs_invalid() -> None:
+    judged = {"valid_pairs": 7, "invalid_pairs": {"echo": 1, "mismatch": 2}, "signals": [], "warnings": []}
+
+    def with_verdicts(tables: BatchTables) -> BatchTables:
+        decided = tables["decisions"]
+        return changed(tables, decisions=StoredTable(decided.frame, decided.provenance | {VALIDITY_KEY: judged}))
+
+    page = page_of(40, changed=with_verdicts)[0].decode()
+    assert "Of 10 distinct pairs, 3 are invalid, most of them by the signal mismatch (2).</p>" in page
+
+
+def test_a_plot_of_no_rows_is_named_and_not_drawn(hostile: bytes) -> None:
+    page = page_of(0)[0].decode()
+    assert "<figure>" not in page
+    assert "Not drawn, because there are no such rows: From delivered to selected" in page
+    assert "Not drawn" not in hostile.decode()
+
+
+def test_sentences_that_all_examples_of_a_group_begin_with_are_shown_once() -> None:
+    def example(explanation: str) -> Example:
+        return Example("b1/a.jsonl:1.0", "not_selected", "below_cut", explanation, {}, "")
+
+    same = [
+        example("No. It has 0.5 of it. Here 1."),
+        example("No. It has 0.5 of it. Here 2."),
+        example("No. It has 0.5 of"),
+    ]
+    assert pages._shared(same[:2]) == "No. It has 0.5 of it. "
+    assert pages._shared(same) == "No. "
+    assert pages._shared(same[:1]) == ""
 
 
 def test_a_long_text_is_clipped_and_stands_in_full_behind(hostile: bytes) -> None:
@@ -312,7 +354,11 @@ def test_a_batch_page_says_of_each_column_of_every_stored_table_what_it_is_made_
 
 
 def version_of(
-    num_rows: int = 300, *, has_meta: bool = False, verdict: str | None = None
+    num_rows: int = 300,
+    *,
+    has_meta: bool = False,
+    verdict: str | None = None,
+    difference: pl.DataFrame | None = None,
 ) -> tuple[bytes, pl.DataFrame]:
     tables = synthetic.batch(SETTINGS, num_rows).tables
     flat = flat_scores(tables["decisions"].frame)
@@ -332,17 +378,33 @@ def version_of(
         "files": dict.fromkeys(files, "s" * 64),
     }
     neighbours = {
-        "previous": "v0",
-        "difference": None,
+        "name": "version 2 (v1, 2026-11-29)",
+        "previous": {"version": "v0", "name": "version 1 (v0, 2026-11-28)", "page": "v0.html"},
+        "difference": difference,
         "excluded": {"b<2>": "not materialised: raw_data"},
         "pages": {"b1": "../../reports/b1/report.html"},
         "rows": "http://127.0.0.1:3001/versions/v1",
-        "verdict": verdict,
+        "of_trial": verdict,
         "trial": None if verdict is None else "../trials/v1.html",
     }
     return pages.version_page(
         "v1", manifest, flat, SETTINGS.published, neighbours, {"scores.parquet": 10}, None, MADE
     ), flat
+
+
+def test_a_version_page_names_its_version_by_number_and_day_says_what_it_has_and_leads_to_the_previous_one() -> None:
+    rows, flat = version_of()
+    page, taken = rows.decode(), flat.filter(decision="selected").height
+    assert "<h1>Version 2 (v1, 2026-11-29)</h1>" in page
+    assert f'<p class="verdict">{taken} of {flat.height} rows of 1 batch are published by diff_high.</p>' in page
+    assert '<a href="v0.html">version 1 (v0, 2026-11-28)</a>' in page
+    assert page.index('id="limits"') < page.index('id="files"')
+
+
+def test_a_version_page_says_how_many_rows_entered_and_left() -> None:
+    changes = pl.DataFrame({"is_added": [True, True, False], "change": ["batch_entered"] * 2 + ["row_gone"]})
+    page = version_of(difference=changes)[0].decode()
+    assert "Since version 1 (v0, 2026-11-28), 2 rows entered and 1 left.</p>" in page
 
 
 def test_a_version_page_says_the_verdict_of_its_trial_or_how_to_get_one() -> None:

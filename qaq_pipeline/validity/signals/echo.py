@@ -1,7 +1,7 @@
 """The signal `echo`: the answer repeats the whole query and little else, and so predicts it as an echo does.
 
 A high RMI alone is no fault: many good answers use the names and sample texts of the query. So the query's words must
-stand in the answer, and most of the answer's in the query. Code below a comment that repeats the query is no echo. It
+occur in the answer, and most of the answer's in the query. Code below a comment that repeats the query is no echo. It
 does not tell an answer that repeats the query in other words.
 
 Costs nothing but the comparison of two texts.
@@ -15,7 +15,7 @@ from qaq_pipeline.validity.signals.signal import Definition
 WHOLE_QUERY = 0.9
 """Least share of the query's word sequences that an echo repeats."""
 LITTLE_ELSE = 0.5
-"""Least share of the answer's word sequences that stand in the query."""
+"""Least share of the answer's word sequences that occur in the query."""
 
 _EXPLAINED = pl.when(pl.col("log_ppl_q") > 0).then(pl.col("rmi") / pl.col("log_ppl_q"))
 
