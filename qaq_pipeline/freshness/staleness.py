@@ -9,20 +9,19 @@ now. Scores are cached by what determines them, so a stage that runs again score
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from qaq_pipeline.config.settings import TableSettings
 from qaq_pipeline.freshness import eligibility
 from qaq_pipeline.ingest import landing
-from qaq_pipeline.ingest.imported_tables import sha256_of
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.screening import batch_order, withdrawals
 from qaq_pipeline.selection.scored_batch import TABLES_KEY
-from qaq_pipeline.storage.files import hash_json
+from qaq_pipeline.storage.files import StorageError, hash_json, read_url
 from qaq_pipeline.storage.storage import Storage
 
 
@@ -54,8 +53,10 @@ class Present:
     """Roles of the models."""
     shared_inputs: Mapping[str, str]
     """Data versions by name of the inputs that belong to no single batch."""
-    imported: Sequence[TableSettings] = ()
-    """The imported tables that selections name."""
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    """Address of the file of each benchmark, by name."""
+    imported: Mapping[str, str] = field(default_factory=dict)
+    """The same of the imported tables that selections name."""
 
 
 def changed_inputs(storage: Storage, table: str, batch: str, pipeline: Pipeline = PIPELINE) -> list[str]:
@@ -150,9 +151,14 @@ class Freshness:
         for name, version in made_of["inputs"].items():
             if version != self._input_version(name, partition):
                 return f"{table} was made from another {name}"
-        for name, sha256 in made_of.get(TABLES_KEY, {}).items():
-            if sha256 != self._hashes.get(name):
-                return f"{table} was made from another file of the imported table {name}"
+        files = (
+            ("benchmark", "benchmarks", self.present.benchmarks),
+            ("imported table", TABLES_KEY, self.present.imported),
+        )
+        for kind, key, addresses in files:
+            for name, sha256 in made_of.get(key, {}).items():
+                if sha256 != self._hash(addresses.get(name)):
+                    return f"{table} was made from another file of the {kind} {name}"
         return None
 
     def _delivery_reason(self, batch: str, made_of: Mapping[str, Any]) -> str | None:
@@ -174,10 +180,18 @@ class Freshness:
         footer = self.storage.tables.readable_footer(table, partition)
         return None if footer is None else footer.provenance
 
+    def _hash(self, address: str | None) -> str | None:
+        """sha256 of a user's file, as it is now; None: there is none, or it cannot be read."""
+        if address is not None and address not in self._hashes:
+            try:
+                self._hashes[address] = hashlib.sha256(read_url(address)).hexdigest()
+            except StorageError:
+                self._hashes[address] = None
+        return None if address is None else self._hashes[address]
+
     @cached_property
     def _hashes(self) -> dict[str, str | None]:
-        """sha256 of the file of each imported table, as it is now."""
-        return {table.name: sha256_of(table) for table in self.present.imported}
+        return {}
 
     @cached_property
     def _order(self) -> list[str]:

@@ -65,14 +65,6 @@ def load_table(table: TableSettings, columns: Sequence[str]) -> ImportedTable:
     return ImportedTable(table.key, hashlib.sha256(data).hexdigest(), rows.rename({table.key: KEY}))
 
 
-def sha256_of(table: TableSettings) -> str | None:
-    """Hash of the file as it is now; None: it cannot be read."""
-    try:
-        return hashlib.sha256(_read(table)).hexdigest()
-    except ImportedTableError:
-        return None
-
-
 def _error(table: TableSettings, what: str) -> ImportedTableError:
     return ImportedTableError(f"table {table.name}, {table.path}: {what}")
 

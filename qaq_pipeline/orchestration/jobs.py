@@ -74,7 +74,9 @@ def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE)
         for table in pipeline.tables(Purpose.REFERENCE):
             if version := storage.tables.version(table, reference):
                 shared_inputs[table] = version
-    return Present(versions, sorted(settings.models), shared_inputs, settings.tables_read)
+    benchmarks = {one.name: one.path for one in settings.screening.contamination.benchmarks}
+    imported = {one.name: one.path for one in settings.tables_read}
+    return Present(versions, sorted(settings.models), shared_inputs, benchmarks, imported)
 
 
 def build_executor(settings: Settings) -> dg.ExecutorDefinition:

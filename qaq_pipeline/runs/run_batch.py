@@ -21,6 +21,7 @@ from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import SILENT, Driver, Events, FailedJobError, driving
 from qaq_pipeline.runs.refresh import refresh_stale
 from qaq_pipeline.runs.run_results import Results, failed_checks, materialisation_metadata, repeated
+from qaq_pipeline.runs.status import batches_left_out
 from qaq_pipeline.runs.summary import BatchSummary, summarise
 from qaq_pipeline.schema.partition import Partition
 
@@ -74,7 +75,9 @@ def _earlier(
     storage = deployment.storage
     if partition is None:
         newest = versions.latest(storage)
-        if newest is None or not curated_dataset.is_current(storage, deployment.batches, deployment.settings):
+        if newest is None or newest.excluded_batches != batches_left_out(deployment):
+            return None
+        if not curated_dataset.is_current(storage, deployment.batches, deployment.settings):
             return None
         stored: dict[str, str | None] = dict.fromkeys(names, newest.version)
     else:

@@ -871,8 +871,8 @@ def test_a_batch_that_only_the_ui_registered_names_the_remedy(
 def test_what_the_stages_before_a_failure_made_stays(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path, check_sentence: Check
 ) -> None:
+    registration.register(Deployment(settings_for(), instance), "b1", [delivered], None)
     settings = settings_for(strong={"directory": "no/such/model"})
-    registration.register(Deployment(settings, instance), "b1", [delivered], None)
     stages: list[str] = []
     with pytest.raises(RunError) as error:
         run_batch.run_batch(
@@ -988,6 +988,13 @@ def test_rows_that_hold_a_benchmarks_task_are_dropped_or_flagged_with_the_eviden
     check_sentence(decisions["explanation"][5])
     check_sentence(decisions["explanation"][6])
     assert not any("lagged" in sentence for sentence in decisions["explanation"][:5])
+    assert Deployment(flagged, instance).freshness().stale("b1") == []
+    write_jsonl(benchmark, [task, task | {"task_id": "T/2"}])
+    (stale,) = Deployment(flagged, instance).freshness().stale("b1")
+    assert (stale.table, stale.reason) == (
+        "screened_data",
+        "screened_data was made from another file of the benchmark mine",
+    )
     benchmark.unlink()
     with pytest.raises(RunError) as error:
         curate(flagged, instance, rows)
@@ -1071,7 +1078,7 @@ def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_screened_agai
     second = deliver(*NEW, *SAMPLES[4:7], name="second.jsonl")
     assert curate(settings, instance, second, batch="b2").rows_by_decision["duplicate"] == 3
     run_stages(settings, instance, "b1", "ingest_batch")
-    registration.register(Deployment(settings, instance), "b1", [deliver(*SAMPLES[:3])], None)
+    registration.register(Deployment(settings, instance), "b1", [deliver(*SAMPLES[:3])], None, replaces=True)
     for stage in ("ingest_batch", "score_batch", "select_from_batch"):
         run_stages(settings, instance, "b1", stage)
     why = "screened against another state of batch b1; `qaq refresh` screens it again"

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.config.settings import TableSettings
-from qaq_pipeline.ingest.imported_tables import ImportedTableError, load_table, read_tables, sha256_of
+from qaq_pipeline.ingest.imported_tables import ImportedTableError, load_table, read_tables
 from qaq_pipeline_tests.support.frames import pair_name
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -100,15 +100,6 @@ def test_a_table_is_read_from_a_url() -> None:
         stream.write(b"row,score\nb1/a.jsonl:1.0,7\n")  # type: ignore[union-attr]
     settings = TableSettings(name="judge", path=url, key="row")
     assert load_table(settings, ["score"]).rows.rows() == [("b1/a.jsonl:1.0", "7")]
-
-
-def test_the_hash_is_that_of_the_bytes_now(table: Callable[..., TableSettings]) -> None:
-    settings = table(b"a")
-    assert sha256_of(settings) == hashlib.sha256(b"a").hexdigest()
-    Path(settings.path).write_bytes(b"b")
-    assert sha256_of(settings) == hashlib.sha256(b"b").hexdigest()
-    Path(settings.path).unlink()
-    assert sha256_of(settings) is None
 
 
 FAULTS = {
