@@ -3,7 +3,8 @@
 Belongs here: putting these together. Does not belong here: when a run is started (`automation`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import dagster as dg
 
@@ -47,9 +48,7 @@ def build_job_defs(
     resources: dict[str, object] = {
         "storage": storage,
         "io_manager": TableIOManager(storage),
-        "model_runtime": ModelRuntime(
-            settings.models, settings.scoring, settings.runtime, settings.model_cache_dir, on_progress
-        ),
+        "model_runtime": _model_runtime(settings, on_progress),
         "trial_runtime": TrialRuntime(settings, on_training),
     }
     return dg.Definitions(
@@ -62,6 +61,17 @@ def build_job_defs(
         resources=resources | (resource_overrides or {}),
         executor=build_executor(settings),
     )
+
+
+def _model_runtime(settings: Settings, on_progress: Callable[[Progress], None]) -> dg.ResourceDefinition:
+    """The resource of the models. Between the steps of a run in one process, a model stays loaded."""
+    runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir, on_progress)
+
+    def keep(_: dg.InitResourceContext) -> Iterator[ModelRuntime]:
+        with runtime.keeping_loaded():
+            yield runtime
+
+    return dg.ResourceDefinition(contextmanager(keep))
 
 
 def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE) -> Present:

@@ -22,7 +22,7 @@ import polars as pl
 from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
-from qaq_pipeline.lm.workers import Load, ScorerFacts, open_workers
+from qaq_pipeline.lm.workers import ScorerFacts, Workers
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Status
@@ -52,8 +52,8 @@ class ScoringModel:
     role: str
     encoder: PairEncoder
     identity: ScoreIdentity
-    loads: Callable[[int], contextlib.AbstractContextManager[Sequence[Load]]]
-    """Returns one loader per scoring process, at most the given number. Within the context the devices are held."""
+    open_workers: Callable[[int], contextlib.AbstractContextManager[Workers]]
+    """Loads the model in at most the given number of scoring processes. Within the context the devices are held."""
     num_weight_bytes: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     """The libraries and the device that score; None if unknown."""
@@ -289,7 +289,7 @@ class _Run:
         first = next((window for window in windows if window), None)
         if first is None:
             return
-        with self.model.loads(self._max_workers()) as loads, open_workers(loads) as workers:
+        with self.model.open_workers(self._max_workers()) as workers:
             self.facts = facts = workers.facts
             budget = self.runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
             is_padded = any(fact.is_padded for fact in facts)

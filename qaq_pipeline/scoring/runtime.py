@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import polars as pl
 from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import Pair, PairEncoder
+from qaq_pipeline.lm.workers import Load, Workers, open_workers
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
@@ -52,6 +54,36 @@ class ScoredPairs:
     provenance: dict[str, Any]
 
 
+_Revision = tuple[str, str]
+"""Role and revision of a model."""
+
+
+class _KeptWorkers:
+    """The workers of the model that scored last."""
+
+    def __init__(self) -> None:
+        self._resources = ExitStack()
+        self._workers: Workers | None = None
+        self._revision: _Revision | None = None
+        self._limit = 0
+
+    def get(
+        self, revision: _Revision, loaders: Callable[[int], AbstractContextManager[Sequence[Load]]], limit: int
+    ) -> Workers:
+        """The workers that were kept, if they are of this model and not fewer than is worth while; else new ones."""
+        if self._workers is None or self._revision != revision or self._limit < limit:
+            self.close()
+            loads = self._resources.enter_context(loaders(limit))
+            self._workers = self._resources.enter_context(open_workers(loads))
+            self._revision, self._limit = revision, limit
+        return self._workers
+
+    def close(self) -> None:
+        """End the workers and free their devices."""
+        self._workers = None
+        self._resources.close()
+
+
 class ModelRuntime:
     """Scores pairs under one of the configured models. torch and transformers load on first use.
 
@@ -76,8 +108,9 @@ class ModelRuntime:
         self._runtime = runtime
         self._model_cache = model_cache
         self._on_progress = on_progress
-        self._described: dict[tuple[str, str], ScoringModel] = {}
-        """By role and revision."""
+        self._described: dict[_Revision, ScoringModel] = {}
+        self._kept: _KeptWorkers | None = None
+        """None: a model is loaded for one scoring."""
 
     def score(
         self,
@@ -156,6 +189,31 @@ class ModelRuntime:
             estimate=Estimate.of(plan, [facts]),
         )
 
+    @contextmanager
+    def keeping_loaded(self) -> Iterator[None]:
+        """Within it, a model stays loaded, and its device held, until another model scores."""
+        self._kept = _KeptWorkers()
+        try:
+            yield
+        finally:
+            self._kept.close()
+            self._kept = None
+
+    @contextmanager
+    def _open_workers(
+        self, revision: _Revision, loaders: Callable[[int], AbstractContextManager[Sequence[Load]]], limit: int
+    ) -> Iterator[Workers]:
+        kept = self._kept
+        if kept is None:
+            with loaders(limit) as loads, open_workers(loads) as workers:
+                yield workers
+            return
+        try:
+            yield kept.get(revision, loaders, limit)
+        except BaseException:
+            kept.close()  # A queue may not have been run to its end.
+            raise
+
     def _prepare(self, role: str) -> tuple[model_files.ModelFiles, ScoringModel]:
         """The model's files, and the model as it is before its weights are loaded: the same while its files are."""
         files = model_files.locate(self._models[role], self._model_cache)
@@ -188,7 +246,11 @@ class ModelRuntime:
             role=role,
             encoder=encoder,
             identity=identity,
-            loads=functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids),
+            open_workers=functools.partial(
+                self._open_workers,
+                (role, files.revision),
+                functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids),
+            ),
             num_weight_bytes=files.num_weight_bytes(),
             scored_with={"libraries": libraries, "device": device.type},
             warnings=warnings(model, files, tokenizer, encoder),

@@ -15,9 +15,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
-from qaq_pipeline.scoring.logprobs import Estimate
+from qaq_pipeline.scoring.logprobs import Estimate, Progress
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
@@ -47,6 +48,56 @@ def test_two_processes_give_the_scores_of_one(
     assert reference.report.num_workers == 1
     assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
     assert_same_scores(scored.frame, reference.frame)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the models that this process loaded."""
+    names: list[str] = []
+    load = causal_lm.load_model
+
+    def record(model: Any, files: Any, *arguments: Any, **options: Any) -> Any:
+        names.append(files.name)
+        return load(model, files, *arguments, **options)
+
+    monkeypatch.setattr(causal_lm, "load_model", record)
+    return names
+
+
+def test_a_model_stays_loaded_until_another_one_scores(
+    settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair], loaded: list[str]
+) -> None:
+    runtime = runtime_of(settings_for(runtime={"processes": 1}))
+    with runtime.keeping_loaded():
+        for part in (twenty_samples[:3], twenty_samples[3:6]):
+            runtime.score("strong", part, storage, lambda _: None)
+        assert len(loaded) == 1
+        runtime.score("weak", twenty_samples[:3], storage, lambda _: None)
+        kept = runtime.score("strong", twenty_samples[:8], storage, lambda _: None)
+        assert len(loaded) == 3
+    elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
+    alone = runtime.score("strong", twenty_samples[:8], elsewhere, lambda _: None)
+    assert len(loaded) == 4
+    assert_same_scores(kept.frame, alone.frame)
+
+
+def test_a_scoring_that_failed_leaves_no_worker_to_the_next_one(
+    settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
+) -> None:
+    def fail(progress: Progress) -> None:
+        raise RuntimeError(progress.model)
+
+    settings = settings_for(runtime={"processes": 2, "batch_tokens": 200})
+    failing = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir, fail)
+    with failing.keeping_loaded():
+        with pytest.raises(RuntimeError, match="strong"):
+            failing.score("strong", twenty_samples, storage, lambda _: None)
+        failing._on_progress = lambda _: None
+        again = failing.score("strong", twenty_samples, storage, lambda _: None)
+    elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
+    assert_same_scores(
+        again.frame, runtime_of(settings).score("strong", twenty_samples, elsewhere, lambda _: None).frame
+    )
 
 
 def with_added_tokens(source: Path, folder: Path) -> Path:
