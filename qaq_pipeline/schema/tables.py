@@ -120,7 +120,10 @@ class RawData(_RowKey):
     query = dy.String(nullable=True, description="Q, as delivered; null if the row has none.")
     answer = dy.String(nullable=True, description="A, as delivered; null if the row has none.")
     source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
-    language = dy.String(nullable=True, description="The row's own `language` field; null if it has none.")
+    language = dy.String(
+        nullable=True,
+        description="The row's own `language` field, else the name of the answer's first code fence; null: neither.",
+    )
     record = dy.String(
         description="The delivered record, verbatim; invalid bytes as \\xNN escapes. Empty for an unreadable file."
     )
