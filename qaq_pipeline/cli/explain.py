@@ -30,6 +30,7 @@ def explain(
         typer.Argument(metavar="ROW", help="Row number, file:row, file:row.turn, or a pair_id (or its first digits)."),
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="Find the rows that contain this text.")] = None,
+    *,
     batch: Annotated[str | None, typer.Option("--batch", help="With --text: only in this batch.")] = None,
     version: Annotated[
         str | None,
@@ -39,6 +40,7 @@ def explain(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print the whole query and answer.")] = False,
     provenance: Annotated[bool, typer.Option("--provenance", help="Print each model's prompts too.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
@@ -71,7 +73,7 @@ def explain(
     if len(gathered) == row_history.MOST_ROWS:
         warn(f"There may be more: the first {row_history.MOST_ROWS} rows follow.")
     for one in gathered:
-        row_view.show(console, one, with_template=provenance)
+        row_view.show(console, one, with_template=provenance, is_full=full)
 
 
 def _find(

@@ -21,8 +21,15 @@ from qaq_pipeline.selection import explanations
 _SHOWN_CHARACTERS = 160
 
 
-def show(console: Console, of_row: Dossier, *, with_template: bool) -> None:
-    """Print a dossier, the decision first."""
+def show(console: Console, of_row: Dossier, *, with_template: bool, is_full: bool) -> None:
+    """Print a dossier, the decision first.
+
+    Args:
+        console: where it is printed.
+        of_row: the dossier.
+        with_template: whether each model's prompts are printed too.
+        is_full: whether the texts are printed whole, line by line, and not their beginnings.
+    """
     row = of_row.row
     now = "" if of_row.found_in is None else f" in {of_row.found_in.name}"
     _line(console, f"{RowPlace.of(row)}: {row['decision']} ({row['reason']}){now}", style="bold")
@@ -31,8 +38,7 @@ def show(console: Console, of_row: Dossier, *, with_template: bool) -> None:
         _line(console, dossier.said_of(of_row.representative))
     for line in dossier.history(of_row):
         _line(console, line)
-    for label, text in _texts(of_row):
-        _line(console, f"  {label}: {text}", style="dim")
+    _print_texts(console, of_row, is_full=is_full)
     if row["scores"]:
         _print_grid(console, dossier.scores(row))
     if of_row.signals is None:
@@ -55,12 +61,22 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
     console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _texts(of_row: Dossier) -> list[tuple[str, str]]:
+def _print_texts(console: Console, of_row: Dossier, *, is_full: bool) -> None:
+    for label, text in _texts(of_row):
+        if is_full and text is not None:
+            _line(console, f"  {label}, {len(text):,} characters:", style="dim")
+            for line in text.split("\n"):
+                _line(console, f"    {line}")
+        else:
+            _line(console, f"  {label}: {_beginning(text)}", style="dim")
+
+
+def _texts(of_row: Dossier) -> list[tuple[str, str | None]]:
     if not of_row.text:
         return [("text", "not in the current delivery of the batch")]
     if of_row.text["query"] is None and of_row.text["answer"] is None:
-        return [("record", _beginning(of_row.text["record"]))]
-    return [(label, _beginning(of_row.text[label])) for label in ("query", "answer")]
+        return [("record", of_row.text["record"])]
+    return [(label, of_row.text[label]) for label in ("query", "answer")]
 
 
 def _print_grid(console: Console, grid: Grid) -> None:

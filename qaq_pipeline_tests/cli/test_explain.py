@@ -39,6 +39,17 @@ def test_explain_says_why_a_row_was_selected_with_its_numbers(home: Home, qaq: Q
     assert "decided by run " in shown.out
 
 
+def test_the_texts_of_a_row_are_shown_whole_if_asked(empty_home: Home, qaq: Qaq) -> None:
+    long = f"Reverse {'a very ' * 60}long list.\n\n\tThen stop."
+    storage = open_storage_of(empty_home)
+    store_batch(storage, parse_settings(empty_home.config.read_text(), home=empty_home.folder), queries=(long, "b"))
+    shown = qaq(empty_home, "explain", "b1", 1)
+    assert "long list." not in shown.out
+    whole = qaq(empty_home, "explain", "b1", 1, "--full")
+    assert f"  query, {len(long)} characters:\n    {long.splitlines()[0]}\n    \n" in whole.lines
+    assert "Then stop." in whole.lines
+
+
 def test_explain_says_why_a_row_was_rejected(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "explain", "b1", REJECTED_ROW)
     assert shown.out.startswith(
