@@ -24,10 +24,11 @@ def status(
 ) -> None:
     """Show the state of every batch, why one is left out of the published dataset, and whether the daemon runs."""
     from qaq_pipeline.automation import unattended
-    from qaq_pipeline.runs.status import batch_status
+    from qaq_pipeline.runs.status import batch_status, running
 
     with open_deployment(config_file, makes_home=False) as deployment:
         batches = batch_status(deployment)
+        at_work = running(deployment.instance)
         for sentence in unattended.unattended(deployment.instance, datetime.now(UTC)):
             say(sentence)
     for entry, reason in landing.read_refused(deployment.storage).items():
@@ -39,6 +40,8 @@ def status(
         render.print_tables(batches)
     else:
         render.print_states(batches)
+    for sentence in at_work:
+        say(f"At work: {sentence}")
     for one in batches:
         if one.left_out is not None:
             warn(f"{one.batch} is left out: {one.left_out}")

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import dagster as dg
+
 from qaq_pipeline.freshness import eligibility, staleness
 from qaq_pipeline.runs.deployment import Deployment
+
+_UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+_MOST_LINES = 100
+"""Newest events of a run that are searched for a line of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,23 @@ def batch_status(deployment: Deployment) -> list[BatchStatus]:
         )
         for batch in sorted(deployment.batches)
     ]
+
+
+def running(instance: dg.DagsterInstance) -> list[str]:
+    """A sentence for each run that waits or works: its assets, its partition, and the newest line of its log."""
+    runs = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
+    return [_sentence(instance, run) for run in reversed(runs)]
+
+
+def _sentence(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    assets = sorted(key.to_user_string() for key in run.asset_selection or ())
+    name = ", ".join(assets) if assets and run.job_name.startswith("__") else run.job_name
+    of = run.tags.get("dagster/partition")
+    said = f"{name}{f' of {of}' if of else ''} ({run.status.value.lower()}, run {run.run_id[:8]})"
+    records = instance.get_records_for_run(run.run_id, limit=_MOST_LINES, ascending=False).records
+    lines = (one.event_log_entry.user_message for one in records if one.event_log_entry.dagster_event is None)
+    line = next(lines, None)
+    return said if line is None else f"{said}: {line}"
 
 
 def batches_left_out(deployment: Deployment) -> dict[str, str]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
+import dagster as dg
+from dagster._core.events.log import EventLogEntry
+
 from qaq_pipeline.freshness.staleness import Stale
-from qaq_pipeline.runs.status import BatchStatus, TableStatus
+from qaq_pipeline.runs.status import BatchStatus, TableStatus, running
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import TABLES
 
@@ -23,3 +28,22 @@ def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be(
     check_sentence(status_of({}, "decisions are older than raw_data", delivered))
     check_sentence(status_of({}, "gated (empty_batch): it has no row", delivered))
     assert status_of({}, "selected by another") == "left out"
+
+
+def test_a_run_at_work_is_named_with_the_newest_line_of_its_log(instance: dg.DagsterInstance) -> None:
+    def add(job: str, status: dg.DagsterRunStatus, partition: str, *lines: str) -> str:
+        assets = frozenset({dg.AssetKey("logprobs")})
+        tags = {"dagster/partition": partition}
+        run = dg.DagsterRun(job_name=job, status=status, tags=tags, asset_selection=assets)
+        instance.add_run(run)
+        for line in lines:
+            instance.handle_new_event(EventLogEntry(None, 20, line, run.run_id, time.time(), job_name=job))
+        return run.run_id[:8]
+
+    add("score_batch", dg.DagsterRunStatus.SUCCESS, "b0|strong", "done")
+    scoring = add("score_batch", dg.DagsterRunStatus.STARTED, "b1|strong", "to score: 10", "strong: 3 of 9 sequences")
+    starting = add("__ASSET_JOB", dg.DagsterRunStatus.STARTING, "b1|weak")
+    assert running(instance) == [
+        f"score_batch of b1|strong (started, run {scoring}): strong: 3 of 9 sequences",
+        f"logprobs of b1|weak (starting, run {starting})",
+    ]
