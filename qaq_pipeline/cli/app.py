@@ -19,20 +19,9 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.locks import PartitionBusyError
 
-_RENAMED = {"recurate": "refresh"}
-
 
 class _Commands(TyperGroup):
-    """The commands by name. The error of a renamed command gives its new name.
-
-    An error that the user can fix is one line, never a traceback.
-    """
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the arguments name."""
-        if args[0] in _RENAMED:
-            fail(f"{args[0]} is now `qaq {_RENAMED[args[0]]}`", code=2)
-        return super().resolve_command(ctx, args)
+    """The commands by name. An error that the user can fix is one line, never a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

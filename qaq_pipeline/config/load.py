@@ -21,19 +21,6 @@ from pydantic_core import ErrorDetails
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
 
-_RENAMED_FIELDS = {
-    "automation.recuration_cron": "automation.refresh_cron",
-    "calibration.false_discovery_rate": "validity.max_false_share",
-    "calibration.max_planted_share": "calibration.mismatches and calibration.rows_per_defect, numbers of rows",
-    "calibration.max_rows_per_defect": "calibration.rows_per_defect",
-    "calibration.max_share": "calibration.mismatches and calibration.rows_per_defect, numbers of rows",
-    "calibration.min_auc": "checks.min_auc",
-    "checks.max_null_share": "checks.max_null_logprob_share",
-    "reports.pictures": "reports.plots",
-    "screening.contamination.min_share": "screening.contamination.min_ngram_share",
-}
-"""The new name of each renamed field, for the error message about the old name."""
-
 
 def home_directory() -> Path:
     """Return QAQ_HOME as an absolute path; default `./var`."""
@@ -113,11 +100,9 @@ def _follows_from_another(fault: ErrorDetails, faults: Sequence[ErrorDetails]) -
 
 def _said(fault: ErrorDetails) -> str:
     """What is wrong with a value, the value, and the remedy."""
-    field, value = _path(fault), fault["input"]
+    value = fault["input"]
     is_secret = fault["loc"][:1] == ("alerts",)  # It may be a password instead of the name of its variable.
     shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
-    if field in _RENAMED_FIELDS:
-        return f"is now {_RENAMED_FIELDS[field]}{shown}"
     if fault["type"] == "extra_forbidden":
         *parents, last = fault["loc"]
         return f"there is no such setting{shown}{_nearest(str(last), _fields_at(parents))}"

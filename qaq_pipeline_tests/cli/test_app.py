@@ -24,11 +24,6 @@ def test_the_version_is_printed_and_the_help_has_every_command_in_a_group(empty_
         assert all(command.__name__ in short.out for command in commands)
 
 
-def test_the_error_of_a_renamed_command_gives_its_new_name(empty_home: Home, qaq: Qaq) -> None:
-    for options in ([], ["--unknown"]):
-        assert qaq(empty_home, "recurate", *options).error(code=2) == "error: recurate is now `qaq refresh`\n"
-
-
 def test_a_hostile_batch_name_is_refused_and_nothing_is_written(
     empty_home: Home, qaq: Qaq, tmp_path: Path, check_sentence: Check
 ) -> None:

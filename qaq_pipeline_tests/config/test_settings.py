@@ -114,34 +114,6 @@ def test_an_error_names_the_file_the_field_the_value_and_what_is_allowed(
         assert part in text
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "value"),
-    [
-        ("automation.recuration_cron", "automation.refresh_cron", "0 3 * * *"),
-        ("calibration.max_rows_per_defect", "calibration.rows_per_defect", 30),
-        ("calibration.min_auc", "checks.min_auc", 0.7),
-        ("checks.max_null_share", "checks.max_null_logprob_share", 0.1),
-        ("reports.pictures", "reports.plots", False),
-        ("screening.contamination.min_share", "screening.contamination.min_ngram_share", 0.3),
-    ],
-)
-def test_the_error_of_a_renamed_field_gives_the_new_name(old: str, new: str, value: object) -> None:
-    assert f"{old}: is now {new} (got {value!r})" in refusal(**nested(old, value))
-    settings(**nested(new, value))
-
-
-@pytest.mark.parametrize("old", ["max_planted_share", "max_share"])
-def test_the_error_of_a_share_of_planted_rows_gives_the_numbers_that_replace_it(old: str) -> None:
-    said = "is now calibration.mismatches and calibration.rows_per_defect, numbers of rows (got 0.5)"
-    assert f"calibration.{old}: {said}" in refusal(calibration={old: 0.5})
-    parse_settings(yaml.safe_dump({"models": MODELS, "calibration": {"mismatches": 50, "rows_per_defect": 20}}))
-
-
-def nested(field: str, value: object) -> dict[str, Any]:
-    section, *names = field.split(".")
-    return {section: nested(".".join(names), value) if names else value}
-
-
 def test_every_fault_is_named_at_once() -> None:
     text = refusal(executor="k8s", scoring={"max_tokens": 3, "batch_tokens": 3})
     assert "3 setting(s)" in text
