@@ -21,7 +21,7 @@ from qaq_pipeline.selection import explanations
 _SHOWN_CHARACTERS = 160
 
 
-def show(console: Console, of_row: Dossier, *, with_template: bool, is_full: bool) -> None:
+def show(console: Console, of_row: Dossier, *, with_template: bool, is_full: bool = False) -> None:
     """Print a dossier, the decision first.
 
     Args:
@@ -73,9 +73,9 @@ def _print_texts(console: Console, of_row: Dossier, *, is_full: bool) -> None:
 
 def _texts(of_row: Dossier) -> list[tuple[str, str | None]]:
     if not of_row.text:
-        return [("text", "not in the current delivery of the batch")]
+        return [("text", "withdrawn, or not in the current delivery of the batch")]
     if of_row.text["query"] is None and of_row.text["answer"] is None:
-        return [("record", of_row.text["record"])]
+        return [("record", of_row.text.get("record"))]
     return [(label, of_row.text[label]) for label in ("query", "answer")]
 
 

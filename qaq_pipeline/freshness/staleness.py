@@ -86,6 +86,12 @@ class Freshness:
     """The batches."""
     present: Present
     pipeline: Pipeline = PIPELINE
+    hashes: dict[str, str | None] = field(default_factory=dict)
+    """sha256 of files by address, as far as they were read; None: one could not be."""
+
+    def has_unreadable_benchmark(self) -> bool:
+        """Whether a benchmark cannot be read: a screening would fail."""
+        return any(self._hash(address) is None for address in self.present.benchmarks.values())
 
     def batches(self) -> list[str]:
         """Every delivered batch: in the order of their first screening, then the new ones by name."""
@@ -157,7 +163,10 @@ class Freshness:
         )
         for kind, key, addresses in files:
             for name, sha256 in made_of.get(key, {}).items():
-                if sha256 != self._hash(addresses.get(name)):
+                now = self._hash(addresses.get(name))
+                if now is None and kind == "benchmark":
+                    continue  # What was found holds until the file can be read again.
+                if now != sha256:
                     return f"{table} was made from another file of the {kind} {name}"
         return None
 
@@ -182,16 +191,12 @@ class Freshness:
 
     def _hash(self, address: str | None) -> str | None:
         """sha256 of a user's file, as it is now; None: there is none, or it cannot be read."""
-        if address is not None and address not in self._hashes:
+        if address is not None and address not in self.hashes:
             try:
-                self._hashes[address] = hashlib.sha256(read_url(address)).hexdigest()
+                self.hashes[address] = hashlib.sha256(read_url(address)).hexdigest()
             except StorageError:
-                self._hashes[address] = None
-        return None if address is None else self._hashes[address]
-
-    @cached_property
-    def _hashes(self) -> dict[str, str | None]:
-        return {}
+                self.hashes[address] = None
+        return None if address is None else self.hashes[address]
 
     @cached_property
     def _order(self) -> list[str]:

@@ -42,6 +42,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from qaq_pipeline.config.settings import RecordSettings
+from qaq_pipeline.ingest import code_fences
 from qaq_pipeline.schema.tables import RawData, dtypes
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
 
@@ -74,11 +75,6 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 # Unicode does not count zero-width characters as white space, but they are invisible too.
 _BLANK = re.compile(r"[\s\u200b\u2060\ufeff]*")
-_NAMED_FENCE = re.compile(
-    r"^ {0,3}(?:`{3,}|~{3,}) *([A-Za-z][\w+#.-]{0,19})(?![^\s{,:])[^`\n]*$", re.MULTILINE | re.ASCII
-)
-_NOT_LANGUAGES = {"console", "log", "output", "plain", "plaintext", "text", "txt"}
-"""Names of code fences that say that the block is no code."""
 
 
 class UnreadableFileError(ValueError):
@@ -440,19 +436,13 @@ def _cells(row: _Delivered, candidate: _Candidate, fault: _RejectedError | None)
     system = _storable(candidate.system.value) or None
     query, answer = _storable(candidate.query.value), _storable(candidate.answer.value)
     fields = row.value if isinstance(row.value, dict) else {}
-    language = _storable(fields.get("language")) or _language_of(answer or "")
+    language = _storable(fields.get("language")) or code_fences.language_of(answer or "")
     origin = (_storable(fields.get("source")), language, row.record)
     key = (row.source_row, candidate.turn_index)
     identity = None if fault or query is None or answer is None else pair_id(system, query, answer)
     rejection = (Status.REJECTED.value, fault.reason.value, fault.detail) if fault else None
     verdict = rejection or (Status.ACCEPTED.value, None, None)
     return (*key, identity, system, query, answer, *origin, *verdict)
-
-
-def _language_of(answer: str) -> str | None:
-    """Return the language that the first code fence with a name gives, in lower case; None if no fence names one."""
-    named = (found[1].lower() for found in _NAMED_FENCE.finditer(answer))
-    return next((name for name in named if name not in _NOT_LANGUAGES), None)
 
 
 def _storable(value: object) -> str | None:

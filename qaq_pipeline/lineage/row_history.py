@@ -165,18 +165,30 @@ def find_anywhere(storage: Storage, find: Callable[[Published | None], Answer]) 
 
 
 def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
-    """Query, answer and delivered record of a row as its batch is delivered now.
+    """Query, answer and delivered record of a row as its batch is delivered now, as far as they may be shown.
 
-    Empty if the batch has no such row any more, or another text in its place.
+    Empty if the batch has no such row any more, or another text in its place, or if the row was withdrawn. Without the
+    record if another turn of it was withdrawn.
     """
     where = row_lookup.of_key([row[name] for name in ROW_KEY])
     columns = ("pair_id", "query", "answer", "record")
     try:
         found = storage.tables.find(where, "raw_data", Partition(row["batch"]), columns=columns)
+        withdrawn = _withdrawn_turns(storage, row)
     except StorageError:
         return {}
     same = found.filter(pl.col("pair_id").eq_missing(pl.lit(row["pair_id"], pl.String)))
-    return {} if same.is_empty() else same.select(columns[1:]).row(0, named=True)
+    if same.is_empty() or row["turn_index"] in withdrawn:
+        return {}
+    return same.select(columns[1:-1] if withdrawn else columns[1:]).row(0, named=True)
+
+
+def _withdrawn_turns(storage: Storage, row: Mapping[str, Any]) -> list[int]:
+    """The turns of the record of a row that were withdrawn."""
+    where = row_lookup.of_record([row[name] for name in RECORD_KEY])
+    columns = ["turn_index", "status"]
+    turns = storage.tables.find(where, "screened_data", Partition(row["batch"]), columns=columns)
+    return turns.filter(status=Status.WITHDRAWN.value)["turn_index"].to_list()
 
 
 def validity_of(storage: Storage, row: dict[str, Any], inputs: Mapping[str, str]) -> list[dict[str, Any]] | None:

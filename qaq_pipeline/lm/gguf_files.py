@@ -49,7 +49,7 @@ def convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     except ConversionError:
         raise
-    except Exception as error:  # transformers raises errors of any kind.
+    except (LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:  # Not those of memory.
         raise ConversionError(
             f"{gguf}: cannot be read as a GGUF file of a causal language model ({first_line(error)}); fetch it again, "
             "or correct `gguf` in the settings"

@@ -75,6 +75,32 @@ _DESCRIPTIONS = {
 
 def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
     """Fresh definitions of all checks for the settings; those of RMI and its ranks only where RMI is wanted."""
+    return [_checks(asset, descriptions, settings) for asset, descriptions in _wanted(settings).items() if descriptions]
+
+
+def evaluate(
+    settings: Settings, storage: Storage, registered: Sequence[str], batch: str
+) -> Iterator[tuple[str, Partition | None, str, Finding]]:
+    """Every check of the tables of a batch and of the newest version, outside a run: asset, partition, name, finding.
+
+    Raises:
+        StorageError: a table is missing or torn.
+    """
+    for asset, names in _wanted(settings).items():
+        if not names:
+            continue
+        is_of_batch = asset in _MEASURES
+        for partition in PIPELINE[asset].partitions(batch, list(settings.models)) if is_of_batch else [None]:
+            if partition is None:
+                measured = _curated_dataset(storage, registered)
+            else:
+                measured = _MEASURES[asset](storage.tables.read(asset, partition), settings, storage, partition)
+            for name in names:
+                yield asset, partition, name, measured[name]()
+
+
+def _wanted(settings: Settings) -> dict[str, dict[str, str]]:
+    """The description of each check that the settings ask for, by asset and name."""
     ranking, has_rmi = settings.ranking, "rmi" in settings.scoring.quantities
     is_wanted = {
         "answers_explain_queries": has_rmi,
@@ -85,11 +111,10 @@ def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
         "models_can_tell": settings.is_calibrated,
         "defects_are_kept_out": settings.is_calibrated,
     }
-    wanted = {
+    return {
         asset: {name: text for name, text in checks.items() if is_wanted.get(name, True)}
         for asset, checks in _DESCRIPTIONS.items()
     }
-    return [_checks(asset, descriptions, settings) for asset, descriptions in wanted.items() if descriptions]
 
 
 def _checks(asset: str, descriptions: Mapping[str, str], settings: Settings) -> dg.AssetChecksDefinition:

@@ -53,9 +53,9 @@ def end_dead_runs(instance: dg.DagsterInstance, lock_directory: Path) -> list[st
     """
     ended = []
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
-        is_dead = _is_dead(instance, lock_directory, run)
+        is_gone = is_dead(instance, lock_directory, run)
         now = instance.get_run_by_id(run.run_id)
-        if is_dead and now is not None and not now.is_finished:  # It may have ended since the query.
+        if is_gone and now is not None and not now.is_finished:  # It may have ended since the query.
             instance.report_run_failed(now, "the process that ran it is gone")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             ended.append(run.run_id)
@@ -69,7 +69,8 @@ def holders_of_pools(instance: dg.DagsterInstance) -> list[str]:
     return sorted({slot.run_id for pool in pools for slot in pool.claimed_slots})
 
 
-def _is_dead(instance: dg.DagsterInstance, lock_directory: Path, run: dg.DagsterRun) -> bool:
+def is_dead(instance: dg.DagsterInstance, lock_directory: Path, run: dg.DagsterRun) -> bool:
+    """Whether the process that executed a run is gone."""
     if TAG in run.tags:
         return _is_free(lock_directory, run.tags[TAG])
     process = _process_of(instance, run.run_id)

@@ -119,6 +119,7 @@ class Recorded:
 
     run_id: str
     data_version: str | None
+    code_version: str | None
     metadata: dict[str, Any]
 
 
@@ -128,7 +129,9 @@ def newest_materialisation(instance: dg.DagsterInstance, asset: dg.AssetKey, par
     for record in instance.fetch_materializations(wanted, limit=1).records:
         if (event := record.asset_materialization) is not None:
             metadata = {name: value.value for name, value in event.metadata.items()}
-            return Recorded(record.run_id, (event.tags or {}).get("dagster/data_version"), metadata)
+            tags = event.tags or {}
+            versions = (tags.get("dagster/data_version"), tags.get("dagster/code_version"))
+            return Recorded(record.run_id, *versions, metadata)
     return None
 
 

@@ -373,8 +373,10 @@ def _verdict_on_batch(flat: pl.DataFrame, judged: Mapping[str, Any] | None, publ
         return said
     invalid: Mapping[str, int] = judged["invalid_pairs"]
     num_invalid = sum(invalid.values())
+    if not num_invalid + judged["valid_pairs"]:
+        return said
     most = max(invalid, key=lambda name: invalid[name], default=None)
-    why = f", most of them by the signal {most} ({invalid[most]:,})" if most is not None and num_invalid else ""
+    why = f", most often by the signal {most} ({invalid[most]:,})" if most is not None and num_invalid else ""
     return f"{said} Of {num_invalid + judged['valid_pairs']:,} distinct pairs, {num_invalid:,} are invalid{why}."
 
 

@@ -43,9 +43,8 @@ from qaq_pipeline.row_browser import listing, question
 from qaq_pipeline.row_browser.listing import Listing
 from qaq_pipeline.row_browser.question import Question
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY, RowPlace
-from qaq_pipeline.schema.vocabularies import Decision, Status
-from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
+from qaq_pipeline.schema.vocabularies import Decision
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 
@@ -145,7 +144,7 @@ class _Site:
             raise HTTPException(HTTPStatus.NOT_FOUND, f"There is no row {place}.")
         of_row = dossier.gather(self.storage, rows[0], version, with_versions=True)
         line = None if version is None else self.listings.get("versions", name or "").line_of(place)
-        return _page("row.html", _of_row(of_row, place) | {"line": line, "texts": self._shown(rows[0], of_row.text)})
+        return _page("row.html", _of_row(of_row, place) | {"line": line, "texts": _texts(of_row.text)})
 
     def asset(self, request: Request) -> Response:
         """A script or a style sheet."""
@@ -175,20 +174,7 @@ class _Site:
 
     def _cards(self, rows: pl.DataFrame, found: Listing, start: int) -> list[dict[str, Any]]:
         part = rows[start : start + _OF_A_SIDE].iter_rows(named=True)
-        texts = row_history.text_of
-        return [_record(row, found) | {"texts": self._shown(row, texts(self.storage, row))} for row in part]
-
-    def _shown(self, row: Mapping[str, Any], text: Mapping[str, str | None]) -> dict[str, str]:
-        """The texts of a row (`row_history.text_of`) that may be shown: none if it was withdrawn, and no record if
-        another turn of it was.
-        """
-        where = row_lookup.of_record([row[name] for name in RECORD_KEY])
-        columns = ["turn_index", "status"]
-        turns = self.storage.tables.find(where, "screened_data", Partition(row["batch"]), columns=columns)
-        withdrawn = turns.filter(status=Status.WITHDRAWN.value)["turn_index"].to_list()
-        if row["turn_index"] in withdrawn:
-            return {}
-        return {name: part for name, part in text.items() if part is not None and not (withdrawn and name == "record")}
+        return [_record(row, found) | {"texts": _texts(row_history.text_of(self.storage, row))} for row in part]
 
 
 def application(storage: Storage) -> Starlette:
@@ -249,6 +235,11 @@ def _record(row: Mapping[str, Any], found: Listing) -> dict[str, Any]:
     shown = {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
     link = f"/row?{urlencode({'place': str(place)} | version)}"
     return shown | {"place": visible(place.in_batch if found.version is None else str(place)), "link": link}
+
+
+def _texts(text: Mapping[str, str | None]) -> dict[str, str]:
+    """The texts that a row has."""
+    return {name: part for name, part in text.items() if part is not None}
 
 
 def _of_row(of_row: Dossier, place: RowPlace) -> dict[str, Any]:

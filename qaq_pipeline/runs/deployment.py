@@ -59,7 +59,12 @@ class Deployment:
 
     def freshness(self) -> Freshness:
         """The freshness of the registered batches, as they are stored now."""
-        return Freshness(self.storage, self.batches, present(self.settings, self.storage))
+        return Freshness(self.storage, self.batches, present(self.settings, self.storage), hashes=self._hashes)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str | None]:
+        """sha256 of benchmarks and imported tables: they are read once."""
+        return {}
 
     def partitions(self, table: str, batch: str) -> list[Partition]:
         """Partitions of a batch's table: one for each model, or one."""

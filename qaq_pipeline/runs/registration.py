@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -15,7 +15,7 @@ from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.scoring.runtime import ScoringCost
 from qaq_pipeline.screening import screen
-from qaq_pipeline.storage.deliveries import hashes
+from qaq_pipeline.storage.deliveries import Delivery, hashes
 
 
 def register(
@@ -31,26 +31,34 @@ def register(
         replaces: whether they may replace other files of the batch.
 
     Raises:
-        RunError: a file is missing, two files have one name, or the batch has other files that may not be replaced.
+        RunError: a file is missing, two files have one name, or the batch has other files, or more rows, that may not
+            be replaced.
         ValueError: the name of the batch cannot be used, a file cannot be read at all, or a model cannot be used.
     """
     check_batch_name(batch)
     contents = read_files(files)
     for name, data in contents.items():
         records.check_file(data, name)
-    for role in deployment.settings.models:
-        deployment.model_runtime.identity(role)  # One that cannot be used is refused before anything is stored.
     storage = deployment.storage
     previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
-    if previous is not None and not replaces and previous.files != hashes(contents):
+    if previous is not None and not replaces and not _extends(previous, contents, limit):
+        rows = "" if previous.limit is None else f", the first {previous.limit:,} rows"
         raise RunError(
-            f"batch {batch} was delivered with other content ({', '.join(previous.files)}); give these files a batch "
-            "of their own, or add --replace to take them in its place"
+            f"batch {batch} has another delivery ({', '.join(previous.files)}{rows}); give these files a batch of "
+            "their own, or add --replace to take them in its place"
         )
+    for role in deployment.settings.models:
+        deployment.model_runtime.identity(role)  # One that cannot be used is refused before anything is stored.
     delivery = storage.deliveries.store(batch, contents, limit)
     landing.settle(storage, batch)
     deployment.instance.add_dynamic_partitions("batch", [batch])
     return previous is not None and previous.content_hash != delivery.content_hash
+
+
+def _extends(previous: Delivery, contents: Mapping[str, bytes], limit: int | None) -> bool:
+    """Whether a delivery has the same files as the one before it, and no fewer of their rows."""
+    has_all = limit is None or (previous.limit is not None and limit >= previous.limit)
+    return has_all and previous.files == hashes(contents)
 
 
 def read_files(files: Sequence[Path]) -> dict[str, bytes]:

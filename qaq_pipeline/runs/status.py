@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import dagster as dg
 
 from qaq_pipeline.freshness import eligibility, staleness
+from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.job_runs import lock_directory
 
 _UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
 _MOST_LINES = 100
@@ -93,9 +95,12 @@ def batch_status(deployment: Deployment) -> list[BatchStatus]:
 
 
 def running(instance: dg.DagsterInstance) -> list[str]:
-    """A sentence for each run that waits or works: its assets, its partition, and the newest line of its log."""
-    runs = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
-    return [_sentence(instance, run) for run in reversed(runs)]
+    """A sentence for each run that waits or works: its assets, its partition, and the newest line of its log.
+
+    A run whose process is gone is left out: the next driver, or Dagster's daemon, ends it.
+    """
+    runs = reversed(instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)))
+    return [_sentence(instance, run) for run in runs if not liveness.is_dead(instance, lock_directory(), run)]
 
 
 def _sentence(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:

@@ -122,7 +122,7 @@ class RawData(_RowKey):
     source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
     language = dy.String(
         nullable=True,
-        description="The row's own `language` field, else the name of the answer's first code fence; null: neither.",
+        description="The row's own `language` field, else the language that a code fence of the answer names first.",
     )
     record = dy.String(
         description="The delivered record, verbatim; invalid bytes as \\xNN escapes. Empty for an unreadable file."

@@ -14,14 +14,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
-_UNWRITABLE = (
-    os.strerror(errno.EROFS),
-    "attempt to write a readonly database",
-    "unable to open database file",
+_FAULTS = (
+    (
+        (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full"),
+        "the disk of {where} is full ({free}); free some space, or use another disk (QAQ_HOME names the home)",
+    ),
+    (
+        (os.strerror(errno.EROFS), "attempt to write a readonly database", "unable to open database file"),
+        "{where} cannot be written; make it writable, or use another folder (QAQ_HOME names the home)",
+    ),
+    (
+        # SQLite says this too where the disk filled up while it wrote its journal.
+        ("disk I/O error", os.strerror(errno.EIO)),
+        "the disk of {where} is full or damaged ({free}); free some space, or check the disk",
+    ),
 )
-_BROKEN = ("disk I/O error", os.strerror(errno.EIO))
-"""SQLite says this too where the disk filled up while it wrote its journal."""
+"""What the text of an error has, and what it means."""
 
 
 def fault_of(error: BaseException, home: Path) -> str | None:
@@ -31,20 +39,20 @@ def fault_of(error: BaseException, home: Path) -> str | None:
         error: an error, or one that another layer raised from it.
         home: QAQ_HOME, for the remedy.
     """
-    found = (remedy(str(one), home) for one in reversed(list(_causes(error))))  # The innermost text is the shortest.
-    return next((text for text in found if text is not None), None)
-
-
-def remedy(text: str, home: Path) -> str | None:
-    """The same of the text of an error."""
-    for signs, sentence in (
-        (_FULL, f"a disk is full ({_free(home)} left at {home}); free some space, or set QAQ_HOME to another disk"),
-        (_UNWRITABLE, f"{home} cannot be written; make it writable, or set QAQ_HOME to a folder that is"),
-        (_BROKEN, f"a disk is full or damaged ({_free(home)} left at {home}); free some space, or check the disk"),
-    ):
-        if any(sign in text for sign in signs):
-            return f"{' '.join(text.split())}: {sentence}, then run again. What was finished is stored"
+    for one in reversed(list(_causes(error))):  # The innermost text is the shortest.
+        file = getattr(one, "filename", None)
+        if (found := remedy(str(one), Path(file) if isinstance(file, str) else home)) is not None:
+            return found
     return None
+
+
+def remedy(text: str, where: Path) -> str | None:
+    """The same of the text of an error; `where` is the file that could not be written, or QAQ_HOME if none is known."""
+    sentence = next((sentence for signs, sentence in _FAULTS if any(sign in text for sign in signs)), None)
+    if sentence is None:
+        return None
+    said = sentence.format(where=where, free=_free(where))
+    return f"{' '.join(text.split())}: {said}, then run again. What was finished is stored"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -57,7 +65,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         one = one.__cause__ or one.__context__
 
 
-def _free(folder: Path) -> str:
-    """The free space of the disk of a folder, or of its nearest parent."""
-    there = next(one for one in (folder, *folder.parents) if one.exists())
-    return f"{shutil.disk_usage(there).free / 1e6:,.1f} MB"
+def _free(place: Path) -> str:
+    """The free space of the disk of a place, or of its nearest parent."""
+    try:
+        there = next(one for one in (place, *place.parents) if one.exists())
+        return f"{shutil.disk_usage(there).free / 1e6:,.1f} MB free"
+    except (OSError, StopIteration):
+        return "free space unknown"

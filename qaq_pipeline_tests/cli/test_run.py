@@ -58,6 +58,8 @@ def test_other_files_do_not_replace_a_batch_unless_they_are_told_to(
     delivery = write_jsonl(tmp_path / "rows.jsonl", delivered_rows()[:3])
     before = qaq(home, "table", "decisions", "--batch", "b1", "--to", tmp_path / "before.jsonl")
     check_sentence(qaq(home, "run", delivery, "--batch", "b1").error())
+    whole = write_jsonl(tmp_path / "whole" / "rows.jsonl", delivered_rows())
+    assert "has another delivery (rows.jsonl)" in qaq(home, "run", whole, "--batch", "b1", "--limit", 3).error()
     assert qaq(home, "table", "decisions", "--batch", "b1", "--to", tmp_path / "after.jsonl").code == before.code == 0
     assert (tmp_path / "before.jsonl").read_bytes() == (tmp_path / "after.jsonl").read_bytes()
 
@@ -73,7 +75,7 @@ def test_odd_batches_have_a_summary_and_a_new_delivery_is_noted(empty_home: Home
     assert "odd is left out: gated (empty_batch): it has no row; deliver it again with some" in status.out
     delivery.write_text(json.dumps(delivered_rows()[:1]))
     refused = qaq(empty_home, "run", delivery, "--batch", "odd")
-    assert "batch odd was delivered with other content (odd.json)" in refused.error()
+    assert "batch odd has another delivery (odd.json)" in refused.error()
     shown = qaq(empty_home, "run", delivery, "--batch", "odd", "--replace")
     assert shown.code == 0
     assert "sum │ 1 │" in shown.out

@@ -380,24 +380,9 @@ def test_a_limit_counts_records_and_not_turns() -> None:
     assert rows["source_row"].to_list() == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("answer", "language"),
-    [
-        ("Use this:\n```python\nx = 1\n```\nor\n```js\nx\n```", "python"),
-        ("```C++ title=a.cpp\nint x;\n```", "c++"),
-        ("~~~ rust\nfn f() {}\n~~~", "rust"),
-        ("```text\nhello\n```\n```go\nx := 1\n```", "go"),
-        ("```\nx = 1\n```", None),
-        ("``` x = 1 ```", None),
-        ("Call ```python``` in a line.", None),
-        ("x = 1", None),
-    ],
-)
-def test_without_a_language_field_the_first_named_code_fence_says_the_language(
-    answer: str, language: str | None
-) -> None:
-    pair = {"instruction": "Write it.", "input": "", "output": answer}
-    assert only(read(jsonl(pair)))["language"] == language
+def test_without_a_language_field_a_code_fence_of_the_answer_says_the_language() -> None:
+    pair = {"instruction": "Write it.", "input": "", "output": "So:\n```py\nx = 1\n```"}
+    assert only(read(jsonl(pair)))["language"] == "python"
     assert only(read(jsonl(pair | {"language": "lua"})))["language"] == "lua"
 
 

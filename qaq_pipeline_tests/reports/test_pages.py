@@ -162,7 +162,7 @@ def test_a_batch_page_names_the_signal_that_declares_most_pairs_invalid() -> Non
         return changed(tables, decisions=StoredTable(decided.frame, decided.provenance | {VALIDITY_KEY: judged}))
 
     page = page_of(40, changed=with_verdicts)[0].decode()
-    assert "Of 10 distinct pairs, 3 are invalid, most of them by the signal mismatch (2).</p>" in page
+    assert "Of 10 distinct pairs, 3 are invalid, most often by the signal mismatch (2).</p>" in page
 
 
 def test_a_plot_of_no_rows_is_named_and_not_drawn(hostile: bytes) -> None:

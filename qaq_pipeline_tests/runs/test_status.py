@@ -8,6 +8,7 @@ import dagster as dg
 from dagster._core.events.log import EventLogEntry
 
 from qaq_pipeline.freshness.staleness import Stale
+from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.runs.status import BatchStatus, TableStatus, running
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import TABLES
@@ -31,9 +32,9 @@ def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be(
 
 
 def test_a_run_at_work_is_named_with_the_newest_line_of_its_log(instance: dg.DagsterInstance) -> None:
-    def add(job: str, status: dg.DagsterRunStatus, partition: str, *lines: str) -> str:
+    def add(job: str, status: dg.DagsterRunStatus, partition: str, *lines: str, driver: str | None = None) -> str:
         assets = frozenset({dg.AssetKey("logprobs")})
-        tags = {"dagster/partition": partition}
+        tags = {"dagster/partition": partition} | ({} if driver is None else {liveness.TAG: driver})
         run = dg.DagsterRun(job_name=job, status=status, tags=tags, asset_selection=assets)
         instance.add_run(run)
         for line in lines:
@@ -41,6 +42,7 @@ def test_a_run_at_work_is_named_with_the_newest_line_of_its_log(instance: dg.Dag
         return run.run_id[:8]
 
     add("score_batch", dg.DagsterRunStatus.SUCCESS, "b0|strong", "done")
+    add("score_batch", dg.DagsterRunStatus.STARTED, "b0|weak", "weak: 1 of 9 sequences", driver="gone")
     scoring = add("score_batch", dg.DagsterRunStatus.STARTED, "b1|strong", "to score: 10", "strong: 3 of 9 sequences")
     starting = add("__ASSET_JOB", dg.DagsterRunStatus.STARTING, "b1|weak")
     assert running(instance) == [

@@ -14,7 +14,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import StoredTable
 
-VERSION = "4"
+VERSION = "5"
 _MOST_MATERIALISATIONS = 20
 
 

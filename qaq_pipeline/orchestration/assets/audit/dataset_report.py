@@ -9,7 +9,7 @@ from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.storage.storage import Storage
 
-VERSION = "4"
+VERSION = "5"
 
 
 def build_dataset_report(settings: Settings) -> dg.AssetsDefinition:
