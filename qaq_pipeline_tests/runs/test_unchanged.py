@@ -52,7 +52,7 @@ def test_a_batch_in_which_nothing_changed_runs_no_stage_and_has_the_same_summary
 
 def test_checks_are_evaluated_under_the_settings_of_now(settings_for: SettingsFor, curated: Settings, run: Run) -> None:
     assert not any("few_truncated" in warning for warning in run(curated)[0].warnings)
-    strict = settings_for(checks={"min_mean_rmi": 100.0})
+    strict = settings_for(checks={"min_mean_rmi": 10})
     summary, stages = run(strict)
     assert stages == []
     assert [warning for warning in summary.warnings if "answers_explain_queries of rmi_scores of b1|weak" in warning]
