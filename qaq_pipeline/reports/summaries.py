@@ -19,7 +19,7 @@ import polars as pl
 
 from qaq_pipeline.config.selections import CONTROL_PREFIX
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import Decision
+from qaq_pipeline.schema.vocabularies import INVALID_REASONS, Decision
 from qaq_pipeline.selection.decisions import by_reason
 
 TAIL = 0.05
@@ -41,6 +41,8 @@ _IN_PART = 0.001
 
 _GATES = "batch passed its gates"
 _NOT_HELD_OUT, _ON_ONE_SIDE = "not held out", "not between"
+_VALID, _TAKEN = "valid", "selected"
+_INVALID = [reason.value for reason in INVALID_REASONS.values()]
 _STEPS = (
     (Decision.REJECTED, "readable"),
     (Decision.WITHDRAWN, "not withdrawn"),
@@ -50,7 +52,7 @@ _STEPS = (
     (Decision.BETWEEN, _ON_ONE_SIDE),
     (Decision.BATCH_GATED, _GATES),
     (Decision.UNSCORABLE, "scorable"),
-    (Decision.NOT_SELECTED, "selected"),
+    (Decision.NOT_SELECTED, _TAKEN),
 )
 """Each decision except `selected`, in the order in which rows leave, and the label of the rows that remain."""
 
@@ -82,12 +84,15 @@ def pairs(flat: pl.DataFrame) -> pl.DataFrame:
 def flow(flat: pl.DataFrame) -> pl.DataFrame:
     """Count the rows that remain and that leave at each step, from delivered to selected, as step, rows, left.
 
-    The gates are a step only if a batch failed one, and held-out rows only if there are any.
+    The gates are a step only if a batch failed one; held-out and invalid rows only if there are any.
     """
     counts = dict(flat.group_by("decision").len().iter_rows())
     leaving = {"delivered": 0} | {step: counts.get(decision.value, 0) for decision, step in _STEPS}
+    invalid = flat.filter(pl.col("decision") == Decision.NOT_SELECTED.value, pl.col("reason").is_in(_INVALID)).height
+    selected = leaving.pop(_TAKEN) - invalid
+    leaving |= {_VALID: invalid, _TAKEN: selected}
     steps = pl.DataFrame({"step": list(leaving), "left": pl.Series(leaving.values(), dtype=pl.Int64)})
-    may_be_absent = pl.col("step").is_in([_GATES, _NOT_HELD_OUT, _ON_ONE_SIDE])
+    may_be_absent = pl.col("step").is_in([_GATES, _NOT_HELD_OUT, _ON_ONE_SIDE, _VALID])
     shown = steps.filter(~may_be_absent | (pl.col("left") > 0))
     return shown.select("step", rows=flat.height - pl.col("left").cum_sum(), left="left")
 

@@ -187,7 +187,7 @@ class TrialRuntime:
             if name == HELD_OUT:
                 raise TrialError(
                     f"version {version} has no held-out pair to measure on: set held_out.share (0.1, for example) and "
-                    "run its batches again"
+                    "curate another batch, or the same ones in another QAQ_HOME: rows that were accepted stay accepted"
                 )
             raise TrialError(
                 f"trial.benchmarks: {name} has no canonical solution that fits into scoring.max_tokens; take a file in "

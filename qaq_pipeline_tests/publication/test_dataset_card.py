@@ -389,7 +389,7 @@ def test_the_card_says_by_what_the_rows_were_chosen(selection: dict[str, Any], c
 )
 def test_the_papers_result_is_told_of_the_papers_selection_alone(changes: dict[str, Any], is_the_papers: bool) -> None:
     assert (
-        "In the paper a model trained on a quarter of the data, chosen this way"
+        "In the paper, training on the selected quarter matched training on everything"
         in chosen_by(**{"strategy": "diff_high"} | changes)
     ) == (is_the_papers)
 

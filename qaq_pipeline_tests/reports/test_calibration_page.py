@@ -132,7 +132,7 @@ def test_the_published_selection_comes_first_and_the_page_says_which_shares_prov
     assert "these rows set no cut" not in text
     more = pl.concat([planted_rows(), planted_rows().head(2).with_columns(defect=pl.lit("refusal"))])
     more = more.with_columns(pair_id=pl.Series([pair_name(101 + n) for n in range(42)]))
-    assert "What is kept of refusal is one: these rows set no cut." in page_of(frame, None, more)
+    assert "Rows of refusal set no cut, so what is kept of them is an independent test." in page_of(frame, None, more)
 
 
 def test_each_signal_has_its_sentence_and_the_untouched_pairs_nearest_to_its_cut(judged: Judged) -> None:

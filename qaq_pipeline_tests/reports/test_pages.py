@@ -408,7 +408,7 @@ def test_a_version_page_says_how_many_rows_entered_and_left() -> None:
 
 
 def test_a_version_page_says_the_verdict_of_its_trial_or_how_to_get_one() -> None:
-    assert "Nobody has tested whether this selection trains better" in version_of()[0].decode()
+    assert "Not tested yet: does this selection train better" in version_of()[0].decode()
     page = version_of(verdict="mine trains better.")[0].decode()
     assert '<a href="../trials/v1.html">Training trial</a>: mine trains better.' in page
 

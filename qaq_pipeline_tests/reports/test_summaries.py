@@ -59,6 +59,16 @@ def test_held_out_rows_are_a_step_only_where_there_are_any(flat: pl.DataFrame) -
     assert (steps["rows"][-1], "not between" in steps["step"]) == (0, False)
 
 
+def test_invalid_rows_are_a_step_of_their_own_before_the_selection(flat: pl.DataFrame) -> None:
+    assert "valid" not in summaries.flow(flat)["step"]
+    places = [place for place, decision in enumerate(flat["decision"]) if decision == "not_selected"][:3]
+    is_invalid = pl.int_range(pl.len()).is_in(places)
+    judged = flat.with_columns(reason=pl.when(is_invalid).then(pl.lit("invalid_echo")).otherwise("reason"))
+    steps = summaries.flow(judged)
+    assert steps["step"].to_list()[-2:] == ["valid", "selected"]
+    assert steps["left"].to_list()[-2:] == [3, summaries.flow(flat)["left"][-1] - 3]
+
+
 def test_a_pair_counts_once_and_by_the_row_that_stands_for_it(flat: pl.DataFrame) -> None:
     pairs = summaries.pairs(flat)
     assert pairs["pair_id"].is_unique().all()
