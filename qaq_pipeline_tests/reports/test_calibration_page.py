@@ -129,7 +129,7 @@ def test_the_published_selection_comes_first_and_the_page_says_which_shares_prov
     assert rows[3][1] == f"{number['num_kept']} of 20"
     assert next(iter(seen.tables)) == "What the selection diff_high keeps, 95% interval"
     assert "what is kept of them is not an independent test" in text
-    assert "these rows set no cut" not in text
+    assert "set no cut, so what is kept of them" not in text
     more = pl.concat([planted_rows(), planted_rows().head(2).with_columns(defect=pl.lit("refusal"))])
     more = more.with_columns(pair_id=pl.Series([pair_name(101 + n) for n in range(42)]))
     assert "Rows of refusal set no cut, so what is kept of them is an independent test." in page_of(frame, None, more)
