@@ -151,7 +151,7 @@ def test_a_batch_by_hand_takes_the_place_of_the_landed_one_and_the_other_way_rou
     daemon = Daemon(settings, instance)
     land(settings, "week-1.jsonl", some_rows(0, 1))
     daemon.tick("landing_zone"), daemon.tick("landing_zone")
-    registration.register(Deployment(settings, instance), "week-1", [delivered], None)
+    registration.register(Deployment(settings, instance), "week-1", [delivered], None, replaces=True)
     assert daemon.materialise("raw_data", partition="week-1")
     assert open_storage(settings).tables.read("raw_data", Partition("week-1")).frame.height == 20
     land(settings, "week-1.jsonl", some_rows(0, 1, 2))
