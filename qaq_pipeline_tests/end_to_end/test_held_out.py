@@ -39,7 +39,7 @@ def curate(
     settings: Settings, instance: dg.DagsterInstance, folder: Path, batch: str, *records: dict[str, Any]
 ) -> BatchSummary:
     delivered = write_jsonl(folder / batch / "rows.jsonl", records)
-    registration.register(Deployment(settings, instance), batch, [delivered], None)
+    registration.register(Deployment(settings, instance), batch, [delivered], None, replaces=True)
     return run_batch.run_batch(Deployment(settings, instance), batch)
 
 
