@@ -50,7 +50,7 @@ def deployment(settings: Settings, instance: dg.DagsterInstance) -> Deployment:
 def publish(deployment: Deployment, folder: Path, batch: str, rows: list[tuple[str, str]]) -> str:
     """Curate rows, and return the hash of the new version."""
     records = [{"instruction": query, "output": answer} for query, answer in rows]
-    registration.register(deployment, batch, [write_jsonl(folder / batch / "rows.jsonl", records)], None)
+    registration.register(deployment, batch, [write_jsonl(folder / batch / "rows.jsonl", records)], None, replaces=True)
     run_batch.run_batch(deployment, batch)
     return versions.find_version(deployment.storage, "latest").version
 
