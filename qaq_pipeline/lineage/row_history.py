@@ -20,7 +20,7 @@ from qaq_pipeline.publication.flat_scores import nested_row
 from qaq_pipeline.publication.versions import Published
 from qaq_pipeline.schema import vocabularies
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY
+from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY, without_records_of
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import StorageError
@@ -258,16 +258,12 @@ def with_text(storage: Storage, text: str, batch: str, withdrawn: pl.DataFrame |
     parts = pl.col("query", "answer", "record").fill_null("").str.replace_all(r"\s+", " ")
     holds = pl.any_horizontal(parts.str.contains(wanted, literal=True))
     for chunk in storage.tables.scan("raw_data", Partition(batch), columns=columns):
-        searched = chunk if withdrawn is None else _without(chunk, withdrawn)
+        searched = chunk
+        if withdrawn is not None:
+            searched = without_records_of(
+                chunk.join(withdrawn, on=ROW_KEY, how="anti", maintain_order="left"), withdrawn
+            )
         yield searched.filter(holds).drop("record")
-
-
-def _without(rows: pl.DataFrame, withdrawn: pl.DataFrame) -> pl.DataFrame:
-    """The rows that were not withdrawn; without the record where another turn of it was."""
-    records = withdrawn.select(RECORD_KEY).unique().with_columns(is_hidden=pl.lit(True))
-    left = rows.join(withdrawn, on=ROW_KEY, how="anti", maintain_order="left")
-    marked = left.join(records, on=RECORD_KEY, how="left", validate="m:1", maintain_order="left")
-    return marked.with_columns(record=pl.when(pl.col("is_hidden").is_null()).then("record")).drop("is_hidden")
 
 
 def withdrawn_rows(storage: Storage, batch: str) -> pl.DataFrame:

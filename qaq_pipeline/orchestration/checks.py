@@ -89,12 +89,8 @@ def evaluate(
     for asset, names in _wanted(settings).items():
         if not names:
             continue
-        is_of_batch = asset in _MEASURES
-        for partition in PIPELINE[asset].partitions(batch, list(settings.models)) if is_of_batch else [None]:
-            if partition is None:
-                measured = _curated_dataset(storage, registered)
-            else:
-                measured = _MEASURES[asset](storage.tables.read(asset, partition), settings, storage, partition)
+        for partition in PIPELINE[asset].partitions(batch, list(settings.models)) if asset in _MEASURES else [None]:
+            measured = _measure(asset, partition, settings, storage, lambda: registered)
             for name in names:
                 yield asset, partition, name, measured[name]()
 
@@ -127,14 +123,26 @@ def _checks(asset: str, descriptions: Mapping[str, str], settings: Settings) -> 
 
         @functools.cache
         def measure() -> Measurements:
-            if partition is None:
-                return _curated_dataset(storage, context.instance.get_dynamic_partitions(str(BATCHES.name)))
-            return _MEASURES[asset](storage.tables.read(asset, partition), settings, storage, partition)
+            registered = functools.partial(context.instance.get_dynamic_partitions, str(BATCHES.name))
+            return _measure(asset, partition, settings, storage, registered)
 
         for name in descriptions:
             yield _result(name, measure, None if partition is None else partition.model)
 
     return checks
+
+
+def _measure(
+    asset: str,
+    partition: Partition | None,
+    settings: Settings,
+    storage: Storage,
+    registered: Callable[[], Sequence[str]],
+) -> Measurements:
+    """The measurements of an asset; without a partition, those of the newest version and the registered batches."""
+    if partition is None:
+        return _curated_dataset(storage, registered())
+    return _MEASURES[asset](storage.tables.read(asset, partition), settings, storage, partition)
 
 
 def _specs(asset: str, descriptions: Mapping[str, str], settings: Settings) -> list[dg.AssetCheckSpec]:

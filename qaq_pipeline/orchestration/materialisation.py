@@ -117,7 +117,6 @@ def _recorded_version(context: dg.AssetExecutionContext) -> str | None:
 class Recorded:
     """A materialisation in Dagster's event log."""
 
-    run_id: str
     data_version: str | None
     code_version: str | None
     metadata: dict[str, Any]
@@ -130,8 +129,7 @@ def newest_materialisation(instance: dg.DagsterInstance, asset: dg.AssetKey, par
         if (event := record.asset_materialization) is not None:
             metadata = {name: value.value for name, value in event.metadata.items()}
             tags = event.tags or {}
-            versions = (tags.get("dagster/data_version"), tags.get("dagster/code_version"))
-            return Recorded(record.run_id, *versions, metadata)
+            return Recorded(tags.get("dagster/data_version"), tags.get("dagster/code_version"), metadata)
     return None
 
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
-from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY, without_records_of
 from qaq_pipeline.storage import parquet_file
 
 KEYS = "keys.parquet"
@@ -49,12 +49,8 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl
     It is text because the values vary. From JSON objects `datasets` would infer dates where batches are named by their
     day, and nulls where no row has a source, so that the columns of two files would differ in type.
     """
-    is_barred = barred.select(RECORD_KEY).unique().with_columns(is_barred=pl.lit(True))
-    records = (
-        rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
-        .join(is_barred, on=RECORD_KEY, how="left", validate="m:1", maintain_order="left")
-        .with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record"))
-    )
+    delivered = rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
+    records = without_records_of(delivered, barred)
     values = [json.dumps(value, ensure_ascii=False) for value in records.select(_META).iter_rows(named=True)]
     return rows.with_columns(meta=pl.Series(values, dtype=pl.String))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline.orchestration.jobs import present
+from qaq_pipeline.freshness.staleness import Present
 from qaq_pipeline.orchestration.materialisation import newest_materialisation
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import curated_dataset, versions
@@ -43,8 +43,8 @@ def stored_results(deployment: Deployment, batch: str) -> Results | None:
         not freshness.stale(batch)
         and not freshness.has_unreadable_benchmark()
         and all(freshness.stale_screening(other) is None for other in freshness.batches())
-        and _is_published(deployment)
-        and _has_pages(deployment, batch)
+        and _is_published(deployment, freshness.present)
+        and _has_pages(deployment, batch, freshness.present)
         and _are_same_models(deployment, batch)
     )
     if not is_same:
@@ -69,30 +69,27 @@ def _stored(deployment: Deployment, batch: str) -> Iterator[tuple[str, Partition
     yield "curated_dataset", None, None if newest is None else newest.version
 
 
-def _is_published(deployment: Deployment) -> bool:
+def _is_published(deployment: Deployment, present: Present) -> bool:
     """Whether a publication would write and record what the newest one did."""
     storage, newest = deployment.storage, versions.latest(deployment.storage)
     if newest is None or newest.excluded_batches != batches_left_out(deployment):
         return False
     recorded = newest_materialisation(deployment.instance, dg.AssetKey("curated_dataset"), None)
-    code_version = present(deployment.settings, storage).code_versions["curated_dataset"]
     return (
         recorded is not None
-        and recorded.code_version == code_version
+        and recorded.code_version == present.code_versions["curated_dataset"]
         and curated_dataset.is_current(storage, deployment.batches, deployment.settings)
     )
 
 
-def _has_pages(deployment: Deployment, batch: str) -> bool:
+def _has_pages(deployment: Deployment, batch: str, present: Present) -> bool:
     """Whether the pages of the batch and of the newest version show what is stored, or none are wanted."""
-    settings, storage = deployment.settings, deployment.storage
-    if not settings.reports.pages:
+    if not deployment.settings.reports.pages:
         return True
-    newest = versions.latest(storage)
-    code_version = present(settings, storage).code_versions["batch_report"]
+    storage, newest = deployment.storage, versions.latest(deployment.storage)
     return (
         newest is not None
-        and not page_store.is_stale(storage, batch, code_version)
+        and not page_store.is_stale(storage, batch, present.code_versions["batch_report"])
         and storage.files.exists(*versions.page_place(newest.version))
     )
 

@@ -55,6 +55,18 @@ class RowPlace:
         return f"{self.batch}/{self.in_batch}"
 
 
+def without_records_of(rows: pl.DataFrame, barred: pl.DataFrame) -> pl.DataFrame:
+    """The rows; null as `record` where a turn of it is barred: a record holds all turns of a conversation.
+
+    Args:
+        rows: with the key and `record`.
+        barred: keys of the rows whose text may not be shown.
+    """
+    is_barred = barred.select(RECORD_KEY).unique().with_columns(is_barred=pl.lit(True))
+    marked = rows.join(is_barred, on=RECORD_KEY, how="left", validate="m:1", maintain_order="left")
+    return marked.with_columns(record=pl.when(pl.col("is_barred").is_null()).then("record")).drop("is_barred")
+
+
 def row_place() -> pl.Expr:
     """The places of a frame's rows, as text."""
     return pl.format("{}/{}:{}.{}", *ROW_KEY)

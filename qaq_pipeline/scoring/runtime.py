@@ -56,6 +56,8 @@ class ScoredPairs:
 
 _Revision = tuple[str, str]
 """Role and revision of a model."""
+_Loaders = Callable[[int], AbstractContextManager[Sequence[Load]]]
+"""As `causal_lm.loaders`: one loader per scoring process, at most the given number."""
 
 
 class _KeptWorkers:
@@ -67,9 +69,7 @@ class _KeptWorkers:
         self._revision: _Revision | None = None
         self._limit = 0
 
-    def get(
-        self, revision: _Revision, loaders: Callable[[int], AbstractContextManager[Sequence[Load]]], limit: int
-    ) -> Workers:
+    def get(self, revision: _Revision, loaders: _Loaders, limit: int) -> Workers:
         """The workers that were kept, if they are of this model and not fewer than is worth while; else new ones."""
         if self._workers is None or self._revision != revision or self._limit < limit:
             self.close()
@@ -200,9 +200,7 @@ class ModelRuntime:
             self._kept = None
 
     @contextmanager
-    def _open_workers(
-        self, revision: _Revision, loaders: Callable[[int], AbstractContextManager[Sequence[Load]]], limit: int
-    ) -> Iterator[Workers]:
+    def _open_workers(self, revision: _Revision, loaders: _Loaders, limit: int) -> Iterator[Workers]:
         kept = self._kept
         if kept is None:
             with loaders(limit) as loads, open_workers(loads) as workers:
