@@ -80,19 +80,26 @@ def build_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
 
 def evaluate(
     settings: Settings, storage: Storage, registered: Sequence[str], batch: str
-) -> Iterator[tuple[str, Partition | None, str, Finding]]:
-    """Every check of the tables of a batch and of the newest version, outside a run: asset, partition, name, finding.
-
-    Raises:
-        StorageError: a table is missing or torn.
-    """
+) -> Iterator[dg.AssetCheckEvaluation]:
+    """Evaluate every check of the tables of a batch and of the newest version, outside a run."""
     for asset, names in _wanted(settings).items():
         if not names:
             continue
         for partition in PIPELINE[asset].partitions(batch, list(settings.models)) if asset in _MEASURES else [None]:
-            measured = _measure(asset, partition, settings, storage, lambda: registered)
+            measure = functools.cache(
+                functools.partial(_measure, asset, partition, settings, storage, lambda: registered)
+            )
             for name in names:
-                yield asset, partition, name, measured[name]()
+                result = _result(name, measure, None if partition is None else partition.model)
+                yield dg.AssetCheckEvaluation(
+                    asset_key=dg.AssetKey(asset),
+                    check_name=name,
+                    passed=result.passed,
+                    metadata=result.metadata,
+                    severity=result.severity,
+                    description=result.description,
+                    partition=None if partition is None else partition.key,
+                )
 
 
 def _wanted(settings: Settings) -> dict[str, dict[str, str]]:

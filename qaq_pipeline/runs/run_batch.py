@@ -17,7 +17,7 @@ from qaq_pipeline.runs.audit_pages import make_page, make_pages
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import SILENT, Driver, Events, FailedJobError, driving
 from qaq_pipeline.runs.refresh import refresh_stale
-from qaq_pipeline.runs.run_results import Results, failed_checks, materialisation_metadata, unpassed_checks
+from qaq_pipeline.runs.run_results import Results, failed_checks, materialisation_metadata
 from qaq_pipeline.runs.summary import BatchSummary, summarise
 from qaq_pipeline.schema.partition import Partition
 
@@ -32,7 +32,7 @@ def run_batch(deployment: Deployment, batch: str, events: Events = SILENT) -> Ba
     """
     stored = unchanged.stored_results(deployment, batch)
     if stored is not None:
-        return summarise(deployment, batch, stored, unpassed_checks(deployment, batch))
+        return summarise(deployment, batch, *stored)
     results: Results = {}
     unpassed: list[str] = []
     with driving(deployment, events) as driver:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
 
-from qaq_pipeline.orchestration.checks import evaluate
-from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import Partition
 
@@ -21,29 +20,19 @@ _REPORTED_ELSEWHERE = (("disagreement_scores", "strata_are_filled"), ("curated_d
 def failed_checks(instance: dg.DagsterInstance, run_id: str) -> list[str]:
     """A sentence for each asset check that failed in the run, except those reported elsewhere."""
     events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
+    found = (record.event_log_entry.dagster_event for record in events)
+    return unpassed(event.asset_check_evaluation_data for event in found if event is not None)
+
+
+def unpassed(evaluations: Iterable[dg.AssetCheckEvaluation]) -> list[str]:
+    """A sentence for each of the evaluations that failed, except those reported elsewhere."""
     found = []
-    for record in events:
-        event = record.event_log_entry.dagster_event
-        evaluation = event.asset_check_evaluation_data if event else None
-        if evaluation is not None and not evaluation.passed:
-            asset, name = evaluation.asset_key.to_user_string(), evaluation.check_name
-            found += _of_check(asset, name, evaluation.partition, evaluation.description)
+    for evaluation in evaluations:
+        asset, name, partition = evaluation.asset_key.to_user_string(), evaluation.check_name, evaluation.partition
+        if not evaluation.passed and (asset, name) not in _REPORTED_ELSEWHERE:
+            place = asset if partition is None else f"{asset} of {partition}"
+            found.append(f"check {name} of {place}: {evaluation.description}")
     return found
-
-
-def unpassed_checks(deployment: Deployment, batch: str) -> list[str]:
-    """The same of the checks as they would be evaluated now, of the tables of a batch and of the published version."""
-    found = []
-    for asset, partition, name, finding in evaluate(deployment.settings, deployment.storage, deployment.batches, batch):
-        if not finding.passed:
-            found += _of_check(asset, name, None if partition is None else partition.key, finding.sentence)
-    return found
-
-
-def _of_check(asset: str, name: str, partition: str | None, description: str | None) -> list[str]:
-    if (asset, name) in _REPORTED_ELSEWHERE:
-        return []
-    return [f"check {name} of {asset if partition is None else f'{asset} of {partition}'}: {description}"]
 
 
 def materialisation_metadata(instance: dg.DagsterInstance, run_id: str, asset: str) -> dict[str, Any]:

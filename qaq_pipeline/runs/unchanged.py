@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
+from dagster._core.event_api import PartitionKeyFilter
 
 from qaq_pipeline.freshness.staleness import Present
+from qaq_pipeline.orchestration.checks import evaluate
 from qaq_pipeline.orchestration.materialisation import newest_materialisation
 from qaq_pipeline.pipeline import PIPELINE, Purpose
 from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.runs.deployment import Deployment
-from qaq_pipeline.runs.run_results import Results
+from qaq_pipeline.runs.run_results import Results, unpassed
 from qaq_pipeline.runs.status import batches_left_out
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import NullReason
@@ -33,10 +35,12 @@ _WORK = {"quantities_scored": 0, "tokens": 0, "seconds": 0.0, "is_new_version": 
 """Metadata of the work of a run, as they are where nothing had to be done."""
 
 
-def stored_results(deployment: Deployment, batch: str) -> Results | None:
+def stored_results(deployment: Deployment, batch: str) -> tuple[Results, list[str]] | None:
     """The results of the runs that made what is stored of a batch; None: a run may give something else.
 
-    They say that nothing was scored or published, as another run would.
+    Returns:
+        the results, which say that nothing was scored or published, as another run would, and a sentence for each
+        check that failed.
     """
     freshness = deployment.freshness()
     is_same = (
@@ -57,7 +61,10 @@ def stored_results(deployment: Deployment, batch: str) -> Results | None:
         if recorded is None or version is None or recorded.data_version != version or _may_succeed(recorded.metadata):
             return None
         results[name, partition] = _repeated(recorded.metadata)
-    return results
+    evaluations = list(evaluate(deployment.settings, deployment.storage, deployment.batches, batch))
+    if not all(_is_recorded(deployment.instance, evaluation) for evaluation in evaluations):
+        return None
+    return results, unpassed(evaluations)
 
 
 def _stored(deployment: Deployment, batch: str) -> Iterator[tuple[str, Partition | None, str | None]]:
@@ -103,6 +110,15 @@ def _are_same_models(deployment: Deployment, batch: str) -> bool:
             if scored["identity_hash"] != now or "identity_after" in scored:
                 return False
     return True
+
+
+def _is_recorded(instance: dg.DagsterInstance, evaluation: dg.AssetCheckEvaluation) -> bool:
+    """Whether the newest evaluation of a check in the event log found the same: limits and references can change."""
+    key = evaluation.asset_check_key
+    of_partition = PartitionKeyFilter(key=evaluation.partition)
+    newest = instance.event_log_storage.get_latest_asset_check_execution_by_key([key], of_partition).get(key)
+    recorded = None if newest is None else newest.evaluation
+    return recorded is not None and (recorded.passed, recorded.metadata) == (evaluation.passed, evaluation.metadata)
 
 
 def _may_succeed(metadata: Mapping[str, Any]) -> bool:

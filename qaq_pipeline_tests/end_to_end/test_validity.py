@@ -179,7 +179,7 @@ def curate(instance: dg.DagsterInstance, tmp_path: Path) -> Callable[..., None]:
         settings: Settings, rows: Sequence[Row], batch: str = "b1", runtime: Reader | None = None, last: str = SELECT
     ) -> None:
         file = write_jsonl(tmp_path / "delivered" / f"{batch}.jsonl", rows)
-        registration.register(Deployment(settings, instance), batch, [file], None)
+        registration.register(Deployment(settings, instance), batch, [file], None, replaces=True)
         for job in (INGEST, SCORE, SELECT, PUBLISH):
             run_job(settings, instance, job, batch, runtime or Reader())
             if job == last:

@@ -50,12 +50,20 @@ def test_a_batch_in_which_nothing_changed_runs_no_stage_and_has_the_same_summary
     assert again.rows_by_decision["selected"] == 5
 
 
-def test_checks_are_evaluated_under_the_settings_of_now(settings_for: SettingsFor, curated: Settings, run: Run) -> None:
-    assert not any("few_truncated" in warning for warning in run(curated)[0].warnings)
+def test_other_limits_of_a_check_are_applied_and_recorded(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, curated: Settings, run: Run
+) -> None:
     strict = settings_for(checks={"min_mean_rmi": 10})
     summary, stages = run(strict)
-    assert stages == []
+    assert len(stages) == 5
     assert [warning for warning in summary.warnings if "answers_explain_queries of rmi_scores of b1|weak" in warning]
+    key = dg.AssetCheckKey(dg.AssetKey("rmi_scores"), "answers_explain_queries")
+    newest = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+    assert newest.evaluation is not None
+    assert not newest.evaluation.passed
+    again, stages = run(strict)
+    assert stages == []
+    assert again.warnings == summary.warnings
 
 
 @pytest.mark.parametrize("table", ["raw_data/b1", "logprobs/b1/weak", "decisions/b1"])

@@ -754,7 +754,7 @@ def test_a_batch_that_is_missing_or_gated_or_out_of_date_makes_no_reference(
     with pytest.raises(dg.Failure) as error:
         materialise_reference(settings, instance)
     check_sentence(error.value)
-    registration.register(Deployment(settings, instance), "b2", [deliver(SECOND, "second.jsonl")], None)
+    registration.register(Deployment(settings, instance), "b2", [deliver(SECOND, "second.jsonl")], None, replaces=True)
     run_stages(settings, instance, "b2", "ingest_batch")
     with pytest.raises(dg.Failure) as error:
         materialise_reference(settings, instance)
