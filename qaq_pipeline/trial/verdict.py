@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
-from scipy import stats
 
 from qaq_pipeline.config.settings import UNTRAINED
 from qaq_pipeline.schema.vocabularies import Verdict
@@ -84,6 +83,8 @@ def compare(losses: pl.DataFrame, measure: str, arm: str, other: str) -> Compari
 
 
 def _of_differences(measure: str, arm: str, other: str, num_items: int, differences: np.ndarray) -> Comparison:
+    from scipy import stats
+
     number, mean = len(differences), float(np.mean(differences))
     if number < 2:
         return Comparison(measure, arm, other, number, num_items, mean, None, None, None, None)

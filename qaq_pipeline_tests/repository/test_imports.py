@@ -16,7 +16,7 @@ PROBE = """
 import os, sys
 before = set(os.environ)
 import {module}
-heavy = sorted({{"torch", "transformers", "safetensors", "gguf"}} & set(sys.modules))
+heavy = sorted({{"torch", "transformers", "safetensors", "gguf", "scipy"}} & set(sys.modules))
 assert not heavy, f"importing {module} imports {{heavy}}"
 assert set(os.environ) == before, sorted(set(os.environ) ^ before)
 """
