@@ -86,6 +86,7 @@ def test_every_command_runs_as_printed_one_after_the_other(tmp_path: Path) -> No
     for line in lines:
         run = shell.run_until_ctrl_c if line.startswith(UNTIL_CTRL_C) else shell.run
         shown[line.split("#")[0].strip()] = run(line)
+        print(f"$ {line}", shown[line.split("#")[0].strip()], sep="\n")
     assert len(shown) == len(lines) >= 15
     assert "selected" in shown["make demo"]
     assert "Dataset: " in shown["qaq run pairs.jsonl --batch week-47"]
