@@ -121,7 +121,8 @@ class CausalLM:
 def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> ScorerFacts:
     """The facts of a model without its weights, from its config and a measured matrix product."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder))
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     return ScorerFacts(
         runner="",

@@ -46,7 +46,9 @@ def convert(gguf: Path, folder: Path) -> None:
 
     try:
         tokenizer = _tokenizer(gguf)
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
     except ConversionError:
         raise
     except (LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:  # Not those of memory.
@@ -83,7 +85,7 @@ def _tokenizer(gguf: Path) -> Any:
             f"({name or 'not named'}) cannot be carried over; put the tokenizer.json of the original repository beside "
             f"it, as {tokenizer_beside(gguf).name}, or set `hub` or `directory` to the original model"
         )
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     if pre_tokenizer is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
     return tokenizer

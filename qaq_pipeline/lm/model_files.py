@@ -47,6 +47,11 @@ class ModelNotFetchedError(ModelNotFoundError):
 
 def unreadable(folder: Path, part: str, error: Exception) -> ModelNotFoundError:
     """The error of a part of a model's files that transformers cannot read."""
+    if "trust_remote_code" in str(error):
+        return ModelNotFoundError(
+            f"{folder}: its {part} needs Python code that comes with the model; such code is never run here, so name "
+            "another model"
+        )
     return ModelNotFoundError(
         f"{folder}: its {part} cannot be read ({first_line(error)}); fetch the model again, or correct `hub`, "
         "`directory` or `gguf` in the settings"
@@ -78,7 +83,7 @@ class ModelFiles:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.folder)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises errors of any kind.
             raise unreadable(self.folder, "config.json", error) from error
         return getattr(config.get_text_config(), "vocab_size", None)
@@ -152,9 +157,13 @@ def chat_template(source: str, cache: Path, name: str | None = None) -> str:
         if source.endswith(".jinja"):
             templates = local.read_text(encoding="utf-8")
         else:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(local) if local.exists() else source)
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(local) if local.exists() else source, trust_remote_code=False
+            )
             templates = tokenizer.chat_template
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise unreadable(local if local.exists() else Path(source), "tokenizer", error) from error
         raise ModelNotFoundError(f"chat_template_from: {source!r} cannot be read ({first_line(error)})") from error
     chosen = chat_frame.named_template(templates, name, f"chat_template_from: {source!r}")
     if not chosen:

@@ -183,7 +183,7 @@ def _without_prefix(step: dict[str, Any] | None, part: str) -> dict[str, Any] | 
 def load_tokenizer(model: ModelSettings, files: ModelFiles, cache: Path) -> HfTokenizer:
     """The tokenizer in the model's files. In the frame `chat` it has its own or a borrowed chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of any kind.
         raise model_files.unreadable(files.folder, "tokenizer", error) from error
     if model.frame == "plain":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import model_files
+from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.gguf_files import ConversionError, tokenizer_beside
 from qaq_pipeline.lm.model_files import FilesWatch, ModelFiles, ModelNotFoundError, chat_template, locate
+from qaq_pipeline.lm.tokenizer import load_tokenizer
 from qaq_pipeline_tests.conftest import TEMPLATES
 from qaq_pipeline_tests.lm.test_text_ids import tiny_llama
 from qaq_pipeline_tests.support.naive import BOS, EOS, SPECIAL_TOKENS, VOCABULARY_SIZE, text
@@ -111,6 +114,37 @@ def test_a_missing_directory_is_an_error_that_names_it_and_what_is_expected(
     tmp_path: Path, check_sentence: Check
 ) -> None:
     check_sentence(refusal(tmp_path, directory="absent"))
+
+
+CODE = "from pathlib import Path\nPath({marker!r}).write_text('ran')\nclass Own: pass\n"
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer", "template", "facts"])
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
+    part: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_sentence: Check
+) -> None:
+    marker = tmp_path / "ran"
+    for name, kind, key in (
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}, "model_type"),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class"),
+    ):
+        path = directory / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": kind, key: "Own"}))
+    (directory / "own.py").write_text(CODE.format(marker=str(marker)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    model = ModelSettings.model_validate({"directory": str(directory), "frame": "plain"})
+    files = locate(model, tmp_path)
+    reads = {
+        "config": files.num_embeddings,
+        "tokenizer": lambda: load_tokenizer(model, files, tmp_path),
+        "template": lambda: chat_template(str(directory), tmp_path),
+        "facts": lambda: causal_lm.unloaded_facts(files, torch.float32, torch.device("cpu")),
+    }
+    with pytest.raises(ValueError, match="code") as error:
+        reads[part]()
+    if part != "facts":
+        check_sentence(str(error.value).replace(str(tmp_path), ""))
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
