@@ -53,7 +53,11 @@ class Shell:
 
     def run(self, line: str) -> str:
         with self.start(line) as process:
-            shown, _ = process.communicate()
+            try:
+                shown, _ = process.communicate()
+            except BaseException:  # Such as the test's timeout: the command would go on.
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         assert process.returncode == 0, f"{line}\n{shown}"
         return shown
 
@@ -80,6 +84,7 @@ def _read(address: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_command_runs_as_printed_one_after_the_other(tmp_path: Path) -> None:
     shell, shown = Shell(tmp_path), {}
     lines = [line.strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
