@@ -52,7 +52,7 @@ EDITS = (white_space, comment, identifier)
 def main(file: Path, number: int) -> None:
     """Make the rows, sign and compare them, and print the cost and the duplicates found."""
     random_ = random.Random(0)  # noqa: S311
-    accepted = records.read_file(file.read_bytes(), file.name, "b", RecordSettings()).filter(status="accepted")
+    accepted = records.read_file(file.read_bytes(), file.name, "b", RecordSettings()).frame.filter(status="accepted")
     queries, answers = accepted["query"].to_list(), accepted["answer"].to_list()
 
     def made() -> tuple[str, str]:

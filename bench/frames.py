@@ -113,7 +113,7 @@ def write(found: list[dict[str, Any]], path: Path) -> None:
 
 def read_pairs(data: Path, rows: int) -> pl.DataFrame:
     """Return the first distinct accepted pairs of the file, as RawData."""
-    raw = records.read_file(data.read_bytes(), data.name, "b", RecordSettings())
+    raw = records.read_file(data.read_bytes(), data.name, "b", RecordSettings()).frame
     return raw.filter(pl.col("status") == "accepted").unique("pair_id", keep="first", maintain_order=True).head(rows)
 
 

@@ -96,7 +96,7 @@ class Pool:
 
 def read_sides(path: Path) -> tuple[list[tuple[str, str]], list[Pair]]:
     """The pairs of an Alpaca file to train on, in a fixed random order, and the held-out pairs."""
-    raw = records.read_file(path.read_bytes(), path.name, "study", RecordSettings())
+    raw = records.read_file(path.read_bytes(), path.name, "study", RecordSettings()).frame
     settings, hold_out = ScreeningSettings(), HoldOut(HELD_OUT)
     signatures = duplicates.signatures(raw)
     screened = screen(raw, signatures, empty(tables.Contamination), [], texts_of([raw]), settings, {}, hold_out)

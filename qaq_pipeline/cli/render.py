@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from qaq_pipeline.reports.pages import Table as PageTable
     from qaq_pipeline.runs.job_runs import Events
+    from qaq_pipeline.runs.registration import Estimate
     from qaq_pipeline.runs.status import BatchStatus, TableStatus
     from qaq_pipeline.runs.summary import BatchSummary
     from qaq_pipeline.scoring.logprobs import Progress as ScoringProgress
-    from qaq_pipeline.scoring.runtime import ScoringCost
     from qaq_pipeline.storage.score_cache import CachedModel
     from qaq_pipeline.storage.storage import Storage
     from qaq_pipeline.trial.trial import TrialProgress
@@ -141,8 +141,14 @@ def _print_models(summary: BatchSummary) -> None:
     _print_columns("Scoring", [model.role for model in summary.models], rows)
 
 
-def print_costs(costs: Sequence[ScoringCost]) -> None:
-    """Print the estimated cost of scoring under each model."""
+def print_estimate(estimate: Estimate) -> None:
+    """Print what can be read of files, and the estimated cost of scoring it under each model."""
+    say(f"Rows: {estimate.rows:,}, of which {estimate.rejected:,} cannot be read")
+    if estimate.faults:
+        warn(f"warning: {estimate.faults}")
+    if estimate.unread is not None:
+        warn(f"warning: {estimate.unread}; name them in records.fields if they belong to the pair")
+    costs = estimate.costs
     rows = {
         "model": [cost.model for cost in costs],
         "distinct pairs": [f"{cost.num_pairs:,}" for cost in costs],

@@ -51,7 +51,7 @@ def estimate(
     from qaq_pipeline.runs import registration
 
     with open_deployment(config_file) as deployment:
-        render.print_costs(registration.estimate(deployment, files))
+        render.print_estimate(registration.estimate(deployment, files))
 
 
 def ui(

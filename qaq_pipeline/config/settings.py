@@ -38,13 +38,39 @@ _RENDERED_BY_PIPELINE = frozenset(
 """Arguments of the rendering, which a template variable would replace."""
 
 
+class FieldSettings(Closed):
+    """The names of the fields of records that are no conversations. Of each list but `context`, the first name that a
+    record has is read. Naming the query or the answer sets `shape: query_answer`.
+    """
+
+    query: tuple[str, ...] = Field(
+        ("query", "question", "problem", "instruction", "prompt", "problem_statement", "input"), min_length=1
+    )
+    """Fields of the query."""
+    context: tuple[str, ...] = ("input", "context")
+    """Fields with more text of the query, such as a table or a schema: each that a record has follows the query on a
+    line of its own."""
+    answer: tuple[str, ...] = Field(
+        ("response", "answer", "solution", "output", "completion", "generation"), min_length=1
+    )
+    """Fields of the answer."""
+    system: tuple[str, ...] = ("system", "system_prompt")
+    """Fields of the row's own system text, also where the record is a conversation."""
+    source: tuple[str, ...] = ("source",)
+    """Fields of the name of the row's source."""
+    language: tuple[str, ...] = ("language", "programming_language")
+    """Fields of the programming language."""
+
+
 class RecordSettings(Closed):
     """The reading of delivered files."""
 
-    shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "query_answer"] = "auto"
+    shape: Literal["auto", "alpaca", "sharegpt", "messages", "preference", "prompt_completion", "query_answer"] = "auto"
     """Shape of the records; `auto` detects it for each file."""
+    fields: FieldSettings = FieldSettings()
+    """Names of fields."""
     multi_turn: Literal["last", "every"] = "last"
-    """Pairs of a conversation: the last user turn and the assistant turn after it, or every such pair."""
+    """Pairs of a conversation: the last one that may be trained on, or every one."""
 
 
 class DuplicateSettings(Closed):

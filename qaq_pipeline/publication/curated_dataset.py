@@ -162,8 +162,10 @@ def dataset_files(
         [_entry(batch) for batch in batches],
         _concat(batches, "screened_data"),
         decided,
-        {batch.batch: batch["screened_data"].provenance["benchmarks"] for batch in batches},
-        {batch.batch: batch["decisions"].provenance for batch in batches},
+        {
+            batch.batch: {name: batch[name].provenance for name in ("raw_data", "screened_data", "decisions")}
+            for batch in batches
+        },
     )
     return files
 

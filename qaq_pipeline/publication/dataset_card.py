@@ -20,6 +20,7 @@ import yaml
 
 from qaq_pipeline.config.selections import DiffSelection, RmiBandSelection, RmiTopSelection, Selection, SumSelection
 from qaq_pipeline.config.settings import ExportSettings
+from qaq_pipeline.ingest import records
 from qaq_pipeline.publication import exports, templates
 from qaq_pipeline.publication.exports import FORMATS
 from qaq_pipeline.schema.long_form import to_long
@@ -60,8 +61,7 @@ def dataset_card(
     entries: Sequence[Mapping[str, Any]],
     screened: pl.DataFrame,
     decisions: pl.DataFrame,
-    benchmarks: Mapping[str, Mapping[str, str]],
-    made_of: Mapping[str, Mapping[str, Any]],
+    provenance: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> bytes:
     """The README.md of a version.
 
@@ -72,9 +72,10 @@ def dataset_card(
         entries: of the batches, as they stand in the manifest.
         screened: ScreenedData of all batches.
         decisions: Decisions of the same rows.
-        benchmarks: for each batch, the sha256 of the benchmark files that its rows were checked for, by name.
-        made_of: for each batch, the provenance of its decisions.
+        provenance: of raw_data, screened_data and decisions, by batch, then by table.
     """
+    made_of = {batch: tables["decisions"] for batch, tables in provenance.items()}
+    benchmarks = {batch: tables["screened_data"]["benchmarks"] for batch, tables in provenance.items()}
     page = {
         "metadata": yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True),
         "title": _title(selection),
@@ -95,6 +96,7 @@ def dataset_card(
         "validity": _validity(made_of),
         "unjudged": sorted(batch for batch, facts in made_of.items() if VALIDITY_KEY not in facts),
         "benchmarks": _benchmarks(benchmarks),
+        "unread": _unread({batch: tables["raw_data"] for batch, tables in provenance.items()}),
         "unchecked": sorted(batch for batch, checked in benchmarks.items() if not checked),
         "num_flagged": _num_flagged(screened, decisions),
         "limits": limits(selection),
@@ -186,6 +188,12 @@ def _warnings(made_of: Mapping[str, Mapping[str, Any]], published: str) -> list[
         said += [(batch, sentence) for sentence in facts.get(VALIDITY_KEY, {}).get("warnings", [])]
         said += [(batch, f"{name} {how}") for name, how in facts.get(UNREACHED_KEY, {}).items() if name == published]
     return [f"Batch {_shown(batch)}: {sentence}." for batch, sentence in said]
+
+
+def _unread(read_of: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is not read of the records of each batch."""
+    found = {batch: records.unread_sentence(facts) for batch, facts in sorted(read_of.items())}
+    return [f"Batch {_shown(batch)}: {_shown(sentence)}." for batch, sentence in found.items() if sentence is not None]
 
 
 def _validity(made_of: Mapping[str, Mapping[str, Any]]) -> list[tuple[str | int, ...]]:

@@ -21,6 +21,7 @@ import polars as pl
 from markupsafe import Markup
 
 from qaq_pipeline.config.selections import Selection
+from qaq_pipeline.ingest import records
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, difference, exports, templates
 from qaq_pipeline.publication.curated_dataset import BatchTables
@@ -151,6 +152,7 @@ def batch_page(
         "signals": decided.provenance.get(VALIDITY_KEY, {}).get("signals", []),
         "made": made,
         "files": _files(raw.frame, raw.provenance["files"]),
+        "unread": records.unread_sentence(raw.provenance),
         "models": _models(scorings),
         "cost": _cost(scorings),
         "made_of": _made_of(tables),

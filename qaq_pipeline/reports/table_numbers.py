@@ -35,12 +35,13 @@ def count_by(values: pl.Series) -> dict[str, int]:
     return dict(counts.iter_rows())
 
 
-def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str]) -> Numbers:
-    """Count the accepted and rejected rows of a delivery, and list the hash of each file."""
+def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str], unread: Mapping[str, int]) -> Numbers:
+    """Count the accepted and rejected rows and the unread fields of a delivery, and list the hash of each file."""
     return {
         "accepted": raw.filter(status=Status.ACCEPTED.value).height,
         "rejected": raw.filter(status=Status.REJECTED.value).height,
         "rejected_by_reason": count_by(raw["reason"]),
+        "unread_fields": dict(sorted(unread.items())),
         "files": dict(files),
     }
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import polars as pl
 
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.ingest import landing, records
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.scoring.runtime import ScoringCost
-from qaq_pipeline.screening import screen
+from qaq_pipeline.screening import gates, screen
 from qaq_pipeline.storage.deliveries import Delivery, hashes
 
 
@@ -38,7 +38,7 @@ def register(
     check_batch_name(batch)
     contents = read_files(files)
     for name, data in contents.items():
-        records.check_file(data, name)
+        records.check_file(data, name, deployment.settings.records)
     storage = deployment.storage
     previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
     if previous is not None and not replaces and not _extends(previous, contents, limit):
@@ -74,20 +74,44 @@ def read_files(files: Sequence[Path]) -> dict[str, bytes]:
     return contents
 
 
-def estimate(deployment: Deployment, files: Sequence[Path]) -> list[ScoringCost]:
-    """The cost of scoring the files and the rows planted in them, model by model.
+@dataclass(frozen=True)
+class Estimate:
+    """What a run of files would read and score."""
 
-    It is an upper bound: rows that older batches or benchmarks contain are counted.
+    rows: int
+    rejected: int
+    faults: str
+    """The commonest reasons of rejected rows; empty: there are none."""
+    unread: str | None
+    """The fields that nobody reads, in words; None: there are none."""
+    costs: list[ScoringCost]
+    """The cost of scoring, model by model."""
+
+
+def estimate(deployment: Deployment, files: Sequence[Path]) -> Estimate:
+    """Read the files, and estimate the cost of scoring them and the rows planted in them.
+
+    The cost is an upper bound: rows that older batches or benchmarks contain are counted.
 
     Raises:
         RunError: a file is missing.
         ValueError: a file cannot be read at all, a model's files cannot be found, or it cannot be scored.
     """
     settings = deployment.settings
-    raw = pl.concat(records.read_file(data, name, "b", settings.records) for name, data in read_files(files).items())
+    contents = read_files(files)
+    for name, data in contents.items():
+        records.check_file(data, name, settings.records)
+    reading = records.read_delivery(contents, "b", settings.records)
+    raw = reading.frame
     rows = accepted_rows(raw, screen.screen_alone(raw, settings.screening))
     pairs = pairs_of(rows)
     if settings.is_calibrated:
         pairs += pairs_of(planting.plant(rows, settings.calibration))
     runtime = deployment.model_runtime
-    return [runtime.estimate(role, pairs, deployment.storage) for role in settings.models]
+    return Estimate(
+        rows=raw.height,
+        rejected=raw.filter(status=Status.REJECTED.value).height,
+        faults=gates.commonest_faults(raw),
+        unread=records.unread_sentence(reading.facts),
+        costs=[runtime.estimate(role, pairs, deployment.storage) for role in settings.models],
+    )

@@ -38,6 +38,7 @@ class RejectReason(Vocabulary):
     """Reasons why a delivered row could not be read as a (query, answer) pair."""
 
     BAD_JSON = "bad_json", "The line, or the element of the array, is not JSON."
+    BAD_CSV = "bad_csv", "The row of CSV has another number of cells than the header."
     INVALID_UTF8 = "invalid_utf8", "The bytes are not UTF-8, or a text cannot be encoded in it."
     NOT_AN_OBJECT = "not_an_object", "The row is JSON, but not an object with fields."
     MISSING_QUERY = "missing_query", "The field for the query is absent or null."
@@ -47,6 +48,9 @@ class RejectReason(Vocabulary):
     WRONG_TYPE = "wrong_type", "A field that must be text or a list of turns has another type."
     UNKNOWN_ROLE = "unknown_role", "A turn has an unknown role."
     NO_ANSWERED_TURN = "no_answered_turn", "No user turn is followed by an assistant turn."
+    OTHER_THAN_TEXT = "other_than_text", "A turn has a part that is not text, such as an image."
+    USES_TOOLS = "uses_tools", "The answer calls a tool, or needs what a tool said."
+    NOT_FOR_TRAINING = "not_for_training", "The record says that its answer is not to be trained on."
     UNREADABLE_FILE = "unreadable_file", "The file cannot be split into rows; this one row is stored instead."
 
 

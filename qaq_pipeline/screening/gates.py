@@ -116,9 +116,24 @@ def before_scoring(screened: pl.DataFrame, settings: GateSettings) -> Gate | Non
         return Gate(
             GateReason.TOO_MANY_REJECTED,
             f"{rejected} of its {screened.height} rows cannot be read, more than the share of {limit:g} "
-            "(gates.max_rejected_share); fix the delivery, or raise the share",
+            f"(gates.max_rejected_share): {commonest_faults(screened, 'evidence')}. Fix the delivery, name the fields "
+            "in records.fields, or raise the share",
         )
     return None
+
+
+def commonest_faults(rows: pl.DataFrame, detail: str = "detail", most: int = 3) -> str:
+    """The reasons of rejected rows, commonest first, each with the detail of its first row; empty: there are none.
+
+    Args:
+        rows: with `status`, `reason`, and the detail.
+        detail: name of its column.
+        most: number of reasons.
+    """
+    rejected = rows.filter(status=Status.REJECTED.value)
+    reasons = rejected.group_by("reason", maintain_order=True).agg(pl.len(), pl.col(detail).first())
+    worst = reasons.sort("len", descending=True, maintain_order=True).head(most)
+    return "; ".join(f"{reason} ({count:,}): {detail}" for reason, count, detail in worst.iter_rows())
 
 
 def after_scoring(

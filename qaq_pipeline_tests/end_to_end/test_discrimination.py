@@ -34,7 +34,7 @@ PRIORS = ("null_answer", "user", "bare")
 
 
 def read_pairs() -> list[Pair]:
-    frame = records.read_file(DATA.read_bytes(), DATA.name, "b", RecordSettings())
+    frame = records.read_file(DATA.read_bytes(), DATA.name, "b", RecordSettings()).frame
     accepted = frame.filter(frame["status"] == "accepted").unique("pair_id", maintain_order=True).head(NUM_PAIRS)
     return [Pair(*row) for row in accepted.select("pair_id", "system", "query", "answer").iter_rows()]
 

@@ -134,7 +134,7 @@ def demo_settings(**scoring: Any) -> Settings:
 def read_pairs() -> list[Pair]:
     """Pairs spread over the data set where it is at hand, else over the example batches."""
     files = [DATA] if DATA.exists() else sorted(EXAMPLES.iterdir())
-    frames = [read_file(path.read_bytes(), path.name, "b", demo_settings().records) for path in files]
+    frames = [read_file(path.read_bytes(), path.name, "b", demo_settings().records).frame for path in files]
     rows = pl.concat(frames).filter(pl.col("status") == "accepted").unique("pair_id", maintain_order=True)
     spread = rows.gather_every(max(rows.height // NUM_PAIRS, 1)).head(NUM_PAIRS)
     return [Pair(*row) for row in spread.select("pair_id", "system", "query", "answer").iter_rows()]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given
@@ -19,20 +24,13 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest.records import (
-    ANSWER_FIELDS,
-    QUERY_FIELDS,
-    UnreadableFileError,
-    check_file,
-    pair_id,
-    read_delivery,
-    read_file,
-    unreadable_file,
-)
+from qaq_pipeline.ingest.file_formats import UnreadableFileError
+from qaq_pipeline.ingest.records import check_file, pair_id, read_delivery, read_file, unreadable_file
 from qaq_pipeline.schema.tables import RawData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
 from qaq_pipeline_tests.support.sentences import Check
 
+FIELDS = RecordSettings().fields
 ALPACA = {"instruction": "Sort.", "input": "", "output": "sorted(x)"}
 ORIGIN = {"source": "unit", "language": "py"}
 PAIRS = [{"query": f"Q{number} \u2028\U0001f40d", "answer": f" A{number}\n", **ORIGIN} for number in range(3)]
@@ -40,7 +38,7 @@ DIALOGUE = [("system", "S"), ("user", "Q0"), ("assistant", "A0"), ("user", "Q1")
 
 
 def read(content: bytes, **settings: Any) -> pl.DataFrame:
-    frame = read_file(content, "file.jsonl", "b1", RecordSettings(**settings))
+    frame = read_file(content, "file.jsonl", "b1", RecordSettings(**settings)).frame
     return enforce(RawData, frame)
 
 
@@ -56,6 +54,26 @@ def parquet(*records: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     pl.DataFrame(records).write_parquet(buffer)
     return buffer.getvalue()
+
+
+def arrow(*records: dict[str, Any], writer: Callable[..., Any]) -> bytes:
+    buffer, rows = io.BytesIO(), pa.Table.from_pylist(list(records))
+    with writer(buffer, rows.schema) as stream:
+        stream.write_table(rows)
+    return buffer.getvalue()
+
+
+def write_arrow(rows: pa.Table, to: io.BytesIO) -> None:
+    with pa.ipc.new_stream(to, rows.schema) as stream:
+        stream.write_table(rows)
+
+
+def written_csv(*records: dict[str, Any], lineterminator: str = "\n", **how: Any) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(records[0]), lineterminator=lineterminator, **how)
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue().encode()
 
 
 def turns(*said: tuple[Any, Any], keys: tuple[str, str] = ("role", "content")) -> list[dict[str, Any]]:
@@ -79,7 +97,17 @@ FORMATS = {
     "jsonl.zst_frames": b"\x50\x2a\x4d\x18\x02\x00\x00\x00--"
     + zstandard.compress(jsonl(*PAIRS[:1]))
     + zstandard.compress(jsonl(*PAIRS[1:])),
+    "jsonl.bz2": bz2.compress(jsonl(*PAIRS)),
+    "jsonl.xz": lzma.compress(jsonl(*PAIRS)),
+    "jsonl.zst_long": zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    ).compress(jsonl(*PAIRS)),
     "parquet": parquet(*PAIRS),
+    "arrow_file": arrow(*PAIRS, writer=pa.ipc.new_file),
+    "arrow_stream": arrow(*PAIRS, writer=pa.ipc.new_stream),
+    "csv": written_csv(*PAIRS),
+    "csv_crlf": written_csv(*PAIRS, lineterminator="\r\n"),
+    "tsv": written_csv(*PAIRS, delimiter="\t"),
     "parquet.gz": gzip.compress(parquet(*PAIRS)),
 }
 
@@ -122,7 +150,49 @@ def test_parquet_cells_that_are_no_text_reach_the_record() -> None:
     assert "2026-01-02" in record
 
 
+@pytest.mark.parametrize("write", [pq.write_table, write_arrow], ids=["parquet", "arrow"])
+def test_a_cell_that_is_not_utf8_costs_its_row_only_and_nothing_where_nobody_reads_it(write: Any) -> None:
+    def text(*cells: bytes) -> pa.Array:
+        buffers = pa.array(cells, pa.binary()).buffers()
+        return pa.StringArray.from_buffers(len(cells), buffers[1], buffers[2], buffers[0])
+
+    rows = {"query": text(b"q", b"q", b"q"), "answer": text(b"a", b"\xff", b"c"), "path": text(b"\xfe", b"p", b"p")}
+    buffer = io.BytesIO()
+    write(pa.table(rows), buffer)
+    frame = read(buffer.getvalue())
+    assert frame["reason"].to_list() == [None, "invalid_utf8", None]
+    assert "`answer` contains the byte \\xff" in frame["detail"][1]
+    assert json.loads(frame["record"][0].replace("\\", "\\\\"))["path"] == "\\xfe"
+
+
+def test_csv_is_read_as_its_writer_meant_it() -> None:
+    rows = [{"query": 'a "b", c\nd', "answer": "x" * 200_000}, {"query": "", "answer": "e"}]
+    frame = read(written_csv(*rows))
+    assert frame.select("source_row", "query", "answer", "reason").rows() == [
+        (1, 'a "b", c\nd', "x" * 200_000, None),
+        (2, "", "e", "empty_query"),
+    ]
+    assert json.loads(frame["record"][0]) == rows[0]
+
+
+def test_a_row_of_csv_with_other_cells_than_the_header_is_rejected(check_sentence: Check) -> None:
+    frame = read(b"\nquery,answer\nq,a,b\nq,a\n\nq\n")
+    assert frame.select("source_row", "reason").rows() == [
+        (1, RejectReason.BAD_CSV),
+        (2, None),
+        (3, RejectReason.BAD_CSV),
+    ]
+    assert frame["record"][0] == '["q", "a", "b"]'
+    check_sentence(frame["detail"][0])
+
+
 UNREADABLE = {
+    "zip": (b"PK\x03\x04...", r"is a zip archive\. Unpack"),
+    "tar": (b"rows.jsonl".ljust(257, b"\0") + b"ustar\0", r"is a tar archive\. Unpack"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+    "bz2_cut": (bz2.compress(b"[]")[:-3], "cut off or damaged"),
+    "xz_cut": (lzma.compress(b"[]")[:-3], "cut off or damaged"),
+    "arrow_cut": (b"ARROW1\0\0", "no complete Arrow file"),
     "empty": (b"", r"is empty\. "),
     "blank": (b"\xef\xbb\xbf \n\n", "is empty"),
     "empty_gzip": (gzip.compress(b""), "is empty"),
@@ -150,7 +220,7 @@ def test_an_unreadable_file_is_named_with_its_fault(content: bytes, fault: str) 
     with pytest.raises(UnreadableFileError, match=rf"(?s)^file\.jsonl: .*{fault}") as caught:
         read(content)
     with pytest.raises(UnreadableFileError, match=f"^{re.escape(str(caught.value))}$"):
-        check_file(content, "file.jsonl")
+        check_file(content, "file.jsonl", RecordSettings())
 
 
 def fault_of(function: Callable[[bytes], object], content: bytes) -> str | None:
@@ -163,10 +233,16 @@ def fault_of(function: Callable[[bytes], object], content: bytes) -> str | None:
 
 def read_if_readable(content: bytes) -> None:
     fault = fault_of(lambda data: read(data, multi_turn="every"), content)
-    assert fault_of(lambda data: check_file(data, "file.jsonl"), content) == fault
+    assert fault_of(lambda data: check_file(data, "file.jsonl", RecordSettings()), content) == fault
 
 
-@given(st.binary(max_size=200), st.sampled_from([b"", b"PAR1", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd", b"[", b"{"]))
+MAGICS = (b"BZh9", b"\xfd7zXZ\x00", b"ARROW1\0\0", b"\xff\xff\xff\xff", b"query,answer\n")
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"PAR1", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd", b"[", b"{", *MAGICS]),
+)
 def test_any_bytes_are_rows_or_an_unreadable_file(content: bytes, magic: bytes) -> None:
     read_if_readable(magic + content)
 
@@ -213,7 +289,7 @@ def test_alpaca_query_is_instruction_newline_input() -> None:
 @pytest.mark.parametrize("field", ["messages", "conversations"])
 def test_conversations_in_either_spelling(field: str, keys: tuple[str, str]) -> None:
     row = only(read(jsonl({field: turns(*DIALOGUE, keys=keys), "system": "not this"})))
-    assert (row["system"], row["query"], row["answer"], row["turn_index"]) == ("S", "Q2", "A2", 1)
+    assert (row["system"], row["query"], row["answer"], row["turn_index"]) == ("S", "Q1\n\nQ2", "A2", 1)
 
 
 @pytest.mark.parametrize("answering", ["gpt", "assistant", "model", "bing", "chatgpt", "bard", "Assistant"])
@@ -238,8 +314,8 @@ def test_prompt_completion_as_text_and_as_turns() -> None:
     assert read(content, multi_turn="every")["query"].to_list() == ["q", "Q0", "Q1"]
 
 
-@pytest.mark.parametrize("answer_field", ANSWER_FIELDS)
-@pytest.mark.parametrize("query_field", QUERY_FIELDS)
+@pytest.mark.parametrize("answer_field", FIELDS.answer)
+@pytest.mark.parametrize("query_field", FIELDS.query)
 def test_query_answer_aliases(query_field: str, answer_field: str) -> None:
     record = {query_field: "q", answer_field: "a", "system": "S"}
     row = only(read(jsonl(record), shape="query_answer"))
@@ -247,15 +323,10 @@ def test_query_answer_aliases(query_field: str, answer_field: str) -> None:
     assert only(read(jsonl(record)))["pair_id"] == row["pair_id"]
 
 
-def test_the_aliases_are_those_of_the_documentation() -> None:
-    assert QUERY_FIELDS == ("query", "question", "problem", "instruction", "prompt")
-    assert ANSWER_FIELDS == ("response", "answer", "solution", "output", "completion")
-
-
 def test_the_first_alias_that_is_present_is_taken() -> None:
-    record = {name: name for name in (QUERY_FIELDS + ANSWER_FIELDS)[::-1]}
+    record = {name: name for name in (FIELDS.query + FIELDS.answer)[::-1]}
     row = only(read(jsonl(record | {"query": None}), shape="query_answer"))
-    assert (row["query"], row["answer"]) == ("question", "response")
+    assert (row["query"], row["answer"]) == ("question\ninput", "response")
 
 
 def test_an_input_is_never_lost_to_an_alias() -> None:
@@ -265,9 +336,9 @@ def test_an_input_is_never_lost_to_an_alias() -> None:
 
 def test_multi_turn_policies() -> None:
     content = jsonl({"messages": turns(*DIALOGUE)})
-    assert read(content)["query"].to_list() == ["Q2"]
+    assert read(content)["query"].to_list() == ["Q1\n\nQ2"]
     every = read(content, multi_turn="every").select("source_row", "turn_index", "system", "query", "answer")
-    assert every.rows() == [(1, 0, "S", "Q0", "A0"), (1, 1, "S", "Q2", "A2")]
+    assert every.rows() == [(1, 0, "S", "Q0", "A0"), (1, 1, "S", "Q1\n\nQ2", "A2")]
 
 
 def test_an_empty_turn_rejects_that_turn_only() -> None:
@@ -292,6 +363,121 @@ def test_the_shape_can_be_set() -> None:
     record = {"messages": turns(("user", "m"), ("assistant", "a")), "prompt": "p", "completion": "c"}
     assert only(read(jsonl(record)))["query"] == "m"
     assert only(read(jsonl(record), shape="prompt_completion"))["query"] == "p"
+
+
+# Fields
+
+
+SQL = {"question": "Which cranes?", "context": "CREATE TABLE crane (name TEXT)", "answer": "SELECT name FROM crane"}
+
+
+def test_the_context_of_a_query_belongs_to_it() -> None:
+    frame = read(jsonl(SQL, SQL | {"context": "CREATE TABLE crane (name TEXT, built INTEGER)"}, SQL | {"context": ""}))
+    assert frame["query"].to_list() == [
+        "Which cranes?\nCREATE TABLE crane (name TEXT)",
+        "Which cranes?\nCREATE TABLE crane (name TEXT, built INTEGER)",
+        "Which cranes?",
+    ]
+    assert frame["pair_id"].n_unique() == 3
+
+
+def test_input_and_output_are_a_query_and_an_answer() -> None:
+    row = only(read(jsonl({"id": "0", "input": "q", "output": "a"})))
+    assert (row["query"], row["answer"]) == ("q", "a")
+
+
+def test_a_person_names_the_fields() -> None:
+    record = {"ask": "q", "schema": "t", "fix": "a", "instruction": "no", "output": "no", "who": "S", "origin": "x"}
+    named = {"query": ["ask"], "context": ["schema"], "answer": ["fix"], "system": ["who"], "source": ["origin"]}
+    row = only(read(jsonl(record), fields=named))
+    assert (row["system"], row["query"], row["answer"], row["source"]) == ("S", "q\nt", "a", "x")
+
+
+def test_fields_that_are_neither_read_nor_known_are_counted() -> None:
+    talk = turns(("user", "q"), ("assistant", "a"))
+    talk[1] |= {"weight": 1, "logprobs": [1], "refusal": None}
+    assert unread({"id": 1, **SQL, "tests": "assert", "note": ""}, SQL | {"tests": ["x"]}) == ({"tests": 2}, 2)
+    assert unread({"messages": talk, "tests": "assert"}, {"messages": talk}) == (
+        {"tests": 1, "messages[].logprobs": 2},
+        2,
+    )
+    assert unread({"query": "q", "answer": "a"}) == ({}, 1)
+
+
+def unread(*records: dict[str, Any]) -> tuple[dict[str, int], int]:
+    reading = read_file(jsonl(*records), "file.jsonl", "b1", RecordSettings())
+    assert set(reading.frame["status"]) == {"accepted"}
+    return dict(reading.unread), reading.num_records
+
+
+def test_of_a_preference_the_chosen_answer_is_read() -> None:
+    asked, chosen, other = turns(("user", "q")), turns(("assistant", "a")), turns(("assistant", "no"))
+    shapes = [
+        {"prompt": "q", "chosen": "a", "rejected": "no"},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "no"},
+        {"prompt": asked, "chosen": chosen, "rejected": other},
+        {"chosen": asked + chosen, "rejected": asked + other},
+        {"prompt": "q", "chosen": chosen, "rejected": other},
+        {
+            "conversations": turns(("human", "q"), keys=("from", "value")),
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "no"},
+        },
+    ]
+    for record in shapes:
+        row = only(read(jsonl(record), shape="preference" if "conversations" in record else "auto"))
+        assert (row["query"], row["answer"], row["reason"]) == ("q", "a", None), record
+
+
+# Conversations
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [["a", "b"], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], [{"type": "text", "value": "ab"}]],
+)
+def test_parts_that_are_text_are_one_text(parts: list[Any]) -> None:
+    row = only(read(jsonl({"messages": turns(("user", parts), ("assistant", parts))})))
+    assert (row["query"], row["answer"]) == ("ab", "ab")
+
+
+@pytest.mark.parametrize("mark", ["weight", "loss", "train", "loss_weight"])
+@pytest.mark.parametrize("no", [0, 0.0, False, "false"])
+def test_an_answer_that_is_marked_as_not_to_be_trained_on_is_not_taken(mark: str, no: Any) -> None:
+    said = turns(("user", "q"), ("assistant", "a"), ("user", "more"), ("assistant", "sorry"))
+    said[1][mark], said[3][mark] = 1, no
+    row = only(read(jsonl({"messages": said})))
+    assert (row["query"], row["answer"], row["turn_index"]) == ("q", "a", 0)
+    assert read(jsonl({"messages": said}), multi_turn="every")["reason"].to_list() == [None, "not_for_training"]
+    said[1][mark] = no
+    row = only(read(jsonl({"messages": said})))
+    assert (row["reason"], row["turn_index"]) == ("not_for_training", 1)
+    assert "`messages[3].content`" in row["detail"]
+
+
+def test_assistant_turns_that_follow_each_other_are_one_answer() -> None:
+    row = only(read(jsonl({"messages": turns(("user", "q"), ("assistant", "a"), ("assistant", "b"))})))
+    assert row["answer"] == "a\n\nb"
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+TOOL_TURNS = {
+    "openai": [
+        CALL,
+        {"role": "tool", "content": "1", "tool_call_id": "x"},
+        {"role": "assistant", "content": "It is 1."},
+    ],
+    "sharegpt": turns(("function_call", "{}"), ("observation", "1"), ("gpt", "It is 1."), keys=("from", "value")),
+    "inline": turns(("assistant", "<tool_call>{}</tool_call>"), ("user", "1")),
+}
+
+
+@pytest.mark.parametrize("used", TOOL_TURNS.values(), ids=TOOL_TURNS)
+def test_an_ordinary_pair_is_not_lost_to_a_tool_turn_before_it(used: list[dict[str, Any]]) -> None:
+    asked, pair = turns(("user", "What is it?")), turns(("user", "q"), ("assistant", "a"))
+    row = only(read(jsonl({"messages": [*asked, *used, *pair]})))
+    assert (row["query"].endswith("q"), row["answer"]) == (True, "a")
+    assert only(read(jsonl({"messages": [*asked, *used]})))["reason"] == "uses_tools"
 
 
 # Rejected rows
@@ -325,10 +511,23 @@ REJECTED: dict[str, tuple[bytes, RejectReason, str]] = {
     "half_turns": (jsonl({"prompt": [], "completion": "a"}), RejectReason.WRONG_TYPE, "`prompt` is a list"),
     "turns_text": (jsonl({"messages": "hi"}), RejectReason.WRONG_TYPE, "`messages` is a text; a list of turns"),
     "turn_text": (jsonl({"messages": ["hi"]}), RejectReason.WRONG_TYPE, r"`messages\[0\]` is a text"),
-    "parts": (said(("user", [{"text": "q"}]), ("assistant", "a")), RejectReason.WRONG_TYPE, r"`messages\[0\].content`"),
+    "image": (
+        said(("user", [{"type": "image_url"}]), ("assistant", "a")),
+        RejectReason.OTHER_THAN_TEXT,
+        r"`messages\[0\].content\[0\]` is a part of type 'image_url'",
+    ),
+    "part": (said(("user", [1]), ("assistant", "a")), RejectReason.WRONG_TYPE, r"content\[0\]` is a number"),
+    "part_text": (said(("user", [{"text": 1}]), ("assistant", "a")), RejectReason.WRONG_TYPE, "is a number; text"),
+    "no_parts": (said(("user", []), ("assistant", "a")), RejectReason.MISSING_QUERY, r"`messages\[0\].content`"),
     "system_turn": (said(("system", 1), ("user", "q"), ("gpt", "a")), RejectReason.WRONG_TYPE, "content` is a number"),
     "no_content": (said(("user", "q"), ("assistant", None)), RejectReason.MISSING_ANSWER, r"`messages\[1\].content`"),
-    "tool": (said(("user", "q"), ("tool", "t"), ("assistant", "a")), RejectReason.UNKNOWN_ROLE, "role` is 'tool'"),
+    "tool": (
+        said(("user", "q"), ("tool", "t"), ("assistant", "a")),
+        RejectReason.USES_TOOLS,
+        r"`messages\[1\].content`",
+    ),
+    "role": (said(("user", "q"), ("critic", "t"), ("assistant", "a")), RejectReason.UNKNOWN_ROLE, "role` is 'critic'"),
+    "label": (jsonl({"prompt": "q", "completion": "a", "label": False}), RejectReason.NOT_FOR_TRAINING, "`label` is"),
     "no_role": (jsonl({"messages": [{"content": "q"}]}), RejectReason.UNKNOWN_ROLE, r"`messages\[0\].from` is null"),
     "unanswered": (said(("assistant", "a"), ("user", "q")), RejectReason.NO_ANSWERED_TURN, "2 turns"),
     "no_turns": (said(), RejectReason.NO_ANSWERED_TURN, "0 turns"),
@@ -352,7 +551,7 @@ def test_a_rejected_row_keeps_its_place_its_record_and_its_reason(
 
 
 def test_every_reject_reason_is_tested() -> None:
-    of_rows = set(RejectReason) - {RejectReason.UNREADABLE_FILE}
+    of_rows = set(RejectReason) - {RejectReason.UNREADABLE_FILE, RejectReason.BAD_CSV}
     assert {reason for _, reason, _ in REJECTED.values()} == of_rows
 
 
@@ -366,17 +565,17 @@ def test_a_file_that_cannot_be_cut_into_rows_can_stand_as_one_rejected_row() -> 
 
 def test_a_delivery_is_its_files_in_order_up_to_its_limit() -> None:
     contents = {"b.jsonl": jsonl(*PAIRS), "torn.parquet": b"PAR1 torn", "a.json": json_array(*PAIRS)}
-    rows = enforce(RawData, read_delivery(contents, "b1", RecordSettings()))
+    rows = enforce(RawData, read_delivery(contents, "b1", RecordSettings()).frame)
     assert rows["source_file"].to_list() == ["b.jsonl"] * 3 + ["torn.parquet"] + ["a.json"] * 3
     assert rows["reason"].drop_nulls().to_list() == [RejectReason.UNREADABLE_FILE]
-    limited = read_delivery(contents, "b1", RecordSettings(), limit=5)
+    limited = read_delivery(contents, "b1", RecordSettings(), limit=5).frame
     assert_frame_equal(limited, rows.head(5))
-    assert enforce(RawData, read_delivery({}, "b1", RecordSettings())).is_empty()
+    assert enforce(RawData, read_delivery({}, "b1", RecordSettings()).frame).is_empty()
 
 
 def test_a_limit_counts_records_and_not_turns() -> None:
     talk = {"messages": turns(*DIALOGUE)}
-    rows = read_delivery({"a.jsonl": jsonl(talk, talk)}, "b1", RecordSettings(multi_turn="every"), limit=1)
+    rows = read_delivery({"a.jsonl": jsonl(talk, talk)}, "b1", RecordSettings(multi_turn="every"), limit=1).frame
     assert rows["source_row"].to_list() == [1, 1]
 
 

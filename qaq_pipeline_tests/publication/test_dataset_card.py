@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +22,7 @@ from markdown_it import MarkdownIt
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import ExportSettings, Settings
+from qaq_pipeline.ingest.records import UNREAD_KEY
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.publication.dataset_card import dataset_card
@@ -53,8 +56,14 @@ def entry(batch: str = "b1", rows_in: int = 0, rows_selected: int = 0, **identit
     return {"batch": batch, "rows_in": rows_in, "rows_selected": rows_selected, "models": {"strong": model}}
 
 
-def card_of(**changes: Any) -> str:
+def card_of(
+    benchmarks: Mapping[str, Any] | None = None,
+    made_of: Mapping[str, Any] | None = None,
+    unread: Mapping[str, int] | None = None,
+    **changes: Any,
+) -> str:
     """The card of a version without rows, with the given changes."""
+    benchmarks, made_of = benchmarks or {}, made_of or {}
     parts: dict[str, Any] = {
         "selection": parse_settings(SETTINGS).published,
         "exported": {"diff_high": 0},
@@ -62,8 +71,14 @@ def card_of(**changes: Any) -> str:
         "entries": [entry()],
         "screened": pl.DataFrame(schema=dtypes(ScreenedData)),
         "decisions": pl.DataFrame(schema=dtypes(Decisions)),
-        "benchmarks": {"b1": {}},
-        "made_of": {"b1": {}},
+        "provenance": {
+            batch: {
+                "raw_data": {UNREAD_KEY: {"records": 5, "with_field": unread or {}}},
+                "screened_data": {"benchmarks": benchmarks.get(batch, {})},
+                "decisions": made_of.get(batch, {}),
+            }
+            for batch in (benchmarks.keys() | made_of.keys()) or {"b1"}
+        },
     }
     return dataset_card(**(parts | changes)).decode()
 
@@ -284,6 +299,11 @@ def test_the_recipe_is_the_selection_of_the_settings() -> None:
     recipe = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == settings.published.model_dump(mode="json")
     assert "highest gap (diff_high: the paper's QAQ)" in card
+
+
+def test_fields_that_nobody_reads_are_named() -> None:
+    assert "Batch `b1`: fields not read: tests (4 of 5 records)." in html.unescape(card_of(unread={"tests": 4}))
+    assert "fields not read" not in card_of()
 
 
 def test_the_benchmarks_are_listed_with_their_hashes_and_who_was_not_checked_is_said() -> None:

@@ -85,7 +85,9 @@ def test_every_human_eval_task_is_found_lightly_edited(human_eval: Benchmark, se
 
 
 def test_of_real_pairs_few_are_taken_for_tasks(human_eval: Benchmark, code_alpaca: Path) -> None:
-    accepted = read_file(code_alpaca.read_bytes(), code_alpaca.name, "b1", RecordSettings()).filter(status="accepted")
+    accepted = read_file(code_alpaca.read_bytes(), code_alpaca.name, "b1", RecordSettings()).frame.filter(
+        status="accepted"
+    )
     frame = contamination.find(accepted, human_eval, SETTINGS)
     for row in frame.iter_rows(named=True):
         print(f"row {row['source_row']}: {row['task']} {row['reason']} {row['share']:.2f}: {row['matched_text']}")

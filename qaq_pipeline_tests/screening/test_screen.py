@@ -103,7 +103,7 @@ def test_the_system_text_matters_and_an_absent_one_is_an_empty_one() -> None:
         b'{"query": "q", "response": "a "}',
         b'{"query": "q", "response": "a", "system": "Be brief."}',
     ]
-    raw = read_file(b"\n".join(lines), "a.jsonl", "b1", SETTINGS)
+    raw = read_file(b"\n".join(lines), "a.jsonl", "b1", SETTINGS).frame
     assert screen(raw)["duplicate_of"].to_list() == [None, None, "b1/a.jsonl:1.0", "b1/a.jsonl:1.0", "b1/a.jsonl:2.0"]
 
 

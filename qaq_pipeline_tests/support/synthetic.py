@@ -10,6 +10,7 @@ import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.ingest.records import UNREAD_KEY
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.schema.tables import RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Status
@@ -53,7 +54,14 @@ def batch(
     disagreement, _ = disagreement_scores(scores, settings.ranking, f"batch:{name}")
     pairs = with_validity(candidates(disagreement, scores), all_valid(pair_ids))
     verdicts = select_all(pairs, settings.selections)
-    raw_data = StoredTable(raw, {"files": {"rows.jsonl": "f" * 64}, "delivery": "d" * 32})
+    raw_data = StoredTable(
+        raw,
+        {
+            "files": {"rows.jsonl": "f" * 64},
+            "delivery": "d" * 32,
+            UNREAD_KEY: {"records": raw.height, "with_field": {}},
+        },
+    )
     screened_data = StoredTable(
         screened,
         {

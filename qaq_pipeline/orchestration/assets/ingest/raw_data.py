@@ -11,7 +11,7 @@ from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.reports.table_numbers import of_raw_data
 from qaq_pipeline.storage.storage import Storage
 
-VERSION = "2"
+VERSION = "3"
 
 
 def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
@@ -24,9 +24,12 @@ def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
         before = footer_before(context, storage)
         delivery = landing.receive(storage, context.partition_key)
         contents, files = storage.deliveries.read(delivery), dict(delivery.files)
-        frame = records.read_delivery(contents, delivery.batch, settings.records, delivery.limit)
-        metadata = of_raw_data(frame, files)
-        result = table_result(context, frame, {}, metadata, delivery=delivery.content_hash, files=files)
+        reading = records.read_delivery(contents, delivery.batch, settings.records, delivery.limit)
+        metadata = of_raw_data(reading.frame, files, reading.unread)
+        if (unread := records.unread_sentence(reading.facts)) is not None:
+            context.log.warning("%s; name them in records.fields if they belong to the pair", unread)
+        made_of = {"delivery": delivery.content_hash, "files": files, **reading.facts}
+        result = table_result(context, reading.frame, {}, metadata, **made_of)
         yield from unless_same(context, result, before, LANDED_TAG)
 
     return raw_data

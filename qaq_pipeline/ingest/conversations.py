@@ -1,0 +1,264 @@
+"""The pairs of a conversation.
+
+Belongs here: turns, their roles and marks, the parts of a text, tools, and which answers may be trained on. Does not
+belong here: records that are no conversations (`fields`).
+
+A turn is {role, content} or {from, value}. A content is a text, or a list of parts: texts, or {type: text, text or
+value}, which are joined as they are. System turns, wherever they are, are the system text, joined by newlines; if
+there are none, it is the record's system field.
+
+An exchange is one or more user turns and the turns after them up to the next user turn. Its user turns are the query
+and its assistant turns the answer; several of them are joined by an empty line. The turns before it are not part of
+its query. An exchange is no pair if a turn of its answer
+
+    calls a tool, or is what a tool said     its text cannot be told from the query alone
+    is marked as not to be trained on        weight, loss, train or loss_weight is 0 or false; for the whole record,
+                                             KTO's label or kto_tag is false
+
+`last` takes the last exchange that is a pair, `every` each of them, and rejects the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qaq_pipeline.config.settings import RecordSettings
+from qaq_pipeline.ingest.fields import CONVERSATIONS, first_present, query_of
+from qaq_pipeline.ingest.values import Field, RejectedError, joined, kind, shown
+from qaq_pipeline.schema.vocabularies import RejectReason
+
+_ROLES = (
+    dict.fromkeys(("user", "human"), "user")
+    | dict.fromkeys(("assistant", "gpt", "model", "bing", "chatgpt", "bard"), "assistant")
+    | dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("tool", "function", "observation", "ipython", "environment", "tool_response"), "tool")
+    | dict.fromkeys(("function_call", "tool_call"), "call")
+)
+_MARKS = ("weight", "loss", "train", "loss_weight")
+_LABELS = ("label", "kto_tag")
+_CALLS = ("tool_calls", "function_call")
+_INLINE_CALLS = ("<tool_call>", "<function_call>", "<|tool_call|>")
+_TURN_FIELDS = frozenset(
+    ("role", "from", "content", "value", "name", "id", "tool_call_id", "recipient", *_MARKS, *_CALLS)
+)
+
+
+class Candidate(NamedTuple):
+    """A query and an answer, not yet checked to be text."""
+
+    system: Field
+    query: Field
+    answer: Field
+    turn_index: int = 0
+    fault: RejectedError | None = None
+    """Why it is no pair although it has both."""
+
+
+class _Turn(NamedTuple):
+    role: str
+    text: Field
+    is_barred: bool = False
+    """Its record says that it is not to be trained on."""
+    uses_tool: bool = False
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    asked: list[_Turn]
+    replies: list[_Turn]
+
+    @property
+    def fault(self) -> RejectedError | None:
+        used = next((turn for turn in self.replies if turn.uses_tool), None)
+        if used is not None:
+            return RejectedError(RejectReason.USES_TOOLS, f"{used.text.name} is a call of a tool, or what a tool said")
+        barred = next((turn for turn in self.replies if turn.is_barred), None)
+        if barred is not None:
+            return RejectedError(
+                RejectReason.NOT_FOR_TRAINING, f"the turn of {barred.text.name} is marked as not to be trained on"
+            )
+        return None
+
+
+def pairs(record: Mapping[str, object], shape: str, settings: RecordSettings) -> list[Candidate]:
+    """The candidates of a conversation.
+
+    Raises:
+        RejectedError: a turn cannot be read, or no user turn is answered.
+    """
+    return _answered(record, _turns_of(record, shape, settings), settings)
+
+
+def is_conversation(record: Mapping[str, object], shape: str) -> bool:
+    """Whether the pairs of a record of the shape are in lists of turns."""
+    if shape == "prompt_completion":
+        return all(isinstance(record.get(side), list) for side in ("prompt", "completion"))
+    return shape in CONVERSATIONS or (shape == "preference" and isinstance(record.get("chosen"), (list, dict)))
+
+
+def label_fault(record: Mapping[str, object]) -> RejectedError | None:
+    """The fault of a record whose label, as of KTO, says that its answer is a bad one."""
+    for name in _LABELS:
+        if record.get(name) is False:
+            return RejectedError(RejectReason.NOT_FOR_TRAINING, f"`{name}` is false: the answer is a bad one")
+    return None
+
+
+def unread_of_turns(record: Mapping[str, object], shape: str) -> Iterator[str]:
+    """The names of fields of turns that are neither read nor known."""
+    for field in (CONVERSATIONS.get(shape), "prompt", "completion", "chosen"):
+        turns = record.get(field) if field is not None else None
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                yield from (f"{field}[].{name}" for name, value in turn.items() if value and name not in _TURN_FIELDS)
+
+
+# --- lists of turns -------------------------------------------------------------------------------------------------
+
+
+def _turns_of(record: Mapping[str, object], shape: str, settings: RecordSettings) -> list[_Turn]:
+    if shape == "prompt_completion":
+        return _prompted(_turns(record["prompt"], "prompt"), _turns(record["completion"], "completion"), "completion")
+    if shape == "preference":
+        return _preferred(record, settings)
+    field = CONVERSATIONS[shape]
+    if record.get(field) is None:
+        raise missing(f"`{field}`", RejectReason.MISSING_QUERY, record)
+    return _turns(record[field], field)
+
+
+def _preferred(record: Mapping[str, object], settings: RecordSettings) -> list[_Turn]:
+    """The chosen turns: a whole conversation, or what follows the prompt."""
+    chosen = record["chosen"] if isinstance(record["chosen"], list) else [record["chosen"]]
+    turns = _turns(chosen, "chosen")
+    if any(turn.role == "user" for turn in turns):
+        return turns
+    for field in ("prompt", *CONVERSATIONS.values()):
+        if isinstance(record.get(field), list):
+            return _prompted(_turns(record[field], field), turns, "chosen")
+    query = query_of(record, settings.fields.query, settings.fields)
+    return [_Turn("user", query), *turns]
+
+
+def _prompted(prompt: list[_Turn], completion: list[_Turn], name: str) -> list[_Turn]:
+    """The turns of a prompt, and those of its completion up to the next user turn."""
+    asked = [turn.role for turn in prompt if turn.role != "system"]
+    end = next((index for index, turn in enumerate(completion) if turn.role == "user"), len(completion))
+    replies = completion[:end]
+    if asked[-1:] not in (["user"], ["tool"]) or not any(turn.role == "assistant" for turn in replies):
+        found = f"`prompt` does not end with a user turn, or `{name}` has no assistant turn"
+        raise RejectedError(RejectReason.NO_ANSWERED_TURN, found)
+    return [*prompt, *replies]
+
+
+def _turns(value: object, field: str) -> list[_Turn]:
+    if not isinstance(value, list):
+        raise RejectedError(RejectReason.WRONG_TYPE, f"`{field}` is {kind(value)}; a list of turns is expected")
+    return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
+
+
+def _turn(value: object, place: str) -> _Turn:
+    if not isinstance(value, dict):
+        found = f"`{place}` is {kind(value)}; an object with role and content is expected"
+        raise RejectedError(RejectReason.WRONG_TYPE, found)
+    role_field = "role" if "role" in value else "from"
+    text_field = "content" if "content" in value else "value"
+    name = value.get(role_field)
+    role = _ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        found = f"`{place}.{role_field}` is {shown(name)}; known roles: {', '.join(_ROLES)}"
+        raise RejectedError(RejectReason.UNKNOWN_ROLE, found)
+    text = Field(f"`{place}.{text_field}`", _text_of(value.get(text_field), f"{place}.{text_field}"))
+    uses_tool = role in ("tool", "call") or any(value.get(field) for field in _CALLS) or _calls_inline(role, text.value)
+    is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
+    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool)
+
+
+def _text_of(content: object, place: str) -> object:
+    """The text of a content that is a list of parts; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [_text_of_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
+    return "".join(texts) if texts else None
+
+
+def _text_of_part(part: object, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RejectedError(
+            RejectReason.WRONG_TYPE, f"`{place}` is {kind(part)}; a part with type and text is expected"
+        )
+    what = part.get("type", "text")
+    if what not in ("text", "input_text", "output_text"):
+        raise RejectedError(
+            RejectReason.OTHER_THAN_TEXT, f"`{place}` is a part of type {shown(what)}; text is expected"
+        )
+    text = part.get("text", part.get("value"))
+    if not isinstance(text, str):
+        raise RejectedError(RejectReason.WRONG_TYPE, f"the text of `{place}` is {kind(text)}; text is expected")
+    return text
+
+
+def _calls_inline(role: str, text: object) -> bool:
+    return role == "assistant" and isinstance(text, str) and any(call in text for call in _INLINE_CALLS)
+
+
+def _says_no(mark: object) -> bool:
+    if isinstance(mark, str):
+        return mark.strip().lower() in ("false", "0", "0.0", "no")
+    return isinstance(mark, (bool, int, float)) and mark == 0
+
+
+# --- exchanges ------------------------------------------------------------------------------------------------------
+
+
+def _answered(record: Mapping[str, object], turns: list[_Turn], settings: RecordSettings) -> list[Candidate]:
+    answered = [one for one in _exchanges(turns) if any(turn.role == "assistant" for turn in one.replies)]
+    if not answered:
+        found = f"no user turn is followed by an assistant turn; {len(turns)} turns"
+        raise RejectedError(RejectReason.NO_ANSWERED_TURN, found)
+    system, barred = _system_of(record, turns, settings), label_fault(record)
+    found_pairs = [_candidate(one, system, index, barred) for index, one in enumerate(answered)]
+    if settings.multi_turn == "every":
+        return found_pairs
+    return [next((pair for pair in reversed(found_pairs) if pair.fault is None), found_pairs[-1])]
+
+
+def _exchanges(turns: list[_Turn]) -> Iterator[_Exchange]:
+    asked: list[_Turn] = []
+    replies: list[_Turn] = []
+    for turn in turns:
+        if turn.role == "user":
+            if replies:
+                yield _Exchange(asked, replies)
+                asked, replies = [], []
+            asked.append(turn)
+        elif turn.role != "system" and asked:
+            replies.append(turn)
+    if replies:
+        yield _Exchange(asked, replies)
+
+
+def _candidate(exchange: _Exchange, system: Field, index: int, barred: RejectedError | None) -> Candidate:
+    query = joined([turn.text for turn in exchange.asked], "\n\n")
+    answer = joined([turn.text for turn in exchange.replies if turn.role == "assistant"], "\n\n")
+    return Candidate(system, query, answer, index, exchange.fault or barred)
+
+
+def _system_of(record: Mapping[str, object], turns: list[_Turn], settings: RecordSettings) -> Field:
+    given = [turn.text for turn in turns if turn.role == "system" and turn.text.value is not None]
+    texts = [field.value for field in given if isinstance(field.value, str)]
+    if len(texts) < len(given):
+        return next(field for field in given if not isinstance(field.value, str))
+    if given:
+        return Field(given[0].name, "\n".join(texts))
+    return first_present(record, settings.fields.system)
+
+
+def missing(name: str, reason: RejectReason, record: Mapping[str, object]) -> RejectedError:
+    """The fault of a record without a field."""
+    names = ", ".join(shown(field) for field in list(record)[:10]) or "none"
+    return RejectedError(reason, f"{name} is absent or null; fields of the row: {names}")

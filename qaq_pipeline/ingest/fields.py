@@ -1,0 +1,135 @@
+"""Which fields of a record are read, and which are not.
+
+Belongs here: the shapes of records, the names of their fields, and the pair of a record that is no conversation. Does
+not belong here: the turns of a conversation (`conversations`), and the format of a file (`file_formats`).
+
+A file has one shape: the one whose fields most of its first 100 objects have. Ties go to the first in this order. A
+row of another shape is rejected, without guessing.
+
+    messages           messages: a list of turns
+    sharegpt           conversations: a list of turns
+    preference         chosen, rejected: answers, or conversations; the rejected one is not read
+    prompt_completion  prompt, completion: two texts, or two lists of turns
+    alpaca             instruction, output
+    query_answer       the first present of `records.fields.query`, and of `records.fields.answer`
+
+In the last two, and where `chosen` is a text, the texts of `records.fields.context` follow the query, each on a line
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+from qaq_pipeline.config.settings import FieldSettings, RecordSettings
+from qaq_pipeline.ingest.values import Field, is_blank, joined
+
+DETECTION_ROWS = 100
+
+_KNOWN = frozenset(
+    (
+        *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "license", "licence", "url"),
+        *("language", "lang", "category", "domain", "topic", "tags", "difficulty", "model", "generator", "num_turns"),
+        *("created", "created_at", "date", "timestamp", "rejected", "label", "kto_tag", "score", "rating"),
+    )
+)
+"""Names of fields that are about a row and not part of it: nobody misses them in the query."""
+
+CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
+"""The field with the turns, by shape."""
+
+
+def shapes(fields: FieldSettings) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The shapes in order of preference. A shape needs one field of each group."""
+    return {
+        "messages": (("messages",),),
+        "sharegpt": (("conversations",),),
+        "preference": (("chosen",), ("rejected",)),
+        "prompt_completion": (("prompt",), ("completion",)),
+        "alpaca": (("instruction",), ("output",)),
+        "query_answer": (fields.query, fields.answer),
+    }
+
+
+def has_pair(record: Mapping[str, object], settings: RecordSettings) -> bool:
+    """Whether a record has the fields of any shape."""
+    return any(_fits(record, groups) for groups in shapes(settings.fields).values())
+
+
+def detect_shape(records: Iterable[object], settings: RecordSettings) -> str:
+    """The shape of a file's records: the one that is set, else the one that most of the first of them have."""
+    if settings.shape != "auto":
+        return settings.shape
+    if {"query", "answer"} & settings.fields.model_fields_set:
+        return "query_answer"  # A person named the fields.
+    sample = list(islice((record for record in records if isinstance(record, dict)), DETECTION_ROWS))
+    known = shapes(settings.fields)
+
+    def support(shape: str) -> tuple[int, int]:
+        fitting = sum(_fits(record, known[shape]) for record in sample)
+        return fitting, sum(_fits(record, known[shape], null_counts=True) for record in sample)
+
+    best = max(known, key=support)
+    # If no row has both sides, the shape with the most names describes best which one is missing.
+    return best if any(support(best)) else "query_answer"
+
+
+def _fits(record: Mapping[str, object], groups: tuple[tuple[str, ...], ...], *, null_counts: bool = False) -> bool:
+    def present(field: str) -> bool:
+        return field in record if null_counts else record.get(field) is not None
+
+    return all(any(map(present, group)) for group in groups)
+
+
+def first_present(record: Mapping[str, object], names: tuple[str, ...]) -> Field:
+    """The first of the fields that a record has; all names and None where it has none."""
+    for name in names:
+        if record.get(name) is not None:
+            return Field(f"`{name}`", record[name])
+    return Field(" / ".join(f"`{name}`" for name in names), None)
+
+
+def query_of(record: Mapping[str, object], names: tuple[str, ...], fields: FieldSettings) -> Field:
+    """The query of a record that is no conversation: its text, then each text of its context on a line of its own."""
+    query = first_present(record, names)
+    contexts = [
+        Field(f"`{name}`", record[name])
+        for name in fields.context
+        if record.get(name) is not None and f"`{name}`" != query.name and not _is_empty(record[name])
+    ]
+    if not contexts or not isinstance(query.value, str):
+        return query
+    named = [field for field in contexts if not isinstance(field.value, str)]
+    if named:
+        return named[0]
+    if is_blank(query.value):
+        return joined(contexts, "\n")
+    name = f"{query.name} with {', '.join(field.name for field in contexts)}"
+    return Field(name, joined([query, *contexts], "\n").value)
+
+
+def _is_empty(value: object) -> bool:
+    return (isinstance(value, str) and is_blank(value)) or value in ([], {})
+
+
+def read_names(shape: str, fields: FieldSettings) -> frozenset[str]:
+    """The names of the fields that are read of a record of the shape, and those that are known."""
+    names = {*_KNOWN, *fields.system, *fields.source, *fields.language, "tools"}
+    for group in shapes(fields)[shape]:
+        names |= set(group)
+    if shape in ("alpaca", "query_answer", "preference"):
+        names |= {*fields.context}
+    if shape == "preference":
+        names |= {*fields.query, *CONVERSATIONS.values()}
+    return frozenset(names)
+
+
+def unread_fields(records: Iterable[Mapping[str, object]], read: frozenset[str]) -> Counter[str]:
+    """How many records have something in a field that is neither read nor known, by its name."""
+    return Counter(name for record in records for name in _with_content(record) if name not in read)
+
+
+def _with_content(record: Mapping[str, object]) -> Iterator[str]:
+    return (name for name, value in record.items() if value is not None and not _is_empty(value))

@@ -1,0 +1,357 @@
+"""From the bytes of a delivered file to its rows, not yet read.
+
+Belongs here: compression, the file formats, and what a file is that cannot be split into rows. Does not belong here:
+the fields of a row (`fields`), and where files come from.
+
+The format is detected from the content, never from the name: gzip, bzip2, xz or zstandard around any of the others;
+Parquet; Arrow, as a file or a stream; a JSON array (the first character is `[`); CSV, where the first line names the
+fields of a query and of an answer; else JSONL. A row that cannot be parsed carries its fault. A file that cannot be
+split into rows raises `UnreadableFileError`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice, starmap
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from qaq_pipeline.ingest.values import RejectedError, encoding_fault, kind, shown
+from qaq_pipeline.schema.vocabularies import RejectReason
+
+Fits = Callable[[Mapping[str, object]], bool]
+"""Whether a record has the fields of a pair."""
+
+_GZIP, _BZIP2, _XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"
+# A frame, or a skippable one, as pzstd puts first.
+_ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+_PARQUET = b"PAR1"
+_ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_OTHERS = {
+    b"PK\x03\x04": "is a zip archive. Unpack it, and deliver the files in it.",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive. Unpack it, and deliver the files in it.",
+    b"%PDF": "is a PDF document. Deliver rows, such as JSONL.",
+    b"SQLite format 3": "is a SQLite database. Deliver its rows, such as JSONL.",
+    b"\x89HDF": "is an HDF5 file. Deliver its rows, such as JSONL.",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.",
+}
+_TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_CSV_SEPARATORS = ",\t;|"
+_LARGEST_WINDOW = 2**31
+"""Largest window of a zstandard frame that is read, as `zstd --long=31` writes it."""
+
+
+class UnreadableFileError(ValueError):
+    """The file cannot be split into rows. The text names the file, the fault, its position and the remedy."""
+
+
+class _UnreadableError(Exception):
+    """The fault of a file, and the remedy."""
+
+
+class DeliveredRow(NamedTuple):
+    """One delivered row, before its fields are looked at."""
+
+    source_row: int
+    record: str
+    """As delivered; rows of Parquet, Arrow and CSV as JSON."""
+    value: object = None
+    fault: RejectedError | None = None
+
+
+def split(content: bytes, source_file: str, fits: Fits) -> Iterable[DeliveredRow]:
+    """Split a file into rows now, and parse each row when it is requested.
+
+    Args:
+        content: of the file.
+        source_file: its name, for messages.
+        fits: whether a record has the fields of a pair: then it is no wrapper around a list, and a first line that
+            names them is the header of CSV.
+
+    Raises:
+        UnreadableFileError: the file is empty, damaged, or not a list of rows.
+    """
+    try:
+        return _split(_decompress(content), fits)
+    except _UnreadableError as error:
+        raise UnreadableFileError(f"{source_file}: {error}") from error
+
+
+# --- compression ----------------------------------------------------------------------------------------------------
+
+
+def _decompress(content: bytes) -> bytes:
+    try:
+        plain = _plain(content)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, zstandard.ZstdError) as error:
+        fault = f"the compressed data are cut off or damaged ({error})"
+        raise _UnreadableError(f"{fault}. Copy or compress the file again.") from error
+    if plain is not content and _is_compressed(plain):
+        raise _UnreadableError("is compressed twice. Decompress it once.")
+    return plain
+
+
+def _is_compressed(content: bytes) -> bool:
+    return content.startswith((_GZIP, _BZIP2, _XZ)) or _ZSTANDARD.match(content) is not None
+
+
+def _plain(content: bytes) -> bytes:
+    if content.startswith(_GZIP):
+        return gzip.decompress(content)
+    if content.startswith(_BZIP2):
+        return bz2.decompress(content)
+    if content.startswith(_XZ):
+        return lzma.decompress(content)
+    if _ZSTANDARD.match(content):
+        return b"".join(_zstandard_frames(content))
+    return content
+
+
+def _zstandard_frames(content: bytes) -> Iterator[bytes]:
+    while content:
+        # A stream reader silently returns part of a truncated frame; only this object reports the end.
+        frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+        yield frame.decompress(content)
+        if not frame.eof:
+            raise EOFError("the last zstandard frame is cut off")
+        content = frame.unused_data
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+def _split(content: bytes, fits: Fits) -> Iterable[DeliveredRow]:
+    if content.startswith(_PARQUET):
+        return _of_parquet(content)
+    if content.startswith((_ARROW_FILE, _ARROW_STREAM)):
+        return _of_arrow(content)
+    _refuse_other_formats(content)
+    content = content.removeprefix(_UTF8_BOM)
+    if not content.strip():
+        raise _UnreadableError("is empty. Write its rows into it, or `[]` where it has none.")
+    if content.lstrip(b" \t\r\n").startswith(b"["):
+        return _of_array(content)
+    if (separator := _csv_separator(content, fits)) is not None:
+        return _of_csv(content, separator)
+    return _of_lines(content, fits)
+
+
+def _refuse_other_formats(content: bytes) -> None:
+    if content.startswith(_UTF16_BOMS):
+        raise _UnreadableError("is UTF-16 text. Convert it to UTF-8.")
+    if content[_TAR_OFFSET:].startswith(_TAR_MAGIC):
+        raise _UnreadableError("is a tar archive. Unpack it, and deliver the files in it.")
+    for magic, what in _OTHERS.items():
+        if content.startswith(magic):
+            raise _UnreadableError(what)
+
+
+# Parquet and Arrow
+
+
+def _of_parquet(content: bytes) -> Iterable[DeliveredRow]:
+    return _of_batches(lambda: pq.ParquetFile(pa.BufferReader(content)).iter_batches(use_threads=False), "Parquet")
+
+
+def _of_arrow(content: bytes) -> Iterable[DeliveredRow]:
+    """Arrow's file format, and its stream, which `save_to_disk` of datasets writes."""
+
+    def read() -> Iterator[pa.RecordBatch]:
+        source = pa.BufferReader(content)
+        if content.startswith(_ARROW_STREAM):
+            yield from pa.ipc.open_stream(source)
+            return
+        file = pa.ipc.open_file(source)
+        yield from map(file.get_batch, range(file.num_record_batches))
+
+    return _of_batches(read, "Arrow")
+
+
+def _of_batches(read: Callable[[], Iterator[pa.RecordBatch]], name: str) -> Iterable[DeliveredRow]:
+    try:
+        rows = [row for batch in read() for row in _cells_of(batch)]
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        fault = f"is no complete {name} file that can be read ({error})"
+        raise _UnreadableError(f"{fault}. Copy or write the file again.") from error
+    return (_delivered_cells(number, row) for number, row in enumerate(rows, 1))
+
+
+def _cells_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
+    names = [field.name for field in batch.schema]
+    # A Python datetime holds neither nanoseconds nor the years past 9999.
+    columns = [column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column for column in batch]
+    cells = [_texts(column) for column in columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)] if names else []
+
+
+def _texts(column: pa.Array) -> list[object]:
+    """The cells of a column; a text that is not UTF-8 with lone surrogates, so that it costs its row, not the file."""
+    try:
+        column.validate(full=True)  # Offsets of damaged data can lead anywhere.
+        return column.to_pylist()
+    except pa.ArrowInvalid:
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise
+    raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+    raw.validate(full=True)
+    return [None if cell is None else cell.decode("utf-8", "surrogateescape") for cell in raw.to_pylist()]
+
+
+def _delivered_cells(number: int, row: dict[str, object]) -> DeliveredRow:
+    return DeliveredRow(number, _shown_record(json.dumps(row, ensure_ascii=False, default=str)), row)
+
+
+# JSON
+
+
+def _parse_int(digits: str) -> int | float:
+    # Python refuses integers of more than 4,300 digits. A number is never text, so its value does not matter.
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_parse_int)
+
+
+def _of_array(content: bytes) -> Iterable[DeliveredRow]:
+    # Invalid bytes become lone surrogates, so that they reject their row and not the file.
+    text = content.decode("utf-8", "surrogateescape")
+    try:
+        elements = list(_array_elements(text))
+    except json.JSONDecodeError as error:
+        fault = f"line {error.lineno}, column {error.colno}: the JSON array cannot be read: {error.msg}"
+        raise _UnreadableError(f"{fault}. Write it again, or deliver one object per line.") from error
+    except RecursionError as error:
+        fault = "the JSON array holds a value that is nested too deep"
+        raise _UnreadableError(f"{fault}. Deliver one object per line.") from error
+    return (_delivered_value(number, text[start:end], value) for number, (start, end, value) in enumerate(elements, 1))
+
+
+def _array_elements(text: str) -> Iterator[tuple[int, int, object]]:
+    """Yield start, end and value of each element; decoding one at a time keeps its text."""
+    position = _skip_space(text, _skip_space(text, 0) + 1)
+    separator = "]" if text.startswith("]", position) else ","
+    end = position
+    while separator == ",":
+        value, end = _DECODER.raw_decode(text, position)
+        yield position, end, value
+        end = _skip_space(text, end)
+        separator = text[end : end + 1]
+        position = _skip_space(text, end + 1)
+    if separator != "]":
+        raise json.JSONDecodeError("',' or ']' is expected after a value", text, end)
+    rest = _skip_space(text, end + 1)
+    if rest != len(text):
+        raise json.JSONDecodeError("the array has ended, yet more follows", text, rest)
+
+
+def _skip_space(text: str, position: int) -> int:
+    found = _JSON_SPACE.match(text, position)
+    return found.end() if found else position
+
+
+def _of_lines(content: bytes, fits: Fits) -> Iterator[DeliveredRow]:
+    # Only the first two lines are parsed now: no later line can make the file unreadable.
+    lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    first = [_delivered_line(*line) for line in islice(lines, 2)]
+    if first[0].fault is not None:
+        _refuse_object_over_lines(content, first[0].source_row, fits)
+    if len(first) == 1 and isinstance(first[0].value, dict):
+        _refuse_wrapped_list(first[0].value, fits)
+    return chain(first, starmap(_delivered_line, lines))
+
+
+def _delivered_line(number: int, line: bytes) -> DeliveredRow:
+    text = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+    try:
+        return _delivered_value(number, text, _DECODER.decode(text))
+    except json.JSONDecodeError as error:
+        fault = RejectedError(RejectReason.BAD_JSON, f"column {error.colno}: {error.msg}")
+    except RecursionError:
+        fault = RejectedError(RejectReason.BAD_JSON, "the JSON is nested too deep to be read")
+    return DeliveredRow(number, _shown_record(text), None, encoding_fault(text) or fault)
+
+
+def _delivered_value(number: int, text: str, value: object) -> DeliveredRow:
+    fault = encoding_fault(text)
+    if fault is None and not isinstance(value, dict):
+        fault = RejectedError(RejectReason.NOT_AN_OBJECT, f"the row is {kind(value)}; an object is expected")
+    return DeliveredRow(number, _shown_record(text), value if fault is None else None, fault)
+
+
+def _shown_record(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _refuse_object_over_lines(content: bytes, first_line: int, fits: Fits) -> None:
+    text = content.decode("utf-8", "surrogateescape")
+    start = _skip_space(text, 0)
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (json.JSONDecodeError, RecursionError):
+        return
+    if isinstance(value, dict) and "\n" in text[start:end]:
+        _refuse_wrapped_list(value, fits)
+        fault = f"line {first_line}, column 1: a JSON object goes over several lines"
+        raise _UnreadableError(f"{fault}. Write one object per line (`jq -c .` does so), or one JSON array of objects.")
+
+
+def _refuse_wrapped_list(value: dict[str, object], fits: Fits) -> None:
+    if fits(value):
+        return
+    for name, content in value.items():
+        if isinstance(content, list) and content and isinstance(content[0], dict):
+            fault = f"the whole file is one JSON object, whose field {shown(name)} holds the list"
+            raise _UnreadableError(f"{fault}. Deliver that list itself, as a JSON array or JSONL.")
+
+
+# CSV
+
+
+def _csv_separator(content: bytes, fits: Fits) -> str | None:
+    """The separator of CSV whose first line names the fields of a pair; None: the file is something else."""
+    header = content.lstrip(b"\r\n").split(b"\n", 1)[0].decode("utf-8", "replace").rstrip("\r")
+    if header.lstrip().startswith("{"):
+        return None
+    found = (one for one in _CSV_SEPARATORS if fits(dict.fromkeys(next(csv.reader([header], delimiter=one), []), "")))
+    return next(found, None)
+
+
+def _of_csv(content: bytes, separator: str) -> Iterator[DeliveredRow]:
+    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    csv.field_size_limit(2**31 - 1)  # A text can be longer than the 128 KiB that are allowed by default.
+    try:
+        names, *rows = filter(None, csv.reader(text, delimiter=separator))
+    except csv.Error as error:
+        raise _UnreadableError(f"is CSV that cannot be read ({error}). Write it again, or deliver JSONL.") from error
+    return (_delivered_csv(number, names, cells) for number, cells in enumerate(rows, 1))
+
+
+def _delivered_csv(number: int, names: list[str], cells: list[str]) -> DeliveredRow:
+    if len(cells) != len(names):
+        found = (
+            f"the row has {len(cells)} cells, the header {len(names)}; texts with a separator or a quote need quotes"
+        )
+        return DeliveredRow(
+            number,
+            _shown_record(json.dumps(cells, ensure_ascii=False)),
+            None,
+            RejectedError(RejectReason.BAD_CSV, found),
+        )
+    return _delivered_cells(number, dict(zip(names, cells, strict=True)))
