@@ -74,7 +74,9 @@ class RecordSettings(Closed):
 
 
 class DuplicateSettings(Closed):
-    """The duplicates. Rows that differ only in white space or Unicode normalisation always are duplicates."""
+    """The duplicates. Rows that differ only in Unicode form, line ends, or white space at the end of lines always are
+    duplicates.
+    """
 
     near_threshold: float | None = Field(0.7, ge=0.5, le=1)
     """Minimum Jaccard similarity of near duplicates, by the 5-word sequences of query and answer; null: only equal rows

@@ -47,7 +47,7 @@ def _same(table: str, *columns: str) -> dict[str, Sources]:
 
 
 _CONTENT = _of("raw_data", "system", "query", "answer")
-_SIGNED = _of("signatures", *ROW_KEY, "pair_id", "content_hash", "query_hash", "bands") + _of(
+_SIGNED = _of("signatures", *ROW_KEY, "pair_id", "exact_hash", "query_hash", "bands") + _of(
     "raw_data", "query", "answer"
 )
 """The columns that are used to find duplicates, clusters and benchmark tasks."""
@@ -118,7 +118,7 @@ SOURCES: ColumnSources = {
     "signatures": {
         **{column: _of("raw_data", column, "status") for column in ROW_KEY},
         **_same("raw_data", "pair_id"),
-        **dict.fromkeys(("content_hash", "bands"), _CONTENT),
+        **dict.fromkeys(("content_hash", "exact_hash", "bands"), _CONTENT),
         "query_hash": _of("raw_data", "query"),
     },
     "screened_data": {

@@ -150,7 +150,12 @@ class Signatures(_RowKey):
         description="Hash of system text, query and answer, after Unicode normalisation (NFC) and with each run of "
         "white space as one space.",
     )
-    query_hash = dy.String(regex=_PAIR_ID, description="Hash of the query, after the same normalisation.")
+    exact_hash = dy.String(
+        regex=_PAIR_ID,
+        description="Hash of system text, query and answer: equal where they are, but for Unicode form, line ends, and "
+        "white space at the end of lines.",
+    )
+    query_hash = dy.String(regex=_PAIR_ID, description="Hash of the query, normalised as for content_hash.")
     bands = dy.List(
         dy.UInt64(),
         description="25 short hashes (MinHash bands) of the 5-word sequences of query and answer; similar rows "

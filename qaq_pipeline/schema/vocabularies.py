@@ -59,9 +59,9 @@ class DuplicateReason(Vocabulary):
 
     EXACT_DUPLICATE = (
         "exact_duplicate",
-        "The row differs from the older one only in white space or Unicode normalisation.",
+        "The row differs from the other one only in Unicode form, line ends, or white space at the end of lines.",
     )
-    NEAR_DUPLICATE = "near_duplicate", "The similarity to the older row reaches `screening.duplicates.near_threshold`."
+    NEAR_DUPLICATE = "near_duplicate", "The similarity to the other row reaches `screening.duplicates.near_threshold`."
 
 
 class HoldOutReason(Vocabulary):

@@ -4,12 +4,13 @@ Belongs here: the signatures of rows, which row represents which, and which of t
 belong here: which rows may be representatives at all (`screen`), what follows from similar rows (`clusters`), or what a
 word is (`shingles`).
 
-Near duplicates have the same system text and similar sets of word 5-grams over query and answer. MinHash bands find
-candidates (Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Their
-exact Jaccard similarity decides: a false candidate costs time, never a row. A pair of similarity s is a candidate with
-probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5. A band that 32 representatives
-share comes from a template's words and gives no candidates any more. If one template makes up most of every row in a
-batch, a pair is found by the bands of its own words.
+Rows are equal if their texts are, up to Unicode form, line ends, and white space at the end of lines: indentation and
+line ends mean something in code. Near duplicates have the same system text and similar sets of word 5-grams over query
+and answer. MinHash bands find candidates (Broder 1997; 25 bands of 5 values: Leskovec, Rajaraman and Ullman, Mining of
+Massive Datasets, 3.4). Their exact Jaccard similarity decides: a false candidate costs time, never a row. A pair of
+similarity s is a candidate with probability 1 - (1 - s**5)**25: 0.9999 at 0.8, 0.99 at 0.7, 0.87 at 0.6, 0.55 at 0.5. A
+band that 32 representatives share comes from a template's words and gives no candidates any more. If one template makes
+up most of every row in a batch, a pair is found by the bands of its own words.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -26,20 +28,20 @@ import polars as pl
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason, Status
-from qaq_pipeline.screening import shingles
+from qaq_pipeline.screening import flaws, shingles
 from qaq_pipeline.screening.shingles import Hashes
 
 NGRAM_WORDS = 5
 NUM_BANDS, VALUES_PER_BAND = 25, 5
-SIGNATURE_VERSION = "2"
+SIGNATURE_VERSION = "3"
 """Covers everything in a signature, including rensa's algorithm; signatures of two versions are not compared."""
 _SEED = 5
 _ROWS_AT_ONCE = 10_000
 _MAX_STANDING = 32
 """Maximum rows of one band that a row is compared with: only bands of a template's words have more."""
 
-Texts = Callable[[pl.DataFrame], pl.Series]
-"""Maps keys of rows to the text of each, as built by `shingles.pair_text`."""
+Texts = Callable[[pl.DataFrame], pl.DataFrame]
+"""Maps keys of rows to what is compared of each: text (as built by `shingles.pair_text`), answer, language."""
 
 
 def signatures(raw: pl.DataFrame) -> pl.DataFrame:
@@ -50,8 +52,12 @@ def signatures(raw: pl.DataFrame) -> pl.DataFrame:
 
 
 def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
-    normal = accepted.select(normal_text(part) for part in ("system", "query", "answer"))
-    systems, hashes = normal["system"], [_hash_content(*content) for content in normal.iter_rows()]
+    parts = ("system", "query", "answer")
+    normal, exact = (accepted.select(map(text, parts)) for text in (normal_text, exact_text))
+    systems, (hashes, exact_hashes) = (
+        normal["system"],
+        (list(starmap(_hash_content, of.rows())) for of in (normal, exact)),
+    )
     salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
     queries = [hashlib.blake2b(query.encode(), digest_size=16).hexdigest() for query in normal["query"]]
     bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
@@ -59,14 +65,21 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
         *ROW_KEY,
         "pair_id",
         content_hash=pl.Series(hashes, dtype=pl.String),
+        exact_hash=pl.Series(exact_hashes, dtype=pl.String),
         query_hash=pl.Series(queries, dtype=pl.String),
         bands=pl.Series(bands, dtype=pl.List(pl.UInt64)),
     )
 
 
 def normal_text(column: str) -> pl.Expr:
-    """The text of a column by which rows are equal: after NFC, with each run of white space as one space."""
+    """The text of a column by which queries are equal: after NFC, with each run of white space as one space."""
     return pl.col(column).fill_null("").str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
+
+
+def exact_text(column: str) -> pl.Expr:
+    """The text of a column by which rows are equal: after NFC, with a line feed as line end and no blank before it."""
+    lines = pl.col(column).fill_null("").str.normalize("NFC").str.replace_all(r"\r\n?", "\n")
+    return lines.str.replace_all(r"[^\S\n]+\n", "\n").str.strip_chars_end()
 
 
 def _hash_content(system: str, query: str, answer: str) -> str:
@@ -129,7 +142,9 @@ def find(
     """Find the duplicates in a batch, and the links between its other rows and to older ones.
 
     A row is compared with those before it, oldest first: the rows of older batches, then its own batch's in key
-    order. The first equal or near row represents it. A duplicate represents no other row, and is linked to none.
+    order. The first equal or near row represents it, unless its code is flawed (`flaws`) and the row's is not: then
+    the row represents it, or both stay if it is of an older batch. A duplicate represents no other row, and is linked
+    to none.
 
     Args:
         own: Signatures of the batch's rows that may be selected.
@@ -140,7 +155,7 @@ def find(
     """
     rows = pl.concat([*(frame.select(own.columns) for frame in older), own.sort(ROW_KEY)]).with_row_index("order")
     num_older = rows.height - own.height
-    rows = rows.with_columns(first=pl.col("order").min().over("content_hash"))
+    rows = rows.with_columns(first=pl.col("order").min().over("exact_hash"))
     firsts = rows.filter(pl.col("order") == pl.col("first"))
     thresholds = math.inf if near_threshold is None else near_threshold, cluster_threshold
     stands_for, similar = _near(firsts, num_older, texts, thresholds)
@@ -197,13 +212,19 @@ def _duplicate(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) ->
         of, similarity = stands_for[first]
         evidence = f"Jaccard similarity {similarity:.3f} of the {NGRAM_WORDS}-word sequences of query and answer"
         return row["order"], of, DuplicateReason.NEAR_DUPLICATE.value, similarity, evidence
-    return row["order"], first, DuplicateReason.EXACT_DUPLICATE.value, 1.0, "equal but for white space or Unicode form"
+    return (
+        row["order"],
+        first,
+        DuplicateReason.EXACT_DUPLICATE.value,
+        1.0,
+        "equal but for the ends of lines or Unicode form",
+    )
 
 
 def _near(
     rows: pl.DataFrame, num_older: int, texts: Texts, thresholds: tuple[float, float]
 ) -> tuple[dict[int, tuple[int, float]], list[tuple[int, int]]]:
-    """Return, for each own row near an earlier one, that row's order and the similarity; and the links of the others.
+    """Return, for each own row near another one, that row's order and the similarity; and the links of the others.
 
     Args:
         rows: Signatures, the first of each content, with their order.
@@ -212,38 +233,62 @@ def _near(
         thresholds: minimum similarity of near duplicates, and of linked rows.
     """
     in_common = _shared_bands(rows, num_older)
-    ngrams_of = _ngram_sets(rows.join(in_common.select("order"), on="order", how="semi"), texts)
+    candidates = _Candidates(rows.join(in_common.select("order"), on="order", how="semi"), texts)
     standing: dict[int, list[int]] = {}
     found: dict[int, tuple[int, float]] = {}
     links: list[tuple[int, int]] = []
     for order, bands in in_common.iter_rows():
         if order >= num_older:
             shared = (standing.get(band, ()) for band in bands)
-            candidates = sorted({earlier for others in shared if len(others) < _MAX_STANDING for earlier in others})
-            near, similar = _compare(ngrams_of[order], candidates, ngrams_of, thresholds)
+            others = {earlier for of_band in shared if len(of_band) < _MAX_STANDING for earlier in of_band}
+            near, flawed, similar = candidates.compare(order, sorted(others - found.keys()), thresholds)
             if near is not None:
                 found[order] = near
                 continue
-            links += [(order, earlier) for earlier in similar]
+            if replaced := {earlier for earlier in flawed if earlier >= num_older}:
+                replaced |= {one for one, (of, _) in found.items() if of in replaced}
+                found |= {duplicate: (order, candidates.similarity(duplicate, order)) for duplicate in replaced}
+            links += [(order, earlier) for earlier in (*flawed, *similar)]
         for band in bands:
             if len(rows_of := standing.setdefault(band, [])) < _MAX_STANDING:
                 rows_of.append(order)
-    return found, links
+    return found, [link for link in links if found.keys().isdisjoint(link)]
 
 
-def _compare(
-    own: Hashes, candidates: Sequence[int], ngrams_of: dict[int, Hashes], thresholds: tuple[float, float]
-) -> tuple[tuple[int, float] | None, list[int]]:
-    """Return the first candidate that is a near duplicate, with the similarity, or else all that are linked."""
-    near_threshold, cluster_threshold = thresholds
-    similar = []
-    for earlier in candidates:
-        similarity = shingles.jaccard(ngrams_of[earlier], own)
-        if similarity >= near_threshold:
-            return (earlier, similarity), []
-        if similarity >= cluster_threshold:
-            similar.append(earlier)
-    return None, similar
+class _Candidates:
+    """The rows that share a band with another row: how similar they are, and which may represent which."""
+
+    def __init__(self, rows: pl.DataFrame, texts: Texts) -> None:
+        self._ngrams: dict[int, Hashes] = {}
+        self._answers: dict[int, tuple[str, str | None]] = {}
+        for chunk in rows.iter_slices(_ROWS_AT_ONCE):
+            found = texts(chunk.select(ROW_KEY))
+            grams = _ngrams(found["text"])
+            self._ngrams |= {order: np.unique(grams.row(index)) for index, order in enumerate(chunk["order"])}
+            self._answers |= dict(zip(chunk["order"], found.select("answer", "language").iter_rows(), strict=True))
+
+    def similarity(self, one: int, other: int) -> float:
+        """Jaccard similarity of two rows."""
+        return shingles.jaccard(self._ngrams[one], self._ngrams[other])
+
+    def compare(
+        self, own: int, others: Sequence[int], thresholds: tuple[float, float]
+    ) -> tuple[tuple[int, float] | None, list[int], list[int]]:
+        """Return the first row that may represent this one, with the similarity.
+
+        Else return the rows that are near but have worse code, and those that are linked.
+        """
+        near_threshold, cluster_threshold = thresholds
+        flawed, similar = [], []
+        for earlier in others:
+            similarity = self.similarity(earlier, own)
+            if similarity >= near_threshold:
+                if not flaws.is_worse(self._answers[earlier], self._answers[own]):
+                    return (earlier, similarity), [], []
+                flawed.append(earlier)
+            elif similarity >= cluster_threshold:
+                similar.append(earlier)
+        return None, flawed, similar
 
 
 def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
@@ -256,11 +301,3 @@ def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
         .agg("bands")
         .sort("order")
     )
-
-
-def _ngram_sets(rows: pl.DataFrame, texts: Texts) -> dict[int, Hashes]:
-    found: dict[int, Hashes] = {}
-    for chunk in rows.iter_slices(_ROWS_AT_ONCE):
-        grams = _ngrams(texts(chunk.select(ROW_KEY)))
-        found |= {order: np.unique(grams.row(index)) for index, order in enumerate(chunk["order"])}
-    return found

@@ -93,12 +93,12 @@ def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame
 
 def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
     """Return a function that looks up texts in these batches' RawData."""
-    texts = pl.concat([raw.select(*ROW_KEY, shingles.pair_text().alias("text")) for raw in raws])
+    texts = pl.concat([raw.select(*ROW_KEY, shingles.pair_text().alias("text"), "answer", "language") for raw in raws])
 
-    def of_rows(rows: pl.DataFrame) -> pl.Series:
-        found = rows.join(texts, on=ROW_KEY, how="left", maintain_order="left", validate="1:1")["text"]
-        if found.null_count():
-            raise ValueError(f"{found.null_count()} rows to compare are not in raw_data; screen the batch again")
+    def of_rows(rows: pl.DataFrame) -> pl.DataFrame:
+        found = rows.join(texts, on=ROW_KEY, how="left", maintain_order="left", validate="1:1")
+        if missing := found["text"].null_count():
+            raise ValueError(f"{missing} rows to compare are not in raw_data; screen the batch again")
         return found
 
     return of_rows

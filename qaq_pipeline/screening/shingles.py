@@ -17,8 +17,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-WORD = r"[\p{L}\p{N}_][\p{L}\p{M}\p{N}_]*"
-"""A word: a run of letters, digits and underscores of any script, in lower case after NFKC."""
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+"""Scripts without spaces between words."""
+WORD = rf"[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{N}}_]--[{_UNSPACED}]][[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]*"
+"""A word, in lower case after NFKC: a run of letters, digits and underscores, or one character of a script that has no
+spaces between words."""
 WORD_OR_SYMBOL = WORD + r"|[^\s\p{L}\p{N}_]\p{M}*"
 """A word, or a single symbol: `a > b` and `a < b` are not the same words."""
 

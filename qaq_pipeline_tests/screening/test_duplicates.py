@@ -50,10 +50,10 @@ def found(own: pl.DataFrame, *older: pl.DataFrame, threshold: float | None = 0.7
     }
 
 
-def test_white_space_and_unicode_form_make_no_other_row() -> None:
+def test_line_ends_and_unicode_form_make_no_other_row() -> None:
     raw = raw_rows(
         row(QUERY, ANSWER),
-        row(QUERY.replace(" ", "  "), ANSWER.replace("    ", "\t") + "\n"),
+        row(QUERY + " ", ANSWER.replace("\n", " \r\n") + "\n\n"),
         row("caf\u00e9?", "un caf\u00e9"),
         row("cafe\u0301?", "un cafe\u0301"),
         row(QUERY.upper(), ANSWER),
@@ -63,6 +63,49 @@ def test_white_space_and_unicode_form_make_no_other_row() -> None:
         4: ("b1/a.jsonl:3.0", "exact_duplicate", 1.0),
     }
     assert found(raw)[5] == ("b1/a.jsonl:1.0", "near_duplicate", 1.0)
+
+
+FLATTENED = " ".join(ANSWER.split())
+INDENTED = ANSWER.replace("    return", "        return")
+MAKEFILE = "```makefile\nall: one\n\tcc -o one one.c\n\nclean:\n\trm -f one\n```"
+
+
+@pytest.mark.parametrize("other", [FLATTENED, INDENTED, ANSWER.replace("    ", "\t"), ANSWER.replace("    ", "  ")])
+def test_white_space_that_means_something_makes_another_row(other: str) -> None:
+    assert found(raw_rows(row(QUERY, ANSWER), row(QUERY, other)), threshold=None) == {}
+
+
+@pytest.mark.parametrize(
+    ("flawed", "right", "language"),
+    [
+        (FLATTENED, ANSWER, None),
+        (ANSWER.replace("    merged", "merged"), ANSWER, "python"),
+        (MAKEFILE.replace("\t", "    "), MAKEFILE, "make"),
+        ("a:\n\tb: 1 and then much more of the same", "a:\n  b: 1 and then much more of the same", "yaml"),
+    ],
+)
+def test_flawed_code_does_not_stand_for_right_code(flawed: str, right: str, language: str | None) -> None:
+    def rows(*answers: str, batch: str = "b1") -> pl.DataFrame:
+        return raw_rows(*(row(QUERY, answer, language=language) for answer in answers), batch=batch)
+
+    near, nearly = (("near_duplicate", similarity) for similarity in (1.0, pytest.approx(1, abs=0.1)))
+    assert found(rows(flawed, flawed + "\n#", right)) == {
+        1: ("b1/a.jsonl:3.0", *near),
+        2: ("b1/a.jsonl:3.0", *nearly),
+    }
+    assert found(rows(right, flawed)) == {2: ("b1/a.jsonl:1.0", *near)}
+    of_older = ("b0/a.jsonl:1.0", *near)
+    assert found(rows(flawed, flawed + " "), rows(right, batch="b0")) == {1: of_older, 2: of_older}
+    # A row of an older batch stands as it was published, and so does the right one.
+    assert found(rows(right), rows(flawed, batch="b0")) == {}
+
+
+def test_scripts_without_spaces_are_compared_by_characters() -> None:
+    text = "写一个函数把两个已经排好序的列表合并成一个有序列表并且不要调用内置的排序函数"
+    other = text.replace("列表合并", "数组合并")
+    first, second = ({both[start : start + 5] for start in range(len(both) - 4)} for both in (text * 2, text + other))
+    similarity = round(len(first & second) / len(first | second), 3)
+    assert found(raw_rows(row(text, text), row(text, other))) == {2: ("b1/a.jsonl:1.0", "near_duplicate", similarity)}
 
 
 def test_a_comment_more_is_a_near_duplicate_and_the_similarity_is_exact() -> None:
@@ -127,7 +170,7 @@ def test_the_oldest_row_stands_for_the_others_and_stands_itself() -> None:
     old = raw_rows(row("Other", "text entirely"), row(QUERY, ANSWER), batch="b0")
     commented = ANSWER.replace("    return", "    # What is left of one of them\n    return")
     own = raw_rows(
-        row(QUERY, commented), row(QUERY, commented + " "), row(QUERY, ANSWER), row("Other", "text  entirely")
+        row(QUERY, commented), row(QUERY, commented + " "), row(QUERY, ANSWER), row("Other", "text entirely ")
     )
     assert found(own, old) == {
         1: ("b0/a.jsonl:2.0", "near_duplicate", 0.86),
