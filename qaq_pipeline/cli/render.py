@@ -146,8 +146,8 @@ def print_estimate(estimate: Estimate) -> None:
     say(f"Rows: {estimate.rows:,}, of which {estimate.rejected:,} cannot be read")
     if estimate.faults:
         warn(f"warning: {estimate.faults}")
-    if estimate.unread is not None:
-        warn(f"warning: {estimate.unread}; name them in records.fields if they belong to the pair")
+    for sentence in estimate.not_read:
+        warn(f"warning: {sentence}")
     costs = estimate.costs
     rows = {
         "model": [cost.model for cost in costs],

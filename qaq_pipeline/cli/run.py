@@ -19,7 +19,13 @@ from qaq_pipeline.config.settings import ROWS_PORT
 
 
 def run(
-    files: Annotated[list[Path], typer.Argument(help="Delivered files: JSON, JSONL, Parquet; .gz and .zst too.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Delivered files, folders or patterns, as paths or URLs (hf://datasets/…, s3://…): JSON, JSONL, CSV, "
+            "Parquet, Arrow; compressed too."
+        ),
+    ],
     batch: Annotated[str, typer.Option("--batch", help="Name of the batch: letters, digits, '_', '-', '.'.")],
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Read only the first N rows of the delivery.")
@@ -44,7 +50,7 @@ def run(
 
 
 def estimate(
-    files: Annotated[list[Path], typer.Argument(help="Files as `qaq run` takes them.")],
+    files: Annotated[list[str], typer.Argument(help="Files as `qaq run` takes them.")],
     config_file: ConfigOption = None,
 ) -> None:
     """Estimate the cost of scoring files: tokens, operations, time on this machine, and what the cache saves."""

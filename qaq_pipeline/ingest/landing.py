@@ -27,8 +27,8 @@ from qaq_pipeline.storage.deliveries import Delivery
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 
-_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
-_COMPRESSIONS = (".gz", ".zst")
+_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload")
 _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated")
 """Metadata fields by which stores show that a file was replaced or rewritten."""

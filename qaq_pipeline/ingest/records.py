@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest import code_fences, conversations, fields
+from qaq_pipeline.ingest import code_fences, conversations, fields, sources
 from qaq_pipeline.ingest.conversations import Candidate, missing
 from qaq_pipeline.ingest.file_formats import DeliveredRow, UnreadableFileError, split
 from qaq_pipeline.ingest.values import Field, RejectedError, is_blank, kind, storable
@@ -28,6 +28,9 @@ from qaq_pipeline.schema.vocabularies import RejectReason, Status
 
 UNREAD_KEY = "unread_fields"
 """Key in the provenance of raw_data: fields that nobody reads, and the number of records that have each."""
+
+ASIDE_KEY = "files_left_aside"
+"""Key in the provenance of raw_data: names of delivered files without rows."""
 
 _NO_CANDIDATE = Candidate(Field("system", None), Field("query", None), Field("answer", None))
 
@@ -42,20 +45,24 @@ class Reading:
     """Records with something in a field that is neither read nor known, by the name of the field."""
     num_records: int
     """Records that are objects."""
+    left_aside: Sequence[str] = ()
+    """Names of files without rows, such as a README.md."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """Part of the provenance of raw_data."""
-        return {UNREAD_KEY: {"records": self.num_records, "with_field": dict(sorted(self.unread.items()))}}
+        unread = {"records": self.num_records, "with_field": dict(sorted(self.unread.items()))}
+        return {UNREAD_KEY: unread, ASIDE_KEY: list(self.left_aside)}
 
 
-def unread_sentence(facts: Mapping[str, Any]) -> str | None:
-    """What is not read of the records, from the provenance of raw_data; None: everything is read or known."""
+def not_read(facts: Mapping[str, Any]) -> list[str]:
+    """What of a delivery is not read, in words, from the provenance of raw_data."""
     records, found = facts[UNREAD_KEY]["records"], facts[UNREAD_KEY]["with_field"]
-    if not found:
-        return None
     most_first = sorted(found.items(), key=lambda one: (-one[1], one[0]))
-    return f"fields not read: {', '.join(f'{name} ({count:,} of {records:,} records)' for name, count in most_first)}"
+    fields_of = [f"{name} ({count:,} of {records:,} records)" for name, count in most_first]
+    said = [f"fields not read: {', '.join(fields_of)}; name them in records.fields if they belong to the pair"]
+    aside = facts[ASIDE_KEY]
+    return [*(said if found else []), *([f"files left aside: {', '.join(aside)}"] if aside else [])]
 
 
 def field_of(record: pl.Expr, name: str) -> pl.Expr:
@@ -90,13 +97,14 @@ def read_delivery(
 
     A file that cannot be split into rows becomes one rejected row, which gates the batch.
     """
-    readings = [_read_or_reject(content, name, batch, settings) for name, content in contents.items()]
+    data, left_aside = sources.split_off(contents)
+    readings = [_read_or_reject(content, name, batch, settings) for name, content in data.items()]
     rows = pl.concat([pl.DataFrame(schema=dtypes(RawData)), *(reading.frame for reading in readings)])
     if limit is not None:
         first = rows.select("source_file", "source_row").unique(maintain_order=True).head(limit)
         rows = rows.join(first, on=["source_file", "source_row"], how="semi", maintain_order="left")
     unread = sum((reading.unread for reading in readings), Counter[str]())
-    return Reading(rows, unread, sum(reading.num_records for reading in readings))
+    return Reading(rows, unread, sum(reading.num_records for reading in readings), left_aside)
 
 
 def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSettings) -> Reading:

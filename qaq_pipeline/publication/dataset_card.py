@@ -191,9 +191,9 @@ def _warnings(made_of: Mapping[str, Mapping[str, Any]], published: str) -> list[
 
 
 def _unread(read_of: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is not read of the records of each batch."""
-    found = {batch: records.unread_sentence(facts) for batch, facts in sorted(read_of.items())}
-    return [f"Batch {_shown(batch)}: {_shown(sentence)}." for batch, sentence in found.items() if sentence is not None]
+    """What is not read of the delivery of each batch."""
+    found = [(batch, sentence) for batch, facts in sorted(read_of.items()) for sentence in records.not_read(facts)]
+    return [f"Batch {_shown(batch)}: {_shown(sentence)}." for batch, sentence in found]
 
 
 def _validity(made_of: Mapping[str, Mapping[str, Any]]) -> list[tuple[str | int, ...]]:

@@ -152,7 +152,7 @@ def batch_page(
         "signals": decided.provenance.get(VALIDITY_KEY, {}).get("signals", []),
         "made": made,
         "files": _files(raw.frame, raw.provenance["files"]),
-        "unread": records.unread_sentence(raw.provenance),
+        "not_read": records.not_read(raw.provenance),
         "models": _models(scorings),
         "cost": _cost(scorings),
         "made_of": _made_of(tables),

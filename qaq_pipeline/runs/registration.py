@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qaq_pipeline.calibration import planting
-from qaq_pipeline.ingest import landing, records
+from qaq_pipeline.config.settings import RecordSettings
+from qaq_pipeline.ingest import landing, records, sources
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
@@ -19,26 +20,24 @@ from qaq_pipeline.storage.deliveries import Delivery, hashes
 
 
 def register(
-    deployment: Deployment, batch: str, files: Sequence[Path], limit: int | None, *, replaces: bool = False
+    deployment: Deployment, batch: str, files: Sequence[str | Path], limit: int | None, *, replaces: bool = False
 ) -> bool:
     """Keep a copy of the files as the batch's delivery, and add its partition; True if it had other content before.
 
     Args:
         deployment: where they are kept.
         batch: name of the batch.
-        files: its files.
+        files: paths or URLs of its files, folders or patterns.
         limit: number of rows that are read of each; None: all.
         replaces: whether they may replace other files of the batch.
 
     Raises:
-        RunError: a file is missing, two files have one name, or the batch has other files, or more rows, that may not
-            be replaced.
-        ValueError: the name of the batch cannot be used, a file cannot be read at all, or a model cannot be used.
+        RunError: the batch has other files, or more rows, that may not be replaced.
+        ValueError: the name of the batch cannot be used, a file is missing, has the name of another one, or cannot be
+            read at all, or a model cannot be used.
     """
     check_batch_name(batch)
-    contents = read_files(files)
-    for name, data in contents.items():
-        records.check_file(data, name, deployment.settings.records)
+    contents = _read(files, deployment.settings.records)
     storage = deployment.storage
     previous = storage.deliveries.current(batch) if storage.deliveries.has(batch) else None
     if previous is not None and not replaces and not _extends(previous, contents, limit):
@@ -61,16 +60,11 @@ def _extends(previous: Delivery, contents: Mapping[str, bytes], limit: int | Non
     return has_all and previous.files == hashes(contents)
 
 
-def read_files(files: Sequence[Path]) -> dict[str, bytes]:
-    """The bytes of each file, by name. Raises `RunError`."""
-    contents: dict[str, bytes] = {}
-    for path in files:
-        if path.name in contents:
-            raise RunError(f"{path}: two files of the delivery are named {path.name!r}; rename one")
-        try:
-            contents[path.name] = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+def _read(files: Sequence[str | Path], settings: RecordSettings) -> dict[str, bytes]:
+    """The bytes of the files, by name, of which each that has rows can be split into them. Raises ValueError."""
+    contents = sources.read(files)
+    for name, data in sources.split_off(contents)[0].items():
+        records.check_file(data, name, settings)
     return contents
 
 
@@ -82,25 +76,22 @@ class Estimate:
     rejected: int
     faults: str
     """The commonest reasons of rejected rows; empty: there are none."""
-    unread: str | None
-    """The fields that nobody reads, in words; None: there are none."""
+    not_read: list[str]
+    """Fields and files that are not read, in words."""
     costs: list[ScoringCost]
     """The cost of scoring, model by model."""
 
 
-def estimate(deployment: Deployment, files: Sequence[Path]) -> Estimate:
+def estimate(deployment: Deployment, files: Sequence[str | Path]) -> Estimate:
     """Read the files, and estimate the cost of scoring them and the rows planted in them.
 
     The cost is an upper bound: rows that older batches or benchmarks contain are counted.
 
     Raises:
-        RunError: a file is missing.
-        ValueError: a file cannot be read at all, a model's files cannot be found, or it cannot be scored.
+        ValueError: a file is missing or cannot be read at all, a model's files cannot be found, or it cannot be scored.
     """
     settings = deployment.settings
-    contents = read_files(files)
-    for name, data in contents.items():
-        records.check_file(data, name, settings.records)
+    contents = _read(files, settings.records)
     reading = records.read_delivery(contents, "b", settings.records)
     raw = reading.frame
     rows = accepted_rows(raw, screen.screen_alone(raw, settings.screening))
@@ -112,6 +103,6 @@ def estimate(deployment: Deployment, files: Sequence[Path]) -> Estimate:
         rows=raw.height,
         rejected=raw.filter(status=Status.REJECTED.value).height,
         faults=gates.commonest_faults(raw),
-        unread=records.unread_sentence(reading.facts),
+        not_read=records.not_read(reading.facts),
         costs=[runtime.estimate(role, pairs, deployment.storage) for role in settings.models],
     )

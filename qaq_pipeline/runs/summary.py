@@ -104,7 +104,7 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
         valid_pairs=judged.get("valid_pairs"),
         models=[_model_summary(role, settings.models[role].frame, batch, results) for role in sorted(settings.models)],
         warnings=[
-            *_unread(storage.tables.footer("raw_data", partition).provenance),
+            *records.not_read(storage.tables.footer("raw_data", partition).provenance),
             *results["disagreement_scores", partition]["warnings"],
             *_unreached(settings.published.name, decided.get(UNREACHED_KEY, {})),
             *unpassed,
@@ -122,11 +122,6 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
             if storage.files.exists(*parts)
         },
     )
-
-
-def _unread(provenance: Mapping[str, Any]) -> list[str]:
-    unread = records.unread_sentence(provenance)
-    return [] if unread is None else [f"{unread}; name them in records.fields if they belong to the pair"]
 
 
 def _unreached(published: str, not_reached: Mapping[str, str]) -> list[str]:

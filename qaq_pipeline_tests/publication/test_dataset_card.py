@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import ExportSettings, Settings
-from qaq_pipeline.ingest.records import UNREAD_KEY
+from qaq_pipeline.ingest.records import ASIDE_KEY, UNREAD_KEY
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.publication.dataset_card import dataset_card
@@ -73,7 +73,7 @@ def card_of(
         "decisions": pl.DataFrame(schema=dtypes(Decisions)),
         "provenance": {
             batch: {
-                "raw_data": {UNREAD_KEY: {"records": 5, "with_field": unread or {}}},
+                "raw_data": {UNREAD_KEY: {"records": 5, "with_field": unread or {}}, ASIDE_KEY: []},
                 "screened_data": {"benchmarks": benchmarks.get(batch, {})},
                 "decisions": made_of.get(batch, {}),
             }
@@ -302,7 +302,7 @@ def test_the_recipe_is_the_selection_of_the_settings() -> None:
 
 
 def test_fields_that_nobody_reads_are_named() -> None:
-    assert "Batch `b1`: fields not read: tests (4 of 5 records)." in html.unescape(card_of(unread={"tests": 4}))
+    assert "Batch `b1`: fields not read: tests (4 of 5 records);" in html.unescape(card_of(unread={"tests": 4}))
     assert "fields not read" not in card_of()
 
 

@@ -10,7 +10,7 @@ import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import RankingSettings, Settings
-from qaq_pipeline.ingest.records import UNREAD_KEY
+from qaq_pipeline.ingest.records import ASIDE_KEY, UNREAD_KEY
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, Validity, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
@@ -145,7 +145,7 @@ def store_batch(
     pairs = with_validity(candidates(disagreement, scores), all_valid(disagreement["pair_id"]))
     verdicts = select_all(pairs, settings.selections)
     files = {source_file: hashlib.sha256(repr(queries).encode()).hexdigest()}
-    raw_data = StoredTable(raw, {"files": files, UNREAD_KEY: {"records": raw.height, "with_field": {}}})
+    raw_data = StoredTable(raw, {"files": files, UNREAD_KEY: {"records": raw.height, "with_field": {}}, ASIDE_KEY: []})
     screened = StoredTable(
         screen_alone(raw, settings.screening),
         {"inputs": {}, "across_batches": False, "compared_with": {}, "withdrawn": {}, "benchmarks": {}},

@@ -26,8 +26,8 @@ def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
         contents, files = storage.deliveries.read(delivery), dict(delivery.files)
         reading = records.read_delivery(contents, delivery.batch, settings.records, delivery.limit)
         metadata = of_raw_data(reading.frame, files, reading.unread)
-        if (unread := records.unread_sentence(reading.facts)) is not None:
-            context.log.warning("%s; name them in records.fields if they belong to the pair", unread)
+        for sentence in records.not_read(reading.facts):
+            context.log.warning(sentence)
         made_of = {"delivery": delivery.content_hash, "files": files, **reading.facts}
         result = table_result(context, reading.frame, {}, metadata, **made_of)
         yield from unless_same(context, result, before, LANDED_TAG)

@@ -1,0 +1,95 @@
+"""The files that a person names for a delivery: files, folders and patterns, here or at any URL of fsspec.
+
+Belongs here: their bytes, by name, and which of them hold no rows. Does not belong here: the landing zone (`landing`),
+and what is in a file (`file_formats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+_NO_ROWS = frozenset(
+    (
+        *("license", "licence", "copying", "notice", "authors", "citation.cff", "makefile", "dockerfile"),
+        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"),
+    )
+)
+_NO_ROWS_ENDINGS = (
+    *(".md", ".rst", ".txt", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".ipynb", ".py", ".sh"),
+    *(".yaml", ".yml", ".toml", ".cfg", ".lock", ".crc", ".metadata", ".sha256", ".md5"),
+)
+
+
+class SourceError(ValueError):
+    """A source cannot be read. The text names it, the fault and the remedy."""
+
+
+def split_off(contents: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
+    """The files of a delivery that may hold rows, and the names of the others, as in a clone of a hub's repository.
+
+    Documents, code, licences, hidden files and empty parts are left aside, unless nothing else was delivered.
+    """
+    data = {name: content for name, content in contents.items() if _may_have_rows(name) and content}
+    return (data, sorted(contents.keys() - data.keys())) if data else (dict(contents), [])
+
+
+def _may_have_rows(name: str) -> bool:
+    path = PurePosixPath(name.lower())
+    is_hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return not (is_hidden or path.name in _NO_ROWS or path.name.endswith(_NO_ROWS_ENDINGS))
+
+
+def read(sources: Sequence[str | Path]) -> dict[str, bytes]:
+    """The bytes of all files of the sources, by name: that of a file, or the path of a file inside a folder.
+
+    Args:
+        sources: local paths or URLs, such as `s3://bucket/rows.jsonl` or `hf://datasets/ORG/NAME/data/*.parquet`, each
+            of a file or a folder, or a pattern.
+
+    Raises:
+        SourceError: a source is missing or cannot be read, or two files have one name.
+    """
+    contents: dict[str, bytes] = {}
+    for source in sources:
+        for name, content in _read(str(source)).items():
+            if name in contents:
+                raise SourceError(f"{source}: two files of the delivery are named {name!r}; rename one")
+            contents[name] = content
+    return contents
+
+
+def _read(source: str) -> dict[str, bytes]:
+    if source == "-":
+        raise SourceError("-: standard input cannot be read again after a fault; write the rows to a file, and name it")
+    try:
+        fs, path = fsspec.core.url_to_fs(source)
+        files = _files(fs, path, source)
+        contents = {name: fs.cat_file(place) for name, place in files.items()}
+    except SourceError:
+        raise
+    except FileNotFoundError as error:
+        raise SourceError(f"{source}: no such file or folder; check the path") from error
+    except OSError as error:
+        raise SourceError(f"{source}: cannot be read ({error.strerror or error}); check the path") from error
+    except Exception as error:  # Stores raise errors of any kind.
+        raise SourceError(
+            f"{source}: cannot be read ({type(error).__name__}: {error}); check the URL, the credentials, and that the "
+            "package for its protocol is installed"
+        ) from error
+    if not contents:
+        raise SourceError(f"{source}: no file is there; check the path")
+    return contents
+
+
+def _files(fs: AbstractFileSystem, path: str, source: str) -> dict[str, str]:
+    """The places of the files of a source, by name."""
+    if any(sign in source for sign in "*?[") and not fs.exists(path):
+        return {PurePosixPath(place).name: place for place in sorted(fs.glob(path)) if fs.isfile(place)}
+    if fs.isdir(path):
+        root = path.rstrip("/") + "/"
+        return {place.removeprefix(root): place for place in sorted(fs.find(path)) if not place.endswith("/")}
+    return {PurePosixPath(path).name: path}

@@ -1,0 +1,74 @@
+"""sources: files, folders, patterns and URLs of a delivery, and which files hold no rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from qaq_pipeline.ingest.sources import SourceError, read, split_off
+from qaq_pipeline_tests.support.sentences import Check
+
+ROWS = b'{"query": "q", "answer": "a"}\n'
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder as a clone of a hub's repository."""
+    folder = tmp_path / "clone"
+    for name in ("README.md", ".gitattributes", ".git/config", "data/train-0.jsonl", "data/train-1.jsonl", "LICENSE"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(ROWS if name.endswith(".jsonl") else b"text")
+    (folder / "data/_SUCCESS").touch()
+    (folder / "data/part-3.jsonl").touch()
+    return folder
+
+
+def test_files_folders_and_patterns_are_read(clone: Path) -> None:
+    assert read([clone / "data" / "train-0.jsonl"]) == {"train-0.jsonl": ROWS}
+    assert read([str(clone / "data" / "train-*.jsonl")]) == {"train-0.jsonl": ROWS, "train-1.jsonl": ROWS}
+    assert read([clone]).keys() >= {"README.md", ".git/config", "data/train-0.jsonl", "data/_SUCCESS"}
+
+
+def test_what_holds_no_rows_is_left_aside_and_named(clone: Path) -> None:
+    data, aside = split_off(read([clone]))
+    assert data == {"data/train-0.jsonl": ROWS, "data/train-1.jsonl": ROWS}
+    assert aside == [".git/config", ".gitattributes", "LICENSE", "README.md", "data/_SUCCESS", "data/part-3.jsonl"]
+
+
+@pytest.mark.parametrize("only", [{"README.md": b"text"}, {"rows.jsonl": b""}])
+def test_a_file_that_is_alone_is_read_whatever_its_name(only: dict[str, bytes]) -> None:
+    assert split_off(only) == (only, [])
+
+
+def test_any_url_of_fsspec_is_a_source() -> None:
+    with fsspec.open("memory://zone/data/rows.jsonl", "wb") as stream:
+        stream.write(ROWS)
+    for url in ("memory://zone/data/rows.jsonl", "memory://zone/data/*.jsonl"):
+        assert read([url]) == {"rows.jsonl": ROWS}
+    assert read(["memory://zone"]) == {"data/rows.jsonl": ROWS}
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "rows[1].jsonl").write_bytes(ROWS)
+    assert read([tmp_path / "rows[1].jsonl"]) == {"rows[1].jsonl": ROWS}
+
+
+@pytest.mark.parametrize("source", ["-", "{}/missing.jsonl", "{}/none-*.jsonl", "{}/empty", "nowhere://rows.jsonl"])
+def test_a_source_that_cannot_be_read_is_named_with_the_remedy(
+    source: str, tmp_path: Path, check_sentence: Check
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError) as error:
+        read([source.format(tmp_path)])
+    check_sentence(str(error.value).replace(str(tmp_path), "TMP"))
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path, check_sentence: Check) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_bytes(ROWS)
+    with pytest.raises(SourceError) as error:
+        read([tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"])
+    check_sentence(str(error.value).replace(str(tmp_path), "TMP"))
