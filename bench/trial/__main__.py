@@ -23,7 +23,7 @@ from bench.trial.pools import ARMS, RANDOM
 from bench.trial.studies import Study
 from bench.trial.truth import Truth
 from bench.validity.bad_rows import CLEAN
-from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.config.settings import BenchmarkSettings, Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.screening.benchmarks import load_benchmark
 from qaq_pipeline.trial import verdict
@@ -60,7 +60,7 @@ def main() -> int:
         return 0
     measured = {"held_out": held_out}
     for name, path in arguments.benchmark:
-        tasks = load_benchmark(name, path).tasks
+        tasks = load_benchmark(BenchmarkSettings(name=name, path=path)).tasks
         measured[name] = [Pair(one.task_id, None, one.prompt, one.solution) for one in tasks if one.solution]
     study = Study(arguments.folder, settings, measured)
     wanted = {f"{share:.0%}" for share in arguments.only or arguments.shares}

@@ -98,12 +98,20 @@ class DuplicateSettings(Closed):
 
 
 class BenchmarkSettings(Closed):
-    """A benchmark to exclude from training: a file in the format of HumanEval, MBPP or LiveCodeBench."""
+    """A benchmark to exclude from training: a file in the published format of HumanEval(+), MBPP(+), LiveCodeBench,
+    BigCodeBench, APPS, DS-1000, SWE-bench or MultiPL-E, or any other whose fields are named.
+    """
 
     name: str = Field(pattern=NAME)
     """Name of the benchmark, as shown in the evidence."""
     path: str
-    """Local path or fsspec URL of the file: JSONL or JSON, optionally gzipped."""
+    """Local path or fsspec URL of the file: JSONL, JSON, CSV, Parquet or Arrow, perhaps compressed."""
+    id: str | None = None
+    """Field of the task's name; null: tasks are numbered. It counts only with `prompt`."""
+    prompt: str | None = None
+    """Field of the task's text; null: the format is known."""
+    solution: str | None = None
+    """Field of its reference solution; null: it has none. It counts only with `prompt`."""
 
 
 class ContaminationSettings(Closed):

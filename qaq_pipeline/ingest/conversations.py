@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest.fields import CONVERSATIONS, first_present, query_of
-from qaq_pipeline.ingest.values import Field, RejectedError, joined, kind, shown
+from qaq_pipeline.ingest.values import Field, joined
 from qaq_pipeline.schema.vocabularies import RejectReason
+from qaq_pipeline.storage.row_files import RejectedError, kind, shown
 
 _ROLES = (
     dict.fromkeys(("user", "human"), "user")

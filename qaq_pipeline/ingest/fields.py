@@ -1,7 +1,7 @@
 """Which fields of a record are read, and which are not.
 
 Belongs here: the shapes of records, the names of their fields, and the pair of a record that is no conversation. Does
-not belong here: the turns of a conversation (`conversations`), and the format of a file (`file_formats`).
+not belong here: the turns of a conversation (`conversations`), and the format of a file (`storage.row_files`).
 
 A file has one shape: the one whose fields most of its first 100 objects have. Ties go to the first in this order. A
 row of another shape is rejected, without guessing.

@@ -1,8 +1,8 @@
 """From the files of a delivery to a RawData frame: one row per record, or per pair of a conversation.
 
 Belongs here: the rows of RawData, their identity, and the reasons why a row cannot be read. Strings only. Does not
-belong here: file formats (`file_formats`), the names of fields (`fields`), turns (`conversations`), what happens to the
-rows later, and anything about models or tokenizers.
+belong here: file formats (`storage.row_files`), the names of fields (`fields`), turns (`conversations`), what happens
+to the rows later, and anything about models or tokenizers.
 
 An unreadable row is kept and rejected with a reason. Query and answer are stored exactly as delivered.
 """
@@ -21,10 +21,10 @@ import polars as pl
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest import code_fences, conversations, fields, sources
 from qaq_pipeline.ingest.conversations import Candidate, missing
-from qaq_pipeline.ingest.file_formats import DeliveredRow, UnreadableFileError, split
-from qaq_pipeline.ingest.values import Field, RejectedError, is_blank, kind, storable
+from qaq_pipeline.ingest.values import Field, is_blank, storable
 from qaq_pipeline.schema.tables import RawData, dtypes
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
+from qaq_pipeline.storage.row_files import DeliveredRow, RejectedError, UnreadableFileError, kind, split
 
 UNREAD_KEY = "unread_fields"
 """Key in the provenance of raw_data: fields that nobody reads, and the number of records that have each."""

@@ -1,7 +1,7 @@
 """The files that a person names for a delivery: files, folders and patterns, here or at any URL of fsspec.
 
 Belongs here: their bytes, by name, and which of them hold no rows. Does not belong here: the landing zone (`landing`),
-and what is in a file (`file_formats`).
+and what is in a file (`storage.row_files`).
 """
 
 from __future__ import annotations

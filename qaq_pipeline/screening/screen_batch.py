@@ -175,8 +175,9 @@ def find_benchmarks(
     found, hashes = [empty(tables.Contamination)], {}
     how = settings.model_dump(mode="json", exclude={"benchmarks", "action"})
     for source in settings.benchmarks:
-        benchmark = benchmarks.load_benchmark(source.name, source.path)
-        key = hash_json([raw_data.data_version, source.name, benchmark.sha256, how, contamination.VERSION])
+        benchmark = benchmarks.load_benchmark(source)
+        read_as = source.model_dump(mode="json", exclude={"path"})
+        key = hash_json([raw_data.data_version, read_as, benchmark.sha256, how, contamination.VERSION])
         known = contamination_cache.read_contamination(storage, batch, key)
         if known is None:
             known = contamination.find(accepted, benchmark, settings)

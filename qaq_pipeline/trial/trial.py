@@ -211,7 +211,7 @@ class TrialRuntime:
         return {
             one.name: [
                 Pair(task.task_id, None, task.prompt, task.solution)
-                for task in load_benchmark(one.name, one.path).tasks
+                for task in load_benchmark(one).tasks
                 if task.solution
             ]
             for one in self.settings.trial.benchmarks

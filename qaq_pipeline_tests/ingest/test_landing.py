@@ -68,7 +68,8 @@ def looks(zone: Path, settings: LandingSettings, *, times: int = 2, seen: Seen |
         ("week-47.parquet.ZST", "week-47"),
         ("v1.2.json", "v1.2"),
         ("week-47", "week-47"),
-        ("week-47.csv", "week-47.csv"),
+        ("week-47.csv", "week-47"),
+        ("week-47.txt", "week-47.txt"),
     ],
 )
 def test_a_file_is_a_batch_named_as_it_is_less_the_endings_of_its_format(zone: Path, name: str, batch: str) -> None:

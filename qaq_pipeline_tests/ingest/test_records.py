@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest.file_formats import UnreadableFileError
 from qaq_pipeline.ingest.records import check_file, pair_id, read_delivery, read_file, unreadable_file
 from qaq_pipeline.schema.tables import RawData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
+from qaq_pipeline.storage.row_files import UnreadableFileError
 from qaq_pipeline_tests.support.sentences import Check
 
 FIELDS = RecordSettings().fields

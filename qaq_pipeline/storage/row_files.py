@@ -1,7 +1,7 @@
-"""From the bytes of a delivered file to its rows, not yet read.
+"""From the bytes of a file that others made to its rows, whose fields are not looked at.
 
 Belongs here: compression, the file formats, and what a file is that cannot be split into rows. Does not belong here:
-the fields of a row (`fields`), and where files come from.
+the fields of a row, where files come from, and our own tables (`parquet_file`).
 
 The format is detected from the content, never from the name: gzip, bzip2, xz or zstandard around any of the others;
 Parquet; Arrow, as a file or a stream; a JSON array (the first character is `[`); CSV, where the first line names the
@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from qaq_pipeline.ingest.values import RejectedError, encoding_fault, kind, shown
 from qaq_pipeline.schema.vocabularies import RejectReason
 
 Fits = Callable[[Mapping[str, object]], bool]
@@ -63,6 +62,19 @@ class _UnreadableError(Exception):
     """The fault of a file, and the remedy."""
 
 
+class RejectedError(Exception):
+    """The reason why one row cannot be read."""
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+    def of_shape(self, shape: str) -> RejectedError:
+        """Return the reason with the shape as which the row was read."""
+        return RejectedError(self.reason, f"shape {shape}: {self.detail}")
+
+
 class DeliveredRow(NamedTuple):
     """One delivered row, before its fields are looked at."""
 
@@ -89,6 +101,38 @@ def split(content: bytes, source_file: str, fits: Fits) -> Iterable[DeliveredRow
         return _split(_decompress(content), fits)
     except _UnreadableError as error:
         raise UnreadableFileError(f"{source_file}: {error}") from error
+
+
+def encoding_fault(text: str) -> RejectedError | None:
+    """The fault of a text with bytes that are not UTF-8, decoded as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        detail = f"character {error.start + 1} of the row, the byte \\x{byte:02x}, is not UTF-8"
+        return RejectedError(RejectReason.INVALID_UTF8, detail)
+    return None
+
+
+_KINDS: dict[type, str] = {
+    type(None): "null",
+    dict: "an object",
+    list: "a list",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+}
+
+
+def kind(value: object) -> str:
+    """The JSON type of a value, with its article."""
+    return _KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """A value in a message: a text as its repr, which escapes characters that cannot be stored."""
+    return f"{value!r:.60}" if isinstance(value, str) else kind(value)
 
 
 # --- compression ----------------------------------------------------------------------------------------------------
