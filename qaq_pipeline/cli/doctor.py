@@ -1,4 +1,4 @@
-"""Check whether this machine can run the pipeline: models, devices, storage, Dagster home, versions.
+"""Check whether this machine can run the pipeline: models, devices, storage, benchmarks, Dagster home, versions.
 
 Belongs here: one function per check, with its finding and, if it fails, the remedy.
 Does not belong here: fixing anything; nothing is downloaded, though a GGUF file is converted on the way.
@@ -25,6 +25,7 @@ from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.publication import exports
 from qaq_pipeline.scoring.runtime import SCORING_LIBRARIES
+from qaq_pipeline.screening.benchmarks import BenchmarkError, load_benchmark
 from qaq_pipeline.storage.storage import open_storage
 
 
@@ -44,10 +45,11 @@ class Finding:
 
 
 def doctor(config_file: ConfigOption = None) -> None:
-    """Check models, devices, storage, Dagster home and versions; exit 1 if something is missing."""
+    """Check models, devices, storage, benchmarks, Dagster home and versions; exit 1 if something is missing."""
     settings = read_settings(config_file)
     # In the order in which a run would depend on them.
-    findings = [_versions(), *_models(settings), _storage(settings), _exports(settings), _dagster_home()]
+    findings = [_versions(), *_models(settings), _storage(settings), *_benchmarks(settings)]
+    findings += [_exports(settings), _dagster_home()]
     result = Table("", "check", "finding", title="qaq doctor")
     for finding in findings:
         result.add_row(finding.mark, finding.check, escape(finding.text))
@@ -94,6 +96,20 @@ def _storage(settings: Settings) -> Finding:
     except (OSError, SettingsError) as error:
         return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
     return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")
+
+
+def _benchmarks(settings: Settings) -> Iterator[Finding]:
+    wanted = settings.screening.contamination.benchmarks
+    if not wanted:
+        text = "none: published rows are not checked for tasks of benchmarks (screening.contamination.benchmarks)"
+        yield Finding("benchmarks", is_ok=True, text=text, is_warning=True)
+    for source in wanted:
+        try:
+            tasks = load_benchmark(source).tasks
+        except BenchmarkError as error:
+            yield Finding(f"benchmark {source.name}", is_ok=False, text=str(error))
+        else:
+            yield Finding(f"benchmark {source.name}", is_ok=True, text=f"{len(tasks):,} texts, {source.path}")
 
 
 def _exports(settings: Settings) -> Finding:

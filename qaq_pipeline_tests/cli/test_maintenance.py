@@ -71,3 +71,18 @@ def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dic
     assert "has no config.json" in shown.out
     assert "│ no │ storage │" in shown.out
     assert "cannot be written" in shown.out
+
+
+def test_doctor_opens_each_benchmark(qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"task_id": 1, "text": "p", "code": "c"}\n')
+    named = {"read": tmp_path / "tasks.jsonl", "gone": tmp_path / "gone.jsonl"}
+    benchmarks = [{"name": name, "path": str(path)} for name, path in named.items()]
+    screening = {"contamination": {"benchmarks": benchmarks}}
+    config = write_settings(tmp_path / "settings.yaml", tiny_models, screening=screening)
+    shown = qaq(Home(tmp_path / "home", config), "doctor")
+    assert shown.code == 1
+    assert "│ ok │ benchmark read │" in shown.out
+    assert "│ no │ benchmark gone │" in shown.out
+    without = qaq(Home(tmp_path / "home", write_settings(tmp_path / "other.yaml", tiny_models)), "doctor")
+    assert without.code == 0
+    assert "│ warn │ benchmarks │" in without.out
