@@ -54,6 +54,8 @@ class FieldSettings(Closed):
         ("response", "answer", "solution", "output", "completion", "generation"), min_length=1
     )
     """Fields of the answer."""
+    reasoning: tuple[str, ...] = ("reasoning_content", "reasoning", "thinking")
+    """Fields of the reasoning before the answer, also of a turn."""
     system: tuple[str, ...] = ("system", "system_prompt")
     """Fields of the row's own system text, also where the record is a conversation."""
     source: tuple[str, ...] = ("source",)
@@ -71,6 +73,9 @@ class RecordSettings(Closed):
     """Names of fields."""
     multi_turn: Literal["last", "every"] = "last"
     """Pairs of a conversation: the last one that may be trained on, or every one."""
+    reasoning: Literal["leave_out", "score"] = "leave_out"
+    """Reasoning before an answer, in a field of its own or in `<think>` tags. leave_out: it is not part of the scored
+    answer. score: it is the beginning of the answer."""
 
 
 class DuplicateSettings(Closed):
@@ -484,6 +489,8 @@ class ExportSettings(Closed):
     folder of `save_to_disk`; needs the extra `datasets`."""
     selections: Literal["published", "all"] | tuple[Annotated[str, Field(pattern=NAME)], ...] = "published"
     """published: the published selection and its controls. all, or names: other selections as well."""
+    reasoning: Literal["inline", "leave_out"] = "inline"
+    """inline: reasoning that was not scored is written before its answer, in `<think>` tags. leave_out: it is not."""
     meta: bool = False
     """Add `meta` to records: the origin of the row, and the delivered record as JSON text."""
 

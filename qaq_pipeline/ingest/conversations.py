@@ -15,6 +15,9 @@ its query. An exchange is no pair if a turn of its answer
     is marked as not to be trained on        weight, loss, train or loss_weight is 0 or false; for the whole record,
                                              KTO's label or kto_tag is false
 
+The reasoning of a turn is in a field of `records.fields.reasoning`, in parts of type reasoning or thinking, or at the
+beginning of its text, in tags (`reasonings`).
+
 `last` takes the last exchange that is a pair, `every` each of them, and rejects the others.
 """
 
@@ -41,6 +44,7 @@ _MARKS = ("weight", "loss", "train", "loss_weight")
 _LABELS = ("label", "kto_tag")
 _CALLS = ("tool_calls", "function_call")
 _INLINE_CALLS = ("<tool_call>", "<function_call>", "<|tool_call|>")
+_REASONING_PARTS = ("reasoning", "thinking")
 _TURN_FIELDS = frozenset(
     ("role", "from", "content", "value", "name", "id", "tool_call_id", "recipient", *_MARKS, *_CALLS)
 )
@@ -55,6 +59,8 @@ class Candidate(NamedTuple):
     turn_index: int = 0
     fault: RejectedError | None = None
     """Why it is no pair although it has both."""
+    reasoning: Field = Field("reasoning", None)
+    """Reasoning in a field of its own."""
 
 
 class _Turn(NamedTuple):
@@ -63,6 +69,7 @@ class _Turn(NamedTuple):
     is_barred: bool = False
     """Its record says that it is not to be trained on."""
     uses_tool: bool = False
+    reasoning: Field = Field("reasoning", None)
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,14 @@ def label_fault(record: Mapping[str, object]) -> RejectedError | None:
     return None
 
 
-def unread_of_turns(record: Mapping[str, object], shape: str) -> Iterator[str]:
+def unread_of_turns(record: Mapping[str, object], shape: str, settings: RecordSettings) -> Iterator[str]:
     """The names of fields of turns that are neither read nor known."""
+    read = _TURN_FIELDS | {*settings.fields.reasoning}
     for field in (CONVERSATIONS.get(shape), "prompt", "completion", "chosen"):
         turns = record.get(field) if field is not None else None
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                yield from (f"{field}[].{name}" for name, value in turn.items() if value and name not in _TURN_FIELDS)
+                yield from (f"{field}[].{name}" for name, value in turn.items() if value and name not in read)
 
 
 # --- lists of turns -------------------------------------------------------------------------------------------------
@@ -121,24 +129,28 @@ def unread_of_turns(record: Mapping[str, object], shape: str) -> Iterator[str]:
 
 def _turns_of(record: Mapping[str, object], shape: str, settings: RecordSettings) -> list[_Turn]:
     if shape == "prompt_completion":
-        return _prompted(_turns(record["prompt"], "prompt"), _turns(record["completion"], "completion"), "completion")
+        return _prompted(
+            _turns(record["prompt"], "prompt", settings),
+            _turns(record["completion"], "completion", settings),
+            "completion",
+        )
     if shape == "preference":
         return _preferred(record, settings)
     field = CONVERSATIONS[shape]
     if record.get(field) is None:
         raise missing(f"`{field}`", RejectReason.MISSING_QUERY, record)
-    return _turns(record[field], field)
+    return _turns(record[field], field, settings)
 
 
 def _preferred(record: Mapping[str, object], settings: RecordSettings) -> list[_Turn]:
     """The chosen turns: a whole conversation, or what follows the prompt."""
     chosen = record["chosen"] if isinstance(record["chosen"], list) else [record["chosen"]]
-    turns = _turns(chosen, "chosen")
+    turns = _turns(chosen, "chosen", settings)
     if any(turn.role == "user" for turn in turns):
         return turns
     for field in ("prompt", *CONVERSATIONS.values()):
         if isinstance(record.get(field), list):
-            return _prompted(_turns(record[field], field), turns, "chosen")
+            return _prompted(_turns(record[field], field, settings), turns, "chosen")
     query = query_of(record, settings.fields.query, settings.fields)
     return [_Turn("user", query), *turns]
 
@@ -154,13 +166,13 @@ def _prompted(prompt: list[_Turn], completion: list[_Turn], name: str) -> list[_
     return [*prompt, *replies]
 
 
-def _turns(value: object, field: str) -> list[_Turn]:
+def _turns(value: object, field: str, settings: RecordSettings) -> list[_Turn]:
     if not isinstance(value, list):
         raise RejectedError(RejectReason.WRONG_TYPE, f"`{field}` is {kind(value)}; a list of turns is expected")
-    return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
+    return [_turn(turn, f"{field}[{index}]", settings) for index, turn in enumerate(value)]
 
 
-def _turn(value: object, place: str) -> _Turn:
+def _turn(value: object, place: str, settings: RecordSettings) -> _Turn:
     if not isinstance(value, dict):
         found = f"`{place}` is {kind(value)}; an object with role and content is expected"
         raise RejectedError(RejectReason.WRONG_TYPE, found)
@@ -171,17 +183,33 @@ def _turn(value: object, place: str) -> _Turn:
     if role is None:
         found = f"`{place}.{role_field}` is {shown(name)}; known roles: {', '.join(_ROLES)}"
         raise RejectedError(RejectReason.UNKNOWN_ROLE, found)
-    text = Field(f"`{place}.{text_field}`", _text_of(value.get(text_field), f"{place}.{text_field}"))
+    content = value.get(text_field)
+    text = Field(f"`{place}.{text_field}`", _text_of(content, f"{place}.{text_field}"))
     uses_tool = role in ("tool", "call") or any(value.get(field) for field in _CALLS) or _calls_inline(role, text.value)
     is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
-    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool)
+    reasoning = first_present(value, settings.fields.reasoning)
+    if reasoning.value is None and isinstance(content, list):
+        reasoning = Field(f"`{place}.{text_field}`", _reasoning_of(content))
+    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool, reasoning)
+
+
+def _reasoning_of(content: list[object]) -> str | None:
+    """The text of the parts of a content that are reasoning; None: there is none."""
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") in _REASONING_PARTS]
+    texts = [part.get("text", part.get("value", part.get("thinking"))) for part in parts]
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if found else None
 
 
 def _text_of(content: object, place: str) -> object:
     """The text of a content that is a list of parts; any other content as it is."""
     if not isinstance(content, list):
         return content
-    texts = [_text_of_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
+    texts = [
+        _text_of_part(part, f"{place}[{index}]")
+        for index, part in enumerate(content)
+        if not (isinstance(part, dict) and part.get("type") in _REASONING_PARTS)
+    ]
     return "".join(texts) if texts else None
 
 
@@ -246,7 +274,9 @@ def _exchanges(turns: list[_Turn]) -> Iterator[_Exchange]:
 def _candidate(exchange: _Exchange, system: Field, index: int, barred: RejectedError | None) -> Candidate:
     query = joined([turn.text for turn in exchange.asked], "\n\n")
     answer = joined([turn.text for turn in exchange.replies if turn.role == "assistant"], "\n\n")
-    return Candidate(system, query, answer, index, exchange.fault or barred)
+    thought = [turn.reasoning for turn in exchange.replies if turn.reasoning.value is not None]
+    reasoning = joined(thought, "\n\n") if thought else Field("reasoning", None)
+    return Candidate(system, query, answer, index, exchange.fault or barred, reasoning)
 
 
 def _system_of(record: Mapping[str, object], turns: list[_Turn], settings: RecordSettings) -> Field:

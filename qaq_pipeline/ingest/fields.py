@@ -116,7 +116,7 @@ def _is_empty(value: object) -> bool:
 
 def read_names(shape: str, fields: FieldSettings) -> frozenset[str]:
     """The names of the fields that are read of a record of the shape, and those that are known."""
-    names = {*_KNOWN, *fields.system, *fields.source, *fields.language, "tools"}
+    names = {*_KNOWN, *fields.system, *fields.source, *fields.language, *fields.reasoning, "tools"}
     for group in shapes(fields)[shape]:
         names |= set(group)
     if shape in ("alpaca", "query_answer", "preference"):

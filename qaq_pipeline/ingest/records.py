@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest import code_fences, conversations, fields, sources
+from qaq_pipeline.ingest import code_fences, conversations, fields, reasonings, sources
 from qaq_pipeline.ingest.conversations import Candidate, missing
 from qaq_pipeline.ingest.values import Field, is_blank, storable
 from qaq_pipeline.schema.tables import RawData, dtypes
@@ -86,7 +86,7 @@ def read_file(content: bytes, source_file: str, batch: str, settings: RecordSett
     rows = [(batch, source_file, *cells) for row in delivered for cells in _read_row(row, shape, settings)]
     records = [row.value for row in delivered if isinstance(row.value, dict)]
     unread = fields.unread_fields(records, fields.read_names(shape, settings.fields))
-    unread.update(name for record in records for name in {*conversations.unread_of_turns(record, shape)})
+    unread.update(name for record in records for name in {*conversations.unread_of_turns(record, shape, settings)})
     return Reading(pl.DataFrame(rows, schema=dtypes(RawData), orient="row"), unread, len(records))
 
 
@@ -126,7 +126,7 @@ def check_file(content: bytes, source_file: str, settings: RecordSettings) -> No
 def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
     """Return one rejected row for a file that cannot be split into rows: for unattended runs."""
     rejection = (Status.REJECTED.value, RejectReason.UNREADABLE_FILE.value, str(error))
-    row = (batch, source_file, 1, 0, *[None] * 6, "", *rejection)
+    row = (batch, source_file, 1, 0, *[None] * 7, "", *rejection)
     return pl.DataFrame([row], schema=dtypes(RawData), orient="row")
 
 
@@ -173,7 +173,8 @@ def _candidates(record: Mapping[str, object], shape: str, settings: RecordSettin
         else fields.query_of(record, query_names, names)
     )
     answer, system = fields.first_present(record, answer_names), fields.first_present(record, names.system)
-    return [Candidate(system, query, answer, fault=conversations.label_fault(record))]
+    reasoning = fields.first_present(record, names.reasoning)
+    return [Candidate(system, query, answer, fault=conversations.label_fault(record), reasoning=reasoning)]
 
 
 def _cells(
@@ -183,6 +184,9 @@ def _cells(
     # An empty system text becomes null: both have the same pair_id, so models must get the same input.
     system = storable(candidate.system.value) or None
     query, answer = storable(candidate.query.value), storable(candidate.answer.value)
+    reasoning, answer = reasonings.split_off(storable(candidate.reasoning.value), answer)
+    if settings.reasoning == "score" and reasoning is not None and answer is not None:
+        reasoning, answer = None, reasoning + answer
     record = row.value if isinstance(row.value, dict) else {}
     source, given = (
         fields.first_present(record, names) for names in (settings.fields.source, settings.fields.language)
@@ -193,7 +197,7 @@ def _cells(
     identity = None if fault or query is None or answer is None else pair_id(system, query, answer)
     rejection = (Status.REJECTED.value, fault.reason.value, fault.detail) if fault else None
     verdict = rejection or (Status.ACCEPTED.value, None, None)
-    return (*key, identity, system, query, answer, *origin, *verdict)
+    return (*key, identity, system, query, answer, reasoning, *origin, *verdict)
 
 
 def _fault(candidate: Candidate, record: Mapping[str, object]) -> RejectedError | None:

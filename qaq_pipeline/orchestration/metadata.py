@@ -30,7 +30,7 @@ _HOLDS_TEXT = {"qaq/holds": "text"}
 _HOLDS_NUMBERS = {"qaq/holds": "numbers"}
 """Tags of an asset: its readers see text of delivered rows, or only numbers and hashes."""
 
-_TEXT_COLUMNS = {"query", "answer", "evidence"}
+_TEXT_COLUMNS = {"query", "answer", "reasoning", "evidence"}
 
 
 def asset(

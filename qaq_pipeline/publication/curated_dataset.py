@@ -149,7 +149,7 @@ def dataset_files(
     decided = _concat(batches, "decisions")
     files, exported = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}
     for selection in selections:
-        rows = _rows(batches, None if selection == published.name else selection, has_meta=export.meta)
+        rows = _rows(batches, None if selection == published.name else selection, export)
         for name in export.formats:
             files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
         files[f"{selection}/{exports.KEYS}"] = exports.keys(rows)
@@ -170,13 +170,15 @@ def dataset_files(
     return files
 
 
-def _rows(batches: Sequence[BatchTables], selection: str | None, *, has_meta: bool) -> pl.DataFrame:
+def _rows(batches: Sequence[BatchTables], selection: str | None, export: ExportSettings) -> pl.DataFrame:
     """The rows of a selection (None: the published one), batch by batch, best first."""
     rows = _concat(batches, "selected_subset")
     if selection is not None:
         frames = [(batch["raw_data"].frame, batch["decisions"].frame) for batch in batches]
         rows = pl.concat([rows.clear(), *(decisions.selected_rows(selection, *of_batch) for of_batch in frames)])
-    if not has_meta:
+    if export.reasoning == "leave_out":
+        rows = rows.with_columns(reasoning=pl.lit(None, pl.String))
+    if not export.meta:
         return rows
     screened = _concat(batches, "screened_data")
     barred = screened.filter(pl.col("status").is_in(_BARRED))

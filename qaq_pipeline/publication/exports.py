@@ -148,7 +148,12 @@ def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _completion(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": row["answer"]}]
+    return [{"role": "assistant", "content": _answer(row)}]
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """The answer, after its reasoning if there is some."""
+    return (row["reasoning"] or "") + row["answer"]
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     """Alpaca: instruction (all of Q), input (empty), output (A) and system (may be empty)."""
-    return {"instruction": row["query"], "input": "", "output": row["answer"], "system": row["system"] or ""}
+    return {"instruction": row["query"], "input": "", "output": _answer(row), "system": row["system"] or ""}
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ SOURCES: ColumnSources = {
     "selected_subset": {
         **{column: _of("raw_data", column) + _TAKEN for column in ROW_KEY},
         "position": _TAKEN,
-        **_same("raw_data", "pair_id", "system", "query", "answer", "source", "language"),
+        **_same("raw_data", "pair_id", "system", "query", "answer", "reasoning", "source", "language"),
     },
     "planted_rows": dict.fromkeys(tables.PlantedRows.columns(), _PLANTED),
     "planted_scores": dict.fromkeys(tables.PlantedScores.columns(), _of("planted_rows", "system", "query", "answer"))
@@ -201,13 +201,13 @@ SOURCES: ColumnSources = {
 
 
 EXPORTED: dict[str, tuple[str, ...]] = {
-    "messages": ("system", "query", "answer"),
+    "messages": ("system", "query", "reasoning", "answer"),
     "prompt": ("system", "query"),
-    "completion": ("answer",),
-    "conversations": ("system", "query", "answer"),
+    "completion": ("reasoning", "answer"),
+    "conversations": ("system", "query", "reasoning", "answer"),
     "instruction": ("query",),
     "input": (),
-    "output": ("answer",),
+    "output": ("reasoning", "answer"),
     "system": ("system",),
     "meta": (*ROW_KEY, "pair_id", "source", "language"),
 }

@@ -119,6 +119,11 @@ class RawData(_RowKey):
     system = dy.String(nullable=True, description="The row's own system text. It is context and is never scored.")
     query = dy.String(nullable=True, description="Q, as delivered; null if the row has none.")
     answer = dy.String(nullable=True, description="A, as delivered; null if the row has none.")
+    reasoning = dy.String(
+        nullable=True,
+        description="The answer's reasoning, in `<think>` tags, as it stands before the answer in training files; null "
+        "if it has none, or if it is part of the answer (`records.reasoning`). It is never scored.",
+    )
     source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
     language = dy.String(
         nullable=True,
@@ -604,6 +609,7 @@ class SelectedSubset(_RowKey):
     system = RawData.system
     query = dy.String(description="Q, as delivered.")
     answer = dy.String(description="A, as delivered.")
+    reasoning = RawData.reasoning
     source = RawData.source
     language = RawData.language
 

@@ -460,6 +460,41 @@ def test_assistant_turns_that_follow_each_other_are_one_answer() -> None:
     assert row["answer"] == "a\n\nb"
 
 
+TAGGED = "<think>\nWell.\n</think>\n\n"
+WITH_REASONING = {
+    "field": {"role": "assistant", "content": "a", "reasoning_content": "Well."},
+    "other_field": {"role": "assistant", "content": "a", "thinking": " Well.\n"},
+    "inline": {"role": "assistant", "content": TAGGED + "a"},
+    "part": {
+        "role": "assistant",
+        "content": [{"type": "thinking", "thinking": "Well."}, {"type": "text", "text": "a"}],
+    },
+    "part_value": {"role": "gpt", "content": [{"type": "reasoning", "value": "Well."}, {"type": "text", "value": "a"}]},
+}
+
+
+@pytest.mark.parametrize("turn", WITH_REASONING.values(), ids=WITH_REASONING)
+def test_reasoning_is_kept_apart_from_the_answer_or_scored_with_it(turn: dict[str, Any]) -> None:
+    content = jsonl({"messages": [*turns(("user", "q")), turn]})
+    reading = read_file(content, "file.jsonl", "b1", RecordSettings())
+    row = only(reading.frame)
+    assert (row["answer"], row["reasoning"], dict(reading.unread)) == ("a", TAGGED, {})
+    assert row["pair_id"] == pair_id(None, "q", "a")
+    scored = only(read(content, reasoning="score"))
+    assert (scored["answer"], scored["reasoning"]) == (TAGGED + "a", None)
+
+
+def test_the_reasoning_of_a_record_that_is_no_conversation() -> None:
+    frame = read(jsonl({"query": "q", "answer": "a", "reasoning": "Well."}, {"query": "q", "answer": TAGGED + "a"}))
+    assert frame.select("answer", "reasoning").rows() == [("a", TAGGED)] * 2
+
+
+@pytest.mark.parametrize("answer", [TAGGED, "<think>Well.", "a <think>Well.</think>", "<thing>x</thing> a"])
+def test_an_answer_of_nothing_but_reasoning_or_with_tags_elsewhere_is_left_whole(answer: str) -> None:
+    row = only(read(jsonl({"query": "q", "answer": answer})))
+    assert (row["answer"], row["reasoning"]) == (answer, None)
+
+
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 TOOL_TURNS = {
     "openai": [

@@ -83,6 +83,13 @@ def test_jsonl_is_one_record_a_line_to_the_byte(name: str) -> None:
     assert export(name, TWO) == {f"{name}.jsonl": "".join(line + "\n" for line in EXPECTED[name]).encode()}
 
 
+@pytest.mark.parametrize("name", ["messages", "prompt_completion", "sharegpt", "alpaca"])
+def test_reasoning_that_was_not_scored_stands_before_its_answer(name: str) -> None:
+    thought = "<think>\nWell.\n</think>\n\n"
+    rows = selected((None, "q", "a")).with_columns(reasoning=pl.lit(thought))
+    assert export(name, rows) == export(name, selected((None, "q", thought + "a")))
+
+
 def test_alpaca_is_one_json_array_to_the_byte() -> None:
     assert export("alpaca", TWO) == {
         "alpaca.json": f"[\n{EXPECTED['alpaca'][0]},\n{EXPECTED['alpaca'][1]}\n]\n".encode()
