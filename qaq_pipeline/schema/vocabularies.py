@@ -29,7 +29,7 @@ class Status(Vocabulary):
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
-    DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
+    DUPLICATE = "duplicate", "An equal or similar row is kept instead of this one."
     HELD_OUT = "held_out", "The row is held out for training trials: it is neither scored nor selected."
     BETWEEN = "between", "The row is similar to rows that are trained on and to held-out rows, so it is in neither."
 
@@ -157,7 +157,7 @@ class Decision(Vocabulary):
     REJECTED = "rejected", "The row could not be read as a pair."
     WITHDRAWN = "withdrawn", "The row's text was withdrawn."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
-    DUPLICATE = "duplicate", "An equal or similar row that came earlier is kept instead of this one."
+    DUPLICATE = "duplicate", "An equal or similar row is kept instead of this one."
     HELD_OUT = "held_out", "The row is held out for training trials: it is neither scored nor selected."
     BETWEEN = "between", "The row is similar to rows that are trained on and to held-out rows, so it is in neither."
     UNSCORABLE = "unscorable", "A model that the selection uses has no score for the pair."
