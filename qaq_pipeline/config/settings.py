@@ -62,6 +62,8 @@ class FieldSettings(Closed):
     """Fields of the name of the row's source."""
     language: tuple[str, ...] = ("language", "programming_language")
     """Fields of the programming language."""
+    licence: tuple[str, ...] = ("license", "licence")
+    """Fields of the licence."""
 
 
 class RecordSettings(Closed):
@@ -149,6 +151,11 @@ class ScreeningSettings(Closed):
     """Exact and near duplicates."""
     contamination: ContaminationSettings = ContaminationSettings()
     """Benchmark tasks."""
+    secrets: Literal["drop", "off"] = "drop"
+    """drop: a row whose record contains a key or token of a service, or a private key, is not published, and its text
+    is not shown. off: nobody looks for them."""
+    licences: tuple[str, ...] | None = None
+    """Licences that may be published, in any case of letters; null: any. A row that names none may be published."""
 
 
 class HeldOutSettings(Closed):

@@ -30,7 +30,7 @@ DETECTION_ROWS = 100
 
 _KNOWN = frozenset(
     (
-        *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "license", "licence", "url"),
+        *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "url"),
         *("language", "lang", "category", "domain", "topic", "tags", "difficulty", "model", "generator", "num_turns"),
         *("created", "created_at", "date", "timestamp", "rejected", "label", "kto_tag", "score", "rating"),
     )
@@ -116,7 +116,7 @@ def _is_empty(value: object) -> bool:
 
 def read_names(shape: str, fields: FieldSettings) -> frozenset[str]:
     """The names of the fields that are read of a record of the shape, and those that are known."""
-    names = {*_KNOWN, *fields.system, *fields.source, *fields.language, *fields.reasoning, "tools"}
+    names = {*_KNOWN, *fields.system, *fields.source, *fields.language, *fields.licence, *fields.reasoning, "tools"}
     for group in shapes(fields)[shape]:
         names |= set(group)
     if shape in ("alpaca", "query_answer", "preference"):

@@ -126,7 +126,7 @@ def check_file(content: bytes, source_file: str, settings: RecordSettings) -> No
 def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
     """Return one rejected row for a file that cannot be split into rows: for unattended runs."""
     rejection = (Status.REJECTED.value, RejectReason.UNREADABLE_FILE.value, str(error))
-    row = (batch, source_file, 1, 0, *[None] * 7, "", *rejection)
+    row = (batch, source_file, 1, 0, *[None] * 8, "", *rejection)
     return pl.DataFrame([row], schema=dtypes(RawData), orient="row")
 
 
@@ -188,16 +188,23 @@ def _cells(
     if settings.reasoning == "score" and reasoning is not None and answer is not None:
         reasoning, answer = None, reasoning + answer
     record = row.value if isinstance(row.value, dict) else {}
-    source, given = (
-        fields.first_present(record, names) for names in (settings.fields.source, settings.fields.language)
+    source, given, licence = (
+        fields.first_present(record, names)
+        for names in (settings.fields.source, settings.fields.language, settings.fields.licence)
     )
     language = storable(given.value) or code_fences.language_of(answer or "")
-    origin = (storable(source.value), language, row.record)
+    origin = (storable(source.value), language, _licence(licence.value), row.record)
     key = (row.source_row, candidate.turn_index)
     identity = None if fault or query is None or answer is None else pair_id(system, query, answer)
     rejection = (Status.REJECTED.value, fault.reason.value, fault.detail) if fault else None
     verdict = rejection or (Status.ACCEPTED.value, None, None)
     return (*key, identity, system, query, answer, reasoning, *origin, *verdict)
+
+
+def _licence(value: object) -> str | None:
+    """The licence that a row names, or all that it names."""
+    names = [storable(one) for one in value] if isinstance(value, list) else [storable(value)]
+    return ", ".join(name for name in names if name) or None
 
 
 def _fault(candidate: Candidate, record: Mapping[str, object]) -> RejectedError | None:

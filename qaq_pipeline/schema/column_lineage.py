@@ -47,11 +47,13 @@ def _same(table: str, *columns: str) -> dict[str, Sources]:
 
 
 _CONTENT = _of("raw_data", "system", "query", "answer")
-_SIGNED = _of("signatures", *ROW_KEY, "pair_id", "exact_hash", "query_hash", "bands") + _of(
-    "raw_data", "query", "answer"
+_FORBIDDEN = _of("raw_data", "system", "query", "answer", "reasoning", "licence", "record")
+"""The columns that are searched for what must not be published."""
+_SIGNED = _of("signatures", *ROW_KEY, "pair_id", "content_hash", "exact_hash", "query_hash", "bands") + _of(
+    "raw_data", *ROW_KEY, "query", "answer", "language"
 )
-"""The columns that are used to find duplicates, clusters and benchmark tasks."""
-_SCREENED = _of("raw_data", "status") + _SIGNED
+"""The columns that are used to find withdrawn rows, duplicates, clusters and benchmark tasks."""
+_SCREENED = _of("raw_data", "status") + _FORBIDDEN + _SIGNED
 _SCREENED_FOR = _SCREENED + _of("raw_data", "reason")
 
 _LOG_PPL = {
@@ -125,8 +127,8 @@ SOURCES: ColumnSources = {
         **_same("raw_data", *ROW_KEY, "pair_id"),
         "status": _SCREENED,
         **dict.fromkeys(("reason", "batch_gate"), _SCREENED_FOR),
-        **dict.fromkeys(("duplicate_of", "similarity", "cluster"), _SIGNED),
-        "evidence": _SIGNED + _of("raw_data", "detail"),
+        **dict.fromkeys(("duplicate_of", "similarity", "cluster"), _SCREENED),
+        "evidence": _SCREENED + _of("raw_data", "detail"),
     },
     # Every score depends on all texts of the pair, because all must fit into the window.
     "logprobs": dict.fromkeys(tables.Logprobs.columns(), _CONTENT)

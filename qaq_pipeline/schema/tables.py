@@ -129,6 +129,7 @@ class RawData(_RowKey):
         nullable=True,
         description="The row's own `language` field, else the language that a code fence of the answer names first.",
     )
+    licence = dy.String(nullable=True, description="The licence that the row names; null if it names none.")
     record = dy.String(
         description="The delivered record, verbatim; invalid bytes as \\xNN escapes. Empty for an unreadable file."
     )

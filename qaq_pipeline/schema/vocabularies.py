@@ -27,7 +27,7 @@ class Status(Vocabulary):
 
     ACCEPTED = "accepted", "The row is scored; if it has a reason, it is flagged as contaminated."
     REJECTED = "rejected", "The row could not be read as a pair."
-    WITHDRAWN = "withdrawn", "The row's text was withdrawn."
+    WITHDRAWN = "withdrawn", "The row must not be published."
     CONTAMINATED = "contaminated", "The row contains a benchmark task."
     DUPLICATE = "duplicate", "An equal or similar row is kept instead of this one."
     HELD_OUT = "held_out", "The row is held out for training trials: it is neither scored nor selected."
@@ -86,6 +86,8 @@ class WithdrawalReason(Vocabulary):
     """Reasons why a readable row must not be published."""
 
     ROW_WITHDRAWN = "row_withdrawn", "`qaq withdraw` was run for a row with this text."
+    SECRET = "secret", "The delivered record contains a key or token of a service, or a private key."
+    LICENCE_NOT_ALLOWED = "licence_not_allowed", "The row names a licence that is not in `screening.licences`."
 
 
 class GateReason(Vocabulary):
@@ -155,7 +157,7 @@ class Decision(Vocabulary):
     )
     NOT_SELECTED = "not_selected", "The row was ranked and not selected."
     REJECTED = "rejected", "The row could not be read as a pair."
-    WITHDRAWN = "withdrawn", "The row's text was withdrawn."
+    WITHDRAWN = "withdrawn", "The row must not be published."
     CONTAMINATED = "contaminated", "The row contains a benchmark task, and `screening.contamination.action` is drop."
     DUPLICATE = "duplicate", "An equal or similar row is kept instead of this one."
     HELD_OUT = "held_out", "The row is held out for training trials: it is neither scored nor selected."

@@ -19,7 +19,7 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import dtypes
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
-from qaq_pipeline.screening import duplicates, held_out, shingles
+from qaq_pipeline.screening import duplicates, forbidden, held_out, shingles
 from qaq_pipeline.screening.clusters import clusters, linked
 from qaq_pipeline.screening.duplicates import Texts
 from qaq_pipeline.screening.held_out import NOTHING_HELD_OUT, HoldOut
@@ -47,7 +47,9 @@ def screen(
         withdrawn: content hashes of rows that must not be published, each with the reason.
         hold_out: which rows are held out.
     """
-    gone = _withdrawn(signatures, withdrawn)
+    gone = pl.concat([_withdrawn(signatures, withdrawn), forbidden.find(raw, settings)]).unique(
+        ROW_KEY, keep="first", maintain_order=True
+    )
     held = _held(contamination).join(gone, on=ROW_KEY, how="anti")
     is_dropped = settings.contamination.action == "drop"
     own = signatures.join(gone, on=ROW_KEY, how="anti")

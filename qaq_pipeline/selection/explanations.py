@@ -63,7 +63,7 @@ _MOST_CHARACTERS = 80
 """Characters of a value of a column that a sentence shows."""
 
 _NOT_SCORED = {
-    Decision.WITHDRAWN: "Withdrawn, so it is no longer published:",
+    Decision.WITHDRAWN: "Withdrawn, so it is not published:",
     Decision.CONTAMINATED: "Contaminated, and not scored: it contains",
     Decision.HELD_OUT: "Held out for training trials, and not scored:",
     Decision.BETWEEN: "Between: it is similar to rows that are trained on and to held-out rows, so it is in neither, "

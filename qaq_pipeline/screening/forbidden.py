@@ -1,0 +1,55 @@
+"""Rows that must not be published, by what they contain: secrets, and licences that are not allowed.
+
+Belongs here: which rows, and the evidence, which never repeats a secret. Does not belong here: what a secret is
+(`secrets`), and rows that a person withdrew (`withdrawals`).
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from qaq_pipeline.config.settings import ScreeningSettings
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
+from qaq_pipeline.screening import secrets
+
+_TEXTS = ("query", "answer", "system", "reasoning", "record")
+"""Texts that are searched for secrets. The record also has what is not read, such as earlier turns."""
+
+
+def find(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
+    """Key, evidence and reason of the accepted rows that must not be published."""
+    accepted = raw.filter(status=Status.ACCEPTED.value)
+    found = [accepted.select(*ROW_KEY, evidence=pl.lit(None, pl.String), reason=pl.lit(None, pl.String)).clear()]
+    if settings.secrets == "drop":
+        found.append(_with_secret(accepted))
+    if settings.licences is not None:
+        found.append(_not_allowed(accepted, settings.licences))
+    return pl.concat(found)
+
+
+def _with_secret(accepted: pl.DataFrame) -> pl.DataFrame:
+    suspects = accepted.filter(pl.any_horizontal(secrets.may_have(pl.col(name)) for name in _TEXTS))
+    evidence = [
+        next((f"{one.kind} at character {one.place} of the {name}" for name, one in _secrets(texts)), None)
+        for texts in suspects.select(_TEXTS).iter_rows(named=True)
+    ]
+    return (
+        suspects.select(*ROW_KEY)
+        .with_columns(evidence=pl.Series(evidence, dtype=pl.String), reason=pl.lit(WithdrawalReason.SECRET.value))
+        .drop_nulls("evidence")
+    )
+
+
+def _secrets(texts: dict[str, str | None]) -> list[tuple[str, secrets.Secret]]:
+    return [(name, one) for name, text in texts.items() if text is not None for one in secrets.find(text)]
+
+
+def _not_allowed(accepted: pl.DataFrame, licences: tuple[str, ...]) -> pl.DataFrame:
+    named = pl.col("licence").str.strip_chars()
+    is_allowed = named.str.to_lowercase().is_in([licence.strip().lower() for licence in licences])
+    return accepted.filter(~is_allowed).select(
+        *ROW_KEY,
+        evidence=pl.format("it names the licence {}", named),
+        reason=pl.lit(WithdrawalReason.LICENCE_NOT_ALLOWED.value),
+    )
