@@ -115,7 +115,7 @@ def test_an_estimate_of_a_file_that_cannot_be_read_is_one_line(empty_home: Home,
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, r"rows\.jsonl: cannot be read \(No such file or directory\); check the path"),
+        (None, r"rows\.jsonl: no such file or folder; check the path"),
         (b"", r"rows\.jsonl: is empty\. Write its rows into it, or `\[\]`"),
         (b"\x1f\x8b\x08\x00", r"rows\.jsonl: the compressed data are cut off or damaged"),
         (b"PAR1 torn", r"rows\.jsonl: is no complete Parquet file"),
@@ -133,8 +133,22 @@ def test_a_file_that_cannot_be_read_is_named(
     assert not (empty_home.folder / "storage").exists()
 
 
-def test_a_folder_is_no_delivery(empty_home: Home, qaq: Qaq, tmp_path: Path, check_sentence: Check) -> None:
-    check_sentence(qaq(empty_home, "run", tmp_path, "--batch", "b1").error())
+def test_a_folder_without_files_is_no_delivery(
+    empty_home: Home, qaq: Qaq, tmp_path: Path, check_sentence: Check
+) -> None:
+    (tmp_path / "nothing").mkdir()
+    check_sentence(qaq(empty_home, "run", tmp_path / "nothing", "--batch", "b1").error())
+
+
+def test_an_estimate_says_what_is_not_read(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    rows = [{**row, "unit_tests": "assert f"} for row in delivered_rows()[:3]]
+    folder = tmp_path / "rows"
+    write_jsonl(folder / "data.jsonl", [*rows, {"ask": "?", "answer": "a"}])
+    (folder / "README.md").write_text("Rows.")
+    shown = qaq(empty_home, "estimate", folder)
+    assert "Rows: 4, of which 1 cannot be read" in shown.out
+    for said in ("missing_query (1): ", "fields not read: unit_tests (3 of 4 records)", "files left aside: README.md"):
+        assert said in shown.out + shown.err
 
 
 def test_a_batch_that_another_process_runs_is_left_to_it(

@@ -430,7 +430,7 @@ def test_a_version_page_says_of_each_column_of_every_exported_file_what_it_is_ma
     assert scores["gap"] == {("decisions", "gap")}
     assert scores["rmi_strong"] == {("decisions", "scores")}
     assert scores["is_selected:diff_high"] == {("decisions", "verdicts")}
-    text, place = ("system", "query", "answer"), (*ROW_KEY, "pair_id", "source", "language")
+    text, place = ("system", "query", "reasoning", "answer"), (*ROW_KEY, "pair_id", "source", "language")
     for selections, table in ((["diff_high"], "selected_subset"), (CONTROLS, "raw_data")):
         meta = {(table, column) for column in place} | {("raw_data", "record")}
         for name in EVERY_FORMAT:

@@ -28,10 +28,11 @@ def test_values_are_counted_most_frequent_first_and_nulls_left_out() -> None:
 
 
 def test_rows_of_a_delivery_by_status() -> None:
-    assert table_numbers.of_raw_data(raw_rows({}, rejected(), {}), {"a.jsonl": "0"}) == {
+    assert table_numbers.of_raw_data(raw_rows({}, rejected(), {}), {"a.jsonl": "0"}, {"tests": 2}) == {
         "accepted": 2,
         "rejected": 1,
         "rejected_by_reason": {"empty_query": 1},
+        "unread_fields": {"tests": 2},
         "files": {"a.jsonl": "0"},
     }
 

@@ -215,6 +215,7 @@ def test_the_selected_rows_come_best_first_with_their_text() -> None:
         "system": "Be brief.",
         "query": "query 4",
         "answer": "answer 4",
+        "reasoning": None,
         "source": "forum",
         "language": "go",
     }

@@ -10,7 +10,7 @@ import polars as pl
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.ingest.records import UNREAD_KEY
+from qaq_pipeline.ingest.records import ASIDE_KEY, UNREAD_KEY
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.schema.tables import RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Status
@@ -60,6 +60,7 @@ def batch(
             "files": {"rows.jsonl": "f" * 64},
             "delivery": "d" * 32,
             UNREAD_KEY: {"records": raw.height, "with_field": {}},
+            ASIDE_KEY: [],
         },
     )
     screened_data = StoredTable(
@@ -108,6 +109,8 @@ def _raw(name: str, num_rows: int, rng: np.random.Generator, changes: dict[int, 
         system=pl.lit(None, pl.String),
         query=pl.format("Write a function that solves task {}.", "pair"),
         answer=pl.format("def solve_{}(values):\n    return sorted(values)[{}]\n", "pair", "pair"),
+        reasoning=pl.lit(None, pl.String),
+        licence=pl.lit(None, pl.String),
         source=pl.Series(rng.choice(SOURCES, num_rows)),
         language=pl.Series([LANGUAGES[int(i)] for i in rng.integers(0, len(LANGUAGES), num_rows)], dtype=pl.String),
         record=pl.lit("{}"),
