@@ -96,7 +96,7 @@ def pairs(record: Mapping[str, object], shape: str, settings: RecordSettings) ->
     Raises:
         RejectedError: a turn cannot be read, or no user turn is answered.
     """
-    return _answered(record, _turns_of(record, shape, settings), settings)
+    return _answered(record, _turns_of(record, shape, settings), label_fault(record, shape), settings)
 
 
 def is_conversation(record: Mapping[str, object], shape: str) -> bool:
@@ -106,9 +106,12 @@ def is_conversation(record: Mapping[str, object], shape: str) -> bool:
     return shape in CONVERSATIONS or (shape == "preference" and isinstance(record.get("chosen"), (list, dict)))
 
 
-def label_fault(record: Mapping[str, object]) -> RejectedError | None:
-    """The fault of a record whose label, as of KTO, says that its answer is a bad one."""
-    for name in _LABELS:
+def label_fault(record: Mapping[str, object], shape: str) -> RejectedError | None:
+    """The fault of a record whose label, as of KTO, says that its answer is a bad one.
+
+    Elsewhere `label` can be anything.
+    """
+    for name in _LABELS if shape == "prompt_completion" or shape in CONVERSATIONS else ("kto_tag",):
         if record.get(name) is False:
             return RejectedError(RejectReason.NOT_FOR_TRAINING, f"`{name}` is false: the answer is a bad one")
     return None
@@ -244,12 +247,14 @@ def _says_no(mark: object) -> bool:
 # --- exchanges ------------------------------------------------------------------------------------------------------
 
 
-def _answered(record: Mapping[str, object], turns: list[_Turn], settings: RecordSettings) -> list[Candidate]:
+def _answered(
+    record: Mapping[str, object], turns: list[_Turn], barred: RejectedError | None, settings: RecordSettings
+) -> list[Candidate]:
     answered = [one for one in _exchanges(turns) if any(turn.role == "assistant" for turn in one.replies)]
     if not answered:
         found = f"no user turn is followed by an assistant turn; {len(turns)} turns"
         raise RejectedError(RejectReason.NO_ANSWERED_TURN, found)
-    system, barred = _system_of(record, turns, settings), label_fault(record)
+    system = _system_of(record, turns, settings)
     found_pairs = [_candidate(one, system, index, barred) for index, one in enumerate(answered)]
     if settings.multi_turn == "every":
         return found_pairs

@@ -174,7 +174,7 @@ def _candidates(record: Mapping[str, object], shape: str, settings: RecordSettin
     )
     answer, system = fields.first_present(record, answer_names), fields.first_present(record, names.system)
     reasoning = fields.first_present(record, names.reasoning)
-    return [Candidate(system, query, answer, fault=conversations.label_fault(record), reasoning=reasoning)]
+    return [Candidate(system, query, answer, fault=conversations.label_fault(record, shape), reasoning=reasoning)]
 
 
 def _cells(

@@ -20,12 +20,16 @@ class Field(NamedTuple):
 
 
 def joined(fields: list[Field], separator: str) -> Field:
-    """The texts of fields as one, under the first name; a value that is no text comes back alone."""
-    for field in fields:
-        if not isinstance(field.value, str):
-            return field
-    texts = [str(field.value) for field in fields if not is_blank(str(field.value))]
-    return Field(fields[0].name, separator.join(texts)) if len(fields) > 1 else fields[0]
+    """The texts of fields as one, under the first name; a value that is no text comes back alone.
+
+    Fields without a value, or with nothing but white space, are left out where another one has text.
+    """
+    given = [field for field in fields if field.value is not None]
+    other = next((field for field in given if not isinstance(field.value, str)), None)
+    texts = [field for field in given if isinstance(field.value, str) and not is_blank(field.value)]
+    if other is not None or not texts:
+        return other or (given or fields)[0]
+    return texts[0] if len(texts) == 1 else Field(texts[0].name, separator.join(str(text.value) for text in texts))
 
 
 def is_blank(text: str) -> bool:

@@ -495,6 +495,26 @@ def test_an_answer_of_nothing_but_reasoning_or_with_tags_elsewhere_is_left_whole
     assert (row["answer"], row["reasoning"]) == (answer, None)
 
 
+@pytest.mark.parametrize(
+    ("record", "is_barred"),
+    [
+        ({"prompt": "q", "completion": "a", "label": False}, True),
+        ({"prompt": "q", "completion": "a", "label": True}, False),
+        ({"messages": turns(("user", "q"), ("assistant", "a")), "label": False}, True),
+        ({"instruction": "q", "output": "a", "kto_tag": False}, True),
+        ({"query": "Is it a bug?", "answer": "No.", "label": False}, False),
+    ],
+)
+def test_a_label_of_kto_says_which_answer_is_a_bad_one(record: dict[str, Any], *, is_barred: bool) -> None:
+    assert only(read(jsonl(record)))["reason"] == ("not_for_training" if is_barred else None)
+
+
+def test_turns_without_text_are_no_part_of_a_text() -> None:
+    said = turns(("user", None), ("user", "q"), ("user", " "), ("assistant", None), ("assistant", "a"))
+    row = only(read(jsonl({"messages": said})))
+    assert (row["query"], row["answer"]) == ("q", "a")
+
+
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 TOOL_TURNS = {
     "openai": [
