@@ -44,6 +44,7 @@ _MARKS = ("weight", "loss", "train", "loss_weight")
 _LABELS = ("label", "kto_tag")
 _CALLS = ("tool_calls", "function_call")
 _INLINE_CALLS = ("<tool_call>", "<function_call>", "<|tool_call|>")
+_TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "tool_response", "function_call")
 _REASONING_PARTS = ("reasoning", "thinking")
 _TURN_FIELDS = frozenset(
     ("role", "from", "content", "value", "name", "id", "tool_call_id", "recipient", *_MARKS, *_CALLS)
@@ -70,6 +71,8 @@ class _Turn(NamedTuple):
     """Its record says that it is not to be trained on."""
     uses_tool: bool = False
     reasoning: Field = Field("reasoning", None)
+    fault: RejectedError | None = None
+    """Why its text cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class _Exchange:
 
     @property
     def fault(self) -> RejectedError | None:
-        used = next((turn for turn in self.replies if turn.uses_tool), None)
+        unread = next((turn.fault for turn in (*self.asked, *self.replies) if turn.fault is not None), None)
+        if unread is not None:
+            return unread
+        used = next((turn for turn in (*self.asked, *self.replies) if turn.uses_tool), None)
         if used is not None:
             return RejectedError(RejectReason.USES_TOOLS, f"{used.text.name} is a call of a tool, or what a tool said")
         barred = next((turn for turn in self.replies if turn.is_barred), None)
@@ -96,7 +102,20 @@ def pairs(record: Mapping[str, object], shape: str, settings: RecordSettings) ->
     Raises:
         RejectedError: a turn cannot be read, or no user turn is answered.
     """
-    return _answered(record, _turns_of(record, shape, settings), label_fault(record, shape), settings)
+    found = _answered(record, _turns_of(record, shape, settings), label_fault(record, shape), settings)
+    if settings.multi_turn == "every":
+        return found
+    # The answers in a prompt are context: what completes it is taken, or nothing is.
+    candidates = found if shape in CONVERSATIONS or _is_whole(record) else found[-1:]
+    return [next((pair for pair in reversed(candidates) if pair.fault is None), candidates[-1])]
+
+
+def _is_whole(record: Mapping[str, object]) -> bool:
+    """Whether the chosen turns of a preference are a whole conversation."""
+    chosen = record.get("chosen")
+    turns = chosen if isinstance(chosen, list) else []
+    asking = ("user", "human")
+    return any(isinstance(turn, dict) and turn.get("role", turn.get("from")) in asking for turn in turns)
 
 
 def is_conversation(record: Mapping[str, object], shape: str) -> bool:
@@ -112,7 +131,7 @@ def label_fault(record: Mapping[str, object], shape: str) -> RejectedError | Non
     Elsewhere `label` can be anything.
     """
     for name in _LABELS if shape == "prompt_completion" or shape in CONVERSATIONS else ("kto_tag",):
-        if record.get(name) is False:
+        if record.get(name) is not None and _says_no(record[name]):
             return RejectedError(RejectReason.NOT_FOR_TRAINING, f"`{name}` is false: the answer is a bad one")
     return None
 
@@ -187,19 +206,36 @@ def _turn(value: object, place: str, settings: RecordSettings) -> _Turn:
         found = f"`{place}.{role_field}` is {shown(name)}; known roles: {', '.join(_ROLES)}"
         raise RejectedError(RejectReason.UNKNOWN_ROLE, found)
     content = value.get(text_field)
-    text = Field(f"`{place}.{text_field}`", _text_of(content, f"{place}.{text_field}"))
-    uses_tool = role in ("tool", "call") or any(value.get(field) for field in _CALLS) or _calls_inline(role, text.value)
+    uses_tool = role in ("tool", "call") or any(map(_has_content, map(value.get, _CALLS))) or _has_tool_part(content)
+    text, fault = Field(f"`{place}.{text_field}`", None), None
+    try:
+        text = Field(text.name, _text_of(content, f"{place}.{text_field}"))
+    except RejectedError as error:
+        fault = None if uses_tool else error
+    uses_tool = uses_tool or _calls_inline(role, text.value)
     is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
     reasoning = first_present(value, settings.fields.reasoning)
     if reasoning.value is None and isinstance(content, list):
         reasoning = Field(f"`{place}.{text_field}`", _reasoning_of(content))
-    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool, reasoning)
+    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool, reasoning, fault)
+
+
+def _has_content(value: object) -> bool:
+    """Whether a value says something: Parquet gives each turn every field, and each object every key."""
+    if isinstance(value, dict):
+        return any(map(_has_content, value.values()))
+    return bool(value)
+
+
+def _has_tool_part(content: object) -> bool:
+    parts = content if isinstance(content, list) else []
+    return any(isinstance(part, dict) and part.get("type") in _TOOL_PARTS for part in parts)
 
 
 def _reasoning_of(content: list[object]) -> str | None:
     """The text of the parts of a content that are reasoning; None: there is none."""
     parts = [part for part in content if isinstance(part, dict) and part.get("type") in _REASONING_PARTS]
-    texts = [part.get("text", part.get("value", part.get("thinking"))) for part in parts]
+    texts = [_first_of(part, ("text", "value", *_REASONING_PARTS)) for part in parts]
     found = [text for text in texts if isinstance(text, str)]
     return "".join(found) if found else None
 
@@ -228,10 +264,14 @@ def _text_of_part(part: object, place: str) -> str:
         raise RejectedError(
             RejectReason.OTHER_THAN_TEXT, f"`{place}` is a part of type {shown(what)}; text is expected"
         )
-    text = part.get("text", part.get("value"))
+    text = _first_of(part, ("text", "value"))
     if not isinstance(text, str):
         raise RejectedError(RejectReason.WRONG_TYPE, f"the text of `{place}` is {kind(text)}; text is expected")
     return text
+
+
+def _first_of(part: Mapping[str, object], names: tuple[str, ...]) -> object:
+    return next((part[name] for name in names if part.get(name) is not None), None)
 
 
 def _calls_inline(role: str, text: object) -> bool:
@@ -255,10 +295,7 @@ def _answered(
         found = f"no user turn is followed by an assistant turn; {len(turns)} turns"
         raise RejectedError(RejectReason.NO_ANSWERED_TURN, found)
     system = _system_of(record, turns, settings)
-    found_pairs = [_candidate(one, system, index, barred) for index, one in enumerate(answered)]
-    if settings.multi_turn == "every":
-        return found_pairs
-    return [next((pair for pair in reversed(found_pairs) if pair.fault is None), found_pairs[-1])]
+    return [_candidate(one, system, index, barred) for index, one in enumerate(answered)]
 
 
 def _exchanges(turns: list[_Turn]) -> Iterator[_Exchange]:

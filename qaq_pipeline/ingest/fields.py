@@ -19,6 +19,7 @@ of its own.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -62,7 +63,7 @@ def detect_shape(records: Iterable[object], settings: RecordSettings) -> str:
     """The shape of a file's records: the one that is set, else the one that most of the first of them have."""
     if settings.shape != "auto":
         return settings.shape
-    if {"query", "answer"} & settings.fields.model_fields_set:
+    if {"query", "context", "answer"} & settings.fields.model_fields_set:
         return "query_answer"  # A person named the fields.
     sample = list(islice((record for record in records if isinstance(record, dict)), DETECTION_ROWS))
     known = shapes(settings.fields)
@@ -92,7 +93,10 @@ def first_present(record: Mapping[str, object], names: tuple[str, ...]) -> Field
 
 
 def query_of(record: Mapping[str, object], names: tuple[str, ...], fields: FieldSettings) -> Field:
-    """The query of a record that is no conversation: its text, then each text of its context on a line of its own."""
+    """The query of a record that is no conversation: its text, then each text of its context on a line of its own.
+
+    Context that is no text is a fault where it was named, or belongs to an Alpaca instruction; else it is not read.
+    """
     query = first_present(record, names)
     contexts = [
         Field(f"`{name}`", record[name])
@@ -101,9 +105,15 @@ def query_of(record: Mapping[str, object], names: tuple[str, ...], fields: Field
     ]
     if not contexts or not isinstance(query.value, str):
         return query
-    named = [field for field in contexts if not isinstance(field.value, str)]
-    if named:
-        return named[0]
+    no_text = [field for field in contexts if not isinstance(field.value, str)]
+    wanted = {"`input`"} if query.name == "`instruction`" else set()
+    if "context" in fields.model_fields_set:
+        wanted = {field.name for field in contexts}
+    if fault := next((field for field in no_text if field.name in wanted), None):
+        return fault
+    contexts = [field for field in contexts if isinstance(field.value, str)]
+    if not contexts:
+        return query
     if is_blank(query.value):
         return joined(contexts, "\n")
     name = f"{query.name} with {', '.join(field.name for field in contexts)}"
@@ -114,21 +124,29 @@ def _is_empty(value: object) -> bool:
     return (isinstance(value, str) and is_blank(value)) or value in ([], {})
 
 
-def read_names(shape: str, fields: FieldSettings) -> frozenset[str]:
-    """The names of the fields that are read of a record of the shape, and those that are known."""
-    names = {*_KNOWN, *fields.system, *fields.source, *fields.language, *fields.licence, *fields.reasoning, "tools"}
-    for group in shapes(fields)[shape]:
-        names |= set(group)
-    if shape in ("alpaca", "query_answer", "preference"):
-        names |= {*fields.context}
-    if shape == "preference":
-        names |= {*fields.query, *CONVERSATIONS.values()}
-    return frozenset(names)
-
-
-def unread_fields(records: Iterable[Mapping[str, object]], read: frozenset[str]) -> Counter[str]:
+def unread_fields(records: Iterable[Mapping[str, object]], shape: str, settings: RecordSettings) -> Counter[str]:
     """How many records have something in a field that is neither read nor known, by its name."""
-    return Counter(name for record in records for name in _with_content(record) if name not in read)
+    return Counter(name for record in records for name in _unread(record, shape, settings.fields))
+
+
+def _unread(record: Mapping[str, object], shape: str, fields: FieldSettings) -> Iterator[str]:
+    read = {"tools", *(_taken(record, names) for names in shapes(fields)[shape])}
+    if shape == "preference":
+        read |= {"prompt", *CONVERSATIONS.values(), _taken(record, fields.query)}
+    for names in (fields.system, fields.source, fields.language, fields.licence):
+        read.add(_taken(record, names))
+    texts = (
+        [fields.reasoning]
+        if shape == "prompt_completion" or shape in CONVERSATIONS
+        else [fields.reasoning, fields.context]
+    )
+    read |= {name for name in itertools.chain.from_iterable(texts) if isinstance(record.get(name), str)}
+    return (name for name in _with_content(record) if name not in read and name not in _KNOWN)
+
+
+def _taken(record: Mapping[str, object], names: tuple[str, ...]) -> str | None:
+    """The name of the field that `first_present` takes."""
+    return next((name for name in names if record.get(name) is not None), None)
 
 
 def _with_content(record: Mapping[str, object]) -> Iterator[str]:

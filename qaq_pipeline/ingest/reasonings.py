@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import re
 
-_INLINE = re.compile(r"\s*<(?P<tag>think|thinking|reasoning)>.*?</(?P=tag)>\s*", re.DOTALL)
+_INLINE = re.compile(
+    r"\s*<(?P<tag>think|thinking|reasoning)>(?P<text>.*?)</(?P=tag)>(?:(?:[ \t]*\r?\n)+|[ \t]*)", re.DOTALL
+)
+"""Up to the end of its last line: the first line of the answer keeps its indentation."""
 
 
 def split_off(reasoning: str | None, answer: str | None) -> tuple[str | None, str | None]:
     """Reasoning, in tags, and the answer without it.
 
     Args:
-        reasoning: text of a field of its own, without tags; None or blank: there is none.
+        reasoning: text of a field of its own, with or without tags; None or blank: there is none.
         answer: text that may begin with reasoning in tags. An answer of nothing else is left whole.
     """
-    if reasoning is not None and reasoning.strip():
-        return f"<think>\n{reasoning.strip()}\n</think>\n\n", answer
     found = None if answer is None else _INLINE.match(answer)
-    if answer is None or found is None or found.end() == len(answer):
-        return None, answer
-    return found[0], answer[found.end() :]
+    inline = None
+    if answer is not None and found is not None and answer[found.end() :].strip():
+        inline, answer = found[0], answer[found.end() :]
+    plain = _without_tags(reasoning or "")
+    if not plain or (found is not None and inline is not None and _without_tags(inline) == plain):
+        return inline, answer
+    return f"<think>\n{plain}\n</think>\n\n{inline or ''}", answer
+
+
+def _without_tags(text: str) -> str:
+    found = _INLINE.fullmatch(text)
+    return (text if found is None else found["text"]).strip()

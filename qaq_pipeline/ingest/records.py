@@ -32,6 +32,9 @@ UNREAD_KEY = "unread_fields"
 ASIDE_KEY = "files_left_aside"
 """Key in the provenance of raw_data: names of delivered files without rows."""
 
+_MOST = 10
+"""Names that a sentence shows."""
+
 _NO_CANDIDATE = Candidate(Field("system", None), Field("query", None), Field("answer", None))
 
 
@@ -59,9 +62,13 @@ def not_read(facts: Mapping[str, Any]) -> list[str]:
     """What of a delivery is not read, in words, from the provenance of raw_data."""
     records, found = facts[UNREAD_KEY]["records"], facts[UNREAD_KEY]["with_field"]
     most_first = sorted(found.items(), key=lambda one: (-one[1], one[0]))
-    fields_of = [f"{name} ({count:,} of {records:,} records)" for name, count in most_first]
+    fields_of = [
+        f"{name!a:.60} ({count:,} of {records:,} records)".replace("'", "") for name, count in most_first[:_MOST]
+    ]
+    fields_of += [f"and {len(most_first) - _MOST:,} others"] if len(most_first) > _MOST else []
     said = [f"fields not read: {', '.join(fields_of)}; name them in records.fields if they belong to the pair"]
-    aside = facts[ASIDE_KEY]
+    aside = [*facts[ASIDE_KEY][:_MOST]]
+    aside += [f"and {len(facts[ASIDE_KEY]) - _MOST:,} others"] if len(facts[ASIDE_KEY]) > _MOST else []
     return [*(said if found else []), *([f"files left aside: {', '.join(aside)}"] if aside else [])]
 
 
@@ -75,17 +82,27 @@ def field_of(record: pl.Expr, name: str) -> pl.Expr:
     return record.str.json_path_match(f"$['{name}']")
 
 
-def read_file(content: bytes, source_file: str, batch: str, settings: RecordSettings) -> Reading:
-    """Read every row of a delivered file, accepted or rejected, with the columns of RawData in order.
+def read_file(
+    content: bytes, source_file: str, batch: str, settings: RecordSettings, limit: int | None = None
+) -> Reading:
+    """Read the rows of a delivered file, accepted or rejected, with the columns of RawData in order.
+
+    Args:
+        content: of the file.
+        source_file: its name.
+        batch: name of the batch.
+        settings: what is read.
+        limit: number of records that are read; None: all.
 
     Raises:
         UnreadableFileError: the file is empty, damaged, or not a list of rows.
     """
     delivered = list(split(content, source_file, partial(fields.has_pair, settings=settings)))
     shape = fields.detect_shape((row.value for row in delivered), settings)
+    delivered = delivered[:limit]
     rows = [(batch, source_file, *cells) for row in delivered for cells in _read_row(row, shape, settings)]
     records = [row.value for row in delivered if isinstance(row.value, dict)]
-    unread = fields.unread_fields(records, fields.read_names(shape, settings.fields))
+    unread = fields.unread_fields(records, shape, settings)
     unread.update(name for record in records for name in {*conversations.unread_of_turns(record, shape, settings)})
     return Reading(pl.DataFrame(rows, schema=dtypes(RawData), orient="row"), unread, len(records))
 
@@ -98,18 +115,20 @@ def read_delivery(
     A file that cannot be split into rows becomes one rejected row, which gates the batch.
     """
     data, left_aside = sources.split_off(contents)
-    readings = [_read_or_reject(content, name, batch, settings) for name, content in data.items()]
+    readings: list[Reading] = []
+    for name, content in data.items():
+        if limit == 0:
+            break
+        readings.append(_read_or_reject(content, name, batch, settings, limit))
+        limit = None if limit is None else limit - readings[-1].frame["source_row"].n_unique()
     rows = pl.concat([pl.DataFrame(schema=dtypes(RawData)), *(reading.frame for reading in readings)])
-    if limit is not None:
-        first = rows.select("source_file", "source_row").unique(maintain_order=True).head(limit)
-        rows = rows.join(first, on=["source_file", "source_row"], how="semi", maintain_order="left")
     unread = sum((reading.unread for reading in readings), Counter[str]())
     return Reading(rows, unread, sum(reading.num_records for reading in readings), left_aside)
 
 
-def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSettings) -> Reading:
+def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSettings, limit: int | None) -> Reading:
     try:
-        return read_file(content, name, batch, settings)
+        return read_file(content, name, batch, settings, limit)
     except UnreadableFileError as error:
         return Reading(unreadable_file(error, name, batch), Counter(), 0)
 
@@ -202,9 +221,16 @@ def _cells(
 
 
 def _licence(value: object) -> str | None:
-    """The licence that a row names, or all that it names."""
-    names = [storable(one) for one in value] if isinstance(value, list) else [storable(value)]
+    """The licence that a row names, or all that it names, separated by commas."""
+    given = value if isinstance(value, list) else [value]
+    names = [storable(_name_of_licence(one)) for one in given]
     return ", ".join(name for name in names if name) or None
+
+
+def _name_of_licence(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    return next((value[key] for key in ("spdx_id", "key", "name", "id") if value.get(key)), None)
 
 
 def _fault(candidate: Candidate, record: Mapping[str, object]) -> RejectedError | None:

@@ -6,12 +6,15 @@ and what is in a file (`storage.row_files`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import fsspec
 from fsspec import AbstractFileSystem
 
+_SIGNS = "*?["
+"""Characters of a pattern."""
 _NO_ROWS = frozenset(
     (
         *("license", "licence", "copying", "notice", "authors", "citation.cff", "makefile", "dockerfile"),
@@ -87,9 +90,12 @@ def _read(source: str) -> dict[str, bytes]:
 
 def _files(fs: AbstractFileSystem, path: str, source: str) -> dict[str, str]:
     """The places of the files of a source, by name."""
-    if any(sign in source for sign in "*?[") and not fs.exists(path):
-        return {PurePosixPath(place).name: place for place in sorted(fs.glob(path)) if fs.isfile(place)}
+    if any(sign in source for sign in _SIGNS) and not fs.exists(path):
+        fixed = itertools.takewhile(lambda part: not any(sign in part for sign in _SIGNS), path.split("/"))
+        root = "".join(f"{part}/" for part in fixed)
+        return {place.removeprefix(root): place for place in sorted(fs.glob(path)) if fs.isfile(place)}
     if fs.isdir(path):
         root = path.rstrip("/") + "/"
-        return {place.removeprefix(root): place for place in sorted(fs.find(path)) if not place.endswith("/")}
+        found = {place.removeprefix(root): place for place in sorted(fs.find(path)) if not place.endswith("/")}
+        return {name: place for name, place in found.items() if not name.startswith(".git/")}
     return {PurePosixPath(path).name: path}

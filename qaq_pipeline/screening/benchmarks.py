@@ -65,7 +65,8 @@ def _big_code_bench(record: Fields) -> list[Task]:
 
 def _apps(record: Fields) -> list[Task]:
     """Of the many solutions, which the file has as JSON text, the first."""
-    solutions = json.loads(record["solutions"] or "[]")
+    given = record["solutions"]
+    solutions = given if isinstance(given, list) else json.loads(given or "[]")
     return [Task(f"APPS/{record['problem_id']}", record["question"], next(iter(solutions), None))]
 
 
@@ -123,10 +124,10 @@ def load_benchmark(source: BenchmarkSettings) -> Benchmark:
 
 def _records(data: bytes, source: BenchmarkSettings) -> Iterator[tuple[int, Any]]:
     """The number and the value of each record."""
-    if (by_id := _by_id(data)) is not None:
-        yield from enumerate(by_id, start=1)
-        return
     try:
+        if (by_id := _by_id(row_files.decompress(data, source.path))) is not None:
+            yield from enumerate(by_id, start=1)
+            return
         rows = list(row_files.split(data, source.path, lambda record: _reader(record, source) is not None))
     except row_files.UnreadableFileError as error:
         raise BenchmarkError(f"benchmark {source.name}: {error}") from error
@@ -140,10 +141,11 @@ def _records(data: bytes, source: BenchmarkSettings) -> Iterator[tuple[int, Any]
 
 def _by_id(data: bytes) -> list[Any] | None:
     """The tasks of one JSON object that has an object for each id; None: the file is something else."""
-    if not data.lstrip().startswith(b"{"):
+    text = data.decode("utf-8-sig", "replace")
+    if not text.lstrip().startswith("{"):
         return None
     try:
-        tasks = json.loads(data)
+        tasks = json.loads(text)
     except (ValueError, RecursionError):
         return None
     is_by_id = isinstance(tasks, dict) and len(tasks) > 0 and all(isinstance(task, dict) for task in tasks.values())

@@ -3,9 +3,10 @@
 Belongs here: which rows contain a task's prompt or solution, and the evidence. Does not belong here: the formats of
 benchmark files (`benchmarks`), or what happens to such a row (`screen`).
 
-A row contains a text of a task if its query and answer contain at least `min_ngram_share` of the text's distinct word
-n-grams, and at least three of them (all, if the text has fewer). This measures containment, so neither the row's length
-nor a light edit hides a task. A prompt too short for n-grams is found if the row contains its words consecutively. A
+A row contains a text of a task if its query, reasoning and answer contain at least `min_ngram_share` of the text's
+distinct word n-grams, and at least three of them (all, if the text has fewer). This measures containment, so neither
+the row's length nor a light edit hides a task. A prompt too short for n-grams is found if the row contains its words
+consecutively. A
 solution is also found verbatim, ignoring white space, if it is long enough to be distinctive and not a trivial body.
 """
 
@@ -24,7 +25,7 @@ from qaq_pipeline.schema.vocabularies import ContaminationReason
 from qaq_pipeline.screening import shingles
 from qaq_pipeline.screening.benchmarks import Benchmark
 
-VERSION = "2"
+VERSION = "3"
 _MIN_NGRAMS = 3
 _MIN_PROMPT_WORDS = 5
 _ROWS_AT_ONCE = 10_000
@@ -112,7 +113,7 @@ class _Index:
 
 
 def _find(rows: pl.DataFrame, parts: list[_Part], index: _Index, settings: ContaminationSettings) -> pl.DataFrame:
-    text = rows.select(shingles.pair_text()).to_series()
+    text = rows.select(shingles.published_text()).to_series()
     words = shingles.words(text)
     by_words = _verbatim(_in_words(words), index.short_prompts)
     by_solution = _verbatim(text.str.replace_all(r"\s+", " "), index.long_solutions)

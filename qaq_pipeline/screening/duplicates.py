@@ -234,25 +234,54 @@ def _near(
     """
     in_common = _shared_bands(rows, num_older)
     candidates = _Candidates(rows.join(in_common.select("order"), on="order", how="semi"), texts)
-    standing: dict[int, list[int]] = {}
-    found: dict[int, tuple[int, float]] = {}
-    links: list[tuple[int, int]] = []
-    for order, bands in in_common.iter_rows():
-        if order >= num_older:
-            shared = (standing.get(band, ()) for band in bands)
-            others = {earlier for of_band in shared if len(of_band) < _MAX_STANDING for earlier in of_band}
-            near, flawed, similar = candidates.compare(order, sorted(others - found.keys()), thresholds)
+    search = _Search(dict(in_common.iter_rows()), num_older, candidates, thresholds)
+    for order in in_common["order"]:
+        search.place(order)
+    return search.found, [link for link in search.links if search.found.keys().isdisjoint(link)]
+
+
+class _Search:
+    """The rows that stand for others so far, in each band, and what was found of the others."""
+
+    def __init__(
+        self, bands: dict[int, list[int]], num_older: int, candidates: _Candidates, thresholds: tuple[float, float]
+    ) -> None:
+        self._bands, self._num_older, self._candidates, self._thresholds = bands, num_older, candidates, thresholds
+        self._standing: dict[int, list[int]] = {}
+        self._duplicates_of: dict[int, list[int]] = {}
+        self.found: dict[int, tuple[int, float]] = {}
+        self.links: list[tuple[int, int]] = []
+
+    def place(self, order: int) -> None:
+        """Find what represents a row, or let it stand, in place of rows of its batch that are near but worse."""
+        flawed: list[int] = []
+        if order >= self._num_older:
+            shared = (self._standing.get(band, ()) for band in self._bands[order])
+            others = {other for of_band in shared if len(of_band) < _MAX_STANDING for other in of_band}
+            others -= self.found.keys() | {order}
+            near, flawed, similar = self._candidates.compare(order, sorted(others), self._thresholds)
             if near is not None:
-                found[order] = near
-                continue
-            if replaced := {earlier for earlier in flawed if earlier >= num_older}:
-                replaced |= {one for one, (of, _) in found.items() if of in replaced}
-                found |= {duplicate: (order, candidates.similarity(duplicate, order)) for duplicate in replaced}
-            links += [(order, earlier) for earlier in (*flawed, *similar)]
-        for band in bands:
-            if len(rows_of := standing.setdefault(band, [])) < _MAX_STANDING:
+                self.found[order] = near
+                self._duplicates_of.setdefault(near[0], []).append(order)
+                return
+            self.links += [(max(order, other), min(order, other)) for other in (*flawed, *similar)]
+        for band in self._bands[order]:
+            rows_of = self._standing.setdefault(band, [])
+            if len(rows_of) < _MAX_STANDING and order not in rows_of:
                 rows_of.append(order)
-    return found, [link for link in links if found.keys().isdisjoint(link)]
+        for other in flawed:
+            if other >= self._num_older:
+                self._replace(other, order)
+
+    def _replace(self, other: int, order: int) -> None:
+        """Make a row the duplicate of a better one; what it stood for is placed again."""
+        self.found[other] = order, self._candidates.similarity(other, order)
+        self._duplicates_of.setdefault(order, []).append(other)
+        freed = self._duplicates_of.pop(other, [])
+        for duplicate in freed:
+            del self.found[duplicate]
+        for duplicate in freed:
+            self.place(duplicate)
 
 
 class _Candidates:

@@ -7,6 +7,7 @@ are similar (`duplicates`), and whether an answer is right: nothing is run.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import tomllib
@@ -18,7 +19,9 @@ import yaml
 Answer = tuple[str, str | None]
 """Text and language of an answer."""
 
-_FENCED = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,})[^`\n]*\n(?P<code>.*?)^ {0,3}(?P=fence)", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,}) *(?P<info>[^`\s]*)[^`\n]*\n(?P<code>.*?)^ {0,3}(?P=fence)", re.MULTILINE | re.DOTALL
+)
 _LOST_LINES = 0.5
 """An answer with less than this share of the lines of another one with the same words has lost line ends."""
 _LONGEST = 100_000
@@ -36,29 +39,38 @@ def _num_lines(answer: Answer) -> int:
     return sum(1 for line in answer[0].splitlines() if line.strip())
 
 
+@functools.lru_cache(maxsize=10_000)
 def _parses(answer: Answer) -> bool:
-    """Whether the code can be parsed; True where no parser of its language is here, or there is too much of it."""
+    """Whether the code can be parsed; True where no parser of its language is here, or there is too much of it.
+
+    Code of a language that nothing names is taken for Python: of two answers with the same words, one that parses as
+    Python is the better one.
+    """
     text, language = answer
-    parse = _PARSERS.get((language or "python").lower())
-    blocks = [found["code"] for found in _FENCED.finditer(text)] or [text]
-    if parse is None or len(text) > _LONGEST:
+    if len(text) > _LONGEST:
         return True
+    fenced = [(found["info"].lower() or language or "python", found["code"]) for found in _FENCED.finditer(text)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Such as invalid escapes in a string.
-            for block in blocks:
-                parse(block)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, yaml.YAMLError):
+            for name, code in fenced or [((language or "python").lower(), text)]:
+                if (parse := _PARSERS.get(name)) is not None:
+                    parse(code)
+    except Exception:  # noqa: BLE001  # Parsers of damaged text raise errors of any kind.
         return False
     return True
 
 
 def _parse_makefile(code: str) -> None:
-    after_rule = False
+    in_rule = is_continued = False
     for line in code.splitlines():
-        if after_rule and line.startswith(" ") and line.strip():
+        if in_rule and not is_continued and line.startswith(" ") and line.strip():
             raise ValueError("a recipe line begins with a blank and not with a tab")
-        after_rule = bool(re.match(r"[^\s#=:]+[^=:]*:(?![=:])", line)) or (after_rule and line.startswith("\t"))
+        head = line.split("=", 1)[0]
+        is_rule = ":" in head and not head.endswith(":") and line[:1] not in (" ", "\t", "#")
+        is_rule = is_rule or (line.rstrip().endswith(":") and line[:1] not in (" ", "\t", "#"))
+        in_rule = is_rule or (in_rule and (is_continued or line.startswith("\t")))
+        is_continued = line.rstrip().endswith("\\")
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {

@@ -18,18 +18,20 @@ _TEXTS = ("query", "answer", "system", "reasoning", "record")
 
 
 def find(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
-    """Key, evidence and reason of the accepted rows that must not be published."""
-    accepted = raw.filter(status=Status.ACCEPTED.value)
-    found = [accepted.select(*ROW_KEY, evidence=pl.lit(None, pl.String), reason=pl.lit(None, pl.String)).clear()]
+    """Key, evidence and reason of the rows that must not be published, nor shown.
+
+    Rows that could not be read are searched for secrets, too: pages show their records.
+    """
+    found = [raw.select(*ROW_KEY, evidence=pl.lit(None, pl.String), reason=pl.lit(None, pl.String)).clear()]
     if settings.secrets == "drop":
-        found.append(_with_secret(accepted))
+        found.append(_with_secret(raw))
     if settings.licences is not None:
-        found.append(_not_allowed(accepted, settings.licences))
+        found.append(_not_allowed(raw.filter(status=Status.ACCEPTED.value), settings.licences))
     return pl.concat(found)
 
 
-def _with_secret(accepted: pl.DataFrame) -> pl.DataFrame:
-    suspects = accepted.filter(pl.any_horizontal(secrets.may_have(pl.col(name)) for name in _TEXTS))
+def _with_secret(rows: pl.DataFrame) -> pl.DataFrame:
+    suspects = rows.filter(pl.any_horizontal(secrets.may_have(pl.col(name)) for name in _TEXTS))
     evidence = [
         next((f"{one.kind} at character {one.place} of the {name}" for name, one in _secrets(texts)), None)
         for texts in suspects.select(_TEXTS).iter_rows(named=True)
@@ -47,7 +49,9 @@ def _secrets(texts: dict[str, str | None]) -> list[tuple[str, secrets.Secret]]:
 
 def _not_allowed(accepted: pl.DataFrame, licences: tuple[str, ...]) -> pl.DataFrame:
     named = pl.col("licence").str.strip_chars()
-    is_allowed = named.str.to_lowercase().is_in([licence.strip().lower() for licence in licences])
+    allowed = [licence.strip().lower() for licence in licences]
+    each = named.str.to_lowercase().str.split(",").list.eval(pl.element().str.strip_chars().is_in(allowed)).list.all()
+    is_allowed = named.str.to_lowercase().is_in(allowed) | each
     return accepted.filter(~is_allowed).select(
         *ROW_KEY,
         evidence=pl.format("it names the licence {}", named),

@@ -57,6 +57,11 @@ def pair_text() -> pl.Expr:
     return pl.concat_str("query", "answer", separator="\n")
 
 
+def published_text() -> pl.Expr:
+    """Build the text of RawData pairs as training files have it: query, reasoning and answer."""
+    return pl.concat_str("query", "reasoning", "answer", separator="\n", ignore_nulls=True)
+
+
 def words(texts: pl.Series, pattern: str = WORD) -> pl.Series:
     """Extract the words of each text, in order."""
     frame = texts.alias("text").to_frame()

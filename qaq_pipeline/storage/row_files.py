@@ -21,7 +21,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice, starmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +50,9 @@ _OTHERS = {
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _CSV_SEPARATORS = ",\t;|"
+_CSV_NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")
+_LONGEST_HEADER = 10_000
+"""Bytes of a file in which the first two lines of CSV are looked for."""
 _LARGEST_WINDOW = 2**31
 """Largest window of a zstandard frame that is read, as `zstd --long=31` writes it."""
 
@@ -136,6 +139,14 @@ def shown(value: object) -> str:
 
 
 # --- compression ----------------------------------------------------------------------------------------------------
+
+
+def decompress(content: bytes, source_file: str) -> bytes:
+    """The content of a file that may be compressed. Raises UnreadableFileError."""
+    try:
+        return _decompress(content)
+    except _UnreadableError as error:
+        raise UnreadableFileError(f"{source_file}: {error}") from error
 
 
 def _decompress(content: bytes) -> bytes:
@@ -248,11 +259,37 @@ def _texts(column: pa.Array) -> list[object]:
         column.validate(full=True)  # Offsets of damaged data can lead anywhere.
         return column.to_pylist()
     except pa.ArrowInvalid:
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise
-    raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+        raw = column.cast(_with_bytes(column.type))
     raw.validate(full=True)
-    return [None if cell is None else cell.decode("utf-8", "surrogateescape") for cell in raw.to_pylist()]
+    return [_decoded(cell, column.type) for cell in raw.to_pylist()]
+
+
+def _with_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in place of texts, also inside lists and structs."""
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_bytes(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_with_bytes(kind.value_type)))
+    return kind
+
+
+def _decoded(cell: Any, kind: pa.DataType) -> object:
+    """A cell of `_with_bytes(kind)` with its texts."""
+    if cell is None or not (pa.types.is_nested(kind) or isinstance(cell, bytes)):
+        return cell
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return cell.decode("utf-8", "surrogateescape")
+    if pa.types.is_struct(kind):
+        return {field.name: _decoded(cell[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_decoded(one, kind.value_type) for one in cell]
+    return cell
 
 
 def _delivered_cells(number: int, row: dict[str, object]) -> DeliveredRow:
@@ -370,20 +407,43 @@ def _refuse_wrapped_list(value: dict[str, object], fits: Fits) -> None:
 
 def _csv_separator(content: bytes, fits: Fits) -> str | None:
     """The separator of CSV whose first line names the fields of a pair; None: the file is something else."""
-    header = content.lstrip(b"\r\n").split(b"\n", 1)[0].decode("utf-8", "replace").rstrip("\r")
-    if header.lstrip().startswith("{"):
+    lines = re.split(rb"\r\n?|\n", content[:_LONGEST_HEADER].lstrip(b"\r\n"), maxsplit=2)
+    header, second = (one.decode("utf-8", "replace") for one in (*lines, b"")[:2])
+    if len(lines) < 2 or header.lstrip().startswith("{"):
         return None
-    found = (one for one in _CSV_SEPARATORS if fits(dict.fromkeys(next(csv.reader([header], delimiter=one), []), "")))
-    return next(found, None)
+    by_separator = {one: _csv_cells(header, one) for one in _CSV_SEPARATORS}
+    for separator, names in by_separator.items():
+        if fits(dict.fromkeys(names, "")):
+            if len(set(names)) < len(names):
+                raise _UnreadableError(f"is CSV in which two columns have one name ({header:.200}). Rename one.")
+            return separator
+    for separator, names in by_separator.items():
+        is_header = len(names) > 1 and all(_CSV_NAME.fullmatch(name) for name in names)
+        if is_header and len(_csv_cells(second, separator)) == len(names):
+            raise _UnreadableError(
+                f"looks like CSV, and of its columns ({', '.join(names)}) no two are known as a query and an answer. "
+                "Name them in records.fields, as `query` and `answer`."
+            )
+    return None
+
+
+def _csv_cells(line: str, separator: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
+    except csv.Error:
+        return []
 
 
 def _of_csv(content: bytes, separator: str) -> Iterator[DeliveredRow]:
     text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
     csv.field_size_limit(2**31 - 1)  # A text can be longer than the 128 KiB that are allowed by default.
+    reader = csv.reader(text, delimiter=separator, strict=True)  # Else an open quote would hold the rest of the file.
     try:
-        names, *rows = filter(None, csv.reader(text, delimiter=separator))
+        names, *rows = filter(None, reader)
     except csv.Error as error:
-        raise _UnreadableError(f"is CSV that cannot be read ({error}). Write it again, or deliver JSONL.") from error
+        fault = f"is CSV that cannot be read: before line {reader.line_num + 1}, {error}"
+        raise _UnreadableError(f"{fault}. Correct its quotes, or deliver JSONL.") from error
+    names = [name.strip() for name in names]
     return (_delivered_csv(number, names, cells) for number, cells in enumerate(rows, 1))
 
 
@@ -398,4 +458,4 @@ def _delivered_csv(number: int, names: list[str], cells: list[str]) -> Delivered
             None,
             RejectedError(RejectReason.BAD_CSV, found),
         )
-    return _delivered_cells(number, dict(zip(names, cells, strict=True)))
+    return _delivered_cells(number, {name: cell or None for name, cell in zip(names, cells, strict=True)})

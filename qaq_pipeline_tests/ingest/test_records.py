@@ -165,14 +165,35 @@ def test_a_cell_that_is_not_utf8_costs_its_row_only_and_nothing_where_nobody_rea
     assert json.loads(frame["record"][0].replace("\\", "\\\\"))["path"] == "\\xfe"
 
 
+def test_a_byte_that_is_not_utf8_inside_a_conversation_costs_its_row_only() -> None:
+    said = turns(("user", "q"), ("assistant", "a?"))
+    table = pa.table({"messages": [said, turns(("user", "q"), ("assistant", "b"))]})
+    buffer = io.BytesIO()
+    write_arrow(table, buffer)
+    frame = read(buffer.getvalue().replace(b"a?", b"a\xff"))
+    assert frame["reason"].to_list() == ["invalid_utf8", None]
+
+
 def test_csv_is_read_as_its_writer_meant_it() -> None:
     rows = [{"query": 'a "b", c\nd', "answer": "x" * 200_000}, {"query": "", "answer": "e"}]
     frame = read(written_csv(*rows))
     assert frame.select("source_row", "query", "answer", "reason").rows() == [
         (1, 'a "b", c\nd', "x" * 200_000, None),
-        (2, "", "e", "empty_query"),
+        (2, None, "e", "missing_query"),
     ]
     assert json.loads(frame["record"][0]) == rows[0]
+
+
+@pytest.mark.parametrize(
+    "content", [b"x" * 200_000, b'"' + b"x" * 200_000 + b'"', b"ORC" + b"\x01\x02\x03\xfe" * 50_000]
+)
+def test_what_is_no_csv_is_rejected_line_by_line(content: bytes) -> None:
+    assert only(read(content))["reason"] in ("bad_json", "invalid_utf8", "not_an_object")
+
+
+def test_csv_with_line_ends_of_old_and_an_empty_cell_beside_another_name() -> None:
+    frame = read(b"query,question, answer\rq,,a\r,r,b\r")
+    assert frame.select("query", "answer").rows() == [("q", "a"), ("r", "b")]
 
 
 def test_a_row_of_csv_with_other_cells_than_the_header_is_rejected(check_sentence: Check) -> None:
@@ -187,6 +208,9 @@ def test_a_row_of_csv_with_other_cells_than_the_header_is_rejected(check_sentenc
 
 
 UNREADABLE = {
+    "csv_open_quote": (b'query,answer\nq1,a1\nq2,"oops\nq3,a3\n', r"is CSV that cannot be read: before line 5"),
+    "csv_two_names": (b"query,answer,answer\nq,a,b\n", "two columns have one name"),
+    "csv_unknown": (b"Question,Fixed code\nq,a\n", r"looks like CSV.*\(Question, Fixed code\).*records\.fields"),
     "zip": (b"PK\x03\x04...", r"is a zip archive\. Unpack"),
     "tar": (b"rows.jsonl".ljust(257, b"\0") + b"ustar\0", r"is a tar archive\. Unpack"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
@@ -393,6 +417,27 @@ def test_a_person_names_the_fields() -> None:
     assert (row["system"], row["query"], row["answer"], row["source"]) == ("S", "q\nt", "a", "x")
 
 
+def test_of_two_fields_that_could_be_read_the_other_one_is_named() -> None:
+    both = {"instruction": "do", "question": "q", "answer": "a", "solution": "s"}
+    assert unread(both) == ({"instruction": 1, "solution": 1}, 1)
+
+
+def test_context_that_is_no_text_is_named_and_costs_no_row_unless_a_person_asked_for_it() -> None:
+    record = {"question": "q", "answer": "a", "context": ["x"]}
+    assert unread(record) == ({"context": 1}, 1)
+    assert only(read(jsonl(record), fields={"context": ["context"]}))["reason"] == "wrong_type"
+    assert (
+        only(read(jsonl({"prompt": "p", "completion": "c", "context": "t"}), fields={"context": ["context"]}))["query"]
+        == "p\nt"
+    )
+
+
+def test_a_licence_is_read_in_every_form() -> None:
+    forms = ["MIT", ["MIT", "Apache-2.0"], {"key": "mit", "name": "MIT License"}, None, 3]
+    frame = read(jsonl(*({"query": "q", "answer": "a", "license": form} for form in forms)))
+    assert frame["licence"].to_list() == ["MIT", "MIT, Apache-2.0", "mit", None, None]
+
+
 def test_fields_that_are_neither_read_nor_known_are_counted() -> None:
     talk = turns(("user", "q"), ("assistant", "a"))
     talk[1] |= {"weight": 1, "logprobs": [1], "refusal": None}
@@ -489,6 +534,26 @@ def test_the_reasoning_of_a_record_that_is_no_conversation() -> None:
     assert frame.select("answer", "reasoning").rows() == [("a", TAGGED)] * 2
 
 
+def test_reasoning_stands_once_and_the_first_line_of_the_answer_keeps_its_indentation() -> None:
+    frame = read(
+        jsonl(
+            {"query": "q", "answer": TAGGED + "a", "reasoning": "Well."},
+            {"query": "q", "answer": "a", "reasoning": TAGGED},
+            {"query": "q", "answer": TAGGED + "a", "reasoning": "First."},
+            {"query": "q", "answer": "<think>Well.</think>\n\n    return x"},
+            {"query": "q", "answer": "<think>Well.</think> return x"},
+        )
+    )
+    assert frame.select("answer", "reasoning").rows() == [
+        ("a", TAGGED),
+        ("a", TAGGED),
+        ("a", "<think>\nFirst.\n</think>\n\n" + TAGGED),
+        ("    return x", "<think>Well.</think>\n\n"),
+        ("return x", "<think>Well.</think> "),
+    ]
+    assert unread({"query": "q", "answer": "a", "reasoning": ["s"]}) == ({"reasoning": 1}, 1)
+
+
 @pytest.mark.parametrize("answer", [TAGGED, "<think>Well.", "a <think>Well.</think>", "<thing>x</thing> a"])
 def test_an_answer_of_nothing_but_reasoning_or_with_tags_elsewhere_is_left_whole(answer: str) -> None:
     row = only(read(jsonl({"query": "q", "answer": answer})))
@@ -507,6 +572,38 @@ def test_an_answer_of_nothing_but_reasoning_or_with_tags_elsewhere_is_left_whole
 )
 def test_a_label_of_kto_says_which_answer_is_a_bad_one(record: dict[str, Any], *, is_barred: bool) -> None:
     assert only(read(jsonl(record)))["reason"] == ("not_for_training" if is_barred else None)
+
+
+@pytest.mark.parametrize("no", [0, "False", "false"])
+def test_a_label_can_be_written_in_other_ways(no: Any) -> None:
+    assert only(read(jsonl({"prompt": "q", "completion": "a", "label": no})))["reason"] == "not_for_training"
+
+
+def test_an_answer_of_a_prompt_is_never_taken_for_the_completion() -> None:
+    prompt = turns(("user", "u1"), ("assistant", "few-shot"), ("user", "u2"))
+    completion = [{"role": "assistant", "content": "c", "weight": 0}]
+    row = only(read(jsonl({"prompt": prompt, "completion": completion})))
+    assert (row["query"], row["reason"]) == ("u2", "not_for_training")
+
+
+def test_a_part_that_is_no_text_costs_its_own_exchange_only() -> None:
+    image = [{"type": "image_url"}, {"type": "text", "text": "What is it?"}]
+    said = turns(("user", image), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))
+    assert only(read(jsonl({"messages": said})))["query"] == "q2"
+    assert read(jsonl({"messages": said}), multi_turn="every")["reason"].to_list() == ["other_than_text", None]
+    used = turns(("user", "q"), ("assistant", [{"type": "tool_use", "name": "f"}]), ("user", "q2"), ("assistant", "a2"))
+    assert only(read(jsonl({"messages": used})))["answer"] == "a2"
+
+
+def test_keys_that_parquet_fills_with_null_say_nothing() -> None:
+    call = {"name": None, "arguments": None}
+    parts = [{"type": "thinking", "text": None, "thinking": "Well."}, {"type": "text", "text": None, "value": "a"}]
+    said = [
+        {"role": "user", "content": "q", "function_call": call},
+        {"role": "assistant", "content": parts, "function_call": call},
+    ]
+    row = only(read(jsonl({"messages": said})))
+    assert (row["answer"], row["reasoning"]) == ("a", TAGGED)
 
 
 def test_turns_without_text_are_no_part_of_a_text() -> None:

@@ -28,18 +28,25 @@ def clone(tmp_path: Path) -> Path:
 def test_files_folders_and_patterns_are_read(clone: Path) -> None:
     assert read([clone / "data" / "train-0.jsonl"]) == {"train-0.jsonl": ROWS}
     assert read([str(clone / "data" / "train-*.jsonl")]) == {"train-0.jsonl": ROWS, "train-1.jsonl": ROWS}
-    assert read([clone]).keys() >= {"README.md", ".git/config", "data/train-0.jsonl", "data/_SUCCESS"}
+    assert read([clone]).keys() >= {"README.md", "data/train-0.jsonl", "data/_SUCCESS"}
 
 
 def test_what_holds_no_rows_is_left_aside_and_named(clone: Path) -> None:
     data, aside = split_off(read([clone]))
     assert data == {"data/train-0.jsonl": ROWS, "data/train-1.jsonl": ROWS}
-    assert aside == [".git/config", ".gitattributes", "LICENSE", "README.md", "data/_SUCCESS", "data/part-3.jsonl"]
+    assert aside == [".gitattributes", "LICENSE", "README.md", "data/_SUCCESS", "data/part-3.jsonl"]
 
 
 @pytest.mark.parametrize("only", [{"README.md": b"text"}, {"rows.jsonl": b""}])
 def test_a_file_that_is_alone_is_read_whatever_its_name(only: dict[str, bytes]) -> None:
     assert split_off(only) == (only, [])
+
+
+def test_files_of_one_name_in_folders_of_a_pattern_are_told_apart(tmp_path: Path) -> None:
+    for split in ("a", "b"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "train.jsonl").write_bytes(ROWS)
+    assert read([str(tmp_path / "*" / "train.jsonl")]) == {"a/train.jsonl": ROWS, "b/train.jsonl": ROWS}
 
 
 def test_any_url_of_fsspec_is_a_source() -> None:

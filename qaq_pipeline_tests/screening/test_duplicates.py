@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qaq_pipeline.ingest.records import pair_id
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Signatures, enforce
-from qaq_pipeline.screening import duplicates, shingles
+from qaq_pipeline.screening import duplicates, flaws, shingles
 from qaq_pipeline.screening.screen import texts_of
 from qaq_pipeline_tests.support.frames import raw_rows
 
@@ -98,6 +98,36 @@ def test_flawed_code_does_not_stand_for_right_code(flawed: str, right: str, lang
     assert found(rows(flawed, flawed + " "), rows(right, batch="b0")) == {1: of_older, 2: of_older}
     # A row of an older batch stands as it was published, and so does the right one.
     assert found(rows(right), rows(flawed, batch="b0")) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_worse"),
+    [
+        ("```yaml\nx: !!bool foo\n```", "```yaml\nx: !!bool true\n```", True),
+        ("```python\nx = 1\n```\n```bash\npip install foo\n```", "```python\nx = 1\n```", False),
+        ("```make\nall: a.o \\\n    b.o\n\tcc\n```", "```make\nall: a.o b.o\n\tcc\n```", False),
+        ("let x = 1", "let x = 2", False),
+    ],
+)
+def test_code_is_parsed_by_its_own_language(one: str, other: str, *, is_worse: bool) -> None:
+    assert flaws.is_worse((one, None), (other, None)) is is_worse
+    assert not flaws.is_worse((other, None), (one, None))
+
+
+def test_what_a_flawed_row_stood_for_is_compared_again() -> None:
+    def lines(words: list[str], number: int) -> str:
+        size = -(-len(words) // number)
+        return "\n".join(" ".join(words[start : start + size]) for start in range(0, len(words), size))
+
+    words = [f"step{number}" for number in range(400)]
+    changed, otherwise = (
+        [f"x{word}" if start <= place < start + 60 else word for place, word in enumerate(words)] for start in (0, 200)
+    )
+    flat, near_it, whole = lines(words, 10), lines(changed, 15), lines(otherwise, 40)
+    raw = raw_rows(*(row("Q", answer, language="text") for answer in (flat, near_it, whole)))
+    # Both are near the flat one (0.74), which represents the second only, and they are far from each other (0.57).
+    assert found(raw.head(2)) == {2: ("b1/a.jsonl:1.0", "near_duplicate", pytest.approx(0.74, abs=0.03))}
+    assert found(raw) == {1: ("b1/a.jsonl:3.0", "near_duplicate", pytest.approx(0.74, abs=0.03))}
 
 
 def test_scripts_without_spaces_are_compared_by_characters() -> None:

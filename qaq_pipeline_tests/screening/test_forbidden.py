@@ -10,7 +10,7 @@ import pytest
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline_tests.screening.test_secrets import KINDS
-from qaq_pipeline_tests.support.frames import raw_rows
+from qaq_pipeline_tests.support.frames import raw_rows, rejected
 
 KEY = KINDS["GitHub Token"]
 PLAIN = {"query": "Connect.", "answer": "connect()"}
@@ -37,6 +37,11 @@ def test_a_secret_anywhere_in_the_record_counts() -> None:
     assert evidence == "GitHub Token at character 11 of the record"
 
 
+def test_a_row_that_could_not_be_read_is_searched_too() -> None:
+    ((status, reason, _),) = screened(rejected() | {"record": json.dumps({"query": KEY, "answer": ""})})
+    assert (status, reason) == ("withdrawn", "secret")
+
+
 def test_a_row_with_a_secret_represents_no_other() -> None:
     (first, second) = screened(PLAIN | {"record": KEY}, PLAIN)
     assert first[0] == "withdrawn"
@@ -52,6 +57,7 @@ def test_a_row_with_a_secret_represents_no_other() -> None:
         ("GPL-3.0", ["mit"], False),
         ("mit, gpl-3.0", ["mit"], False),
         (None, ["mit"], True),
+        ("MIT, Apache-2.0", ["apache-2.0", "mit"], True),
     ],
 )
 def test_a_row_that_names_a_licence_must_name_an_allowed_one(

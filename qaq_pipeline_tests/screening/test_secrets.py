@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+import time
 from pathlib import Path
 
 import polars as pl
@@ -25,6 +26,9 @@ def made(length: int, alphabet: str = LETTERS, seed: int = 0) -> str:
 
 
 KINDS = {
+    "Anthropic Key": "sk-ant-" + made(93),
+    "Google API Key": "AIza" + made(35),
+    "Hugging Face Token": "hf_" + made(34),
     "AWS Access Key": "AKIA" + made(16, string.ascii_uppercase + "234567"),
     "Azure Storage Account access key": f"AccountName=a;AccountKey={made(86)}==",
     "GitHub Token": "ghp_" + made(36),
@@ -78,6 +82,39 @@ def test_a_secret_is_found_where_it_is(kind: str, secret: str, code: str) -> Non
 )
 def test_what_stands_for_a_secret_is_none(text: str) -> None:
     assert list(secrets.find(text)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ManagementFactoryProviders.create.shouldReturnNotFoundWhenMissing()",
+        "1627383929:da39a3ee5e6b4b0d3255bfef95601890afd80709",
+        "MKVLAAKIAGLVEHWRNDTSPQYIF",
+        "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIiwiaWF0IjoxNTE2MjM5MDIyfQ.x",
+        "eyJ" + "A" * 20_000 + ".eyJ" + "B" * 20_000,
+    ],
+)
+def test_ordinary_code_that_looks_like_a_secret_is_none(text: str) -> None:
+    assert list(secrets.find(text)) == []
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n    ", "\\n"])
+@pytest.mark.parametrize("header", ["", "Proc-Type: 4,ENCRYPTED{}DEK-Info: AES-128-CBC,0A1B{}{}"])
+def test_a_private_key_is_found_in_every_layout(newline: str, header: str) -> None:
+    lines = [
+        HEAD,
+        header.format(newline, newline, "") + BODY + made(48),
+        made(64, seed=2),
+        "-----END RSA PRIVATE KEY-----",
+    ]
+    assert [one.kind for one in secrets.find("key: |" + newline + newline.join(lines))] == ["Private Key"]
+
+
+def test_a_long_line_is_searched_in_little_time() -> None:
+    text = "https://a.b/c " * 70_000 + "sk-" * 30_000 + "-----BEGIN PRIVATE KEY-----" * 1000
+    start = time.perf_counter()
+    assert list(secrets.find(text)) == []
+    assert time.perf_counter() - start < 5
 
 
 def test_real_pairs_hold_hardly_any(code_alpaca: Path) -> None:
