@@ -12,7 +12,7 @@ from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.schema import tables, vocabularies
 from qaq_pipeline.schema.long_form import to_lists, to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import Decision, NullReason, SelectionReason, Status
+from qaq_pipeline.schema.vocabularies import Decision, GateReason, NullReason, SelectionReason, Status
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.explanations import explain
 from qaq_pipeline.selection.grammar.composition import with_grounds
@@ -79,8 +79,8 @@ def decide(
 def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
     """The Decisions of a batch that is held back. A fault of the row itself follows the gate's sentence."""
     fault = pl.coalesce("evidence", "detail").str.strip_chars_end(" .")
-    is_said = pl.lit(gate.sentence).str.contains(fault, literal=True)
-    own = pl.when(is_said | fault.is_null()).then(pl.lit("")).otherwise(pl.format(" Of the row itself: {}.", fault))
+    is_said = gate.reason is GateReason.UNREADABLE_FILE  # The gate's sentence is the fault of that row.
+    own = pl.when(fault.is_null() | pl.lit(is_said)).then(pl.lit("")).otherwise(pl.format(" Of the row itself: {}.", fault))
     return decided.with_columns(
         decision=pl.lit(Decision.BATCH_GATED.value),
         reason=pl.lit(gate.reason.value),
