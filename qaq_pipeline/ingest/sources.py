@@ -96,6 +96,6 @@ def _files(fs: AbstractFileSystem, path: str, source: str) -> dict[str, str]:
         return {place.removeprefix(root): place for place in sorted(fs.glob(path)) if fs.isfile(place)}
     if fs.isdir(path):
         root = path.rstrip("/") + "/"
-        found = {place.removeprefix(root): place for place in sorted(fs.find(path)) if not place.endswith("/")}
-        return {name: place for name, place in found.items() if not name.startswith(".git/")}
+        found = {str(place).removeprefix(root): str(place) for place in sorted(fs.find(path))}
+        return {name: place for name, place in found.items() if not (name.endswith("/") or name.startswith(".git/"))}
     return {PurePosixPath(path).name: path}

@@ -80,7 +80,8 @@ def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
     """The Decisions of a batch that is held back. A fault of the row itself follows the gate's sentence."""
     fault = pl.coalesce("evidence", "detail").str.strip_chars_end(" .")
     is_said = gate.reason is GateReason.UNREADABLE_FILE  # The gate's sentence is the fault of that row.
-    own = pl.when(fault.is_null() | pl.lit(is_said)).then(pl.lit("")).otherwise(pl.format(" Of the row itself: {}.", fault))
+    shown = pl.format(" Of the row itself: {}.", fault)
+    own = pl.lit("") if is_said else pl.when(fault.is_null()).then(pl.lit("")).otherwise(shown)
     return decided.with_columns(
         decision=pl.lit(Decision.BATCH_GATED.value),
         reason=pl.lit(gate.reason.value),

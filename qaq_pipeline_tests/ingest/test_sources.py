@@ -50,8 +50,7 @@ def test_files_of_one_name_in_folders_of_a_pattern_are_told_apart(tmp_path: Path
 
 
 def test_any_url_of_fsspec_is_a_source() -> None:
-    with fsspec.open("memory://sources/data/rows.jsonl", "wb") as stream:
-        stream.write(ROWS)
+    fsspec.filesystem("memory").pipe("/sources/data/rows.jsonl", ROWS)
     for url in ("memory://sources/data/rows.jsonl", "memory://sources/data/*.jsonl"):
         assert read([url]) == {"rows.jsonl": ROWS}
     assert read(["memory://sources"]) == {"data/rows.jsonl": ROWS}
