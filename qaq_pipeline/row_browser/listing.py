@@ -125,8 +125,9 @@ def _texts(storage: Storage, batch: str) -> pl.DataFrame:
     partition = Partition(batch)
     columns = [*ROW_KEY, "pair_id", "language", *_SHOWN]
     begin = pl.col(_SHOWN).str.slice(0, SHOWN_CHARACTERS)
-    parts = [part.with_columns(begin) for part in storage.tables.scan("raw_data", partition, columns)]
-    return pl.concat(parts).join(withdrawn_rows(storage, batch), on=ROW_KEY, how="anti")
+    texts = pl.concat(part.with_columns(begin) for part in storage.tables.scan("raw_data", partition, columns))
+    withdrawn = withdrawn_rows(storage, batch)
+    return texts if withdrawn.is_empty() else texts.join(withdrawn, on=ROW_KEY, how="anti")
 
 
 def _signals(storage: Storage, batch: str, version: str | None) -> pl.DataFrame:
