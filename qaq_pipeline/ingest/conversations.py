@@ -235,7 +235,7 @@ def _has_tool_part(content: object) -> bool:
 def _reasoning_of(content: list[object]) -> str | None:
     """The text of the parts of a content that are reasoning; None: there is none."""
     parts = [part for part in content if isinstance(part, dict) and part.get("type") in _REASONING_PARTS]
-    texts = [_first_of(part, ("text", "value", *_REASONING_PARTS)) for part in parts]
+    texts = [first_present(part, ("text", "value", *_REASONING_PARTS)).value for part in parts]
     found = [text for text in texts if isinstance(text, str)]
     return "".join(found) if found else None
 
@@ -264,14 +264,10 @@ def _text_of_part(part: object, place: str) -> str:
         raise RejectedError(
             RejectReason.OTHER_THAN_TEXT, f"`{place}` is a part of type {shown(what)}; text is expected"
         )
-    text = _first_of(part, ("text", "value"))
+    text = first_present(part, ("text", "value")).value
     if not isinstance(text, str):
         raise RejectedError(RejectReason.WRONG_TYPE, f"the text of `{place}` is {kind(text)}; text is expected")
     return text
-
-
-def _first_of(part: Mapping[str, object], names: tuple[str, ...]) -> object:
-    return next((part[name] for name in names if part.get(name) is not None), None)
 
 
 def _calls_inline(role: str, text: object) -> bool:

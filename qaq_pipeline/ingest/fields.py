@@ -86,10 +86,10 @@ def _fits(record: Mapping[str, object], groups: tuple[tuple[str, ...], ...], *, 
 
 def first_present(record: Mapping[str, object], names: tuple[str, ...]) -> Field:
     """The first of the fields that a record has; all names and None where it has none."""
-    for name in names:
-        if record.get(name) is not None:
-            return Field(f"`{name}`", record[name])
-    return Field(" / ".join(f"`{name}`" for name in names), None)
+    taken = _taken(record, names)
+    if taken is None:
+        return Field(" / ".join(f"`{name}`" for name in names), None)
+    return Field(f"`{taken}`", record[taken])
 
 
 def query_of(record: Mapping[str, object], names: tuple[str, ...], fields: FieldSettings) -> Field:
