@@ -106,16 +106,19 @@ def pairs(record: Mapping[str, object], shape: str, settings: RecordSettings) ->
     if settings.multi_turn == "every":
         return found
     # The answers in a prompt are context: what completes it is taken, or nothing is.
-    candidates = found if shape in CONVERSATIONS or _is_whole(record) else found[-1:]
+    is_whole = shape in CONVERSATIONS or (shape == "preference" and _is_whole(_chosen(record, settings)))
+    candidates = found if is_whole else found[-1:]
     return [next((pair for pair in reversed(candidates) if pair.fault is None), candidates[-1])]
 
 
-def _is_whole(record: Mapping[str, object]) -> bool:
+def _chosen(record: Mapping[str, object], settings: RecordSettings) -> list[_Turn]:
+    chosen = record["chosen"] if isinstance(record["chosen"], list) else [record["chosen"]]
+    return _turns(chosen, "chosen", settings)
+
+
+def _is_whole(chosen: list[_Turn]) -> bool:
     """Whether the chosen turns of a preference are a whole conversation."""
-    chosen = record.get("chosen")
-    turns = chosen if isinstance(chosen, list) else []
-    asking = ("user", "human")
-    return any(isinstance(turn, dict) and turn.get("role", turn.get("from")) in asking for turn in turns)
+    return any(turn.role == "user" for turn in chosen)
 
 
 def is_conversation(record: Mapping[str, object], shape: str) -> bool:
@@ -166,9 +169,8 @@ def _turns_of(record: Mapping[str, object], shape: str, settings: RecordSettings
 
 def _preferred(record: Mapping[str, object], settings: RecordSettings) -> list[_Turn]:
     """The chosen turns: a whole conversation, or what follows the prompt."""
-    chosen = record["chosen"] if isinstance(record["chosen"], list) else [record["chosen"]]
-    turns = _turns(chosen, "chosen", settings)
-    if any(turn.role == "user" for turn in turns):
+    turns = _chosen(record, settings)
+    if _is_whole(turns):
         return turns
     for field in ("prompt", *CONVERSATIONS.values()):
         if isinstance(record.get(field), list):
