@@ -123,9 +123,8 @@ def _complete(storage: Storage, rows: pl.DataFrame, judged_by: Mapping[str, str 
 def _texts(storage: Storage, batch: str) -> pl.DataFrame:
     """Language and beginnings of the texts of a batch's rows as delivered now; no text of a withdrawn row."""
     partition = Partition(batch)
-    columns = [*ROW_KEY, "pair_id", "language", *_SHOWN]
-    begin = pl.col(_SHOWN).str.slice(0, SHOWN_CHARACTERS)
-    texts = pl.concat(part.with_columns(begin) for part in storage.tables.scan("raw_data", partition, columns))
+    columns, begins = [*ROW_KEY, "pair_id", "language", *_SHOWN], dict.fromkeys(_SHOWN, SHOWN_CHARACTERS)
+    texts = pl.concat(storage.tables.scan("raw_data", partition, columns, begins))
     withdrawn = withdrawn_rows(storage, batch)
     return texts if withdrawn.is_empty() else texts.join(withdrawn, on=ROW_KEY, how="anti")
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal
 
 import polars as pl
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qaq_pipeline.schema.row_place import RECORD_KEY, ROW_KEY
@@ -125,11 +126,21 @@ def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = No
     return pl.concat(found)
 
 
-def scan(stream: BinaryIO, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Yield these columns of a Parquet file, one row group at a time."""
+def scan(stream: BinaryIO, columns: Sequence[str], begins: Mapping[str, int]) -> Iterator[pl.DataFrame]:
+    """Yield these columns of a Parquet file, one row group at a time.
+
+    Args:
+        stream: the file.
+        columns: names.
+        begins: how many characters of a text column are wanted. A slice by Polars would keep the whole text in memory.
+    """
     with pq.ParquetFile(stream) as file:
         for group in range(file.num_row_groups):
-            yield pl.DataFrame(file.read_row_group(group, list(columns)))
+            rows = file.read_row_group(group, list(columns))
+            for name, characters in begins.items():
+                part = pc.call_function("utf8_slice_codeunits", [rows[name]], pc.SliceOptions(0, characters))
+                rows = rows.set_column(rows.column_names.index(name), name, part)
+            yield pl.DataFrame(rows)
 
 
 def _groups_left(metadata: pq.FileMetaData, where: Where) -> list[int]:

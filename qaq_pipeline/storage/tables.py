@@ -11,9 +11,10 @@ Belongs here: writing, reading and searching the tables of the pipeline. Does no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import dataframely as dy
@@ -34,6 +35,7 @@ _INDEXED = ("decisions",)
 _DELIVERED = "raw_data"
 """The table that every batch has."""
 _NO_ROWS = (pa.ArrowException, KeyError)
+_WHOLE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,23 @@ class Tables:
         with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
             return row_lookup.read_rows(stream, where, columns)
 
-    def scan(self, name: str, partition: Partition, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    def scan(
+        self, name: str, partition: Partition, columns: Sequence[str], begins: Mapping[str, int] = _WHOLE
+    ) -> Iterator[pl.DataFrame]:
         """Columns of a stored table, some thousand rows at a time.
+
+        Args:
+            name: of the table.
+            partition: of the table.
+            columns: names.
+            begins: how many characters of a text column are wanted; a column that is not named: all.
 
         Raises:
             StorageError: the table is missing, or torn.
         """
         parts = self._existing(name, partition)
         with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
-            yield from row_lookup.scan(stream, columns)
+            yield from row_lookup.scan(stream, columns, begins)
 
     def find_pair(self, start: str, most: int, name: str, partition: Partition) -> FoundRows:
         """Rows of a table by the first digits of their pair_id, through its index where the index is current.

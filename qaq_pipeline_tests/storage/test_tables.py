@@ -61,6 +61,18 @@ def test_a_table_without_rows_is_stored_too(storage: Storage, name: str) -> None
     assert storage.tables.read(name, Partition("b1")).frame.equals(empty(PIPELINE.tables()[name]))
 
 
+def test_a_scan_gives_the_named_columns_and_as_many_characters_as_are_wanted(any_storage: Storage) -> None:
+    any_storage.tables.write(StoredTable(ROWS), "raw_data", Partition("b1"))
+    columns = ["source_row", "query", "system"]
+    (whole,) = any_storage.tables.scan("raw_data", Partition("b1"), columns)
+    assert whole.equals(ROWS.select(columns))
+    (begun,) = any_storage.tables.scan("raw_data", Partition("b1"), columns, begins={"query": 3})
+    assert begun.equals(ROWS.select(columns).with_columns(pl.col("query").str.slice(0, 3)))
+    assert "Grö" in begun["query"]
+    with pytest.raises(StorageError, match="no_column"):
+        next(any_storage.tables.scan("raw_data", Partition("b1"), columns, begins={"no_column": 3}))
+
+
 def test_partitions_of_a_table_do_not_mix(storage: Storage) -> None:
     scores = empty(tables.RmiScores)
     for role in ("strong", "weak"):
