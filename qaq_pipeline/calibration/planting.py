@@ -72,10 +72,11 @@ def _make(defect: Defect, twin: Mapping[str, Any], text: Text, others: Others, s
     if made is None:
         return None
     return {
-        "pair_id": records.pair_id(twin["system"], made.query, made.answer),
+        "pair_id": records.pair_id(twin["system"], made.query, made.answer, twin["history"]),
         "defect": defect.value,
         "original_pair_id": twin["pair_id"],
         "system": twin["system"],
+        "history": twin["history"],
         "query": made.query,
         "answer": made.answer,
     }

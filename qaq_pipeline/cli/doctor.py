@@ -113,7 +113,7 @@ def _benchmarks(settings: Settings) -> Iterator[Finding]:
 
 
 def _exports(settings: Settings) -> Finding:
-    formats = settings.export.formats
+    formats = settings.export.written
     try:
         exports.check_installed(formats)
     except SettingsError as error:

@@ -75,6 +75,9 @@ class RecordSettings(Closed):
     """Names of fields."""
     multi_turn: Literal["last", "every"] = "last"
     """Pairs of a conversation: the last one that may be trained on, or every one."""
+    context: Literal["none", "history"] = "none"
+    """What else than its system text is context of a pair. history: the turns before its query, calls of tools and what
+    tools said included, and the tools that the record offers. Context is read by the models and never scored."""
     reasoning: Literal["leave_out", "score"] = "leave_out"
     """Reasoning before an answer, in a field of its own or in `<think>` tags. leave_out: it is not part of the scored
     answer. score: it is the beginning of the answer."""
@@ -489,6 +492,10 @@ class TrialSettings(Closed):
 class ExportSettings(Closed):
     """The training files of a published version."""
 
+    rows: Literal["pair", "conversation"] = "pair"
+    """pair: the query and the answer that were scored, after their context. conversation: each delivered record as it
+    came, tools and reasoning included, in `conversations.jsonl` instead of `formats`; needs `records.multi_turn: last`
+    and `records.context: history`."""
     formats: tuple[Literal["messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf"], ...] = Field(
         ("messages", "prompt_completion", "alpaca"), min_length=1
     )
@@ -500,6 +507,11 @@ class ExportSettings(Closed):
     """inline: reasoning that was not scored is written before its answer, in `<think>` tags. leave_out: it is not."""
     meta: bool = False
     """Add `meta` to records: the origin of the row, and the delivered record as JSON text."""
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The formats that are written."""
+        return ("conversation",) if self.rows == "conversation" else self.formats
 
 
 class PublicationSettings(Closed):
@@ -667,6 +679,7 @@ class Settings(Closed):
             if name not in names:
                 raise ValueError(f"export.selections: {name!r} is not a selection; known: {names}")
         self._check_trial()
+        self._check_export()
         if self.held_out.share and not self.screening.duplicates.across_batches:
             raise ValueError(
                 "held_out: rows are held out with all rows of their cluster, also those of other batches: set "
@@ -691,6 +704,26 @@ class Settings(Closed):
         for name in self.trial.selections:
             if name not in names:
                 raise ValueError(f"trial.selections: {name!r} is not a selection; known: {names}")
+
+    def _check_export(self) -> None:
+        """Reject files that would hold what was not looked at, or could not hold what was."""
+        read, export = self.records, self.export
+        if export.rows == "conversation":
+            if read.multi_turn != "last" or read.context != "history":
+                raise ValueError(
+                    "export.rows: conversation publishes each record whole, so one pair of it stands for all of it, in "
+                    "the context of its earlier turns: set records.multi_turn: last and records.context: history"
+                )
+            if export.meta:
+                raise ValueError(
+                    "export.meta: `export.rows: conversation` adds nothing to the delivered records; leave meta out, "
+                    "keys.parquet leads from each line to its row"
+                )
+        elif read.context == "history" and "alpaca" in export.formats:
+            raise ValueError(
+                "export.formats: alpaca has no place for earlier turns (records.context: history); set "
+                "export.formats: [messages, prompt_completion], or others without alpaca"
+            )
 
     def _check_selection(self, selection: Selection) -> None:
         if selection.name.startswith(CONTROL_PREFIX):

@@ -8,8 +8,9 @@ value}, which are joined as they are. System turns, wherever they are, are the s
 there are none, it is the record's system field.
 
 An exchange is one or more user turns and the turns after them up to the next user turn. Its user turns are the query
-and its assistant turns the answer; several of them are joined by an empty line. The turns before it are not part of
-its query. An exchange is no pair if a turn of its answer
+and its assistant turns the answer; several of them are joined by an empty line. The turns of
+earlier exchanges are not part of its query: `records.context` says whether they are its context (`histories`). An
+exchange is no pair if a turn of its answer
 
     calls a tool, or is what a tool said     its text cannot be told from the query alone
     is marked as not to be trained on        weight, loss, train or loss_weight is 0 or false; for the whole record,
@@ -23,12 +24,14 @@ beginning of its text, in tags (`reasonings`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qaq_pipeline.config.settings import RecordSettings
+from qaq_pipeline.ingest import histories
 from qaq_pipeline.ingest.fields import CONVERSATIONS, first_present, query_of
+from qaq_pipeline.ingest.histories import Earlier
 from qaq_pipeline.ingest.values import Field, joined
 from qaq_pipeline.schema.vocabularies import RejectReason
 from qaq_pipeline.storage.row_files import RejectedError, kind, shown
@@ -62,6 +65,8 @@ class Candidate(NamedTuple):
     """Why it is no pair although it has both."""
     reasoning: Field = Field("reasoning", None)
     """Reasoning in a field of its own."""
+    history: Sequence[Earlier] = ()
+    """Turns before the query that are its context."""
 
 
 class _Turn(NamedTuple):
@@ -73,16 +78,21 @@ class _Turn(NamedTuple):
     reasoning: Field = Field("reasoning", None)
     fault: RejectedError | None = None
     """Why its text cannot be read."""
+    said: str = ""
+    """What it says, its calls of tools included, as context of later turns."""
 
 
 @dataclass(frozen=True)
 class _Exchange:
     asked: list[_Turn]
     replies: list[_Turn]
+    before: list[_Turn]
+    """The turns of earlier exchanges, where they are context."""
 
     @property
     def fault(self) -> RejectedError | None:
-        unread = next((turn.fault for turn in (*self.asked, *self.replies) if turn.fault is not None), None)
+        turns = (*self.before, *self.asked, *self.replies)
+        unread = next((turn.fault for turn in turns if turn.fault is not None), None)
         if unread is not None:
             return unread
         used = next((turn for turn in (*self.asked, *self.replies) if turn.uses_tool), None)
@@ -216,10 +226,16 @@ def _turn(value: object, place: str, settings: RecordSettings) -> _Turn:
         fault = None if uses_tool else error
     uses_tool = uses_tool or _calls_inline(role, text.value)
     is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
+    calls = [] if role == "tool" else [*_list_of(value.get("tool_calls")), *_list_of(value.get("function_call"))]
+    said = histories.said(role, text.value, content, filter(_has_content, calls))
     reasoning = first_present(value, settings.fields.reasoning)
     if reasoning.value is None and isinstance(content, list):
         reasoning = Field(f"`{place}.{text_field}`", _reasoning_of(content))
-    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool, reasoning, fault)
+    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool, reasoning, fault, said)
+
+
+def _list_of(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _has_content(value: object) -> bool:
@@ -288,35 +304,44 @@ def _says_no(mark: object) -> bool:
 def _answered(
     record: Mapping[str, object], turns: list[_Turn], barred: RejectedError | None, settings: RecordSettings
 ) -> list[Candidate]:
-    answered = [one for one in _exchanges(turns) if any(turn.role == "assistant" for turn in one.replies)]
+    has_context = settings.context == "history"
+    exchanges = _exchanges(turns, has_context=has_context)
+    answered = [one for one in exchanges if any(turn.role == "assistant" for turn in one.replies)]
     if not answered:
         found = f"no user turn is followed by an assistant turn; {len(turns)} turns"
         raise RejectedError(RejectReason.NO_ANSWERED_TURN, found)
     system = _system_of(record, turns, settings)
-    return [_candidate(one, system, index, barred) for index, one in enumerate(answered)]
+    tools = histories.of_tools(record) if has_context else []
+    return [_candidate(one, system, tools, index, barred) for index, one in enumerate(answered)]
 
 
-def _exchanges(turns: list[_Turn]) -> Iterator[_Exchange]:
+def _exchanges(turns: list[_Turn], *, has_context: bool) -> Iterator[_Exchange]:
+    before: list[_Turn] = []
     asked: list[_Turn] = []
     replies: list[_Turn] = []
     for turn in turns:
         if turn.role == "user":
             if replies:
-                yield _Exchange(asked, replies)
+                yield _Exchange(asked, replies, before)
+                before = [*before, *asked, *replies] if has_context else []
                 asked, replies = [], []
             asked.append(turn)
         elif turn.role != "system" and asked:
             replies.append(turn)
     if replies:
-        yield _Exchange(asked, replies)
+        yield _Exchange(asked, replies, before)
 
 
-def _candidate(exchange: _Exchange, system: Field, index: int, barred: RejectedError | None) -> Candidate:
+def _candidate(
+    exchange: _Exchange, system: Field, tools: Sequence[Earlier], index: int, barred: RejectedError | None
+) -> Candidate:
     query = joined([turn.text for turn in exchange.asked], "\n\n")
     answer = joined([turn.text for turn in exchange.replies if turn.role == "assistant"], "\n\n")
     thought = [turn.reasoning for turn in exchange.replies if turn.reasoning.value is not None]
     reasoning = joined(thought, "\n\n") if thought else Field("reasoning", None)
-    return Candidate(system, query, answer, index, exchange.fault or barred, reasoning)
+    before = (Earlier(turn.role, Field(turn.text.name, turn.said)) for turn in exchange.before)
+    history = [*tools, *histories.merged(before)]
+    return Candidate(system, query, answer, index, exchange.fault or barred, reasoning, history)
 
 
 def _system_of(record: Mapping[str, object], turns: list[_Turn], settings: RecordSettings) -> Field:

@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from qaq_pipeline.config.settings import FieldSettings, RecordSettings
+from qaq_pipeline.ingest.histories import FIELD as HISTORY
+from qaq_pipeline.ingest.histories import TOOLS
 from qaq_pipeline.ingest.values import Field, is_blank, joined
 
 DETECTION_ROWS = 100
@@ -126,11 +128,14 @@ def _is_empty(value: object) -> bool:
 
 def unread_fields(records: Iterable[Mapping[str, object]], shape: str, settings: RecordSettings) -> Counter[str]:
     """How many records have something in a field that is neither read nor known, by its name."""
-    return Counter(name for record in records for name in _unread(record, shape, settings.fields))
+    return Counter(name for record in records for name in _unread(record, shape, settings))
 
 
-def _unread(record: Mapping[str, object], shape: str, fields: FieldSettings) -> Iterator[str]:
-    read = {"tools", *(_taken(record, names) for names in shapes(fields)[shape])}
+def _unread(record: Mapping[str, object], shape: str, settings: RecordSettings) -> Iterator[str]:
+    fields = settings.fields
+    read = {TOOLS, *(_taken(record, names) for names in shapes(fields)[shape])}
+    if settings.context == "history":
+        read.add(HISTORY)
     if shape == "preference":
         read |= {"prompt", *CONVERSATIONS.values(), _taken(record, fields.query)}
     for names in (fields.system, fields.source, fields.language, fields.licence):

@@ -19,8 +19,9 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest import code_fences, conversations, fields, reasonings, sources
+from qaq_pipeline.ingest import code_fences, conversations, fields, histories, reasonings, sources
 from qaq_pipeline.ingest.conversations import Candidate, missing
+from qaq_pipeline.ingest.histories import Earlier
 from qaq_pipeline.ingest.values import Field, is_blank, storable
 from qaq_pipeline.schema.tables import RawData, dtypes
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
@@ -145,17 +146,18 @@ def check_file(content: bytes, source_file: str, settings: RecordSettings) -> No
 def unreadable_file(error: UnreadableFileError, source_file: str, batch: str) -> pl.DataFrame:
     """Return one rejected row for a file that cannot be split into rows: for unattended runs."""
     rejection = (Status.REJECTED.value, RejectReason.UNREADABLE_FILE.value, str(error))
-    row = (batch, source_file, 1, 0, *[None] * 8, "", *rejection)
+    row = (batch, source_file, 1, 0, *[None] * 9, "", *rejection)
     return pl.DataFrame([row], schema=dtypes(RawData), orient="row")
 
 
-def pair_id(system: str | None, query: str, answer: str) -> str:
+def pair_id(system: str | None, query: str, answer: str, history: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Content hash of a pair: blake2b-128 of the three texts in UTF-8, each preceded by its length in 8 bytes.
 
-    An absent system text equals an empty one.
+    Then role and content of each earlier turn that is its context. An absent system text equals an empty one.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for text in (system or "", query, answer):
+    turns = (text for turn in history or () for text in (turn["role"], turn["content"]))
+    for text in (system or "", query, answer, *turns):
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8, "big"))
         digest.update(encoded)
@@ -193,7 +195,11 @@ def _candidates(record: Mapping[str, object], shape: str, settings: RecordSettin
     )
     answer, system = fields.first_present(record, answer_names), fields.first_present(record, names.system)
     reasoning = fields.first_present(record, names.reasoning)
-    return [Candidate(system, query, answer, fault=conversations.label_fault(record, shape), reasoning=reasoning)]
+    fault = conversations.label_fault(record, shape)
+    history: list[Earlier] = []
+    if settings.context == "history":
+        history = [*histories.of_tools(record), *histories.of_field(record)]
+    return [Candidate(system, query, answer, fault=fault, reasoning=reasoning, history=history)]
 
 
 def _cells(
@@ -214,10 +220,11 @@ def _cells(
     language = storable(given.value) or code_fences.language_of(answer or "")
     origin = (storable(source.value), language, _licence(licence.value), row.record)
     key = (row.source_row, candidate.turn_index)
-    identity = None if fault or query is None or answer is None else pair_id(system, query, answer)
+    history = None if fault else histories.stored(candidate.history)
+    identity = None if fault or query is None or answer is None else pair_id(system, query, answer, history)
     rejection = (Status.REJECTED.value, fault.reason.value, fault.detail) if fault else None
     verdict = rejection or (Status.ACCEPTED.value, None, None)
-    return (*key, identity, system, query, answer, reasoning, *origin, *verdict)
+    return (*key, identity, system, history, query, answer, reasoning, *origin, *verdict)
 
 
 def _licence(value: object) -> str | None:
@@ -243,7 +250,7 @@ def _fault(candidate: Candidate, record: Mapping[str, object]) -> RejectedError 
     for field in (system, query, answer):
         if field.value is not None and not isinstance(field.value, str):
             return RejectedError(RejectReason.WRONG_TYPE, f"{field.name} is {kind(field.value)}; text is expected")
-    for field in (system, query, answer):
+    for field in (system, query, answer, *(turn.text for turn in candidate.history)):
         if field.value is not None and storable(field.value) is None:
             return RejectedError(RejectReason.INVALID_UTF8, f"{field.name} contains {_unstorable(str(field.value))}")
     for field, reason in ((query, RejectReason.EMPTY_QUERY), (answer, RejectReason.EMPTY_ANSWER)):

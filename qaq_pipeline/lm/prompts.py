@@ -28,7 +28,7 @@ from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
 from qaq_pipeline.lm.chat_frame import SYSTEM_SLOT, Markup, TemplateUnusableError, chat_markup
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 
-PROMPT_VERSION = "2"
+PROMPT_VERSION = "3"
 
 TASK = (
     "TASK: Given an answer, generate the most likely coding problem that this answer is responding to."
@@ -38,6 +38,10 @@ INVALID_CLAUSE = ' If the inferred question is outside programming, respond with
 
 PLAIN_QUERY = "\n\nProblem:\n"
 PLAIN_ANSWER = "\n\nAnswer:\n"
+
+HISTORY = "The conversation so far:"
+"""Comes before earlier turns, which are context of both passes, as the system text is. Reading them as turns of the
+chat template would need another place for them in the reverse pass, whose only turn shows the answer."""
 
 MIN_SHARED_TOKENS = 8
 """Shortest shared prefix. A prefix needs a mask in every layer, which costs more than a shorter one saves."""
@@ -66,12 +70,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query, its answer, and the row's own system text if it has one."""
+    """A query, its answer, and the row's own system text and earlier turns if it has some."""
 
     pair_id: str
     system: str | None
     query: str
     answer: str
+    history: Sequence[Mapping[str, str]] | None = None
+    """Role and content of each earlier turn that is context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,7 @@ class PairEncoder:
                 "version": PROMPT_VERSION,
                 "frame": self._model.frame,
                 "prior": self._scoring.prior,
+                "history": HISTORY,
                 "markups": [self.markup(system) for system in (self._model.system_prompt, "any other system text")],
             },
             sort_keys=True,
@@ -192,24 +199,25 @@ class PairEncoder:
         ]
 
     def _encode_pair(self, pair: Pair, q_ids: list[int], a_ids: list[int], wanted: Collection[Quantity]) -> EncodedPair:
-        markup = self._markup_ids(pair.system or self._model.system_prompt)
+        markup = self._markup_ids(self._context(pair))
         before_q, between_q_and_a, before_a, between_a_and_q = map(len, markup)
         # Of the longer pass, so that A is cut at the same token in every pass.
         overhead = max(before_q + between_q_and_a, before_a + between_a_and_q)
         room = self._scoring.max_tokens - overhead - len(q_ids)
         kept = a_ids[: max(room, 0)]
         failure = self._failure(q_ids, a_ids, room)
-        if failure is None and not all(map(self._can_read, (*(markup if pair.system else ()), q_ids, kept))):
+        has_context = bool(pair.system or pair.history)
+        if failure is None and not all(map(self._can_read, (*(markup if has_context else ()), q_ids, kept))):
             failure = NullReason.TOKEN_BEYOND_EMBEDDING
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
-        end_ids = self.end_ids(pair.system)
+        end_ids = self.end_ids(self._context(pair))
         if Quantity.END in wanted and (no_end := self._no_end(end_ids, is_truncated=len(kept) < len(a_ids))):
             reasons[Quantity.END] = no_end
         if failure is not None:
             reasons |= dict.fromkeys(wanted, failure)
         scored = frozenset(Quantity) - reasons.keys()
         sequences = () if failure else self._sequences(pair.pair_id, markup, q_ids, kept, scored, end_ids)
-        if pair.system:
+        if has_context:
             sequences = tuple(replace(sequence, num_shared=0) for sequence in sequences)
         return EncodedPair(
             pair_id=pair.pair_id,
@@ -221,6 +229,14 @@ class PairEncoder:
             sequences=sequences,
             null_reasons=reasons,
         )
+
+    def _context(self, pair: Pair) -> str:
+        """The system text of both passes: the row's own or the model's, and the turns before the query."""
+        system = pair.system or self._model.system_prompt
+        if not pair.history:
+            return system
+        turns = (f"{turn['role'].capitalize()}:\n{turn['content']}" for turn in pair.history)
+        return "\n\n".join([*([system] if system else []), HISTORY, *turns])
 
     def _failure(self, q_ids: list[int], a_ids: list[int], room: int) -> NullReason | None:
         """The reason why the pair cannot be scored, or None. Q is never cut; at least one token of A must remain."""

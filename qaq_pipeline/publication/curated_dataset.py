@@ -150,11 +150,11 @@ def dataset_files(
     files, exported = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}
     for selection in selections:
         rows = _rows(batches, None if selection == published.name else selection, export)
-        for name in export.formats:
+        for name in export.written:
             files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
         files[f"{selection}/{exports.KEYS}"] = exports.keys(rows)
         exported[selection] = rows.height
-    files["dataset_info.json"] = exports.llama_factory_info(exported, export.formats)
+    files["dataset_info.json"] = exports.llama_factory_info(exported, export.written)
     files[versions.CARD] = dataset_card.dataset_card(
         published,
         exported,
@@ -178,6 +178,8 @@ def _rows(batches: Sequence[BatchTables], selection: str | None, export: ExportS
         rows = pl.concat([rows.clear(), *(decisions.selected_rows(selection, *of_batch) for of_batch in frames)])
     if export.reasoning == "leave_out":
         rows = rows.with_columns(reasoning=pl.lit(None, pl.String))
+    if export.rows == "conversation":
+        return exports.with_records(rows, _concat(batches, "raw_data"))
     if not export.meta:
         return rows
     screened = _concat(batches, "screened_data")

@@ -22,7 +22,7 @@ from qaq_pipeline.config.selections import DiffSelection, RmiBandSelection, RmiT
 from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.publication import exports, templates
-from qaq_pipeline.publication.exports import FORMATS
+from qaq_pipeline.publication.exports import WRITTEN
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, Signal, Status
@@ -135,6 +135,7 @@ def _metadata(selection: Selection, exported: Mapping[str, int], export: ExportS
         "dataset_info": [
             {"config_name": name, "features": _features(exports.columns(kind, has_meta=export.meta))}
             for name, (kind, _) in configs.items()
+            if kind != exports.CONVERSATION
         ],
     }
 
@@ -146,10 +147,10 @@ def _configs(exported: Mapping[str, int], export: ExportSettings) -> dict[str, t
     files, or, where there are none, the Parquet files; and it can load no file without rows. So `scores.parquet`, which
     is nothing to train on either, is none of them.
     """
-    kinds = [kind for kind in export.formats if FORMATS[kind].is_json]
-    kinds = kinds or [kind for kind in export.formats if kind == "parquet"]
+    kinds = [kind for kind in export.written if WRITTEN[kind].is_json]
+    kinds = kinds or [kind for kind in export.written if kind == "parquet"]
     return {
-        f"{name}-{kind}": (kind, f"{name}/{FORMATS[kind].path}")
+        f"{name}-{kind}": (kind, f"{name}/{WRITTEN[kind].path}")
         for name, num_rows in exported.items()
         for kind in kinds
         if num_rows
@@ -170,15 +171,15 @@ def _feature(arrow: pa.DataType) -> dict[str, Any]:
 def _files(exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any]:
     """The files in the folder of a selection, and the names by which readers load the first of them; None: by none."""
     files = [
-        (kind, FORMATS[kind].path, ", ".join(exports.columns(kind, has_meta=export.meta).names))
-        for kind in export.formats
+        (kind, WRITTEN[kind].path, ", ".join(exports.columns(kind, has_meta=export.meta).names))
+        for kind in export.written
     ]
-    of_json = (name for name, (kind, _) in _configs(exported, export).items() if FORMATS[kind].is_json)
+    of_json = (name for name, (kind, _) in _configs(exported, export).items() if WRITTEN[kind].is_json)
     return {
-        "formats": export.formats,
+        "formats": export.written,
         "files": files,
         "json_config": next(of_json, None),
-        "llama_factory": next(iter(exports.llama_factory_entries(exported, export.formats)), None),
+        "llama_factory": next(iter(exports.llama_factory_entries(exported, export.written)), None),
     }
 
 

@@ -4,7 +4,8 @@ Belongs here: the record of each format, its files, and what a reader of the fil
 here: which rows are exported, and where the files are stored.
 
 Rows are SelectedSubset, optionally with the column `meta` (`with_meta`); every record then has it. All records of a
-format have the same fields with the same types, whatever the rows hold: no field is missing or null.
+format have the same fields with the same types, whatever the rows hold: no field is missing or null. Only
+`conversation` gives each record back as it was delivered.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from qaq_pipeline.storage import parquet_file
 KEYS = "keys.parquet"
 """File in the folder of a selection that leads from a record back to its row."""
 
+CONVERSATION = "conversation"
+"""The format of delivered records."""
+
 _ROWS_AT_A_TIME = 10_000
 """Rows in one Arrow record batch, whose texts must stay below 2 GB."""
 
@@ -49,22 +53,32 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl
     It is text because the values vary. From JSON objects `datasets` would infer dates where batches are named by their
     day, and nulls where no row has a source, so that the columns of two files would differ in type.
     """
-    delivered = rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
-    records = without_records_of(delivered, barred)
+    records = without_records_of(with_records(rows, raw), barred)
     values = [json.dumps(value, ensure_ascii=False) for value in records.select(_META).iter_rows(named=True)]
     return rows.with_columns(meta=pl.Series(values, dtype=pl.String))
 
 
+def with_records(rows: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
+    """Add the column `record`: the delivered record of each row, of which no other row was made.
+
+    Args:
+        rows: SelectedSubset.
+        raw: RawData of the same batches.
+    """
+    return rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
+
+
 @dataclass(frozen=True)
 class Format:
-    """One of `export.formats`."""
+    """One of `export.formats`, or `export.rows: conversation`."""
 
     path: str
     """File or folder in the folder of a selection; its suffix says how the records are written."""
     record: Callable[[Mapping[str, Any]], dict[str, Any]]
     """From a row to its record, without `meta`."""
     columns: pa.Schema
-    """Columns of its records as `datasets` loads them, without `meta`."""
+    """Columns of its records as `datasets` loads them, without `meta`; `record` alone stands for those of the delivered
+    records, which vary."""
     llama_factory: Mapping[str, Any] | None = None
     """Entry that tells LLaMA-Factory how to read the file; None: it cannot read it."""
 
@@ -75,8 +89,10 @@ class Format:
 
 
 def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
-    """The files of the rows in a format of `export.formats`, by path in the folder of a selection."""
-    path = FORMATS[name].path
+    """The files of the rows in a format, by path in the folder of a selection."""
+    path = WRITTEN[name].path
+    if name == CONVERSATION:
+        return {path: b"".join(_line(record) for record in rows["record"])}
     match PurePath(path).suffix:
         case ".jsonl":
             return {path: _jsonl(_records(name, rows))}
@@ -100,14 +116,14 @@ def keys(rows: pl.DataFrame) -> bytes:
 
 
 def columns(name: str, *, has_meta: bool) -> pa.Schema:
-    """The columns of a format's records, as `datasets` loads them."""
+    """The columns of a format's records, as `datasets` loads them; `record`: whatever was delivered."""
     meta = _strings("meta") if has_meta else []
-    return pa.schema([*FORMATS[name].columns, *meta])
+    return pa.schema([*WRITTEN[name].columns, *meta])
 
 
 def format_of(path: str) -> str | None:
     """The format of a file, by its path in the folder of a selection; None: it is not a training file."""
-    written = (name for name, one in FORMATS.items() if path == one.path or path.startswith(f"{one.path}/"))
+    written = (name for name, one in WRITTEN.items() if path == one.path or path.startswith(f"{one.path}/"))
     return next(written, None)
 
 
@@ -127,10 +143,10 @@ def llama_factory_info(exported: Mapping[str, int], formats: Sequence[str]) -> b
 def llama_factory_entries(exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, dict[str, Any]]:
     """An entry `<selection>_<format>` for each file that has rows and that LLaMA-Factory can read."""
     return {
-        f"{selection}_{name}": {"file_name": f"{selection}/{FORMATS[name].path}", **reading}
+        f"{selection}_{name}": {"file_name": f"{selection}/{WRITTEN[name].path}", **reading}
         for selection, num_rows in exported.items()
         for name in formats
-        if num_rows and (reading := FORMATS[name].llama_factory) is not None
+        if num_rows and (reading := WRITTEN[name].llama_factory) is not None
     }
 
 
@@ -139,12 +155,13 @@ def llama_factory_entries(exported: Mapping[str, int], formats: Sequence[str]) -
 
 def _records(name: str, rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
     for row in rows.iter_rows(named=True):
-        yield FORMATS[name].record(row) | ({"meta": row["meta"]} if "meta" in row else {})
+        yield WRITTEN[name].record(row) | ({"meta": row["meta"]} if "meta" in row else {})
 
 
 def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
     system = [{"role": "system", "content": row["system"]}] if row["system"] else []
-    return [*system, {"role": "user", "content": row["query"]}]
+    earlier = [turn for turn in row["history"] or () if turn["role"] != "tools"]  # These are no turn.
+    return [*system, *earlier, {"role": "user", "content": row["query"]}]
 
 
 def _completion(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -157,12 +174,12 @@ def _answer(row: Mapping[str, Any]) -> str:
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI messages, one conversation: the row's own system text, if any, then Q and A."""
+    """OpenAI messages, one conversation: the row's own system text and earlier turns, if any, then Q and A."""
     return {"messages": _prompt(row) + _completion(row)}
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt and completion as lists of messages: the row's own system text, if any, and Q; then A.
+    """Prompt and completion as lists of messages: the row's own system text and earlier turns, if any, and Q; then A.
 
     TRL would join plain texts without the turns of a chat template and without a system text. It renders lists of
     messages with the template, and the loss is on the completion alone.
@@ -171,8 +188,8 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """ShareGPT, one conversation: from system (if the row has a system text), human and gpt."""
-    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    """ShareGPT, one conversation: from system (if the row has a system text), human and gpt, and tools that spoke."""
+    speakers = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
     turns = _prompt(row) + _completion(row)
     return {"conversations": [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]}
 
@@ -187,6 +204,11 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _jsonl(records: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(_json(record) + b"\n" for record in records)
+
+
+def _line(record: str) -> bytes:
+    """A delivered record as a line: JSON has line breaks between its values only, where white space means nothing."""
+    return record.replace("\r", " ").replace("\n", " ").encode() + b"\n"
 
 
 def _json(value: object) -> bytes:
@@ -232,6 +254,7 @@ _LLAMA_FACTORY_MESSAGES = {
         "content_tag": "content",
         "user_tag": "user",
         "assistant_tag": "assistant",
+        "observation_tag": "tool",
         "system_tag": "system",
     },
 }
@@ -259,3 +282,6 @@ FORMATS = {
     "hf": Format("hf", _messages, _MESSAGES),
 }
 """By name in `export.formats`."""
+
+WRITTEN = FORMATS | {CONVERSATION: Format("conversations.jsonl", _messages, pa.schema(_strings("record")))}
+"""The same, and the one of `export.rows: conversation`."""

@@ -510,7 +510,7 @@ def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published
         selection, _, path = name.partition("/")
         if (written := exports.format_of(path)) is not None:
             rows = "selected_subset" if selection == published else "raw_data"
-            files.setdefault((rows, written), {})[f"{selection}/{exports.FORMATS[written].path}"] = None
+            files.setdefault((rows, written), {})[f"{selection}/{exports.WRITTEN[written].path}"] = None
     records = [
         _lineage(
             title := ", ".join(names),

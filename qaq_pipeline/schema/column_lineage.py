@@ -46,7 +46,7 @@ def _same(table: str, *columns: str) -> dict[str, Sources]:
     return {column: _of(table, column) for column in columns}
 
 
-_CONTENT = _of("raw_data", "system", "query", "answer")
+_CONTENT = _of("raw_data", "system", "history", "query", "answer")
 _FORBIDDEN = _of("raw_data", "system", "query", "answer", "reasoning", "licence", "record")
 """The columns that are searched for what must not be published."""
 _SIGNED = _of("signatures", *ROW_KEY, "pair_id", "content_hash", "exact_hash", "query_hash", "bands") + _of(
@@ -99,7 +99,7 @@ _CUT = _EVIDENCE + _PLANTED_EVIDENCE
 _OWN_CUTS = _CUT + _of("reference_cuts", *tables.ValidityCuts.columns())
 _VALIDITY = _EVIDENCE + _of("screened_data", "status") + _of("validity_cuts", "signal", "cut", "spreads")
 
-_PLANTED = _of("raw_data", *ROW_KEY, "pair_id", "language", "system", "query", "answer") + _of(
+_PLANTED = _of("raw_data", *ROW_KEY, "pair_id", "language", "system", "history", "query", "answer") + _of(
     "screened_data", "status", "batch_gate"
 )
 """Texts of accepted pairs."""
@@ -185,10 +185,12 @@ SOURCES: ColumnSources = {
     "selected_subset": {
         **{column: _of("raw_data", column) + _TAKEN for column in ROW_KEY},
         "position": _TAKEN,
-        **_same("raw_data", "pair_id", "system", "query", "answer", "reasoning", "source", "language"),
+        **_same("raw_data", "pair_id", "system", "history", "query", "answer", "reasoning", "source", "language"),
     },
     "planted_rows": dict.fromkeys(tables.PlantedRows.columns(), _PLANTED),
-    "planted_scores": dict.fromkeys(tables.PlantedScores.columns(), _of("planted_rows", "system", "query", "answer"))
+    "planted_scores": dict.fromkeys(
+        tables.PlantedScores.columns(), _of("planted_rows", "system", "history", "query", "answer")
+    )
     | _same("planted_rows", "pair_id"),
     "calibration": dict.fromkeys(tables.Calibration.columns(), _JUDGED)
     | dict.fromkeys(tables.Calibration.primary_key(), ()),
@@ -203,22 +205,24 @@ SOURCES: ColumnSources = {
 
 
 EXPORTED: dict[str, tuple[str, ...]] = {
-    "messages": ("system", "query", "reasoning", "answer"),
-    "prompt": ("system", "query"),
+    "messages": ("system", "history", "query", "reasoning", "answer"),
+    "prompt": ("system", "history", "query"),
     "completion": ("reasoning", "answer"),
-    "conversations": ("system", "query", "reasoning", "answer"),
+    "conversations": ("system", "history", "query", "reasoning", "answer"),
     "instruction": ("query",),
     "input": (),
     "output": ("reasoning", "answer"),
     "system": ("system",),
     "meta": (*ROW_KEY, "pair_id", "source", "language"),
+    "record": (),
 }
-"""Source columns of each field of an exported record, in any format; `input` is always empty."""
+"""Source columns of each field of an exported record, in any format; `input` is always empty, and `record` stands for
+all fields of a delivered record."""
 
 
 def of_records(file: str, fields: Iterable[str], table: str) -> list[Derivation]:
     """Return the fields of a file's records; `table` is selected_subset, or raw_data for another selection."""
-    records = {"meta": _of("raw_data", "record")}
+    records = dict.fromkeys(("meta", "record"), _of("raw_data", "record"))
     return [Derivation(file, field, _of(table, *EXPORTED[field]) + records.get(field, ())) for field in fields]
 
 

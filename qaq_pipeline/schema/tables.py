@@ -107,16 +107,22 @@ _PAIR_ID = r"^[0-9a-f]{32}$"
 class _PairScores(_Explained):
     """A table of scores: one row per distinct pair."""
 
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of system, history, query, answer.")
 
 
 class RawData(_RowKey):
     """One row per delivered row (or turn): accepted, or rejected with a reason. No delivered row is missing."""
 
     pair_id = dy.String(
-        nullable=True, regex=_PAIR_ID, description="Content hash of (system, query, answer); null if rejected."
+        nullable=True, regex=_PAIR_ID, description="Content hash of system, history, query, answer; null if rejected."
     )
     system = dy.String(nullable=True, description="The row's own system text. It is context and is never scored.")
+    history = dy.List(
+        dy.Struct({"role": dy.String(), "content": dy.String()}),
+        nullable=True,
+        description="Earlier turns of the conversation, and the record's tools, which are context of Q and A and are "
+        "never scored; null if there are none, or where `records.context` is none.",
+    )
     query = dy.String(nullable=True, description="Q, as delivered; null if the row has none.")
     answer = dy.String(nullable=True, description="A, as delivered; null if the row has none.")
     reasoning = dy.String(
@@ -150,7 +156,7 @@ class RawData(_RowKey):
 class Signatures(_RowKey):
     """Hashes of every accepted row, used to find its duplicates. They depend only on the row's text."""
 
-    pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    pair_id = dy.String(regex=_PAIR_ID, description="Content hash of system, history, query, answer.")
     content_hash = dy.String(
         regex=_PAIR_ID,
         description="Hash of system text, query and answer, after Unicode normalisation (NFC) and with each run of "
@@ -377,7 +383,7 @@ SIGNAL_EVIDENCE = dy.Struct(
 class Validity(dy.Schema):
     """Each distinct pair, and whether the signals declare it valid."""
 
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of system, history, query, answer.")
     invalid_by = _closed(
         Signal,
         nullable=True,
@@ -531,6 +537,7 @@ class PlantedRows(dy.Schema):
         regex=_PAIR_ID, description="The pair of the batch from which it was made: its original."
     )
     system = dy.String(nullable=True, description="The row's own system text.")
+    history = RawData.history
     query = dy.String(min_length=1, description="Q; differs from the original's for invented_terms only.")
     answer = dy.String(min_length=1, description="A; equals the original's for invented_terms only.")
 
@@ -606,8 +613,9 @@ class SelectedSubset(_RowKey):
     """The rows of the published selection, best first: text and origin, without scores."""
 
     position = dy.Int64(min=1, description="Place in the selection's order, from 1.")
-    pair_id = dy.String(regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    pair_id = dy.String(regex=_PAIR_ID, description="Content hash of system, history, query, answer.")
     system = RawData.system
+    history = RawData.history
     query = dy.String(description="Q, as delivered.")
     answer = dy.String(description="A, as delivered.")
     reasoning = RawData.reasoning
@@ -618,7 +626,7 @@ class SelectedSubset(_RowKey):
 class Difference(_RowKey):
     """The rows that are in only one of two versions of the published selection."""
 
-    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of (system, query, answer).")
+    pair_id = dy.String(primary_key=True, regex=_PAIR_ID, description="Content hash of system, history, query, answer.")
     is_added = dy.Bool(description="True if the row is in the newer version, false if in the older.")
     change = _closed(Change, description="Reason for the change.")
     decision_before = dy.String(nullable=True, description="Decision in the older version; null: not in it.")

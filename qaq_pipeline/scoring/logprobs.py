@@ -41,6 +41,9 @@ MAX_MISFITS = 16
 TYPICAL_SHARE = 0.55
 """Share of the matmul peak that scoring reaches. Attention, norms and the head's log-sum-exp take the rest."""
 
+TEXTS = ("system", "query", "answer", "history")
+"""Columns of the texts of a pair, in the order of `Pair`."""
+
 _ENCODING_COLUMNS = ("pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
 """The columns of Logprobs that the encoding determines."""
 
@@ -165,7 +168,7 @@ def accepted_rows(raw: pl.DataFrame, screened: pl.DataFrame) -> pl.DataFrame:
 
 def pairs_of(rows: pl.DataFrame) -> list[Pair]:
     """The pairs of a table with their texts, in its order."""
-    return [Pair(*row) for row in rows.select("pair_id", "system", "query", "answer").iter_rows()]
+    return [Pair(*row) for row in rows.select("pair_id", *TEXTS).iter_rows()]
 
 
 def score_pairs(

@@ -52,13 +52,10 @@ def signatures(raw: pl.DataFrame) -> pl.DataFrame:
 
 
 def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
-    parts = ("system", "query", "answer")
-    normal, exact = (accepted.select(map(text, parts)) for text in (normal_text, exact_text))
-    systems, (hashes, exact_hashes) = (
-        normal["system"],
-        (list(starmap(_hash_content, of.rows())) for of in (normal, exact)),
-    )
-    salts = np.array([shingles.hash_word(system) for system in systems], dtype=np.uint64)
+    parts = accepted.select(shingles.context_text().alias("context"), "query", "answer")
+    normal, exact = (parts.select(map(text, parts.columns)) for text in (normal_text, exact_text))
+    hashes, exact_hashes = (list(starmap(_hash_content, of.rows())) for of in (normal, exact))
+    salts = np.array([shingles.hash_word(context) for context in normal["context"]], dtype=np.uint64)
     queries = [hashlib.blake2b(query.encode(), digest_size=16).hexdigest() for query in normal["query"]]
     bands = _bands(_ngrams(accepted.select(shingles.pair_text()).to_series()), salts)
     return accepted.select(
@@ -82,8 +79,8 @@ def exact_text(column: str) -> pl.Expr:
     return lines.str.replace_all(r"[^\S\n]+\n", "\n").str.strip_chars_end()
 
 
-def _hash_content(system: str, query: str, answer: str) -> str:
-    content = f"{len(system)} {len(query)} {system}{query}{answer}"
+def _hash_content(context: str, query: str, answer: str) -> str:
+    content = f"{len(context)} {len(query)} {context}{query}{answer}"
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 

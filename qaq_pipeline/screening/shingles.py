@@ -57,9 +57,21 @@ def pair_text() -> pl.Expr:
     return pl.concat_str("query", "answer", separator="\n")
 
 
+def history_text() -> pl.Expr:
+    """Build the text of the earlier turns of RawData pairs, each after its role; null where there are none."""
+    turn = pl.element().struct
+    turns = pl.concat_str(turn.field("role"), turn.field("content"), separator=": ")
+    return pl.col("history").list.eval(turns).list.join("\n")
+
+
+def context_text() -> pl.Expr:
+    """Build the text of what RawData pairs are in the context of: their system text and earlier turns."""
+    return pl.concat_str("system", history_text(), separator="\n", ignore_nulls=True)
+
+
 def published_text() -> pl.Expr:
-    """Build the text of RawData pairs as training files have it: query, reasoning and answer."""
-    return pl.concat_str("query", "reasoning", "answer", separator="\n", ignore_nulls=True)
+    """Build the text of RawData pairs as training files have it: earlier turns, query, reasoning and answer."""
+    return pl.concat_str(history_text(), "query", "reasoning", "answer", separator="\n", ignore_nulls=True)
 
 
 def words(texts: pl.Series, pattern: str = WORD) -> pl.Series:

@@ -29,7 +29,7 @@ from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
+from qaq_pipeline.scoring.logprobs import TEXTS, accepted_rows, pairs_of
 from qaq_pipeline.selection import rank_reference, stored_reference
 from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.selection.scored_batch import TABLES_KEY, ScoredBatch, read_judged
@@ -135,7 +135,7 @@ class Arms:
         Raises:
             TrialError: one of them is held out.
         """
-        columns = ["pair_id", "system", "query", "answer"]
+        columns = ["pair_id", *TEXTS]
         rows = pl.concat(frame.select(columns) for frame in frames).unique("pair_id").sort("pair_id")
         if held_out := sorted(set(rows["pair_id"]) & self._held_out_ids):
             raise TrialError(
@@ -161,7 +161,7 @@ def _selections(decisions: pl.DataFrame) -> list[str]:
 def _rows(batch: ScoredBatch, status: Status) -> pl.DataFrame:
     """The rows of a status with their texts and clusters."""
     screened = batch.screened_data.frame.filter(status=status.value)
-    texts = batch.raw_data.frame.select(*ROW_KEY, "system", "query", "answer")
+    texts = batch.raw_data.frame.select(*ROW_KEY, *TEXTS)
     return screened.select(*ROW_KEY, "pair_id", "cluster").join(texts, on=ROW_KEY, validate="1:1")
 
 

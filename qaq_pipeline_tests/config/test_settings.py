@@ -232,6 +232,16 @@ def test_rows_are_held_out_with_their_whole_cluster_only() -> None:
     assert "less than or equal to 0.5" in refusal(held_out={"share": 0.6})
 
 
+def test_whole_records_are_published_only_where_one_pair_in_its_context_stands_for_each() -> None:
+    whole, history = {"rows": "conversation"}, {"context": "history"}
+    assert "records.multi_turn: last and records.context: history" in refusal(export=whole)
+    assert "export.rows: conversation publishes" in refusal(export=whole, records=history | {"multi_turn": "every"})
+    assert "export.meta: " in refusal(export=whole | {"meta": True}, records=history)
+    assert settings(export=whole, records=history).export.written == ("conversation",)
+    assert "alpaca has no place for earlier turns" in refusal(records=history)
+    assert settings(records=history, export={"formats": ["messages"]}).export.written == ("messages",)
+
+
 def test_a_cluster_contains_the_near_duplicates_of_its_rows() -> None:
     limits = {"near_threshold": 0.6, "cluster_threshold": 0.7}
     text = refusal(screening={"duplicates": limits})

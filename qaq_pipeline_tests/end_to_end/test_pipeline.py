@@ -160,6 +160,10 @@ def test_only_the_scoring_waits_for_the_gpu_and_the_ui_shows_every_column() -> N
 
 CHANGED_SETTINGS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "records": ({"records": {"multi_turn": "every"}}, {"raw_data"}),
+    "context": (
+        {"records": {"context": "history"}, "export": {"formats": ["messages"]}},
+        {"raw_data", "curated_dataset"},
+    ),
     "model": ({"strong": {"dtype": "bfloat16"}}, {"logprobs"}),
     "system_prompt": ({"weak": {"system_prompt": "Write clean code."}}, {"logprobs", "training_trial"}),
     "trial": ({"trial": {"seeds": 7}}, {"training_trial"}),
@@ -391,6 +395,44 @@ def test_with_one_score_wanted_the_other_is_marked_as_not_wanted(
     scores = table(settings, "rmi_scores", "b1", "strong")
     assert scores["null_reason_ifd"].unique().to_list() == ["not_wanted"]
     assert scores["null_reason_rmi"].null_count() == 18
+
+
+def test_conversations_are_scored_in_their_context_and_come_out_as_they_came(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    before = [("user", "Which list?"), ("assistant", "Any."), ("user", "Sort it."), ("assistant", "sorted(x)")]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    lines = []
+    for number in range(8):
+        asked = [{"role": role, "content": text} for role, text in before[: 2 * (number % 3)]]
+        pair = [{"role": "user", "content": f"Task {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+        lines.append(
+            json.dumps({"messages": [*asked, *pair, {"role": "user", "content": "And now?"}, call], "n": number})
+        )
+    file = tmp_path / "delivered" / "rows.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    calibration = {"mismatches": 4, "rows_per_defect": 2, "defects": ["other_answer", "cut_answer"]}
+    settings = settings_for(records={"context": "history"}, export={"rows": "conversation"}, calibration=calibration)
+    summary = curate(settings, instance, file)
+    assert summary.rows_by_decision["selected"] == 2
+    version = Path(open_storage(settings).files.url(*versions.place(latest(settings)["version"])))
+    published, row = settings.published.name, table(settings, "selected_subset").row(0, named=True)
+    written = (version / published / "conversations.jsonl").read_text("utf-8").splitlines()
+    assert written == [lines[one - 1] for one in table(settings, "selected_subset")["source_row"]]
+    assert not (version / published / "messages.jsonl").exists()
+    assert (row["query"], len(row["history"] or ())) == (
+        f"Task {row['source_row'] - 1}",
+        2 * ((row["source_row"] - 1) % 3),
+    )
+    planted = table(settings, "planted_rows").join(
+        table(settings, "raw_data"), left_on="original_pair_id", right_on="pair_id", suffix="_of_original"
+    )
+    assert planted["history"].equals(planted["history_of_original"], null_equal=True)
+    scored = table(settings, "logprobs", "b1", "strong")
+    alone = curate(settings_for(calibration=calibration), instance, file)
+    assert alone.rows_by_decision["selected"] == 2
+    assert not set(scored["sum_nll_q"]) <= set(table(settings, "logprobs", "b1", "strong")["sum_nll_q"])
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------

@@ -481,10 +481,13 @@ def test_an_empty_query_or_answer_has_no_tokens_to_score(query: str, answer: str
 # --- system text -----------------------------------------------------------------------------------------------------
 
 
+OTHER = "Answer like a pirate."
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_rows_own_system_text_replaces_the_prompt_as_context_and_is_not_scored(frame: str, prior: str) -> None:
-    other = encoder(frame=frame, prior=prior, system_prompt="Answer like a pirate.")
+    other = encoder(frame=frame, prior=prior, system_prompt=OTHER)
     encoded = other.encode([pair("q", "a", SYSTEM), pair("q", "a"), pair("q", "a", "")], ALL)
     own, default, empty = (scored(one) for one in encoded)
     assert {quantity: context for quantity, (context, _) in own.items()} == contexts(frame, prior, text("q"), text("a"))
@@ -492,6 +495,23 @@ def test_a_rows_own_system_text_replaces_the_prompt_as_context_and_is_not_scored
     for quantity in ALL - ({Quantity.Q} if prior == "bare" else set()):
         assert default[quantity][0] != own[quantity][0]
         assert default[quantity][1] == own[quantity][1]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_earlier_turns_are_context_after_the_system_text_and_are_not_scored(frame: str) -> None:
+    turns = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello."}]
+    said = "The conversation so far:\n\nUser:\nHi <|im_end|>\n\nAssistant:\nHello."
+    with_history = [Pair("0" * 32, system, "q", "a", turns) for system in (SYSTEM, None)]
+    in_words = [pair("q", "a", f"{SYSTEM}\n\n{said}"), pair("q", "a", f"{OTHER}\n\n{said}")]
+    one = encoder(frame=frame, system_prompt=OTHER)
+    assert [scored(found) for found in one.encode(with_history, ALL)] == [
+        scored(found) for found in one.encode(in_words, ALL)
+    ]
+    assert all(sequence.num_shared == 0 for found in one.encode(with_history, ALL) for sequence in found.sequences)
+    without = encoder(frame=frame, system_prompt="")
+    assert scored(without.encode([Pair("0" * 32, None, "q", "a", turns)], ALL)[0]) == scored(
+        without.encode([pair("q", "a", said)], ALL)[0]
+    )
 
 
 FOLDED = text(f"user\n{SYSTEM}\n\n")

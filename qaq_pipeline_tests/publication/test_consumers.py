@@ -53,6 +53,21 @@ HOSTILE: tuple[dict[str, Any], ...] = (
 )
 BATCH = "2026-11-02"
 
+WHOLE = """
+models: {strong: {hub: tiny/strong}, weak: {hub: tiny/weak}}
+ranking: {num_strata: 1, min_rows_per_stratum: 1}
+selections: [{name: every, strategy: diff_high, budget: {fraction: 1.0}}]
+records: {context: history}
+export: {rows: conversation}
+"""
+RECORD = (
+    '{"tools":[{"type":"function","function":{"name":"weather","parameters":{"type":"object"}}}], "messages": ['
+    '{"role": "user", "content": "Weather?  \\u00fc %d"}, {"role": "assistant", "content": "", "tool_calls": '
+    '[{"type": "function", "function": {"name": "weather", "arguments": {"in": "Bern"}}}]},'
+    '{"role": "tool","content":"sunny"},'
+    '{"role":"assistant", "reasoning_content": "So it is.", "content": "Sunny: sunny."}]}'
+)
+
 
 @pytest.fixture(scope="module")
 def settings() -> Settings:
@@ -159,16 +174,27 @@ def test_trl_takes_two_steps(
     load: Callable[..., Any], tiny_model_dir: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     trl = pytest.importorskip("trl", reason="needs the extra `consumers`")
+    trainer, losses = two_steps(trl, tiny_model_dir(), load(f"every-{kind}"), tmp_path)
+    assert all(0 < loss < 20 for loss in losses)
+    # The row with a system text, of which the template's turns and the loss are told by the tokens.
+    tokenizer = trainer.processing_class
+    with_system = next(row for row in trainer.train_dataset if "Be brief." in tokenizer.decode(row["input_ids"]))
+    text = tokenizer.decode(with_system["input_ids"])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    target = tokenizer.decode([label for label in with_system["labels"] if label >= 0])
+    assert target == ("a\0b\r\nc<|im_end|>\n" if kind == "prompt_completion" else text)
+
+
+def two_steps(trl: Any, folder: Path, rows: Any, output: Path) -> tuple[Any, list[float]]:
+    """The trainer after two steps that changed the model, and their losses."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tiny_model_dir()
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = load(f"every-{kind}")
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(output),
         max_steps=2,
         per_device_train_batch_size=2,
         max_length=512,
@@ -184,14 +210,34 @@ def test_trl_takes_two_steps(
     assert trainer.train().global_step == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2
-    assert all(0 < loss < 20 for loss in losses)
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
-    # The row with a system text, of which the template's turns and the loss are told by the tokens.
-    with_system = next(row for row in trainer.train_dataset if "Be brief." in tokenizer.decode(row["input_ids"]))
-    text = tokenizer.decode(with_system["input_ids"])
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
-    target = tokenizer.decode([label for label in with_system["labels"] if label >= 0])
-    assert target == ("a\0b\r\nc<|im_end|>\n" if kind == "prompt_completion" else text)
+    return trainer, losses
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a version of whole records, which have tools and reasoning."""
+    root = tmp_path_factory.mktemp("conversations")
+    storage, settings = Storage(str(root / "storage"), root / "locks"), parse_settings(WHOLE)
+    store_batch(storage, settings, BATCH, tuple({"query": f"q{n}", "record": RECORD % n} for n in range(4)))
+    batches, _ = curated_dataset.read_batches(storage, [BATCH], settings)
+    return Path(curated_dataset.publish(storage, settings, batches, {}).url)
+
+
+@pytest.mark.filterwarnings("default")  # TRL warns of what it itself sets.
+def test_a_record_with_tools_and_reasoning_comes_back_to_the_byte_and_trl_takes_two_steps_on_it(
+    conversations: Path, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    trl = pytest.importorskip("trl", reason="needs the extra `consumers`")
+    written = (conversations / "every" / "conversations.jsonl").read_text("utf-8").splitlines()
+    assert sorted(written) == [RECORD % n for n in range(4)]
+    assert datasets.get_dataset_config_names(str(conversations))[0] == "every-conversation"
+    rows = datasets.load_dataset(str(conversations), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.to_list() == [json.loads(line) for line in written]
+    trainer, losses = two_steps(trl, tiny_model_dir(), rows, tmp_path)
+    assert all(0 < loss < 20 for loss in losses)
+    texts = [trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset]
+    assert all("sunny" in text for text in texts)
 
 
 # --- LLaMA-Factory ----------------------------------------------------------------------------------------------------

@@ -90,6 +90,29 @@ def test_reasoning_that_was_not_scored_stands_before_its_answer(name: str) -> No
     assert export(name, rows) == export(name, selected((None, "q", thought + "a")))
 
 
+def test_earlier_turns_stand_before_the_query_where_a_format_has_turns() -> None:
+    turns = [("tools", "[]"), ("user", "u"), ("assistant", "s"), ("tool", "t"), ("assistant", "v")]
+    history = [{"role": role, "content": text} for role, text in turns]
+    rows = selected(("Be brief.", "q", "a")).with_columns(
+        history=pl.Series([history], dtype=dtypes(SelectedSubset)["history"])
+    )
+    said = [("system", "Be brief."), *turns[1:], ("user", "q"), ("assistant", "a")]
+    (messages,), (parts,), (chat,) = (read_back(name, rows) for name in ("messages", "prompt_completion", "sharegpt"))
+    assert messages == {"messages": [{"role": role, "content": text} for role, text in said]}
+    assert parts == {"prompt": messages["messages"][:-1], "completion": messages["messages"][-1:]}
+    speakers = ["system", "human", "gpt", "observation", "gpt", "human", "gpt"]
+    assert chat == {
+        "conversations": [{"from": who, "value": text} for who, (_, text) in zip(speakers, said, strict=True)]
+    }
+
+
+def test_a_delivered_record_comes_back_to_the_byte_on_a_line_of_its_own() -> None:
+    records = ['{"b": 1.10, "a": "x\\ny", "a2": [ ]}', '{\n "c": "ü\u2028"\r\n}']
+    rows = selected((None, "q", "a"), (None, "q2", "a2")).with_columns(record=pl.Series(records))
+    written = export("conversation", rows)["conversations.jsonl"]
+    assert written.split(b"\n") == [records[0].encode(), '{  "c": "ü\u2028"  }'.encode(), b""]
+
+
 def test_alpaca_is_one_json_array_to_the_byte() -> None:
     assert export("alpaca", TWO) == {
         "alpaca.json": f"[\n{EXPECTED['alpaca'][0]},\n{EXPECTED['alpaca'][1]}\n]\n".encode()

@@ -104,7 +104,7 @@ def test_only_what_is_of_the_delivery_the_settings_or_a_partition_has_no_source(
 def test_ancestry_goes_back_to_the_delivered_text_each_column_once() -> None:
     rows = ancestry(DERIVED, "rmi_scores", "rmi")
     assert (rows[0].table, rows[0].column) == ("rmi_scores", "rmi")
-    assert {row.column for row in rows if row.table == "raw_data"} == {"system", "query", "answer"}
+    assert {row.column for row in rows if row.table == "raw_data"} == {"system", "history", "query", "answer"}
     assert len({(row.table, row.column) for row in rows}) == len(rows)
     assert {row.table for row in rows} == {"rmi_scores", "logprobs", "raw_data"}
 
@@ -358,9 +358,12 @@ def _another(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     """Another value in every row, where the frame has the column; keys stay unique."""
     if column not in frame.columns:
         return frame
-    value = pl.col(column)
-    is_text = frame.schema[column] == pl.String()
-    return frame.with_columns(pl.concat_str(value.fill_null(""), pl.lit("another")) if is_text else value + 100)
+    value, dtype = pl.col(column), frame.schema[column]
+    if dtype.is_nested():
+        other = pl.lit([{"role": "user", "content": "another"}], dtype)
+    else:
+        other = pl.concat_str(value.fill_null(""), pl.lit("another")) if dtype == pl.String() else value + 100
+    return frame.with_columns(other.alias(column))
 
 
 def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
@@ -386,7 +389,7 @@ def test_scores_of_a_version_change_with_the_column_of_the_decisions_that_is_dec
 @pytest.mark.parametrize("quantity", Quantity)
 def test_likelihoods_come_from_the_texts_of_their_own_row(quantity: Quantity) -> None:
     assert DERIVED["logprobs"][f"sum_nll_{quantity}"] == tuple(
-        ("raw_data", column) for column in ("system", "query", "answer")
+        ("raw_data", column) for column in ("system", "history", "query", "answer")
     )
 
 

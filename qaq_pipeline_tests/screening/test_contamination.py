@@ -155,6 +155,14 @@ def test_one_sequence_in_common_is_not_enough_where_the_prompt_has_more() -> Non
     assert found(rows, Benchmark("mine", "0", (task,))) == {2: ("t/1", "benchmark_prompt")}
 
 
+def test_a_task_in_an_earlier_turn_is_in_the_row(human_eval: Benchmark) -> None:
+    task = human_eval.tasks[3]
+    turns = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": "def"}]
+    row = {"query": "Shorter, please.", "answer": "pass"}
+    assert found(raw_rows(row | {"history": turns}), human_eval) == {1: (task.task_id, "benchmark_prompt")}
+    assert found(raw_rows(row), human_eval) == {}
+
+
 def test_a_row_without_any_task_is_left_alone_and_no_rows_are_none(human_eval: Benchmark) -> None:
     assert found(pairs(("What is a monad?", "A burrito.")), human_eval) == {}
     assert found(raw_rows(), human_eval) == {}

@@ -185,6 +185,15 @@ def test_another_system_text_makes_another_row() -> None:
     assert found(raw) == {3: ("b1/a.jsonl:2.0", "near_duplicate", pytest.approx(1.0, abs=0.1))}
 
 
+def test_other_earlier_turns_make_another_row() -> None:
+    asked, other = ([{"role": "user", "content": text}] for text in ("In Python?", "In Rust?"))
+    raw = raw_rows(*(row(QUERY, ANSWER, history=turns) for turns in (asked, other, None)), row(QUERY, ANSWER + "x"))
+    assert set(found(raw)) == {4}
+    assert found(raw_rows(row(QUERY, ANSWER, history=asked), row(QUERY, ANSWER + " ", history=asked))) == {
+        2: ("b1/a.jsonl:1.0", "exact_duplicate", 1.0)
+    }
+
+
 def test_rows_of_symbols_are_rows_like_others() -> None:
     assert found(raw_rows(row("+", "-"), row("*", "/"), row("+ ", "-"))) == {
         3: ("b1/a.jsonl:1.0", "exact_duplicate", 1.0)

@@ -17,7 +17,7 @@ VERSION = "3"
 
 def build_curated_dataset(settings: Settings) -> dg.AssetsDefinition:
     """curated_dataset: unpartitioned; publishing the same content twice is a no-op."""
-    exports.check_installed(settings.export.formats)
+    exports.check_installed(settings.export.written)
 
     @asset(
         settings,
