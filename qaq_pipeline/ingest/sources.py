@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qsl, urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 
+_HUB = "hf://datasets/"
 _SIGNS = "*?["
 """Characters of a pattern."""
 _NO_ROWS = frozenset(
@@ -51,7 +54,8 @@ def read(sources: Sequence[str | Path]) -> dict[str, bytes]:
 
     Args:
         sources: local paths or URLs, such as `s3://bucket/rows.jsonl` or `hf://datasets/ORG/NAME/data/*.parquet`, each
-            of a file or a folder, or a pattern.
+            of a file or a folder, or a pattern; or `hf://datasets/ORG/NAME?split=train&config=CONFIG`, whose files the
+            card of the dataset names.
 
     Raises:
         SourceError: a source is missing or cannot be read, or two files have one name.
@@ -69,6 +73,8 @@ def _read(source: str) -> dict[str, bytes]:
     if source == "-":
         raise SourceError("-: standard input cannot be read again after a fault; write the rows to a file, and name it")
     try:
+        if source.startswith(_HUB) and "?" in source:
+            return _read_split(source)
         fs, path = fsspec.core.url_to_fs(source)
         files = _files(fs, path, source)
         contents = {name: fs.cat_file(place) for name, place in files.items()}
@@ -86,6 +92,31 @@ def _read(source: str) -> dict[str, bytes]:
     if not contents:
         raise SourceError(f"{source}: no file is there; check the path")
     return contents
+
+
+def _read_split(source: str) -> dict[str, bytes]:
+    """The files of a split of a dataset of the hub, by their paths in its repository. No code of it is run."""
+    if find_spec("datasets") is None:
+        raise SourceError(
+            f"{source}: splits need the package datasets; install qaq-pipeline[datasets], or name the files"
+        )
+    from datasets import load_dataset_builder
+
+    address = urlsplit(source)
+    asked = dict(parse_qsl(address.query, keep_blank_values=True))
+    if unknown := asked.keys() - {"config", "split"}:
+        raise SourceError(f"{source}: unknown {', '.join(sorted(unknown))}; known after `?`: config, split")
+    name, _, revision = f"{address.netloc}{address.path}".removeprefix("datasets/").partition("@")
+    try:
+        builder = load_dataset_builder(name, name=asked.get("config"), revision=revision or None)
+    except ValueError as error:  # Of a configuration that does not exist, or is one of several: it lists them.
+        raise SourceError(f"{source}: {' '.join(str(error).split())}") from error
+    splits: Mapping[str, list[str]] = builder.config.data_files or {}
+    if "split" in asked and asked["split"] not in splits:
+        raise SourceError(f"{source}: it has no split {asked['split']!r}; it has {', '.join(map(str, splits))}")
+    urls = [url for split, files in splits.items() if asked.get("split", split) == split for url in files]
+    fs = fsspec.filesystem("hf")
+    return {url.split("@", 1)[1].split("/", 1)[1]: fs.cat_file(url) for url in urls}
 
 
 def _files(fs: AbstractFileSystem, path: str, source: str) -> dict[str, str]:

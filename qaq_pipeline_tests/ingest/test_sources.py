@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+from huggingface_hub import HfFileSystem
 
 from qaq_pipeline.ingest.sources import SourceError, read, split_off
+from qaq_pipeline_tests.support.hub_server import READER, Repository, point_to, running_hub
 from qaq_pipeline_tests.support.sentences import Check
 
 ROWS = b'{"query": "q", "answer": "a"}\n'
@@ -59,6 +62,57 @@ def test_any_url_of_fsspec_is_a_source() -> None:
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "rows[1].jsonl").write_bytes(ROWS)
     assert read([tmp_path / "rows[1].jsonl"]) == {"rows[1].jsonl": ROWS}
+
+
+CARD = """---
+configs:
+- {config_name: main, data_files: [{split: train, path: data/*.jsonl}, {split: test, path: other.jsonl}]}
+- {config_name: small, data_files: small.jsonl}
+---
+"""
+
+
+@pytest.fixture
+def hub_dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A dataset of two configurations on a stub of the hub."""
+    datasets = pytest.importorskip("datasets")
+    with running_hub() as hub:
+        point_to(monkeypatch, hub.url)
+        monkeypatch.setenv("HF_TOKEN", READER)
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": tmp_path}.items():
+            monkeypatch.setattr(datasets.config, name, value)
+        files = {f"{name}.jsonl": f"{name}\n".encode() for name in ("data/0", "data/1", "other", "small")}
+        hub.repositories["org/name"] = Repository(False, {"main": {"README.md": CARD.encode(), **files}})
+        HfFileSystem.clear_instance_cache()
+        yield
+        HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("?config=main&split=train", ["data/0.jsonl", "data/1.jsonl"]),
+        ("?config=main", ["data/0.jsonl", "data/1.jsonl", "other.jsonl"]),
+        ("@main?config=small&split=train", ["small.jsonl"]),
+        ("/data/*.jsonl", ["0.jsonl", "1.jsonl"]),
+        ("", ["README.md", "data/0.jsonl", "data/1.jsonl", "other.jsonl", "small.jsonl"]),
+    ],
+)
+def test_a_dataset_of_the_hub_is_read_by_file_configuration_or_split(
+    source: str, names: list[str], hub_dataset: None
+) -> None:
+    found = read([f"hf://datasets/org/name{source}"])
+    assert list(found) == names
+    assert all(f"{found[name].decode().strip()}.jsonl".endswith(name) for name in names if name != "README.md")
+
+
+@pytest.mark.parametrize("asked", ["split=train", "config=none", "config=main&split=none", "config=main&part=1"])
+def test_a_split_that_is_not_there_is_named_with_those_that_are(
+    asked: str, hub_dataset: None, check_sentence: Check
+) -> None:
+    with pytest.raises(SourceError) as error:
+        read([f"hf://datasets/org/name?{asked}"])
+    check_sentence(str(error.value))
 
 
 @pytest.mark.parametrize("source", ["-", "{}/missing.jsonl", "{}/none-*.jsonl", "{}/empty", "nowhere://rows.jsonl"])

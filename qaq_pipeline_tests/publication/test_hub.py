@@ -26,7 +26,7 @@ from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage.files import Files, StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import store_batch
-from qaq_pipeline_tests.support.hub_server import READER, WRITER, Hub, running_hub
+from qaq_pipeline_tests.support.hub_server import READER, WRITER, Hub, point_to, running_hub
 from qaq_pipeline_tests.support.sentences import Check
 
 # huggingface_hub uploads large files by a deprecated argument of httpx2.
@@ -46,14 +46,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         point_to(monkeypatch, stub.url)
         monkeypatch.setenv("HF_TOKEN", WRITER)
         yield stub
-
-
-def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """What huggingface_hub makes of HF_ENDPOINT, and of its switches, once, when it is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 def store_version(storage: Storage, files: Mapping[str, bytes] = FILES) -> str:

@@ -14,8 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 WRITER, READER = "hf_writer", "hf_reader"
 """Tokens: of one who may write, and of one who may not."""
+HEAD = "1" * 40
+"""The commit of every branch."""
 LARGE = (".parquet", ".arrow")
 """Endings of the files that the hub wants as large files."""
 
@@ -38,9 +43,16 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {".gitattributes": b"*\n"}})
     commits: list[Commit] = field(default_factory=list)
 
+    def at(self, revision: str) -> dict[str, bytes]:
+        """The files of a branch, or of the commit that `main` is at."""
+        return self.branches["main" if revision == HEAD else revision]
+
 
 class Hub:
-    """The state of the hub, and its answers: `(status, JSON value or bytes, headers)` to a request."""
+    """The state of the hub, and its answers: `(status, JSON value or bytes, headers)` to a request.
+
+    A request without a body has its query as one.
+    """
 
     def __init__(self) -> None:
         self.url = ""
@@ -74,7 +86,7 @@ class Hub:
     def _info(self, _: bytes, repo: str) -> tuple[int, Any, dict[str, str]]:
         if repo not in self.repositories:
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
-        return 200, {"id": repo, "private": self.repositories[repo].is_private, "sha": "0" * 40}, {}
+        return 200, {"id": repo, "private": self.repositories[repo].is_private, "sha": HEAD}, {}
 
     def _branch(self, _: bytes, repo: str, branch: str) -> tuple[int, Any, dict[str, str]]:
         branches = self.repositories[repo].branches
@@ -130,18 +142,36 @@ class Hub:
                     commit.deleted.append(path)
         repository.branches[branch] = files
         repository.commits.append(commit)
-        return 200, {"commitUrl": f"{self.url}/datasets/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40}, {}
+        return 200, {"commitUrl": f"{self.url}/datasets/{repo}/commit/{HEAD}", "commitOid": HEAD}, {}
 
-    def _tree(self, _: bytes, repo: str, branch: str) -> tuple[int, Any, dict[str, str]]:
-        files = self.repositories[repo].branches[branch]
-        return 200, [{"type": "file", "path": name, "size": len(d), "oid": "2" * 40} for name, d in files.items()], {}
+    def _tree(self, query: bytes, repo: str, branch: str, folder: str = "") -> tuple[int, Any, dict[str, str]]:
+        start = f"{folder}/" if folder else ""
+        inside = {name: data for name, data in self.repositories[repo].at(branch).items() if name.startswith(start)}
+        if not inside:
+            return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
+        is_deep = b"recursive=true" in query.lower()
+        files = [name for name in inside if is_deep or "/" not in name.removeprefix(start)]
+        folders = {start + name.removeprefix(start).partition("/")[0] for name in inside.keys() - set(files)}
+        return (
+            200,
+            [
+                *({"type": "directory", "path": name, "oid": "3" * 40} for name in sorted(folders)),
+                *({"type": "file", "path": name, "size": len(inside[name]), "oid": "2" * 40} for name in files),
+            ],
+            {},
+        )
+
+    def _paths_info(self, body: bytes, repo: str, branch: str) -> tuple[int, Any, dict[str, str]]:
+        wanted = json.loads(body)["paths"]
+        _, files, _ = self._tree(b"recursive=true", repo, branch)
+        return 200, [file for file in files if file["path"] in wanted], {}
 
     def _resolve(self, _: bytes, repo: str, branch: str, path: str) -> tuple[int, Any, dict[str, str]]:
-        files = self.repositories[repo].branches[branch]
+        files = self.repositories[repo].at(branch)
         if path not in files:
             return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
         etag = hashlib.sha256(files[path]).hexdigest()
-        return 200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": "1" * 40}
+        return 200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": HEAD}
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"
@@ -150,10 +180,13 @@ _ROUTES = [
     ("/api/repos/create", "POST", Hub._create),
     ("/api/validate-yaml", "POST", Hub._validate),
     (_AT, "GET", Hub._info),
+    (rf"{_AT}/revision/[^/]+", "GET", Hub._info),
+    (rf"{_AT}/paths-info/(?P<branch>[^/]+)", "POST", Hub._paths_info),
     (rf"{_AT}/branch/(?P<branch>[^/]+)", "POST", Hub._branch),
     (rf"{_AT}/preupload/(?P<branch>[^/]+)", "POST", Hub._preupload),
     (rf"{_AT}/commit/(?P<branch>[^/]+)", "POST", Hub._commit),
     (rf"{_AT}/tree/(?P<branch>[^/]+)", "GET", Hub._tree),
+    (rf"{_AT}/tree/(?P<branch>[^/]+)/(?P<folder>.+)", "GET", Hub._tree),
     (rf"/datasets/{_REPO}\.git/info/lfs/objects/batch", "POST", Hub._batch),
     ("/large/(?P<oid>[0-9a-f]{64})", "PUT", Hub._upload),
     (rf"/datasets/{_REPO}/resolve/(?P<branch>[^/]+)/(?P<path>.+)", "GET", Hub._resolve),
@@ -171,7 +204,8 @@ def running_hub() -> Iterator[Hub]:
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            path = urlsplit(self.path).path
+            address = urlsplit(self.path)
+            body, path = body or address.query.encode(), address.path
             token = WRITER if path.startswith("/large/") else bearer  # Its URL is signed.
             is_head = self.command == "HEAD"
             status, value, headers = hub.answer("GET" if is_head else self.command, path, token, body)
@@ -195,3 +229,11 @@ def running_hub() -> Iterator[Hub]:
         yield hub
         server.shutdown()
         thread.join()
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What huggingface_hub makes of HF_ENDPOINT, and of its switches, once, when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
