@@ -147,6 +147,10 @@ class ContaminationSettings(Closed):
         return self
 
 
+PersonalData = Literal["email", "ip_address", "phone_number", "payment_card", "bank_account", "us_social_security"]
+"""Kinds of personal data that have a form of their own."""
+
+
 class ScreeningSettings(Closed):
     """The screening of rows before scoring."""
 
@@ -157,6 +161,9 @@ class ScreeningSettings(Closed):
     secrets: Literal["drop", "off"] = "drop"
     """drop: a row whose record contains a key or token of a service, or a private key, is not published, and its text
     is not shown. off: nobody looks for them."""
+    personal_data: tuple[PersonalData, ...] = ()
+    """Kinds of personal data whose rows are not published, and their texts not shown: email, ip_address, phone_number,
+    payment_card, bank_account (IBAN), us_social_security. Examples that documents reserve do not count."""
     licences: tuple[str, ...] | None = None
     """Licences that may be published, in any case of letters; null: any. A row that names none may be published."""
 

@@ -87,6 +87,7 @@ class WithdrawalReason(Vocabulary):
 
     ROW_WITHDRAWN = "row_withdrawn", "`qaq withdraw` was run for a row with this text."
     SECRET = "secret", "The delivered record contains a key or token of a service, or a private key."
+    PERSONAL_DATA = "personal_data", "The delivered record contains data of a kind in `screening.personal_data`."
     LICENCE_NOT_ALLOWED = "licence_not_allowed", "The row names a licence that is not in `screening.licences`."
 
 

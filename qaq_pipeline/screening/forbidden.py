@@ -1,20 +1,24 @@
-"""Rows that must not be published, by what they contain: secrets, and licences that are not allowed.
+"""Rows that must not be published, by what they contain: secrets, personal data, and licences that are not allowed.
 
-Belongs here: which rows, and the evidence, which never repeats a secret. Does not belong here: what a secret is
-(`secrets`), and rows that a person withdrew (`withdrawals`).
+Belongs here: which rows, and the evidence, which never repeats what was found. Does not belong here: what a secret is
+(`secrets`), what personal data is (`personal_data`), and rows that a person withdrew (`withdrawals`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
 
 import polars as pl
 
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
-from qaq_pipeline.screening import secrets
+from qaq_pipeline.screening import personal_data, secrets
 
 _TEXTS = ("query", "answer", "system", "reasoning", "record")
-"""Texts that are searched for secrets. The record also has what is not read, such as earlier turns."""
+"""Texts that are searched. The record also has what is not read, such as earlier turns."""
 
 
 def find(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
@@ -24,27 +28,45 @@ def find(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
     """
     found = [raw.select(*ROW_KEY, evidence=pl.lit(None, pl.String), reason=pl.lit(None, pl.String)).clear()]
     if settings.secrets == "drop":
-        found.append(_with_secret(raw))
+        found.append(_containing(raw, secrets.may_have, secrets.find, WithdrawalReason.SECRET))
+    if kinds := settings.personal_data:
+        may_have, look = partial(personal_data.may_have, kinds=kinds), partial(personal_data.find, kinds=kinds)
+        found.append(_containing(raw, may_have, look, WithdrawalReason.PERSONAL_DATA))
     if settings.licences is not None:
         found.append(_not_allowed(raw.filter(status=Status.ACCEPTED.value), settings.licences))
     return pl.concat(found)
 
 
-def _with_secret(rows: pl.DataFrame) -> pl.DataFrame:
-    suspects = rows.filter(pl.any_horizontal(secrets.may_have(pl.col(name)) for name in _TEXTS))
+class _Found(Protocol):
+    """Something in a text."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def place(self) -> int: ...
+
+
+def _containing(
+    rows: pl.DataFrame,
+    may_have: Callable[[pl.Expr], pl.Expr],
+    look: Callable[[str], Iterable[_Found]],
+    reason: WithdrawalReason,
+) -> pl.DataFrame:
+    """The rows of which a text contains something, with the kind and place of the first one."""
+    suspects = rows.filter(pl.any_horizontal(may_have(pl.col(name)) for name in _TEXTS))
     evidence = [
-        next((f"{one.kind} at character {one.place} of the {name}" for name, one in _secrets(texts)), None)
+        next((f"{one.kind} at character {one.place} of the {name}" for name, one in _all_in(texts, look)), None)
         for texts in suspects.select(_TEXTS).iter_rows(named=True)
     ]
     return (
         suspects.select(*ROW_KEY)
-        .with_columns(evidence=pl.Series(evidence, dtype=pl.String), reason=pl.lit(WithdrawalReason.SECRET.value))
+        .with_columns(evidence=pl.Series(evidence, dtype=pl.String), reason=pl.lit(reason.value))
         .drop_nulls("evidence")
     )
 
 
-def _secrets(texts: dict[str, str | None]) -> list[tuple[str, secrets.Secret]]:
-    return [(name, one) for name, text in texts.items() if text is not None for one in secrets.find(text)]
+def _all_in(texts: Mapping[str, str | None], look: Callable[[str], Iterable[_Found]]) -> Iterator[tuple[str, _Found]]:
+    return ((name, one) for name, text in texts.items() if text is not None for one in look(text))
 
 
 def _not_allowed(accepted: pl.DataFrame, licences: tuple[str, ...]) -> pl.DataFrame:
