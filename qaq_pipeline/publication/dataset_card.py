@@ -49,9 +49,9 @@ _LIMITS = (
     "Whether this selection trains a better model than random rows is unknown, unless a training trial is shown below.",
     "A rank compares a row only with the rows of its pool: its batch, or the reference that it was ranked against.",
     "Rows were checked for the benchmarks that the card and the page of their batch list, and for no other.",
-    "Secrets were looked for by the known formats of keys and tokens only (screening.secrets), and personal data only of "
-    "the kinds that screening.personal_data names. Nobody looked for harmful content. The language of the text is not "
-    "checked either.",
+    "Secrets were looked for by the known formats of keys and tokens only (screening.secrets), and personal data only "
+    "of the kinds that screening.personal_data names. Nobody looked for harmful content. The language of the text is "
+    "not checked either.",
 )
 """Limits of the numbers, for every selection."""
 
