@@ -42,7 +42,7 @@ def texts(batch: Batch, settings: Settings) -> tuple[pl.DataFrame, pl.DataFrame]
     frame = pl.DataFrame(rows, schema=["pair_id", "query", "answer", "kind"], orient="row")
     pairs = frame.unique("pair_id", keep="first", maintain_order=True).sort("pair_id")
     none = pl.lit(None, pl.String)
-    return pairs, planting.plant(pairs.with_columns(system=none, language=none), settings.calibration)
+    return pairs, planting.plant(pairs.with_columns(system=none, language=none, history=none), settings.calibration)
 
 
 def curate(batch: Batch, settings: Settings, score: Score, *, is_valid_first: bool = False) -> Curated:

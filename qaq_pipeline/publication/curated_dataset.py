@@ -7,6 +7,7 @@ Belongs here: files and manifest of a version. Does not belong here: the formats
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,11 +155,14 @@ def dataset_files(
             files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
         files[f"{selection}/{exports.KEYS}"] = exports.keys(rows)
         exported[selection] = rows.height
-    files["dataset_info.json"] = exports.llama_factory_info(exported, export.written)
+    delivered = _rows(batches, None, export)["record"] if export.rows == "conversation" else ()
+    entries = exports.llama_factory_entries(exported, export.written, exports.field_of_turns(delivered))
+    files["dataset_info.json"] = json.dumps(entries, indent=2).encode() + b"\n"
     files[versions.CARD] = dataset_card.dataset_card(
         published,
         exported,
         export,
+        next(iter(entries), None),
         [_entry(batch) for batch in batches],
         _concat(batches, "screened_data"),
         decided,

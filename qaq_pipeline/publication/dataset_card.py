@@ -60,6 +60,7 @@ def dataset_card(
     selection: Selection,
     exported: Mapping[str, int],
     export: ExportSettings,
+    llama_factory: str | None,
     entries: Sequence[Mapping[str, Any]],
     screened: pl.DataFrame,
     decisions: pl.DataFrame,
@@ -71,6 +72,7 @@ def dataset_card(
         selection: the published one.
         exported: rows in the files of each selection and control, the published one first.
         export: what these files are.
+        llama_factory: the first entry of dataset_info.json; None: there is none.
         entries: of the batches, as they stand in the manifest.
         screened: ScreenedData of all batches.
         decisions: Decisions of the same rows.
@@ -102,6 +104,7 @@ def dataset_card(
         "unchecked": sorted(batch for batch, checked in benchmarks.items() if not checked),
         "num_flagged": _num_flagged(screened, decisions),
         "limits": limits(selection),
+        "llama_factory": llama_factory,
         **_files(exported, export),
     }
     return templates.render("dataset_card.md", page, {"shown": _shown})
@@ -180,7 +183,6 @@ def _files(exported: Mapping[str, int], export: ExportSettings) -> dict[str, Any
         "formats": export.written,
         "files": files,
         "json_config": next(of_json, None),
-        "llama_factory": next(iter(exports.llama_factory_entries(exported, export.written)), None),
     }
 
 

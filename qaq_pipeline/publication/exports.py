@@ -135,19 +135,37 @@ def check_installed(formats: Sequence[str]) -> None:
         )
 
 
-def llama_factory_info(exported: Mapping[str, int], formats: Sequence[str]) -> bytes:
-    """LLaMA-Factory's dataset_info.json."""
-    return json.dumps(llama_factory_entries(exported, formats), indent=2).encode() + b"\n"
+def llama_factory_entries(
+    exported: Mapping[str, int], formats: Sequence[str], turns: str | None
+) -> dict[str, dict[str, Any]]:
+    """The entries of LLaMA-Factory's dataset_info.json.
 
+    There is one, `<selection>_<format>`, for each file that has rows and that it can read.
 
-def llama_factory_entries(exported: Mapping[str, int], formats: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """An entry `<selection>_<format>` for each file that has rows and that LLaMA-Factory can read."""
+    Args:
+        exported: rows of each selection.
+        formats: that are written.
+        turns: as `field_of_turns`.
+    """
+    readings = {name: WRITTEN[name].llama_factory for name in formats}
+    if turns is not None:
+        readings[CONVERSATION] = _LLAMA_FACTORY_TURNS[turns]
     return {
         f"{selection}_{name}": {"file_name": f"{selection}/{WRITTEN[name].path}", **reading}
         for selection, num_rows in exported.items()
         for name in formats
-        if num_rows and (reading := WRITTEN[name].llama_factory) is not None
+        if num_rows and (reading := readings[name]) is not None
     }
+
+
+def field_of_turns(records: Iterable[str]) -> str | None:
+    """The field that has the turns of all these delivered records; None: there is none."""
+    lists = [{name for name, value in record.items() if isinstance(value, list)} for record in _objects(records)]
+    return next((name for name in _LLAMA_FACTORY_TURNS if lists and all(name in one for one in lists)), None)
+
+
+def _objects(records: Iterable[str]) -> Iterator[dict[str, Any]]:
+    return (json.loads(record) for record in records)
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -258,6 +276,16 @@ _LLAMA_FACTORY_MESSAGES = {
         "system_tag": "system",
     },
 }
+
+_LLAMA_FACTORY_TURNS: Mapping[str, Mapping[str, Any]] = {
+    "messages": {
+        **_LLAMA_FACTORY_MESSAGES,
+        "formatting": "openai",
+        "columns": {"messages": "messages", "tools": "tools"},
+    },
+    "conversations": {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+}
+"""How LLaMA-Factory reads delivered records, by the field of their turns."""
 
 FORMATS = {
     "messages": Format("messages.jsonl", _messages, _MESSAGES, _LLAMA_FACTORY_MESSAGES),

@@ -127,7 +127,7 @@ class RawData(_RowKey):
     answer = dy.String(nullable=True, description="A, as delivered; null if the row has none.")
     reasoning = dy.String(
         nullable=True,
-        description="The answer's reasoning, in `<think>` tags, as it stands before the answer in training files; null "
+        description="The answer's reasoning, in tags named think, as it stands before the answer in training files; null "
         "if it has none, or if it is part of the answer (`records.reasoning`). It is never scored.",
     )
     source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
@@ -445,7 +445,7 @@ MODEL_RANK = dy.Struct(
 class DisagreementScores(_PairScores):
     """Strata, ranks, the gap between the strong and the weak model, and the pool on which they depend."""
 
-    pool_id = dy.String(description="The ranking pool: batch:<name> or reference:<name>:<version>.")
+    pool_id = dy.String(description="The ranking pool: batch:NAME or reference:NAME:VERSION.")
     gap = dy.Float64(
         nullable=True,
         min=-1.0,

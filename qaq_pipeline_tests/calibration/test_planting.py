@@ -34,7 +34,9 @@ def pairs_of_texts(texts: list[tuple[str, str]]) -> pl.DataFrame:
     pair_ids = [records.pair_id(None, query, answer) for query, answer in texts]
     frame = pl.DataFrame(texts, schema={"query": pl.String, "answer": pl.String}, orient="row")
     nothing = pl.lit(None, pl.String)
-    return frame.with_columns(pair_id=pl.Series(pair_ids, dtype=pl.String), system=nothing, language=nothing)
+    return frame.with_columns(
+        pair_id=pl.Series(pair_ids, dtype=pl.String), system=nothing, language=nothing, history=nothing
+    )
 
 
 @pytest.mark.parametrize(

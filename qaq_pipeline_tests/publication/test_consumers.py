@@ -61,7 +61,8 @@ records: {context: history}
 export: {rows: conversation}
 """
 RECORD = (
-    '{"tools":[{"type":"function","function":{"name":"weather","parameters":{"type":"object"}}}], "messages": ['
+    '{"tools":[{"type":"function","function":{"name":"weather","description": "w", "parameters":{"type":"object",'
+    '"properties": {"in": {"type": "string", "description": "place"}}}}}], "messages": ['
     '{"role": "user", "content": "Weather?  \\u00fc %d"}, {"role": "assistant", "content": "", "tool_calls": '
     '[{"type": "function", "function": {"name": "weather", "arguments": {"in": "Bern"}}}]},'
     '{"role": "tool","content":"sunny"},'
@@ -246,31 +247,45 @@ def test_a_record_with_tools_and_reasoning_comes_back_to_the_byte_and_trl_takes_
 def test_llama_factory_reads_every_entry_of_its_dataset_info(
     version: Path, storage: Storage, tiny_model_dir: Callable[..., Path]
 ) -> None:
-    python = os.environ.get("QAQ_LLAMA_FACTORY")
-    if python is None:
-        pytest.skip("QAQ_LLAMA_FACTORY names no Python that has LLaMA-Factory; `make test-consumers` makes one")
     entries = list(json.loads((version / "dataset_info.json").read_text()))
     assert entries == [
         f"{selection}_{kind}" for selection in SELECTIONS for kind in ("messages", "alpaca", "sharegpt", "parquet")
     ]
     wanted = [entry for entry in entries if entry.startswith("every")]
-    probe = Path(__file__).parents[1] / "support" / "llama_factory_probe.py"
-    done = subprocess.run(
-        [python, str(probe), str(version), str(tiny_model_dir()), *wanted], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.removeprefix("examples: ") for line in done.stdout.splitlines() if line.startswith("examples: ")]
-    found = {value["entry"]: value["examples"] for value in map(json.loads, lines)}
+    found = probed(version, tiny_model_dir(), wanted)
     assert list(found) == wanted
     texts = [as_llama_factory_renders(*row) for row in expected(storage, "every")]
     for entry, examples in found.items():
         assert examples == texts, entry
 
 
+def probed(version: Path, model: Path, entries: list[str]) -> dict[str, list[dict[str, str]]]:
+    """What LLaMA-Factory makes of entries: text and target of each example."""
+    python = os.environ.get("QAQ_LLAMA_FACTORY")
+    if python is None:
+        pytest.skip("QAQ_LLAMA_FACTORY names no Python that has LLaMA-Factory; `make test-consumers` makes one")
+    probe = Path(__file__).parents[1] / "support" / "llama_factory_probe.py"
+    done = subprocess.run(
+        [python, str(probe), str(version), str(model), *entries], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("examples: ") for line in done.stdout.splitlines() if line.startswith("examples: ")]
+    return {value["entry"]: value["examples"] for value in map(json.loads, lines)}
+
+
 def as_llama_factory_renders(system: str, query: str, answer: str) -> dict[str, str]:
     """The text of an example, and its part that the loss is on, by LLaMA-Factory's template `default`."""
     before = f"System: {system}</s>\n" if system else ""
     return {"text": f"{before}Human: {query}</s>\nAssistant:{answer}</s>\n", "target": f"{answer}</s>\n"}
+
+
+def test_llama_factory_reads_whole_records(conversations: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    (example, *others) = probed(conversations, tiny_model_dir(), ["every_conversation"])["every_conversation"]
+    assert len(others) == 3
+    call = 'Action: weather\nAction Input: {"in": "Bern"}'
+    assert call in example["text"]
+    assert example["text"].index(call) < example["text"].index("sunny")
+    assert example["target"].endswith("Sunny: sunny.</s>\n")
 
 
 # --- Axolotl ----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def card_of(
         "selection": parse_settings(SETTINGS).published,
         "exported": {"diff_high": 0},
         "export": ExportSettings.model_validate({}),
+        "llama_factory": None,
         "entries": [entry()],
         "screened": pl.DataFrame(schema=dtypes(ScreenedData)),
         "decisions": pl.DataFrame(schema=dtypes(Decisions)),
@@ -193,7 +194,7 @@ MINE: dict[str, Any] = {
 
 def test_every_format_is_listed_with_its_file_and_columns_and_how_it_is_loaded() -> None:
     names = ("messages", "prompt_completion", "alpaca", "sharegpt", "parquet", "hf")
-    card = card_of(**MINE, export=exporting(*names))
+    card = card_of(**MINE, export=exporting(*names), llama_factory="mine_messages")
     head, *rows = tables(card)["Files"]
     assert head == ["format", "file", "columns"]
     assert [row[0] for row in rows] == list(names)

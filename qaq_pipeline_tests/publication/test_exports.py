@@ -21,7 +21,8 @@ from qaq_pipeline.publication.exports import (
     check_installed,
     columns,
     export,
-    llama_factory_info,
+    field_of_turns,
+    llama_factory_entries,
     with_meta,
 )
 from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
@@ -282,7 +283,7 @@ def test_meta_is_the_last_field_of_every_record_of_every_format(name: str) -> No
 
 
 def test_dataset_info_has_an_entry_for_every_file_with_rows_that_can_be_read() -> None:
-    entries = json.loads(llama_factory_info({"mine": 2, "empty": 0}, list(FORMATS)))
+    entries = llama_factory_entries({"mine": 2, "empty": 0}, list(FORMATS), None)
     assert {name: entry["file_name"] for name, entry in entries.items()} == {
         "mine_messages": "mine/messages.jsonl",
         "mine_alpaca": "mine/alpaca.json",
@@ -296,3 +297,21 @@ def test_dataset_info_has_an_entry_for_every_file_with_rows_that_can_be_read() -
         "system": "system",
     }
     assert entries["mine_messages"]["formatting"] == entries["mine_sharegpt"]["formatting"] == "sharegpt"
+
+
+@pytest.mark.parametrize(
+    ("records", "field"),
+    [
+        ([], None),
+        (['{"messages": []}', '{"messages": [], "conversations": []}'], "messages"),
+        (['{"conversations": []}'], "conversations"),
+        (['{"messages": []}', '{"conversations": []}'], None),
+        (['{"messages": "text"}'], None),
+    ],
+)
+def test_delivered_records_have_an_entry_where_all_have_their_turns_in_one_field(
+    records: list[str], field: str | None
+) -> None:
+    assert field_of_turns(records) == field
+    entries = llama_factory_entries({"mine": 1}, ["conversation"], field)
+    assert [entry["columns"]["messages"] for entry in entries.values()] == ([field] if field else [])
