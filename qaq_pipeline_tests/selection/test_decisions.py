@@ -185,7 +185,7 @@ def test_the_vocabulary_of_reasons_is_closed() -> None:
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
-    shuffled = decide(raw=RAW[::-1], strong=STRONG[[2, 0, 4, 1, 3]], weak=WEAK[::-1])
+    shuffled = decide(raw=RAW[list(range(RAW.height))[::-1]], strong=STRONG[[2, 0, 4, 1, 3]], weak=WEAK[::-1])
     assert shuffled.equals(decide())
 
 
@@ -216,6 +216,7 @@ def test_the_selected_rows_come_best_first_with_their_text() -> None:
         "query": "query 4",
         "answer": "answer 4",
         "reasoning": None,
+        "history": None,
         "source": "forum",
         "language": "go",
     }

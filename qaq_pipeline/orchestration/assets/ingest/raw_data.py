@@ -11,7 +11,7 @@ from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.reports.table_numbers import of_raw_data
 from qaq_pipeline.storage.storage import Storage
 
-VERSION = "3"
+VERSION = "4"
 
 
 def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
