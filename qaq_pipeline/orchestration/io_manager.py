@@ -20,6 +20,7 @@ class TableIOManager(dg.IOManager):
         name, partition = context.asset_key.path[-1], Partition.parse(context.partition_key)
         with self._storage.locks.hold(name, *partition.parts):
             self._storage.tables.write(obj, name, partition)
+        obj.forget_rows()  # A run in this process keeps every output to its end, and those of the first run for good.
 
     def load_input(self, context: dg.InputContext) -> StoredTable | dict[str, StoredTable]:
         name = context.asset_key.path[-1]

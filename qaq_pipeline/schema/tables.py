@@ -127,8 +127,8 @@ class RawData(_RowKey):
     answer = dy.String(nullable=True, description="A, as delivered; null if the row has none.")
     reasoning = dy.String(
         nullable=True,
-        description="The answer's reasoning, in tags named think, as it stands before the answer in training files; null "
-        "if it has none, or if it is part of the answer (`records.reasoning`). It is never scored.",
+        description="The answer's reasoning, in tags named think, as it stands before the answer in training files; "
+        "null if it has none, or if it is part of the answer (`records.reasoning`). It is never scored.",
     )
     source = dy.String(nullable=True, description="The row's own `source` field; null if it has none.")
     language = dy.String(

@@ -52,6 +52,11 @@ class StoredTable:
         """Hash of the content alone (32 hex digits): equal content has equal versions, whenever it was made."""
         return self.stored_version or parquet_file.content_hash(parquet_file.encode(self.frame, {}))
 
+    def forget_rows(self) -> None:
+        """Free the rows of a table that is stored: its version stays. Who wants the rows reads them again."""
+        object.__setattr__(self, "stored_version", self.data_version)
+        object.__setattr__(self, "frame", self.frame.clear())
+
     @cached_property
     def provenance_id(self) -> str:
         """Hash of the provenance (32 hex digits); it has no run id and no time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline.storage.tables import StoredTable
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
 from qaq_pipeline_tests.support.sentences import Check
@@ -433,6 +435,15 @@ def test_conversations_are_scored_in_their_context_and_come_out_as_they_came(
     alone = curate(settings_for(calibration=calibration), instance, file)
     assert alone.rows_by_decision["selected"] == 2
     assert not set(scored["sum_nll_q"]) <= set(table(settings, "logprobs", "b1", "strong")["sum_nll_q"])
+
+
+def test_no_table_stays_in_memory_after_its_run(
+    settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
+) -> None:
+    curate(settings_for(), instance, deliver(*SAMPLES))
+    gc.collect()
+    kept = [one for one in gc.get_objects() if type(one) is StoredTable]
+    assert sum(table.frame.height for table in kept) == 0
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------

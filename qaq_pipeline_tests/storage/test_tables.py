@@ -73,6 +73,14 @@ def test_a_scan_gives_the_named_columns_and_as_many_characters_as_are_wanted(any
         next(any_storage.tables.scan("raw_data", Partition("b1"), columns, begins={"no_column": 3}))
 
 
+def test_a_table_that_forgets_its_rows_keeps_its_columns_version_and_provenance() -> None:
+    table, whole = StoredTable(ROWS, PROVENANCE), StoredTable(ROWS, PROVENANCE)
+    table.forget_rows()
+    assert table.frame.is_empty()
+    assert table.frame.schema == ROWS.schema
+    assert (table.data_version, table.provenance_id) == (whole.data_version, whole.provenance_id)
+
+
 def test_partitions_of_a_table_do_not_mix(storage: Storage) -> None:
     scores = empty(tables.RmiScores)
     for role in ("strong", "weak"):
