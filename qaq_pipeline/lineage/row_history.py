@@ -62,7 +62,8 @@ class Matches:
 
     batch: str
     rows: list[dict[str, Any]]
-    """The rows found, at most the first `MOST_ROWS`, each with key, pair_id, query and answer."""
+    """The rows found, at most the first `MOST_ROWS`, each with key, pair_id, query and answer. The texts of a row that
+    was withdrawn, or not screened yet, are left out."""
     number: int
     """Number of all rows found."""
 
@@ -234,8 +235,18 @@ def find_text(storage: Storage, text: str, batches: Sequence[str] | None = None)
         number = 0
         for found in with_text(storage, text, batch):
             number += found.height
-            rows += found[: MOST_ROWS - len(rows)].iter_rows(named=True)
+            rows += _with_shown_texts(storage, batch, found[: MOST_ROWS - len(rows)]).iter_rows(named=True)
         yield Matches(batch, rows, number)
+
+
+def _with_shown_texts(storage: Storage, batch: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows without the texts of those that were withdrawn; without any where the batch was not screened yet."""
+    try:
+        hidden = withdrawn_rows(storage, batch)
+    except StorageError:
+        hidden = rows.select(ROW_KEY)
+    marked = rows.join(hidden.with_columns(is_hidden=True), on=ROW_KEY, how="left", maintain_order="left")
+    return marked.with_columns(pl.when(pl.col("is_hidden").is_null()).then(pl.col("query", "answer"))).drop("is_hidden")
 
 
 def with_text(storage: Storage, text: str, batch: str, withdrawn: pl.DataFrame | None = None) -> Iterator[pl.DataFrame]:
