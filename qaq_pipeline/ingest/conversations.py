@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest import histories
-from qaq_pipeline.ingest.fields import CONVERSATIONS, first_present, query_of
+from qaq_pipeline.ingest.fields import CHOSEN, CONVERSATIONS, first_present, query_of
 from qaq_pipeline.ingest.histories import Earlier
 from qaq_pipeline.ingest.values import Field, joined
 from qaq_pipeline.schema.vocabularies import RejectReason
@@ -122,8 +122,9 @@ def pairs(record: Mapping[str, object], shape: str, settings: RecordSettings) ->
 
 
 def _chosen(record: Mapping[str, object], settings: RecordSettings) -> list[_Turn]:
-    chosen = record["chosen"] if isinstance(record["chosen"], list) else [record["chosen"]]
-    return _turns(chosen, "chosen", settings)
+    chosen = first_present(record, CHOSEN)
+    turns = chosen.value if isinstance(chosen.value, list) else [chosen.value]
+    return _turns(turns, chosen.name.strip("`"), settings)
 
 
 def _is_whole(chosen: list[_Turn]) -> bool:
@@ -135,7 +136,8 @@ def is_conversation(record: Mapping[str, object], shape: str) -> bool:
     """Whether the pairs of a record of the shape are in lists of turns."""
     if shape == "prompt_completion":
         return all(isinstance(record.get(side), list) for side in ("prompt", "completion"))
-    return shape in CONVERSATIONS or (shape == "preference" and isinstance(record.get("chosen"), (list, dict)))
+    is_turns = isinstance(first_present(record, CHOSEN).value, (list, dict))
+    return shape in CONVERSATIONS or (shape == "preference" and is_turns)
 
 
 def label_fault(record: Mapping[str, object], shape: str) -> RejectedError | None:
@@ -152,7 +154,7 @@ def label_fault(record: Mapping[str, object], shape: str) -> RejectedError | Non
 def unread_of_turns(record: Mapping[str, object], shape: str, settings: RecordSettings) -> Iterator[str]:
     """The names of fields of turns that are neither read nor known."""
     read = _TURN_FIELDS | {*settings.fields.reasoning}
-    for field in (CONVERSATIONS.get(shape), "prompt", "completion", "chosen"):
+    for field in (CONVERSATIONS.get(shape), "prompt", "completion", *CHOSEN):
         turns = record.get(field) if field is not None else None
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):

@@ -6,15 +6,18 @@ not belong here: the turns of a conversation (`conversations`), and the format o
 A file has one shape: the one whose fields most of its first 100 objects have. Ties go to the first in this order. A
 row of another shape is rejected, without guessing.
 
+    preference         chosen, rejected (or chosen_messages, rejected_messages): answers, or conversations, perhaps
+                       after a conversation; the rejected one is not read
     messages           messages: a list of turns
     sharegpt           conversations: a list of turns
-    preference         chosen, rejected: answers, or conversations; the rejected one is not read
     prompt_completion  prompt, completion: two texts, or two lists of turns
     alpaca             instruction, output
     query_answer       the first present of `records.fields.query`, and of `records.fields.answer`
 
-In the last two, and where `chosen` is a text, the texts of `records.fields.context` follow the query, each on a line
-of its own.
+A record with images, videos or audios is rejected, whatever its shape: its text alone is not what was asked.
+
+In the last two shapes, and where `chosen` is a text, the texts of `records.fields.context` follow the query, each on a
+line of its own.
 """
 
 from __future__ import annotations
@@ -35,10 +38,16 @@ _KNOWN = frozenset(
     (
         *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "url"),
         *("language", "lang", "category", "domain", "topic", "tags", "difficulty", "model", "generator", "num_turns"),
-        *("created", "created_at", "date", "timestamp", "rejected", "label", "kto_tag", "score", "rating"),
+        *("created", "created_at", "date", "timestamp", "label", "kto_tag", "score", "rating"),
+        *("rejected", "rejected_messages"),
     )
 )
 """Names of fields that are about a row and not part of it: nobody misses them in the query."""
+
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+CHOSEN = ("chosen", "chosen_messages")
+"""Fields of the answer that is preferred to another one."""
 
 CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
 """The field with the turns, by shape."""
@@ -47,9 +56,9 @@ CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
 def shapes(fields: FieldSettings) -> dict[str, tuple[tuple[str, ...], ...]]:
     """The shapes in order of preference. A shape needs one field of each group."""
     return {
+        "preference": (CHOSEN, ("rejected", "rejected_messages")),
         "messages": (("messages",),),
         "sharegpt": (("conversations",),),
-        "preference": (("chosen",), ("rejected",)),
         "prompt_completion": (("prompt",), ("completion",)),
         "alpaca": (("instruction",), ("output",)),
         "query_answer": (fields.query, fields.answer),
@@ -94,6 +103,11 @@ def first_present(record: Mapping[str, object], names: tuple[str, ...]) -> Field
     return Field(f"`{taken}`", record[taken])
 
 
+def other_than_text(record: Mapping[str, object]) -> str | None:
+    """The field of a record with pictures, films or sounds; None: it has none."""
+    return next((name for name in _MEDIA if isinstance(record.get(name), (list, dict)) and record[name]), None)
+
+
 def query_of(record: Mapping[str, object], names: tuple[str, ...], fields: FieldSettings) -> Field:
     """The query of a record that is no conversation: its text, then each text of its context on a line of its own.
 
@@ -134,6 +148,7 @@ def unread_fields(records: Iterable[Mapping[str, object]], shape: str, settings:
 def _unread(record: Mapping[str, object], shape: str, settings: RecordSettings) -> Iterator[str]:
     fields = settings.fields
     read = {TOOLS, *(_taken(record, names) for names in shapes(fields)[shape])}
+    read.add(other_than_text(record))
     if settings.context == "history":
         read.add(HISTORY)
     if shape == "preference":

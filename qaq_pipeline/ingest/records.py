@@ -177,7 +177,7 @@ def _read_row(row: DeliveredRow, shape: str, settings: RecordSettings) -> Iterat
         yield _cells(row, _NO_CANDIDATE, fault.of_shape(shape), settings)
         return
     for candidate in candidates:
-        fault = _fault(candidate, row.value)
+        fault = candidate.fault or _not_text_alone(row.value) or _fault(candidate, row.value)
         yield _cells(row, candidate, fault and fault.of_shape(shape), settings)
 
 
@@ -240,10 +240,14 @@ def _name_of_licence(value: object) -> object:
     return next((value[key] for key in ("spdx_id", "key", "name", "id") if value.get(key)), None)
 
 
+def _not_text_alone(record: Mapping[str, object]) -> RejectedError | None:
+    media = fields.other_than_text(record)
+    found = f"`{media}` is not empty; text alone is expected"
+    return None if media is None else RejectedError(RejectReason.OTHER_THAN_TEXT, found)
+
+
 def _fault(candidate: Candidate, record: Mapping[str, object]) -> RejectedError | None:
     system, query, answer = candidate.system, candidate.query, candidate.answer
-    if candidate.fault is not None:
-        return candidate.fault
     for field, reason in ((query, RejectReason.MISSING_QUERY), (answer, RejectReason.MISSING_ANSWER)):
         if field.value is None:
             return missing(field.name, reason, record)

@@ -48,7 +48,7 @@ class RejectReason(Vocabulary):
     WRONG_TYPE = "wrong_type", "A field that must be text or a list of turns has another type."
     UNKNOWN_ROLE = "unknown_role", "A turn has an unknown role."
     NO_ANSWERED_TURN = "no_answered_turn", "No user turn is followed by an assistant turn."
-    OTHER_THAN_TEXT = "other_than_text", "A turn has a part that is not text, such as an image."
+    OTHER_THAN_TEXT = "other_than_text", "The record, or a turn of it, has something else than text, such as an image."
     USES_TOOLS = "uses_tools", "The answer calls a tool, or needs what a tool said."
     NOT_FOR_TRAINING = "not_for_training", "The record says that its answer is not to be trained on."
     UNREADABLE_FILE = "unreadable_file", "The file cannot be split into rows; this one row is stored instead."

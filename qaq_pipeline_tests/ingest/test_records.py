@@ -464,14 +464,31 @@ def test_of_a_preference_the_chosen_answer_is_read() -> None:
         {"chosen": asked + chosen, "rejected": asked + other},
         {"prompt": "q", "chosen": chosen, "rejected": other},
         {
+            "chosen_messages": asked + chosen,
+            "rejected_messages": asked + other,
+        },
+        {"messages": asked + chosen, "chosen": asked + chosen, "rejected": asked + other},
+        {
             "conversations": turns(("human", "q"), keys=("from", "value")),
             "chosen": {"from": "gpt", "value": "a"},
             "rejected": {"from": "gpt", "value": "no"},
         },
     ]
     for record in shapes:
-        row = only(read(jsonl(record), shape="preference" if "conversations" in record else "auto"))
+        row = only(read(jsonl(record)))
         assert (row["query"], row["answer"], row["reason"]) == ("q", "a", None), record
+        assert unread(record) == ({}, 1), record
+
+
+@pytest.mark.parametrize("field", ["images", "image", "videos", "audios"])
+@pytest.mark.parametrize("value", [["a.png"], {"path": "a.png", "bytes": None}])
+def test_a_record_with_a_picture_or_a_sound_is_no_pair_of_text(field: str, value: object) -> None:
+    for record in (ALPACA, {"messages": turns(("user", "Who is it? <image>"), ("assistant", "Nobody."))}):
+        row = only(read(jsonl(record | {field: value})))
+        assert (row["reason"], field in row["detail"]) == ("other_than_text", True)
+        assert not read_file(jsonl(record | {field: value}), "a.jsonl", "b1", RecordSettings()).unread
+        assert only(read(jsonl(record | {field: []})))["status"] == "accepted"
+    assert only(read(jsonl(ALPACA | {field: "python:3.11"})))["status"] == "accepted"
 
 
 # Conversations
