@@ -13,7 +13,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from itertools import chain, islice
 from typing import Any
 
 import polars as pl
@@ -33,6 +34,9 @@ UNREAD_KEY = "unread_fields"
 ASIDE_KEY = "files_left_aside"
 """Key in the provenance of raw_data: names of delivered files without rows."""
 
+_ROWS_AT_ONCE = 10_000
+"""Delivered rows that are in memory as Python objects."""
+
 _MOST = 10
 """Names that a sentence shows."""
 
@@ -51,6 +55,11 @@ class Reading:
     """Records that are objects."""
     left_aside: Sequence[str] = ()
     """Names of files without rows, such as a README.md."""
+
+    def followed_by(self, other: Reading) -> Reading:
+        """The rows of both."""
+        frame, num_records = pl.concat([self.frame, other.frame], rechunk=False), self.num_records + other.num_records
+        return Reading(frame, self.unread + other.unread, num_records, self.left_aside)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -98,9 +107,25 @@ def read_file(
     Raises:
         UnreadableFileError: the file is empty, damaged, or not a list of rows.
     """
-    delivered = list(split(content, source_file, partial(fields.has_pair, settings=settings)))
-    shape = fields.detect_shape((row.value for row in delivered), settings)
-    delivered = delivered[:limit]
+    delivered = iter(split(content, source_file, partial(fields.has_pair, settings=settings)))
+    begun: list[DeliveredRow] = []
+
+    def seen() -> Iterator[object]:
+        for row in delivered:
+            begun.append(row)
+            yield row.value
+
+    shape = fields.detect_shape(seen(), settings)
+    reading = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0)
+    rows = islice(chain(begun, delivered), limit)
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        reading = reading.followed_by(_read_rows(some, source_file, batch, shape, settings))
+    return reading
+
+
+def _read_rows(
+    delivered: Sequence[DeliveredRow], source_file: str, batch: str, shape: str, settings: RecordSettings
+) -> Reading:
     rows = [(batch, source_file, *cells) for row in delivered for cells in _read_row(row, shape, settings)]
     records = [row.value for row in delivered if isinstance(row.value, dict)]
     unread = fields.unread_fields(records, shape, settings)
@@ -122,9 +147,8 @@ def read_delivery(
             break
         readings.append(_read_or_reject(content, name, batch, settings, limit))
         limit = None if limit is None else limit - readings[-1].frame["source_row"].n_unique()
-    rows = pl.concat([pl.DataFrame(schema=dtypes(RawData)), *(reading.frame for reading in readings)])
-    unread = sum((reading.unread for reading in readings), Counter[str]())
-    return Reading(rows, unread, sum(reading.num_records for reading in readings), left_aside)
+    nothing = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0, left_aside)
+    return reduce(Reading.followed_by, readings, nothing)
 
 
 def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSettings, limit: int | None) -> Reading:

@@ -319,11 +319,11 @@ class _Candidates:
 
 def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
     """Return each row's order and the bands that several rows share, at least one of them an own row."""
-    return (
-        rows.select("order", "bands")
-        .explode("bands", empty_as_null=False)
-        .filter((pl.len() > 1).over("bands") & (pl.col("order").max() >= num_older).over("bands"))
-        .group_by("order")
-        .agg("bands")
-        .sort("order")
-    )
+    of_rows = rows.sort("order").select("order", "bands").explode("bands", empty_as_null=False)
+    bands, orders = of_rows["bands"].to_numpy(), of_rows["order"].to_numpy()
+    by_band = np.argsort(bands, kind="stable")  # Within a band, the order of the rows: the last row is the newest.
+    ends = np.flatnonzero(np.append(bands[by_band][1:] != bands[by_band][:-1], True)) if len(bands) else by_band
+    sizes = np.diff(ends, prepend=-1)
+    is_wanted = (sizes > 1) & (orders[by_band[ends]] >= num_older)
+    shared = of_rows[np.sort(by_band[np.repeat(is_wanted, sizes)])]
+    return shared.group_by("order", maintain_order=True).agg("bands")
