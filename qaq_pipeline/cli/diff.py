@@ -11,7 +11,6 @@ from qaq_pipeline.cli import render
 from qaq_pipeline.cli.terminal import ConfigOption, expected, open_stored, say
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.difference import compare, count_changes
-from qaq_pipeline.reports.pages import Table
 
 
 def diff(
@@ -23,6 +22,8 @@ def diff(
     config_file: ConfigOption = None,
 ) -> None:
     """Show how many rows entered and left the published selection between two versions, and why."""
+    from qaq_pipeline.reports.pages import Table
+
     storage = open_stored(config_file)
     compared = [versions.find_version(storage, name) for name in (older, newer)]
     found = compare(storage, *(one.version for one in compared))

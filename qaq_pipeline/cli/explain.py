@@ -54,7 +54,7 @@ def explain(
         if text is not None:
             found, number = _rows_with_text(storage, text, batch)
             if number > 1:
-                row_view.matches(console, found, number)
+                _print_matches(found, number, as_json=as_json)
                 return
             place = RowPlace.of(found[0])
             what, row = place.batch, place.in_batch
@@ -74,6 +74,13 @@ def explain(
         warn(f"There may be more: the first {row_history.MOST_ROWS} rows follow.")
     for one in gathered:
         row_view.show(console, one, with_template=provenance, is_full=full)
+
+
+def _print_matches(rows: list[dict[str, Any]], number: int, *, as_json: bool) -> None:
+    if as_json:
+        render.print_json({"rows": rows, "number": number})
+    else:
+        row_view.matches(console, rows, number)
 
 
 def _find(

@@ -110,6 +110,7 @@ def calibration(
     for finding in check_metrics.of_calibration(stored.frame, settings.published.name, settings.checks):
         say(finding.sentence, style=None if finding.passed else "yellow")
     render.print_page_tables(calibration_page.tables(stored.frame))
+    say("Planted rows whose defect sets the cut of a signal are no independent test of that signal.")
     for sentence in calibration_page.missing(stored.frame):
         say(sentence)
     page = page_store.calibration_page(batch)

@@ -58,9 +58,17 @@ def lineage(
             complain(finding.sentence)
         if verify and not findings:
             whole = "every file" if found.is_kept else "what is left (its own files were not kept)"
-            say(f"Verified: {whole} of {found.version} is unchanged.")
+            say(f"Verified: {whole} of {found.version} is unchanged.{_replaced(found)}")
     if findings:
         raise typer.Exit(1)
+
+
+def _replaced(found: walks.Lineage) -> str:
+    """What cannot be compared any more, as a sentence; empty: nothing."""
+    tables = {table.path for batch in found.batches for table in batch.tables if table.state is walks.State.REPLACED}
+    return (
+        f" {len(tables)} tables that it was made from were replaced since: they cannot be compared." if tables else ""
+    )
 
 
 def _print_columns(named: str, *, as_json: bool) -> None:

@@ -50,10 +50,10 @@ def _add_delivery(tree: Tree, delivery: DeliveredFiles) -> None:
 
 def of_row(path: RowPath) -> Tree:
     """A row: its place in the version, then back to the delivered line."""
-    tree = Tree(_line(path.row, f"pair_id {path.pair_id}"))
+    tree = Tree(_line(path.row, "no pair" if path.pair_id is None else f"pair_id {path.pair_id}"))
     exported = tree.add(_line("exported as" if path.exported else "in no exported file"))
     for name, number in sorted(path.exported.items()):
-        exported.add(_line(f"record {number:,} of {name}"))
+        exported.add(_line(f"line {number:,} of {name}"))
     tables = tree.add(_line("its rows, back from the publication"))
     for row in path.tables:
         tables.add(_line(f"{_partition(row.table)} row {row.number:,}: {_facts(row.facts)}", row.table.path))
@@ -114,7 +114,7 @@ def _file(file: File) -> Text:
 
 def _facts(facts: Mapping[str, object]) -> str:
     said = (f"{name} {_value(value)}" for name, value in facts.items() if value is not None)
-    return ", ".join(said)
+    return ", ".join(said) or "valid"  # Only of validity can every value be null.
 
 
 def _value(value: object) -> str:

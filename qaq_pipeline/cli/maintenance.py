@@ -53,6 +53,8 @@ def withdraw(
         finally:
             render.warn_of_withdrawn(deployment.storage)
     say(f"{done.sentence}.")
+    if done.batches:
+        say(f"`qaq refresh` also makes the calibrations again: {', '.join(done.batches)}.")
     if near:
         warn(f"Near duplicates of that row, no longer removed: {', '.join(near)}. Withdraw them too if necessary.")
     older = versions.kept_versions(deployment.storage)[:-1]

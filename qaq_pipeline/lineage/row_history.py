@@ -175,7 +175,7 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
     columns = ("pair_id", "query", "answer", "record")
     try:
         found = storage.tables.find(where, "raw_data", Partition(row["batch"]), columns=columns)
-        withdrawn = _withdrawn_turns(storage, row)
+        withdrawn = withdrawn_turns(storage, row)
     except StorageError:
         return {}
     same = found.filter(pl.col("pair_id").eq_missing(pl.lit(row["pair_id"], pl.String)))
@@ -184,7 +184,7 @@ def text_of(storage: Storage, row: dict[str, Any]) -> dict[str, str | None]:
     return same.select(columns[1:-1] if withdrawn else columns[1:]).row(0, named=True)
 
 
-def _withdrawn_turns(storage: Storage, row: Mapping[str, Any]) -> list[int]:
+def withdrawn_turns(storage: Storage, row: Mapping[str, Any]) -> list[int]:
     """The turns of the record of a row that were withdrawn."""
     where = row_lookup.of_record([row[name] for name in RECORD_KEY])
     columns = ["turn_index", "status"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
+from qaq_pipeline.lineage import row_history
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.publication.flat_scores import lines
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
 from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 
 # --- one row --------------------------------------------------------------------------------------------------------
@@ -81,6 +83,11 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
     keys = found.select(*ROW_KEY, "pair_id")
     exported = _record_numbers(scores, lineage, keys)
     in_tables = [_rows_of(storage, table, keys) for table in batch.tables]
+    is_hidden = [_is_hidden(storage, key) for key in keys.iter_rows(named=True)]
+    in_tables = [
+        [_without_record(row) if hidden else row for row, hidden in zip(rows, is_hidden, strict=True)]
+        for rows in in_tables
+    ]
     return [
         _path(storage, batch, key, numbers, rows)
         for key, numbers, *rows in zip(keys.iter_rows(named=True), exported, *in_tables, strict=True)
@@ -123,6 +130,23 @@ def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRo
         None if facts["number"] is None else TableRow(table, facts.pop("number"), facts)
         for facts in found.iter_rows(named=True)
     ]
+
+
+def _is_hidden(storage: Storage, key: Mapping[str, Any]) -> bool:
+    """Whether a turn of the record was withdrawn, or nobody knows."""
+    try:
+        return bool(row_history.withdrawn_turns(storage, key))
+    except StorageError:
+        return True
+
+
+def _without_record(row: TableRow | None) -> TableRow | None:
+    """The row of a record of which a turn was withdrawn: its text is not shown."""
+    return (
+        None
+        if row is None
+        else replace(row, facts={**row.facts, "record": None} if "record" in row.facts else row.facts)
+    )
 
 
 def _path(

@@ -46,7 +46,7 @@ _PAPER = (
 
 _LIMITS = (
     "A score is the opinion of two models about text. It runs no code, and it hardly sees a small bug in an answer.",
-    "Whether this selection trains a better model than random rows is unknown, unless a training trial is shown below.",
+    "Whether this selection trains a better model than random rows is known only where a training trial is shown.",
     "A rank compares a row only with the rows of its pool: its batch, or the reference that it was ranked against.",
     "Rows were checked for the benchmarks that the card and the page of their batch list, and for no other.",
     "Secrets were looked for by the known formats of keys and tokens only (screening.secrets), and personal data only "

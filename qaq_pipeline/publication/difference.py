@@ -49,6 +49,8 @@ def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit(Change.ROW_DELIVERED.value))
         .when(pl.col("decision_after").is_null())
         .then(pl.lit(Change.ROW_GONE.value))
+        .when(pl.col("decision_after") == Decision.WITHDRAWN.value)
+        .then(pl.lit(Change.WITHDRAWN.value))
         .otherwise(pl.lit(Change.DECIDED_OTHERWISE.value))
     )
     return tables.enforce(

@@ -32,7 +32,7 @@ from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.column_lineage import Column, Derivation
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
-from qaq_pipeline.schema.vocabularies import Decision, GateReason
+from qaq_pipeline.schema.vocabularies import Decision, GateReason, Signal
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline.selection.scored_batch import TABLES_KEY, UNREACHED_KEY, VALIDITY_KEY
@@ -249,7 +249,7 @@ def _of_rows(
         "recipe": _recipe(published),
         "selections": Table(
             "Selections and controls",
-            ("selection", "kind", "rows", "answer tokens", "shared with published", "share"),
+            ("selection", "kind", "rows", "answer tokens", "shared with published", "share of its rows"),
             [(*size, _share(size[-1], size[2])) for size in summaries.sizes(flat, published.name)],
         ),
         "selection_plots": selection_plots,
@@ -406,10 +406,15 @@ def _warnings(provenance: Mapping[str, Any], published: Selection) -> list[str]:
 def _validity(judged: Mapping[str, Any] | None) -> Table | None:
     if judged is None:
         return None
-    counts = {"valid": judged["valid_pairs"]} | {f"invalid: {name}": n for name, n in judged["invalid_pairs"].items()}
+    invalid = judged["invalid_pairs"]
+    counts = {"valid": judged["valid_pairs"]} | {f"invalid: {one.value}": invalid[one.value] for one in Signal}
     total = sum(counts.values())
     rows = [(name, number, _share(number, total)) for name, number in counts.items()]
-    return Table("Distinct pairs by validity", ("", "pairs", "share"), rows, ("all", total, _share(total, total)))
+    caption = (
+        "Distinct pairs by validity. A pair that raises several signals counts once, under the first of them in this "
+        "order. A signal that only flags declares none invalid"
+    )
+    return Table(caption, ("", "pairs", "share"), rows, ("all", total, _share(total, total)))
 
 
 def _made_of(tables: BatchTables) -> Table:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qaq_pipeline.freshness.staleness import Stale
 from qaq_pipeline.pipeline import PIPELINE, Purpose
-from qaq_pipeline.publication import curated_dataset
+from qaq_pipeline.publication import curated_dataset, versions
 from qaq_pipeline.runs.audit_pages import make_page, make_pages
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import SILENT, Driver, Events, FailedJobError, RunError, driving
@@ -37,7 +37,7 @@ class Refreshed:
     not_made: tuple[str, ...] = ()
     """Calibrations and audit pages that could not be made, and why. Publication does not wait for them."""
     version: str | None = None
-    """The published version of the dataset; None: nothing changed."""
+    """The version of the dataset that is the newest now and was not before; None: it is the same one."""
 
     @property
     def batches(self) -> list[str]:
@@ -115,9 +115,9 @@ def publish(driver: Driver, done: Refreshed, batches: Iterable[str]) -> Refreshe
     deployment, version = driver.deployment, None
     not_made = [*done.not_made, *make_pages(driver, batches)]
     if not curated_dataset.is_current(deployment.storage, deployment.batches, deployment.settings):
-        asset = PIPELINE["curated_dataset"]
-        metadata = materialisation_metadata(deployment.instance, driver.run(asset.job), asset.name)
-        version = metadata["version"] if metadata["is_new_version"] else None
+        asset, newest = PIPELINE["curated_dataset"], versions.latest(deployment.storage)
+        made = materialisation_metadata(deployment.instance, driver.run(asset.job), asset.name)["version"]
+        version = None if newest is not None and made == newest.version else made
         not_made += make_page(driver, PIPELINE["dataset_report"].job)
     for sentence in not_made:
         driver.events.on_notice(sentence)

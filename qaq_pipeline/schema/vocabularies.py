@@ -168,13 +168,18 @@ class Decision(Vocabulary):
 
 
 class Signal(Vocabulary):
-    """The signals of validity: each tells one kind of pair that should not be trained on."""
+    """The signals of validity, in the order in which they are asked: each tells one kind of pair that should not be
+    trained on.
+    """
 
+    ECHO = (
+        "echo",
+        "The answer repeats the query word for word and little else, and makes it as predictable as an echo does.",
+    )
+    IMPLAUSIBLE_QUERY = "implausible_query", "PPL(Q) is as high as that of queries with invented words."
     MISMATCH = "mismatch", "RMI is not clearly above that of answers to other queries."
-    ECHO = "echo", "The answer repeats the query and little else, and makes it as predictable as an echo does."
     UNFINISHED = "unfinished", "The models expect the end of the answer as little as that of a cut answer."
     UNCLOSED = "unclosed", "The answer leaves a bracket or a code fence open."
-    IMPLAUSIBLE_QUERY = "implausible_query", "PPL(Q) is as high as that of queries with invented words."
 
 
 class NoCutReason(Vocabulary):
@@ -282,7 +287,11 @@ class Change(Vocabulary):
     BATCH_LEFT = "batch_left", "The batch is in the older version only."
     ROW_DELIVERED = "row_delivered", "The batch is in both versions; the row was not in the older delivery."
     ROW_GONE = "row_gone", "The batch is in both versions; the row is not in the newer delivery."
-    DECIDED_OTHERWISE = "decided_otherwise", "The row is in both deliveries, and its decision changed."
+    WITHDRAWN = "withdrawn", "The row is in both deliveries, and was withdrawn."
+    DECIDED_OTHERWISE = (
+        "decided_otherwise",
+        "The row is in both deliveries, and its decision changed: its own score, or those of others.",
+    )
 
 
 class Verdict(Vocabulary):

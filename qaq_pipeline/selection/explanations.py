@@ -144,9 +144,9 @@ def _sentence(text: str) -> str:
 def _duplicate(row: Mapping[str, Any]) -> str:
     original, why = row["duplicate_of"], _sentence(row["evidence"])
     if row["reason"] == DuplicateReason.EXACT_DUPLICATE.value:
-        return f"Duplicate of {original}, which is kept instead: {why}"
+        return f"Duplicate of {original}, which represents it: {why}"
     similarity = f"similarity {row['similarity']:.3f}, where 1 is equal"
-    return f"Near-duplicate of {original} ({similarity}), which is kept instead: {why}"
+    return f"Near-duplicate of {original} ({similarity}), which represents it: {why}"
 
 
 def _why_unscorable(row: Mapping[str, Any]) -> str:
@@ -351,7 +351,7 @@ def _place(row: Mapping[str, Any], published: Selection, reason: SelectionReason
     own, last = (f"{value:.0f}", f"{cut:.0f}") if is_count else _apart(value, cut)
     of, number = f"{row['verdict_pool_size']} pairs", _measure(published)[0]
     if limits := _limits(published):
-        of = f"those that pass the limits ({limits}), in a pool of {of}"
+        of = f"those that pass the limits ({limits}) in a pool of {of}"
     place = f"This pair's {number} is {own}, number {row['verdict_position']} of {of}; "
     if cut is None:
         return place + ("no pair was taken" if reason is SelectionReason.BELOW_CUT else "every eligible pair was taken")

@@ -92,9 +92,9 @@ def _numbers(
     own = " and ".join(f"{_number(values[role][0])} under the {role} model" for role in MODELS)
     means = " and ".join(_number(values[role][1]) for role in MODELS)
     return (
-        f"Here {one.measure} is {own}; {one.compared_with} have {means} on average. In mean deviations from them, "
-        f"the pair is at {_number(evidence)}; the cut is {_number(cut['cut'])}, and {1 - cut['missed']:.0%} of them "
-        "are expected at or below it"
+        f"Here {one.measure} is {own}; {one.compared_with} have {means} on average. In mean deviations from these, "
+        f"the pair is at {_number(evidence)}. The signal is raised at or below {_number(cut['cut'])}, where "
+        f"{1 - cut['missed']:.0%} of these are expected"
     )
 
 
@@ -121,8 +121,8 @@ def _of_cut(row: Mapping[str, Any]) -> str:
     share = f"{row['defect_share']:.1%} (at most {row['defect_share_upper']:.1%})"
     return (
         f"{row['signal']} (cut from {', '.join(row['chosen_from'])}): {row['dropped']:.1%} of the pairs are at or "
-        f"below the cut. An estimated {share} have the defect; the cut is expected to miss up to "
-        f"{row['missed']:.0%} of these, which are then {row['false_share']:.1%} of the pairs above it"
+        f"below the cut. An estimated {share} have the defect; up to {row['missed']:.0%} of these are above the cut, "
+        f"where they are {row['false_share']:.1%} of the pairs"
     )
 
 

@@ -22,7 +22,7 @@ MISMATCH = Definition(
     value=pl.when(pl.col("num_a_tokens_untruncated") >= SHORTEST).then("rmi"),
     covariate=pl.col("log_ppl_q"),
     max_missed=0.08,
-    fault="the answer helps to predict the query hardly more than an answer to another query does",
+    fault="the answer helps to predict the query not clearly more than an answer to another query does",
     measure="RMI in nats per token",
     compared_with="answers to other queries, at this query perplexity,",
 )
