@@ -151,7 +151,7 @@ def print_estimate(estimate: Estimate) -> None:
     costs = estimate.costs
     rows = {
         "model": [cost.model for cost in costs],
-        "distinct pairs": [f"{cost.num_pairs:,}" for cost in costs],
+        "pairs, planted ones too": [f"{cost.num_pairs:,}" for cost in costs],
         "likelihoods in the cache": [f"{cost.num_cached:,}" for cost in costs],
         "sequences": [f"{cost.estimate.num_sequences:,}" for cost in costs],
         "tokens": [f"{cost.estimate.num_tokens:,}" for cost in costs],

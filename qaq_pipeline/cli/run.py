@@ -57,7 +57,11 @@ def estimate(
     from qaq_pipeline.runs import registration
 
     with open_deployment(config_file) as deployment:
-        render.print_estimate(registration.estimate(deployment, files))
+        estimated = registration.estimate(deployment, files)
+        render.print_estimate(estimated)
+        limit = deployment.settings.gates.max_rejected_share
+        if limit is not None and estimated.rejected > limit * estimated.rows:
+            fail(f"`qaq run` would hold this batch back: more than {limit:.0%} of its rows cannot be read")
 
 
 def ui(

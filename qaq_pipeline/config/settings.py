@@ -40,7 +40,8 @@ _RENDERED_BY_PIPELINE = frozenset(
 
 class FieldSettings(Closed):
     """The names of the fields of records that are no conversations. Of each list but `context`, the first name that a
-    record has is read. Naming the query or the answer sets `shape: query_answer`.
+    record has is read. Where query, context or answer are named, a file that has one of the names is read by them, and
+    any other file as if they were not named.
     """
 
     query: tuple[str, ...] = Field(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from qaq_pipeline.config.settings import FieldSettings, RecordSettings
@@ -66,18 +66,31 @@ def shapes(fields: FieldSettings) -> dict[str, tuple[tuple[str, ...], ...]]:
 
 
 def has_pair(record: Mapping[str, object], settings: RecordSettings) -> bool:
-    """Whether a record has the fields of any shape."""
-    return any(_fits(record, groups) for groups in shapes(settings.fields).values())
+    """Whether a record has the fields of any shape, by the names that are set or by the usual ones."""
+    known = (*shapes(settings.fields).values(), *shapes(FieldSettings()).values())
+    return any(_fits(record, groups) for groups in known)
 
 
-def detect_shape(records: Iterable[object], settings: RecordSettings) -> str:
-    """The shape of a file's records: the one that is set, else the one that most of the first of them have."""
+def detect(records: Iterable[object], settings: RecordSettings) -> tuple[str, RecordSettings]:
+    """The shape of a file's records, and the settings by which they are read.
+
+    The shape is the one that is set; else `query_answer` where a person named fields of the pair, and one of the first
+    records has one; else the one that most of the first records have, by the usual names.
+    """
     if settings.shape != "auto":
-        return settings.shape
-    if {"query", "context", "answer"} & settings.fields.model_fields_set:
-        return "query_answer"  # A person named the fields.
+        return settings.shape, settings
     sample = list(islice((record for record in records if isinstance(record, dict)), DETECTION_ROWS))
-    known = shapes(settings.fields)
+    if named := {"query", "context", "answer"} & settings.fields.model_fields_set:
+        names = [name for field in named for name in getattr(settings.fields, field)]
+        if any(name in record for record in sample for name in names):
+            return "query_answer", settings
+        usual = FieldSettings().model_dump(include=named)
+        settings = settings.model_copy(update={"fields": settings.fields.model_copy(update=usual)})
+    return _commonest(sample, shapes(settings.fields)), settings
+
+
+def _commonest(sample: Sequence[Mapping[str, object]], known: Mapping[str, tuple[tuple[str, ...], ...]]) -> str:
+    """The shape that most of the records have."""
 
     def support(shape: str) -> tuple[int, int]:
         fitting = sum(_fits(record, known[shape]) for record in sample)

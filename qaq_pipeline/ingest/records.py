@@ -115,7 +115,7 @@ def read_file(
             begun.append(row)
             yield row.value
 
-    shape = fields.detect_shape(seen(), settings)
+    shape, settings = fields.detect(seen(), settings)
     reading = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0)
     rows = islice(chain(begun, delivered), limit)
     while some := list(islice(rows, _ROWS_AT_ONCE)):

@@ -33,7 +33,10 @@ def listen(port: int) -> Iterator[socket.socket]:
             listening.bind((HOST, port))
             listening.listen()
         except OSError as error:
-            said = f"port {port} of {HOST} cannot be used ({error.strerror}); give another one with --port"
+            said = (
+                f"port {port} of {HOST} cannot be used ({error.strerror}); while `qaq ui` runs, it serves the rows at "
+                f"http://{HOST}:{port}; else give another port with --port"
+            )
             raise PortInUseError(said) from error
         yield listening
 

@@ -96,7 +96,7 @@ def test_an_estimate_counts_what_the_cache_lacks_and_registers_nothing(
     for place, counts in ((home, "4 │ 4"), (empty_home, "76 │ 76")):
         shown = qaq(place, "estimate", delivery)
         assert shown.code == 0, shown
-        assert "distinct pairs │ 19 │ 19" in shown.out
+        assert "pairs, planted ones too │ 19 │ 19" in shown.out
         assert f"sequences │ {counts}" in shown.out
         assert re.search(r"matmul peak │ 0\.\d\d TFLOP/s, cpu", shown.out)
         assert "In all about 0 s" in shown.out

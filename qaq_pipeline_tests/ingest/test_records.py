@@ -455,6 +455,23 @@ def unread(*records: dict[str, Any]) -> tuple[dict[str, int], int]:
     return dict(reading.unread), reading.num_records
 
 
+def test_named_fields_are_those_of_the_files_that_have_them() -> None:
+    fields = {"query": ["ask"], "answer": ["reply"]}
+    files = {
+        "named": {"ask": "q", "reply": "a", "question": "other"},
+        "talk": {"messages": turns(("user", "q"), ("assistant", "a"))},
+        "usual": {"question": "q", "answer": "a"},
+    }
+    for record in files.values():
+        row = only(read(jsonl(record), fields=fields))
+        assert (row["query"], row["answer"], row["reason"]) == ("q", "a", None), record
+    assert only(read(jsonl({"ask": None, "question": "q", "answer": "a"}), fields=fields))["reason"] == "missing_query"
+    csv_file = b"ask,reply\nq,a\n"
+    assert (
+        only(read(csv_file, fields=fields))["answer"] == only(read(b"question,answer\nq,a\n", fields=fields))["answer"]
+    )
+
+
 def test_of_a_preference_the_chosen_answer_is_read() -> None:
     asked, chosen, other = turns(("user", "q")), turns(("assistant", "a")), turns(("assistant", "no"))
     shapes = [
