@@ -22,8 +22,12 @@ function shown(value, type) {
 function linked(value, type, row) {
   if (type !== "display") return value;
   const element = document.createElement("a");
+  const number = document.createElement("span"); // The file may wrap, its row's number may not.
+  const end = value.lastIndexOf(":");
+  number.className = "number";
+  number.textContent = value.slice(end);
   element.href = row.link;
-  element.textContent = value;
+  element.append(value.slice(0, end), number);
   return element.outerHTML;
 }
 
