@@ -410,11 +410,7 @@ def _validity(judged: Mapping[str, Any] | None) -> Table | None:
     counts = {"valid": judged["valid_pairs"]} | {f"invalid: {one.value}": invalid[one.value] for one in Signal}
     total = sum(counts.values())
     rows = [(name, number, _share(number, total)) for name, number in counts.items()]
-    caption = (
-        "Distinct pairs by validity. A pair that raises several signals counts once, under the first of them in this "
-        "order. A signal that only flags declares none invalid"
-    )
-    return Table(caption, ("", "pairs", "share"), rows, ("all", total, _share(total, total)))
+    return Table("Distinct pairs by validity", ("", "pairs", "share"), rows, ("all", total, _share(total, total)))
 
 
 def _made_of(tables: BatchTables) -> Table:

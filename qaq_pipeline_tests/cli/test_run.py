@@ -109,6 +109,13 @@ def test_an_estimate_of_a_file_that_cannot_be_read_is_one_line(empty_home: Home,
     assert "missing.json" in qaq(empty_home, "estimate", tmp_path / "missing.json").error()
 
 
+def test_an_estimate_of_rows_that_would_be_held_back_says_so(empty_home: Home, qaq: Qaq, tmp_path: Path) -> None:
+    delivery = write_jsonl(tmp_path / "rows.jsonl", [{"ask": "q", "reply": "a"}, {"query": "q", "response": "a"}])
+    shown = qaq(empty_home, "estimate", delivery)
+    assert "Rows: 2, of which 1 cannot be read" in shown.out
+    assert (shown.code, "more than 20% of its rows cannot be read" in shown.err) == (1, True)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -440,10 +440,13 @@ def test_conversations_are_scored_in_their_context_and_come_out_as_they_came(
 def test_no_table_stays_in_memory_after_its_run(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
+    def tables() -> dict[int, StoredTable]:
+        gc.collect()
+        return {id(one): one for one in gc.get_objects() if type(one) is StoredTable and one.frame.height}
+
+    before = tables()
     curate(settings_for(), instance, deliver(*SAMPLES))
-    gc.collect()
-    kept = [one for one in gc.get_objects() if type(one) is StoredTable]
-    assert sum(table.frame.height for table in kept) == 0
+    assert tables().keys() <= before.keys()
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------

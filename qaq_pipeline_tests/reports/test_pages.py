@@ -23,7 +23,7 @@ from qaq_pipeline.reports.pages import Example, Made, Scoring
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.column_lineage import Column
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import GateReason
+from qaq_pipeline.schema.vocabularies import GateReason, Signal
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import rank_reference
@@ -88,6 +88,9 @@ class Seen(HTMLParser):
             self._caption = (self._caption or "") + data
         elif self._in in ("td", "th", "a") and self._caption in self.tables:
             self.tables[self._caption][-1][-1] += data
+
+
+NONE_INVALID = dict.fromkeys((one.value for one in Signal), 0)
 
 
 def page_of(
@@ -155,7 +158,12 @@ def test_a_batch_page_says_first_what_became_of_the_batch_and_last_by_which_hash
 
 
 def test_a_batch_page_names_the_signal_that_declares_most_pairs_invalid() -> None:
-    judged = {"valid_pairs": 7, "invalid_pairs": {"echo": 1, "mismatch": 2}, "signals": [], "warnings": []}
+    judged = {
+        "valid_pairs": 7,
+        "invalid_pairs": NONE_INVALID | {"echo": 1, "mismatch": 2},
+        "signals": [],
+        "warnings": [],
+    }
 
     def with_verdicts(tables: BatchTables) -> BatchTables:
         decided = tables["decisions"]
@@ -249,7 +257,7 @@ def judge_invalid(tables: BatchTables) -> BatchTables:
     )
     counts = {"echo": 0, "mismatch": 1_234}
     judged = {"warnings": ["<b>RMI</b> tells nothing"], "signals": ["mismatch: 5% of the pairs"]}
-    judged |= {"valid_pairs": 3_766, "invalid_pairs": counts}
+    judged |= {"valid_pairs": 3_766, "invalid_pairs": NONE_INVALID | counts}
     unreached = {"diff_high": "takes 4 of at most 5 pairs", "other": "takes 1 of at most 2 pairs"}
     facts = {VALIDITY_KEY: judged, UNREACHED_KEY: unreached}
     return changed(tables, decisions=StoredTable(decided, tables["decisions"].provenance | facts))
@@ -261,12 +269,11 @@ def test_a_batch_page_says_what_is_invalid_and_what_the_signals_cannot_tell() ->
     assert 'role="alert"><strong>Warning:</strong> &lt;b&gt;RMI&lt;/b&gt; tells nothing.' in text
     assert "<strong>Warning:</strong> diff_high takes 4 of at most 5 pairs." in text
     assert "takes 1 of at most 2" not in text
-    assert seen.tables["Distinct pairs by validity"][1:] == [
-        ["valid", "3,766", "75.3%"],
-        ["invalid: echo", "0", "0.0%"],
-        ["invalid: mismatch", "1,234", "24.7%"],
-        ["all", "5,000", "100.0%"],
-    ]
+    of_signals = seen.tables["Distinct pairs by validity"][1:]
+    assert [row[0] for row in of_signals] == ["valid", *(f"invalid: {one.value}" for one in Signal), "all"]
+    assert of_signals[0] == ["valid", "3,766", "75.3%"]
+    assert of_signals[3] == ["invalid: mismatch", "1,234", "24.7%"]
+    assert of_signals[-1] == ["all", "5,000", "100.0%"]
     assert "<li>mismatch: 5% of the pairs.</li>" in text
     invalid = tables["decisions"].frame.filter(reason="invalid_mismatch").height
     assert invalid > 0

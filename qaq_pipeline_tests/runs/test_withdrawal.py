@@ -10,7 +10,11 @@ import dagster as dg
 import pytest
 
 from qaq_pipeline.config.settings import RuntimeSettings, Settings
+from qaq_pipeline.lineage import row_history
+from qaq_pipeline.lineage.lineage import walk
+from qaq_pipeline.lineage.trace import trace
 from qaq_pipeline.publication import versions
+from qaq_pipeline.publication.difference import compare
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.runs import refresh, withdrawal
 from qaq_pipeline.runs.deployment import Deployment
@@ -54,6 +58,14 @@ def test_a_withdrawn_row_goes_wherever_its_text_stands(two_batches: Daemon, sett
     assert daemon.left_out() == {}
     storage = open_storage(daemon.settings)
     assert withdrawn_batches(storage, versions.latest(storage)) == []
+    newest, before = (versions.publications(storage)[place].version for place in (-1, -2))
+    left = compare(storage, before, newest).filter(is_added=False)
+    assert left.filter(source_row=3)["change"].unique().to_list() == ["withdrawn"]
+    for version in (before, newest):
+        (path,) = trace(storage, walk(storage, version), "b1/b1.jsonl:3")
+        assert [row.facts["record"] for row in path.tables if row.table.name == "raw_data"] == [None]
+    (match,) = row_history.find_text(storage, SAMPLES[3][0], ["b1"])
+    assert (match.number, match.rows[0]["query"], match.rows[0]["answer"]) == (1, None, None)
 
 
 def test_what_was_withdrawn_is_published_no_more_though_its_batch_cannot_be_screened_again(
@@ -124,8 +136,9 @@ def test_a_withdrawn_batch_is_left_out_its_duplicates_come_back_and_it_can_be_re
     assert rows.height == 5
     assert set(rows["reason"]) == {"batch_withdrawn"}
     back = withdrawal.Withdrawal("b1", None, "the claim was dropped", is_withdrawn=False)
-    withdrawal.withdraw(daemon.deployment, back)
+    restored = withdrawal.withdraw(daemon.deployment, back)
     assert daemon.left_out() == {}
+    assert restored.version == versions.find_version(open_storage(daemon.settings), "latest").version
     assert daemon.statuses("b2")[2] == "duplicate"
     # The same content as before all this, so the same version, and the history of what lay between.
     assert len(daemon.kept()) == 2

@@ -174,7 +174,7 @@ def test_a_number_just_beyond_a_bound_is_told_from_it(
 
 def test_a_place_among_those_that_pass_a_limit_is_not_called_one_of_the_pool() -> None:
     _, _, sentence = said(3, decide(rmi_strong=[None, 5.0]))
-    assert re.search(r", number \d of those that pass the limits \(rmi_strong\), in a pool of 4 pairs;", sentence)
+    assert re.search(r", number \d of those that pass the limits \(rmi_strong\) in a pool of 4 pairs;", sentence)
 
 
 def test_every_reason_of_a_selection_has_a_sentence() -> None:

@@ -24,7 +24,7 @@ from qaq_pipeline.storage.storage import Storage
 
 _TEXT = re.compile(r"up to 1 for the highest|where 1 is equal|the [\d.]+% of")
 _RANK = re.compile(r"rank ([\d.]+) under the (\w+) model \((?:the only stratum|stratum (\d+) of (\d+))\)")
-_LIMITS = r"(?:those that pass the limits \(where\), in a pool of )?"
+_LIMITS = r"(?:those that pass the limits \(where\) in a pool of )?"
 _PLACE = re.compile(
     rf"gap is (-?[\d.]+), number (\d+) of {_LIMITS}(\d+) pairs; the gap of the last pair taken is (-?[\d.]+\d)"
 )

@@ -29,7 +29,8 @@ DEFECTS = {
 }
 _NUMBERS = re.compile(
     r"is (-?[\d.]+) under the strong model and (-?[\d.]+) under the weak model; .* have (-?[\d.]+) and (-?[\d.]+) on "
-    r"average\. In mean deviations from them, the pair is at (-?[\d.]+); the cut is (-?[\d.]+), and (\d+)% of them"
+    r"average\. In mean deviations from these, the pair is at (-?\d+\.\d+)\. The signal is raised at or below "
+    r"(-?\d+\.\d+), where (\d+)% of these"
 )
 
 Rows = dict[str, dict[str, dict[str, Any]]]
