@@ -31,6 +31,9 @@ from qaq_pipeline.storage.row_files import DeliveredRow, RejectedError, Unreadab
 UNREAD_KEY = "unread_fields"
 """Key in the provenance of raw_data: fields that nobody reads, and the number of records that have each."""
 
+EARLIER_TURNS = "earlier turns"
+"""Stands among the fields that nobody reads for the exchanges before the pair of a conversation."""
+
 ASIDE_KEY = "files_left_aside"
 """Key in the provenance of raw_data: names of delivered files without rows."""
 
@@ -70,7 +73,8 @@ class Reading:
 
 def not_read(facts: Mapping[str, Any]) -> list[str]:
     """What of a delivery is not read, in words, from the provenance of raw_data."""
-    records, found = facts[UNREAD_KEY]["records"], facts[UNREAD_KEY]["with_field"]
+    records, found = facts[UNREAD_KEY]["records"], dict(facts[UNREAD_KEY]["with_field"])
+    earlier = found.pop(EARLIER_TURNS, 0)
     most_first = sorted(found.items(), key=lambda one: (-one[1], one[0]))
     fields_of = [
         f"{name!a:.60} ({count:,} of {records:,} records)".replace("'", "") for name, count in most_first[:_MOST]
@@ -79,7 +83,15 @@ def not_read(facts: Mapping[str, Any]) -> list[str]:
     said = [f"fields not read: {', '.join(fields_of)}; name them in records.fields if they belong to the pair"]
     aside = [*facts[ASIDE_KEY][:_MOST]]
     aside += [f"and {len(facts[ASIDE_KEY]) - _MOST:,} others"] if len(facts[ASIDE_KEY]) > _MOST else []
-    return [*(said if found else []), *([f"files left aside: {', '.join(aside)}"] if aside else [])]
+    of_turns = (
+        f"earlier turns are not read: {earlier:,} of {records:,} records have some; see records.multi_turn and "
+        "records.context"
+    )
+    return [
+        *(said if found else []),
+        *([of_turns] if earlier else []),
+        *([f"files left aside: {', '.join(aside)}"] if aside else []),
+    ]
 
 
 def field_of(record: pl.Expr, name: str) -> pl.Expr:
@@ -130,7 +142,10 @@ def _read_rows(
     records = [row.value for row in delivered if isinstance(row.value, dict)]
     unread = fields.unread_fields(records, shape, settings)
     unread.update(name for record in records for name in {*conversations.unread_of_turns(record, shape, settings)})
-    return Reading(pl.DataFrame(rows, schema=dtypes(RawData), orient="row"), unread, len(records))
+    frame = pl.DataFrame(rows, schema=dtypes(RawData), orient="row")
+    if settings.multi_turn == "last" and settings.context == "none":
+        unread.update({EARLIER_TURNS: frame.filter(pl.col("turn_index") > 0).height})
+    return Reading(frame, +unread, len(records))
 
 
 def read_delivery(

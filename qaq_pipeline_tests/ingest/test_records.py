@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest.records import check_file, pair_id, read_delivery, read_file, unreadable_file
+from qaq_pipeline.ingest.records import check_file, not_read, pair_id, read_delivery, read_file, unreadable_file
 from qaq_pipeline.schema.tables import RawData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
 from qaq_pipeline.storage.row_files import UnreadableFileError
@@ -447,6 +447,18 @@ def test_fields_that_are_neither_read_nor_known_are_counted() -> None:
         2,
     )
     assert unread({"query": "q", "answer": "a"}) == ({}, 1)
+
+
+def test_earlier_turns_that_are_not_read_are_counted() -> None:
+    talk = turns(("user", "q"), ("assistant", "a"))
+    records = [{"messages": talk}, {"messages": talk * 2}, {"messages": talk * 3}]
+    assert unread(*records) == ({"earlier turns": 2}, 3)
+    reading = read_file(jsonl(*records), "file.jsonl", "b1", RecordSettings())
+    assert not_read(reading.facts) == [
+        "earlier turns are not read: 2 of 3 records have some; see records.multi_turn and records.context"
+    ]
+    for settings in (RecordSettings(multi_turn="every"), RecordSettings(context="history")):
+        assert not read_file(jsonl(*records), "file.jsonl", "b1", settings).unread
 
 
 def unread(*records: dict[str, Any]) -> tuple[dict[str, int], int]:
