@@ -37,7 +37,7 @@ VERSION, SHA256 = "0" * 32, "1" * 64
 _EXPLAIN = """
 import atexit, sys
 atexit.register(lambda: sys.stderr.writelines(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-from qaq_pipeline.cli.app import main
+from qaq_pipeline.cli.__main__ import main
 main()
 """
 """The command, which prints its own peak memory; that of `getrusage` would include its parent's."""

@@ -77,8 +77,3 @@ def options(
     ] = False,
 ) -> None:
     """Declare the options of `qaq` itself."""
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

@@ -136,7 +136,7 @@ def qaq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         code: Any = 0
         try:
-            app.main()
+            app.app()
         except SystemExit as end:
             code = end.code
         shown = capsys.readouterr()

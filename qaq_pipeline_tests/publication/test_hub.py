@@ -373,7 +373,7 @@ def test_the_command_publishes_where_the_environment_says(hub: Hub, home: Storag
     version = store_version(home)
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", "from qaq_pipeline.cli.app import main; main()", "publish", "latest", "--to", TO],
+        [sys.executable, "-m", "qaq_pipeline.cli", "publish", "latest", "--to", TO],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True,
         text=True,
