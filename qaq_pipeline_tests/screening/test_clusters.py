@@ -69,18 +69,23 @@ def are_linked(one: dict[str, Any], other: dict[str, Any], threshold: float) -> 
     return len(mine & its) / len(mine | its) >= threshold
 
 
+def as_compared(one: dict[str, Any]) -> tuple[str, str]:
+    """The texts by which rows are equal: white space counts, but at the end of a line."""
+    query, answer = ("\n".join(line.rstrip() for line in one[name].splitlines()) for name in ("query", "answer"))
+    return query.rstrip(), answer.rstrip()
+
+
 def naive(batches: Sequence[Sequence[dict[str, Any]]], threshold: float) -> dict[str, str]:
     found: dict[str, str] = {}
     older: list[tuple[str, dict[str, Any]]] = []
     for number, rows in enumerate(batches):
         own = [(f"b{number}/a.jsonl:{place}.0", one) for place, one in enumerate(rows, start=1)]
-        texts = {" ".join(f"{one['query']}\0{one['answer']}".split()) for _, one in older}
+        texts = {as_compared(one) for _, one in older}
         distinct = []
         for place, one in own:
-            text = " ".join(f"{one['query']}\0{one['answer']}".split())
-            if text not in texts:
+            if as_compared(one) not in texts:
                 distinct.append((place, one))
-                texts.add(text)
+                texts.add(as_compared(one))
         component = {place: place for place, _ in distinct}
         for first, (place, one) in enumerate(distinct):
             for other_place, other in distinct[:first]:
