@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.rows import peak_memory
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest import records
@@ -78,14 +78,9 @@ class Measured:
         """End the present stage, and begin another."""
         now = time.perf_counter()
         if self._name is not None:
-            self.stages.append((self._name, now - self._started, _peak()))
+            self.stages.append((self._name, now - self._started, peak_memory() / 1e9))
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Resets the high-water mark.
         self._name, self._started = name, now
-
-
-def _peak() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, flags=re.MULTILINE)[0]) / 1e6
 
 
 def write_rows(file: Path, pairs: Path, rows: int, seed: int) -> None:

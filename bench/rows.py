@@ -363,6 +363,11 @@ def peak_extra_memory(work: Callable[[], object]) -> int:
     """
     held = psutil.Process().memory_info().rss
     work()
+    return peak_memory() - held
+
+
+def peak_memory() -> int:
+    """Return the process's high-water mark, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, flags=re.MULTILINE)
-    return int(peak) * 1024 - held
+    return int(peak) * 1024

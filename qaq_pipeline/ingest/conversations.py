@@ -8,9 +8,9 @@ value}, which are joined as they are. System turns, wherever they are, are the s
 there are none, it is the record's system field.
 
 An exchange is one or more user turns and the turns after them up to the next user turn. Its user turns are the query
-and its assistant turns the answer; several of them are joined by an empty line. The turns of
-earlier exchanges are not part of its query: `records.context` says whether they are its context (`histories`). An
-exchange is no pair if a turn of its answer
+and its assistant turns the answer; several of them are joined by an empty line. The turns of earlier exchanges are not
+part of its query: `records.context` says whether they are its context (`histories`). An exchange is no pair if a turn
+of its answer
 
     calls a tool, or is what a tool said     its text cannot be told from the query alone
     is marked as not to be trained on        weight, loss, train or loss_weight is 0 or false; for the whole record,
@@ -228,7 +228,7 @@ def _turn(value: object, place: str, settings: RecordSettings) -> _Turn:
         fault = None if uses_tool else error
     uses_tool = uses_tool or _calls_inline(role, text.value)
     is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
-    calls = [] if role == "tool" else [*_list_of(value.get("tool_calls")), *_list_of(value.get("function_call"))]
+    calls = () if role == "tool" else (call for field in _CALLS for call in _list_of(value.get(field)))
     said = histories.said(role, text.value, content, filter(_has_content, calls))
     reasoning = first_present(value, settings.fields.reasoning)
     if reasoning.value is None and isinstance(content, list):

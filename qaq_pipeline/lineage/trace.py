@@ -83,11 +83,6 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
     keys = found.select(*ROW_KEY, "pair_id")
     exported = _record_numbers(scores, lineage, keys)
     in_tables = [_rows_of(storage, table, keys) for table in batch.tables]
-    is_hidden = [_is_hidden(storage, key) for key in keys.iter_rows(named=True)]
-    in_tables = [
-        [_without_record(row) if hidden else row for row, hidden in zip(rows, is_hidden, strict=True)]
-        for rows in in_tables
-    ]
     return [
         _path(storage, batch, key, numbers, rows)
         for key, numbers, *rows in zip(keys.iter_rows(named=True), exported, *in_tables, strict=True)
@@ -140,23 +135,17 @@ def _is_hidden(storage: Storage, key: Mapping[str, Any]) -> bool:
         return True
 
 
-def _without_record(row: TableRow | None) -> TableRow | None:
-    """The row of a record of which a turn was withdrawn: its text is not shown."""
-    return (
-        None
-        if row is None
-        else replace(row, facts={**row.facts, "record": None} if "record" in row.facts else row.facts)
-    )
-
-
 def _path(
     storage: Storage, batch: Batch, key: Mapping[str, Any], exported: dict[str, int], rows: Iterable[TableRow | None]
 ) -> RowPath:
+    known = [row for row in rows if row is not None]
+    if _is_hidden(storage, key):
+        known = [replace(row, facts=row.facts | dict.fromkeys(row.facts.keys() & {"record"})) for row in known]
     return RowPath(
         row=str(RowPlace.of(key)),
         pair_id=key["pair_id"],
         exported=exported,
-        tables=tuple(row for row in rows if row is not None),
+        tables=tuple(known),
         shards=tuple(_holding(storage, batch.scores, key["pair_id"])),
         delivered=next(file for file in batch.delivery.files if file.name == key["source_file"]),
         source_row=key["source_row"],

@@ -148,15 +148,16 @@ def dataset_files(
 ) -> dict[str, bytes]:
     """The files of a version by path: each exported selection in each format, the scores, and the card."""
     decided = _concat(batches, "decisions")
-    files, exported = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}
+    files, exported, turns = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}, None
     for selection in selections:
         rows = _rows(batches, None if selection == published.name else selection, export)
+        if export.rows == "conversation" and selection == published.name:
+            turns = exports.field_of_turns(rows["record"])
         for name in export.written:
             files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
         files[f"{selection}/{exports.KEYS}"] = exports.keys(rows)
         exported[selection] = rows.height
-    delivered = _rows(batches, None, export)["record"] if export.rows == "conversation" else ()
-    entries = exports.llama_factory_entries(exported, export.written, exports.field_of_turns(delivered))
+    entries = exports.llama_factory_entries(exported, export.written, turns)
     files["dataset_info.json"] = json.dumps(entries, indent=2).encode() + b"\n"
     files[versions.CARD] = dataset_card.dataset_card(
         published,

@@ -160,12 +160,8 @@ def llama_factory_entries(
 
 def field_of_turns(records: Iterable[str]) -> str | None:
     """The field that has the turns of all these delivered records; None: there is none."""
-    lists = [{name for name, value in record.items() if isinstance(value, list)} for record in _objects(records)]
+    lists = [{name for name, value in record.items() if isinstance(value, list)} for record in map(json.loads, records)]
     return next((name for name in _LLAMA_FACTORY_TURNS if lists and all(name in one for one in lists)), None)
-
-
-def _objects(records: Iterable[str]) -> Iterator[dict[str, Any]]:
-    return (json.loads(record) for record in records)
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ _CONTENT = _of("raw_data", "system", "history", "query", "answer")
 _FORBIDDEN = _of("raw_data", "system", "query", "answer", "reasoning", "licence", "record")
 """The columns that are searched for what must not be published."""
 _SIGNED = _of("signatures", *ROW_KEY, "pair_id", "content_hash", "exact_hash", "query_hash", "bands") + _of(
-    "raw_data", *ROW_KEY, "query", "answer", "language"
+    "raw_data", *ROW_KEY, "history", "query", "answer", "language"
 )
 """The columns that are used to find withdrawn rows, duplicates, clusters and benchmark tasks."""
 _SCREENED = _of("raw_data", "status") + _FORBIDDEN + _SIGNED

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Protocol
 
 import polars as pl
 
@@ -16,6 +15,7 @@ from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
 from qaq_pipeline.screening import personal_data, secrets
+from qaq_pipeline.screening.finding import Finding
 
 _TEXTS = ("query", "answer", "system", "reasoning", "record")
 """Texts that are searched. The record also has what is not read, such as earlier turns."""
@@ -37,19 +37,10 @@ def find(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
     return pl.concat(found)
 
 
-class _Found(Protocol):
-    """Something in a text."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def place(self) -> int: ...
-
-
 def _containing(
     rows: pl.DataFrame,
     may_have: Callable[[pl.Expr], pl.Expr],
-    look: Callable[[str], Iterable[_Found]],
+    look: Callable[[str], Iterable[Finding]],
     reason: WithdrawalReason,
 ) -> pl.DataFrame:
     """The rows of which a text contains something, with the kind and place of the first one."""
@@ -65,7 +56,7 @@ def _containing(
     )
 
 
-def _all_in(texts: Mapping[str, str | None], look: Callable[[str], Iterable[_Found]]) -> Iterator[tuple[str, _Found]]:
+def _all_in(texts: Mapping[str, str | None], look: Callable[[str], Iterable[Finding]]) -> Iterator[tuple[str, Finding]]:
     return ((name, one) for name, text in texts.items() if text is not None for one in look(text))
 
 

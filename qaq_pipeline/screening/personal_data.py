@@ -13,11 +13,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import polars as pl
 
 from qaq_pipeline.config.settings import PersonalData
+from qaq_pipeline.screening.finding import Finding
 
 _ANYBODY = frozenset(
     (
@@ -47,19 +47,13 @@ _PRINTED = frozenset(
 _PUBLIC_RESOLVERS = frozenset(("8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "1.2.3.4", "4.3.2.1"))
 
 
-class Found(NamedTuple):
-    """Personal data in a text."""
-
-    kind: str
-    place: int
-    """Its first character, counted from 1."""
-
-
-def find(text: str, kinds: Sequence[PersonalData]) -> Iterator[Found]:
+def find(text: str, kinds: Sequence[PersonalData]) -> Iterator[Finding]:
     """The personal data of these kinds in a text, kind by kind."""
     for kind in kinds:
         pattern, is_some = _KINDS[kind]
-        yield from (Found(kind.replace("_", " "), one.start() + 1) for one in pattern.finditer(text) if is_some(one[0]))
+        yield from (
+            Finding(kind.replace("_", " "), one.start() + 1) for one in pattern.finditer(text) if is_some(one[0])
+        )
 
 
 def may_have(text: pl.Expr, kinds: Sequence[PersonalData]) -> pl.Expr:

@@ -13,9 +13,10 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import polars as pl
+
+from qaq_pipeline.screening.finding import Finding
 
 _DETECTORS = {
     "aws": "AWSKeyDetector",
@@ -60,24 +61,16 @@ _FEWEST_CHARACTERS = 8
 _IN_A_WORD = re.compile(r"[A-Za-z0-9_-]")
 
 
-class Secret(NamedTuple):
-    """A secret in a text."""
-
-    kind: str
-    place: int
-    """Its first character, counted from 1."""
-
-
-def find(text: str) -> Iterator[Secret]:
+def find(text: str) -> Iterator[Finding]:
     """The secrets in a text, kind by kind."""
     for found in _PRIVATE_KEY.finditer(text):
         if not _is_placeholder(found["body"]):
-            yield Secret("Private Key", found.start() + 1)
+            yield Finding("Private Key", found.start() + 1)
     for kind, patterns, is_valid in _detectors():
         for pattern in patterns:
             for found in pattern.finditer(text):
                 if not _is_placeholder(found[0]) and is_valid(text, found):
-                    yield Secret(kind, found.start() + 1)
+                    yield Finding(kind, found.start() + 1)
 
 
 def may_have(text: pl.Expr) -> pl.Expr:
