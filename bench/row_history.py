@@ -30,7 +30,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 BATCH_ROWS, LARGE_ROWS = 310_000, 1_010_000
 VERSION, SHA256 = "0" * 32, "1" * 64

@@ -17,7 +17,7 @@ from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.scored_batch import JudgedBatch
 from qaq_pipeline.selection.stored_reference import require_pool
 from qaq_pipeline.storage.origin import batch_of, by_model, require_inputs
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import judgement
 from qaq_pipeline.validity.planted_sample import PlantedSample
 

@@ -29,7 +29,7 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 Measurements = Mapping[str, Callable[[], Finding]]
 """By the name of the check. Each raises StorageError where a file that only this check reads is torn or missing."""

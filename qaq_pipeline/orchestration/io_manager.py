@@ -4,7 +4,7 @@ import dagster as dg
 
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 
 class TableIOManager(dg.IOManager):
@@ -20,7 +20,6 @@ class TableIOManager(dg.IOManager):
         name, partition = context.asset_key.path[-1], Partition.parse(context.partition_key)
         with self._storage.locks.hold(name, *partition.parts):
             self._storage.tables.write(obj, name, partition)
-        obj.forget_rows()  # A run in this process keeps every output to its end, and those of the first run for good.
 
     def load_input(self, context: dg.InputContext) -> StoredTable | dict[str, StoredTable]:
         name = context.asset_key.path[-1]

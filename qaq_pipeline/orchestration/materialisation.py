@@ -16,7 +16,8 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import Footer, StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable, TableWriter
+from qaq_pipeline.storage.tables import Footer
 
 LANDED_TAG = "qaq/delivery"
 """Tag of the runs that the landing zone's sensor asks for; its value is the delivery's name there."""
@@ -27,23 +28,25 @@ RESCREENING_TAG = "qaq/rescreening"
 
 def table_result(
     context: dg.AssetExecutionContext,
-    frame: pl.DataFrame,
+    rows: pl.DataFrame | TableWriter,
     inputs: Mapping[str, StoredTable],
     metadata: Mapping[str, Any],
     /,
     **provenance: Any,
 ) -> dg.MaterializeResult:
-    """The materialisation of a table: the checked frame, its content version and its provenance.
+    """The materialisation of a table: the checked rows, their content version and their provenance.
 
     Raises:
-        TableError: the frame does not fit its schema, a fault of the code; nothing is written.
+        TableError: the rows do not fit their schema, a fault of the code; nothing is written.
     """
-    name = context.asset_key.path[-1]
-    try:
-        checked = tables.enforce(PIPELINE[name].table, frame)
-    except tables.TableError as error:
-        raise tables.TableError(f"{name}: {error}; nothing was written") from error
-    table = StoredTable(checked, provenance_of(context, inputs, **provenance))
+    name, made_of = context.asset_key.path[-1], provenance_of(context, inputs, **provenance)
+    if isinstance(rows, TableWriter):
+        table = rows.finish(made_of)
+    else:
+        try:
+            table = StoredTable(tables.enforce(PIPELINE[name].table, rows), made_of)
+        except tables.TableError as error:
+            raise tables.TableError(f"{name}: {error}; nothing was written") from error
     described = describe(name, table, metadata)
     return dg.MaterializeResult(value=table, data_version=dg.DataVersion(table.data_version), metadata=described)
 
@@ -51,7 +54,7 @@ def table_result(
 def describe(name: str, table: StoredTable, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata of a table's materialisation: these, its rows, the lineage of its columns, and its provenance."""
     return {
-        "dagster/row_count": table.frame.height,
+        "dagster/row_count": table.num_rows,
         **metadata,
         **lineage_of_columns(name, table.provenance["inputs"]),
         "provenance": dg.JsonMetadataValue(table.provenance),

@@ -26,7 +26,8 @@ from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 
 _BARRED = [status.value for status in (Status.WITHDRAWN, Status.CONTAMINATED, Status.HELD_OUT, Status.BETWEEN)]
 """Statuses of the rows whose text no published record shows, not even as another turn of its conversation."""
@@ -201,8 +202,8 @@ def _entry(batch: BatchTables) -> dict[str, Any]:
     decided = batch["decisions"]
     return {
         "batch": batch.batch,
-        "rows_in": batch["raw_data"].frame.height,
-        "rows_selected": batch["selected_subset"].frame.height,
+        "rows_in": batch["raw_data"].num_rows,
+        "rows_selected": batch["selected_subset"].num_rows,
         "files": batch["raw_data"].provenance["files"],
         "data_versions": {
             **{name: table.data_version for name, table in batch.tables.items()},

@@ -33,7 +33,8 @@ from qaq_pipeline.screening.held_out import HoldOut
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from qaq_pipeline.selection.stored_reference import require_comparable
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import judgement, words
 from qaq_pipeline.validity.planted_sample import pairs_of_batch
 

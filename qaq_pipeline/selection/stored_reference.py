@@ -20,7 +20,7 @@ from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.origin import OriginError, batch_of, require_inputs
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import judgement
 from qaq_pipeline.validity.judgement import Sample, choose_cuts
 from qaq_pipeline.validity.planted_sample import PlantedSample, pairs_of_batch

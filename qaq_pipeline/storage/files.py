@@ -7,12 +7,15 @@ Every write is atomic: on a local disk a temporary name in the same folder, then
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,6 +54,15 @@ def hash_json(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+class LocalFile:
+    """A file on this machine. A temporary one is removed when nobody holds it any more."""
+
+    def __init__(self, path: Path, *, is_temporary: bool = False) -> None:
+        self.path = path
+        if is_temporary:
+            weakref.finalize(self, path.unlink, missing_ok=True)
+
+
 class Files:
     """Files under a root. A place is given by its parts, as `files.read_json("reports", "b1", "made_of.json")`.
 
@@ -63,6 +75,7 @@ class Files:
 
     def __init__(self, root: str) -> None:
         self._fs, self._root = fsspec.core.url_to_fs(root)
+        self._is_local = isinstance(self._fs, LocalFileSystem)
 
     def path(self, *parts: str) -> str:
         """Full path below the root."""
@@ -74,21 +87,51 @@ class Files:
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write atomically: readers see the old content or the new, never a part of it."""
-        path = self.path(*parts)
-        if not isinstance(self._fs, LocalFileSystem):
-            self._fs.pipe_file(path, data)
+        if not self._is_local:
+            self._fs.pipe_file(self.path(*parts), data)
             return
-        folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        with self.writing(*parts) as stream:
+            stream.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, *parts: str) -> Iterator[BinaryIO]:
+        """A seekable stream whose content becomes the file at the end, atomically; not after an error."""
+        file = self.unfinished(*parts)
+        with file.path.open("w+b") as stream:
+            yield stream
+        self.put(file, *parts)
+
+    def unfinished(self, *parts: str) -> LocalFile:
+        """A new file for what will be stored there; it is removed if it never is."""
+        if self._is_local:
+            folder = Path(self.path(*parts)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = Path(tempfile.gettempdir())
+        return LocalFile(folder / f".{uuid.uuid4().hex}.tmp", is_temporary=True)
+
+    def put(self, file: LocalFile, *parts: str) -> None:
+        """Store a file that `unfinished` gave for this place. On a local disk it is moved there."""
+        if not self._is_local:
+            self._fs.put_file(str(file.path), self.path(*parts))
+            return
+        with file.path.open("rb") as stream:
+            os.fsync(stream.fileno())  # Else the rename could reach the disk before the content.
+        file.path.replace(self.path(*parts))
+
+    def local(self, *parts: str) -> LocalFile:
+        """The file on this machine: itself, or a copy of it. Raises `StorageError` where there is no file."""
+        if self._is_local:
+            path = Path(self.path(*parts))
+            if not path.exists():
+                raise StorageError(f"{self.url(*parts)}: not stored yet")
+            return LocalFile(path)
+        copy = self.unfinished(*parts)
         try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())  # Else the rename could reach the disk before the content.
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            self._fs.get_file(self.path(*parts), str(copy.path))
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
+        return copy
 
     def read_bytes(self, *parts: str) -> bytes:
         """Raises `StorageError` where there is no file."""
@@ -158,7 +201,7 @@ class Files:
 
     def move(self, source: Place, target: Place) -> None:
         """Move a file or a folder. Raises FileNotFoundError where it is gone."""
-        if isinstance(self._fs, LocalFileSystem):
+        if self._is_local:
             Path(self.path(*target)).parent.mkdir(parents=True, exist_ok=True)
         self._fs.mv(self.path(*source), self.path(*target), recursive=True)
 

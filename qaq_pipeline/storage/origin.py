@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qaq_pipeline.schema.partition import Input
-from qaq_pipeline.storage.tables import Footer, StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import Footer
 
 
 class OriginError(ValueError):

@@ -1,6 +1,9 @@
 """Parquet files with a footer of our own: provenance, the hash of the columns, and the hash of the whole file.
 
-Belongs here: encoding, decoding and hashing. Does not belong here: paths, and what a table means (`tables`).
+Belongs here: writing, in one go or part by part, reading and hashing. Does not belong here: paths, and what a table
+means (`tables`).
+
+The bytes of the columns depend on the rows alone, in whatever parts they come: each row group has `ROWS_PER_GROUP`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from polars.exceptions import PanicException, PolarsError
 
-from qaq_pipeline.storage import row_lookup
+ROWS_PER_GROUP = 16_384
+"""Rows that are read or written at once: few enough to be read for one of them."""
 
 _FOOTER_KEY = "qaq_pipeline"
 _FILE_HASH = "file_hash"
@@ -24,23 +28,120 @@ _NO_HASH = "0" * 32
 """Fills the place of a file's own hash while the hash is computed."""
 _FOOTER_TAIL_BYTES = 8
 _KNOWN_FIELDS = {"provenance", "data_version", "scored_with", _FILE_HASH}
+_BYTES_AT_ONCE = 1 << 20
 
 UNREADABLE = (PolarsError, PanicException, pa.ArrowException, OSError, KeyError, TypeError, ValueError)
 """Raised while rows or a footer are read from a file that is none of ours, or a damaged one."""
 
 
+class Writer:
+    """Writes a Parquet file part by part, and hashes it meanwhile.
+
+    Args:
+        stream: where it is written, from its beginning; it must be seekable if there will be a footer.
+        schema: of the rows.
+    """
+
+    def __init__(self, stream: BinaryIO, schema: pl.Schema | Mapping[str, pl.DataType]) -> None:
+        self._stream = stream
+        self._hashed = _Hashed(stream)
+        self._waiting = pl.DataFrame(schema=schema)
+        self._writer = pq.ParquetWriter(self._hashed, _arrow(self._waiting).schema, compression="zstd")
+        self.num_rows = 0
+
+    def append(self, rows: pl.DataFrame) -> None:
+        """Write rows after those before."""
+        self.num_rows += rows.height
+        waiting = pl.concat([self._waiting, rows], rechunk=False)
+        whole = waiting.height - waiting.height % ROWS_PER_GROUP
+        for group in waiting[:whole].iter_slices(ROWS_PER_GROUP):
+            self._write(group)
+        self._waiting = waiting[whole:].rechunk() if whole else waiting
+
+    def end(self) -> str:
+        """Write the last rows, and return the hash of the content (32 hex digits); no row can follow."""
+        if not self._waiting.is_empty():
+            self._write(self._waiting)
+        self._waiting = self._waiting.clear()
+        return self._hashed.hexdigest()
+
+    def close(self, footer: Mapping[str, Any]) -> None:
+        """End the file. A footer that is not empty also gets the hash of the whole file."""
+        self.end()
+        if footer:
+            text = json.dumps({**footer, _FILE_HASH: _NO_HASH}, sort_keys=True)
+            self._writer.add_key_value_metadata({_FOOTER_KEY: text})
+        self._writer.close()
+        if footer:
+            self._write_own_hash()
+
+    def _write(self, group: pl.DataFrame) -> None:
+        self._writer.write_table(_arrow(group.rechunk()), row_group_size=ROWS_PER_GROUP)
+
+    def _write_own_hash(self) -> None:
+        """Put the hash of the whole file into its place in the footer."""
+        mark, start = f'"{_FILE_HASH}": "'.encode(), _start_of_footer(self._stream)
+        self._stream.seek(start)
+        self._stream.seek(start + self._stream.read().rindex(mark + _NO_HASH.encode()) + len(mark))
+        self._stream.write(self._hashed.hexdigest().encode())
+        self._stream.seek(0, io.SEEK_END)
+
+
+class _Hashed(io.RawIOBase):
+    """Hashes what is written to a stream."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._hash = stream, _new_hash()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def hexdigest(self) -> str:
+        """Hash of all bytes so far (32 hex digits)."""
+        return self._hash.hexdigest()
+
+
+class _Nowhere(io.RawIOBase):
+    """Keeps nothing of what is written."""
+
+    def __init__(self) -> None:
+        self._place = 0
+
+    def write(self, data: Any) -> int:
+        self._place += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._place
+
+
+def _arrow(rows: pl.DataFrame) -> pa.Table:
+    return rows.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
 def encode(frame: pl.DataFrame, footer: Mapping[str, Any]) -> bytes:
     """The frame as a Parquet file. A footer that is not empty also gets the hash of the whole file."""
     buffer = io.BytesIO()
-    metadata = {_FOOTER_KEY: json.dumps({**footer, _FILE_HASH: _NO_HASH}, sort_keys=True)} if footer else None
-    rows = row_lookup.rows_per_group(frame.height)
-    frame.rechunk().write_parquet(buffer, compression="zstd", row_group_size=rows, metadata=metadata)
-    data = buffer.getvalue()
-    if metadata is None:
-        return data
-    mark = f'"{_FILE_HASH}": "'.encode()
-    before, _, after = data.rpartition(mark + _NO_HASH.encode())
-    return b"".join([before, mark, _hash(data).encode(), after])
+    writer = Writer(buffer, frame.schema)
+    writer.append(frame)
+    writer.close(footer)
+    return buffer.getvalue()
+
+
+def hash_rows(frame: pl.DataFrame) -> str:
+    """Hash of the columns' bytes as they would be written (32 hex digits)."""
+    writer = Writer(_Nowhere(), frame.schema)  # type: ignore[arg-type]
+    writer.append(frame)
+    version = writer.end()
+    writer.close({})
+    return version
 
 
 def decode(data: bytes) -> pl.DataFrame:
@@ -48,22 +149,16 @@ def decode(data: bytes) -> pl.DataFrame:
     return pl.read_parquet(io.BytesIO(data), glob=False)
 
 
-def footer_of(data: bytes) -> dict[str, Any]:
-    """The footer of a file in memory. Raises one of `UNREADABLE`."""
-    return json.loads(pl.read_parquet_metadata(io.BytesIO(data))[_FOOTER_KEY])
-
-
 def read_footer(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     """The footer of a file, and the number of its rows, without its rows. Raises one of `UNREADABLE`."""
     metadata = pq.read_metadata(stream)
-    return json.loads((metadata.metadata or {})[_FOOTER_KEY.encode()]), metadata.num_rows
+    texts = {key.decode(errors="replace"): text for key, text in (metadata.metadata or {}).items()}
+    return json.loads(texts[_FOOTER_KEY]), metadata.num_rows
 
 
-def content_hash(data: bytes) -> str:
+def content_hash(stream: BinaryIO) -> str:
     """Hash of the columns' bytes, without the footer, which names its writer (32 hex digits)."""
-    # A Parquet file ends: …columns | footer | length of the footer, 4 bytes little-endian | PAR1
-    footer_bytes = int.from_bytes(data[-_FOOTER_TAIL_BYTES:-4], "little")
-    return _hash(data[: -(footer_bytes + _FOOTER_TAIL_BYTES)])
+    return _hash_of(stream, _start_of_footer(stream))
 
 
 def unreadable(error: Exception) -> str:
@@ -71,22 +166,41 @@ def unreadable(error: Exception) -> str:
     return f"it cannot be read ({f'its footer has no field {error}' if isinstance(error, KeyError) else error})"
 
 
-def file_fault(data: bytes) -> str | None:
+def file_fault(stream: BinaryIO) -> str | None:
     """The fault of a table or a shard of which a byte changed since it was written, as a sentence; None: no fault."""
     try:
-        footer = read_footer(io.BytesIO(data))[0]
+        footer = read_footer(stream)[0]
         version, file_hash = footer["data_version"], footer[_FILE_HASH]
+        start = _start_of_footer(stream)
     except UNREADABLE as error:
         return unreadable(error)
-    before, _, after = data.rpartition(file_hash.encode())
-    is_whole = _hash(before, _NO_HASH.encode(), after) == file_hash
-    is_ours = footer.keys() <= _KNOWN_FIELDS and content_hash(data) == version
-    return None if is_whole and is_ours else "it was changed since it was written"
+    whole = _new_hash()
+    of_columns = _hash_of(stream, start, whole)
+    stream.seek(start)
+    before, _, after = stream.read().rpartition(file_hash.encode())
+    for part in (before, _NO_HASH.encode(), after):
+        whole.update(part)
+    is_ours = footer.keys() <= _KNOWN_FIELDS and of_columns == version
+    return None if whole.hexdigest() == file_hash and is_ours else "it was changed since it was written"
 
 
-def _hash(*parts: bytes) -> str:
-    """Hash of bytes (32 hex digits), in parts."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        hashed.update(part)
+def _start_of_footer(stream: BinaryIO) -> int:
+    """Where the footer begins. A Parquet file ends: …columns | footer | its length, 4 bytes little-endian | PAR1."""
+    end = stream.seek(-_FOOTER_TAIL_BYTES, io.SEEK_END)
+    return max(end - int.from_bytes(stream.read(4), "little"), 0)
+
+
+def _hash_of(stream: BinaryIO, num_bytes: int, also: Any = None) -> str:
+    """Hash of the first bytes of a file (32 hex digits); another hash is told of the same bytes."""
+    hashed, left = _new_hash(), num_bytes
+    stream.seek(0)
+    while left and (data := stream.read(min(left, _BYTES_AT_ONCE))):
+        hashed.update(data)
+        if also is not None:
+            also.update(data)
+        left -= len(data)
     return hashed.hexdigest()
+
+
+def _new_hash() -> Any:
+    return hashlib.blake2b(digest_size=16)

@@ -11,7 +11,6 @@ pyarrow's datasets are not used: importing them takes longer than finding the ro
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal
@@ -30,16 +29,10 @@ Where = Sequence[Condition]
 SHORTEST_KEY = 6
 """Minimum number of leading digits to look up a pair_id."""
 
-_MIN_ROWS, _MAX_GROUPS = 16_384, 128
 _AFTER_HEX = "g"
 _LARGEST_ROW = 2**63 - 1
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {"==": operator.eq, ">=": operator.ge, "<": operator.lt}
-
-
-def rows_per_group(num_rows: int) -> int:
-    """Return the size of a row group: small enough to read at once, with few enough groups for a short footer."""
-    return max(_MIN_ROWS, math.ceil(num_rows / _MAX_GROUPS))
 
 
 # --- row references --------------------------------------------------------------------------------------------------

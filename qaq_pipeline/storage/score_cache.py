@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import uuid
@@ -24,7 +25,6 @@ from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import Files, StorageError
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.locks import Locks, PartitionBusyError
-from qaq_pipeline.storage.tables import StoredTable
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ScoreCache:
         if not self._files.exists(*folder, _IDENTITY):
             self._files.write_json(asdict(identity), *folder, _IDENTITY)
         frame = enforce(CachedScores, scores)
-        footer = {"data_version": StoredTable(frame).data_version, "scored_with": scored_with}
+        footer = {"data_version": parquet_file.hash_rows(frame), "scored_with": scored_with}
         data = parquet_file.encode(frame, footer)
         self._files.write_bytes(data, *folder, f"{hashlib.sha256(data).hexdigest()}.parquet")
 
@@ -159,8 +159,9 @@ class ScoreCache:
 
 def _read_shard(data: bytes) -> pl.DataFrame:
     """The scores of a shard, labelled. Raises one of `UNREADABLE` where it is none."""
-    footer = parquet_file.footer_of(data)
-    if parquet_file.content_hash(data) != footer["data_version"]:
+    stream = io.BytesIO(data)
+    footer, _ = parquet_file.read_footer(stream)
+    if parquet_file.content_hash(stream) != footer["data_version"]:
         raise ValueError("it was changed since it was written")
     columns = dtypes(CachedScores)
     # Its rows were checked when it was written, and there may be thousands of shards.

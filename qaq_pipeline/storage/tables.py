@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -26,8 +26,10 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import dtypes, enforce
 from qaq_pipeline.storage import parquet_file, row_lookup
-from qaq_pipeline.storage.files import Files, Place, StorageError, hash_json
+from qaq_pipeline.storage.files import Files, Place, StorageError
+from qaq_pipeline.storage.parquet_file import Writer
 from qaq_pipeline.storage.row_lookup import Where
+from qaq_pipeline.storage.stored_table import RowsFile, StoredTable, TableWriter
 
 _TABLE_FILE = "table.parquet"
 _INDEX_FILE = "pair_index.parquet"
@@ -36,31 +38,6 @@ _DELIVERED = "raw_data"
 """The table that every batch has."""
 _NO_ROWS = (pa.ArrowException, KeyError)
 _WHOLE: Mapping[str, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class StoredTable:
-    """A frame and its provenance: inputs with their versions, settings hash, code version, model identity."""
-
-    frame: pl.DataFrame
-    provenance: dict[str, Any] = field(default_factory=dict)
-    stored_version: str | None = None
-    """The data version under which it was stored: a newer Parquet writer must not change it. None: not stored yet."""
-
-    @cached_property
-    def data_version(self) -> str:
-        """Hash of the content alone (32 hex digits): equal content has equal versions, whenever it was made."""
-        return self.stored_version or parquet_file.content_hash(parquet_file.encode(self.frame, {}))
-
-    def forget_rows(self) -> None:
-        """Free the rows of a table that is stored: its version stays. Who wants the rows reads them again."""
-        object.__setattr__(self, "stored_version", self.data_version)
-        object.__setattr__(self, "frame", self.frame.clear())
-
-    @cached_property
-    def provenance_id(self) -> str:
-        """Hash of the provenance (32 hex digits); it has no run id and no time."""
-        return hash_json(self.provenance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,33 +71,48 @@ class Tables:
         self._pipeline = pipeline
 
     def write(self, table: StoredTable, name: str, partition: Partition) -> None:
-        """Write a table of the pipeline, with its provenance in the footer.
+        """Write a table of the pipeline, with its provenance in the footer. Its rows are then read from the file.
 
         Raises:
             TableError: the frame does not fit its schema; nothing is written.
         """
-        frame = enforce(self._pipeline[name].table, table.frame)
-        footer = {"provenance": table.provenance, "data_version": table.data_version}
-        self._files.write_bytes(parquet_file.encode(frame, footer), *self._place(name, partition))
+        place, made = self._place(name, partition), table.file
+        if made is None:
+            frame = enforce(self._pipeline[name].table, table.frame)
+            footer = {"provenance": table.provenance, "data_version": table.data_version}
+            with self._files.writing(*place) as stream:
+                writer = Writer(stream, frame.schema)
+                writer.append(frame)
+                writer.close(footer)
+        else:
+            self._files.put(made.local, *place)
         if name in _INDEXED:
-            self.write_pair_index(frame, table.data_version, *self._folder(name, partition), _INDEX_FILE)
+            keys = table.select("pair_id", *ROW_KEY)
+            self.write_pair_index(keys, table.data_version, *self._folder(name, partition), _INDEX_FILE)
+        table.is_stored_in(RowsFile(partial(self._files.local, *place), table.data_version, table.num_rows))
+
+    def begin(self, name: str, partition: Partition) -> TableWriter:
+        """Begin a table that is made part by part; `write` then stores it."""
+        return TableWriter(self._pipeline[name].table, self._files.unfinished(*self._place(name, partition)))
 
     def read(self, name: str, partition: Partition) -> StoredTable:
-        """Read a table and its provenance.
+        """A table and its provenance. Its rows are read when they are asked for.
 
         Raises:
             StorageError: it is missing, torn, changed since it was written, or has other columns.
         """
         parts = self._existing(name, partition)
-        data = self._files.read_bytes(*parts)
         with self._reading(parts, parquet_file.UNREADABLE):
-            footer = parquet_file.footer_of(data)
-            table = StoredTable(parquet_file.decode(data), footer["provenance"], footer["data_version"])
-        if dict(table.frame.schema) != dtypes(self._pipeline[name].table):
+            local = self._files.local(*parts)
+            with local.path.open("rb") as stream:
+                footer, num_rows = parquet_file.read_footer(stream)
+                provenance, version = footer["provenance"], footer["data_version"]
+                columns, fault = pl.read_parquet_schema(local.path), parquet_file.file_fault(stream)
+        if columns != dtypes(self._pipeline[name].table):
             raise StorageError(f"{self._files.url(*parts)}: it has other columns than {name} has now; {_AGAIN}")
-        if parquet_file.content_hash(data) != table.data_version:
-            raise StorageError(f"{self._files.url(*parts)}: changed since it was written; {_AGAIN}")
-        return table
+        if fault is not None:
+            raise StorageError(f"{self._files.url(*parts)}: {fault}; {_AGAIN}")
+        return StoredTable(RowsFile(lambda: local, version, num_rows), provenance)
 
     def footer(self, name: str, partition: Partition) -> Footer:
         """Provenance, data version and number of rows of a stored table, without its rows.
@@ -151,7 +143,9 @@ class Tables:
         Raises:
             StorageError: it is missing.
         """
-        return parquet_file.file_fault(self._files.read_bytes(*self._place(name, partition)))
+        local = self._files.local(*self._place(name, partition))
+        with local.path.open("rb") as stream:
+            return parquet_file.file_fault(stream)
 
     def has(self, name: str, partition: Partition) -> bool:
         """Whether the partition of the table is stored."""

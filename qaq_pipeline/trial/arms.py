@@ -36,7 +36,7 @@ from qaq_pipeline.selection.scored_batch import TABLES_KEY, ScoredBatch, read_ju
 from qaq_pipeline.selection.strategies import draw_controls
 from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 CONTROLS = tuple(CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES)
 

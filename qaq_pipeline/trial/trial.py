@@ -21,7 +21,7 @@ from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.screening.benchmarks import load_benchmark
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.trial.answer_losses import losses_table
 from qaq_pipeline.trial.arms import CONTROLS, TrialError, read_arms
 from qaq_pipeline.trial.training_run import RunResult, TrialModel

@@ -13,7 +13,7 @@ import polars as pl
 from qaq_pipeline.scoring.logprobs import accepted_rows
 from qaq_pipeline.scoring.stored_scores import Scores, differently_scored, scored_by
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity.judgement import Sample, judged_pairs, judged_planted
 
 

@@ -14,7 +14,7 @@ from qaq_pipeline.scoring.stored_scores import Scores, scored_by
 from qaq_pipeline.screening import batch_order
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 NAME = "validity_cuts"
 

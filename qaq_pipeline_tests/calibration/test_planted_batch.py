@@ -16,7 +16,8 @@ from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.scored_batch import JudgedBatch
 from qaq_pipeline.storage.origin import OriginError
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline.validity.planted_sample import PlantedSample
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, all_valid, pair_name
 from qaq_pipeline_tests.support.planted import planted_sample

@@ -13,7 +13,7 @@ import yaml
 from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import BOTH_MODELS, Calibration, dtypes
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, open_storage_of, write_settings
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import TABLES

@@ -15,7 +15,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Decisions, Validity, ValidityCuts, dtypes
 from qaq_pipeline.storage.provenance import Provenance
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import pair_name
 
 ROW = dict.fromkeys(dtypes(Decisions)) | {

@@ -39,7 +39,7 @@ from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage, open_storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
 from qaq_pipeline_tests.support.sentences import Check
@@ -442,7 +442,9 @@ def test_no_table_stays_in_memory_after_its_run(
 ) -> None:
     def tables() -> dict[int, StoredTable]:
         gc.collect()
-        return {id(one): one for one in gc.get_objects() if type(one) is StoredTable and one.frame.height}
+        return {
+            id(one): one for one in gc.get_objects() if type(one) is StoredTable and one.file is None and one.num_rows
+        }
 
     before = tables()
     curate(settings_for(), instance, deliver(*SAMPLES))

@@ -22,7 +22,7 @@ from qaq_pipeline.runs.summary import BatchSummary
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import NO_CALIBRATION, NO_REPORTS, SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.recomputation import check_batch
 from qaq_pipeline_tests.support.recomputed_validity import check_validity

@@ -32,7 +32,7 @@ from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY
 from qaq_pipeline.selection.stored_reference import CUTS, NAME
 from qaq_pipeline.storage.storage import open_storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity.words import untold
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY

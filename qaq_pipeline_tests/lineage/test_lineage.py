@@ -28,7 +28,7 @@ from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage, open_storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import (
     NO_CALIBRATION,
     NO_REPORTS,

@@ -26,7 +26,7 @@ from qaq_pipeline.schema.tables import DisagreementScores, Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.storage import Storage, open_storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import SAMPLES, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name, raw_rows, rejected, rmi_rows, store_batch
 from qaq_pipeline_tests.support.sentences import Check

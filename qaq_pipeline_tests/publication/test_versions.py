@@ -24,7 +24,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import store_batch, store_selection
 from qaq_pipeline_tests.support.sentences import Check
 

@@ -28,7 +28,7 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
 from qaq_pipeline_tests.support.frames import IDENTITY, rejected

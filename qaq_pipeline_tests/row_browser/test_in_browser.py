@@ -19,7 +19,7 @@ from qaq_pipeline.row_browser import server
 from qaq_pipeline.row_browser.site import application
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support import synthetic
 from qaq_pipeline_tests.support.browsing import open_page, running_browser
 

@@ -22,7 +22,7 @@ from qaq_pipeline.schema.row_place import row_place
 from qaq_pipeline.schema.tables import Validity, dtypes
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import pair_name, store_batch
 
 HOSTILE = '<img src=x onerror="alert(1)"> \u202eand {{ 7 * 7 }}'

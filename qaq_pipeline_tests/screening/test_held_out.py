@@ -23,7 +23,7 @@ from qaq_pipeline.screening import batch_order, duplicates, gates
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.screening.screen_batch import FoundBenchmarks, Neighbours, screen_batch
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.screening.test_clusters import (
     LONG,
     NO_BENCHMARK,

@@ -20,7 +20,7 @@ from qaq_pipeline.selection.decisions import decide
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.scored_batch import ScoredBatch
 from qaq_pipeline.storage.origin import OriginError
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, raw_rows, rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 

@@ -10,7 +10,7 @@ import pytest
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.locks import PartitionBusyError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import LockHolder
 from qaq_pipeline_tests.support.frames import raw_rows
 

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 OLD, NEW = (StoredTable(pl.DataFrame({"number": [number]})) for number in (1, 2))
 MADE = StoredTable(pl.DataFrame(), {"partition": ["b1", "weak"], "inputs": {"raw_data": OLD.data_version}})

@@ -76,8 +76,3 @@ def test_null_keys_and_files_without_rows_are_no_error() -> None:
 )
 def test_a_row_is_meant_by_its_number_its_place_or_its_pair(text: str, found: list[int]) -> None:
     assert row_lookup.find_rows(ROWS, text)["source_row"].to_list() == found
-
-
-def test_row_groups_are_bounded_in_size_and_number() -> None:
-    assert row_lookup.rows_per_group(0) == row_lookup.rows_per_group(1_000_000) == 16_384
-    assert row_lookup.rows_per_group(10_000_000) == 78_125

@@ -18,7 +18,8 @@ from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline_tests.support.frames import IDENTITY, cached, pair_name, raw_rows
 from qaq_pipeline_tests.support.sentences import Check
 

@@ -11,7 +11,7 @@ import pytest
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.deliveries import Delivery
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.storage.conftest import files_under
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, raw_rows, rejected
 

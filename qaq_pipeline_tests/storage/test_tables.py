@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -16,9 +18,11 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline_tests.support.frames import raw_rows, rejected
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -73,12 +77,76 @@ def test_a_scan_gives_the_named_columns_and_as_many_characters_as_are_wanted(any
         next(any_storage.tables.scan("raw_data", Partition("b1"), columns, begins={"no_column": 3}))
 
 
-def test_a_table_that_forgets_its_rows_keeps_its_columns_version_and_provenance() -> None:
+def test_a_table_that_is_written_is_read_from_its_file_from_then_on(any_storage: Storage) -> None:
     table, whole = StoredTable(ROWS, PROVENANCE), StoredTable(ROWS, PROVENANCE)
-    table.forget_rows()
-    assert table.frame.is_empty()
-    assert table.frame.schema == ROWS.schema
+    any_storage.tables.write(table, "raw_data", Partition("b1"))
+    assert table.file is not None
+    assert table.frame.equals(ROWS)
     assert (table.data_version, table.provenance_id) == (whole.data_version, whole.provenance_id)
+
+
+def test_rows_that_were_replaced_since_the_table_was_opened_are_not_read(storage: Storage) -> None:
+    storage.tables.write(StoredTable(ROWS, PROVENANCE), "raw_data", Partition("b1"))
+    opened = storage.tables.read("raw_data", Partition("b1"))
+    storage.tables.write(StoredTable(ROWS[:1], PROVENANCE), "raw_data", Partition("b1"))
+    with pytest.raises(StorageError, match="replaced while it was read"):
+        opened.select("pair_id")
+    with pytest.raises(StorageError, match="replaced while it was read"):
+        next(opened.parts("pair_id"))
+
+
+MANY = raw_rows(*[{"query": f"query {number}"} for number in range(7)])
+
+
+@given(cuts=st.lists(st.integers(0, 7), max_size=4))
+def test_a_table_made_in_parts_is_the_same_file_as_one_made_at_once(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
+) -> None:
+    storage = Storage(str(tmp_path_factory.mktemp("root")), tmp_path_factory.mktemp("locks"))
+    with (
+        mock.patch.object(parquet_file, "ROWS_PER_GROUP", 3),
+        storage.tables.begin("raw_data", Partition("b1")) as writer,
+    ):
+        for start, stop in itertools.pairwise([0, *sorted(cuts), 7]):
+            writer.append(MANY[start:stop])
+        made = writer.finish(PROVENANCE)
+        at_once = StoredTable(MANY, PROVENANCE)
+        assert (made.num_rows, made.data_version) == (7, at_once.data_version)
+        storage.tables.write(made, "raw_data", Partition("b1"))
+        in_parts = storage.files.read_bytes(*TABLE)
+        assert storage.tables.fault("raw_data", Partition("b1")) is None
+        storage.tables.write(at_once, "raw_data", Partition("b1"))
+    assert storage.files.read_bytes(*TABLE) == in_parts
+    read = storage.tables.read("raw_data", Partition("b1"))
+    assert pl.concat(read.parts()).equals(MANY)
+    assert [part.height for part in read.parts("query", "batch")] == [3, 3, 1]
+    assert pl.concat(read.parts("query", "batch")).equals(MANY.select("query", "batch"))
+    assert read.select("query", "batch").equals(MANY.select("query", "batch"))
+
+
+def test_a_table_in_parts_leaves_no_file_behind_where_it_is_not_stored(any_storage: Storage, tmp_path: Path) -> None:
+    def files() -> set[Path]:
+        unfinished = Path(tempfile.gettempdir()).glob(".*.tmp")
+        return {path for path in (*tmp_path.rglob("*"), *unfinished) if path.is_file()}
+
+    before = files()
+    with any_storage.tables.begin("raw_data", Partition("b1")) as writer:
+        writer.append(MANY)
+        made = writer.finish({})
+    assert made.frame.equals(MANY)
+    del made, writer
+    with pytest.raises(KeyError), any_storage.tables.begin("raw_data", Partition("b1")):
+        raise KeyError
+    assert files() == before
+
+
+@pytest.mark.parametrize("parts", [(MANY[3:], MANY[:3]), (MANY[:3], MANY[2:]), (MANY[[1, 0]],)])
+def test_parts_whose_keys_do_not_grow_are_refused(storage: Storage, parts: tuple[pl.DataFrame, ...]) -> None:
+    with storage.tables.begin("raw_data", Partition("b1")) as writer:
+        for part in parts[:-1]:
+            writer.append(part)
+        with pytest.raises(TableError, match="not in the order of batch, source_file, source_row, turn_index"):
+            writer.append(parts[-1])
 
 
 def test_partitions_of_a_table_do_not_mix(storage: Storage) -> None:

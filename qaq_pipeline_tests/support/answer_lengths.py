@@ -9,7 +9,7 @@ from qaq_pipeline.orchestration.materialisation import provenance_of
 from qaq_pipeline.orchestration.partitions import BATCHES
 from qaq_pipeline.pipeline import PIPELINE, Asset, Pipeline
 from qaq_pipeline.schema.column_lineage import Sources
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 
 class AnswerLengths(dy.Schema):

@@ -22,7 +22,7 @@ from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 HOSTILE_NAMES = ["../evil", "a/b", "[x]", "x|y", "", "x" * 300, ".hidden", "a..b", "a\n", "b 1", "~", "-rf"]
 """Names that would leave a folder, be a pattern, break a partition key, or be no name at all."""

@@ -9,7 +9,8 @@ import polars as pl
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema.tables import PlantedRows, RmiScores
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline.validity.planted_sample import PlantedSample
 from qaq_pipeline_tests.support.frames import raw_rows, rmi_rows
 

@@ -20,7 +20,7 @@ from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.files import hash_json
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import IDENTITY, all_valid, pair_name, rejected
 
 LANGUAGES = ["python", "javascript", "java", "c++", "go", "rust", "sql", "bash", None]

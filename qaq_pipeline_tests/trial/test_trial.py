@@ -18,7 +18,7 @@ from qaq_pipeline.runs.job_runs import SILENT, Events, FailedJobError
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage.origin import OriginError
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.trial import training_run
 from qaq_pipeline.trial.arms import CONTROLS, EVERYTHING, UNTRAINED, TrialError, read_arms
 from qaq_pipeline.trial.trial import TrialProgress, TrialRuntime

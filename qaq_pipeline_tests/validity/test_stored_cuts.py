@@ -17,7 +17,7 @@ from qaq_pipeline.schema.vocabularies import Defect, NoCutReason, Signal
 from qaq_pipeline.scoring.stored_scores import scored_by
 from qaq_pipeline.screening import batch_order
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import stored_cuts
 from qaq_pipeline.validity.judgement import choose_cuts
 from qaq_pipeline.validity.signals.catalogue import SIGNALS

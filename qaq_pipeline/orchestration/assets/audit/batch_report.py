@@ -12,7 +12,7 @@ from qaq_pipeline.reports import page_store, pages
 from qaq_pipeline.reports.pages import Scoring
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "5"
 _MOST_MATERIALISATIONS = 20

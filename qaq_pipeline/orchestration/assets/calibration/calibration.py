@@ -18,7 +18,8 @@ from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.selection.scored_batch import read_judged
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline.validity.planted_sample import PlantedSample
 
 VERSION = "5"

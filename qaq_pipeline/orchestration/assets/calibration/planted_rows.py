@@ -11,7 +11,8 @@ from qaq_pipeline.schema.tables import PlantedRows
 from qaq_pipeline.scoring.logprobs import accepted_rows
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.origin import require_inputs
-from qaq_pipeline.storage.tables import StoredTable, empty
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 
 VERSION = "2"
 

@@ -11,7 +11,7 @@ from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.logprobs import pairs_of
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "1"
 

@@ -16,7 +16,7 @@ from qaq_pipeline.screening import batch_order, contamination, gates, screen_bat
 from qaq_pipeline.screening.screen_batch import Neighbours
 from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "3"
 

@@ -7,7 +7,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.duplicates import SIGNATURE_VERSION
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 
 def build_signatures(settings: Settings) -> dg.AssetsDefinition:

@@ -7,7 +7,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.reports.table_numbers import of_selected_subset
 from qaq_pipeline.selection.decisions import selected_rows
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "1"
 
@@ -22,7 +22,7 @@ def build_selected_subset(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         frame = selected_rows(selection, raw_data.frame, decisions.frame)
         inputs = {"raw_data": raw_data, "decisions": decisions}
-        metadata = of_selected_subset(frame.height, raw_data.frame.height, selection)
+        metadata = of_selected_subset(frame.height, raw_data.num_rows, selection)
         return table_result(context, frame, inputs, metadata, selection=selection)
 
     return selected_subset

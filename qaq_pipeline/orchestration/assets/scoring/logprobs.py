@@ -11,7 +11,7 @@ from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "3"
 

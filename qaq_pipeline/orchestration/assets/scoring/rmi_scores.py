@@ -10,7 +10,7 @@ from qaq_pipeline.reports.table_numbers import of_rmi_scores
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring import rmi_scores as formulas
 from qaq_pipeline.screening import gates
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "2"
 

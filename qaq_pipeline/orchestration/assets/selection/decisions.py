@@ -16,7 +16,7 @@ from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.selection.decisions import by_reason, decide
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, ScoredBatch, read_judged
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "5"
 

@@ -12,7 +12,7 @@ from qaq_pipeline.scoring import stored_scores
 from qaq_pipeline.selection import scored_batch, stored_reference
 from qaq_pipeline.storage.origin import by_model
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 
 VERSION = "2"
 

@@ -7,7 +7,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.reports.table_numbers import of_validity
 from qaq_pipeline.storage.origin import by_model, require_inputs
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity.judgement import judge
 from qaq_pipeline.validity.planted_sample import pairs_of_batch
 

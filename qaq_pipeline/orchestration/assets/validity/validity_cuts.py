@@ -11,7 +11,7 @@ from qaq_pipeline.scoring.stored_scores import scored_by
 from qaq_pipeline.selection import stored_reference
 from qaq_pipeline.storage.origin import batch_of
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import stored_cuts
 from qaq_pipeline.validity.judgement import choose_cuts
 from qaq_pipeline.validity.planted_sample import PlantedSample
