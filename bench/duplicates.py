@@ -22,6 +22,7 @@ from qaq_pipeline.ingest import records
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import texts_of
+from qaq_pipeline.storage.stored_table import StoredTable
 
 PLANTED_SHARE = 0.1
 _QUERIES, _ANSWERS = 6, 15
@@ -75,8 +76,8 @@ def main(file: Path, number: int) -> None:
         started = time.perf_counter()
         signed = [duplicates.signatures(raw) for raw in (older, own)]
         signing = time.perf_counter() - started
-        related = duplicates.related(signed[0], signed[1])
-        limits, texts = DuplicateSettings(), texts_of([older, own])
+        related = duplicates.Related(signed[1]).among(signed[0])
+        limits, texts = DuplicateSettings(), texts_of(map(StoredTable, [older, own]))
         found = duplicates.find(signed[1], [related], texts, limits.near_threshold, limits.cluster_threshold)
         rows.update(found.duplicates["source_row"])
         print(f"signatures {signing:.1f} s, all {time.perf_counter() - started:.1f} s")  # noqa: T201

@@ -30,12 +30,9 @@ from qaq_pipeline.config.settings import (
 )
 from qaq_pipeline.ingest import records
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.held_out import HoldOut
-from qaq_pipeline.screening.screen import screen, texts_of
-from qaq_pipeline.storage.tables import empty
+from qaq_pipeline.screening.screen import screen_alone
 
 HELD_OUT = HeldOutSettings(share=0.15)
 HELD_OUT_PAIRS = 200
@@ -98,8 +95,7 @@ def read_sides(path: Path) -> tuple[list[tuple[str, str]], list[Pair]]:
     """The pairs of an Alpaca file to train on, in a fixed random order, and the held-out pairs."""
     raw = records.read_file(path.read_bytes(), path.name, "study", RecordSettings()).frame
     settings, hold_out = ScreeningSettings(), HoldOut(HELD_OUT)
-    signatures = duplicates.signatures(raw)
-    screened = screen(raw, signatures, empty(tables.Contamination), [], texts_of([raw]), settings, {}, hold_out)
+    screened = screen_alone(raw, settings, hold_out)
     texts = screened.join(raw.select("pair_id", "query", "answer").unique("pair_id"), on="pair_id", validate="m:1")
     accepted, held_out = (
         texts.filter(status=status.value).sort("pair_id") for status in (Status.ACCEPTED, Status.HELD_OUT)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain, islice
 from typing import Any
@@ -61,14 +61,26 @@ class Reading:
 
     def followed_by(self, other: Reading) -> Reading:
         """The rows of both."""
-        frame, num_records = pl.concat([self.frame, other.frame], rechunk=False), self.num_records + other.num_records
-        return Reading(frame, self.unread + other.unread, num_records, self.left_aside)
+        return Reading(
+            pl.concat([self.frame, other.frame], rechunk=False),
+            self.unread + other.unread,
+            self.num_records + other.num_records,
+            [*self.left_aside, *other.left_aside],
+        )
+
+    def without_rows(self) -> Reading:
+        """What was read of them, but for the rows."""
+        return replace(self, frame=self.frame.clear())
 
     @property
     def facts(self) -> dict[str, Any]:
         """Part of the provenance of raw_data."""
         unread = {"records": self.num_records, "with_field": dict(sorted(self.unread.items()))}
         return {UNREAD_KEY: unread, ASIDE_KEY: list(self.left_aside)}
+
+
+NOTHING = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0)
+"""Of no file."""
 
 
 def not_read(facts: Mapping[str, Any]) -> list[str]:
@@ -119,6 +131,13 @@ def read_file(
     Raises:
         UnreadableFileError: the file is empty, damaged, or not a list of rows.
     """
+    return reduce(Reading.followed_by, _file_parts(content, source_file, batch, settings, limit), NOTHING)
+
+
+def _file_parts(
+    content: bytes, source_file: str, batch: str, settings: RecordSettings, limit: int | None
+) -> Iterator[Reading]:
+    """As `read_file`, some thousand records at a time; a file that cannot be read raises before the first."""
     delivered = iter(split(content, source_file, partial(fields.has_pair, settings=settings)))
     begun: list[DeliveredRow] = []
 
@@ -128,11 +147,9 @@ def read_file(
             yield row.value
 
     shape, settings = fields.detect(seen(), settings)
-    reading = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0)
     rows = islice(chain(begun, delivered), limit)
     while some := list(islice(rows, _ROWS_AT_ONCE)):
-        reading = reading.followed_by(_read_rows(some, source_file, batch, shape, settings))
-    return reading
+        yield _read_rows(some, source_file, batch, shape, settings)
 
 
 def _read_rows(
@@ -148,29 +165,48 @@ def _read_rows(
     return Reading(frame, +unread, len(records))
 
 
-def read_delivery(
-    contents: Mapping[str, bytes], batch: str, settings: RecordSettings, limit: int | None = None
-) -> Reading:
-    """Read all rows of the delivered files, in file order, or the rows of the first `limit` records.
+def read_delivery(contents: Mapping[str, bytes], batch: str, settings: RecordSettings) -> Reading:
+    """Read all rows of the delivered files, in the order of their names.
 
     A file that cannot be split into rows becomes one rejected row, which gates the batch.
     """
-    data, left_aside = sources.split_off(contents)
-    readings: list[Reading] = []
-    for name, content in data.items():
+    sizes = {name: len(content) for name, content in contents.items()}
+    return reduce(Reading.followed_by, delivery_parts(sizes, contents.__getitem__, batch, settings), NOTHING)
+
+
+def delivery_parts(
+    sizes: Mapping[str, int],
+    read: Callable[[str], bytes],
+    batch: str,
+    settings: RecordSettings,
+    limit: int | None = None,
+) -> Iterator[Reading]:
+    """As `read_delivery`, in key order, some thousand records of one file at a time.
+
+    Args:
+        sizes: bytes of each file, by its name.
+        read: returns the content of a file; one file is in memory at a time.
+        batch: name of the batch.
+        settings: what is read.
+        limit: number of records that are read; None: all.
+    """
+    names, left_aside = sources.split_off(sizes)
+    yield replace(NOTHING, left_aside=left_aside)
+    for name in names:
         if limit == 0:
             break
-        readings.append(_read_or_reject(content, name, batch, settings, limit))
-        limit = None if limit is None else limit - readings[-1].frame["source_row"].n_unique()
-    nothing = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0, left_aside)
-    return reduce(Reading.followed_by, readings, nothing)
+        for reading in _parts_or_rejection(read(name), name, batch, settings, limit):
+            limit = None if limit is None else limit - reading.frame["source_row"].n_unique()
+            yield reading
 
 
-def _read_or_reject(content: bytes, name: str, batch: str, settings: RecordSettings, limit: int | None) -> Reading:
+def _parts_or_rejection(
+    content: bytes, name: str, batch: str, settings: RecordSettings, limit: int | None
+) -> Iterator[Reading]:
     try:
-        return read_file(content, name, batch, settings, limit)
+        yield from _file_parts(content, name, batch, settings, limit)
     except UnreadableFileError as error:
-        return Reading(unreadable_file(error, name, batch), Counter(), 0)
+        yield Reading(unreadable_file(error, name, batch), Counter(), 0)
 
 
 def check_file(content: bytes, source_file: str, settings: RecordSettings) -> None:

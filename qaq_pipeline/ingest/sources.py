@@ -34,13 +34,16 @@ class SourceError(ValueError):
     """A source cannot be read. The text names it, the fault and the remedy."""
 
 
-def split_off(contents: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
-    """The files of a delivery that may hold rows, and the names of the others, as in a clone of a hub's repository.
+def split_off(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """The names of a delivery's files that may hold rows, and of the others, as in a clone of a hub's repository.
 
     Documents, code, licences, hidden files and empty parts are left aside, unless nothing else was delivered.
+
+    Args:
+        sizes: bytes of each file, by its name.
     """
-    data = {name: content for name, content in contents.items() if _may_have_rows(name) and content}
-    return (data, sorted(contents.keys() - data.keys())) if data else (dict(contents), [])
+    data = sorted(name for name, size in sizes.items() if _may_have_rows(name) and size)
+    return (data, sorted(sizes.keys() - {*data})) if data else (sorted(sizes), [])
 
 
 def _may_have_rows(name: str) -> bool:

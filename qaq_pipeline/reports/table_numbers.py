@@ -36,7 +36,13 @@ def count_by(values: pl.Series) -> dict[str, int]:
 
 
 def of_raw_data(raw: pl.DataFrame, files: Mapping[str, str], unread: Mapping[str, int]) -> Numbers:
-    """Count the accepted and rejected rows and the unread fields of a delivery, and list the hash of each file."""
+    """Count the accepted and rejected rows and the unread fields of a delivery, and list the hash of each file.
+
+    Args:
+        raw: status and reason of its rows.
+        files: sha256 of each file, by name.
+        unread: records with each field that nobody reads.
+    """
     return {
         "accepted": raw.filter(status=Status.ACCEPTED.value).height,
         "rejected": raw.filter(status=Status.REJECTED.value).height,

@@ -70,3 +70,18 @@ def without_records_of(rows: pl.DataFrame, barred: pl.DataFrame) -> pl.DataFrame
 def row_place() -> pl.Expr:
     """The places of a frame's rows, as text."""
     return pl.format("{}/{}:{}.{}", *ROW_KEY)
+
+
+def may_be_in(rows: pl.DataFrame, part: pl.DataFrame) -> pl.DataFrame:
+    """The rows whose keys may be in a part of a table: a join of these alone is quick, whatever the number of rows."""
+    ends = [part.select(pl.col(name).min().alias("low"), pl.col(name).max().alias("high")) for name in RECORD_KEY]
+    (*names, numbers) = (frame.row(0) for frame in ends)
+    has_one_file = all(low == high for low, high in names)
+    ranges = zip(RECORD_KEY, (*names, numbers) if has_one_file else names, strict=False)
+    return rows.filter(pl.col(name).is_between(pl.lit(low), pl.lit(high)) for name, (low, high) in ranges)
+
+
+def by_key(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows sorted by key. Looking first is cheap: most tables are stored in that order."""
+    is_sorted = rows.select(pl.struct(ROW_KEY)).to_series().is_sorted()
+    return rows if is_sorted else rows.sort(ROW_KEY)

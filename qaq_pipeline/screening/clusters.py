@@ -59,19 +59,27 @@ def clusters(found: Found, older: Sequence[pl.DataFrame]) -> Clusters:
     return Clusters(rows, joined.select("component", "place", "status"))
 
 
-def linked(own: Clusters, found: Found, others: Sequence[pl.DataFrame], texts: Texts, threshold: float) -> pl.DataFrame:
+def linked(
+    own: Clusters,
+    found: Found,
+    signatures: pl.DataFrame,
+    others: Sequence[pl.DataFrame],
+    texts: Texts,
+    threshold: float,
+) -> pl.DataFrame:
     """Find the rows of other batches that are linked to each component, whichever came first: as `Clusters.older`.
 
     Args:
         own: the components of a batch.
         found: its distinct rows.
+        signatures: of its rows.
         others: Signatures of other batches' distinct rows, with their status.
         texts: returns the texts of rows of all these batches.
         threshold: minimum Jaccard similarity of linked rows.
     """
     if not others:
         return own.older.clear()
-    rows = found.distinct.filter("is_own").drop("order", "is_own")
+    rows = signatures.join(found.distinct.filter("is_own"), on=ROW_KEY, how="semi")
     back = duplicates.find(rows, others, texts, None, threshold)
     places = back.distinct.select("order", "is_own", *ROW_KEY, place=row_place())
     ends = back.links.join(places, on="order").join(

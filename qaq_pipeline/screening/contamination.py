@@ -12,6 +12,7 @@ solution is also found verbatim, ignoring white space, if it is long enough to b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,9 @@ _MIN_PROMPT_WORDS = 5
 _ROWS_AT_ONCE = 10_000
 _EVIDENCE_CHARACTERS = 200
 
+READS = ("history", "query", "reasoning", "answer")
+"""Columns of RawData in which tasks are searched for."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -41,11 +45,11 @@ class _Part:
     text: str
 
 
-def find(accepted: pl.DataFrame, benchmark: Benchmark, settings: ContaminationSettings) -> pl.DataFrame:
+def find(accepted: Iterable[pl.DataFrame], benchmark: Benchmark, settings: ContaminationSettings) -> pl.DataFrame:
     """Find the Contamination of RawData rows by a benchmark: for each row, the task with the highest share.
 
     Args:
-        accepted: rows with a query and an answer.
+        accepted: rows with a query and an answer, in parts.
         benchmark: the tasks.
         settings: n-gram length, minimum share, trivial solutions.
     """
@@ -54,7 +58,8 @@ def find(accepted: pl.DataFrame, benchmark: Benchmark, settings: ContaminationSe
     columns = tables.dtypes(tables.Contamination)
     chunks = [
         _find(chunk, parts, index, settings).with_columns(benchmark=pl.lit(benchmark.name)).select(list(columns))
-        for chunk in accepted.iter_slices(_ROWS_AT_ONCE)
+        for part in accepted
+        for chunk in part.iter_slices(_ROWS_AT_ONCE)
     ]
     return pl.concat([pl.DataFrame(schema=columns), *chunks])
 

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import starmap
-from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.row_place import ROW_KEY, row_place
+from qaq_pipeline.schema.row_place import ROW_KEY, by_key, row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason, Status
 from qaq_pipeline.screening import flaws, shingles
 from qaq_pipeline.screening.shingles import Hashes
@@ -35,13 +36,18 @@ NGRAM_WORDS = 5
 NUM_BANDS, VALUES_PER_BAND = 25, 5
 SIGNATURE_VERSION = "3"
 """Covers everything in a signature, including rensa's algorithm; signatures of two versions are not compared."""
+TEXTS = ("system", "history", "query", "answer")
+"""Columns of RawData that a signature depends on."""
+COMPARED = [*ROW_KEY, "pair_id", "exact_hash", "query_hash", "bands"]
+"""Columns of Signatures by which rows are compared."""
 _SEED = 5
 _ROWS_AT_ONCE = 10_000
 _MAX_STANDING = 32
 """Maximum rows of one band that a row is compared with: only bands of a template's words have more."""
 
-Texts = Callable[[pl.DataFrame], pl.DataFrame]
-"""Maps keys of rows to what is compared of each: text (as built by `shingles.pair_text`), answer, language."""
+Texts = Callable[[pl.DataFrame], Iterable[pl.DataFrame]]
+"""Maps order and keys of rows to what is compared of each, in parts: order, text (as built by `shingles.pair_text`),
+answer, language."""
 
 
 def signatures(raw: pl.DataFrame) -> pl.DataFrame:
@@ -102,18 +108,35 @@ def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
     return [row if known else [] for row, known in zip(bands.tolist(), has_words, strict=True)]
 
 
-def related(older: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
-    """Return the older Signatures that share their query or a band with any own row; equal rows share their query."""
-    bands = own.select(pl.col("bands").explode(empty_as_null=False).unique())
-    by_band = (
-        older.with_row_index("row")
-        .select("row", "bands")
-        .explode("bands", empty_as_null=False)
-        .join(bands, on="bands", how="semi")["row"]
-        .unique()
-    )
-    by_query = older.select((pl.col("query_hash").is_in(own["query_hash"].implode())).arg_true()).to_series()
-    return older[pl.concat([by_band, by_query]).unique().sort()]
+class Related:
+    """Finds the rows of other batches that may be similar to a batch's own rows.
+
+    Args:
+        own: Signatures of the batch.
+    """
+
+    def __init__(self, own: pl.DataFrame) -> None:
+        self._bands = np.unique(own["bands"].explode(empty_as_null=False).to_numpy())
+        self._queries = np.unique(_number(own["query_hash"]))
+
+    def among(self, others: pl.DataFrame) -> pl.DataFrame:
+        """The Signatures that share their query or a band with any own row; equal rows share their query."""
+        bands = others.with_row_index("row").select("row", "bands").explode("bands", empty_as_null=False)
+        by_band = bands["row"].to_numpy()[_is_in(bands["bands"].to_numpy(), self._bands)]
+        by_query = np.flatnonzero(_is_in(_number(others["query_hash"]), self._queries))
+        return others[np.union1d(by_band, by_query)]
+
+
+def _number(hashes: pl.Series) -> Hashes:
+    """The first 64 bits of hashes of hex digits."""
+    return hashes.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64).to_numpy()
+
+
+def _is_in(values: Hashes, known: Hashes) -> NDArray[np.bool_]:
+    """Whether each value is among sorted ones."""
+    if not len(known):
+        return np.zeros(len(values), dtype=bool)
+    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
 
 
 @dataclass(frozen=True)
@@ -123,7 +146,8 @@ class Found:
     duplicates: pl.DataFrame
     """Key, reason, duplicate_of, similarity, evidence."""
     distinct: pl.DataFrame
-    """Signatures of the other rows, older ones first, with `order`, their place in it, and `is_own`."""
+    """Key and pair_id of the other rows, older ones first, with `order`, their place in it, `is_own`, and
+    `same_query`, which rows with one query share."""
     links: pl.DataFrame
     """order, earlier: own rows, each with an earlier row (own or older) that has the same query or is similar. Of rows
     with one query, only the first own row is linked to the older ones, and the others to it."""
@@ -144,19 +168,25 @@ def find(
     to none.
 
     Args:
-        own: Signatures of the batch's rows that may be selected.
-        older: rows of older batches that may represent others, oldest first (`related` ones suffice).
-        texts: returns the texts of rows; called only for rows with a candidate.
+        own: `COMPARED` of the batch's rows that may be selected.
+        older: rows of older batches that may represent others, oldest first (`Related` ones suffice).
+        texts: returns the texts of rows; called once, for the rows with a candidate.
         near_threshold: minimum Jaccard similarity of near duplicates; None: find exact ones only.
         cluster_threshold: minimum Jaccard similarity of linked rows, not above near_threshold.
     """
-    rows = pl.concat([*(frame.select(own.columns) for frame in older), own.sort(ROW_KEY)]).with_row_index("order")
-    num_older = rows.height - own.height
-    rows = rows.with_columns(first=pl.col("order").min().over("exact_hash"))
-    firsts = rows.filter(pl.col("order") == pl.col("first"))
+    signed = pl.concat([*(frame.select(COMPARED) for frame in older), by_key(own.select(COMPARED))])
+    bands, num_older, order = signed["bands"], signed.height - own.height, pl.col("order")
+    rows = (
+        signed.drop("bands")
+        .with_row_index("order")
+        .with_columns(first=order.min().over("exact_hash"), same_query=order.min().over("query_hash"))
+        .drop("exact_hash", "query_hash")
+    )
     thresholds = math.inf if near_threshold is None else near_threshold, cluster_threshold
-    stands_for, similar = _near(firsts, num_older, texts, thresholds)
-    found = [_duplicate(row, stands_for) for row in rows[num_older:].iter_rows(named=True) if _is_one(row, stands_for)]
+    stands_for, similar = _near(rows, bands, num_older, texts, thresholds)
+    is_one = (order != pl.col("first")) | order.is_in(list(stands_for))
+    ones = rows[num_older:].filter(is_one).select("order", "first")
+    found = [_duplicate(number, first, stands_for) for number, first in ones.iter_rows()]
     frame = pl.DataFrame(found, schema=_DUPLICATES, orient="row")
     pairs, of = rows[frame["order"]], rows[frame["duplicate_of"]]
     duplicates = pairs.select(
@@ -168,8 +198,11 @@ def find(
         .then(pl.lit("equal system text, query and answer"))
         .otherwise(frame["evidence"]),
     )
-    is_own = pl.col("order") >= num_older
-    distinct = rows.drop("first").join(frame, on="order", how="anti", maintain_order="left").with_columns(is_own=is_own)
+    distinct = (
+        rows.drop("first")
+        .join(frame, on="order", how="anti", maintain_order="left")
+        .with_columns(is_own=order >= num_older)
+    )
     by_words = pl.DataFrame(similar, schema=_LINKS, orient="row")
     return Found(duplicates, distinct, pl.concat([by_words, _same_query(distinct)]))
 
@@ -179,12 +212,12 @@ _LINKS = {"order": pl.UInt32, "earlier": pl.UInt32}
 
 def _same_query(distinct: pl.DataFrame) -> pl.DataFrame:
     """Link each own row to the first own row with its query, and that one to the older rows with it."""
-    own = distinct.filter("is_own").select("order", "query_hash", first=pl.col("order").min().over("query_hash"))
+    own = distinct.filter("is_own").select("order", "same_query", first=pl.col("order").min().over("same_query"))
     firsts = own.filter(pl.col("order") == pl.col("first"))
-    older = distinct.filter(~pl.col("is_own")).select("query_hash", earlier="order")
+    older = distinct.filter(~pl.col("is_own")).select("same_query", earlier="order")
     return pl.concat(
         [
-            firsts.join(older, on="query_hash").select("order", "earlier"),
+            firsts.join(older, on="same_query").select("order", "earlier"),
             own.filter(pl.col("order") != pl.col("first")).select("order", earlier="first"),
         ]
     )
@@ -199,52 +232,89 @@ _DUPLICATES = {
 }
 
 
-def _is_one(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) -> bool:
-    return row["order"] != row["first"] or row["order"] in stands_for
-
-
-def _duplicate(row: dict[str, Any], stands_for: dict[int, tuple[int, float]]) -> tuple[int, int, str, float, str]:
-    first = row["first"]
+def _duplicate(order: int, first: int, stands_for: dict[int, tuple[int, float]]) -> tuple[int, int, str, float, str]:
     if first in stands_for:
         of, similarity = stands_for[first]
         evidence = f"Jaccard similarity {similarity:.3f} of the {NGRAM_WORDS}-word sequences of query and answer"
-        return row["order"], of, DuplicateReason.NEAR_DUPLICATE.value, similarity, evidence
-    return (
-        row["order"],
-        first,
-        DuplicateReason.EXACT_DUPLICATE.value,
-        1.0,
-        "equal but for the ends of lines or Unicode form",
-    )
+        return order, of, DuplicateReason.NEAR_DUPLICATE.value, similarity, evidence
+    return order, first, DuplicateReason.EXACT_DUPLICATE.value, 1.0, "equal but for the ends of lines or Unicode form"
 
 
 def _near(
-    rows: pl.DataFrame, num_older: int, texts: Texts, thresholds: tuple[float, float]
+    rows: pl.DataFrame, bands: pl.Series, num_older: int, texts: Texts, thresholds: tuple[float, float]
 ) -> tuple[dict[int, tuple[int, float]], list[tuple[int, int]]]:
     """Return, for each own row near another one, that row's order and the similarity; and the links of the others.
 
     Args:
-        rows: Signatures, the first of each content, with their order.
+        rows: keys of rows, with their order and that of the first row of their content.
+        bands: of these rows.
         num_older: the order of the first own row.
         texts: returns the texts of rows.
         thresholds: minimum similarity of near duplicates, and of linked rows.
     """
-    in_common = _shared_bands(rows, num_older)
-    candidates = _Candidates(rows.join(in_common.select("order"), on="order", how="semi"), texts)
-    search = _Search(dict(in_common.iter_rows()), num_older, candidates, thresholds)
-    for order in in_common["order"]:
+    shared = _SharedBands.of(bands, (rows["order"] == rows["first"]).to_numpy(), num_older)
+    candidates = _Candidates(rows[shared.orders].select("order", *ROW_KEY), texts)
+    search = _Search(shared, num_older, candidates, thresholds)
+    for order in shared.orders.tolist():
         search.place(order)
     return search.found, [link for link in search.links if search.found.keys().isdisjoint(link)]
+
+
+@dataclass(frozen=True)
+class _SharedBands:
+    """The bands that several rows share, at least one of them an own row. A band is named by a number."""
+
+    orders: NDArray[np.uint32]
+    """The rows with such a band, in order."""
+    of_row: dict[int, array[int]]
+    """The bands of each of these rows, by its order."""
+    sizes: array[int]
+    """Number of rows of each band."""
+
+    @classmethod
+    def of(cls, bands: pl.Series, is_compared: NDArray[np.bool_], num_older: int) -> _SharedBands:
+        """Of the rows that are compared, one place in the lists of bands at a time: no band stands in two places."""
+        orders, numbers, sizes = ([np.empty(0, dtype=np.uint32)] for _ in range(3))
+        num_bands = 0
+        for place in range(int(bands.list.len().max() or 0)):
+            values = bands.list.get(place, null_on_oob=True)
+            rows = np.flatnonzero(is_compared & values.is_not_null().to_numpy()).astype(np.uint32)
+            of_rows = values.gather(rows).to_numpy()
+            by_band = np.argsort(of_rows, kind="stable")  # Within a band, in the order of the rows.
+            rows, of_rows = rows[by_band], of_rows[by_band]
+            ends = np.flatnonzero(np.append(of_rows[1:] != of_rows[:-1], True)) if len(rows) else by_band
+            of_band = np.diff(ends, prepend=-1)
+            is_wanted = (of_band > 1) & (rows[ends] >= num_older)
+            orders.append(rows[np.repeat(is_wanted, of_band)])
+            sizes.append(of_band[is_wanted].astype(np.uint32))
+            names = np.arange(num_bands, num_bands + len(sizes[-1]), dtype=np.uint32)
+            numbers.append(np.repeat(names, sizes[-1]))
+            num_bands += len(names)
+        of_bands, named = np.concatenate(orders), np.concatenate(numbers)
+        by_row = np.argsort(of_bands, kind="stable")
+        found, starts = np.unique(of_bands[by_row], return_index=True)
+        parts = np.split(named[by_row], starts[1:]) if len(found) else []
+        of_row = {order: array("I", part.tobytes()) for order, part in zip(found.tolist(), parts, strict=True)}
+        return cls(found, of_row, array("I", np.concatenate(sizes).astype(np.uint32).tobytes()))
 
 
 class _Search:
     """The rows that stand for others so far, in each band, and what was found of the others."""
 
     def __init__(
-        self, bands: dict[int, list[int]], num_older: int, candidates: _Candidates, thresholds: tuple[float, float]
+        self, bands: _SharedBands, num_older: int, candidates: _Candidates, thresholds: tuple[float, float]
     ) -> None:
-        self._bands, self._num_older, self._candidates, self._thresholds = bands, num_older, candidates, thresholds
-        self._standing: dict[int, list[int]] = {}
+        self._bands, self._num_older, self._candidates, self._thresholds = (
+            bands.of_row,
+            num_older,
+            candidates,
+            thresholds,
+        )
+        room = np.minimum(np.frombuffer(bands.sizes, dtype=np.uint32), _MAX_STANDING).astype(np.uint64)
+        self._starts = array("Q", np.concatenate([[0], np.cumsum(room)]).astype(np.uint64).tobytes())
+        self._standing = array("I", bytes(4 * self._starts[-1]))
+        """The rows that stand, band after band, each with room for as many as it may have."""
+        self._num_standing = array("B", bytes(len(room)))
         self._duplicates_of: dict[int, list[int]] = {}
         self.found: dict[int, tuple[int, float]] = {}
         self.links: list[tuple[int, int]] = []
@@ -253,8 +323,12 @@ class _Search:
         """Find what represents a row, or let it stand, in place of rows of its batch that are near but worse."""
         flawed: list[int] = []
         if order >= self._num_older:
-            shared = (self._standing.get(band, ()) for band in self._bands[order])
-            others = {other for of_band in shared if len(of_band) < _MAX_STANDING for other in of_band}
+            others = {
+                other
+                for band in self._bands[order]
+                if self._num_standing[band] < _MAX_STANDING
+                for other in self._standing_in(band)
+            }
             others -= self.found.keys() | {order}
             near, flawed, similar = self._candidates.compare(order, sorted(others), self._thresholds)
             if near is not None:
@@ -263,12 +337,16 @@ class _Search:
                 return
             self.links += [(max(order, other), min(order, other)) for other in (*flawed, *similar)]
         for band in self._bands[order]:
-            rows_of = self._standing.setdefault(band, [])
-            if len(rows_of) < _MAX_STANDING and order not in rows_of:
-                rows_of.append(order)
+            if self._num_standing[band] < _MAX_STANDING and order not in self._standing_in(band):
+                self._standing[self._starts[band] + self._num_standing[band]] = order
+                self._num_standing[band] += 1
         for other in flawed:
             if other >= self._num_older:
                 self._replace(other, order)
+
+    def _standing_in(self, band: int) -> array[int]:
+        start = self._starts[band]
+        return self._standing[start : start + self._num_standing[band]]
 
     def _replace(self, other: int, order: int) -> None:
         """Make a row the duplicate of a better one; what it stood for is placed again."""
@@ -282,20 +360,36 @@ class _Search:
 
 
 class _Candidates:
-    """The rows that share a band with another row: how similar they are, and which may represent which."""
+    """The rows that share a band with another row: how similar they are, and which may represent which.
+
+    Args:
+        rows: their order and keys.
+        texts: returns their texts.
+    """
 
     def __init__(self, rows: pl.DataFrame, texts: Texts) -> None:
-        self._ngrams: dict[int, Hashes] = {}
-        self._answers: dict[int, tuple[str, str | None]] = {}
-        for chunk in rows.iter_slices(_ROWS_AT_ONCE):
-            found = texts(chunk.select(ROW_KEY))
-            grams = _ngrams(found["text"])
-            self._ngrams |= {order: np.unique(grams.row(index)) for index, order in enumerate(chunk["order"])}
-            self._answers |= dict(zip(chunk["order"], found.select("answer", "language").iter_rows(), strict=True))
+        answers, grams, orders = [], [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint32)]
+        lengths = [0]
+        for found in texts(rows):
+            ragged = _ngrams(found["text"])
+            distinct = [np.unique(ragged.row(index)) for index in range(len(ragged))]
+            grams += [np.concatenate(distinct)] if distinct else []
+            lengths += map(len, distinct)
+            orders.append(found["order"].to_numpy())
+            answers.append(found.select("answer", "language"))
+        self._place = np.zeros(int(rows["order"].max() or 0) + 1 if rows.height else 0, dtype=np.uint32)  # type: ignore[arg-type]
+        of_rows = np.concatenate(orders)
+        self._place[of_rows] = np.arange(len(of_rows), dtype=np.uint32)
+        self._ngrams = shingles.Ragged(np.concatenate(grams), np.cumsum(lengths))
+        self._answers = pl.concat(answers) if answers else pl.DataFrame()
 
     def similarity(self, one: int, other: int) -> float:
         """Jaccard similarity of two rows."""
-        return shingles.jaccard(self._ngrams[one], self._ngrams[other])
+        return shingles.jaccard(*(self._ngrams.row(self._place[order]) for order in (one, other)))
+
+    def _answer(self, order: int) -> flaws.Answer:
+        answer, language = self._answers.row(int(self._place[order]))
+        return answer, language
 
     def compare(
         self, own: int, others: Sequence[int], thresholds: tuple[float, float]
@@ -309,21 +403,9 @@ class _Candidates:
         for earlier in others:
             similarity = self.similarity(earlier, own)
             if similarity >= near_threshold:
-                if not flaws.is_worse(self._answers[earlier], self._answers[own]):
+                if not flaws.is_worse(self._answer(earlier), self._answer(own)):
                     return (earlier, similarity), [], []
                 flawed.append(earlier)
             elif similarity >= cluster_threshold:
                 similar.append(earlier)
         return None, flawed, similar
-
-
-def _shared_bands(rows: pl.DataFrame, num_older: int) -> pl.DataFrame:
-    """Return each row's order and the bands that several rows share, at least one of them an own row."""
-    of_rows = rows.sort("order").select("order", "bands").explode("bands", empty_as_null=False)
-    bands, orders = of_rows["bands"].to_numpy(), of_rows["order"].to_numpy()
-    by_band = np.argsort(bands, kind="stable")  # Within a band, the order of the rows: the last row is the newest.
-    ends = np.flatnonzero(np.append(bands[by_band][1:] != bands[by_band][:-1], True)) if len(bands) else by_band
-    sizes = np.diff(ends, prepend=-1)
-    is_wanted = (sizes > 1) & (orders[by_band[ends]] >= num_older)
-    shared = of_rows[np.sort(by_band[np.repeat(is_wanted, sizes)])]
-    return shared.group_by("order", maintain_order=True).agg("bands")

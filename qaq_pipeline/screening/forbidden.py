@@ -13,6 +13,7 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
 from qaq_pipeline.screening import personal_data, secrets
 from qaq_pipeline.screening.finding import Finding
@@ -21,12 +22,20 @@ _TEXTS = ("query", "answer", "system", "reasoning", "record")
 """Texts that are searched. The record also has what is not read, such as earlier turns."""
 
 
+READS = (*_TEXTS, "status", "licence")
+"""Columns of RawData that are searched."""
+
+NOTHING = pl.DataFrame(
+    schema={name: dtypes(RawData)[name] for name in ROW_KEY} | {"evidence": pl.String(), "reason": pl.String()}
+)
+
+
 def find(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
     """Key, evidence and reason of the rows that must not be published, nor shown.
 
     Rows that could not be read are searched for secrets, too: pages show their records.
     """
-    found = [raw.select(*ROW_KEY, evidence=pl.lit(None, pl.String), reason=pl.lit(None, pl.String)).clear()]
+    found = [NOTHING]
     if settings.secrets == "drop":
         found.append(_containing(raw, secrets.may_have, secrets.find, WithdrawalReason.SECRET))
     if kinds := settings.personal_data:

@@ -10,54 +10,57 @@ for among the remaining rows, so that a representative can itself be selected, u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import polars as pl
 
 from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY, by_key, may_be_in
 from qaq_pipeline.schema.tables import dtypes
 from qaq_pipeline.schema.vocabularies import Status, WithdrawalReason
 from qaq_pipeline.screening import duplicates, forbidden, held_out, shingles
 from qaq_pipeline.screening.clusters import clusters, linked
 from qaq_pipeline.screening.duplicates import Texts
 from qaq_pipeline.screening.held_out import NOTHING_HELD_OUT, HoldOut
+from qaq_pipeline.storage.stored_table import StoredTable
 
 
 def screen(
     raw: pl.DataFrame,
-    signatures: pl.DataFrame,
+    signatures: StoredTable,
     contamination: pl.DataFrame,
+    gone: pl.DataFrame,
     older: Sequence[pl.DataFrame],
     texts: Texts,
     settings: ScreeningSettings,
-    withdrawn: Mapping[str, str],
     hold_out: HoldOut = NOTHING_HELD_OUT,
 ) -> pl.DataFrame:
     """Build the ScreenedData of a batch, in key order; `batch_gate` is null.
 
     Args:
-        raw: RawData.
+        raw: key, pair_id, status, reason and detail of RawData.
         signatures: Signatures of its accepted rows.
         contamination: its rows that contain benchmark tasks.
+        gone: its rows that must not be published, each with the reason: the first one of a row counts.
         older: Signatures of older batches' distinct rows, with their status and cluster, oldest first.
         texts: returns the texts of rows of all these batches.
         settings: which checks run, and what happens to contaminated rows.
-        withdrawn: content hashes of rows that must not be published, each with the reason.
         hold_out: which rows are held out.
     """
-    gone = pl.concat([_withdrawn(signatures, withdrawn), forbidden.find(raw, settings)]).unique(
-        ROW_KEY, keep="first", maintain_order=True
-    )
+    gone = gone.unique(ROW_KEY, keep="first", maintain_order=True)
     held = _held(contamination).join(gone, on=ROW_KEY, how="anti")
     is_dropped = settings.contamination.action == "drop"
-    own = signatures.join(gone, on=ROW_KEY, how="anti")
-    own = own.join(held, on=ROW_KEY, how="anti") if is_dropped else own
+    left_out = pl.concat([frame.select(ROW_KEY) for frame in ((gone, held) if is_dropped else (gone,))])
     limits = settings.duplicates
+    own = _without(signatures, left_out)
     found = duplicates.find(own, older, texts, limits.near_threshold, limits.cluster_threshold)
+    del own  # The bands of all rows, which nobody reads any more unless newer batches are compared.
     own_clusters = clusters(found, older)
-    newer = linked(own_clusters, found, hold_out.newer, texts, limits.cluster_threshold)
+    newer = own_clusters.older.clear()
+    if hold_out.newer:
+        own = _without(signatures, left_out)
+        newer = linked(own_clusters, found, own, hold_out.newer, texts, limits.cluster_threshold)
     sides = held_out.sides(own_clusters, newer, hold_out)
     not_trained = sides.filter(pl.col("status") != Status.ACCEPTED.value).drop("cluster")
     by_priority = (
@@ -65,17 +68,30 @@ def screen(
         (_with_flag(found.duplicates, held), Status.DUPLICATE),
         (_with_flag(not_trained, held), None),
         (held, Status.CONTAMINATED if is_dropped else Status.ACCEPTED),
-        (raw.select(*ROW_KEY, "status", "reason", evidence="detail"), None),
     )
     verdicts = pl.concat(
         [frame if status is None else frame.with_columns(status=pl.lit(status.value)) for frame, status in by_priority],
         how="diagonal",
     ).unique(ROW_KEY, keep="first", maintain_order=True)
-    rows = raw.select(*ROW_KEY, "pair_id", batch_gate=pl.lit(None, pl.String))
-    screened = rows.join(verdicts, on=ROW_KEY, validate="1:1").join(
-        sides.select(*ROW_KEY, "cluster"), on=ROW_KEY, how="left", validate="1:1"
+    has_verdict = pl.col("status_found").is_not_null()
+    screened = (
+        raw.select(*ROW_KEY, "pair_id", "status", "reason", evidence="detail")
+        .join(verdicts, on=ROW_KEY, how="left", maintain_order="left", validate="1:1", suffix="_found")
+        .with_columns(
+            pl.when(has_verdict).then(f"{name}_found").otherwise(name).alias(name)
+            for name in ("status", "reason", "evidence")
+        )
+        .join(sides.select(*ROW_KEY, "cluster"), on=ROW_KEY, how="left", maintain_order="left", validate="1:1")
+        .with_columns(batch_gate=pl.lit(None, pl.String))
     )
-    return screened.sort(ROW_KEY).select(list(dtypes(tables.ScreenedData)))
+    return by_key(screened.select(list(dtypes(tables.ScreenedData))))
+
+
+def _without(signatures: StoredTable, left_out: pl.DataFrame) -> pl.DataFrame:
+    """What is compared of the rows, without those that are left out."""
+    parts = signatures.parts(*duplicates.COMPARED)
+    kept = [part.join(may_be_in(left_out, part), on=ROW_KEY, how="anti", maintain_order="left") for part in parts]
+    return pl.concat(kept) if kept else signatures.select(*duplicates.COMPARED)
 
 
 def _with_flag(verdicts: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFrame:
@@ -87,26 +103,38 @@ def _with_flag(verdicts: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFra
     )
 
 
-def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings) -> pl.DataFrame:
-    """Build the ScreenedData of a batch alone, without older batches and benchmarks."""
-    nothing = pl.DataFrame(schema=dtypes(tables.Contamination))
-    return screen(raw, duplicates.signatures(raw), nothing, [], texts_of([raw]), settings, {})
+def screen_alone(raw: pl.DataFrame, settings: ScreeningSettings, hold_out: HoldOut = NOTHING_HELD_OUT) -> pl.DataFrame:
+    """Build the ScreenedData of a batch alone, without older batches and benchmarks.
+
+    Args:
+        raw: RawData.
+        settings: which checks run.
+        hold_out: which rows are held out.
+    """
+    signatures, nothing = StoredTable(duplicates.signatures(raw)), pl.DataFrame(schema=dtypes(tables.Contamination))
+    texts, gone = texts_of([StoredTable(raw)]), forbidden.find(raw, settings)
+    return screen(raw, signatures, nothing, gone, [], texts, settings, hold_out)
 
 
-def texts_of(raws: Iterable[pl.DataFrame]) -> Texts:
-    """Return a function that looks up texts in these batches' RawData."""
-    texts = pl.concat([raw.select(*ROW_KEY, shingles.pair_text().alias("text"), "answer", "language") for raw in raws])
+def texts_of(raws: Iterable[StoredTable]) -> Texts:
+    """Return a function that looks up texts in these batches' raw_data. It reads each table once."""
+    tables_of_texts = list(raws)
 
-    def of_rows(rows: pl.DataFrame) -> pl.DataFrame:
-        found = rows.join(texts, on=ROW_KEY, how="left", maintain_order="left", validate="1:1")
-        if missing := found["text"].null_count():
-            raise ValueError(f"{missing} rows to compare are not in raw_data; screen the batch again")
-        return found
+    def of_rows(rows: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        num_found = 0
+        for table in tables_of_texts:
+            for part in table.parts(*ROW_KEY, "query", "answer", "language"):
+                found = part.join(may_be_in(rows, part), on=ROW_KEY, validate="1:1")
+                num_found += found.height
+                yield found.select("order", "answer", "language", text=shingles.pair_text())
+        if num_found < rows.height:
+            raise ValueError(f"{rows.height - num_found} rows to compare are not in raw_data; screen the batch again")
 
     return of_rows
 
 
-def _withdrawn(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.DataFrame:
+def withdrawn_rows(signatures: pl.DataFrame, withdrawn: Mapping[str, str]) -> pl.DataFrame:
+    """Key, evidence and reason of the rows whose content hash is withdrawn."""
     why = pl.col("content_hash").replace_strict(withdrawn, default=None, return_dtype=pl.String)
     rows = signatures.select(*ROW_KEY, evidence=why)
     return rows.drop_nulls("evidence").with_columns(reason=pl.lit(WithdrawalReason.ROW_WITHDRAWN.value))

@@ -6,8 +6,9 @@ Belongs here: reading what a batch is compared with. Does not belong here: the o
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ import polars as pl
 from qaq_pipeline.config.settings import ContaminationSettings, GateSettings, HeldOutSettings, ScreeningSettings
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.row_place import ROW_KEY, may_be_in
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening import (
     benchmarks,
     contamination,
     contamination_cache,
     duplicates,
+    forbidden,
     gates,
     held_out,
     screen,
@@ -94,21 +96,24 @@ def screen_batch(
     Raises:
         OriginError: another version of the code made the signatures of an older batch.
     """
-    batch = raw_data.provenance["partition"][0]
-    withdrawn = withdrawals.read(storage).of_batch(batch, signatures.frame)
-    compared = {name: _read_other(storage, name, signatures.frame) for name in others.older}
+    batch, contents = raw_data.provenance["partition"][0], signatures.select(*ROW_KEY, "content_hash")
+    withdrawn = withdrawals.read(storage).of_batch(batch, contents)
+    related_to = functools.cache(lambda: duplicates.Related(signatures.select("query_hash", "bands")))
+    compared = {name: _read_other(storage, name, related_to) for name in others.older}
     related = {name: rows for name, (rows, _) in compared.items() if not rows.is_empty()}
-    newer = _read_newer(storage, others.newer, signatures.frame) if hold_out.share else {}
-    raws = [storage.tables.read("raw_data", Partition(name)).frame for name in (*related, *newer)]
-    texts = screen.texts_of([raw_data.frame, *raws])
+    newer = _read_newer(storage, others.newer, related_to) if hold_out.share else {}
+    raws = [storage.tables.read("raw_data", Partition(name)) for name in (*related, *newer)]
+    gone = [screen.withdrawn_rows(contents, withdrawn)]
+    del contents
+    gone += [forbidden.find(part, settings) for part in raw_data.parts(*ROW_KEY, *forbidden.READS)]
     frame = screen.screen(
-        raw_data.frame,
-        signatures.frame,
+        raw_data.select(*ROW_KEY, "pair_id", "status", "reason", "detail"),
+        signatures,
         found.rows,
+        pl.concat(gone),
         list(related.values()),
-        texts,
+        screen.texts_of([raw_data, *raws]),
         settings,
-        withdrawn,
         HoldOut(hold_out, _sides_before(storage, batch) if hold_out.share else None, list(newer.values())),
     )
     gate = _judge(batch, frame, withdrawn, limits)
@@ -141,14 +146,16 @@ def _sides_before(storage: Storage, batch: str) -> pl.DataFrame | None:
     return held_out.sides_before(stored)
 
 
-def _read_newer(storage: Storage, batches: Sequence[str], own: pl.DataFrame) -> dict[str, pl.DataFrame]:
+def _read_newer(
+    storage: Storage, batches: Sequence[str], related_to: Callable[[], duplicates.Related]
+) -> dict[str, pl.DataFrame]:
     """Read the Signatures of newer batches' rows that are on a side and may be similar to own rows."""
     is_on_a_side = pl.col("status") != Status.BETWEEN.value
-    related = {name: _read_other(storage, name, own)[0].filter(is_on_a_side) for name in batches}
+    related = {name: _read_other(storage, name, related_to)[0].filter(is_on_a_side) for name in batches}
     return {name: rows for name, rows in related.items() if not rows.is_empty()}
 
 
-def _read_other(storage: Storage, batch: str, own: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+def _read_other(storage: Storage, batch: str, related_to: Callable[[], duplicates.Related]) -> tuple[pl.DataFrame, str]:
     """Read the Signatures of another batch that may be similar to own rows, and its screened_data's data version.
 
     Each row has its status and cluster.
@@ -159,9 +166,13 @@ def _read_other(storage: Storage, batch: str, own: pl.DataFrame) -> tuple[pl.Dat
             f"the signatures of batch {batch} were made by another version of the code; in the UI, materialise "
             "signatures of every batch, then screened_data of every batch, the oldest batch first"
         )
-    distinct = screened.frame.filter(pl.col("status").is_in(tables.DISTINCT)).select(*ROW_KEY, "status", "cluster")
-    standing = signed.frame.join(distinct, on=ROW_KEY, maintain_order="left", validate="1:1")
-    return duplicates.related(standing, own), screened.data_version
+    related = pl.concat([empty(tables.Signatures), *map(related_to().among, signed.parts())])
+    sides = [
+        part.filter(pl.col("status").is_in(tables.DISTINCT)).join(may_be_in(related, part), on=ROW_KEY, how="semi")
+        for part in screened.parts(*ROW_KEY, "status", "cluster")
+    ]
+    distinct = pl.concat([empty(tables.ScreenedData).select(*ROW_KEY, "status", "cluster"), *sides])
+    return related.join(distinct, on=ROW_KEY, maintain_order="left", validate="1:1"), screened.data_version
 
 
 def find_benchmarks(
@@ -172,7 +183,6 @@ def find_benchmarks(
     Raises:
         benchmarks.BenchmarkError: a benchmark cannot be read.
     """
-    accepted = raw_data.frame.filter(pl.col("status") == Status.ACCEPTED.value)
     found, hashes = [empty(tables.Contamination)], {}
     how = settings.model_dump(mode="json", exclude={"benchmarks", "action"})
     for source in settings.benchmarks:
@@ -181,6 +191,8 @@ def find_benchmarks(
         key = hash_json([raw_data.data_version, read_as, benchmark.sha256, how, contamination.VERSION])
         known = contamination_cache.read_contamination(storage, batch, key)
         if known is None:
+            parts = raw_data.parts(*ROW_KEY, "status", *contamination.READS)
+            accepted = (part.filter(status=Status.ACCEPTED.value) for part in parts)
             known = contamination.find(accepted, benchmark, settings)
             contamination_cache.write_contamination(storage, known, batch, key)
         found.append(known)

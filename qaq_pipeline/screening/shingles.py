@@ -89,7 +89,7 @@ def hash_words(found: pl.Series) -> Ragged:
     return Ragged(distinct[flat.indices.to_numpy()], offsets)
 
 
-@functools.lru_cache(maxsize=1_000_000)
+@functools.lru_cache(maxsize=200_000)
 def hash_word(word: str) -> int:
     """Hash a text to 64 bits."""
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")

@@ -66,13 +66,15 @@ class Deliveries:
         pointer = self._files.read_json(*self.place(batch, "current.json"))
         return Delivery(batch, pointer["files"], pointer["limit"])
 
-    def read(self, delivery: Delivery) -> dict[str, bytes]:
-        """The delivered bytes by file name. Raises `StorageError` where a copy was changed."""
-        copy = self.place(delivery.batch, delivery.content_hash)
-        return {
-            name: self._files.read_unchanged(sha256, "deliver the batch again", *copy, name)
-            for name, sha256 in delivery.files.items()
-        }
+    def sizes(self, delivery: Delivery) -> dict[str, int]:
+        """The bytes of each file, by its name. Raises `StorageError` where a copy is missing."""
+        places = {name: self.place(delivery.batch, delivery.content_hash, name) for name in delivery.files}
+        return {name: self._files.size(*place) for name, place in places.items()}
+
+    def read(self, delivery: Delivery, name: str) -> bytes:
+        """The content of a delivered file. Raises `StorageError` where the copy was changed."""
+        place = self.place(delivery.batch, delivery.content_hash, name)
+        return self._files.read_unchanged(delivery.files[name], "deliver the batch again", *place)
 
     def copies(self, batch: str) -> list[str]:
         """Names of the folders with copies of a batch's deliveries."""

@@ -184,8 +184,11 @@ class Files:
         return hashlib.sha256(self.read_bytes(*parts)).hexdigest()
 
     def size(self, *parts: str) -> int:
-        """Size of a file in bytes."""
-        return int(self._fs.size(self.path(*parts)))
+        """Size of a file in bytes. Raises `StorageError` where there is no file."""
+        try:
+            return int(self._fs.size(self.path(*parts)))
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
 
     def names(self, *parts: str) -> list[str]:
         """Names in a folder, sorted; empty where there is no folder."""

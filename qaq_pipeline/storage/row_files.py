@@ -19,9 +19,10 @@ import json
 import lzma
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice, starmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,12 +50,17 @@ _OTHERS = {
 }
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_ARRAY = re.compile(rb"[ \t\r\n]*\[")
 _CSV_SEPARATORS = ",\t;|"
 _CSV_NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")
 _LONGEST_HEADER = 10_000
 """Bytes of a file in which the first two lines of CSV are looked for."""
 _LARGEST_WINDOW = 2**31
 """Largest window of a zstandard frame that is read, as `zstd --long=31` writes it."""
+_ROWS_AT_ONCE = 10_000
+"""Rows of a table that are in memory as Python objects."""
+
+T = TypeVar("T")
 
 
 class UnreadableFileError(ValueError):
@@ -89,7 +95,7 @@ class DeliveredRow(NamedTuple):
 
 
 def split(content: bytes, source_file: str, fits: Fits) -> Iterable[DeliveredRow]:
-    """Split a file into rows now, and parse each row when it is requested.
+    """Check now that a file can be split into rows, and make each row when it is asked for: no file is held as objects.
 
     Args:
         content: of the file.
@@ -196,9 +202,9 @@ def _split(content: bytes, fits: Fits) -> Iterable[DeliveredRow]:
         return _of_arrow(content)
     _refuse_other_formats(content)
     content = content.removeprefix(_UTF8_BOM)
-    if not content.strip():
+    if not content or content.isspace():
         raise _UnreadableError("is empty. Write its rows into it, or `[]` where it has none.")
-    if content.lstrip(b" \t\r\n").startswith(b"["):
+    if _ARRAY.match(content):
         return _of_array(content)
     if (separator := _csv_separator(content, fits)) is not None:
         return _of_csv(content, separator)
@@ -219,7 +225,10 @@ def _refuse_other_formats(content: bytes) -> None:
 
 
 def _of_parquet(content: bytes) -> Iterable[DeliveredRow]:
-    return _of_batches(lambda: pq.ParquetFile(pa.BufferReader(content)).iter_batches(use_threads=False), "Parquet")
+    def read() -> Iterator[pa.RecordBatch]:
+        return pq.ParquetFile(pa.BufferReader(content)).iter_batches(_ROWS_AT_ONCE, use_threads=False)
+
+    return _of_batches(read, "Parquet")
 
 
 def _of_arrow(content: bytes) -> Iterable[DeliveredRow]:
@@ -237,12 +246,23 @@ def _of_arrow(content: bytes) -> Iterable[DeliveredRow]:
 
 
 def _of_batches(read: Callable[[], Iterator[pa.RecordBatch]], name: str) -> Iterable[DeliveredRow]:
+    def rows() -> Iterator[dict[str, object]]:
+        for batch in read():
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield from _cells_of(batch.slice(start, _ROWS_AT_ONCE))
+
     try:
-        rows = [row for batch in read() for row in _cells_of(batch)]
+        checked = _checked(rows)
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         fault = f"is no complete {name} file that can be read ({error})"
         raise _UnreadableError(f"{fault}. Copy or write the file again.") from error
-    return (_delivered_cells(number, row) for number, row in enumerate(rows, 1))
+    return (_delivered_cells(number, row) for number, row in enumerate(checked, 1))
+
+
+def _checked(read: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """The items, read once before: a fault at the end of a file shows before its first row is taken."""
+    deque(read(), maxlen=0)
+    return read()
 
 
 def _cells_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
@@ -314,7 +334,7 @@ def _of_array(content: bytes) -> Iterable[DeliveredRow]:
     # Invalid bytes become lone surrogates, so that they reject their row and not the file.
     text = content.decode("utf-8", "surrogateescape")
     try:
-        elements = list(_array_elements(text))
+        elements = _checked(lambda: _array_elements(text))
     except json.JSONDecodeError as error:
         fault = f"line {error.lineno}, column {error.colno}: the JSON array cannot be read: {error.msg}"
         raise _UnreadableError(f"{fault}. Write it again, or deliver one object per line.") from error
@@ -349,7 +369,7 @@ def _skip_space(text: str, position: int) -> int:
 
 def _of_lines(content: bytes, fits: Fits) -> Iterator[DeliveredRow]:
     # Only the first two lines are parsed now: no later line can make the file unreadable.
-    lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    lines = ((number, line) for number, line in enumerate(io.BytesIO(content), 1) if line.strip())
     first = [_delivered_line(*line) for line in islice(lines, 2)]
     if first[0].fault is not None:
         _refuse_object_over_lines(content, first[0].source_row, fits)
@@ -359,7 +379,7 @@ def _of_lines(content: bytes, fits: Fits) -> Iterator[DeliveredRow]:
 
 
 def _delivered_line(number: int, line: bytes) -> DeliveredRow:
-    text = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+    text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
     try:
         return _delivered_value(number, text, _DECODER.decode(text))
     except json.JSONDecodeError as error:
@@ -435,15 +455,19 @@ def _csv_cells(line: str, separator: str) -> list[str]:
 
 
 def _of_csv(content: bytes, separator: str) -> Iterator[DeliveredRow]:
-    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
     csv.field_size_limit(2**31 - 1)  # A text can be longer than the 128 KiB that are allowed by default.
-    reader = csv.reader(text, delimiter=separator, strict=True)  # Else an open quote would hold the rest of the file.
-    try:
-        names, *rows = filter(None, reader)
-    except csv.Error as error:
-        fault = f"is CSV that cannot be read: before line {reader.line_num + 1}, {error}"
-        raise _UnreadableError(f"{fault}. Correct its quotes, or deliver JSONL.") from error
-    names = [name.strip() for name in names]
+
+    def read() -> Iterator[list[str]]:
+        text = io.TextIOWrapper(io.BytesIO(content), "utf-8", "surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=separator, strict=True)  # Else an open quote would hold the file's rest.
+        try:
+            yield from filter(None, reader)
+        except csv.Error as error:
+            fault = f"is CSV that cannot be read: before line {reader.line_num + 1}, {error}"
+            raise _UnreadableError(f"{fault}. Correct its quotes, or deliver JSONL.") from error
+
+    rows = _checked(read)
+    names = [name.strip() for name in next(rows)]
     return (_delivered_csv(number, names, cells) for number, cells in enumerate(rows, 1))
 
 

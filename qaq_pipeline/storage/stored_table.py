@@ -15,12 +15,11 @@ from typing import Any, Self
 
 import dataframely as dy
 import polars as pl
-import pyarrow.parquet as pq
 
 from qaq_pipeline.schema.tables import TableError, dtypes, enforce
 from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import LocalFile, StorageError, hash_json
-from qaq_pipeline.storage.parquet_file import ROWS_PER_GROUP, Writer
+from qaq_pipeline.storage.parquet_file import Writer
 
 
 class RowsFile:
@@ -42,10 +41,10 @@ class RowsFile:
 
     def parts(self, columns: list[str] | None) -> Iterator[pl.DataFrame]:
         """The same, some thousand rows at a time."""
-        with pq.ParquetFile(self._path()) as file:
-            for group in range(file.num_row_groups):
-                rows = pl.DataFrame(file.read_row_group(group, columns))
-                yield rows if columns is None else rows.select(columns)
+        rows = pl.scan_parquet(self._path(), glob=False)
+        wanted = rows if columns is None else rows.select(columns)
+        for start in range(0, self.num_rows, parquet_file.ROWS_PER_GROUP):
+            yield wanted.slice(start, parquet_file.ROWS_PER_GROUP).collect()
 
     @cached_property
     def _local(self) -> LocalFile:
@@ -104,7 +103,7 @@ class StoredTable:
         if isinstance(self._rows, RowsFile):
             yield from self._rows.parts(list(columns) or None)
         else:
-            yield from self._rows.select(columns or pl.all()).iter_slices(ROWS_PER_GROUP)
+            yield from self._rows.select(columns or pl.all()).iter_slices(parquet_file.ROWS_PER_GROUP)
 
     @cached_property
     def data_version(self) -> str:

@@ -19,6 +19,7 @@ from qaq_pipeline.ingest import landing
 from qaq_pipeline.ingest.landing import Landed, LandingError, Look, Seen
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline_tests.support.delivered import delivered
 from qaq_pipeline_tests.support.sentences import Check
 
 ROW = b'{"query": "q", "response": "a"}\n'
@@ -138,7 +139,7 @@ def test_any_fsspec_url_serves(storage: Storage) -> None:
     found = landing.look("memory://zone", ANY)
     assert entries(found) == {"week": "week"}
     landing.announce(storage, "memory://zone", found.deliveries[0])
-    assert storage.deliveries.read(landing.receive(storage, "week")) == {"a.jsonl": ROW}
+    assert delivered(storage, landing.receive(storage, "week")) == {"a.jsonl": ROW}
 
 
 def test_an_object_stores_sign_of_a_folder_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +349,7 @@ def test_an_announced_delivery_is_copied_when_it_is_received_and_kept(zone: Path
     delivery = landing.receive(storage, "week")
     (zone / "week" / "a.jsonl").unlink()
     assert landing.receive(storage, "week") == delivery == storage.deliveries.current("week")
-    assert storage.deliveries.read(delivery) == {"a.jsonl": ROW, "deep/b.jsonl.gz": packed}
+    assert delivered(storage, delivery) == {"a.jsonl": ROW, "deep/b.jsonl.gz": packed}
     assert not landing.is_announced(storage, "week")
 
 
@@ -393,7 +394,7 @@ def test_a_run_key_holds_path_size_times_and_how_many_there_were(zone: Path, sto
         landing.receive(storage, "week")
     assert len(set(keys)) == 3
     assert keys[0].startswith(f"{zone}/week.jsonl|{len(ROW)} bytes|")
-    assert storage.deliveries.read(storage.deliveries.current("week")) == {"week.jsonl": ROW}
+    assert delivered(storage, storage.deliveries.current("week")) == {"week.jsonl": ROW}
 
 
 def test_a_batch_that_was_never_delivered_cannot_be_received(storage: Storage) -> None:

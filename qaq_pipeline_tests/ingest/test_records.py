@@ -24,7 +24,15 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest.records import check_file, not_read, pair_id, read_delivery, read_file, unreadable_file
+from qaq_pipeline.ingest.records import (
+    check_file,
+    delivery_parts,
+    not_read,
+    pair_id,
+    read_delivery,
+    read_file,
+    unreadable_file,
+)
 from qaq_pipeline.schema.tables import RawData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
 from qaq_pipeline.storage.row_files import UnreadableFileError
@@ -761,19 +769,25 @@ def test_a_file_that_cannot_be_cut_into_rows_can_stand_as_one_rejected_row() -> 
     assert row["detail"] == str(caught.value)
 
 
+def limited(contents: dict[str, bytes], settings: RecordSettings, limit: int) -> pl.DataFrame:
+    """The rows of the first records of a delivery."""
+    sizes = {name: len(content) for name, content in contents.items()}
+    parts = delivery_parts(sizes, contents.__getitem__, "b1", settings, limit)
+    return pl.concat(part.frame for part in parts)
+
+
 def test_a_delivery_is_its_files_in_order_up_to_its_limit() -> None:
     contents = {"b.jsonl": jsonl(*PAIRS), "torn.parquet": b"PAR1 torn", "a.json": json_array(*PAIRS)}
     rows = enforce(RawData, read_delivery(contents, "b1", RecordSettings()).frame)
-    assert rows["source_file"].to_list() == ["b.jsonl"] * 3 + ["torn.parquet"] + ["a.json"] * 3
+    assert rows["source_file"].to_list() == ["a.json"] * 3 + ["b.jsonl"] * 3 + ["torn.parquet"]
     assert rows["reason"].drop_nulls().to_list() == [RejectReason.UNREADABLE_FILE]
-    limited = read_delivery(contents, "b1", RecordSettings(), limit=5).frame
-    assert_frame_equal(limited, rows.head(5))
+    assert_frame_equal(limited(contents, RecordSettings(), 5), rows.head(5))
     assert enforce(RawData, read_delivery({}, "b1", RecordSettings()).frame).is_empty()
 
 
 def test_a_limit_counts_records_and_not_turns() -> None:
     talk = {"messages": turns(*DIALOGUE)}
-    rows = read_delivery({"a.jsonl": jsonl(talk, talk)}, "b1", RecordSettings(multi_turn="every"), limit=1).frame
+    rows = limited({"a.jsonl": jsonl(talk, talk)}, RecordSettings(multi_turn="every"), 1)
     assert rows["source_row"].to_list() == [1, 1]
 
 

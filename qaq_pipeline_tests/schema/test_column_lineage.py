@@ -34,11 +34,12 @@ from qaq_pipeline.schema.tables import (
 from qaq_pipeline.schema.vocabularies import Defect, Quantity
 from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.logprobs import accepted_rows
-from qaq_pipeline.screening import duplicates
+from qaq_pipeline.screening import duplicates, forbidden
 from qaq_pipeline.screening.screen import screen, texts_of
 from qaq_pipeline.selection import decisions, rank_reference
 from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import judgement, words
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
@@ -153,7 +154,8 @@ def _raw() -> pl.DataFrame:
 
 def _screen(tables: Tables) -> pl.DataFrame:
     raw, nothing = tables["raw_data"], pl.DataFrame(schema=dtypes(Contamination))
-    return screen(raw, tables["signatures"], nothing, [], texts_of([raw]), SETTINGS.screening, {})
+    texts, gone = texts_of([StoredTable(raw)]), forbidden.find(raw, SETTINGS.screening)
+    return screen(raw, StoredTable(tables["signatures"]), nothing, gone, [], texts, SETTINGS.screening)
 
 
 def _rmi_scores(tables: Tables) -> pl.DataFrame:

@@ -16,8 +16,9 @@ from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.ingest.records import pair_id
 from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.tables import DISTINCT, Contamination, ScreenedData, dtypes, enforce
-from qaq_pipeline.screening import duplicates
+from qaq_pipeline.screening import duplicates, forbidden
 from qaq_pipeline.screening.screen import screen, texts_of
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import raw_rows, rejected
 
 WORDS = [f"{stem}{ending}" for stem in "abcdefghij" for ending in ("one", "two", "three", "four", "five")]
@@ -39,9 +40,10 @@ def screened_in_order(raws: Sequence[pl.DataFrame], how: ScreeningSettings) -> l
     standing: list[pl.DataFrame] = []
     for number, raw in enumerate(raws):
         signed = duplicates.signatures(raw)
-        older = [duplicates.related(frame, signed) for frame in standing]
+        older = [duplicates.Related(signed).among(frame) for frame in standing]
+        texts = texts_of(map(StoredTable, raws[: number + 1]))
         made.append(
-            enforce(ScreenedData, screen(raw, signed, NO_BENCHMARK, older, texts_of(raws[: number + 1]), how, {}))
+            enforce(ScreenedData, screen(raw, StoredTable(signed), NO_BENCHMARK, forbidden.NOTHING, older, texts, how))
         )
         distinct = made[-1].filter(pl.col("status").is_in(DISTINCT)).select(*ROW_KEY, "status", "cluster")
         standing.append(signed.join(distinct, on=ROW_KEY, maintain_order="left"))

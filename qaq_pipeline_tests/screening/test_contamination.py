@@ -47,7 +47,9 @@ def pairs(*texts: tuple[str, str]) -> pl.DataFrame:
 
 
 def found(rows: pl.DataFrame, benchmark: Benchmark, **settings: Any) -> dict[int, tuple[str, str]]:
-    frame = enforce(Contamination, contamination.find(rows, benchmark, ContaminationSettings.model_validate(settings)))
+    frame = enforce(
+        Contamination, contamination.find([rows], benchmark, ContaminationSettings.model_validate(settings))
+    )
     assert frame["benchmark"].unique().to_list() in ([], [benchmark.name])
     return {row["source_row"]: (row["task"], row["reason"]) for row in frame.iter_rows(named=True)}
 
@@ -94,7 +96,7 @@ def test_of_real_pairs_few_are_taken_for_tasks(human_eval: Benchmark, code_alpac
     accepted = read_file(code_alpaca.read_bytes(), code_alpaca.name, "b1", RecordSettings()).frame.filter(
         status="accepted"
     )
-    frame = contamination.find(accepted, human_eval, SETTINGS)
+    frame = contamination.find([accepted], human_eval, SETTINGS)
     for row in frame.iter_rows(named=True):
         print(f"row {row['source_row']}: {row['task']} {row['reason']} {row['share']:.2f}: {row['matched_text']}")
     print(f"{frame.height} of {accepted.height} rows")
@@ -107,7 +109,7 @@ def test_the_evidence_is_the_longest_text_in_common() -> None:
         ("Please: given a list of integers return THE SUM of all those that are odd, and not at an even one", "x"),
         ("Given a list", "of integers"),
     )
-    frame = contamination.find(rows, Benchmark("mine", "0", (Task("t/1", prompt, None),)), SETTINGS)
+    frame = contamination.find([rows], Benchmark("mine", "0", (Task("t/1", prompt, None),)), SETTINGS)
     (row,) = frame.iter_rows(named=True)
     assert row["matched_text"] == "given a list of integers return the sum of all those that are odd and not at an"
     assert row["share"] == pytest.approx(9 / 11)

@@ -17,6 +17,7 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Signatures, enforce
 from qaq_pipeline.screening import duplicates, flaws, shingles
 from qaq_pipeline.screening.screen import texts_of
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import raw_rows
 
 ANSWER = """def merge_sorted(left, right):
@@ -42,8 +43,8 @@ def row(query: str, answer: str, **changes: Any) -> dict[str, Any]:
 def found(own: pl.DataFrame, *older: pl.DataFrame, threshold: float | None = 0.7) -> dict[int, tuple[Any, ...]]:
     """Return, for each own duplicate by source_row, its representative, reason and similarity."""
     signed = [enforce(Signatures, duplicates.signatures(raw)) for raw in (*older, own)]
-    related = [duplicates.related(signatures, signed[-1]) for signatures in signed[:-1]]
-    frame = duplicates.find(signed[-1], related, texts_of([*older, own]), threshold).duplicates
+    related = [duplicates.Related(signed[-1]).among(signatures) for signatures in signed[:-1]]
+    frame = duplicates.find(signed[-1], related, texts_of(map(StoredTable, [*older, own])), threshold).duplicates
     return {
         one["source_row"]: (one["duplicate_of"], one["reason"], round(one["similarity"], 3))
         for one in frame.iter_rows(named=True)

@@ -28,7 +28,7 @@ PATH_TAKING: dict[str, Callable[[Storage, str], Any]] = {
     "table_url": lambda storage, name: storage.tables.url("raw_data", Partition(name)),
     "store_delivery": lambda storage, name: storage.deliveries.store(name, FILES),
     "current_delivery": lambda storage, name: storage.deliveries.current(name),
-    "read_delivery": lambda storage, name: storage.deliveries.read(Delivery(name, {"a.jsonl": "0"})),
+    "read_delivery": lambda storage, name: storage.deliveries.read(Delivery(name, {"a.jsonl": "0"}), "a.jsonl"),
     "lock": lambda storage, name: storage.locks.hold("raw_data", name).__enter__(),
     "lock_of_model": lambda storage, name: storage.locks.hold("raw_data", "b1", name).__enter__(),
 }

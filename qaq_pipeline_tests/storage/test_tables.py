@@ -116,11 +116,11 @@ def test_a_table_made_in_parts_is_the_same_file_as_one_made_at_once(
         in_parts = storage.files.read_bytes(*TABLE)
         assert storage.tables.fault("raw_data", Partition("b1")) is None
         storage.tables.write(at_once, "raw_data", Partition("b1"))
-    assert storage.files.read_bytes(*TABLE) == in_parts
-    read = storage.tables.read("raw_data", Partition("b1"))
-    assert pl.concat(read.parts()).equals(MANY)
-    assert [part.height for part in read.parts("query", "batch")] == [3, 3, 1]
-    assert pl.concat(read.parts("query", "batch")).equals(MANY.select("query", "batch"))
+        assert storage.files.read_bytes(*TABLE) == in_parts
+        read = storage.tables.read("raw_data", Partition("b1"))
+        assert pl.concat(read.parts()).equals(MANY)
+        assert [part.height for part in read.parts("query", "batch")] == [3, 3, 1]
+        assert pl.concat(read.parts("query", "batch")).equals(MANY.select("query", "batch"))
     assert read.select("query", "batch").equals(MANY.select("query", "batch"))
 
 
