@@ -276,7 +276,7 @@ class _SharedBands:
         """Of the rows that are compared, one place in the lists of bands at a time: no band stands in two places."""
         orders, numbers, sizes = ([np.empty(0, dtype=np.uint32)] for _ in range(3))
         num_bands = 0
-        for place in range(int(bands.list.len().max() or 0)):
+        for place in range(int(bands.list.len().to_numpy().max(initial=0))):
             values = bands.list.get(place, null_on_oob=True)
             rows = np.flatnonzero(is_compared & values.is_not_null().to_numpy()).astype(np.uint32)
             of_rows = values.gather(rows).to_numpy()
@@ -377,7 +377,7 @@ class _Candidates:
             lengths += map(len, distinct)
             orders.append(found["order"].to_numpy())
             answers.append(found.select("answer", "language"))
-        self._place = np.zeros(int(rows["order"].max() or 0) + 1 if rows.height else 0, dtype=np.uint32)  # type: ignore[arg-type]
+        self._place = np.zeros(int(rows["order"].to_numpy().max(initial=0)) + 1, dtype=np.uint32)
         of_rows = np.concatenate(orders)
         self._place[of_rows] = np.arange(len(of_rows), dtype=np.uint32)
         self._ngrams = shingles.Ragged(np.concatenate(grams), np.cumsum(lengths))
