@@ -32,14 +32,16 @@ logger = logging.getLogger(__name__)
 _FOLDER = "score_cache"
 _IDENTITY, _HITS, _SET_ASIDE = "identity.json", "hits.json", "set_aside"
 _ROWS_AT_ONCE = 1 << 17
-FOUND = {
-    "place": pl.UInt32(),
-    "quantity": pl.Enum([quantity.value for quantity in Quantity]),
-    "sum_nll": pl.Float64(),
-    "num_tokens": pl.UInt32(),
-    "end_ids": pl.Categorical(),
-    "scored_with": pl.Categorical(),
-}
+FOUND = pl.Schema(
+    {
+        "place": pl.UInt32,
+        "quantity": pl.Enum([quantity.value for quantity in Quantity]),
+        "sum_nll": pl.Float64,
+        "num_tokens": pl.UInt32,
+        "end_ids": pl.Categorical(),
+        "scored_with": pl.Categorical(),
+    }
+)
 """Columns of the scores that are read: some 25 bytes a row."""
 _NO_SCORES = pl.DataFrame(schema=dtypes(CachedScores) | {"scored_with": pl.String()})
 
