@@ -34,6 +34,11 @@ def pairs_of(rows: pl.DataFrame) -> list[Pair]:
     return [Pair(*row) for row in rows.select("pair_id", *TEXTS).iter_rows()]
 
 
+def compact(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with bytes of their own: a selection of rows keeps the bytes of all texts from which it was made."""
+    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
+
+
 class Pairs:
     """Distinct pairs. Their texts are read when they are needed, as often as they are needed.
 
@@ -119,10 +124,5 @@ class LongestFirst:
         for part in self._read(*TEXTS):
             places = pl.Series("place", self._places[num_read : num_read + part.height])
             num_read += part.height
-            taken.append(_compact(part.with_columns(places).filter(places.is_between(start, stop, closed="left"))))
+            taken.append(compact(part.with_columns(places).filter(places.is_between(start, stop, closed="left"))))
         return pl.concat(taken).sort("place")
-
-
-def _compact(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows with bytes of their own: filtered rows of Polars keep the bytes of the texts that were left out."""
-    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
