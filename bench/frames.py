@@ -32,9 +32,10 @@ from qaq_pipeline.config.load import load_settings, parse_settings
 from qaq_pipeline.config.settings import RecordSettings, Settings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.lm.prompts import Pair
-from qaq_pipeline.schema.tables import CLEAN
+from qaq_pipeline.schema.tables import CLEAN, CachedScores, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity, Statistic
 from qaq_pipeline.scoring import rmi_scores
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.selection import disagreement_scores
 from qaq_pipeline.selection.candidates import candidates
@@ -89,7 +90,7 @@ def main() -> int:
     arguments = parser.parse_args()
     pairs = read_pairs(arguments.data, arguments.rows)
     default = variant(FRAMES[0], "null_answer", arguments.per_defect)
-    planted = planting.plant(pairs, default.calibration)
+    planted = planting.plant([pairs], default.calibration)
     found = []
     for prior in PRIORS:
         for frames in FRAMES:
@@ -140,7 +141,7 @@ def score(settings: Settings, role: str, rows: pl.DataFrame) -> pl.DataFrame:
     """Return the rows' RmiScores under a model."""
     storage, runtime = open_storage(settings), _runtime(settings)
     pairs = [Pair(*row) for row in rows.sort("pair_id").select("pair_id", "system", "query", "answer").iter_rows()]
-    logprobs = runtime.score(role, pairs, storage, on_shard=lambda _: None).frame
+    logprobs = runtime.score(role, Pairs.of(pairs), storage, on_shard=lambda _: None).frame
     return rmi_scores.rmi_scores(logprobs, settings.eligibility)
 
 
@@ -174,9 +175,12 @@ def reuse(settings: Settings, role: str, pair_ids: pl.Series) -> None:
     storage, identity = open_storage(settings), _identity(settings, role)
     known = storage.scores.read(source, pair_ids).filter(pl.col("quantity") == Quantity.Q_GIVEN_A.value)
     has = storage.scores.read(identity, pair_ids)
-    new = known.join(has, on=["pair_id", "quantity", "num_tokens", "end_ids"], how="anti")
+    new = known.join(has, on=["place", "quantity", "num_tokens", "end_ids"], how="anti")
     if not new.is_empty():
-        storage.scores.append(identity, new, {"libraries": {}, "device": "cpu"})
+        named = new.with_columns(pair_id=pair_ids.gather(new["place"]), null_reason=pl.lit(None, pl.String))
+        columns = dtypes(CachedScores)
+        scores = named.cast({name: columns[name] for name in columns}).select(list(columns))
+        storage.scores.append(identity, scores, {"libraries": {}, "device": "cpu"})
 
 
 def _identity(settings: Settings, role: str) -> Any:

@@ -30,6 +30,7 @@ from qaq_pipeline.publication.difference import compare
 from qaq_pipeline.publication.flat_scores import flat_scores, lines
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.rmi_scores import rmi_scores
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
@@ -114,7 +115,7 @@ class Home:
         settings = self.settings
         asked = {pair_id(None, query, answer): (query, answer) for query, answer in pairs}
         runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
-        wanted = [Pair(name, None, *texts) for name, texts in asked.items()]
+        wanted = Pairs.of([Pair(name, None, *texts) for name, texts in asked.items()])
         texts = pl.DataFrame(
             [(name, *texts) for name, texts in asked.items()],
             schema={"pair_id": pl.String, "query": pl.String, "answer": pl.String},

@@ -14,6 +14,7 @@ from bench.validity.bad_rows import CLEAN, Batch
 from qaq_pipeline.calibration import planting
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest import records
+from qaq_pipeline.schema.tables import RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Signal
 from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
@@ -41,8 +42,8 @@ def texts(batch: Batch, settings: Settings) -> tuple[pl.DataFrame, pl.DataFrame]
     rows = [(records.pair_id(None, row.query, row.answer), row.query, row.answer, row.kind) for row in batch.rows]
     frame = pl.DataFrame(rows, schema=["pair_id", "query", "answer", "kind"], orient="row")
     pairs = frame.unique("pair_id", keep="first", maintain_order=True).sort("pair_id")
-    none = pl.lit(None, pl.String)
-    return pairs, planting.plant(pairs.with_columns(system=none, language=none, history=none), settings.calibration)
+    none = {name: pl.lit(None, dtypes(RawData)[name]) for name in ("system", "history", "language")}
+    return pairs, planting.plant([pairs.with_columns(**none)], settings.calibration)
 
 
 def curate(batch: Batch, settings: Settings, score: Score, *, is_valid_first: bool = False) -> Curated:

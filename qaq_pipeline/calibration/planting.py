@@ -11,7 +11,7 @@ is possible. So defects share their clean twins as far as they can, and differ i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
@@ -22,8 +22,9 @@ from qaq_pipeline.calibration.mismatches import other_answers
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.schema.draws import draws
-from qaq_pipeline.schema.tables import PlantedRows, dtypes
+from qaq_pipeline.schema.tables import PlantedRows, RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
+from qaq_pipeline.scoring.pairs import compact
 
 ENOUGH = 20
 """Minimum number of planted rows for which a defect is judged: with 20, the interval of an AUROC of 0.9 is 0.2 wide."""
@@ -31,25 +32,32 @@ ENOUGH = 20
 _MOST_DRAWN = 2000
 """Rows that are drawn: more than are planted, because some defects are impossible in most rows."""
 
+_READ = ("pair_id", "system", "history", "query", "answer", "language")
+_DRAWN = {name: dtypes(RawData)[name] for name in _READ} | {"draw": pl.Float64()}
 
-def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
+
+def plant(parts: Iterable[pl.DataFrame], settings: CalibrationSettings) -> pl.DataFrame:
     """PlantedRows of a batch, sorted by pair_id.
 
     Args:
-        pairs: the accepted pairs: pair_id, system, query, answer, language.
+        parts: the accepted pairs, part by part, each once: pair_id, system, history, query, answer, language.
         settings: how many, which defects, the seed.
     """
-    drawn = draw(pairs, settings.seed)
+    drawn, pair_ids = draw(parts, settings.seed)
     twins = [(row, _text(row)) for row in drawn.iter_rows(named=True)]
     texts = [text for _, text in twins]
     answers = other_answers(texts, settings.mismatches)
     planted: list[dict[str, Any]] = []
-    taken = set(pairs["pair_id"])
+    taken: set[str] = set()
     for defect in settings.defects:
         made = (
             _make(defect, *twin, Others(answers.get(place), texts), settings.seed) for place, twin in enumerate(twins)
         )
-        new = (row for row in made if row is not None and row["pair_id"] not in taken)
+        new = (
+            row
+            for row in made
+            if row is not None and row["pair_id"] not in taken and not _is_in(row["pair_id"], pair_ids)
+        )
         wanted = settings.mismatches if defect is Defect.OTHER_ANSWER else settings.rows_per_defect
         for row in itertools.islice(new, wanted):
             taken.add(row["pair_id"])
@@ -57,10 +65,24 @@ def plant(pairs: pl.DataFrame, settings: CalibrationSettings) -> pl.DataFrame:
     return pl.DataFrame(planted, schema=dtypes(PlantedRows)).sort("pair_id")
 
 
-def draw(pairs: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """The rows that may get a defect, in the order of their draws, each query once."""
-    drawn = pairs.with_columns(draw=draws(pairs["pair_id"], seed)).sort("draw", "pair_id")
-    return drawn.unique(["system", "query"], keep="first", maintain_order=True).head(_MOST_DRAWN)
+def draw(parts: Iterable[pl.DataFrame], seed: int) -> tuple[pl.DataFrame, pl.Series]:
+    """The rows that may get a defect, in the order of their draws, each query once; and all pair_ids, sorted.
+
+    Of the rows so far, those first in their order are kept. A row that is not among them is never needed again.
+    """
+    drawn, pair_ids = pl.DataFrame(schema=_DRAWN), [pl.Series(dtype=pl.String)]
+    for part in parts:
+        pair_ids.append(part["pair_id"])
+        rows = pl.concat([drawn, part.with_columns(draw=draws(part["pair_id"], seed)).select(list(_DRAWN))])
+        distinct = rows.sort("draw", "pair_id").unique(["system", "query"], keep="first", maintain_order=True)
+        drawn = compact(distinct.head(_MOST_DRAWN))
+    return drawn.drop("draw"), pl.concat(pair_ids).sort()
+
+
+def _is_in(name: str, names: pl.Series) -> bool:
+    """Whether a name is among sorted names."""
+    place = names.search_sorted(name)
+    return place < len(names) and names[place] == name
 
 
 def _text(row: Mapping[str, Any]) -> Text:

@@ -199,7 +199,9 @@ class PairEncoder:
         ]
 
     def _encode_pair(self, pair: Pair, q_ids: list[int], a_ids: list[int], wanted: Collection[Quantity]) -> EncodedPair:
-        markup = self._markup_ids(self._context(pair))
+        # Earlier turns are those of one pair: kept, the ids of 1,024 long ones would take a gigabyte.
+        markup_ids = self._encode_markup if pair.history else self._markup_ids
+        markup = markup_ids(self._context(pair))
         before_q, between_q_and_a, before_a, between_a_and_q = map(len, markup)
         # Of the longer pass, so that A is cut at the same token in every pass.
         overhead = max(before_q + between_q_and_a, before_a + between_a_and_q)
@@ -210,7 +212,7 @@ class PairEncoder:
         if failure is None and not all(map(self._can_read, (*(markup if has_context else ()), q_ids, kept))):
             failure = NullReason.TOKEN_BEYOND_EMBEDDING
         reasons = {quantity: NullReason.NOT_WANTED for quantity in Quantity if quantity not in wanted}
-        end_ids = self.end_ids(self._context(pair))
+        end_ids = self.end_ids(markup)
         if Quantity.END in wanted and (no_end := self._no_end(end_ids, is_truncated=len(kept) < len(a_ids))):
             reasons[Quantity.END] = no_end
         if failure is not None:
@@ -248,11 +250,14 @@ class PairEncoder:
             return NullReason.PAIR_TOO_LONG
         return None
 
-    def end_ids(self, system: str | None = None) -> tuple[int, ...]:
+    def end_ids(self, markup: Markup[list[int]] | None = None) -> tuple[int, ...]:
         """Tokens that end the answer in the reverse prompt: the tokenizer's, and the one with which the template ends a
         user's turn. In the plain frame, ordinary text follows the answer, so only the tokenizer's end it.
+
+        Args:
+            markup: ids of the prompts; None: those with the model's system text.
         """
-        following = self._markup_ids(system or self._model.system_prompt).between_a_and_q[:1]
+        following = (markup or self._markup_ids(self._model.system_prompt)).between_a_and_q[:1]
         own = filter(self._tokenizer.is_control, following if self._model.frame == "chat" else ())
         ends = {*own, *self._tokenizer.end_token_ids}
         return tuple(sorted(one for one in ends if one < self._num_embeddings))

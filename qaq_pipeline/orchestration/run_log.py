@@ -1,21 +1,17 @@
 """Messages of assets in the log of their run: the progress of a scoring, and the verdict of a gate with its alert."""
 
-from collections.abc import Sequence
-
 import dagster as dg
 
 from qaq_pipeline.config.settings import AlertSettings
-from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration import alerts
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime, ScoredPairs
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.storage import Storage
 
 
-def score(
-    context: dg.AssetExecutionContext, storage: Storage, runtime: ModelRuntime, pairs: Sequence[Pair]
-) -> ScoredPairs:
+def score(context: dg.AssetExecutionContext, storage: Storage, runtime: ModelRuntime, pairs: Pairs) -> ScoredPairs:
     """Score pairs under the model of the partition, which is locked meanwhile; log the estimate and the progress."""
     partition = Partition.parse(context.partition_key)
     with storage.locks.hold(context.asset_key.path[-1], *partition.parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qaq_pipeline.calibration import planting
@@ -13,10 +14,12 @@ from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
+from qaq_pipeline.scoring.logprobs import accepted_parts
+from qaq_pipeline.scoring.pairs import TEXTS, Pairs
 from qaq_pipeline.scoring.runtime import ScoringCost
 from qaq_pipeline.screening import gates, screen
 from qaq_pipeline.storage.deliveries import Delivery, hashes
+from qaq_pipeline.storage.stored_table import StoredTable
 
 
 def register(
@@ -94,10 +97,11 @@ def estimate(deployment: Deployment, files: Sequence[str | Path]) -> Estimate:
     contents = _read(files, settings.records)
     reading = records.read_delivery(contents, "b", settings.records)
     raw = reading.frame
-    rows = accepted_rows(raw, screen.screen_alone(raw, settings.screening))
-    pairs = pairs_of(rows)
+    accepted = partial(accepted_parts, StoredTable(raw), StoredTable(screen.screen_alone(raw, settings.screening)))
+    pairs = Pairs(accepted)
     if settings.is_calibrated:
-        pairs += pairs_of(planting.plant(rows, settings.calibration))
+        planted = StoredTable(planting.plant(accepted(*TEXTS, "language"), settings.calibration))
+        pairs = pairs.and_then(Pairs(partial(planted.parts, "pair_id")))
     runtime = deployment.model_runtime
     return Estimate(
         rows=raw.height,

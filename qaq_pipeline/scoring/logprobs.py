@@ -1,9 +1,8 @@
 """Sums the NLL of pairs under one model: reads the cached scores, scores the rest, and caches them in shards.
 
-Belongs here: the pairs to score, the sequence of steps of one scoring, its progress and its report, and the assembly
-of the Logprobs table.
-Does not belong here: prompts, batches and models (`lm`), the choice of sequences (`planner`), the rows of a shard
-(`shards`), and ranks (`selection`).
+Belongs here: the rows of a batch that are scored, the sequence of steps of one scoring, its progress and its report.
+Does not belong here: the texts of pairs (`pairs`), prompts, batches and models (`lm`), the choice of sequences
+(`planner`), the rows of a shard (`shards`), the Logprobs table (`sums`), and ranks (`selection`).
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import polars as pl
 
 from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm.batching import BatchQueue
-from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
+from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import ScorerFacts, Workers
-from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Status
+from qaq_pipeline.schema.vocabularies import NullReason, Status
+from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -41,12 +40,6 @@ MAX_MISFITS = 16
 
 TYPICAL_SHARE = 0.55
 """Share of the matmul peak that scoring reaches. Attention, norms and the head's log-sum-exp take the rest."""
-
-TEXTS = ("system", "query", "answer", "history")
-"""Columns of the texts of a pair, in the order of `Pair`."""
-
-_ENCODING_COLUMNS = ("pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated")
-"""The columns of Logprobs that the encoding determines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +172,8 @@ def accepted_parts(raw_data: StoredTable, screened_data: StoredTable, *columns: 
         yield part.filter(pl.col("status") == Status.ACCEPTED.value).select("pair_id", *columns)
 
 
-def pairs_of(rows: pl.DataFrame) -> list[Pair]:
-    """The pairs of a table with their texts, in its order."""
-    return [Pair(*row) for row in rows.select("pair_id", *TEXTS).iter_rows()]
-
-
 def score_pairs(
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     model: ScoringModel,
     storage: Storage,
     scoring: ScoringSettings,
@@ -223,59 +211,24 @@ def score_pairs(
         runtime.shard_seconds,
         scored_with=model.scored_with,
         is_identity_true=model.is_identity_true,
+        on_closed=plan.sums.add_shard,
     )
     with contextlib.closing(shards):
         run.score(shards)
     if plan.num_cached:
         storage.scores.count_hits(model.identity, plan.num_cached)
-    now = pl.lit(json.dumps(dict(model.scored_with), sort_keys=True)).alias("scored_with")
-    scores = pl.concat([plan.cached, *(shard.with_columns(now) for shard in shards.closed)])
-    return _logprobs_table(plan.encoded, scores), run.report(_scorers(scores, scoring))
-
-
-def _scorers(scores: pl.DataFrame, scoring: ScoringSettings) -> list[dict[str, Any]]:
-    """The distinct scorers of the wanted scores, in a fixed order."""
-    wanted = [quantity.value for quantity in wanted_quantities(scoring)]
-    used = scores.filter(pl.col("quantity").is_in(wanted), pl.col("null_reason").is_null())
-    return [json.loads(scorer) for scorer in sorted(used["scored_with"].unique())]
+    scorers = plan.cached_scorers()
+    if plan.sums.num_scored:
+        scorers.add(json.dumps(dict(model.scored_with), sort_keys=True))
+    return plan.sums.table(), run.report([json.loads(scorer) for scorer in sorted(scorers)])
 
 
 def plan_scoring(
-    pairs: Sequence[Pair], encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
+    pairs: Pairs, encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
 ) -> Plan:
     """The plan of a scoring: the wanted quantities, minus those cached under the identity."""
-    pair_ids = pl.Series([pair.pair_id for pair in pairs], dtype=pl.String)
-    return Plan(pairs, encoder, wanted_quantities(scoring), storage.scores.read(identity, pair_ids))
-
-
-def _logprobs_table(encoded: Sequence[EncodedPair], scores: pl.DataFrame) -> pl.DataFrame:
-    """The Logprobs table, sorted by pair_id, from the token counts of the encoding and the `CachedScores`."""
-    dtypes = tables.dtypes(tables.Logprobs)
-    counts = pl.DataFrame(
-        {name: [getattr(pair, name) for pair in encoded] for name in (*_ENCODING_COLUMNS, "end_ids")},
-        schema={name: dtypes[name] for name in _ENCODING_COLUMNS} | {"end_ids": pl.String()},
-    )
-    asked = pl.concat(
-        counts.with_columns(
-            quantity=pl.lit(quantity.value),
-            num_tokens=quantity.tokens_column or pl.lit(1, pl.Int64),
-            end_ids="end_ids" if quantity is Quantity.END else pl.lit(""),
-            refusal=pl.Series([pair.null_reasons.get(quantity) for pair in encoded], dtype=pl.String),
-        )
-        for quantity in Quantity
-    )
-    found = asked.join(
-        scores, on=["pair_id", "quantity", "num_tokens", "end_ids"], how="left", validate="1:1"
-    ).with_columns(
-        # The cache may hold a score that is not wanted now: it stays out of the table.
-        sum_nll=pl.when(pl.col("refusal").is_null()).then("sum_nll"),
-        null_reason=pl.coalesce("refusal", "null_reason"),
-    )
-    lost = found.filter(pl.col("sum_nll").is_null(), pl.col("null_reason").is_null())
-    if not lost.is_empty():
-        raise AssertionError(f"pair {lost['pair_id'][0]}: {lost['quantity'][0]} was neither scored nor refused")
-    wide = found.pivot("quantity", list(Quantity), index=_ENCODING_COLUMNS, values=["sum_nll", "null_reason"])
-    return wide.select(list(dtypes)).sort("pair_id")
+    ordered = LongestFirst(pairs)
+    return Plan(ordered, encoder, wanted_quantities(scoring), storage.scores.read(identity, ordered.pair_ids))
 
 
 @dataclass
@@ -338,7 +291,7 @@ class _Run:
     def report(self, scored_with: Sequence[Mapping[str, Any]]) -> ScoringReport:
         """The report of this run, at its end."""
         return ScoringReport(
-            num_pairs=len(self.plan.encoded),
+            num_pairs=self.plan.num_pairs,
             num_cached_quantities=self.plan.num_cached,
             num_scored_quantities=self.plan.num_quantities,
             num_scored_pairs=self.plan.num_pairs_to_score,

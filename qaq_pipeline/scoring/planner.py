@@ -6,21 +6,25 @@ Does not belong here: the content of a sequence (`lm.prompts`), and the choice o
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.settings import ScoringSettings
-from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, TokenSequence
+from qaq_pipeline.lm.prompts import EncodedPair, PairEncoder, TokenSequence
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, Quantity
+from qaq_pipeline.scoring.pairs import LongestFirst
+from qaq_pipeline.scoring.sums import Sums
 
 WINDOW_PAIRS = 4096
 
 T = TypeVar("T")
+_Score = tuple[int, str, int, str]
+"""Place of the pair, quantity, number of tokens, end tokens."""
 
 
 def wanted_quantities(scoring: ScoringSettings) -> frozenset[Quantity]:
@@ -35,33 +39,32 @@ class Plan:
     sequences that do not fit into memory show at once. Counts grow as windows are taken; at the end they are exact.
 
     Args:
-        pairs: distinct pairs.
+        pairs: to score.
         encoder: turns them into sequences.
         wanted: the quantities to score.
-        cached: `CachedScores` of the pairs.
+        cached: scores of the pairs, wanted or not, as `ScoreCache.read` gives them for the ids of `pairs`.
         window_pairs: number of pairs tokenised at once.
     """
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: LongestFirst,
         encoder: PairEncoder,
         wanted: Collection[Quantity],
         cached: pl.DataFrame,
         window_pairs: int = WINDOW_PAIRS,
     ) -> None:
-        self._pairs = sorted(pairs, key=lambda pair: (-_num_characters(pair), pair.pair_id))
+        self._pairs = pairs
         self._encoder = encoder
         self._wanted = frozenset(wanted)
-        self.cached = cached
-        """The argument `cached`: scores of the pairs, wanted or not."""
-        self._known = set(cached.select("pair_id", "quantity", "num_tokens", "end_ids").iter_rows())
+        self._cached = cached
+        self._places = cached["place"].to_numpy()
         self._window_pairs = window_pairs
-        self._finished = self._without_work()
-        self._pairs_left, self._characters_left = self._unfinished(pairs)
+        self._is_unfinished = ~self._without_work()
+        self._pairs_left, self._characters_left = self._unfinished(0, len(pairs))
         self._pairs_planned = self._characters_planned = 0
-        self.encoded: list[EncodedPair] = []
-        """All pairs planned so far, without their sequences."""
+        self.sums = Sums(pairs.pair_ids)
+        """What is known of the pairs planned so far: counts of tokens, null reasons and cached sums."""
         self.num_cached = 0
         """Wanted quantities found in the cache."""
         self.num_quantities = 0
@@ -78,11 +81,14 @@ class Plan:
 
     def windows(self) -> Iterator[list[TokenSequence]]:
         """The sequences to score. Each window is tokenised while the previous one is scored."""
-        windows = (
-            self._pairs[start : start + self._window_pairs] for start in range(0, len(self._pairs), self._window_pairs)
-        )
-        for pairs, encoded in _one_ahead((pairs, self._encoder.encode(pairs, self._wanted)) for pairs in windows):
-            yield self._plan(pairs, encoded)
+        windows = self._pairs.windows(self._window_pairs)
+        for encoded in _one_ahead(self._encoder.encode(pairs, self._wanted) for pairs in windows):
+            yield self._plan(encoded)
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs, scored or not."""
+        return len(self._pairs)
 
     @property
     def expected_tokens(self) -> int:
@@ -104,37 +110,46 @@ class Plan:
         """Forecast of all sequences to score, from the sequences per pair planned so far."""
         return _extrapolate(self.num_sequences, self._pairs_planned, self._pairs_left)
 
-    def _without_work(self) -> set[str]:
-        """Ids of the pairs whose wanted quantities are all cached, as far as can be known before tokenising.
+    def cached_scorers(self) -> set[str]:
+        """The distinct scorers (JSON) of the cached scores of wanted quantities."""
+        return set(self._cached.filter(self._is_wanted())["scored_with"].unique())
+
+    def _is_wanted(self) -> pl.Expr:
+        return pl.col("quantity").is_in([quantity.value for quantity in self._wanted])
+
+    def _without_work(self) -> np.ndarray:
+        """Whether the wanted quantities of a pair are all cached, by place, as far as can be known before tokenising.
 
         An end scored with other end tokens than those of the default system text is to be scored again.
         """
         ends = " ".join(map(str, self._encoder.end_ids()))
         wanted = self._wanted if ends else self._wanted - {Quantity.END}
-        known = {
-            (pair_id, quantity)
-            for pair_id, quantity, _, end_ids in self._known
-            if quantity in wanted and end_ids in ("", ends)
-        }
-        counts = Counter(pair_id for pair_id, _ in known)
-        return {pair_id for pair_id, count in counts.items() if count == len(wanted)}
+        known = self._cached.filter(self._is_wanted(), pl.col("end_ids").is_in(["", ends]))
+        num_known = np.zeros(len(self._pairs), np.uint8)
+        for quantity in wanted:
+            num_known[known.filter(quantity=quantity.value)["place"].unique().to_numpy()] += 1
+        return num_known == len(wanted)
 
-    def _unfinished(self, pairs: Iterable[Pair]) -> tuple[int, int]:
-        """Number and characters of the pairs that have wanted quantities outside the cache."""
-        unfinished = [pair for pair in pairs if pair.pair_id not in self._finished]
-        return len(unfinished), sum(map(_num_characters, unfinished))
+    def _unfinished(self, first: int, stop: int) -> tuple[int, int]:
+        """Number and characters of the pairs at these places that have wanted quantities outside the cache."""
+        is_unfinished = self._is_unfinished[first:stop]
+        num_characters = self._pairs.num_characters[first:stop].sum(where=is_unfinished, dtype=np.int64)
+        return int(is_unfinished.sum()), int(num_characters)
 
-    def _plan(self, pairs: Sequence[Pair], encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
-        by_pair = [list(self._not_cached(pair.sequences)) for pair in encoded]
+    def _plan(self, encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
+        first = self.sums.num_encoded
+        stop = first + len(encoded)
+        self.sums.add_encoded(encoded)
+        known = self._known(first, stop)
+        by_pair = [list(self._not_cached(place, pair, known)) for place, pair in enumerate(encoded, first)]
         sequences = [sequence for sequences in by_pair for sequence in sequences]
         self.num_pairs_to_score += sum(map(bool, by_pair))
-        num_unfinished, num_characters = self._unfinished(pairs)
+        num_unfinished, num_characters = self._unfinished(first, stop)
         self._pairs_left -= num_unfinished
         self._pairs_planned += num_unfinished
         self._characters_left -= num_characters
         self._characters_planned += num_characters
         num_quantities = sum(len(sequence.targets) for sequence in sequences)
-        self.encoded += [replace(pair, sequences=()) for pair in encoded]
         self.num_cached += sum(len(one.targets) for pair in encoded for one in pair.sequences) - num_quantities
         self.num_quantities += num_quantities
         self.num_sequences += len(sequences)
@@ -143,26 +158,29 @@ class Plan:
         self.num_targets += sum(target.stop - target.start for one in sequences for target in one.targets)
         return sequences
 
-    def _not_cached(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
+    def _known(self, first: int, stop: int) -> dict[_Score, float]:
+        """The cached sums of the pairs at these places."""
+        start, end = np.searchsorted(self._places, np.array([first, stop], self._places.dtype))
+        rows = self._cached[int(start) : int(end)].select("place", "quantity", "num_tokens", "end_ids", "sum_nll")
+        return {(place, *score): sum_nll for place, *score, sum_nll in rows.iter_rows()}
+
+    def _not_cached(self, place: int, pair: EncodedPair, known: Mapping[_Score, float]) -> Iterator[TokenSequence]:
         """The sequences without their cached targets, and no longer than to the last target that is left.
 
         A cached sum over another number of tokens comes from another segmentation, and one of other end tokens answers
         another question: such a quantity is scored again. A sequence without any target left is dropped.
         """
-        for sequence in sequences:
-            targets = tuple(
-                target
-                for target in sequence.targets
-                if (sequence.pair_id, target.quantity.value, target.stop - target.start, target.end_ids)
-                not in self._known
-            )
-            if targets:
-                token_ids = sequence.token_ids[: max(target.stop for target in targets)]
-                yield replace(sequence, targets=targets, token_ids=token_ids)
-
-
-def _num_characters(pair: Pair) -> int:
-    return len(pair.query) + len(pair.answer)
+        for sequence in pair.sequences:
+            left = []
+            for target in sequence.targets:
+                score = (place, target.quantity.value, target.stop - target.start, target.end_ids)
+                if score in known:
+                    self.sums.add_cached(place, target.quantity, known[score])
+                else:
+                    left.append(target)
+            if left:
+                token_ids = sequence.token_ids[: max(target.stop for target in left)]
+                yield replace(sequence, targets=tuple(left), token_ids=token_ids)
 
 
 def _extrapolate(count: int, done: int, left: int) -> int:

@@ -19,9 +19,10 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm import model_files
-from qaq_pipeline.lm.prompts import Pair, PairEncoder
+from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.lm.workers import Load, Workers, open_workers
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 
@@ -115,7 +116,7 @@ class ModelRuntime:
     def score(
         self,
         role: str,
-        pairs: Sequence[Pair],
+        pairs: Pairs,
         storage: Storage,
         on_shard: Callable[[Progress], None],
         on_start: Callable[[Estimate], None] = lambda _: None,
@@ -164,7 +165,7 @@ class ModelRuntime:
         """
         return self._prepare(role)[1].identity
 
-    def estimate(self, role: str, pairs: Sequence[Pair], storage: Storage) -> ScoringCost:
+    def estimate(self, role: str, pairs: Pairs, storage: Storage) -> ScoringCost:
         """The cost of scoring the pairs under the model of that role. It tokenises every pair, but loads no weights.
 
         Raises:
@@ -182,7 +183,7 @@ class ModelRuntime:
             role=role,
             model=files.name,
             device=device.type,
-            num_pairs=len(pairs),
+            num_pairs=plan.num_pairs,
             num_cached=plan.num_cached,
             num_shared_tokens=plan.num_shared_tokens,
             peak_flops_per_second=facts.peak_flops_per_second,

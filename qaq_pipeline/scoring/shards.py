@@ -31,6 +31,7 @@ class ShardWriter:
         scored_with: the libraries and the device that score.
         is_identity_true: returns whether the model's files still match the identity; called before a shard is cached.
             Scores that another model may have made enter this run's table, but not the cache.
+        on_closed: called with each shard, as `CachedScores`, including failures.
     """
 
     def __init__(
@@ -41,16 +42,16 @@ class ShardWriter:
         *,
         scored_with: Mapping[str, Any],
         is_identity_true: Callable[[], bool] = lambda: True,
+        on_closed: Callable[[pl.DataFrame], None] = lambda _: None,
     ) -> None:
         self._scored_with = scored_with
         self._is_identity_true = is_identity_true
         self._storage = storage
         self._identity = identity
         self._seconds = seconds
+        self._on_closed = on_closed
         self._open_rows: list[dict[str, Any]] = []
         self._opened = time.monotonic()
-        self.closed: list[pl.DataFrame] = []
-        """All shards so far, as `CachedScores`, including failures."""
 
     def add(self, sequence: TokenSequence, logprobs: Sequence[np.ndarray]) -> None:
         """Add a sequence's scores: for each of its targets, ln p of the target's tokens."""
@@ -78,7 +79,7 @@ class ShardWriter:
         scores = shard.filter(pl.col("null_reason").is_null())
         if not scores.is_empty() and self._is_identity_true():
             self._storage.scores.append(self._identity, scores, self._scored_with)
-        self.closed.append(shard)
+        self._on_closed(shard)
         self._open_rows = []
 
 

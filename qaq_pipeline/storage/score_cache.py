@@ -14,13 +14,14 @@ import io
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.schema.tables import CachedScores, dtypes, enforce
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import Files, StorageError
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -30,6 +31,18 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = "score_cache"
 _IDENTITY, _HITS, _SET_ASIDE = "identity.json", "hits.json", "set_aside"
+_ROWS_AT_ONCE = 1 << 17
+FOUND = pl.Schema(
+    {
+        "place": pl.UInt32,
+        "quantity": pl.Enum([quantity.value for quantity in Quantity]),
+        "sum_nll": pl.Float64,
+        "num_tokens": pl.UInt32,
+        "end_ids": pl.Categorical(),
+        "scored_with": pl.Categorical(),
+    }
+)
+"""Columns of the scores that are read: some 25 bytes a row."""
 _NO_SCORES = pl.DataFrame(schema=dtypes(CachedScores) | {"scored_with": pl.String()})
 
 
@@ -56,18 +69,20 @@ class ScoreCache:
         self._locks = locks
 
     def read(self, identity: ScoreIdentity, pair_ids: pl.Series) -> pl.DataFrame:
-        """Every cached score of the pairs, once for each number of tokens and end tokens, with `scored_with`.
+        """Every cached score of distinct pairs, once for each number of tokens and end tokens, sorted by place.
 
-        `scored_with` is JSON: the libraries and the device that scored it. Where two writers cached a score, the lower
-        sum counts, whatever the shards are named. A file that is no shard, torn or changed is set aside with a warning
-        and never read: its pairs are scored again.
+        A row has the place of its pair in `pair_ids`, and `scored_with`: JSON, the libraries and the device that
+        scored it. Where two writers cached a score, the lower sum counts, whatever the shards are named. A file that
+        is no shard, torn or changed is set aside with a warning and never read: its pairs are scored again.
         """
-        key = [*CachedScores.primary_key(), "num_tokens", "end_ids"]
-        wanted = pl.col("pair_id").is_in(pair_ids.implode())
-        digest = identity.digest()
-        shards = [self._shard_or_aside(digest, name).filter(wanted) for name in self.shards(digest)]
-        scores = pl.concat([_NO_SCORES, *shards]).sort(*key, "sum_nll", "scored_with", nulls_last=True)
-        return scores.unique(key, keep="first", maintain_order=True)
+        key = ("place", "quantity", "num_tokens", "end_ids")
+        places = pl.DataFrame({"pair_id": pair_ids}, schema={"pair_id": pl.String}).with_row_index("place")
+        found = [
+            shards.join(places, on="pair_id").cast(FOUND).select(list(FOUND))
+            for shards in self._some_shards(identity.digest())
+        ]
+        scores = pl.concat([pl.DataFrame(schema=FOUND), *found]).sort(*key, "sum_nll", "scored_with")
+        return scores.filter(pl.any_horizontal(pl.col(name).ne_missing(pl.col(name).shift()) for name in key))
 
     def append(self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> None:
         """Add a shard of scores, under the hash of its bytes: an equal one is the same file.
@@ -139,6 +154,17 @@ class ScoreCache:
     def _num_hits(self, digest: str) -> int:
         hits = self.place(digest, _HITS)
         return self._files.read_json(*hits) if self._files.exists(*hits) else 0
+
+    def _some_shards(self, digest: str) -> Iterator[pl.DataFrame]:
+        """The scores under an identity, many shards at a time: each search for pairs reads all pair_ids."""
+        shards: list[pl.DataFrame] = []
+        for name in self.shards(digest):
+            shards.append(self._shard_or_aside(digest, name))
+            if sum(shard.height for shard in shards) >= _ROWS_AT_ONCE:
+                yield pl.concat(shards)
+                shards.clear()
+        if shards:
+            yield pl.concat(shards)
 
     def _shard_or_aside(self, digest: str, name: str) -> pl.DataFrame:
         """The shard; no scores where the file is none and is set aside, or is gone since it was listed."""

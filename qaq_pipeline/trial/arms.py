@@ -29,7 +29,8 @@ from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.scoring.logprobs import TEXTS, accepted_rows, pairs_of
+from qaq_pipeline.scoring.logprobs import accepted_rows
+from qaq_pipeline.scoring.pairs import TEXTS, pairs_of
 from qaq_pipeline.selection import rank_reference, stored_reference
 from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.selection.scored_batch import TABLES_KEY, ScoredBatch, read_judged

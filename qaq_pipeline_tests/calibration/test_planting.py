@@ -9,10 +9,12 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from qaq_pipeline.calibration import planting
 from qaq_pipeline.calibration.planting import draw, plant
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.schema import tables
+from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.vocabularies import Defect
 
 
@@ -33,10 +35,9 @@ def rows(number: int = 60) -> pl.DataFrame:
 def pairs_of_texts(texts: list[tuple[str, str]]) -> pl.DataFrame:
     pair_ids = [records.pair_id(None, query, answer) for query, answer in texts]
     frame = pl.DataFrame(texts, schema={"query": pl.String, "answer": pl.String}, orient="row")
-    nothing = pl.lit(None, pl.String)
-    return frame.with_columns(
-        pair_id=pl.Series(pair_ids, dtype=pl.String), system=nothing, language=nothing, history=nothing
-    )
+    types = tables.dtypes(tables.RawData)
+    nothing = {name: pl.lit(None, types[name]) for name in ("system", "language", "history")}
+    return frame.with_columns(pair_id=pl.Series(pair_ids, dtype=pl.String), **nothing)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def pairs_of_texts(texts: list[tuple[str, str]]) -> pl.DataFrame:
 def test_by_default_the_number_of_planted_rows_is_constant_and_at_most_one_of_each_defect_for_each_pair(
     number: int, mismatches: int, others: int
 ) -> None:
-    planted = plant(rows(number), CalibrationSettings())
+    planted = plant([rows(number)], CalibrationSettings())
     expected = {defect.value: mismatches if defect is Defect.OTHER_ANSWER else others for defect in Defect if number}
     found = Counter(planted["defect"])
     if number <= others:  # Every pair is taken: an answer in another language may be the next one as well.
@@ -57,7 +58,7 @@ def test_by_default_the_number_of_planted_rows_is_constant_and_at_most_one_of_ea
 
 def test_what_is_planted_fits_its_table_and_names_the_twin_and_the_defect() -> None:
     pairs = rows()
-    planted = plant(pairs, settings(10))
+    planted = plant([pairs], settings(10))
     tables.enforce(tables.PlantedRows, planted)
     assert Counter(planted["defect"]) == dict.fromkeys(list(Defect), 10)
     twins = planted.join(pairs, left_on="original_pair_id", right_on="pair_id", suffix="_twin")
@@ -70,18 +71,18 @@ def test_what_is_planted_fits_its_table_and_names_the_twin_and_the_defect() -> N
 
 def test_the_twins_of_a_defect_are_distinct_the_first_of_the_draw_and_shared_between_defects() -> None:
     pairs = rows()
-    planted = plant(pairs, settings(9))
+    planted = plant([pairs], settings(9))
     of_defect: dict[str, list[str]] = dict(planted.group_by("defect").agg("original_pair_id").iter_rows())
     assert len(of_defect.pop("wrong_language")) == 9  # One of the first has it as its other answer.
-    first = draw(pairs, 0)["pair_id"].head(9)
+    first = draw([pairs], 0)[0]["pair_id"].head(9)
     assert all(sorted(twins) == sorted(first) for twins in of_defect.values())
 
 
 def test_other_answers_are_a_derangement_each_the_next_in_the_order_of_the_draw() -> None:
     pairs = rows()
-    planted = plant(pairs, settings(defects=["other_answer"]))
+    planted = plant([pairs], settings(defects=["other_answer"]))
     assert planted.height == planted["answer"].n_unique() == 60
-    drawn = draw(pairs, 0)
+    drawn, _ = draw([pairs], 0)
     following = dict(zip(drawn["pair_id"], [*drawn["answer"][1:], drawn["answer"][0]], strict=True))
     assert dict(planted.select("original_pair_id", "answer").iter_rows()) == following
 
@@ -90,14 +91,27 @@ def test_a_pair_that_the_batch_holds_is_never_planted() -> None:
     """Each query is there with every answer."""
     pairs = rows(6)
     held = pairs_of_texts([(q, a) for q in pairs["query"] for a in pairs["answer"]])
-    assert plant(held, settings(defects=["other_answer"])).is_empty()
+    assert plant([held], settings(defects=["other_answer"])).is_empty()
 
 
 def test_the_order_of_the_rows_does_not_matter_and_the_seed_does() -> None:
     pairs = rows()
-    first = plant(pairs, settings(5))
-    assert_frame_equal(plant(pairs.reverse(), settings(5)), first)
-    assert not plant(pairs, settings(5, seed=1)).equals(first)
+    first = plant([pairs], settings(5))
+    assert_frame_equal(plant([pairs.reverse()], settings(5)), first)
+    assert not plant([pairs], settings(5, seed=1)).equals(first)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_size_of_the_parts_does_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planting, "_MOST_DRAWN", 40)
+    pairs = rows(120)
+    again = pairs.with_columns(answer=pl.col("answer") + "!", pair_id=pl.col("pair_id").str.reverse())
+    both = pl.concat([pairs, again]).sort("pair_id")
+    drawn, pair_ids = draw(both.iter_slices(size), 3)
+    whole = both.with_columns(draw=draws(both["pair_id"], 3)).sort("draw", "pair_id")
+    assert_frame_equal(drawn, whole.unique("query", keep="first", maintain_order=True).head(40).select(drawn.columns))
+    assert pair_ids.to_list() == both["pair_id"].to_list()
+    assert_frame_equal(plant(both.iter_slices(size), settings(5)), plant([both], settings(5)))
 
 
 def test_rows_of_the_same_query_are_drawn_once() -> None:
@@ -105,11 +119,11 @@ def test_rows_of_the_same_query_are_drawn_once() -> None:
     twice = pl.concat(
         [pairs, pairs.with_columns(answer=pl.col("answer") + "!", pair_id=pl.col("pair_id").str.reverse())]
     )
-    assert draw(twice, 0).height == 9
+    assert draw([twice], 0)[0].height == 9
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_batch_of_no_row_or_one_gets_what_can_be_made(number: int) -> None:
-    planted = plant(rows(number), settings(3))
+    planted = plant([rows(number)], settings(3))
     made_alone = {"echo", "refusal", "invented_terms", "cut_answer", "cut_at_line", "filler", "one_token_bug"}
     assert set(planted["defect"]) == (made_alone if number else set())

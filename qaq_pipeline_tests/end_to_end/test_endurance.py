@@ -40,6 +40,7 @@ import json, signal, sys
 from pathlib import Path
 from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage
 
@@ -57,7 +58,7 @@ def main(settings_file, pairs_file, folder, role):
     sections = (settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
     runtime = ModelRuntime(*sections, on_progress=write("batch"))
     started = lambda estimate: journal.write(json.dumps(["start", estimate.num_tokens]) + "\\n")
-    scored = runtime.score(role, pairs, storage, write("shard"), started)
+    scored = runtime.score(role, Pairs.of(pairs), storage, write("shard"), started)
     scored.frame.write_parquet(Path(folder) / "scored.parquet")
 
 

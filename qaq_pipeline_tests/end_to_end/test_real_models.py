@@ -26,6 +26,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.ingest.records import read_file
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.naive import TASK, naive_nll, naive_nll_of_any
 
@@ -210,7 +211,7 @@ def compare(
     model, naive = real_model
     settings = demo_settings(**scoring)
     runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
-    scored = runtime.score(model.role(settings), pairs, storage, lambda _: None)
+    scored = runtime.score(model.role(settings), Pairs.of(pairs), storage, lambda _: None)
     rows = {row["pair_id"]: row for row in scored.frame.iter_rows(named=True)}
     assert not any(row["is_truncated"] for row in rows.values())
 

@@ -27,6 +27,7 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Logprobs
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, score_pairs
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
@@ -96,7 +97,7 @@ class Scorings:
         settings = self._settings_for(**sections)
         self.scored.clear()
         frame, report = score_pairs(
-            pairs,
+            Pairs.of(pairs),
             self.model(settings, role),
             storage or self.storage,
             settings.scoring,

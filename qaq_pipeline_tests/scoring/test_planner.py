@@ -20,7 +20,9 @@ from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, Target, TokenSequence
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
-from qaq_pipeline.scoring.planner import Plan, wanted_quantities
+from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
+from qaq_pipeline.scoring.planner import WINDOW_PAIRS, Plan, wanted_quantities
+from qaq_pipeline.storage.score_cache import FOUND
 
 ALL = frozenset(Quantity)
 RMI = frozenset({Quantity.Q, Quantity.Q_GIVEN_A})
@@ -102,12 +104,30 @@ def varied_pairs(num_pairs: int) -> list[Pair]:
     return [pair(n, "q" * (20 + 37 * n % 300), "a" * (40 + 53 * n % 640)) for n in range(num_pairs)]
 
 
-def cached_scores(keys: Iterable[Key] = ()) -> pl.DataFrame:
+def plan_of(
+    pairs: Sequence[Pair],
+    encoder: PairEncoder,
+    wanted: Collection[Quantity],
+    keys: Iterable[Key] = (),
+    window_pairs: int = WINDOW_PAIRS,
+) -> Plan:
+    """The plan of the pairs, of which these scores are cached."""
+    ordered = LongestFirst(Pairs.of(pairs))
+    places = {pair_id: place for place, pair_id in enumerate(ordered.pair_ids)}
     rows = [
-        {"pair_id": pair_id, "quantity": quantity, "sum_nll": 1.0, "num_tokens": num_tokens, "end_ids": end_ids}
+        {"place": places[pair_id], "quantity": quantity, "sum_nll": 1.0, "num_tokens": num_tokens, "end_ids": end_ids}
         for pair_id, quantity, num_tokens, end_ids in keys
+        if pair_id in places  # As the cache gives them.
     ]
-    return pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores), orient="row")
+    cached = pl.DataFrame(rows, schema=FOUND, orient="row").sort("place")
+    return Plan(ordered, encoder, wanted, cached, window_pairs)
+
+
+def scored(plan: Plan) -> pl.DataFrame:
+    """The Logprobs table of a plan, with 1.0 for each sum that is not cached."""
+    rows = [(*key[:2], 1.0, *key[2:], None) for key in keys_of(planned(plan))]
+    plan.sums.add_shard(pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores), orient="row"))
+    return tables.enforce(tables.Logprobs, plan.sums.table())
 
 
 def keys_of(sequences: Iterable[TokenSequence]) -> list[Key]:
@@ -153,7 +173,7 @@ def test_the_wanted_quantities_are_those_that_the_scores_are_made_of(
 
 def test_no_pairs_make_no_windows() -> None:
     encoder = WatchedEncoder()
-    plan = Plan([], encoder, ALL, cached_scores())
+    plan = plan_of([], encoder, ALL)
     assert list(plan.windows()) == []
     assert encoder.begun == []
     assert (plan.expected_tokens, plan.expected_sequences, plan.num_cached, plan.num_quantities) == (0, 0, 0, 0)
@@ -162,7 +182,7 @@ def test_no_pairs_make_no_windows() -> None:
 def test_the_longest_pairs_come_first_by_their_characters_and_ties_by_their_id() -> None:
     pairs = [pair(5, "abc", "d"), pair(2, "a", "bcd"), pair(9, "ab", "c" * 9), pair(1, "", "a"), pair(0, "ü" * 4, "ü")]
     encoder = WatchedEncoder()
-    windows = list(Plan(pairs, encoder, RMI, cached_scores(), window_pairs=2).windows())
+    windows = list(plan_of(pairs, encoder, RMI, window_pairs=2).windows())
     ids = [[f"{number:032x}" for number in window] for window in ([9, 0], [2, 5], [1])]
     assert encoder.begun == ids
     assert [[one.pair_id for one in window] for window in windows[:2]] == [[a, a, b, b] for a, b in ids[:2]]
@@ -171,7 +191,7 @@ def test_the_longest_pairs_come_first_by_their_characters_and_ties_by_their_id()
 
 def test_sequences_are_those_of_the_encoder() -> None:
     pairs, encoder = varied_pairs(5), WatchedEncoder(prior="user")
-    window = planned(Plan(pairs, encoder, ALL, cached_scores()))
+    window = planned(plan_of(pairs, encoder, ALL))
     by_id = {one.pair_id: one for one in encoder.encode(pairs, ALL)}
     expected = itertools.chain(*(by_id[pair_id].sequences for pair_id in encoder.begun[0]))
     assert window == list(expected)
@@ -180,7 +200,7 @@ def test_sequences_are_those_of_the_encoder() -> None:
 def test_a_window_is_made_while_the_one_before_it_is_used() -> None:
     encoder = WatchedEncoder()
     encoder.gates[1].clear()
-    windows = Plan(varied_pairs(8), encoder, RMI, cached_scores(), window_pairs=2).windows()
+    windows = plan_of(varied_pairs(8), encoder, RMI, window_pairs=2).windows()
     assert len(next(windows)) == 4, "the first window waits for no other"
     encoder.wait_for(2)
     encoder.gates[1].set()
@@ -193,7 +213,7 @@ def test_a_window_is_made_while_the_one_before_it_is_used() -> None:
 def test_no_more_than_one_window_is_made_ahead() -> None:
     encoder = WatchedEncoder()
     encoder.gates[2].clear()
-    windows = Plan(varied_pairs(12), encoder, RMI, cached_scores(), window_pairs=2).windows()
+    windows = plan_of(varied_pairs(12), encoder, RMI, window_pairs=2).windows()
     next(windows)
     encoder.wait_for(2)
     time.sleep(0.1)  # Time enough for a window that should not be made.
@@ -203,7 +223,7 @@ def test_no_more_than_one_window_is_made_ahead() -> None:
 
 
 def test_windows_that_nobody_asks_for_leave_no_thread_behind() -> None:
-    windows = Plan(varied_pairs(8), WatchedEncoder(), RMI, cached_scores(), window_pairs=2).windows()
+    windows = plan_of(varied_pairs(8), WatchedEncoder(), RMI, window_pairs=2).windows()
     next(windows)
     assert any(thread.name.startswith("tokenise") for thread in threading.enumerate())
     windows.close()  # pyrefly: ignore
@@ -214,7 +234,7 @@ def test_windows_that_nobody_asks_for_leave_no_thread_behind() -> None:
 def test_an_exception_in_the_encoder_reaches_whoever_asks_for_that_window(failing: int) -> None:
     encoder = WatchedEncoder()
     encoder.failing_window = failing
-    windows = Plan(varied_pairs(8), encoder, RMI, cached_scores(), window_pairs=2).windows()
+    windows = plan_of(varied_pairs(8), encoder, RMI, window_pairs=2).windows()
     assert all(len(next(windows)) == 4 for _ in range(failing))
     with pytest.raises(UnicodeError, match=f"window {failing} cannot be tokenised"):
         next(windows)
@@ -225,7 +245,7 @@ def test_an_exception_in_the_encoder_reaches_whoever_asks_for_that_window(failin
 
 
 def test_a_sequence_whose_targets_are_all_cached_is_dropped() -> None:
-    plan = Plan([pair(1, "abc", "defgh")], WatchedEncoder(), ALL, cached_scores([(f"{1:032x}", "a_given_q", 5, "")]))
+    plan = plan_of([pair(1, "abc", "defgh")], WatchedEncoder(), ALL, [(f"{1:032x}", "a_given_q", 5, "")])
     scored = [target.quantity for one in planned(plan) for target in one.targets]
     assert sorted(scored) == sorted(ALL - {Quantity.A_GIVEN_Q})
     assert (plan.num_cached, plan.num_quantities, plan.num_sequences) == (1, 4, 3)
@@ -234,8 +254,8 @@ def test_a_sequence_whose_targets_are_all_cached_is_dropped() -> None:
 def test_a_cached_target_is_dropped_from_a_sequence_that_has_another() -> None:
     """With the prior `user`, one sequence scores Q and A | Q."""
     encoder, pairs = WatchedEncoder(prior="user"), [pair(1, "abc", "defgh")]
-    (whole,) = (one for one in planned(Plan(pairs, encoder, RMI | IFD, cached_scores())) if len(one.targets) == 2)
-    plan = Plan(pairs, encoder, RMI | IFD, cached_scores([(f"{1:032x}", "q", 3, "")]))
+    (whole,) = (one for one in planned(plan_of(pairs, encoder, RMI | IFD)) if len(one.targets) == 2)
+    plan = plan_of(pairs, encoder, RMI | IFD, [(f"{1:032x}", "q", 3, "")])
     (rest,) = (one for one in planned(plan) if one.token_ids == whole.token_ids)
     assert [target.quantity for target in rest.targets] == [Quantity.A_GIVEN_Q]
     assert rest.targets[0] in whole.targets
@@ -258,10 +278,10 @@ def test_a_sequence_ends_with_its_last_target_that_is_not_cached(
 ) -> None:
     """With the prior `user`, one sequence scores Q and A | Q; in every, one scores the end of A, and Q | A."""
     encoder, pairs = WatchedEncoder(prior=prior), [pair(1, "abc", "defgh")]
-    whole = sequence_of(Plan(pairs, encoder, ALL, cached_scores()), last)
+    whole = sequence_of(plan_of(pairs, encoder, ALL), last)
     assert [target.quantity for target in whole.targets] == [first, last]
     cached = [key for key in keys_of([whole]) if key[1] == last]
-    plan = Plan(pairs, encoder, ALL, cached_scores(cached))
+    plan = plan_of(pairs, encoder, ALL, cached)
     rest = sequence_of(plan, first)
     assert rest.targets == whole.targets[:1]
     assert rest.token_ids == whole.token_ids[: whole.targets[0].start + length]
@@ -274,7 +294,7 @@ def test_a_sequence_ends_with_its_last_target_that_is_not_cached(
 
 def test_where_rmi_is_wanted_the_end_adds_neither_sequence_nor_token() -> None:
     pairs, encoder = varied_pairs(20), WatchedEncoder()
-    without, with_end = (Plan(pairs, encoder, wanted, cached_scores()) for wanted in (RMI, RMI | END))
+    without, with_end = (plan_of(pairs, encoder, wanted) for wanted in (RMI, RMI | END))
     expected, found = planned(without), planned(with_end)
     assert [(one.token_ids, one.num_shared) for one in found] == [(one.token_ids, one.num_shared) for one in expected]
     assert (with_end.num_sequences, with_end.num_tokens) == (without.num_sequences, without.num_tokens)
@@ -284,9 +304,9 @@ def test_where_rmi_is_wanted_the_end_adds_neither_sequence_nor_token() -> None:
 
 def test_where_rmi_is_cached_the_end_alone_is_scored_in_a_sequence_without_the_query() -> None:
     pairs, encoder = [pair(1, "WXYZ", "answer")], WatchedEncoder()
-    alone = planned(Plan(pairs, encoder, END, cached_scores()))
-    cached = cached_scores(all_keys(encoder, pairs, RMI))
-    assert planned(Plan(pairs, encoder, RMI | END, cached)) == alone
+    alone = planned(plan_of(pairs, encoder, END))
+    cached = all_keys(encoder, pairs, RMI)
+    assert planned(plan_of(pairs, encoder, RMI | END, cached)) == alone
     (sequence,) = alone
     assert not set(sequence.token_ids) & set(b"WXYZ"), "the query is not in it"
     assert sequence.token_ids[-7:] == [*b"answer", *b"\n"], "A, and the token after it"
@@ -296,24 +316,25 @@ def test_where_rmi_is_cached_the_end_alone_is_scored_in_a_sequence_without_the_q
 def test_with_other_end_tokens_the_end_alone_is_scored_again() -> None:
     pairs = varied_pairs(7)
     before = all_keys(WatchedEncoder(ends=(257,)), pairs, ALL)
-    plan = Plan(pairs, WatchedEncoder(ends=(257, 259)), ALL, cached_scores(before), window_pairs=3)
+    plan = plan_of(pairs, WatchedEncoder(ends=(257, 259)), ALL, before, window_pairs=3)
     assert {(key[1], key[3]) for key in keys_of(planned(plan))} == {("end", "257 259")}
     assert (plan.num_cached, plan.num_quantities, plan.num_sequences) == (4 * 7, 7, 7)
 
 
 def test_an_answer_that_is_cut_and_a_model_without_end_tokens_score_everything_else() -> None:
-    cut = Plan([pair(1, "abc", "d" * 900)], WatchedEncoder(max_tokens=300), ALL, cached_scores())
-    endless = Plan([pair(1, "abc", "def")], WatchedEncoder(ends=()), ALL, cached_scores())
+    cut = plan_of([pair(1, "abc", "d" * 900)], WatchedEncoder(max_tokens=300), ALL)
+    endless = plan_of([pair(1, "abc", "def")], WatchedEncoder(ends=()), ALL)
     for plan, reason in ((cut, NullReason.ANSWER_TRUNCATED), (endless, NullReason.NO_END_TOKEN)):
-        assert {key[1] for key in keys_of(planned(plan))} == ALL - END
-        assert plan.encoded[0].null_reasons == {Quantity.END: reason}
-        assert plan.encoded[0].end_ids == ""
+        table = scored(plan)
+        assert plan.num_quantities == 4
+        assert table.select("sum_nll_q", "sum_nll_q_given_a", "sum_nll_a", "sum_nll_a_given_q").row(0) == (1.0,) * 4
+        assert table["null_reason_end"].to_list() == [reason.value]
 
 
 @pytest.mark.parametrize("num_tokens", [2, 4])
 def test_a_cached_sum_over_another_number_of_tokens_is_scored_again(num_tokens: int) -> None:
-    cached = cached_scores([(f"{1:032x}", "q", num_tokens, ""), (f"{1:032x}", "q_given_a", 3, "")])
-    plan = Plan([pair(1, "abc", "defgh")], WatchedEncoder(), RMI, cached)
+    cached = [(f"{1:032x}", "q", num_tokens, ""), (f"{1:032x}", "q_given_a", 3, "")]
+    plan = plan_of([pair(1, "abc", "defgh")], WatchedEncoder(), RMI, cached)
     assert [key[1] for key in keys_of(planned(plan))] == ["q"]
     assert (plan.num_cached, plan.num_quantities) == (1, 1)
 
@@ -321,8 +342,7 @@ def test_a_cached_sum_over_another_number_of_tokens_is_scored_again(num_tokens: 
 def test_the_scores_of_another_pair_serve_no_pair() -> None:
     keys = all_keys(WatchedEncoder(), [pair(2, "abc", "def")], ALL)
     assert len(keys) == 5
-    cached = cached_scores(keys)
-    plan = Plan([pair(1, "abc", "def")], WatchedEncoder(), ALL, cached)
+    plan = plan_of([pair(1, "abc", "def")], WatchedEncoder(), ALL, keys)
     assert len(planned(plan)) == 4
     assert plan.num_cached == 0
 
@@ -330,11 +350,13 @@ def test_the_scores_of_another_pair_serve_no_pair() -> None:
 def test_where_all_is_cached_nothing_is_left_but_the_encodings() -> None:
     pairs, encoder = varied_pairs(7), WatchedEncoder()
     keys = all_keys(encoder, pairs, ALL)
-    plan = Plan(pairs, encoder, ALL, cached_scores(keys), window_pairs=3)
+    plan = plan_of(pairs, encoder, ALL, keys, window_pairs=3)
     assert list(plan.windows()) == [[], [], []]
     assert len(keys) == 5 * 7
     assert (plan.num_cached, plan.num_quantities, plan.expected_tokens) == (len(keys), 0, 0)
-    assert len(plan.encoded) == 7
+    table = plan.sums.table()
+    assert table.height == 7
+    assert table.select(pl.col(f"sum_nll_{quantity}").sum() for quantity in Quantity).row(0) == (7.0,) * 5
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
@@ -360,7 +382,7 @@ def test_cached_and_scored_quantities_are_together_all_that_can_be_scored(
     cached = random.sample(keys, random.randint(0, len(keys)))
     stale = [(pair_id, quantity, num_tokens + 1, end_ids) for pair_id, quantity, num_tokens, end_ids in cached[::2]]
     stale += [(*key[:3], "257 300") for key in cached[::2] if key[1] == Quantity.END]
-    plan = Plan(pairs, encoder, wanted, cached_scores([*cached[1::2], *stale]), window_pairs)
+    plan = plan_of(pairs, encoder, wanted, [*cached[1::2], *stale], window_pairs)
 
     sequences = planned(plan)
 
@@ -370,27 +392,45 @@ def test_cached_and_scored_quantities_are_together_all_that_can_be_scored(
     assert all(one.targets for one in sequences)
     assert plan.num_sequences == plan.expected_sequences == len(sequences)
     assert plan.num_tokens == plan.expected_tokens == sum(len(one.token_ids) for one in sequences)
-    assert sorted(one.pair_id for one in plan.encoded) == [one.pair_id for one in pairs]
-    assert all(one.sequences == () for one in plan.encoded)
+    assert plan.sums.num_encoded == plan.num_pairs == len(pairs)
 
 
-def test_the_encodings_kept_differ_from_the_encoder_s_by_their_sequences_alone() -> None:
+def test_counts_and_reasons_of_the_table_are_those_of_the_encoder() -> None:
     pairs = [pair(1, "abc", "d" * 900), pair(2, "", "a"), pair(3, "q", "a")]
     encoder = WatchedEncoder(max_tokens=256)
-    plan = Plan(pairs, encoder, RMI, cached_scores())
-    planned(plan)
-    kept = {
-        one.pair_id: (one.num_q_tokens, one.num_a_tokens, one.is_truncated, one.null_reasons) for one in plan.encoded
-    }
+    table = scored(plan_of(pairs, encoder, RMI))
     expected = encoder.encode(pairs, RMI)
     assert expected[0].is_truncated
-    assert kept == {
-        one.pair_id: (one.num_q_tokens, one.num_a_tokens, one.is_truncated, one.null_reasons) for one in expected
-    }
+    for name in ("pair_id", "num_q_tokens", "num_a_tokens", "num_a_tokens_untruncated", "is_truncated"):
+        assert table[name].to_list() == [getattr(one, name) for one in expected]
+    for quantity in Quantity:
+        assert table[f"null_reason_{quantity}"].to_list() == [one.null_reasons.get(quantity) for one in expected]
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_the_table_is_in_the_order_of_the_ids_with_the_sums_of_each_pair(is_cached: bool) -> None:
+    pairs, encoder = varied_pairs(40), WatchedEncoder()
+    keys = all_keys(encoder, pairs, RMI)
+    plan = plan_of(pairs, encoder, RMI, keys if is_cached else (), window_pairs=7)
+    planned(plan)
+    if not is_cached:
+        rows = [(*key[:2], float(int(key[0], 16)), *key[2:], None) for key in keys]
+        for row in rows:
+            plan.sums.add_shard(pl.DataFrame([row], schema=tables.dtypes(tables.CachedScores), orient="row"))
+    table = plan.sums.table()
+    assert table["pair_id"].to_list() == [one.pair_id for one in pairs]
+    assert table["sum_nll_q"].to_list() == ([1.0] * 40 if is_cached else [float(number) for number in range(40)])
+
+
+def test_a_quantity_that_is_neither_scored_nor_refused_is_an_error() -> None:
+    plan = plan_of([pair(1, "abc", "def")], WatchedEncoder(), RMI)
+    planned(plan)
+    with pytest.raises(AssertionError, match=f"pair {1:032x}: q was neither scored nor refused"):
+        plan.sums.table()
 
 
 def test_the_forecast_is_fair_after_the_first_window_and_exact_after_the_last() -> None:
-    plan = Plan(varied_pairs(64), WatchedEncoder(), ALL, cached_scores(), window_pairs=8)
+    plan = plan_of(varied_pairs(64), WatchedEncoder(), ALL, window_pairs=8)
     assert plan.expected_tokens == plan.expected_sequences == 0
     forecasts = []
     scored: Window = []
@@ -410,20 +450,20 @@ def test_the_forecast_of_a_run_taken_up_again_is_fair_when_the_first_sequences_a
     """A killed run leaves the longest pairs cached; the number of processes depends on the forecast."""
     pairs, encoder = varied_pairs(64), WatchedEncoder()
     longest = sorted(pairs, key=lambda one: -len(one.query) - len(one.answer))[:36]
-    plan = Plan(pairs, encoder, ALL, cached_scores(all_keys(encoder, longest, ALL)), window_pairs=8)
+    plan = plan_of(pairs, encoder, ALL, all_keys(encoder, longest, ALL), window_pairs=8)
     assert_fair(plan)
 
 
 def test_the_forecast_of_a_run_taken_up_again_is_fair_without_end_tokens() -> None:
     pairs, encoder = varied_pairs(64), WatchedEncoder(ends=())
     longest = sorted(pairs, key=lambda one: -len(one.query) - len(one.answer))[:36]
-    assert_fair(Plan(pairs, encoder, ALL, cached_scores(all_keys(encoder, longest, ALL)), window_pairs=8))
+    assert_fair(plan_of(pairs, encoder, ALL, all_keys(encoder, longest, ALL), window_pairs=8))
 
 
 def test_the_forecast_is_fair_when_only_the_ends_are_to_be_scored_again() -> None:
     pairs = varied_pairs(64)
-    cached = cached_scores(all_keys(WatchedEncoder(ends=(1,)), pairs, ALL))
-    assert_fair(Plan(pairs, WatchedEncoder(), ALL, cached, window_pairs=8))
+    cached = all_keys(WatchedEncoder(ends=(1,)), pairs, ALL)
+    assert_fair(plan_of(pairs, WatchedEncoder(), ALL, cached, window_pairs=8))
 
 
 def assert_fair(plan: Plan) -> None:

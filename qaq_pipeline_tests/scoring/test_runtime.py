@@ -19,6 +19,7 @@ from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
@@ -42,9 +43,9 @@ def test_two_processes_give_the_scores_of_one(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
 ) -> None:
     one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
-    reference = runtime_of(one).score("strong", twenty_samples, storage, lambda _: None)
+    reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
-    scored = runtime_of(two).score("strong", twenty_samples, elsewhere, lambda _: None)
+    scored = runtime_of(two).score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None)
     assert reference.report.num_workers == 1
     assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
     assert_same_scores(scored.frame, reference.frame)
@@ -70,13 +71,13 @@ def test_a_model_stays_loaded_until_another_one_scores(
     runtime = runtime_of(settings_for(runtime={"processes": 1}))
     with runtime.keeping_loaded():
         for part in (twenty_samples[:3], twenty_samples[3:6]):
-            runtime.score("strong", part, storage, lambda _: None)
+            runtime.score("strong", Pairs.of(part), storage, lambda _: None)
         assert len(loaded) == 1
-        runtime.score("weak", twenty_samples[:3], storage, lambda _: None)
-        kept = runtime.score("strong", twenty_samples[:8], storage, lambda _: None)
+        runtime.score("weak", Pairs.of(twenty_samples[:3]), storage, lambda _: None)
+        kept = runtime.score("strong", Pairs.of(twenty_samples[:8]), storage, lambda _: None)
         assert len(loaded) == 3
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
-    alone = runtime.score("strong", twenty_samples[:8], elsewhere, lambda _: None)
+    alone = runtime.score("strong", Pairs.of(twenty_samples[:8]), elsewhere, lambda _: None)
     assert len(loaded) == 4
     assert_same_scores(kept.frame, alone.frame)
 
@@ -92,7 +93,7 @@ def test_a_scoring_that_failed_leaves_no_worker_to_the_next_one(
     with runtime.keeping_loaded():
         for number in (1, 2):
             with pytest.raises(RuntimeError, match="strong"):
-                runtime.score("strong", twenty_samples, storage, lambda _: None)
+                runtime.score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
             assert len(loaded) == number
 
 
@@ -115,20 +116,20 @@ def test_a_token_beyond_the_embedding_costs_its_pair_and_is_a_warning(
     folder = with_added_tokens(tiny_model_dir(), tmp_path / "more")
     runtime = runtime_of(settings_for(strong={"directory": str(folder)}))
     pairs = [*twenty_samples[:3], Pair("f" * 32, None, "Why <think>?", "Because.")]
-    scored = runtime.score("strong", pairs, storage, lambda _: None)
+    scored = runtime.score("strong", Pairs.of(pairs), storage, lambda _: None)
     for quantity in Quantity:
         reasons = scored.frame[f"null_reason_{quantity}"].to_list()
         assert reasons == [None, None, None, NullReason.TOKEN_BEYOND_EMBEDDING]
     (warning,) = scored.provenance["warnings"]
     assert "has 322 tokens, the model 300 embeddings" in warning
-    assert runtime.score("weak", pairs, storage, lambda _: None).provenance["warnings"] == []
+    assert runtime.score("weak", Pairs.of(pairs), storage, lambda _: None).provenance["warnings"] == []
 
 
 def test_the_provenance_states_what_the_scores_rest_on(
     settings_for: SettingsFor, storage: Storage, twenty_samples: list[Pair]
 ) -> None:
     settings = settings_for(scoring={"prior": "user"})
-    provenance = runtime_of(settings).score("weak", twenty_samples[:2], storage, lambda _: None).provenance
+    provenance = runtime_of(settings).score("weak", Pairs.of(twenty_samples[:2]), storage, lambda _: None).provenance
     identity = ScoreIdentity(**provenance["identity"])
     assert (identity.prior, identity.dtype, identity.max_tokens) == ("user", "float32", settings.scoring.max_tokens)
     assert provenance["identity_hash"] == identity.digest()
@@ -154,7 +155,7 @@ def test_where_the_models_files_change_meanwhile_both_identities_are_stated_and_
         config = model / "config.json"
         config.write_text(config.read_text() + "\n")
 
-    scored = runtime_of(settings).score("strong", twenty_samples[:2], storage, lambda _: None, change)
+    scored = runtime_of(settings).score("strong", Pairs.of(twenty_samples[:2]), storage, lambda _: None, change)
     before, after = scored.provenance["identity"], scored.provenance["identity_after"]
     assert {name for name in before if before[name] != after[name]} == {"revision"}
     assert scored.frame.height == 2
@@ -165,9 +166,9 @@ def test_the_estimate_counts_what_the_scoring_then_computes(
     settings_for: SettingsFor, storage: Storage, twenty_samples: list[Pair]
 ) -> None:
     runtime = runtime_of(settings_for())
-    runtime.score("strong", twenty_samples[:5], storage, lambda _: None)
-    cost = runtime.estimate("strong", twenty_samples, storage)
-    report = runtime.score("strong", twenty_samples, storage, lambda _: None).report
+    runtime.score("strong", Pairs.of(twenty_samples[:5]), storage, lambda _: None)
+    cost = runtime.estimate("strong", Pairs.of(twenty_samples), storage)
+    report = runtime.score("strong", Pairs.of(twenty_samples), storage, lambda _: None).report
     assert (cost.role, cost.device, cost.num_pairs) == ("strong", "cpu", 20)
     estimate = cost.estimate
     assert (cost.num_cached, estimate.num_sequences, estimate.num_tokens) == (
@@ -178,4 +179,4 @@ def test_the_estimate_counts_what_the_scoring_then_computes(
     assert 0 < cost.num_shared_tokens < estimate.num_tokens
     assert estimate.flops > 0
     assert estimate.seconds > 0
-    assert runtime.estimate("strong", twenty_samples, storage).estimate.seconds == 0.0
+    assert runtime.estimate("strong", Pairs.of(twenty_samples), storage).estimate.seconds == 0.0

@@ -30,6 +30,19 @@ def pair_ids(*numbers: int) -> pl.Series:
     return pl.Series([pair_name(number) for number in numbers], dtype=pl.String)
 
 
+def read_scores(storage: Storage, *numbers: int) -> pl.DataFrame:
+    """The cached scores of these pairs, as CachedScores with `scored_with`."""
+    asked = pair_ids(*numbers)
+    scores = storage.scores.read(IDENTITY, asked)
+    named = scores.select(
+        asked.gather(scores["place"]).alias("pair_id"),
+        pl.exclude("place", "scored_with"),
+        null_reason=None,
+        scored_with="scored_with",
+    )
+    return named.cast({**tables.dtypes(tables.CachedScores), "scored_with": pl.String()})
+
+
 def keys(scores: pl.DataFrame) -> list[tuple[str, str]]:
     return sorted(scores.select("pair_id", "quantity").iter_rows())
 
@@ -38,7 +51,7 @@ def test_cached_scores_come_back_for_the_pairs_that_are_asked_for(any_storage: S
     any_storage.scores.append(IDENTITY, cached(1, 2, 3), SCORED_WITH)
     any_storage.scores.append(IDENTITY, cached(4), SCORED_WITH)
     any_storage.scores.append(IDENTITY, cached(1, quantity=Quantity.A), SCORED_WITH)
-    found = any_storage.scores.read(IDENTITY, pair_ids(1, 4, 9)).drop("scored_with")
+    found = read_scores(any_storage, 1, 4, 9).drop("scored_with")
     assert keys(found) == [(pair_name(1), "a"), (pair_name(1), "q"), (pair_name(4), "q")]
     assert dict(found.schema) == tables.dtypes(tables.CachedScores)
 
@@ -48,7 +61,7 @@ def test_scores_of_other_end_tokens_are_kept_beside_each_other(any_storage: Stor
     for end_ids, sum_nll in (("7", 2.0), ("7 12", 1.0), ("7", 2.5)):
         scores = ends.with_columns(end_ids=pl.lit(end_ids), sum_nll=pl.lit(sum_nll))
         any_storage.scores.append(IDENTITY, scores, SCORED_WITH)
-    found = any_storage.scores.read(IDENTITY, pair_ids(1))
+    found = read_scores(any_storage, 1)
     assert sorted(found.select("end_ids", "sum_nll").iter_rows()) == [("7", 2.0), ("7 12", 1.0)]
 
 
@@ -59,15 +72,15 @@ def test_end_tokens_that_are_no_list_of_ids_are_refused(any_storage: Storage, en
 
 
 def test_a_cache_without_shards_has_no_scores(any_storage: Storage) -> None:
-    assert any_storage.scores.read(IDENTITY, pair_ids(1)).drop("scored_with").equals(empty(tables.CachedScores))
+    assert read_scores(any_storage, 1).drop("scored_with").equals(empty(tables.CachedScores))
 
 
 def test_a_score_that_two_writers_stored_is_read_once(any_storage: Storage) -> None:
     for sum_nll in (1.5, 1.5000001):
         any_storage.scores.append(IDENTITY, cached(1, 2, sum_nll=sum_nll), SCORED_WITH)
-    found = any_storage.scores.read(IDENTITY, pair_ids(1, 2)).drop("scored_with")
+    found = read_scores(any_storage, 1, 2).drop("scored_with")
     assert keys(found) == [(pair_name(1), "q"), (pair_name(2), "q")]
-    assert found.equals(any_storage.scores.read(IDENTITY, pair_ids(1, 2)).drop("scored_with"))
+    assert found.equals(read_scores(any_storage, 1, 2).drop("scored_with"))
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IDENTITY)])
@@ -76,7 +89,7 @@ def test_scores_of_another_identity_are_not_read(storage: Storage, field: str) -
     changes: dict[str, Any] = {field: value * 2}
     other = dataclasses.replace(IDENTITY, **changes)
     storage.scores.append(other, cached(1), SCORED_WITH)
-    assert storage.scores.read(IDENTITY, pair_ids(1)).is_empty()
+    assert read_scores(storage, 1).is_empty()
     assert storage.scores.read(other, pair_ids(1)).height == 1
 
 
@@ -119,13 +132,13 @@ def test_what_is_no_shard_is_set_aside_named_and_never_read(
     (spoiled,) = shards(storage)
     spoiled.write_bytes(content := spoil(spoiled.read_bytes()))
     storage.scores.append(IDENTITY, cached(2), SCORED_WITH)
-    assert keys(storage.scores.read(IDENTITY, pair_ids(1, 2))) == [(pair_name(2), "q")]
+    assert keys(read_scores(storage, 1, 2)) == [(pair_name(2), "q")]
     assert f"{spoiled}: no shard of scores" in caplog.text
     assert (spoiled.parent / "set_aside" / spoiled.name).read_bytes() == content
     assert not spoiled.exists()
     caplog.clear()
     storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
-    assert keys(storage.scores.read(IDENTITY, pair_ids(1, 2))) == [(pair_name(1), "q"), (pair_name(2), "q")]
+    assert keys(read_scores(storage, 1, 2)) == [(pair_name(1), "q"), (pair_name(2), "q")]
     assert caplog.text == ""
     (entry,) = storage.scores.models()
     assert (entry.num_shards, entry.num_set_aside, entry.num_scores) == (2, 1, 2)
@@ -145,21 +158,21 @@ def test_the_cache_lists_what_it_holds_by_model_and_removes_it(any_storage: Stor
     assert ours.num_bytes > 1000
     any_storage.scores.prune(ours.digest)
     assert [entry.identity["model"] for entry in any_storage.scores.models()] == ["another"]
-    assert any_storage.scores.read(IDENTITY, pair_ids(1)).is_empty()
+    assert read_scores(any_storage, 1).is_empty()
 
 
 def test_a_shard_that_is_still_being_written_is_not_read(storage: Storage) -> None:
     storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
     (shard,) = shards(storage)
     shard.with_name(".0123.tmp").write_bytes(b"half")
-    assert storage.scores.read(IDENTITY, pair_ids(1)).height == 1
+    assert read_scores(storage, 1).height == 1
 
 
 SCORERS = [{"libraries": {"torch": version}, "device": "cpu"} for version in ("2.13", "2.14")]
 
 
 def scorers(storage: Storage, *numbers: int) -> list[Any]:
-    found = storage.scores.read(IDENTITY, pair_ids(*numbers))
+    found = read_scores(storage, *numbers)
     return [json.loads(scorer) for scorer in found["scored_with"]]
 
 
@@ -172,7 +185,7 @@ def test_every_score_says_which_libraries_and_device_made_it(any_storage: Storag
 def test_columns_of_a_shard_that_nobody_reads_do_no_harm(storage: Storage) -> None:
     wider = cached(1).with_columns(token_logprobs=pl.lit(None, pl.List(pl.Float32)))
     storage.files.write_bytes(shard_of(wider), "score_cache", IDENTITY.digest(), "0123456789abcdef.parquet")
-    assert storage.scores.read(IDENTITY, pair_ids(1)).drop("scored_with").equals(cached(1))
+    assert read_scores(storage, 1).drop("scored_with").equals(cached(1))
 
 
 def test_a_shard_is_named_by_the_hash_of_its_bytes_and_an_equal_one_is_the_same_file(storage: Storage) -> None:
@@ -212,7 +225,7 @@ def test_a_shard_that_vanishes_while_shards_are_read_is_no_error(
         return data
 
     monkeypatch.setattr(storage.files, "read_bytes", read_and_remove)
-    assert storage.scores.read(IDENTITY, pair_ids(1, 2)).height == 1
+    assert read_scores(storage, 1, 2).height == 1
 
 
 def test_a_changed_shard_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage, check_sentence: Check) -> None:

@@ -11,7 +11,8 @@ from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
-from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
+from qaq_pipeline.scoring.logprobs import accepted_rows
+from qaq_pipeline.scoring.pairs import pairs_of
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows, rejected, rmi_rows

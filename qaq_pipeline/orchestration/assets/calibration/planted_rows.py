@@ -8,7 +8,9 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import asset, gate_metadata
 from qaq_pipeline.reports.table_numbers import count_by
 from qaq_pipeline.schema.tables import PlantedRows
-from qaq_pipeline.scoring.logprobs import accepted_rows
+from qaq_pipeline.schema.vocabularies import Status
+from qaq_pipeline.scoring.logprobs import accepted_parts
+from qaq_pipeline.scoring.pairs import TEXTS
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.stored_table import StoredTable
@@ -27,9 +29,10 @@ def build_planted_rows(settings: Settings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         require_inputs("screened_data", screened_data, {"raw_data": raw_data})
         gate = gates.of_provenance(screened_data.provenance)
-        pairs = accepted_rows(raw_data.frame, screened_data.frame)
+        pairs = accepted_parts(raw_data, screened_data, *TEXTS, "language")
         frame = empty(PlantedRows) if gate else planting.plant(pairs, settings.calibration)
-        numbers = {"accepted_pairs": pairs.height, "planted_by_defect": count_by(frame["defect"])}
+        num_accepted = screened_data.select("status").filter(status=Status.ACCEPTED.value).height
+        numbers = {"accepted_pairs": num_accepted, "planted_by_defect": count_by(frame["defect"])}
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         metadata = {**numbers, **gate_metadata(gate)}
         return table_result(context, frame, inputs, metadata, **gates.as_provenance(gate))

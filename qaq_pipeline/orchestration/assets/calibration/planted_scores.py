@@ -1,5 +1,7 @@
 """The asset planted_scores[batch and model]."""
 
+from functools import partial
+
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
@@ -8,7 +10,7 @@ from qaq_pipeline.orchestration.metadata import ON_GPU, asset
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
 from qaq_pipeline.scoring import rmi_scores
-from qaq_pipeline.scoring.logprobs import pairs_of
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
@@ -28,7 +30,7 @@ def build_planted_scores(settings: Settings) -> dg.AssetsDefinition:
         model_runtime: dg.ResourceParam[ModelRuntime],
         planted_rows: StoredTable,
     ) -> dg.MaterializeResult:
-        scored = score(context, storage, model_runtime, pairs_of(planted_rows.frame))
+        scored = score(context, storage, model_runtime, Pairs(partial(planted_rows.parts, "pair_id")))
         frame = rmi_scores.rmi_scores(scored.frame, eligibility)
         return table_result(context, frame, {"planted_rows": planted_rows}, of_scoring(scored), **scored.provenance)
 

@@ -1,5 +1,7 @@
 """The asset logprobs[batch and model]: the only GPU step."""
 
+from functools import partial
+
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
@@ -7,7 +9,8 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import ON_GPU, asset, gate_metadata
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
-from qaq_pipeline.scoring.logprobs import accepted_rows, pairs_of
+from qaq_pipeline.scoring.logprobs import accepted_parts
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage
@@ -31,8 +34,8 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         gate = gates.of_provenance(screened_data.provenance)
         if gate is not None:
             context.log.warning("%s is not scored: %s", context.partition_key, gate.sentence)
-        pairs = [] if gate is not None else pairs_of(accepted_rows(raw_data.frame, screened_data.frame))
-        scored = score(context, storage, model_runtime, pairs)
+        accepted = Pairs(partial(accepted_parts, raw_data, screened_data))
+        scored = score(context, storage, model_runtime, accepted if gate is None else Pairs.of([]))
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         metadata = {**of_scoring(scored), **gate_metadata(gate)}
         return table_result(context, scored.frame, inputs, metadata, **scored.provenance)

@@ -1,0 +1,128 @@
+"""The pairs to score: where their texts are read, and the order in which they are scored.
+
+Belongs here: reading the texts of some pairs at a time. Does not belong here: which rows of a batch are scored
+(`logprobs`), and their sequences (`planner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import polars as pl
+
+from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.schema.tables import RawData, dtypes
+from qaq_pipeline.storage.parquet_file import ROWS_PER_GROUP
+
+TEXTS = ("system", "query", "answer", "history")
+"""Columns of the texts of a pair, in the order of `Pair`."""
+
+BYTES_AT_ONCE = 1 << 28
+"""Bytes of texts that are in memory at once. Each time, all texts are read, and these are kept."""
+
+_OF_HISTORY = pl.col("history").list.eval(pl.element().struct.field("content").str.len_bytes()).list.sum()
+_SIZES = {
+    "num_characters": pl.sum_horizontal(pl.col("query", "answer").str.len_chars()).cast(pl.UInt32),
+    "num_bytes": pl.sum_horizontal(pl.col("system", "query", "answer").str.len_bytes(), _OF_HISTORY).cast(pl.UInt32),
+}
+
+
+def pairs_of(rows: pl.DataFrame) -> list[Pair]:
+    """The pairs of a table with their texts, in its order."""
+    return [Pair(*row) for row in rows.select("pair_id", *TEXTS).iter_rows()]
+
+
+def compact(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with bytes of their own: a selection of rows keeps the bytes of all texts from which it was made."""
+    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
+
+
+class Pairs:
+    """Distinct pairs. Their texts are read when they are needed, as often as they are needed.
+
+    Args:
+        read: yields pair_id and the named columns, of `TEXTS`, part by part, in the same order each time.
+    """
+
+    def __init__(self, read: Callable[..., Iterator[pl.DataFrame]]) -> None:
+        self.read = read
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> Self:
+        """Pairs in memory."""
+        schema = {name: dtypes(RawData)[name] for name in ("pair_id", *TEXTS)}
+        rows = [(pair.pair_id, *(getattr(pair, name) for name in TEXTS)) for pair in pairs]
+        frame = pl.DataFrame(rows, schema=schema, orient="row")
+        return cls(lambda *columns: frame.select("pair_id", *columns).iter_slices(ROWS_PER_GROUP))
+
+    def and_then(self, others: Self) -> Self:
+        """These pairs, and the others after them."""
+
+        def read(*columns: str) -> Iterator[pl.DataFrame]:
+            yield from self.read(*columns)
+            yield from others.read(*columns)
+
+        return type(self)(read)
+
+
+class LongestFirst:
+    """Pairs in the order in which they are scored: the longest first, by number of characters, then by pair_id.
+
+    The place of a pair is its number in this order, from 0.
+
+    Args:
+        pairs: distinct pairs.
+        bytes_at_once: bytes of texts in memory at once; one window is always possible.
+    """
+
+    def __init__(self, pairs: Pairs, bytes_at_once: int = BYTES_AT_ONCE) -> None:
+        self._read = pairs.read
+        self._bytes_at_once = bytes_at_once
+        parts = [part.select("pair_id", **_SIZES) for part in pairs.read(*TEXTS)]
+        schema = {"pair_id": pl.String(), **dict.fromkeys(_SIZES, pl.UInt32())}
+        rows = pl.concat([pl.DataFrame(schema=schema), *parts]).with_row_index("row")
+        ordered = rows.sort("num_characters", "pair_id", descending=[True, False])
+        self.pair_ids = ordered["pair_id"]
+        """By place."""
+        self.num_characters = ordered["num_characters"].to_numpy()
+        """Of query and answer, by place."""
+        self._num_bytes = ordered["num_bytes"].to_numpy()
+        self._places = np.empty(len(self), np.uint32)
+        """Of the pairs, in the order in which they are read."""
+        self._places[ordered["row"].to_numpy()] = np.arange(len(self), dtype=np.uint32)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pair_ids)
+
+    def windows(self, num_pairs: int) -> Iterator[list[Pair]]:
+        """The pairs with their texts, so many at a time."""
+        for start, stop in self._ranges(num_pairs):
+            yield from self._windows(start, stop, num_pairs)
+
+    def _ranges(self, num_pairs: int) -> Iterator[tuple[int, int]]:
+        """Ranges of places, of whole windows, whose texts are in memory at once."""
+        start = num_bytes = 0
+        for first in range(0, len(self), num_pairs):
+            of_window = int(self._num_bytes[first : first + num_pairs].sum(dtype=np.uint64))
+            if first > start and num_bytes + of_window > self._bytes_at_once:
+                yield start, first
+                start, num_bytes = first, 0
+            num_bytes += of_window
+        if start < len(self):
+            yield start, len(self)
+
+    def _windows(self, start: int, stop: int, num_pairs: int) -> Iterator[list[Pair]]:
+        for window in self._texts(start, stop).iter_slices(num_pairs):
+            yield pairs_of(window)
+
+    def _texts(self, start: int, stop: int) -> pl.DataFrame:
+        """The texts of the pairs in a range of places, in their order."""
+        taken, num_read = [], 0
+        for part in self._read(*TEXTS):
+            places = pl.Series("place", self._places[num_read : num_read + part.height])
+            num_read += part.height
+            taken.append(compact(part.with_columns(places).filter(places.is_between(start, stop, closed="left"))))
+        return pl.concat(taken).sort("place")
