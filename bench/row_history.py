@@ -27,7 +27,7 @@ from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.storage import row_lookup
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.stored_table import StoredTable
@@ -89,7 +89,7 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
         storage.tables.write(table, "decisions", Partition(batch))
         flat = flat_scores(decisions).to_arrow()
         writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
-        writer.write_table(flat, row_group_size=row_lookup.rows_per_group(num_rows))
+        writer.write_table(flat, row_group_size=parquet_file.ROWS_PER_GROUP)
         keys.append(decisions.select("pair_id", *ROW_KEY))
         entries.append({"batch": batch})
         place = decisions.height * 2 // 3

@@ -77,7 +77,7 @@ def _flat(part: pl.DataFrame) -> pl.DataFrame:
 
 def _joined(parts: Iterable[pl.DataFrame], words: Sequence[str]) -> pl.DataFrame:
     """The parts as one frame, with words as categories. A part may lack the columns of models and selections."""
-    kinds = dict.fromkeys(("decision", "reason", *words), pl.Categorical())
-    head = pl.DataFrame(schema={"pair_id": pl.String(), "gap": pl.Float64(), **kinds})
-    narrow = (part.select(read_of(part.columns)).cast(dict(kinds)) for part in parts)
+    named = ["decision", "reason", *words]
+    head = pl.DataFrame(schema={"pair_id": pl.String, "gap": pl.Float64} | dict.fromkeys(named, pl.Categorical))
+    narrow = (part.select(read_of(part.columns)).with_columns(pl.col(named).cast(pl.Categorical)) for part in parts)
     return pl.concat([head, *narrow], how="diagonal")
