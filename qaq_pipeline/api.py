@@ -70,7 +70,7 @@ class Home:
         of_files = lines(scores, batches, manifest["selection"]["name"])
         rows = of_files.join(scores, on=ROW_KEY, how="left", validate="1:1", maintain_order="left")
         texts = [
-            self.storage.tables.read("raw_data", Partition(batch)).frame.select(*ROW_KEY, "pair_id", "query", "answer")
+            self.storage.tables.read("raw_data", Partition(batch)).select(*ROW_KEY, "pair_id", "query", "answer")
             for batch in batches
         ]
         with_texts = rows.join(pl.concat(texts), on=[*ROW_KEY, "pair_id"], how="left", maintain_order="left")

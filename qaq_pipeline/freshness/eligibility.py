@@ -167,5 +167,7 @@ def changed_withdrawals(storage: Storage, batch: str, made_of: Mapping[str, Any]
 
 
 def signatures_if_withdrawn(storage: Storage, batch: str, withdrawn: Withdrawals) -> pl.DataFrame:
-    """Signatures of a batch if any row of any batch is withdrawn; else none, because there is nothing to look for."""
-    return storage.tables.read("signatures", Partition(batch)).frame if withdrawn.contents else empty(tables.Signatures)
+    """The hashes of a batch's rows if any row of any batch is withdrawn; else none: there is nothing to look for."""
+    if not withdrawn.contents:
+        return empty(tables.Signatures).select("content_hash")
+    return storage.tables.read("signatures", Partition(batch)).select("content_hash")

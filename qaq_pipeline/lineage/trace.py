@@ -10,6 +10,7 @@ import polars as pl
 
 from qaq_pipeline.lineage import row_history
 from qaq_pipeline.lineage.lineage import Batch, File, Lineage, LineageError, Shards, State, Table
+from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.publication.flat_scores import lines
 from qaq_pipeline.schema.long_form import to_columns
@@ -17,6 +18,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY, RowPlace
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import empty
 
 # --- one row --------------------------------------------------------------------------------------------------------
 
@@ -76,12 +78,14 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
         raise LineageError(f"{row!r}: version {lineage.version} has no batch {name!r}; it has {known}")
     if not lineage.is_kept:
         raise LineageError(f"the files of version {lineage.version} were not kept; only its manifest is stored")
-    scores = versions.read_scores(storage, lineage.version)
-    found = row_lookup.find_rows(scores.filter(pl.col("batch") == name), place)
-    if found.is_empty():
+    columns = (*ROW_KEY, "pair_id")
+    for where in row_lookup.meant(place):
+        keys = versions.find_rows(storage, lineage.version, [("batch", "==", name), *where], columns)
+        if not keys.is_empty():
+            break
+    else:
         raise LineageError(f"{row!r}: batch {name} has no such row; give it as {name}/FILE:ROW or {name}/FILE:ROW.TURN")
-    keys = found.select(*ROW_KEY, "pair_id")
-    exported = _record_numbers(scores, lineage, keys)
+    exported = _record_numbers(storage, lineage, keys)
     in_tables = [_rows_of(storage, table, keys) for table in batch.tables]
     return [
         _path(storage, batch, key, numbers, rows)
@@ -89,14 +93,16 @@ def trace(storage: Storage, lineage: Lineage, row: str) -> list[RowPath]:
     ]
 
 
-def _record_numbers(scores: pl.DataFrame, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
+def _record_numbers(storage: Storage, lineage: Lineage, keys: pl.DataFrame) -> list[dict[str, int]]:
     """Number of each row in each exported file: batches in the order of the manifest, rows as selected."""
     batches = [batch.name for batch in lineage.batches]
+    known = versions.columns_of_scores(storage, lineage.version)
     numbers: list[dict[str, int]] = [{} for _ in range(keys.height)]
     for selection in {file.name.partition("/")[0] for file in lineage.files if "/" in file.name}:
-        if f"is_selected:{selection}" not in scores.columns:
+        if f"is_selected:{selection}" not in known:
             continue
-        taken = lines(scores, batches, selection)
+        of_selection = (*ROW_KEY, f"is_selected:{selection}", f"position:{selection}")
+        taken = lines(versions.find_rows(storage, lineage.version, [], of_selection), batches, selection)
         found = keys.join(taken, on=ROW_KEY, how="left", maintain_order="left")["line"]
         files = [file.name for file in lineage.files if _holds_records(file.name, selection)]
         for row, number in enumerate(found):
@@ -115,10 +121,16 @@ def _rows_of(storage: Storage, table: Table, keys: pl.DataFrame) -> list[TableRo
     """The table's row for each key; None: it has none, or the table has changed since the version was published."""
     if table.name not in _SHOWN or table.state not in (State.AS_PUBLISHED, State.SAME_CONTENT):
         return [None] * keys.height
-    frame = storage.tables.read(table.name, table.partition).frame
-    on, shown = [name for name in ROW_KEY if name in frame.columns] or ["pair_id"], _SHOWN[table.name]
-    numbered = frame.select(*on, *shown, number=pl.int_range(1, pl.len() + 1))
-    found = keys.select(on).join(numbered, on=on, how="left", maintain_order="left", validate="m:1").drop(on)
+    known, shown = PIPELINE[table.name].table.columns(), _SHOWN[table.name]
+    on = [name for name in ROW_KEY if name in known] or ["pair_id"]
+    of_keys = [empty(PIPELINE[table.name].table).select(*on, *shown, number=pl.lit(None, pl.Int64))]
+    start = 1
+    for part in storage.tables.read(table.name, table.partition).parts(*on, *shown):
+        numbered = part.with_columns(number=pl.int_range(start, start + part.height, dtype=pl.Int64))
+        of_keys.append(numbered.join(keys, on=on, how="semi"))
+        start += part.height
+    rows = pl.concat(of_keys)
+    found = keys.select(on).join(rows, on=on, how="left", maintain_order="left", validate="m:1").drop(on)
     if "ranks" in shown:
         found = to_columns(found, "ranks", fields=["rank"])
     return [

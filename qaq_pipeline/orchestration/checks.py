@@ -9,7 +9,6 @@ pass; it is then an error instead of a warning, and says why. A fault of the cod
 """
 
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,8 @@ from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import check_metrics, drift
 from qaq_pipeline.reports.check_metrics import Finding
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring import stored_scores
 from qaq_pipeline.screening import gates
 from qaq_pipeline.selection import stored_reference
@@ -188,33 +189,39 @@ def _result(name: str, measure: Callable[[], Measurements], model: str | None) -
 
 
 def _raw_data(raw: StoredTable, settings: Settings, *_: object) -> Measurements:
-    return {"rows_can_be_read": lambda: check_metrics.rejected_rows(raw.frame, settings.gates.max_rejected_share)}
+    limit = settings.gates.max_rejected_share
+    return {"rows_can_be_read": lambda: check_metrics.rejected_rows(raw.select("status", "reason"), limit)}
 
 
 def _screened_data(screened: StoredTable, *_: object) -> Measurements:
     gate = gates.of_provenance(screened.provenance)
-    return {"passes_gate": lambda: check_metrics.screened_rows(screened.frame, gate.sentence if gate else None)}
+    said = gate.sentence if gate else None
+    return {"passes_gate": lambda: check_metrics.screened_rows(screened.select("status"), said)}
 
 
 def _logprobs(logprobs: StoredTable, settings: Settings, *_: object) -> Measurements:
-    frame, limits = logprobs.frame, settings.checks
+    limits, reasons = settings.checks, [f"null_reason_{quantity}" for quantity in Quantity]
     return {
-        "few_nulls": lambda: check_metrics.null_quantities(frame, limits.max_null_logprob_share),
-        "few_truncated": lambda: check_metrics.truncated_answers(frame, limits.max_truncated_share),
+        "few_nulls": lambda: check_metrics.null_quantities(logprobs.select(*reasons), limits.max_null_logprob_share),
+        "few_truncated": lambda: check_metrics.truncated_answers(
+            logprobs.select("is_truncated"), limits.max_truncated_share
+        ),
     }
 
 
 def _rmi_scores(scores: StoredTable, settings: Settings, *_: object) -> Measurements:
-    return {"answers_explain_queries": lambda: check_metrics.mean_rmi(scores.frame, settings.checks.min_mean_rmi)}
+    return {
+        "answers_explain_queries": lambda: check_metrics.mean_rmi(scores.select("rmi"), settings.checks.min_mean_rmi)
+    }
 
 
 def _disagreement_scores(
     scores: StoredTable, settings: Settings, storage: Storage, partition: Partition
 ) -> Measurements:
-    frame = scores.frame
+    limits, ranking = settings.checks, settings.ranking
     return {
-        "models_differ": lambda: check_metrics.rank_correlation(frame, settings.checks.max_rank_correlation),
-        "strata_are_filled": lambda: check_metrics.filled_strata(frame, settings.ranking),
+        "models_differ": lambda: check_metrics.rank_correlation(scores.select("ranks"), limits.max_rank_correlation),
+        "strata_are_filled": lambda: check_metrics.filled_strata(scores.select("ranks"), ranking),
         "is_near_reference": lambda: _drift(storage, partition.batch, settings),
     }
 
@@ -227,7 +234,8 @@ def _drift(storage: Storage, batch: str, settings: Settings) -> Finding:
     scores = {role: storage.tables.read("rmi_scores", Partition(batch, role)) for role in sorted(settings.models)}
     if differing := stored_scores.differently_scored(frozen.provenance["scored_by"], scores):
         return Finding(False, f"The models {differing} are not those of the reference {name}: nothing can be compared.")
-    found = drift.drift({role: table.frame for role, table in scores.items()}, frozen.frame)
+    of_batch = {role: table.select(*drift.QUANTITIES) for role, table in scores.items()}
+    found = drift.drift(of_batch, frozen.select("model", *drift.QUANTITIES))
     return check_metrics.drift(found.statistics, found.evidence, settings.checks)
 
 
@@ -247,7 +255,7 @@ def _decisions(decisions: StoredTable, _: Settings, storage: Storage, partition:
     gate = gates.of_provenance(decisions.provenance)
     num_rows = storage.tables.footer("raw_data", partition).num_rows
     return {
-        "every_row_is_decided": lambda: check_metrics.decided_rows(num_rows, decisions.frame),
+        "every_row_is_decided": lambda: check_metrics.decided_rows(num_rows, decisions.select(*ROW_KEY, "decision")),
         "passes_gates": lambda: check_metrics.ungated(gate.sentence if gate else None),
         "same_models_as_published": lambda: _same_models(storage, decisions.provenance["models"]),
     }
@@ -276,9 +284,9 @@ def _matching_files(storage: Storage, version: str, published: Mapping[str, str]
     num_bytes = 0
     for name in published:
         parts = versions.place(version, name)
-        data = storage.files.read_bytes(*parts) if storage.files.exists(*parts) else None
-        hashes[name] = None if data is None else hashlib.sha256(data).hexdigest()
-        num_bytes += len(data or b"")
+        exists = storage.files.exists(*parts)
+        hashes[name] = storage.files.sha256(*parts) if exists else None
+        num_bytes += storage.files.size(*parts) if exists else 0
     return check_metrics.matching_files(published, hashes, num_bytes)
 
 

@@ -6,10 +6,10 @@ Belongs here: files and manifest of a version. Does not belong here: the formats
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -22,11 +22,13 @@ from qaq_pipeline.publication import dataset_card, exports, flat_scores, version
 from qaq_pipeline.publication.difference import store_difference
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData, SelectedSubset
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
-from qaq_pipeline.storage.files import StorageError
+from qaq_pipeline.storage.files import StorageError, sha256_of
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
 from qaq_pipeline.storage.tables import empty
 
 _BARRED = [status.value for status in (Status.WITHDRAWN, Status.CONTAMINATED, Status.HELD_OUT, Status.BETWEEN)]
@@ -97,14 +99,16 @@ def publish(
     run_id: str | None = None,
 ) -> Publication:
     """Write a version, log it as the newest one, and retire old ones. Call it under `versions.lock`."""
-    files = dataset_files(settings.published, settings.exported, settings.export, batches)
-    manifest = {
-        **_recipe(settings.published, settings.export),
-        "batches": [_entry(batch) for batch in batches],
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
-    }
-    version, is_new = versions.store(storage, manifest, files)
-    versions.index_pairs(storage, version, _concat(batches, "decisions"))
+    with versions.unfinished(storage) as folder:
+        write_files(folder, settings.published, settings.exported, settings.export, batches)
+        manifest = {
+            **_recipe(settings.published, settings.export),
+            "batches": [_entry(batch) for batch in batches],
+            "files": _hashes(folder),
+        }
+        version, is_new = versions.store(storage, manifest, folder)
+    keys = (batch["decisions"].select(*ROW_KEY, "pair_id") for batch in batches)
+    versions.index_pairs(storage, version, pl.concat([empty(Decisions).select(*ROW_KEY, "pair_id"), *keys]))
     newest = versions.latest(storage)
     previous = None if newest is None else newest.version
     difference = None
@@ -144,57 +148,88 @@ def _recipe(published: Selection, export: ExportSettings) -> dict[str, Any]:
     }
 
 
-def dataset_files(
-    published: Selection, selections: Sequence[str], export: ExportSettings, batches: Sequence[BatchTables]
-) -> dict[str, bytes]:
-    """The files of a version by path: each exported selection in each format, the scores, and the card."""
-    decided = _concat(batches, "decisions")
-    files, exported, turns = {versions.SCORES: flat_scores.scores_parquet(decided)}, {}, None
+def _hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file in a folder, by its path there."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                found[path.relative_to(folder).as_posix()] = sha256_of(stream)
+    return dict(sorted(found.items()))
+
+
+def write_files(
+    folder: Path,
+    published: Selection,
+    selections: Sequence[str],
+    export: ExportSettings,
+    batches: Sequence[BatchTables],
+) -> None:
+    """Write the files of a version: each exported selection in each format, the scores, and the card."""
+    flat_scores.write([batch["decisions"] for batch in batches], folder / versions.SCORES)
+    exported, turns = {}, None
     for selection in selections:
+        of_selection = folder / selection
+        of_selection.mkdir()
         rows = _rows(batches, None if selection == published.name else selection, export)
         if export.rows == "conversation" and selection == published.name:
             turns = exports.field_of_turns(rows["record"])
         for name in export.written:
-            files |= {f"{selection}/{path}": data for path, data in exports.export(name, rows).items()}
-        files[f"{selection}/{exports.KEYS}"] = exports.keys(rows)
+            exports.write(name, rows, of_selection)
+        exports.write_keys(rows, of_selection)
         exported[selection] = rows.height
+        del rows  # Before those of the next one are read.
     entries = exports.llama_factory_entries(exported, export.written, turns)
-    files["dataset_info.json"] = json.dumps(entries, indent=2).encode() + b"\n"
-    files[versions.CARD] = dataset_card.dataset_card(
+    (folder / "dataset_info.json").write_bytes(json.dumps(entries, indent=2).encode() + b"\n")
+    card = dataset_card.dataset_card(
         published,
         exported,
         export,
         next(iter(entries), None),
         [_entry(batch) for batch in batches],
-        _concat(batches, "screened_data"),
-        decided,
-        {
-            batch.batch: {name: batch[name].provenance for name in ("raw_data", "screened_data", "decisions")}
-            for batch in batches
-        },
+        {batch.batch: batch.tables for batch in batches},
     )
-    return files
+    (folder / versions.CARD).write_bytes(card)
 
 
 def _rows(batches: Sequence[BatchTables], selection: str | None, export: ExportSettings) -> pl.DataFrame:
     """The rows of a selection (None: the published one), batch by batch, best first."""
-    rows = _concat(batches, "selected_subset")
-    if selection is not None:
-        frames = [(batch["raw_data"].frame, batch["decisions"].frame) for batch in batches]
-        rows = pl.concat([rows.clear(), *(decisions.selected_rows(selection, *of_batch) for of_batch in frames)])
+    nothing = BatchTables("", {name: StoredTable(empty(PIPELINE[name].table)) for name in PIPELINE.published})
+    return pl.concat(_rows_of(batch, selection, export) for batch in [nothing, *batches])
+
+
+def _rows_of(batch: BatchTables, selection: str | None, export: ExportSettings) -> pl.DataFrame:
+    """The rows of a selection of one batch."""
+    rows = batch["selected_subset"].frame if selection is None else _taken(batch, selection)
     if export.reasoning == "leave_out":
         rows = rows.with_columns(reasoning=pl.lit(None, pl.String))
     if export.rows == "conversation":
-        return exports.with_records(rows, _concat(batches, "raw_data"))
+        return exports.with_records(rows, _records(batch, rows))
     if not export.meta:
         return rows
-    screened = _concat(batches, "screened_data")
-    barred = screened.filter(pl.col("status").is_in(_BARRED))
-    return exports.with_meta(rows, _concat(batches, "raw_data"), barred)
+    return exports.with_meta(rows, _records(batch, rows), _barred(batch))
 
 
-def _concat(batches: Sequence[BatchTables], table: str) -> pl.DataFrame:
-    return pl.concat([empty(PIPELINE[table].table), *(batch[table].frame for batch in batches)])
+def _taken(batch: BatchTables, selection: str) -> pl.DataFrame:
+    """The rows of a batch that a selection takes, as SelectedSubset, best first."""
+    columns = [name for name in SelectedSubset.columns() if name not in (*ROW_KEY, "position")]
+    parts = parts_of_both(batch["raw_data"], columns, batch["decisions"], ("verdicts",), ROW_KEY)
+    taken = [decisions.selected_rows(selection, part, part.select(*ROW_KEY, "verdicts")) for part in parts]
+    return pl.concat([empty(SelectedSubset), *taken]).sort("position")
+
+
+def _records(batch: BatchTables, rows: pl.DataFrame) -> pl.DataFrame:
+    """The delivered records of these rows of a batch."""
+    columns = (*ROW_KEY, "record")
+    found = [part.join(rows, on=ROW_KEY, how="semi") for part in batch["raw_data"].parts(*columns)]
+    return pl.concat([empty(RawData).select(columns), *found])
+
+
+def _barred(batch: BatchTables) -> pl.DataFrame:
+    """The keys of the rows of a batch whose text no published record shows."""
+    parts = batch["screened_data"].parts(*ROW_KEY, "status")
+    barred = [part.filter(pl.col("status").is_in(_BARRED)).select(ROW_KEY) for part in parts]
+    return pl.concat([empty(ScreenedData).select(ROW_KEY), *barred])
 
 
 def _entry(batch: BatchTables) -> dict[str, Any]:

@@ -10,6 +10,7 @@ version itself.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,9 +26,12 @@ from qaq_pipeline.publication import exports, templates
 from qaq_pipeline.publication.exports import WRITTEN
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import Decisions
 from qaq_pipeline.schema.vocabularies import Decision, Signal, Status
 from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
+from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
+from qaq_pipeline.storage.tables import empty
 
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
 """The hub's names for numbers of rows of up to 3 digits, of 4, 5, 6, 7, 8, 9, and of more."""
@@ -62,9 +66,7 @@ def dataset_card(
     export: ExportSettings,
     llama_factory: str | None,
     entries: Sequence[Mapping[str, Any]],
-    screened: pl.DataFrame,
-    decisions: pl.DataFrame,
-    provenance: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    tables: Mapping[str, Mapping[str, StoredTable]],
 ) -> bytes:
     """The README.md of a version.
 
@@ -74,12 +76,12 @@ def dataset_card(
         export: what these files are.
         llama_factory: the first entry of dataset_info.json; None: there is none.
         entries: of the batches, as they stand in the manifest.
-        screened: ScreenedData of all batches.
-        decisions: Decisions of the same rows.
-        provenance: of raw_data, screened_data and decisions, by batch, then by table.
+        tables: raw_data, screened_data and decisions, by batch, then by name.
     """
-    made_of = {batch: tables["decisions"] for batch, tables in provenance.items()}
-    benchmarks = {batch: tables["screened_data"]["benchmarks"] for batch, tables in provenance.items()}
+    made_of = {batch: of_batch["decisions"].provenance for batch, of_batch in tables.items()}
+    benchmarks = {batch: of_batch["screened_data"].provenance["benchmarks"] for batch, of_batch in tables.items()}
+    decisions = [of_batch["decisions"] for of_batch in tables.values()]
+    reasons = [table.select("decision", "reason") for table in [StoredTable(empty(Decisions)), *decisions]]
     page = {
         "metadata": yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True),
         "title": _title(selection),
@@ -94,15 +96,15 @@ def dataset_card(
         "identity": ("role", *(field.replace("_", " ") for field in IDENTITY), "batches"),
         "models": models(entries, IDENTITY),
         "strata": _strata(decisions),
-        "decisions": by_reason(decisions).rows(),
+        "decisions": by_reason(pl.concat(reasons)).rows(),
         "warnings": _warnings(made_of, selection.name),
         "signals": [signal.value for signal in Signal],
         "validity": _validity(made_of),
         "unjudged": sorted(batch for batch, facts in made_of.items() if VALIDITY_KEY not in facts),
         "benchmarks": _benchmarks(benchmarks),
-        "unread": _unread({batch: tables["raw_data"] for batch, tables in provenance.items()}),
+        "unread": _unread({batch: of_batch["raw_data"].provenance for batch, of_batch in tables.items()}),
         "unchecked": sorted(batch for batch, checked in benchmarks.items() if not checked),
-        "num_flagged": _num_flagged(screened, decisions),
+        "num_flagged": sum(_num_flagged(one["screened_data"], one["decisions"]) for one in tables.values()),
         "limits": limits(selection),
         "llama_factory": llama_factory,
         **_files(exported, export),
@@ -210,20 +212,30 @@ def _validity(made_of: Mapping[str, Mapping[str, Any]]) -> list[tuple[str | int,
     ]
 
 
-def _strata(decisions: pl.DataFrame) -> list[tuple[str | int, ...]]:
+def _strata(decisions: Sequence[StoredTable]) -> list[tuple[str | int, ...]]:
     """One row for each model and stratum, apart where a pool was so small that it has fewer strata."""
-    scored = decisions.filter(pl.col("decision").is_in([Decision.SELECTED.value, Decision.NOT_SELECTED.value]))
-    ranked = to_long(scored, "scores", "decision").drop_nulls("stratum")
-    strata = ranked.group_by("model", "num_strata", "stratum").agg(
-        pl.len().alias("pairs"),
-        _SELECTED.sum().alias("selected"),
-        pl.col("log_ppl_q").min().alias("lowest"),
-        pl.col("log_ppl_q").max().alias("highest"),
+    parts = itertools.chain.from_iterable(table.parts("decision", "scores") for table in decisions)
+    found = [_strata_of(empty(Decisions)), *map(_strata_of, parts)]
+    strata = (
+        pl.concat(found)
+        .group_by("model", "num_strata", "stratum")
+        .agg(pl.col("pairs", "selected").sum(), pl.col("lowest").min(), pl.col("highest").max())
     )
     return [
         (model, f"{stratum} of {of}", pairs, selected, f"{selected / pairs:.0%}", f"{lowest:.3f} to {highest:.3f}")
         for model, of, stratum, pairs, selected, lowest, highest in strata.sort("model", "num_strata", "stratum").rows()
     ]
+
+
+def _strata_of(decisions: pl.DataFrame) -> pl.DataFrame:
+    scored = decisions.filter(pl.col("decision").is_in([Decision.SELECTED.value, Decision.NOT_SELECTED.value]))
+    ranked = to_long(scored, "scores", "decision").drop_nulls("stratum")
+    return ranked.group_by("model", "num_strata", "stratum").agg(
+        pl.len().alias("pairs"),
+        _SELECTED.sum().alias("selected"),
+        pl.col("log_ppl_q").min().alias("lowest"),
+        pl.col("log_ppl_q").max().alias("highest"),
+    )
 
 
 def models(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[tuple[str | int, ...]]:
@@ -236,10 +248,11 @@ def models(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[
     return [(*key, ", ".join(names)) for key, names in sorted(batches.items())]
 
 
-def _num_flagged(screened: pl.DataFrame, decisions: pl.DataFrame) -> int:
-    """Selected rows that hold a benchmark's task, where such rows are flagged and not dropped."""
-    flagged = screened.filter(pl.col("status") == Status.ACCEPTED.value, pl.col("evidence").is_not_null())
-    return flagged.join(decisions.filter(_SELECTED), on=ROW_KEY, how="semi").height
+def _num_flagged(screened: StoredTable, decisions: StoredTable) -> int:
+    """Selected rows of a batch that hold a benchmark's task, where such rows are flagged and not dropped."""
+    is_flagged = (pl.col("status") == Status.ACCEPTED.value) & pl.col("evidence").is_not_null()
+    rows = parts_of_both(screened, ("status", "evidence"), decisions, ("decision",), ROW_KEY)
+    return sum(part.filter(is_flagged, _SELECTED).height for part in rows)
 
 
 def _benchmarks(benchmarks: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:

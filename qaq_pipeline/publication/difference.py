@@ -5,6 +5,9 @@ Belongs here: the comparison. Does not belong here: where it is stored (`version
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import polars as pl
 
 from qaq_pipeline.publication import versions
@@ -13,6 +16,13 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Change, Decision
 from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.tables import empty
+
+Scores = Callable[[], Iterable[pl.DataFrame]]
+"""Returns the key, pair_id, decision and reason of the rows of a version, part by part."""
+
+_KEY = [*ROW_KEY, "pair_id"]
+_NO_SCORES = empty(tables.Decisions).select(*_KEY, "decision", "reason")
 
 
 def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
@@ -25,25 +35,27 @@ def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
 
 def compare(storage: Storage, older: str, newer: str) -> pl.DataFrame:
     """Compare two stored versions, named by their hashes. Raises StorageError."""
-    return difference(versions.read_scores(storage, older), versions.read_scores(storage, newer))
+    columns = (*_KEY, "decision", "reason")
+    return difference(*(partial(versions.scan_scores, storage, version, columns) for version in (older, newer)))
 
 
-def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
-    """Difference between two versions, from their scores.
+def difference(before: Scores, after: Scores) -> pl.DataFrame:
+    """Difference between two versions, from their scores, each of which is read twice.
 
     A row is the same if its place and its text are. If a row was delivered again with another text, the old row left
     and the new one entered.
     """
-    key = [*ROW_KEY, "pair_id"]
-    old, new = (frame.select(*key, "decision", "reason").drop_nulls("pair_id") for frame in (before, after))
-    both = old.join(new, on=key, how="full", suffix="_after", coalesce=True)
-    was, is_now = (pl.col(name).eq_missing(Decision.SELECTED.value) for name in ("decision", "decision_after"))
-    batch_of = {"before": set(before["batch"]), "after": set(after["batch"])}
-    changed = both.filter(was != is_now)
+    (old, batches_before), (new, batches_after) = _selected(before), _selected(after)
+    changed = pl.concat([old.join(new, on=_KEY, how="anti"), new.join(old, on=_KEY, how="anti")])
+    was, is_now = (
+        pl.concat([_NO_SCORES, *(part.join(changed, on=_KEY, how="semi") for part in scores())])
+        for scores in (before, after)
+    )
+    both = was.join(is_now, on=_KEY, how="full", suffix="_after", coalesce=True)
     change = (
-        pl.when(~pl.col("batch").is_in(batch_of["before"]))
+        pl.when(~pl.col("batch").is_in(batches_before))
         .then(pl.lit(Change.BATCH_ENTERED.value))
-        .when(~pl.col("batch").is_in(batch_of["after"]))
+        .when(~pl.col("batch").is_in(batches_after))
         .then(pl.lit(Change.BATCH_LEFT.value))
         .when(pl.col("decision").is_null())
         .then(pl.lit(Change.ROW_DELIVERED.value))
@@ -55,16 +67,25 @@ def difference(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
     )
     return tables.enforce(
         tables.Difference,
-        changed.select(
-            *key,
-            is_added=is_now,
+        both.select(
+            *_KEY,
+            is_added=pl.col("decision_after").eq_missing(Decision.SELECTED.value),
             change=change,
             decision_before="decision",
             reason_before="reason",
             decision_after="decision_after",
             reason_after="reason_after",
-        ).sort(key),
+        ).sort(_KEY),
     )
+
+
+def _selected(scores: Scores) -> tuple[pl.DataFrame, list[str]]:
+    """The key of each selected row, and the batches of all rows."""
+    found, batches = [_NO_SCORES.select(_KEY)], set()
+    for part in scores():
+        found.append(part.filter(decision=Decision.SELECTED.value).select(_KEY))
+        batches |= set(part["batch"].unique())
+    return pl.concat(found), sorted(batches)
 
 
 def count_changes(found: pl.DataFrame) -> list[tuple[str, str, int]]:

@@ -11,13 +11,12 @@ format have the same fields with the same types, whatever the rows hold: no fiel
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -47,15 +46,18 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl
 
     Args:
         rows: SelectedSubset.
-        raw: RawData of the same batches.
+        raw: RawData of the same rows, or of more.
         barred: keys of the rows whose text may not be published.
 
     It is text because the values vary. From JSON objects `datasets` would infer dates where batches are named by their
     day, and nulls where no row has a source, so that the columns of two files would differ in type.
     """
     records = without_records_of(with_records(rows, raw), barred)
-    values = [json.dumps(value, ensure_ascii=False) for value in records.select(_META).iter_rows(named=True)]
-    return rows.with_columns(meta=pl.Series(values, dtype=pl.String))
+    values = [
+        pl.Series([json.dumps(value, ensure_ascii=False) for value in part.iter_rows(named=True)], dtype=pl.String)
+        for part in records.select(_META).iter_slices(_ROWS_AT_A_TIME)
+    ]
+    return rows.with_columns(meta=pl.concat([pl.Series(dtype=pl.String), *values]))
 
 
 def with_records(rows: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
@@ -63,7 +65,7 @@ def with_records(rows: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         rows: SelectedSubset.
-        raw: RawData of the same batches.
+        raw: RawData of the same rows, or of more.
     """
     return rows.join(raw.select(*ROW_KEY, "record"), on=ROW_KEY, how="left", validate="1:1")
 
@@ -88,31 +90,27 @@ class Format:
         return self.path.endswith((".json", ".jsonl"))
 
 
-def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
-    """The files of the rows in a format, by path in the folder of a selection."""
-    path = WRITTEN[name].path
-    if name == CONVERSATION:
-        return {path: b"".join(_line(record) for record in rows["record"])}
-    match PurePath(path).suffix:
-        case ".jsonl":
-            return {path: _jsonl(_records(name, rows))}
-        case ".json":
-            return {path: b"[\n" + b",\n".join(map(_json, _records(name, rows))) + b"\n]\n"}
+def write(name: str, rows: pl.DataFrame, folder: Path) -> None:
+    """Write the rows in a format, as one or more files in the folder of a selection."""
+    path = folder / WRITTEN[name].path
+    match path.suffix:
         case ".parquet":
-            stream = io.BytesIO()
-            pq.write_table(_table(name, rows), stream, compression="zstd")
-            return {path: stream.getvalue()}
+            pq.write_table(_table(name, rows), path, compression="zstd")
+        case "":
+            _save_to_disk(name, rows, path)
         case _:
-            return {f"{path}/{file}": data for file, data in _saved_to_disk(name, rows).items()}
+            with path.open("wb") as stream:
+                stream.writelines(_written(name, rows))
 
 
-def keys(rows: pl.DataFrame) -> bytes:
-    """The key and the pair_id of each record of a selection, by its place in the training files.
+def write_keys(rows: pl.DataFrame, folder: Path) -> None:
+    """Write the key and the pair_id of each record of a selection, by its place in the training files.
 
     `line` counts the records of every format from 1. The file is there because trainers refuse other fields in a
     record; `meta` adds them to the records, too.
     """
-    return parquet_file.encode(rows.select(pl.int_range(1, pl.len() + 1).alias("line"), *ROW_KEY, "pair_id"), {})
+    numbered = rows.select(pl.int_range(1, pl.len() + 1).alias("line"), *ROW_KEY, "pair_id")
+    (folder / KEYS).write_bytes(parquet_file.encode(numbered, {}))
 
 
 def columns(name: str, *, has_meta: bool) -> pa.Schema:
@@ -160,8 +158,11 @@ def llama_factory_entries(
 
 def field_of_turns(records: Iterable[str]) -> str | None:
     """The field that has the turns of all these delivered records; None: there is none."""
-    lists = [{name for name, value in record.items() if isinstance(value, list)} for record in map(json.loads, records)]
-    return next((name for name in _LLAMA_FACTORY_TURNS if lists and all(name in one for one in lists)), None)
+    shared: set[str] | None = None
+    for record in map(json.loads, records):
+        lists = {name for name, value in record.items() if isinstance(value, list)}
+        shared = lists if shared is None else shared & lists
+    return next((name for name in _LLAMA_FACTORY_TURNS if name in (shared or ())), None)
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -216,8 +217,21 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(records: Iterable[dict[str, Any]]) -> bytes:
-    return b"".join(_json(record) + b"\n" for record in records)
+def _written(name: str, rows: pl.DataFrame) -> Iterator[bytes]:
+    """The bytes of a file of JSON, record by record."""
+    if name == CONVERSATION:
+        yield from map(_line, rows["record"])
+    elif WRITTEN[name].path.endswith(".jsonl"):
+        yield from _jsonl(_records(name, rows))
+    else:
+        separators = itertools.chain([b"[\n"], itertools.repeat(b",\n"))
+        for separator, record in zip(separators, _records(name, rows), strict=False):
+            yield separator + _json(record)
+        yield b"[\n\n]\n" if rows.is_empty() else b"\n]\n"
+
+
+def _jsonl(records: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    return (_json(record) + b"\n" for record in records)
 
 
 def _line(record: str) -> bytes:
@@ -237,18 +251,18 @@ def _table(name: str, rows: pl.DataFrame) -> pa.Table:
     return pa.Table.from_batches(batches, schema=schema)
 
 
-def _saved_to_disk(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
-    """The records as the files of `Dataset.save_to_disk`, by name; needs the extra `datasets`.
+def _save_to_disk(name: str, rows: pl.DataFrame, folder: Path) -> None:
+    """Write the records as the files of `Dataset.save_to_disk`; needs the extra `datasets`.
 
     The fingerprint is a hash of the rows, not a random number: the same rows give the same files.
     """
     from datasets import Dataset
 
-    fingerprint = hashlib.blake2b(_jsonl(_records(name, rows)), digest_size=8).hexdigest()
-    with tempfile.TemporaryDirectory() as folder:
-        # One shard even without rows: `load_from_disk` fails if there is none.
-        Dataset(_table(name, rows), fingerprint=fingerprint).save_to_disk(folder, num_shards=1)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    fingerprint = hashlib.blake2b(digest_size=8)
+    for line in _jsonl(_records(name, rows)):
+        fingerprint.update(line)
+    # One shard even without rows: `load_from_disk` fails if there is none.
+    Dataset(_table(name, rows), fingerprint=fingerprint.hexdigest()).save_to_disk(str(folder), num_shards=1)
 
 
 # --- the formats --------------------------------------------------------------------------------------------------

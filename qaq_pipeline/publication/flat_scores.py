@@ -6,7 +6,9 @@ here: the training files (`exports`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -15,13 +17,38 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.long_form import to_columns
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.storage import parquet_file
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 
 _VERDICT = ("is_selected", "reason", "score", "position")
 
 
-def scores_parquet(decisions: pl.DataFrame) -> bytes:
-    """Decision and scores of every input row, flat: joins on the row key or on pair_id."""
-    return parquet_file.encode(flat_scores(decisions), {})
+def write(decisions: Sequence[StoredTable], file: Path) -> None:
+    """Write decision and scores of every input row, flat, part by part: joins on the row key or on pair_id.
+
+    Args:
+        decisions: of the batches, in the order of their rows.
+        file: that is written; it has a column for each model and selection of any batch.
+    """
+    head = flat_scores(pl.concat([empty(tables.Decisions), *(_one_of_each(table) for table in decisions)])).clear()
+    with file.open("wb") as stream:
+        writer = parquet_file.Writer(stream, head.schema)
+        for part in itertools.chain.from_iterable(table.parts() for table in decisions):
+            writer.append(pl.concat([head, flat_scores(part)], how="diagonal"))
+        writer.close({})
+
+
+def _one_of_each(decisions: StoredTable) -> pl.DataFrame:
+    """A row of a batch with scores and one with verdicts, as far as there are any: all others have the same models and
+    selections.
+    """
+    scored, judged = (pl.col(name).list.len() > 0 for name in ("scores", "verdicts"))
+    found = empty(tables.Decisions)
+    for part in decisions.parts():
+        found = pl.concat([found, part.filter(scored).head(1), part.filter(judged).head(1)])
+        if not found.filter(judged).is_empty():
+            break
+    return found
 
 
 def flat_scores(decisions: pl.DataFrame) -> pl.DataFrame:

@@ -20,16 +20,17 @@ the log: a publication that is interrupted before leaves the newest version as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.files import LocalFile, StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import FoundRows
 
@@ -164,19 +165,36 @@ def record(storage: Storage, version: str, excluded: Mapping[str, str], run_id: 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def store(storage: Storage, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[str, bool]:
-    """Write the files of a version and then its manifest; the version, and whether it was written now."""
+def unfinished(storage: Storage) -> AbstractContextManager[Path]:
+    """A folder on this machine for the files of a version that will be stored."""
+    return storage.files.unfinished_folder(_FOLDER)
+
+
+def store(storage: Storage, manifest: Mapping[str, Any], folder: Path) -> tuple[str, bool]:
+    """Store the files of a version and then its manifest; the version, and whether it was stored now.
+
+    Args:
+        storage: where.
+        manifest: of the version.
+        folder: of `unfinished`, with the files that the manifest names.
+    """
     version = hash_json(manifest)
     if is_kept(storage, version):
         return version, False
-    for name, data in files.items():
-        storage.files.write_bytes(data, *place(version, name))
+    for name in manifest["files"]:
+        storage.files.put(LocalFile(folder / name), *place(version, name))
     storage.files.write_json(manifest, *place(version, MANIFEST))
     return version, True
 
 
 def index_pairs(storage: Storage, version: str, rows: pl.DataFrame) -> None:
-    """Write the index from pair_ids to the rows of a version's scores, once."""
+    """Write the index from pair_ids to the rows of a version's scores, once.
+
+    Args:
+        storage: where.
+        version: stored.
+        rows: the keys and pair_ids of its rows.
+    """
     if not storage.files.exists(*index_place(version)):
         storage.tables.write_pair_index(rows, read_manifest(storage, version)["files"][SCORES], *index_place(version))
 
@@ -200,6 +218,17 @@ def read_manifest(storage: Storage, version: str) -> dict[str, Any]:
 def read_scores(storage: Storage, version: str) -> pl.DataFrame:
     """The scores of a version. Raises `StorageError` where they are missing or torn."""
     return storage.files.read_frame(*place(version, SCORES))
+
+
+def columns_of_scores(storage: Storage, version: str) -> list[str]:
+    """Names of the columns of the scores of a version. Raises `StorageError` as `read_scores`."""
+    no_row: row_lookup.Where = [("batch", "==", "")]
+    return find_rows(storage, version, no_row).columns
+
+
+def scan_scores(storage: Storage, version: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Columns of the scores of a version, some thousand rows at a time. Raises `StorageError` as `read_scores`."""
+    return storage.tables.scan_file(columns, *place(version, SCORES))
 
 
 def read_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame | None:

@@ -7,8 +7,9 @@ Belongs here: the layout of the numbers, from Calibration to tables, plots and b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import polars as pl
@@ -22,9 +23,10 @@ from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
 from qaq_pipeline.schema.vocabularies import Defect, Signal, Statistic, UnknownReason
-from qaq_pipeline.scoring.logprobs import accepted_rows
+from qaq_pipeline.scoring.logprobs import accepted_parts
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.origin import batch_of
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import words
 from qaq_pipeline.validity.judgement import judged_pairs, of_signal
 from qaq_pipeline.validity.signals.catalogue import SIGNALS
@@ -219,9 +221,9 @@ class Shown:
     """What a page shows of a batch besides numbers."""
 
     batch: str
-    texts: pl.DataFrame
-    """pair_id, query and answer of each of its pairs."""
-    scores: Mapping[str, pl.DataFrame]
+    texts: Callable[[], Iterable[pl.DataFrame]]
+    """Returns pair_id, query and answer of its pairs, part by part."""
+    scores: Mapping[str, StoredTable]
     """RmiScores of these pairs, by model."""
     planted: pl.DataFrame
     """PlantedRows."""
@@ -232,9 +234,9 @@ class Shown:
     def of(cls, batch: PlantedBatch) -> Self:
         """Take it from the stored tables."""
         sample = batch.sample
-        texts = accepted_rows(sample.raw_data.frame, sample.screened_data.frame).select("pair_id", "query", "answer")
-        scores = {role: table.frame for role, table in sample.rmi_scores.items()}
-        return cls(batch_of(sample.planted_rows), texts, scores, sample.planted_rows.frame, batch.judged.cuts.frame)
+        texts = partial(accepted_parts, sample.raw_data, sample.screened_data, "query", "answer")
+        planted, cuts = sample.planted_rows.frame, batch.judged.cuts.frame
+        return cls(batch_of(sample.planted_rows), texts, sample.rmi_scores, planted, cuts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,7 @@ def page(
             "kept": kept,
             "dropped": dropped,
             "with_counts": with_counts,
-            "signals": [] if gate else [_signal(one, shown, judged, settings) for one in SIGNALS],
+            "signals": [] if gate else _signals(shown, judged, settings),
             "defects": Table("Planted defects", ("defect", "rows", "meaning"), numbers),
             "auroc_plots": [told_apart(frame), *_grids(frame)],
             "tables": of_aurocs,
@@ -328,44 +330,66 @@ def _proof(frame: pl.DataFrame, published: str) -> Table:
     return Table(caption, head, sorted(lines, key=lambda line: line[3] != ""))
 
 
-def _signal(one: Definition, shown: Shown, judged: Judged | None, settings: Settings) -> SignalPart:
+def _signals(shown: Shown, judged: Judged | None, settings: Settings) -> list[SignalPart]:
+    """Return the part about each signal. The texts of all pairs that are shown are read in one pass."""
+    parts = [_signal(one, shown, judged, settings) for one in SIGNALS]
+    wanted = [rows["pair_id"] for _, near in parts for rows in near.values() if not rows.is_empty()]
+    texts, pairs = _read(shown, pl.concat(wanted).unique()) if wanted else (pl.DataFrame(), pl.DataFrame())
+    found = []
+    for one, (part, near) in zip(SIGNALS, parts, strict=True):
+        examples = {title: _near_examples(one, shown, rows, texts, pairs) for title, rows in near.items()}
+        found.append(replace(part, examples=examples or None))
+    return found
+
+
+def _read(shown: Shown, pair_ids: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the texts of some pairs, and these pairs as the signals read them."""
+    is_wanted = pl.col("pair_id").is_in(pair_ids.implode())
+    texts = pl.concat(part.filter(is_wanted) for part in shown.texts())
+    scores = {role: pl.concat(part.filter(is_wanted) for part in table.parts()) for role, table in shown.scores.items()}
+    return texts, judged_pairs(scores, texts)
+
+
+def _signal(
+    one: Definition, shown: Shown, judged: Judged | None, settings: Settings
+) -> tuple[SignalPart, dict[str, pl.DataFrame]]:
+    """Return the part about a signal, without examples, and the pairs nearest to its cut, of `_nearest`."""
     name, action = one.signal.value, getattr(settings.validity, one.signal.value)
     cuts = shown.cuts.filter(signal=name)
     sentence = next(iter(words.of_cuts(cuts)), f"{name}: it is turned off (validity.{name})")
     part = SignalPart(name, one.signal.meaning, action, f"{sentence}.")
     if judged is None or cuts["cut"].null_count() == cuts.height:
-        return part
+        return part, {}
     (cut,) = cuts.to_dicts()
     clean, planted = (of_signal(validity, one.signal) for validity in judged.validity)
     of_defect = judged.validity[1]["defect"].is_in([defect.value for defect in one.defects])
     groups = {"as delivered": clean["evidence"], " or ".join(one.defects): planted.filter(of_defect)["evidence"]}
-    return SignalPart(
-        name,
-        part.meaning,
-        action,
-        part.sentence,
-        [plots.evidence(summaries.spread(groups), name, cut["cut"])],
-        _nearest(one, cut, clean, shown, settings.reports.examples),
-    )
+    plot = plots.evidence(summaries.spread(groups), name, cut["cut"])
+    return replace(part, plots=[plot]), _nearest(one, cut["cut"], clean, settings.reports.examples)
 
 
-def _nearest(
-    one: Definition, cut: Mapping[str, Any], evidence: pl.DataFrame, shown: Shown, most: int
-) -> dict[str, list[Example]]:
+def _nearest(one: Definition, cut: float, evidence: pl.DataFrame, most: int) -> dict[str, pl.DataFrame]:
     """Return the pairs as delivered nearest to the cut on both sides, nearest first, at most `most` of each."""
-    ordered = evidence.drop_nulls("evidence").sort((pl.col("evidence") - cut["cut"]).abs(), "pair_id")
-    found = {}
-    for title, is_raised in (("Nearest pairs that it would drop", True), ("Nearest pairs that it would keep", False)):
-        rows = ordered.filter(pl.col("is_raised") == is_raised).head(most)
-        found[f"{title} ({one.signal})"] = [] if rows.is_empty() else _near_examples(one, cut, rows, shown)
-    return found
+    known = evidence.lazy().drop_nulls("evidence")
+    sides = {"Nearest pairs that it would drop": True, "Nearest pairs that it would keep": False}
+    return {
+        f"{title} ({one.signal})": known.filter(pl.col("is_raised") == is_raised)
+        .sort((pl.col("evidence") - cut).abs(), "pair_id")
+        .head(most)
+        .collect()
+        for title, is_raised in sides.items()
+    }
 
 
-def _near_examples(one: Definition, cut: Mapping[str, Any], rows: pl.DataFrame, shown: Shown) -> list[Example]:
-    texts = rows.join(shown.texts, on="pair_id", validate="1:1", maintain_order="left")
-    scores = {role: frame.join(rows, on="pair_id", how="semi") for role, frame in shown.scores.items()}
-    pairs = judged_pairs(scores, texts.select("pair_id", "query", "answer"))
-    numbers = words.measured(one, pairs, cut, dict(rows.select("pair_id", "evidence").iter_rows()))
+def _near_examples(
+    one: Definition, shown: Shown, near: pl.DataFrame, of_all: pl.DataFrame, pairs: pl.DataFrame
+) -> list[Example]:
+    """Return examples of the pairs near a cut; texts and pairs of `_read`."""
+    if near.is_empty():
+        return []
+    (cut,) = shown.cuts.filter(signal=one.signal.value).to_dicts()
+    texts = near.join(of_all, on="pair_id", validate="1:1", maintain_order="left")
+    numbers = words.measured(one, pairs, cut, dict(near.select("pair_id", "evidence").iter_rows()))
     copied = pairs.unique("pair_id").select("pair_id", "query_in_answer", "answer_in_query")
     return [
         Example(
@@ -394,8 +418,10 @@ def _examples(judged: Judged, planted: pl.DataFrame, defects: Iterable[Defect]) 
     """
     roles = sorted(judged.clean["model"].unique())
     after = planted.select("pair_id", "defect", "original_pair_id", "query", "answer")
+    is_original = pl.col("pair_id").is_in(planted["original_pair_id"].unique().implode())
+    originals = judged.clean.lazy().filter(is_original).select("pair_id", "model", "rmi").collect()
     texts = after.join(_rmi_columns(judged.planted, ""), on="pair_id", validate="1:1").join(
-        _rmi_columns(judged.clean, ":twin"), left_on="original_pair_id", right_on="pair_id", how="left"
+        _rmi_columns(originals, ":twin"), left_on="original_pair_id", right_on="pair_id", how="left"
     )
     below = pl.col(f"{roles[0]}:twin") - pl.col(roles[0])
     told = texts.with_columns(told=pl.when(pl.col("defect") == Defect.ECHO.value).then(-below).otherwise(below))

@@ -11,6 +11,8 @@ import polars as pl
 from qaq_pipeline.selection.rank_reference import by_model
 
 DRIFT_BINS = 10
+QUANTITIES = ("log_ppl_q", "rmi")
+"""The columns of scores whose drift is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,8 @@ def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> Drift:
     """Compute the drift of log_ppl_q and rmi. Pairs without an RMI, and models without such pairs, are left out.
 
     Args:
-        scores: RmiScores of the batch by model.
-        reference: RankReference.
+        scores: `QUANTITIES` of RmiScores of the batch, by model.
+        reference: `QUANTITIES` and the model of RankReference.
 
     Raises:
         ValueError: the reference lacks a model.
@@ -43,7 +45,7 @@ def drift(scores: Mapping[str, pl.DataFrame], reference: pl.DataFrame) -> Drift:
         evidence.append(own.height * others.height / (own.height + others.height))
         if others.is_empty():
             continue
-        for quantity in ("log_ppl_q", "rmi"):
+        for quantity in QUANTITIES:
             r, b = (np.sort(frame[quantity].to_numpy()) for frame in (own, others))
             statistics[f"psi_{quantity}_{role}"] = _psi(r, b)
             statistics[f"ks_{quantity}_{role}"] = _ks(r, b)

@@ -22,7 +22,7 @@ from qaq_pipeline.config.settings import ReferenceSettings, ReportSettings, Sett
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
-from qaq_pipeline.reports import pages, trial_page
+from qaq_pipeline.reports import drift, page_rows, pages, trial_page
 from qaq_pipeline.reports.pages import Frozen, Made, Scoring
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.selection import stored_reference
@@ -93,21 +93,22 @@ def write_batch_page(
     made: Made,
     *,
     is_calibrated: bool,
-) -> str:
-    """Render and store the page of a batch; return the hash of its inputs and its code."""
-    frozen = read_reference(storage, reference)
-    calibration = calibration_page(tables.batch)[-1] if is_calibrated and settings.pages else None
-    page = pages.batch_page(
-        tables, scorings, published, frozen, made, settings.examples, calibration, settings.rows_of_batch(tables.batch)
-    )
+) -> tuple[str, pl.DataFrame]:
+    """Render and store the page of a batch; return the hash of its inputs and its code, and its `page_rows`."""
+    flat, frozen = page_rows.of_batch(tables), read_reference(storage, reference)
+    links = {
+        "calibration": calibration_page(tables.batch)[-1] if is_calibrated and settings.pages else None,
+        "rows": settings.rows_of_batch(tables.batch),
+    }
+    page = pages.batch_page(tables, flat, scorings, published, frozen, made, settings.examples, links)
     stands = {"code_version": made.code_version, "inputs": {name: tables[name].data_version for name in _INPUTS}}
     storage.files.write_bytes(page, *batch_page(tables.batch))
     storage.files.write_json(stands, *_made_of(tables.batch))
-    return hash_json(stands)
+    return hash_json(stands), flat
 
 
 def write_version_page(storage: Storage, version: str, settings: Settings, made: Made) -> pl.DataFrame:
-    """Render and store the page of a version whose files are kept; return its scores.
+    """Render and store the page of a version whose files are kept; return its `page_rows`.
 
     Raises:
         StorageError: there is no such version, or its files were not kept.
@@ -115,14 +116,15 @@ def write_version_page(storage: Storage, version: str, settings: Settings, made:
     if not versions.is_kept(storage, version):
         raise StorageError(f"version {version!r} is not kept; kept are {', '.join(versions.kept_versions(storage))}")
     manifest = versions.read_manifest(storage, version)
-    flat = versions.read_scores(storage, version)
+    columns = versions.columns_of_scores(storage, version)
+    flat = page_rows.of_version(versions.scan_scores(storage, version, page_rows.read_of(columns)))
     page = pages.version_page(
         version,
         manifest,
         flat,
+        columns,
         TypeAdapter(Selection).validate_python(manifest["selection"]),
         _neighbours(storage, version, manifest) | {"rows": settings.reports.rows_of_version(version)},
-        {name: storage.files.size(*versions.place(version, name)) for name in manifest["files"]},
         read_reference(storage, settings.ranking.reference),
         made,
     )
@@ -143,7 +145,8 @@ def read_reference(storage: Storage, reference: ReferenceSettings | None) -> Fro
     """Read the reference to measure drift against; None if none is configured, or if it is not built yet."""
     if reference is None or not storage.tables.has(stored_reference.NAME, Partition(reference.name)):
         return None
-    return reference.name, storage.tables.read(stored_reference.NAME, Partition(reference.name)).frame
+    stored = storage.tables.read(stored_reference.NAME, Partition(reference.name))
+    return reference.name, stored.select("model", *drift.QUANTITIES)
 
 
 def _link(storage: Storage, version: str) -> dict[str, str | None]:
@@ -168,6 +171,7 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
         "previous": None if previous is None else _link(storage, previous),
         "difference": difference,
         "excluded": excluded,
+        "sizes": {name: storage.files.size(*versions.place(version, name)) for name in manifest["files"]},
         "pages": {
             batch: "/".join(("..", "..", *batch_page(batch)))
             for batch in batches

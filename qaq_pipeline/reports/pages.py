@@ -25,17 +25,15 @@ from qaq_pipeline.ingest import records
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import dataset_card, difference, exports, templates
 from qaq_pipeline.publication.curated_dataset import BatchTables
-from qaq_pipeline.publication.flat_scores import flat_scores
-from qaq_pipeline.reports import drift, plots, summaries
+from qaq_pipeline.reports import drift, page_rows, plots, summaries
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.column_lineage import Column, Derivation
 from qaq_pipeline.schema.long_form import to_columns
-from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import Decision, GateReason, Signal
 from qaq_pipeline.screening import gates
-from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline.selection.scored_batch import TABLES_KEY, UNREACHED_KEY, VALIDITY_KEY
+from qaq_pipeline.storage.stored_table import StoredTable
 
 _UNKNOWN = "unknown"
 _WITHDRAWN = {Decision.WITHDRAWN.value, GateReason.BATCH_WITHDRAWN.value}
@@ -65,9 +63,7 @@ class Scoring:
     """The scores of one model, with their provenance and cost."""
 
     role: str
-    provenance: Mapping[str, Any]
-    """Provenance of its RmiScores."""
-    scores: pl.DataFrame
+    scores: StoredTable
     """Its RmiScores."""
     cost: Mapping[str, Any] | None = None
     """Metadata of the newest materialisation that scored pairs under the same identity; None if unknown."""
@@ -119,28 +115,28 @@ class ColumnLineage:
 
 def batch_page(
     tables: BatchTables,
+    flat: pl.DataFrame,
     scorings: Sequence[Scoring],
     published: Selection,
     frozen: Frozen | None,
     made: Made,
     examples: int,
-    calibration: str | None = None,
-    rows: str | None = None,
+    links: Mapping[str, str | None],
 ) -> bytes:
     """Render the page of a batch.
 
     Args:
         tables: tables of the batch.
+        flat: their rows, as `page_rows.of_batch`.
         scorings: one per model, by role.
         published: the selection that made the decisions.
         frozen: name and RankReference to measure drift against; None if there is none.
         made: the run that renders the page, and when.
         examples: the most examples of each kind.
-        calibration: link from this page to its calibration page; None if it is not calibrated.
-        rows: address of its rows in the row browser; None: no link.
+        links: `calibration`, from this page to its calibration page, or None if it is not calibrated; `rows`, the
+            address of its rows in the row browser, or None.
     """
     raw, decided = tables["raw_data"], tables["decisions"]
-    flat = flat_rows(tables)
     pairs = summaries.pairs(flat)
     page = _of_rows(flat, pairs, published) | {
         "title": f"Batch {tables.batch}",
@@ -151,13 +147,13 @@ def batch_page(
         "validity": _validity(decided.provenance.get(VALIDITY_KEY)),
         "signals": decided.provenance.get(VALIDITY_KEY, {}).get("signals", []),
         "made": made,
-        "files": _files(raw.frame, raw.provenance["files"]),
+        "files": _files(raw.select("source_file"), raw.provenance["files"]),
         "not_read": records.not_read(raw.provenance),
         "models": _models(scorings),
         "cost": _cost(scorings),
         "made_of": _made_of(tables),
-        "calibration": calibration,
-        "rows": rows,
+        "calibration": links["calibration"],
+        "rows": links["rows"],
         "drift": _drift(partial(_drift_of_batch, scorings), frozen),
         "drift_plots": [] if frozen is None else _drift_plots(pairs, frozen[1]),
         "examples": _examples(flat, pairs, tables, examples),
@@ -176,9 +172,9 @@ def version_page(
     version: str,
     manifest: Mapping[str, Any],
     flat: pl.DataFrame,
+    columns: Sequence[str],
     published: Selection,
     neighbours: Mapping[str, Any],
-    sizes: Mapping[str, int],
     frozen: Frozen | None,
     made: Made,
 ) -> bytes:
@@ -187,13 +183,14 @@ def version_page(
     Args:
         version: hash of the manifest.
         manifest: manifest of the version.
-        flat: its scores.parquet.
+        flat: its rows, as `page_rows.of_version`.
+        columns: names of the columns of its scores.parquet.
         published: the selection recorded in the manifest.
         neighbours: its `name`; `rows`, the address of its rows in the row browser; the `previous` version, as its
             `version`, its `name` and the link to its `page` or None, or None; `difference` to it as Difference or
             None; `excluded` batches with the reasons; `pages` of batches by name, as links from this page; what is
-            said `of_trial`, its training trial, and the link `trial` to its page, or None.
-        sizes: bytes of each of its files, by the name in the manifest.
+            said `of_trial`, its training trial, and the link `trial` to its page, or None; `sizes`, the bytes of each
+            of its files, by the name in the manifest.
         frozen: name and RankReference to measure drift against; None if there is none.
         made: the run that renders the page, and when.
     """
@@ -217,9 +214,9 @@ def version_page(
         "files": Table(
             "Exported files",
             ("file", "sha256", "bytes"),
-            [(name, sha256, sizes.get(name)) for name, sha256 in sorted(manifest["files"].items())],
+            [(name, sha256, neighbours["sizes"].get(name)) for name, sha256 in sorted(manifest["files"].items())],
         ),
-        "columns": _exported_columns(manifest, flat, published.name),
+        "columns": _exported_columns(manifest, columns, published.name),
     }
     page["outcome_plots"].append(plots.kept("kept_batch", summaries.kept_by(flat, "batch", most=40), "batch"))
     return render("version.html", page)
@@ -229,15 +226,15 @@ def _of_rows(
     flat: pl.DataFrame, pairs: pl.DataFrame, published: Selection, *, has_strata: bool = True
 ) -> dict[str, Any]:
     """Return what both pages say of their rows; strata are drawn only if all pairs were ranked in the same ones."""
-    reasons = by_reason(flat)
+    reasons = summaries.by_reason(flat)
     selection_plots = [plots.overlap(summaries.overlap(flat))]
-    if has_strata and "strong" in summaries.roles(flat):
+    if has_strata and "strong" in summaries.roles(flat.columns):
         strata = summaries.strata(pairs, "strong")
         selection_plots.append(plots.kept("kept_stratum", strata, "stratum of PPL(Q)", "stratum"))
     return {
         "published": published.name,
         "num_rows": flat.height,
-        "num_selected": flat.filter(decision=Decision.SELECTED.value).height,
+        "num_selected": summaries.num_selected(flat),
         "num_pairs": pairs.height,
         "outcome": Table(
             "Rows by decision and reason",
@@ -258,17 +255,11 @@ def _of_rows(
     }
 
 
-def flat_rows(tables: BatchTables) -> pl.DataFrame:
-    """Return the flat scores of a batch, with source and language of RawData."""
-    flat = flat_scores(tables["decisions"].frame)
-    return summaries.with_texts(flat, tables["raw_data"].frame, ("source", "language"))
-
-
 def _score_plots(pairs: pl.DataFrame, *, has_strata: bool) -> list[Plot]:
     grid = summaries.rank_grid(pairs)
     of_models = [
         plots.density(summaries.density(pairs, role), _strata_with_edges(pairs, role, has_strata=has_strata), role)
-        for role in summaries.roles(pairs)
+        for role in summaries.roles(pairs.columns)
     ]
     return [*of_models, plots.ranks(grid), plots.ranks(grid, is_selected=True), *_length_plots(pairs)]
 
@@ -288,9 +279,8 @@ def _length_plots(pairs: pl.DataFrame) -> list[Plot]:
     ]
 
 
-def batch_overview(tables: BatchTables) -> list[Plot]:
+def batch_overview(flat: pl.DataFrame) -> list[Plot]:
     """Return the plots of a batch that the UI shows."""
-    flat = flat_rows(tables)
     pairs = summaries.pairs(flat)
     return [
         plots.flow(summaries.flow(flat)),
@@ -332,10 +322,10 @@ def _files(raw: pl.DataFrame, files: Mapping[str, str]) -> Table:
 def _models(scorings: Sequence[Scoring]) -> Table:
     """Build the table of the models, one column per model."""
     facts = [
-        one.provenance["identity"]
-        | {name: one.provenance[name] for name in ("frame", "identity_hash")}
-        | {"scored_with": "; ".join(map(_scorer, one.provenance["scored_with"]))}
-        for one in scorings
+        facts["identity"]
+        | {name: facts[name] for name in ("frame", "identity_hash")}
+        | {"scored_with": "; ".join(map(_scorer, facts["scored_with"]))}
+        for facts in (one.scores.provenance for one in scorings)
     ]
     names = (*_IDENTITY, "frame", "identity_hash", "scored_with")
     rows = [(name.replace("_", " "), *(of_model[name] for of_model in facts)) for name in names]
@@ -369,7 +359,7 @@ def _device_hours(cost: Mapping[str, Any]) -> str:
 
 def _verdict_on_batch(flat: pl.DataFrame, judged: Mapping[str, Any] | None, published: Selection) -> str:
     """Return what became of a batch, in one or two sentences."""
-    taken = flat.filter(decision=Decision.SELECTED.value).height
+    taken = summaries.num_selected(flat)
     said = f"{taken:,} of its {flat.height:,} rows are selected by {published.name}."
     if judged is None:
         return said
@@ -386,7 +376,7 @@ def _verdict_on_version(
     flat: pl.DataFrame, manifest: Mapping[str, Any], published: Selection, neighbours: Mapping[str, Any]
 ) -> str:
     """Return what a version has, and what changed since the previous one, in one or two sentences."""
-    taken, batches = flat.filter(decision=Decision.SELECTED.value).height, len(manifest["batches"])
+    taken, batches = summaries.num_selected(flat), len(manifest["batches"])
     of = "1 batch" if batches == 1 else f"{batches:,} batches"
     said = f"{taken:,} of {flat.height:,} rows of {of} are published by {published.name}."
     if neighbours["difference"] is None:
@@ -482,7 +472,8 @@ def _drift(tabulate: Callable[[str, pl.DataFrame], Table], frozen: Frozen | None
 
 
 def _drift_of_batch(scorings: Sequence[Scoring], name: str, reference: pl.DataFrame) -> Table:
-    found = drift.drift({scoring.role: scoring.scores for scoring in scorings}, reference).statistics
+    of_batch = {scoring.role: scoring.scores.select(*drift.QUANTITIES) for scoring in scorings}
+    found = drift.drift(of_batch, reference).statistics
     if not found:
         raise ValueError("no pair of the batch has an RMI")
     rows = [(statistic.replace("_", " "), value) for statistic, value in found.items()]
@@ -490,10 +481,11 @@ def _drift_of_batch(scorings: Sequence[Scoring], name: str, reference: pl.DataFr
 
 
 def _drift_by_batch(pairs: pl.DataFrame, name: str, reference: pl.DataFrame) -> Table:
-    columns = {role: {q: f"{q}_{role}" for q in ("log_ppl_q", "rmi")} for role in summaries.roles(pairs)}
+    columns = {role: {q: f"{q}_{role}" for q in drift.QUANTITIES} for role in summaries.roles(pairs.columns)}
+    numbers = pairs.select("batch", *(name for of_role in columns.values() for name in of_role.values()))
     found = {
         batch: drift.drift({role: rows.select(**of_role) for role, of_role in columns.items()}, reference).statistics
-        for (batch,), rows in pairs.partition_by("batch", as_dict=True, maintain_order=True).items()
+        for (batch,), rows in numbers.partition_by("batch", as_dict=True, maintain_order=True).items()
     }
     names = list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
     head = ("batch", *(statistic.replace("_", " ") for statistic in names))
@@ -504,7 +496,7 @@ def _drift_by_batch(pairs: pl.DataFrame, name: str, reference: pl.DataFrame) -> 
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
-def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published: str) -> list[ColumnLineage]:
+def _exported_columns(manifest: Mapping[str, Any], of_scores: Sequence[str], published: str) -> list[ColumnLineage]:
     """Return the lineage of every exported file of rows; files of one format and source table are grouped."""
     files: dict[tuple[str, str], dict[str, None]] = {}
     for name in sorted(manifest["files"]):
@@ -521,7 +513,7 @@ def _exported_columns(manifest: Mapping[str, Any], flat: pl.DataFrame, published
         for (rows, written), names in sorted(files.items(), key=lambda one: one[0][0], reverse=True)
     ]
     scores = "scores.parquet"
-    return [*records, _lineage(scores, column_lineage.of_scores(scores, flat.columns), column_lineage.UNDERIVED)]
+    return [*records, _lineage(scores, column_lineage.of_scores(scores, of_scores), column_lineage.UNDERIVED)]
 
 
 def _lineage(title: str, rows: Sequence[Derivation], underived: str) -> ColumnLineage:
@@ -536,7 +528,9 @@ def _lineage(title: str, rows: Sequence[Derivation], underived: str) -> ColumnLi
 
 
 def _drift_plots(pairs: pl.DataFrame, reference: pl.DataFrame) -> list[Plot]:
-    frozen = {role: reference.filter(pl.col("rmi").is_not_null(), model=role) for role in summaries.roles(pairs)}
+    frozen = {
+        role: reference.filter(pl.col("rmi").is_not_null(), model=role) for role in summaries.roles(pairs.columns)
+    }
     return [
         plots.drift(
             said, role, summaries.spread({"batch": pairs[f"{quantity}_{role}"], "reference": of_role[quantity]})
@@ -551,29 +545,18 @@ def _drift_plots(pairs: pl.DataFrame, reference: pl.DataFrame) -> list[Plot]:
 
 def _examples(flat: pl.DataFrame, pairs: pl.DataFrame, tables: BatchTables, most: int) -> dict[str, list[Example]]:
     """Return groups of examples by title."""
-    roles = summaries.roles(flat)
-    screened = tables["screened_data"].frame.select(*ROW_KEY, "status")
     groups = summaries.tails(pairs, "strong", most) | summaries.of_each_reason(flat, most)
-    return {
-        title[0].upper() + title[1:]: [
-            _example(row, roles)
-            for row in summaries.with_texts(rows, tables["raw_data"].frame, ("query", "answer", "record"))
-            .join(screened, on=ROW_KEY, how="left", maintain_order="left")
-            .with_columns(place=row_place())
-            .iter_rows(named=True)
-        ]
-        for title, rows in groups.items()
-    }
+    found = page_rows.of_examples(tables, set(itertools.chain.from_iterable(groups.values())))
+    return {title[0].upper() + title[1:]: [_example(found[row]) for row in rows] for title, rows in groups.items()}
 
 
-def _example(row: Mapping[str, Any], roles: Sequence[str]) -> Example:
+def _example(row: Mapping[str, Any]) -> Example:
     texts = {name: row[name] for name in ("query", "answer") if row[name] is not None} or {"record": row["record"]}
     is_withdrawn = _WITHDRAWN & {row["decision"], row["reason"], row["status"]}
     numbers = [
-        f"{role}: RMI {row[f'rmi_{role}']:.3f} nats/token, rank {row[f'rank_{role}']:.3f} in stratum "
-        f"{row[f'stratum_{role}']}"
-        for role in roles
-        if row[f"rank_{role}"] is not None
+        f"{one['model']}: RMI {one['rmi']:.3f} nats/token, rank {one['rank']:.3f} in stratum {one['stratum']}"
+        for one in sorted(row["scores"], key=lambda one: one["model"])
+        if one["rank"] is not None
     ]
     return Example(
         place=row["place"],

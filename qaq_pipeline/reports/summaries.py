@@ -3,7 +3,7 @@
 Belongs here: computing the numbers that a person reads. Does not belong here: drawing (`plots`), the content of pages
 (`pages`), and the measurements of asset checks (`check_metrics`).
 
-The input is one flat frame: `flat_scores` of Decisions, or a version's scores.parquet, which is the same.
+The input is one flat frame in the order of the rows' keys: `page_rows`, or any other with columns of these names.
 Scores and ranks count each distinct pair once; decisions count every delivered row.
 """
 
@@ -18,14 +18,15 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.selections import CONTROL_PREFIX
-from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import INVALID_REASONS, Decision
-from qaq_pipeline.selection.decisions import by_reason
+from qaq_pipeline.selection import decisions
 
 TAIL = 0.05
 """Share of a stratum in each tail of RMI: possible mismatches in the low tail, possible echoes in the high one."""
 
-_SELECTED = "is_selected:"
+SELECTED = "is_selected:"
+"""Before the name of a selection in the name of a column."""
+
 _STANDS_FOR_NO_PAIR = [
     d.value
     for d in (Decision.DUPLICATE, Decision.CONTAMINATED, Decision.WITHDRAWN, Decision.HELD_OUT, Decision.BETWEEN)
@@ -57,28 +58,46 @@ _STEPS = (
 """Each decision except `selected`, in the order in which rows leave, and the label of the rows that remain."""
 
 
-def roles(flat: pl.DataFrame) -> list[str]:
-    """Return the roles of the models that scored the rows."""
-    return sorted(name.removeprefix("stratum_") for name in flat.columns if name.startswith("stratum_"))
+def roles(columns: Sequence[str]) -> list[str]:
+    """Return the roles of the models that have columns of these names."""
+    return sorted(name.removeprefix("stratum_") for name in columns if name.startswith("stratum_"))
 
 
 def selections(flat: pl.DataFrame) -> list[str]:
     """Return the names of the selections, the published one first, the controls last."""
-    return [name.removeprefix(_SELECTED) for name in flat.columns if name.startswith(_SELECTED)]
+    return [name.removeprefix(SELECTED) for name in flat.columns if name.startswith(SELECTED)]
 
 
 def pairs(flat: pl.DataFrame) -> pl.DataFrame:
-    """Return the representative row of each distinct scored pair; `is_selected` is the published selection's."""
-    scored = pl.any_horizontal(pl.lit(False), *(pl.col(f"num_q_tokens_{role}").is_not_null() for role in roles(flat)))
-    return (
-        flat.filter(scored)
-        .sort(pl.col("decision").is_in(_STANDS_FOR_NO_PAIR), *ROW_KEY)
+    """Return the representative row of each distinct scored pair, with its place in the frame as `row`, from 0.
+
+    `is_selected` is the published selection's.
+    """
+    tokens = [pl.col(f"num_q_tokens_{role}") for role in roles(flat.columns)]
+    representatives = (
+        flat.lazy()
+        .select("pair_id", pl.col("decision").is_in(_STANDS_FOR_NO_PAIR).alias("stands_for_none"), *tokens)
+        .with_row_index("row")
+        .filter(pl.any_horizontal(pl.lit(False), *(count.is_not_null() for count in tokens)))
+        .select("row", "pair_id", "stands_for_none")
+        .sort("stands_for_none", maintain_order=True)
         .unique("pair_id", keep="first", maintain_order=True)
-        .with_columns(is_selected=_is_selected())
+        .collect()["row"]
     )
+    return flat[representatives].with_columns(representatives, is_selected=_is_selected())
+
+
+def num_selected(flat: pl.DataFrame) -> int:
+    """Count the rows that the published selection takes."""
+    return int(flat.select(_is_selected().sum()).item())
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def by_reason(flat: pl.DataFrame) -> pl.DataFrame:
+    """Count the rows by decision and reason, as `selection.decisions.by_reason`, in words."""
+    return decisions.by_reason(flat).with_columns(pl.col("decision", "reason").cast(pl.String))
 
 
 def flow(flat: pl.DataFrame) -> pl.DataFrame:
@@ -88,7 +107,8 @@ def flow(flat: pl.DataFrame) -> pl.DataFrame:
     """
     counts = dict(flat.group_by("decision").len().iter_rows())
     leaving = {"delivered": 0} | {step: counts.get(decision.value, 0) for decision, step in _STEPS}
-    invalid = flat.filter(pl.col("decision") == Decision.NOT_SELECTED.value, pl.col("reason").is_in(_INVALID)).height
+    is_invalid = (pl.col("decision") == Decision.NOT_SELECTED.value) & pl.col("reason").is_in(_INVALID)
+    invalid = int(flat.select(is_invalid.sum()).item())
     selected = leaving.pop(_TAKEN) - invalid
     leaving |= {_VALID: invalid, _TAKEN: selected}
     steps = pl.DataFrame({"step": list(leaving), "left": pl.Series(leaving.values(), dtype=pl.Int64)})
@@ -99,8 +119,9 @@ def flow(flat: pl.DataFrame) -> pl.DataFrame:
 
 def kept_by(flat: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
     """Count value, rows, selected, share by the most frequent values of a column, with the rest in one row."""
-    named = flat.select(value=pl.col(column).cast(pl.String).fill_null("not stated"), is_selected=_is_selected())
-    counts = named.group_by("value").agg(rows=pl.len(), selected=pl.col("is_selected").sum())
+    by_value = flat.group_by(value=column).agg(rows=pl.len(), selected=_is_selected().sum())
+    named = by_value.with_columns(pl.col("value").cast(pl.String).fill_null("not stated"))
+    counts = named.group_by("value").agg(pl.col("rows", "selected").sum())
     ordered = counts.sort("rows", "value", descending=[True, False])
     rest = ordered.slice(most)
     shown = ordered.head(most) if rest.height > 1 else ordered
@@ -146,15 +167,11 @@ def _with_share(counts: pl.DataFrame) -> pl.DataFrame:
 
 def overlap(flat: pl.DataFrame) -> pl.DataFrame:
     """Count the pairs that two selections share, as first, second, both, of_first (share of the first one's pairs)."""
-    names = selections(flat)
-    taken = [f"{_SELECTED}{name}" for name in names]
-    chosen = flat.select(pl.col(name).fill_null(value=False).cast(pl.Float64) for name in taken).to_numpy()
-    both = (chosen.T @ chosen).astype(np.int64)
-    sizes = np.diag(both)
+    taken = {name: flat[f"{SELECTED}{name}"].fill_null(value=False) for name in selections(flat)}
+    sizes = {name: int(is_taken.sum()) for name, is_taken in taken.items()}
     rows = [
-        (a, b, int(both[i, j]), int(both[i, j]) / int(sizes[i]) if sizes[i] else None)
-        for i, a in enumerate(names)
-        for j, b in enumerate(names)
+        (a, b, both := int((taken[a] & taken[b]).sum()), both / sizes[a] if sizes[a] else None)
+        for a, b in itertools.product(taken, taken)
     ]
     columns = {"first": pl.String, "second": pl.String, "both": pl.Int64, "of_first": pl.Float64}
     return pl.DataFrame(rows, schema=columns, orient="row")
@@ -162,13 +179,14 @@ def overlap(flat: pl.DataFrame) -> pl.DataFrame:
 
 def sizes(flat: pl.DataFrame, published: str) -> list[tuple[str, str, int, int | None, int]]:
     """List name, kind, pairs and answer tokens of each selection, and the pairs that the published one also takes."""
-    has_tokens = "num_a_tokens_strong" in flat.columns
+    tokens = pl.col("num_a_tokens_strong") if "num_a_tokens_strong" in flat.columns else pl.lit(None, pl.Int64)
     found = []
     for name in selections(flat):
-        of_it = flat.filter(f"{_SELECTED}{name}")
+        is_taken = pl.col(f"{SELECTED}{name}").fill_null(value=False)
         kind = "control" if name.startswith(CONTROL_PREFIX) else "published" if name == published else "named"
-        tokens = int(of_it["num_a_tokens_strong"].sum()) if has_tokens else None
-        found.append((name, kind, of_it.height, tokens, of_it.filter(_is_selected()).height))
+        size, both = flat.select(is_taken.sum(), (is_taken & _is_selected()).sum().alias("both")).row(0)
+        used = flat.select(tokens.filter(is_taken).sum()).item() if "num_a_tokens_strong" in flat.columns else None
+        found.append((name, kind, size, used, both))
     return found
 
 
@@ -186,7 +204,8 @@ def strata(pairs: pl.DataFrame, role: str) -> pl.DataFrame:
     ranges overlap, and `has_edges` is false.
     """
     rmi = pl.col(f"rmi_{role}")
-    known = pairs.drop_nulls([f"stratum_{role}", f"rmi_{role}"])
+    columns = [f"stratum_{role}", f"rmi_{role}"]
+    known = pairs.select(*columns, f"log_ppl_q_{role}", "is_selected").drop_nulls(columns)
     return _with_share(
         known.group_by(stratum=f"stratum_{role}")
         .agg(
@@ -282,15 +301,17 @@ def _shares(groups: Mapping[str, pl.Series], edges: np.ndarray) -> pl.DataFrame:
 
 def groups_of_lengths(pairs: pl.DataFrame, column: str) -> dict[str, pl.Series]:
     """Return the token counts of the selected pairs, of all scored pairs, and of the random control."""
-    control = f"{_SELECTED}{CONTROL_PREFIX}random"
+    control = f"{SELECTED}{CONTROL_PREFIX}random"
     if column not in pairs.columns:
         return {}
     groups = {
-        "selected": pairs.filter("is_selected"),
-        "all scored pairs": pairs,
-        "random control": pairs.filter(control) if control in pairs.columns else pairs.clear(),
+        "selected": pl.col("is_selected"),
+        "all scored pairs": pl.lit(value=True),
+        "random control": pl.col(control) if control in pairs.columns else pl.lit(value=False),
     }
-    return {group: rows[column].drop_nulls() for group, rows in groups.items()}
+    return {
+        group: pairs.lazy().filter(of).select(column).collect()[column].drop_nulls() for group, of in groups.items()
+    }
 
 
 def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
@@ -310,8 +331,8 @@ def spread(groups: Mapping[str, pl.Series]) -> pl.DataFrame:
 # --- examples -------------------------------------------------------------------------------------------------------
 
 
-def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, pl.DataFrame]:
-    """Return the rows with the lowest and highest rank of a model and gap between the models, most extreme first."""
+def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, list[int]]:
+    """Return the `row`s with the lowest and highest rank of a model and gap between the models, most extreme first."""
     ends = {
         f"lowest rank of RMI, {role} model: query and answer may not belong together": (f"rank_{role}", False),
         f"highest rank of RMI, {role} model: the answer may echo its query": (f"rank_{role}", True),
@@ -319,26 +340,27 @@ def tails(pairs: pl.DataFrame, role: str, most: int) -> dict[str, pl.DataFrame]:
         "highest gap: only the strong model finds the pair coherent": ("gap", True),
     }
     return {
-        title: pairs.drop_nulls(column).sort(column, "pair_id", descending=[descending, False]).head(most)
+        title: pairs.select("row", "pair_id", column)
+        .drop_nulls(column)
+        .sort(column, "pair_id", descending=[descending, False])["row"]
+        .head(most)
+        .to_list()
         for title, (column, descending) in ends.items()
         if column in pairs.columns
     }
 
 
-def of_each_reason(flat: pl.DataFrame, most: int) -> dict[str, pl.DataFrame]:
-    """Return examples of each decision and reason, spread evenly over the delivery, the same on every call."""
+def of_each_reason(flat: pl.DataFrame, most: int) -> dict[str, list[int]]:
+    """Return examples of each decision and reason by their places in the frame, from 0: spread evenly over the
+    delivery, and the same on every call.
+    """
     found = {}
     for decision, reason, rows in by_reason(flat).iter_rows():
-        of_it = flat.filter(decision=decision, reason=reason).sort(ROW_KEY)
-        found[f"{decision}: {reason} ({rows:,} rows)"] = of_it[evenly(rows, most)]
+        of_it = flat.select((pl.col("decision") == decision) & (pl.col("reason") == reason)).to_series().arg_true()
+        found[f"{decision}: {reason} ({rows:,} rows)"] = of_it[evenly(rows, most)].to_list()
     return found
 
 
 def evenly(length: int, most: int) -> list[int]:
     """Return at most `most` evenly spaced indices of a list of that length, from 0."""
     return sorted({math.floor(i * length / min(most, length)) for i in range(min(most, length))})
-
-
-def with_texts(rows: pl.DataFrame, raw: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Join columns of RawData to the rows, keeping their order."""
-    return rows.join(raw.select(*ROW_KEY, *columns), on=ROW_KEY, how="left", maintain_order="left")

@@ -81,14 +81,14 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
     """
     settings, storage, partition = deployment.settings, deployment.storage, Partition(batch)
     stored = storage.tables.read("decisions", partition)
-    decisions, judged = stored.frame, stored.provenance.get(VALIDITY_KEY, {})
+    judged = stored.provenance.get(VALIDITY_KEY, {})
     num_rows = storage.tables.footer("raw_data", partition).num_rows
-    if decisions.height != num_rows:
+    if stored.num_rows != num_rows:
         raise RunError(
-            f"batch {batch} has {num_rows} delivered rows but {decisions.height} decisions: report this fault"
+            f"batch {batch} has {num_rows} delivered rows but {stored.num_rows} decisions: report this fault"
         )
     reasons: dict[str, dict[str, int]] = {decision.value: {} for decision in vocabularies.Decision}
-    for decision, reason, count in by_reason(decisions).iter_rows():
+    for decision, reason, count in by_reason(stored.select("decision", "reason")).iter_rows():
         reasons[decision][reason] = count
     published, decided = results["curated_dataset", None], results["decisions", partition]
     return BatchSummary(

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import polars as pl
-
 from qaq_pipeline.reports import page_store
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import SILENT, Events, RunError, driving
 from qaq_pipeline.runs.refresh import Refreshed, publish, refresh_stale
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import row_place
+from qaq_pipeline.schema.row_place import ROW_KEY, row_place
 from qaq_pipeline.schema.vocabularies import DuplicateReason
 from qaq_pipeline.screening import withdrawals
 from qaq_pipeline.storage import row_lookup
@@ -58,7 +56,7 @@ def _contents(storage: Storage, batch: str, row: str) -> dict[str, str]:
     """The content hash of the row, and its place."""
     if not storage.tables.has("signatures", Partition(batch)):
         raise RunError(f"batch {batch!r} is not screened yet, so its rows are unknown; withdraw the batch, or wait")
-    signatures = storage.tables.read("signatures", Partition(batch)).frame
+    signatures = storage.tables.read("signatures", Partition(batch)).select(*ROW_KEY, "pair_id", "content_hash")
     found = row_lookup.find_rows(signatures, row, batch)
     if found.is_empty():
         raise RunError(f"batch {batch!r} has no readable row {row!r}; give file:row, a number, or a pair_id")
@@ -74,8 +72,7 @@ def near_rows(deployment: Deployment, batch: str, row: str) -> list[str]:
     found = []
     for name in deployment.batches:
         if storage.tables.has("screened_data", Partition(name)):
-            rows = storage.tables.read("screened_data", Partition(name)).frame.filter(
-                (pl.col("duplicate_of") == place) & (pl.col("reason") == DuplicateReason.NEAR_DUPLICATE.value)
-            )
-            found += rows.select(row_place()).to_series().to_list()
+            for rows in storage.tables.read("screened_data", Partition(name)).parts(*ROW_KEY, "duplicate_of", "reason"):
+                near = rows.filter(duplicate_of=place, reason=DuplicateReason.NEAR_DUPLICATE.value)
+                found += near.select(row_place()).to_series().to_list()
     return found

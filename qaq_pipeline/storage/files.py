@@ -54,6 +54,11 @@ def hash_json(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def sha256_of(stream: BinaryIO) -> str:
+    """Hash of what is left of a stream (64 hex digits), which is read in pieces."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
 class LocalFile:
     """A file on this machine. A temporary one is removed when nobody holds it any more."""
 
@@ -110,6 +115,16 @@ class Files:
             folder = Path(tempfile.gettempdir())
         return LocalFile(folder / f".{uuid.uuid4().hex}.tmp", is_temporary=True)
 
+    @contextlib.contextmanager
+    def unfinished_folder(self, *parts: str) -> Iterator[Path]:
+        """A new folder for files that `put` stores below this one; what is left in it at the end is removed."""
+        if self._is_local:
+            Path(self.path(*parts)).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=self.path(*parts) if self._is_local else None, prefix=".", suffix=".tmp"
+        ) as folder:
+            yield Path(folder)
+
     def put(self, file: LocalFile, *parts: str) -> None:
         """Store a file that `unfinished` gave for this place. On a local disk it is moved there."""
         if not self._is_local:
@@ -117,6 +132,7 @@ class Files:
             return
         with file.path.open("rb") as stream:
             os.fsync(stream.fileno())  # Else the rename could reach the disk before the content.
+        Path(self.path(*parts)).parent.mkdir(parents=True, exist_ok=True)
         file.path.replace(self.path(*parts))
 
     def local(self, *parts: str) -> LocalFile:
@@ -181,7 +197,11 @@ class Files:
 
     def sha256(self, *parts: str) -> str:
         """Hash of a file (64 hex digits). Raises `StorageError` where there is no file."""
-        return hashlib.sha256(self.read_bytes(*parts)).hexdigest()
+        try:
+            with self.open(*parts) as stream:
+                return sha256_of(stream)
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
 
     def size(self, *parts: str) -> int:
         """Size of a file in bytes. Raises `StorageError` where there is no file."""

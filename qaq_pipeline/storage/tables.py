@@ -188,7 +188,12 @@ class Tables:
         Raises:
             StorageError: the table is missing, or torn.
         """
-        parts = self._existing(name, partition)
+        yield from self.scan_file(columns, *self._existing(name, partition), begins=begins)
+
+    def scan_file(
+        self, columns: Sequence[str], *parts: str, begins: Mapping[str, int] = _WHOLE
+    ) -> Iterator[pl.DataFrame]:
+        """Columns of any Parquet file under the root, as `scan`."""
         with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
             yield from row_lookup.scan(stream, columns, begins)
 

@@ -26,11 +26,14 @@ from qaq_pipeline.ingest.records import ASIDE_KEY, UNREAD_KEY
 from qaq_pipeline.publication import versions
 from qaq_pipeline.publication.curated_dataset import publish, read_batches
 from qaq_pipeline.publication.dataset_card import dataset_card
-from qaq_pipeline.schema.tables import Decisions, ScreenedData, dtypes
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import Decisions, RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Signal
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, VALIDITY_KEY
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline_tests.support.frames import HOSTILE_NAMES, IDENTITY, raw_rows, store_batch
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -60,23 +63,28 @@ def card_of(
     benchmarks: Mapping[str, Any] | None = None,
     made_of: Mapping[str, Any] | None = None,
     unread: Mapping[str, int] | None = None,
+    decisions: pl.DataFrame | None = None,
+    screened: pl.DataFrame | None = None,
     **changes: Any,
 ) -> str:
     """The card of a version without rows, with the given changes."""
     benchmarks, made_of = benchmarks or {}, made_of or {}
+    decisions = empty(Decisions) if decisions is None else decisions
+    if screened is None:
+        screened = decisions.select(*ROW_KEY, status=pl.lit("accepted"), evidence=pl.lit(None, pl.String))
     parts: dict[str, Any] = {
         "selection": parse_settings(SETTINGS).published,
         "exported": {"diff_high": 0},
         "export": ExportSettings.model_validate({}),
         "llama_factory": None,
         "entries": [entry()],
-        "screened": pl.DataFrame(schema=dtypes(ScreenedData)),
-        "decisions": pl.DataFrame(schema=dtypes(Decisions)),
-        "provenance": {
+        "tables": {
             batch: {
-                "raw_data": {UNREAD_KEY: {"records": 5, "with_field": unread or {}}, ASIDE_KEY: []},
-                "screened_data": {"benchmarks": benchmarks.get(batch, {})},
-                "decisions": made_of.get(batch, {}),
+                "raw_data": StoredTable(
+                    empty(RawData), {UNREAD_KEY: {"records": 5, "with_field": unread or {}}, ASIDE_KEY: []}
+                ),
+                "screened_data": StoredTable(screened, {"benchmarks": benchmarks.get(batch, {})}),
+                "decisions": StoredTable(decisions, made_of.get(batch, {})),
             }
             for batch in (benchmarks.keys() | made_of.keys()) or {"b1"}
         },

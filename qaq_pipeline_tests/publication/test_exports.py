@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any, get_args
 
 import polars as pl
@@ -20,10 +22,10 @@ from qaq_pipeline.publication.exports import (
     FORMATS,
     check_installed,
     columns,
-    export,
     field_of_turns,
     llama_factory_entries,
     with_meta,
+    write,
 )
 from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows
@@ -50,6 +52,14 @@ def selected(*texts: tuple[str | None, str, str]) -> pl.DataFrame:
 
 
 TWO = selected((None, 'Say "größer" in 日本語', "a\nb\t\\ \u2028 😀 \0"), ("Be brief.", "  indent kept \n", "</s>"))
+
+
+def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
+    """The files of the rows in a format, by path in the folder of a selection."""
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        write(name, rows, folder := Path(name_of_folder))
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
 
 EXPECTED = {
     "messages": [

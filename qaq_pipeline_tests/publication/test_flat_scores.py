@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import io
+from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pytest
 
-from qaq_pipeline.publication.flat_scores import flat_scores, nested_row, scores_parquet
+from qaq_pipeline.publication.flat_scores import flat_scores, nested_row, write
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, dtypes, enforce
+from qaq_pipeline.storage import stored_table
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.publication.test_exports import selected
 from qaq_pipeline_tests.support.frames import RMI_SCORE, pair_name
 
@@ -81,8 +84,14 @@ def test_flat_scores_keep_every_row_in_order_with_its_own_numbers() -> None:
     assert flat["position:control_random"].to_list() == [2, None, None]
 
 
-def test_the_scores_file_joins_the_training_rows_on_either_key() -> None:
-    scores = pl.read_parquet(io.BytesIO(scores_parquet(decisions({}, {}, DUPLICATE))))
+def written(folder: Path, *batches: pl.DataFrame) -> pl.DataFrame:
+    """The scores file of batches."""
+    write([StoredTable(batch) for batch in batches], folder / "scores.parquet")
+    return pl.read_parquet(folder / "scores.parquet")
+
+
+def test_the_scores_file_joins_the_training_rows_on_either_key(tmp_path: Path) -> None:
+    scores = written(tmp_path, decisions({}, {}, DUPLICATE))
     rows = selected((None, "q", "a"), (None, "r", "b"))
     by_row = rows.join(scores, on=ROW_KEY, how="left", validate="1:1")
     assert by_row["rmi_strong"].to_list() == [0.5, 0.5]
@@ -96,16 +105,28 @@ def test_scores_of_a_batch_without_pairs_are_its_rows() -> None:
     assert flat_scores(decisions()).is_empty()
 
 
-def test_batches_of_other_models_and_selections_lie_side_by_side() -> None:
+def test_batches_of_other_models_and_selections_lie_side_by_side(tmp_path: Path) -> None:
     other = {
         "batch": "b2",
         "scores": [SCORE | {"model": "tiny"}],
         "verdicts": [VERDICT | {"selection": "rmi_band", "is_selected": True}],
     }
-    flat = flat_scores(decisions({}, other))
+    one, two, three = decisions(REJECTED, {}), decisions(other, REJECTED | {"batch": "b2"}), decisions()
+    flat = flat_scores(pl.concat([one, two]))
+    assert written(tmp_path, one, three, two).equals(flat)
+    flat = flat.filter(pl.col("pair_id").is_not_null())
     assert flat["rmi_tiny"].to_list() == [None, 0.5]
     assert flat["rmi_strong"].to_list() == [0.5, None]
     assert flat["is_selected:rmi_band"].to_list() == [None, True]
+
+
+def test_a_scores_file_that_is_written_in_parts_is_that_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_table, "ROWS_PER_GROUP", 1)
+    gated = {"verdicts": [], "decision": "batch_gated", "reason": "too_many_rejected"}
+    for rows in ([REJECTED, DUPLICATE, {}, REJECTED, {}], [REJECTED, gated], [REJECTED], []):
+        assert written(tmp_path, decisions(*rows)).equals(flat_scores(decisions(*rows)))
 
 
 def test_a_flat_row_is_nested_again_with_all_that_it_holds() -> None:

@@ -52,7 +52,11 @@ def store_version(storage: Storage, files: Mapping[str, bytes] = FILES) -> str:
     """A version of these files and of no batch, as publication leaves it, the newest; its name."""
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     manifest = {"format": versions.MANIFEST_FORMAT, "batches": [], "files": hashes}
-    version, _ = versions.store(storage, manifest, files)
+    with versions.unfinished(storage) as folder:
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        version, _ = versions.store(storage, manifest, folder)
     versions.record(storage, version, {}, run_id=None)
     return version
 

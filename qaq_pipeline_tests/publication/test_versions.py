@@ -479,19 +479,20 @@ def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
 def test_a_row_delivered_again_with_another_text_left_and_entered() -> None:
     before = decided(("b1", 1, "a", "selected"), ("b1", 2, "b", "selected"), ("b1", 3, "c", "selected"))
     after = decided(("b1", 1, "a", "selected"), ("b1", 2, "d", "selected"), ("b1", 3, "c", "duplicate"))
-    found = difference.difference(before, after)
+    found = difference.difference(lambda: [before], lambda: after.iter_slices(2))
     assert found.select("source_row", "pair_id", "is_added", "change").rows() == [
         (2, "b" * 32, False, "row_gone"),
         (2, "d" * 32, True, "row_delivered"),
         (3, "c" * 32, False, "decided_otherwise"),
     ]
-    assert difference.difference(after, before)["is_added"].to_list() == [True, False, True]
+    assert difference.difference(lambda: [after], lambda: [before])["is_added"].to_list() == [True, False, True]
 
 
 def test_rows_that_no_version_selects_are_no_difference() -> None:
     before = decided(("b1", 1, "a", "not_selected"), ("b1", 2, "b", "selected"))
     after = decided(("b1", 1, "a", "duplicate"), ("b1", 2, "b", "selected"), ("b2", 1, "c", "not_selected"))
-    assert difference.difference(before, after).is_empty()
+    assert difference.difference(lambda: [before], lambda: [after]).is_empty()
+    assert difference.difference(list, list).is_empty()
 
 
 def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(storage: Storage) -> None:

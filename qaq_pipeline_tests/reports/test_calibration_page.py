@@ -17,6 +17,7 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import BOTH_MODELS
 from qaq_pipeline.schema.vocabularies import Defect, GateReason, NoCutReason, Signal, Statistic
 from qaq_pipeline.screening.gates import Gate
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import words
 from qaq_pipeline.validity.judgement import of_signal
 from qaq_pipeline_tests.calibration.test_calibration import (
@@ -40,6 +41,10 @@ def judged() -> Judged:
     return judged_batch()
 
 
+def stored_scores() -> dict[str, StoredTable]:
+    return {role: StoredTable(scores) for role, scores in clean_scores().items()}
+
+
 def page_of(
     frame: pl.DataFrame,
     judged: Judged | None,
@@ -51,7 +56,7 @@ def page_of(
     wanted = settings(**sections)
     findings = check_metrics.of_calibration(frame, wanted.published.name, wanted.checks)
     of_batch = clean_texts() if texts is None else texts
-    shown = Shown("b1", of_batch, clean_scores(), planted, cuts())
+    shown = Shown("b1", lambda: of_batch.iter_slices(7), stored_scores(), planted, cuts())
     return calibration_page.page(shown, gate, judged, frame, findings, wanted, MADE).decode()
 
 
@@ -158,7 +163,7 @@ def test_a_signal_that_tells_nothing_is_an_alert(judged: Judged) -> None:
     )
     frame, whole = calibrated(judged), settings()
     findings = check_metrics.of_calibration(frame, "diff_high", whole.checks)
-    shown = Shown("b1", clean_texts(), clean_scores(), planted_rows(), untold)
+    shown = Shown("b1", lambda: [clean_texts()], stored_scores(), planted_rows(), untold)
     text = calibration_page.page(shown, None, judged, frame, findings, whole, MADE).decode()
     assert f'role="alert"><strong>Warning:</strong> {words.untold(untold)}.' in text
     assert "Nearest pairs" not in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import tempfile
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,7 @@ from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import curated_dataset, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.publication.flat_scores import flat_scores
-from qaq_pipeline.reports import pages
+from qaq_pipeline.reports import page_rows, pages
 from qaq_pipeline.reports.pages import Example, Made, Scoring
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.column_lineage import Column
@@ -90,6 +91,7 @@ class Seen(HTMLParser):
             self.tables[self._caption][-1][-1] += data
 
 
+NO_LINKS = {"calibration": None, "rows": None}
 NONE_INVALID = dict.fromkeys((one.value for one in Signal), 0)
 
 
@@ -97,11 +99,12 @@ def page_of(
     num_rows: int = 300, changes: dict[int, dict[str, Any]] | None = None, **options: Any
 ) -> tuple[bytes, BatchTables]:
     made = synthetic.batch(SETTINGS, num_rows, changes=changes)
-    scorings = [Scoring(role, SCORED, frame, options.get("cost")) for role, frame in made.scores.items()]
+    scorings = [Scoring(role, StoredTable(frame, SCORED), options.get("cost")) for role, frame in made.scores.items()]
     tables = options.get("changed", lambda tables: tables)(made.tables)
     frozen = ("r1", rank_reference.freeze([made.scores], SETTINGS.ranking)[0]) if options.get("frozen") else None
-    linked = {"calibration": options.get("calibration")}
-    return pages.batch_page(tables, scorings, SETTINGS.published, frozen, MADE, 10, **linked), tables
+    links = NO_LINKS | {"calibration": options.get("calibration")}
+    rows = page_rows.of_batch(tables)
+    return pages.batch_page(tables, rows, scorings, SETTINGS.published, frozen, MADE, 10, links), tables
 
 
 def changed(tables: BatchTables, **others: StoredTable) -> BatchTables:
@@ -378,7 +381,10 @@ def version_of(
         "models": tables["decisions"].provenance["models"],
     }
     settings = SETTINGS.model_copy(update={"export": ExportSettings(formats=EVERY_FORMAT, meta=has_meta)})
-    files = curated_dataset.dataset_files(settings.published, settings.exported, settings.export, [tables])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        curated_dataset.write_files(folder, settings.published, settings.exported, settings.export, [tables])
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     manifest = {
         "batches": [entry],
         "export": settings.export.model_dump(mode="json"),
@@ -393,10 +399,10 @@ def version_of(
         "rows": "http://127.0.0.1:3001/versions/v1",
         "of_trial": verdict,
         "trial": None if verdict is None else "../trials/v1.html",
+        "sizes": {"scores.parquet": 10},
     }
-    return pages.version_page(
-        "v1", manifest, flat, SETTINGS.published, neighbours, {"scores.parquet": 10}, None, MADE
-    ), flat
+    rows = page_rows.of_version(flat.iter_slices(100))
+    return pages.version_page("v1", manifest, rows, flat.columns, SETTINGS.published, neighbours, None, MADE), flat
 
 
 def test_a_version_page_names_its_version_by_number_and_day_says_what_it_has_and_leads_to_the_previous_one() -> None:
@@ -489,9 +495,11 @@ def test_text_has_contrast_aa_in_both_schemes(hostile: bytes) -> None:
 def large() -> bytes:
     """A page of 300,000 rows."""
     made = synthetic.batch(SETTINGS, 300_000)
-    scorings = [Scoring(role, SCORED, frame) for role, frame in made.scores.items()]
+    scorings = [Scoring(role, StoredTable(frame, SCORED)) for role, frame in made.scores.items()]
     start = time.process_time()
-    page = pages.batch_page(made.tables, scorings, SETTINGS.published, None, MADE, 10)
+    page = pages.batch_page(
+        made.tables, page_rows.of_batch(made.tables), scorings, SETTINGS.published, None, MADE, 10, NO_LINKS
+    )
     print(f"{len(page):,} bytes in {time.process_time() - start:.1f} s of all cores")
     return page
 

@@ -8,16 +8,15 @@ from xml.etree import ElementTree as ET
 import polars as pl
 import pytest
 
-from qaq_pipeline.reports import pages, plots, summaries
+from qaq_pipeline.reports import page_rows, plots, summaries
 from qaq_pipeline.reports.plots import Plot
-from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
 
 
 def flat_rows(num_rows: int) -> pl.DataFrame:
     made = synthetic.batch(SETTINGS, 200).tables
-    return pages.flat_rows(made).head(num_rows)
+    return page_rows.of_batch(made).head(num_rows)
 
 
 def drawn(flat: pl.DataFrame) -> list[Plot]:
@@ -26,7 +25,7 @@ def drawn(flat: pl.DataFrame) -> list[Plot]:
     grid = summaries.rank_grid(pairs)
     return [
         plots.flow(summaries.flow(flat)),
-        plots.by_reason(by_reason(flat)),
+        plots.by_reason(summaries.by_reason(flat)),
         plots.density(summaries.density(pairs, "strong"), summaries.strata(pairs, "strong"), "strong"),
         plots.ranks(grid),
         plots.ranks(grid, is_selected=True),

@@ -12,7 +12,6 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import plots, summaries
 from qaq_pipeline.schema.vocabularies import Decision
-from qaq_pipeline.selection.decisions import by_reason
 from qaq_pipeline_tests.support import synthetic
 
 SETTINGS = parse_settings(
@@ -38,7 +37,7 @@ def published(settings: Settings = SETTINGS) -> str:
 
 
 def test_rows_by_reason_and_the_flow_add_up_to_all_rows(flat: pl.DataFrame) -> None:
-    counts, steps = by_reason(flat), summaries.flow(flat)
+    counts, steps = summaries.by_reason(flat), summaries.flow(flat)
     assert counts["rows"].sum() == steps["rows"][0] == flat.height
     assert steps["rows"].to_list() == [flat.height - left for left in np.cumsum(steps["left"].to_numpy())]
     assert steps["rows"][-1] == sum(decision == "selected" for decision in flat["decision"])
@@ -155,10 +154,21 @@ def test_examples_of_a_reason_are_spread_evenly_and_the_same_every_time() -> Non
 
 def test_tails_are_the_outermost_pairs(flat: pl.DataFrame) -> None:
     pairs = summaries.pairs(flat)
-    lowest, highest, least, most = summaries.tails(pairs, "strong", 10).values()
+    lowest, highest, least, most = (flat[rows] for rows in summaries.tails(pairs, "strong", 10).values())
     assert max(lowest["rank_strong"]) <= min(pairs.drop_nulls("rank_strong")["rank_strong"].sort()[9:])
     assert set(highest["rank_strong"]) == {1.0}
     assert max(least["gap"]) < 0 < min(most["gap"])
+    assert lowest["rank_strong"].is_sorted()
+    assert most["gap"].is_sorted(descending=True)
+
+
+def test_examples_of_a_reason_have_it(flat: pl.DataFrame) -> None:
+    found = summaries.of_each_reason(flat, 3)
+    assert len(found) == summaries.by_reason(flat).height
+    for title, rows in found.items():
+        (decision, reason), num_rows = flat[rows].select("decision", "reason").unique().row(0), len(rows)
+        assert title.startswith(f"{decision}: {reason} (")
+        assert num_rows == min(3, flat.filter(decision=decision, reason=reason).height)
 
 
 def test_what_cannot_be_seen_is_named() -> None:

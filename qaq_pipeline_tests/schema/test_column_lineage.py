@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -370,7 +372,9 @@ def _another(frame: pl.DataFrame, column: str) -> pl.DataFrame:
 
 def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
     """The values of each field."""
-    data = next(iter(exports.export(name, rows).values())).decode()
+    with tempfile.TemporaryDirectory() as folder:
+        exports.write(name, rows, Path(folder))
+        data = next(Path(folder).iterdir()).read_text(encoding="utf-8")
     records = json.loads(data) if name == "alpaca" else [json.loads(line) for line in data.splitlines()]
     return {field: [record[field] for record in records] for field in records[0]}
 

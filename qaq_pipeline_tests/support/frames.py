@@ -12,6 +12,7 @@ from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import RankingSettings, Settings
 from qaq_pipeline.ingest.records import ASIDE_KEY, UNREAD_KEY
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import CachedScores, RawData, RmiScores, Validity, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
 from qaq_pipeline.screening import duplicates
@@ -138,7 +139,7 @@ def store_batch(
     A query may be all the changes of its row.
     """
     changes = [*({"query": query} if isinstance(query, str) else query for query in queries), rejected()]
-    raw = raw_rows(*(row | {"source_file": source_file} for row in changes), batch=batch)
+    raw = raw_rows(*(row | {"source_file": source_file} for row in changes), batch=batch).sort(ROW_KEY)
     rmi = {"strong": [0.1 * n for n in range(len(queries))], "weak": [-0.1 * n for n in range(len(queries))]}
     scores = {role: rmi_rows(*({"rmi": value} for value in values)) for role, values in rmi.items()}
     disagreement, _ = disagreement_scores(scores, ONE_STRATUM, f"batch:{batch}")

@@ -45,10 +45,10 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
         tables = BatchTables(batch, rows | {"decisions": decisions, "selected_subset": selected_subset})
         page_store.require_one_decision(tables, settings.published)
         scorings = [
-            Scoring(role, table.provenance, table.frame, _cost(context, Partition(batch, role), table))
+            Scoring(role, table, _cost(context, Partition(batch, role), table))
             for role, table in sorted(rmi_scores.items())
         ]
-        version = page_store.write_batch_page(
+        version, flat = page_store.write_batch_page(
             storage,
             tables,
             scorings,
@@ -62,7 +62,7 @@ def build_batch_report(settings: Settings) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(version),
             metadata={
                 "page": dg.MetadataValue.path(storage.files.url(*page_store.batch_page(batch))),
-                **pictures(context, settings, lambda: pages.batch_overview(tables)),
+                **pictures(context, settings, lambda: pages.batch_overview(flat)),
             },
         )
 
