@@ -9,7 +9,7 @@ instead. Only `to_columns` makes a column for each model or selection, for what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import dataframely as dy
 import polars as pl
@@ -43,6 +43,20 @@ def to_lists(long: pl.DataFrame, struct: dy.Struct, column: str) -> pl.DataFrame
     # Ten times faster than group_by("pair_id").
     lists = pl.concat(structs, how="horizontal").select(pl.concat_arr(pl.all()).arr.to_list().alias(column))
     return lists.insert_column(0, pair_ids)
+
+
+def slices_of_pairs(long: pl.DataFrame, num_keys: int, size: int) -> Iterator[pl.DataFrame]:
+    """The long frame in parts, each of all rows of at most `size` pairs, in their order.
+
+    Args:
+        long: all pairs of one model or selection, then the same pairs in the same order of the next one, and so on.
+        num_keys: number of models or selections.
+        size: pairs of a part.
+    """
+    num_pairs = long.height // num_keys
+    for start in range(0, num_pairs, size):
+        length = min(size, num_pairs - start)
+        yield pl.concat(long.slice(key * num_pairs + start, length) for key in range(num_keys))
 
 
 def to_long(frame: pl.DataFrame, column: str, *keep: str) -> pl.DataFrame:
