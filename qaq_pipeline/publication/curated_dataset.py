@@ -180,8 +180,8 @@ def _rows(batches: Sequence[BatchTables], selection: str | None, export: ExportS
     """The rows of a selection (None: the published one), batch by batch, best first."""
     rows = _concat(batches, "selected_subset")
     if selection is not None:
-        frames = [(batch["raw_data"].frame, batch["decisions"].frame) for batch in batches]
-        rows = pl.concat([rows.clear(), *(decisions.selected_rows(selection, *of_batch) for of_batch in frames)])
+        of_batches = [(batch["raw_data"], batch["decisions"]) for batch in batches]
+        rows = pl.concat([rows.clear(), *(decisions.selected_rows(selection, *tables) for tables in of_batches)])
     if export.reasoning == "leave_out":
         rows = rows.with_columns(reasoning=pl.lit(None, pl.String))
     if export.rows == "conversation":

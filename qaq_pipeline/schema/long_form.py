@@ -45,6 +45,22 @@ def to_lists(long: pl.DataFrame, struct: dy.Struct, column: str) -> pl.DataFrame
     return lists.insert_column(0, pair_ids)
 
 
+def find_pairs(pair_ids: pl.Series, wanted: pl.Series) -> pl.Series:
+    """The places of the wanted pair_ids among others, without those that are not among them.
+
+    It takes a binary search for each wanted one, however often others are looked for.
+
+    Args:
+        pair_ids: sorted, each once.
+        wanted: each once, without null.
+    """
+    if pair_ids.is_empty():
+        return pl.Series(dtype=pl.UInt32)
+    places = pair_ids.search_sorted(wanted)
+    nearest = places.clip(upper_bound=len(pair_ids) - 1)
+    return nearest.filter(pair_ids.gather(nearest) == wanted)
+
+
 def slices_of_pairs(long: pl.DataFrame, num_keys: int, size: int) -> Iterator[pl.DataFrame]:
     """The long frame in parts, each of all rows of at most `size` pairs, in their order.
 
@@ -57,6 +73,18 @@ def slices_of_pairs(long: pl.DataFrame, num_keys: int, size: int) -> Iterator[pl
     for start in range(0, num_pairs, size):
         length = min(size, num_pairs - start)
         yield pl.concat(long.slice(key * num_pairs + start, length) for key in range(num_keys))
+
+
+def rows_of_pairs(long: pl.DataFrame, num_pairs: int, places: pl.Series) -> pl.DataFrame:
+    """The rows of some pairs, in the order of the long frame if the places grow.
+
+    Args:
+        long: as for `slices_of_pairs`, of so many pairs.
+        num_pairs: number of pairs.
+        places: of the wanted pairs among them.
+    """
+    starts = range(0, long.height, num_pairs) if num_pairs else ()
+    return long[pl.concat([places.clear(), *(places + start for start in starts)])]
 
 
 def to_long(frame: pl.DataFrame, column: str, *keep: str) -> pl.DataFrame:

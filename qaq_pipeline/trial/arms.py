@@ -109,7 +109,7 @@ class Arms:
                 f"trial.selections: version {self.version} has no selection {arm!r}; known: {', '.join(sorted(known))}"
             )
         decided = self.decisions.items()
-        return self._pairs(selected_rows(arm, self.batches[one].raw_data.frame, table.frame) for one, table in decided)
+        return self._pairs(selected_rows(arm, self.batches[one].raw_data, table) for one, table in decided)
 
     def controls(self, seed: int) -> dict[str, list[Pair]]:
         """The rows of each random control, drawn for this seed, sorted by pair_id."""
