@@ -21,8 +21,8 @@ from qaq_pipeline.selection.explanations import explain
 from qaq_pipeline.selection.grammar.composition import with_grounds
 from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
 
-_STORED = {name: column.dtype for name, column in tables.VERDICT.inner.items()}
-_OF_PUBLISHED = {name: dtype for name, dtype in _STORED.items() if name != "selection"}
+_STORED = pl.Schema({name: column.dtype for name, column in tables.VERDICT.inner.items()})
+_REASON = pl.Schema({"reason": _STORED["reason"]})
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DecidedPairs:
         places = self._places(pair_ids)
         verdicts = rows_of_pairs(self.verdicts, self._pair_ids.len(), places).cast(_STORED)
         lists = to_lists(verdicts, tables.VERDICT, "verdicts").drop("pair_id")
-        grounds = self._grounds[places].cast(_OF_PUBLISHED).select(pl.exclude("pair_id").name.prefix("verdict_"))
+        grounds = self._grounds[places].cast(_REASON).select(pl.exclude("pair_id").name.prefix("verdict_"))
         return pl.concat([_scores(self._candidates_at(places)), lists, grounds], how="horizontal")
 
     def candidates_of(self, pair_ids: pl.Series) -> pl.DataFrame:
@@ -142,8 +142,13 @@ def selected_rows(selection: str, raw_data: StoredTable, decisions: StoredTable)
     for part in parts_of_both(raw_data, texts, decisions, ("verdicts",), ROW_KEY):
         verdicts = to_long(part, "verdicts", *ROW_KEY).filter(pl.col("selection") == selection, "is_selected")
         taken = part.join(verdicts.select(*ROW_KEY, "position"), on=ROW_KEY, validate="1:1", maintain_order="left")
-        found.append(taken.select(list(columns)))
+        found.append(_alone(taken.select(list(columns))))
     return pl.concat(found).sort("position")
+
+
+def _alone(rows: pl.DataFrame) -> pl.DataFrame:
+    """The same rows with their texts copied: rows that were filtered keep the texts of all others in memory."""
+    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()), schema=rows.schema)
 
 
 def by_reason(decisions: pl.DataFrame) -> pl.DataFrame:

@@ -121,7 +121,7 @@ class ScoredBatch:
             **({} if self.judged is None else self.judged.inputs),
         }
 
-    @cached_property
+    @property
     def candidates(self) -> pl.DataFrame:
         """Scores, ranks and validity of every distinct pair, as `candidates.candidates`."""
         scores = {role: read_scores(table) for role, table in self.rmi_scores.items()}

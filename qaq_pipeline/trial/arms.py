@@ -103,7 +103,7 @@ class Arms:
             return []
         if arm == EVERYTHING:
             return self._pairs(_accepted(one) for one in self.batches.values())
-        known = {name for table in self.decisions.values() for name in _selections(table.frame)}
+        known = {name for table in self.decisions.values() for name in _selections(table.select("verdicts"))}
         if arm not in known:
             raise TrialError(
                 f"trial.selections: version {self.version} has no selection {arm!r}; known: {', '.join(sorted(known))}"

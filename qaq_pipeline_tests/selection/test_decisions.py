@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -18,11 +19,13 @@ from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, SelectedSubset, TableError, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection import decisions, rank_reference
 from qaq_pipeline.selection.candidates import candidates, with_validity
+from qaq_pipeline.selection.decisions import DecidedPairs
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline.storage import stored_table
 from qaq_pipeline_tests.support import decided
 from qaq_pipeline_tests.support.decided import kept_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, all_valid, pair_name, raw_rows, rejected, rmi_rows
@@ -200,6 +203,22 @@ def test_a_batch_of_rejected_rows_is_decided_too() -> None:
     assert frame["decision"].to_list() == ["rejected", "rejected"]
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_rows_that_are_decided_in_parts_have_the_same_decisions(size: int) -> None:
+    selection: Selection = TypeAdapter(Selection).validate_python(
+        {"name": "mine", "strategy": "diff_high", "max_per_query": 1, "where": [{"column": "language", "equals": "go"}]}
+        | HALF
+    )
+    screened = screen_alone(RAW, ScreeningSettings())
+    ranked = candidates(disagreement_scores(BOTH, ONE_STRATUM, "batch:b1")[0], BOTH)
+    pairs = with_pair_columns(ranked, kept_rows(RAW, screened), [selection], {})
+    verdicts = select_all(pairs, [selection])
+    of_pairs = DecidedPairs(pairs, verdicts, selection)
+    rows = screened.join(RAW.select(*ROW_KEY, "detail"), on=ROW_KEY).sort(ROW_KEY)
+    parts = [decisions.decide(part, of_pairs, PROVENANCE_ID) for part in rows.iter_slices(size)]
+    assert_frame_equal(pl.concat(parts), decided.decide(RAW, screened, pairs, verdicts, selection, PROVENANCE_ID))
+
+
 # --- the rows that a selection takes --------------------------------------------------------------------------------
 
 
@@ -299,6 +318,13 @@ def test_rows_that_are_not_trained_on_have_a_decision_and_neither_scores_nor_ver
     )
     assert frame.head(2).select(pl.col("scores", "verdicts").list.len()).rows() == [(0, 0), (0, 0)]
     assert not set(selected_rows_of(frame)) & {1, 2}
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_the_selected_rows_are_the_same_from_parts(size: int) -> None:
+    whole = decided.selected_rows("mine", RAW, decide())
+    with mock.patch.object(stored_table, "ROWS_PER_GROUP", size):
+        assert_frame_equal(decided.selected_rows("mine", RAW, decide()), whole)
 
 
 def selected_rows_of(frame: pl.DataFrame) -> list[int]:
