@@ -24,7 +24,7 @@ from qaq_pipeline.config.selections import DiffSelection, Selection, SumSelectio
 from qaq_pipeline.config.settings import CalibrationSettings, RankingSettings
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN, Calibration, dtypes
 from qaq_pipeline.schema.vocabularies import Defect, Statistic, UnknownReason
-from qaq_pipeline.selection import rank_reference
+from qaq_pipeline.selection import rank_reference, ranks
 from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.strategies import select
 from qaq_pipeline.validity.judgement import of_signal
@@ -53,6 +53,9 @@ _QUANTITY_OF = {"ifd_ppl": "ifd", "log_ppl_a_given_q": "ifd", "nll_end": "end"}
 """The entry of `scoring.quantities` that a measure needs; the others need rmi."""
 _POOL = "calibration"
 
+JUDGED = ("pair_id", "invalid_by", "signals")
+"""The columns of Validity that are read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -75,10 +78,10 @@ class Judged:
     planted: pl.DataFrame
     """With `defect` and `original_pair_id`."""
     kept: Mapping[str, tuple[pl.DataFrame, pl.DataFrame]]
-    """The verdicts of each named selection on the clean and on the planted pairs, by the cuts of batch or reference,
-    without its conditions, quotas and caps: a copy with a defect has no test result and no judge's score."""
+    """Whether each named selection takes the clean pairs, and its verdicts on the planted ones, by the cuts of batch or
+    reference, without its conditions, quotas and caps: a copy with a defect has no test result and no judge's score."""
     validity: tuple[pl.DataFrame, pl.DataFrame]
-    """Validity of the clean and of the planted pairs, by the same cuts; the latter with `defect`."""
+    """`JUDGED` of the clean and of the planted pairs, by the same cuts; the latter with `defect`."""
 
 
 def judge(
@@ -98,7 +101,7 @@ def judge(
         planted_scores: PlantedScores by model.
         scores: RmiScores of the batch by model.
         disagreement: DisagreementScores of the batch.
-        validity: Validity of the batch's pairs, and of the planted ones by the same cuts.
+        validity: `JUDGED` of the batch's pairs, and of the planted ones by the same cuts.
         ranking: the strata and ranks of the batch.
         selections: those whose verdicts are wanted.
         frozen: RankReference, where ranks are taken against one; None: the batch itself is the pool.
@@ -107,15 +110,17 @@ def judge(
         ValueError: the frames are not of the same pairs.
     """
     of_clean, of_planted = validity
-    pool = rank_reference.freeze([scores], ranking, of_clean)[0] if frozen is None else frozen
-    of_pool = rank_reference.reference_candidates(pool, list(scores))
     clean = with_validity(candidates(disagreement, scores), of_clean)
+    if frozen is None:
+        pool, of_pool = rank_reference.ranked_pool(ranks.pools(scores, ranking), ranking), clean
+    else:
+        pool, of_pool = frozen, rank_reference.reference_candidates(frozen, list(scores))
     ranked = rank_reference.disagreement_scores(planted_scores, pool, ranking, _POOL)
     bad = with_validity(candidates(ranked, planted_scores), of_planted)
     of_row = planted.select("pair_id", "defect", "original_pair_id")
     kept = {
         one.name: (
-            select(clean, one, None if frozen is None else of_pool),
+            select(clean, one, None if frozen is None else of_pool).select("is_selected"),
             select(bad, one, of_pool).join(of_row, on="pair_id", validate="1:1"),
         )
         for one in (selection.without_conditions for selection in selections)

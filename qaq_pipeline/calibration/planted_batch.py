@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qaq_pipeline.calibration.calibration import Judged, judge
+from qaq_pipeline.calibration.calibration import JUDGED, Judged, judge
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import GateSettings, RankingSettings, ValiditySettings
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
-from qaq_pipeline.selection.scored_batch import JudgedBatch
+from qaq_pipeline.selection.candidates import RANKS_READ
+from qaq_pipeline.selection.scored_batch import JudgedBatch, read_scores
 from qaq_pipeline.selection.stored_reference import require_pool
 from qaq_pipeline.storage.origin import batch_of, by_model, require_inputs
 from qaq_pipeline.storage.stored_table import StoredTable
@@ -67,16 +68,17 @@ class PlantedBatch:
         """
         if frozen is not None:
             require_pool(self.disagreement_scores, ranking, frozen)
-        is_ranked = frozen is not None or self.disagreement_scores.frame["gap"].is_not_null().any()
+        is_ranked = frozen is not None or self.disagreement_scores.select("gap").to_series().is_not_null().any()
         rows = self.sample.planted_rows.frame
         if rows.is_empty() or not is_ranked:
             return None
+        of_planted = judgement.judge(self.sample.planted, self.judged.cuts.frame, signals)
         return judge(
             rows,
             {role: table.frame for role, table in self.sample.planted_scores.items()},
-            {role: table.frame for role, table in self.sample.rmi_scores.items()},
-            self.disagreement_scores.frame,
-            (self.judged.validity.frame, judgement.judge(self.sample.planted, self.judged.cuts.frame, signals)),
+            {role: read_scores(table) for role, table in self.sample.rmi_scores.items()},
+            self.disagreement_scores.select(*RANKS_READ),
+            (self.judged.validity.select(*JUDGED), of_planted.select(JUDGED)),
             ranking,
             selections,
             None if frozen is None else frozen.frame,

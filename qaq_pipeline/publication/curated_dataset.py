@@ -22,13 +22,13 @@ from qaq_pipeline.publication import dataset_card, exports, flat_scores, version
 from qaq_pipeline.publication.difference import store_difference
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
-from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData, SelectedSubset
+from qaq_pipeline.schema.row_place import ROW_KEY, may_be_in
+from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError, sha256_of
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.storage.tables import empty
 
 _BARRED = [status.value for status in (Status.WITHDRAWN, Status.CONTAMINATED, Status.HELD_OUT, Status.BETWEEN)]
@@ -200,7 +200,11 @@ def _rows(batches: Sequence[BatchTables], selection: str | None, export: ExportS
 
 def _rows_of(batch: BatchTables, selection: str | None, export: ExportSettings) -> pl.DataFrame:
     """The rows of a selection of one batch."""
-    rows = batch["selected_subset"].frame if selection is None else _taken(batch, selection)
+    rows = (
+        batch["selected_subset"].frame
+        if selection is None
+        else decisions.selected_rows(selection, batch["raw_data"], batch["decisions"])
+    )
     if export.reasoning == "leave_out":
         rows = rows.with_columns(reasoning=pl.lit(None, pl.String))
     if export.rows == "conversation":
@@ -210,18 +214,10 @@ def _rows_of(batch: BatchTables, selection: str | None, export: ExportSettings) 
     return exports.with_meta(rows, _records(batch, rows), _barred(batch))
 
 
-def _taken(batch: BatchTables, selection: str) -> pl.DataFrame:
-    """The rows of a batch that a selection takes, as SelectedSubset, best first."""
-    columns = [name for name in SelectedSubset.columns() if name not in (*ROW_KEY, "position")]
-    parts = parts_of_both(batch["raw_data"], columns, batch["decisions"], ("verdicts",), ROW_KEY)
-    taken = [decisions.selected_rows(selection, part, part.select(*ROW_KEY, "verdicts")) for part in parts]
-    return pl.concat([empty(SelectedSubset), *taken]).sort("position")
-
-
 def _records(batch: BatchTables, rows: pl.DataFrame) -> pl.DataFrame:
     """The delivered records of these rows of a batch."""
     columns = (*ROW_KEY, "record")
-    found = [part.join(rows, on=ROW_KEY, how="semi") for part in batch["raw_data"].parts(*columns)]
+    found = [part.join(may_be_in(rows, part), on=ROW_KEY, how="semi") for part in batch["raw_data"].parts(*columns)]
     return pl.concat([empty(RawData).select(columns), *found])
 
 

@@ -198,11 +198,13 @@ def not_reached(selections: Sequence[Selection], verdicts: pl.DataFrame, pairs: 
         verdicts: of these selections.
         pairs: the candidates that they judged.
     """
-    tokens = pairs.filter(model="strong").select("pair_id", "answer_tokens")
+    tokens = pairs.lazy().filter(model="strong").select("pair_id", "answer_tokens").collect()
     found = {}
     for one in selections:
         if not isinstance(one, RmiBandSelection):
-            verdict = verdicts.filter(pl.col("selection") == one.name).join(tokens, on="pair_id", validate="1:1")
+            of_selection = verdicts.lazy().filter(pl.col("selection") == one.name)
+            verdict = of_selection.select("pair_id", "is_selected", "reason", "pool_size").collect()
+            verdict = verdict.join(tokens, on="pair_id", validate="1:1")
             if said := _less_than_budget(verdict, one.budget):
                 found[one.name] = said
     return found

@@ -9,7 +9,7 @@ instead. Only `to_columns` makes a column for each model or selection, for what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import dataframely as dy
 import polars as pl
@@ -43,6 +43,48 @@ def to_lists(long: pl.DataFrame, struct: dy.Struct, column: str) -> pl.DataFrame
     # Ten times faster than group_by("pair_id").
     lists = pl.concat(structs, how="horizontal").select(pl.concat_arr(pl.all()).arr.to_list().alias(column))
     return lists.insert_column(0, pair_ids)
+
+
+def find_pairs(pair_ids: pl.Series, wanted: pl.Series) -> pl.Series:
+    """The places of the wanted pair_ids among others, without those that are not among them.
+
+    It takes a binary search for each wanted one, however often others are looked for.
+
+    Args:
+        pair_ids: sorted, each once.
+        wanted: each once, without null.
+    """
+    if pair_ids.is_empty():
+        return pl.Series(dtype=pl.UInt32)
+    places = pair_ids.search_sorted(wanted)
+    nearest = places.clip(upper_bound=len(pair_ids) - 1)
+    return nearest.filter(pair_ids.gather(nearest) == wanted)
+
+
+def slices_of_pairs(long: pl.DataFrame, num_keys: int, size: int) -> Iterator[pl.DataFrame]:
+    """The long frame in parts, each of all rows of at most `size` pairs, in their order.
+
+    Args:
+        long: all pairs of one model or selection, then the same pairs in the same order of the next one, and so on.
+        num_keys: number of models or selections.
+        size: pairs of a part.
+    """
+    num_pairs = long.height // num_keys
+    for start in range(0, num_pairs, size):
+        length = min(size, num_pairs - start)
+        yield pl.concat(long.slice(key * num_pairs + start, length) for key in range(num_keys))
+
+
+def rows_of_pairs(long: pl.DataFrame, num_pairs: int, places: pl.Series) -> pl.DataFrame:
+    """The rows of some pairs, in the order of the long frame if the places grow.
+
+    Args:
+        long: as for `slices_of_pairs`, of so many pairs.
+        num_pairs: number of pairs.
+        places: of the wanted pairs among them.
+    """
+    starts = range(0, long.height, num_pairs) if num_pairs else ()
+    return long[pl.concat([places.clear(), *(places + start for start in starts)])]
 
 
 def to_long(frame: pl.DataFrame, column: str, *keep: str) -> pl.DataFrame:

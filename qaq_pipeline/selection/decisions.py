@@ -6,72 +6,110 @@ Does not belong here: the selection itself (`strategies`), and the words (`expla
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import polars as pl
 
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.schema import tables, vocabularies
-from qaq_pipeline.schema.long_form import to_lists, to_long
+from qaq_pipeline.schema.long_form import find_pairs, rows_of_pairs, to_lists, to_long
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.vocabularies import Decision, GateReason, NullReason, SelectionReason, Status
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.explanations import explain
 from qaq_pipeline.selection.grammar.composition import with_grounds
+from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
+
+_STORED = pl.Schema({name: column.dtype for name, column in tables.VERDICT.inner.items()})
+_REASON = pl.Schema({"reason": _STORED["reason"]})
+
+
+@dataclass(frozen=True)
+class DecidedPairs:
+    """The distinct pairs of a batch, from which its rows are decided some thousand at a time.
+
+    Numbers of all pairs are in memory; the lists and texts of decisions are those of the pairs of some rows alone.
+    """
+
+    candidates: pl.DataFrame
+    """Scores and ranks of every pair, with the columns that the published selection names, sorted by model and pair."""
+    verdicts: pl.DataFrame
+    """Of `strategies.select_all`, of the same pairs."""
+    published: Selection
+    """The selection that decides."""
+
+    def of(self, pair_ids: pl.Series) -> pl.DataFrame:
+        """pair_id, pool_id, gap, rank_sum, scores, verdicts, and the published verdict as `verdict_<column>`, of pairs.
+
+        Args:
+            pair_ids: in any order; those that were not scored have no row.
+        """
+        places = self._places(pair_ids)
+        verdicts = rows_of_pairs(self.verdicts, self._pair_ids.len(), places).cast(_STORED)
+        lists = to_lists(verdicts, tables.VERDICT, "verdicts").drop("pair_id")
+        grounds = self._grounds[places].cast(_REASON).select(pl.exclude("pair_id").name.prefix("verdict_"))
+        return pl.concat([_scores(self._candidates_at(places)), lists, grounds], how="horizontal")
+
+    def candidates_of(self, pair_ids: pl.Series) -> pl.DataFrame:
+        """The candidates of some pairs, sorted by model and pair_id."""
+        return self._candidates_at(self._places(pair_ids))
+
+    def _places(self, pair_ids: pl.Series) -> pl.Series:
+        return find_pairs(self._pair_ids, pair_ids.drop_nulls().unique().sort())
+
+    def _candidates_at(self, places: pl.Series) -> pl.DataFrame:
+        return rows_of_pairs(self.candidates, self._pair_ids.len(), places)
+
+    @cached_property
+    def _pair_ids(self) -> pl.Series:
+        return self._grounds["pair_id"]
+
+    @cached_property
+    def _grounds(self) -> pl.DataFrame:
+        """The published verdict with its grounds, of every pair in their order."""
+        of_published = self.verdicts.filter(pl.col("selection") == self.published.name).drop("selection")
+        return with_grounds(of_published, self.candidates, self.published)
 
 
 def decide(
-    raw: pl.DataFrame,
-    screened: pl.DataFrame,
-    candidates: pl.DataFrame,
-    verdicts: pl.DataFrame,
-    published: Selection,
+    rows: pl.DataFrame,
+    pairs: DecidedPairs,
     provenance_id: str,
     gate: Gate | None = None,
     why_invalid: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
-    """The Decisions of a batch: one row for every row of RawData.
+    """The Decisions about some rows of a batch, one for each.
 
     Args:
-        raw: RawData.
-        screened: ScreenedData of the same rows.
-        candidates: the scores and ranks of every distinct pair, with the columns that the published selection names.
-        verdicts: of `strategies.select_all`, of the same pairs.
-        published: the selection that decides.
+        rows: ScreenedData, with `detail` of RawData.
+        pairs: the distinct pairs of the batch.
         provenance_id: of the table that is made.
         gate: why the batch is held back; every row then has its reason and no verdict. None: it is not.
-        why_invalid: pair_id and `why_invalid` of the invalid pairs; None: no pair is judged.
-
-    Raises:
-        TableError: a row is lost or doubled.
+        why_invalid: pair_id and `why_invalid` of the invalid pairs of these rows; None: no pair is judged.
     """
-    pairs = (
-        _scores(candidates)
-        .join(to_lists(verdicts, tables.VERDICT, "verdicts"), on="pair_id", how="left", validate="1:1")
-        .join(_published_verdict(verdicts, candidates, published), on="pair_id", how="left", validate="1:1")
-    )
+    of_pairs = pairs.of(rows["pair_id"])
     if why_invalid is not None:
-        pairs = pairs.join(why_invalid, on="pair_id", how="left", validate="1:1")
-    rows = (
-        screened.join(raw.select(*ROW_KEY, "detail"), on=ROW_KEY, validate="1:1")
-        .join(pairs, on="pair_id", how="left", validate="m:1")
+        of_pairs = of_pairs.join(why_invalid, on="pair_id", how="left", validate="1:1")
+    decided = (
+        rows.join(of_pairs, on="pair_id", how="left", validate="m:1")
         .sort(ROW_KEY)
         .with_columns(decision=_decision())
-    )
-    if rows.height != raw.height:
-        raise tables.TableError(f"decisions: {rows.height} rows for {raw.height} of raw_data; nothing was written")
-    decided = rows.with_columns(
-        reason=pl.when(pl.col("decision") == Decision.UNSCORABLE.value)
-        .then(_null_reason())
-        .when(pl.col("status") == Status.ACCEPTED.value)
-        .then("verdict_reason")
-        .otherwise("reason"),
-        scores=pl.col("scores").fill_null([]),
-        verdicts=pl.when(pl.col("status") == Status.ACCEPTED.value).then("verdicts").fill_null([]),
-        provenance_id=pl.lit(provenance_id),
+        .with_columns(
+            reason=pl.when(pl.col("decision") == Decision.UNSCORABLE.value)
+            .then(_null_reason())
+            .when(pl.col("status") == Status.ACCEPTED.value)
+            .then("verdict_reason")
+            .otherwise("reason"),
+            scores=pl.col("scores").fill_null([]),
+            verdicts=pl.when(pl.col("status") == Status.ACCEPTED.value).then("verdicts").fill_null([]),
+            provenance_id=pl.lit(provenance_id),
+        )
     )
     if gate is not None:
         return _gated(decided, gate)
     explained_by = decided.drop("verdicts", "provenance_id", *ROW_KEY)
-    sentences = [explain(row, published) for row in explained_by.iter_rows(named=True)]
+    sentences = [explain(row, pairs.published) for row in explained_by.iter_rows(named=True)]
     explained = decided.with_columns(explanation=pl.Series(sentences, dtype=pl.String))
     return explained.select(list(tables.dtypes(tables.Decisions)))
 
@@ -90,11 +128,27 @@ def _gated(decided: pl.DataFrame, gate: Gate) -> pl.DataFrame:
     ).select(list(tables.dtypes(tables.Decisions)))
 
 
-def selected_rows(selection: str, raw: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
-    """The rows that a named selection or control takes, best first, as SelectedSubset."""
-    verdicts = to_long(decisions, "verdicts", *ROW_KEY).filter(pl.col("selection") == selection, "is_selected")
-    rows = raw.join(verdicts.select(*ROW_KEY, "position"), on=ROW_KEY, validate="1:1")
-    return rows.sort("position").select(list(tables.dtypes(tables.SelectedSubset)))
+def selected_rows(selection: str, raw_data: StoredTable, decisions: StoredTable) -> pl.DataFrame:
+    """The rows that a named selection or control takes, best first, as SelectedSubset.
+
+    Args:
+        selection: its name.
+        raw_data: of a batch.
+        decisions: of the same rows, in the same order.
+    """
+    columns = tables.dtypes(tables.SelectedSubset)
+    texts = [name for name in columns if name not in (*ROW_KEY, "position")]
+    found = [pl.DataFrame(schema=columns)]
+    for part in parts_of_both(raw_data, texts, decisions, ("verdicts",), ROW_KEY):
+        verdicts = to_long(part, "verdicts", *ROW_KEY).filter(pl.col("selection") == selection, "is_selected")
+        taken = part.join(verdicts.select(*ROW_KEY, "position"), on=ROW_KEY, validate="1:1", maintain_order="left")
+        found.append(_alone(taken.select(list(columns))))
+    return pl.concat(found).sort("position")
+
+
+def _alone(rows: pl.DataFrame) -> pl.DataFrame:
+    """The same rows with their texts copied: rows that were filtered keep the texts of all others in memory."""
+    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()), schema=rows.schema)
 
 
 def by_reason(decisions: pl.DataFrame) -> pl.DataFrame:
@@ -125,21 +179,21 @@ def _null_reason() -> pl.Expr:
 
 def _scores(candidates: pl.DataFrame) -> pl.DataFrame:
     """pair_id, pool_id, gap, rank_sum and `scores` of each pair."""
-    of_pair = candidates.filter(pl.col("model") == "strong").select("pair_id", "pool_id", "gap", "rank_sum")
-    with_reasons = candidates.with_columns(
-        null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")), null_reason_end=_fault("end")
+    of_pair = candidates.filter(pl.col("model") == "strong").select(
+        "pair_id", pl.col("pool_id").cast(pl.String), "gap", "rank_sum"
     )
-    return of_pair.join(to_lists(with_reasons, tables.MODEL_SCORE, "scores"), on="pair_id", validate="1:1")
+    fields = candidates.select(
+        "pair_id",
+        pl.exclude("pair_id", "^null_reason_.*$"),
+        null_reason=pl.coalesce(_fault("rmi"), _fault("ifd")),
+        null_reason_end=_fault("end"),
+    )
+    stored = fields.select("pair_id", *(pl.col(name).cast(one.dtype) for name, one in tables.MODEL_SCORE.inner.items()))
+    lists = to_lists(stored, tables.MODEL_SCORE, "scores")
+    return pl.concat([of_pair, lists.drop("pair_id")], how="horizontal")
 
 
 def _fault(score: str) -> pl.Expr:
     """Why a wanted score is null. A score that was not wanted is no fault."""
     reason = pl.col(f"null_reason_{score}")
     return pl.when(reason != NullReason.NOT_WANTED.value).then(reason)
-
-
-def _published_verdict(verdicts: pl.DataFrame, candidates: pl.DataFrame, published: Selection) -> pl.DataFrame:
-    """pair_id, and the published verdict with its grounds as `verdict_<column>`."""
-    of_published = verdicts.filter(pl.col("selection") == published.name).drop("selection")
-    grounds = with_grounds(of_published, candidates, published)
-    return grounds.select("pair_id", pl.exclude("pair_id").name.prefix("verdict_"))

@@ -22,7 +22,8 @@ def with_draws(candidates: pl.DataFrame, seed: int) -> pl.DataFrame:
         return candidates
     pair_ids = candidates["pair_id"].unique()
     drawn = pl.DataFrame({"pair_id": pair_ids, name: draws(pair_ids, seed)})
-    return candidates.join(drawn, on="pair_id", how="left", maintain_order="left", validate="m:1")
+    of_rows = candidates.select("pair_id").join(drawn, on="pair_id", how="left", maintain_order="left", validate="m:1")
+    return candidates.with_columns(of_rows[name])
 
 
 def stratified_places(stratum: pl.Series, draw: pl.Expr, num_rows: int | None) -> pl.Expr:

@@ -13,12 +13,16 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.settings import RankingSettings
+from qaq_pipeline.schema.long_form import by_pair
 from qaq_pipeline.schema.tables import RankReference, RmiScores, Validity, dtypes
 from qaq_pipeline.selection import ranks
 from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.disagreement_scores import disagreement
 
 _POOL = "reference"
+
+RANKED_BY = ("pair_id", "model", "stratum", "num_strata", "stratum_log_ppl_q", "rmi")
+"""The columns of RankReference that other pairs are ranked by."""
 
 
 def pool_id(name: str, version: str) -> str:
@@ -60,25 +64,39 @@ def freeze(
     """
     for batch in batches:
         ranks.pools(batch, ranking)
-    scores = {
-        role: pl.concat([batch[role] for batch in batches]).unique("pair_id", keep="first", maintain_order=True)
-        for role in batches[0]
-    }
+    first, *others = batches
+    scores = {role: by_pair(_each_once([frame, *(batch[role] for batch in others)])) for role, frame in first.items()}
     pools = ranks.pools(scores, ranking)
     unranked = [role for role, pool in pools.items() if pool["rmi"].count() == 0]
     if unranked:
         raise ValueError(f"the models {unranked} can rank no pair; see the null reasons in rmi_scores")
-    long = pl.concat([frame.with_columns(model=pl.lit(role)) for role, frame in scores.items()])
-    frame = (
-        ranks.rank_pools(pools, ranking)
-        .select("pair_id", "model", "stratum", "num_strata", "rank", stratum_log_ppl_q="log_ppl_q")
-        .join(long, on=["pair_id", "model"], validate="1:1", maintain_order="left")
+    invalid_by = _invalid_by(scores["strong"], validity)
+    ranked = {role: rows.drop("rmi") for role, rows in by_model(ranked_pool(pools, ranking), list(pools)).items()}
+    of_models = (
+        pl.concat([rows.drop("pair_id"), scores[role], invalid_by], how="horizontal") for role, rows in ranked.items()
     )
+    return pl.concat(of_models).select(list(dtypes(RankReference))), ranks.few_strata_warnings(pools, ranking)
+
+
+def _each_once(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """The pairs of all batches; a pair of several has its scores of the first."""
+    if len(frames) == 1:
+        return frames[0]
+    return pl.concat(frames).unique("pair_id", keep="first", maintain_order=True)
+
+
+def _invalid_by(pairs: pl.DataFrame, validity: pl.DataFrame | None) -> pl.DataFrame:
+    """The signal that declares each of these pairs invalid."""
     judged = pl.DataFrame(schema=dtypes(Validity)) if validity is None else validity
-    frame = frame.join(
-        judged.select("pair_id", "invalid_by"), on="pair_id", how="left", validate="m:1", maintain_order="left"
-    )
-    return frame.select(list(dtypes(RankReference))), ranks.few_strata_warnings(pools, ranking)
+    invalid_by = judged.select("pair_id", "invalid_by")
+    joined = pairs.select("pair_id").join(invalid_by, on="pair_id", how="left", validate="1:1", maintain_order="left")
+    return joined.select("invalid_by")
+
+
+def ranked_pool(pools: Mapping[str, pl.DataFrame], ranking: RankingSettings) -> pl.DataFrame:
+    """`RANKED_BY` and rank of the pairs of `ranks.pools`, sorted by model and pair_id."""
+    ranked = ranks.rank_pools(pools, ranking)
+    return ranked.select("pair_id", "model", "stratum", "num_strata", "rank", "rmi", stratum_log_ppl_q="log_ppl_q")
 
 
 def reference_candidates(reference: pl.DataFrame, roles: Sequence[str]) -> pl.DataFrame:
@@ -119,7 +137,7 @@ def disagreement_scores(
 
     Args:
         scores: RmiScores of the batch by model.
-        reference: RankReference.
+        reference: RankReference, or `RANKED_BY` of it.
         ranking: the settings with which the reference was frozen.
         pool: its pool_id.
 

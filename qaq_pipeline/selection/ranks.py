@@ -16,6 +16,9 @@ import polars as pl
 from qaq_pipeline.config.settings import RankingSettings
 from qaq_pipeline.schema.long_form import by_pair
 
+SCORES_READ = ("pair_id", "log_ppl_q", "rmi", "null_reason_rmi")
+"""The columns of RmiScores that ranks are made from."""
+
 
 def count_strata(num_rows: int, ranking: RankingSettings) -> int:
     """Number of strata in a pool: max(1, min(num_strata, num_rows // min_rows_per_stratum)); 0 in an empty pool."""

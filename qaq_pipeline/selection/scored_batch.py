@@ -6,7 +6,7 @@ here: strata, ranks, verdicts and decisions themselves, and how the result is st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,20 +17,29 @@ from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import GateSettings, RankingSettings
 from qaq_pipeline.ingest.imported_tables import ImportedTable
+from qaq_pipeline.schema.long_form import find_pairs
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import RmiScores, ScreenedData, Validity
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.scoring.stored_scores import Scores, identities
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import disagreement_scores, rank_reference
-from qaq_pipeline.selection.candidates import candidates, with_validity
-from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
+from qaq_pipeline.selection.candidates import RANKS_READ, candidates, compact, with_validity
+from qaq_pipeline.selection.decisions import DecidedPairs
+from qaq_pipeline.selection.grammar.pair_columns import columns_read, needs_rows, with_pair_columns
+from qaq_pipeline.selection.rank_reference import RANKED_BY
+from qaq_pipeline.selection.ranks import SCORES_READ
 from qaq_pipeline.selection.stored_reference import require_comparable
 from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline.selection.verdicts import INVALID_BY
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
+from qaq_pipeline.storage.tables import empty
 from qaq_pipeline.validity import judgement, words
-from qaq_pipeline.validity.planted_sample import pairs_of_batch
+from qaq_pipeline.validity.judgement import judged_pairs
 
 TABLES_KEY = "tables"
 """Key in the decisions' provenance: sha256 of the file of each imported table that was read, by name."""
@@ -60,7 +69,7 @@ def of_judged(cuts: pl.DataFrame, validity: pl.DataFrame) -> dict[str, Any]:
 
     Args:
         cuts: ValidityCuts.
-        validity: Validity.
+        validity: Validity, or its column invalid_by.
     """
     counts = judgement.count_invalid(validity)
     return {
@@ -112,20 +121,48 @@ class ScoredBatch:
             **({} if self.judged is None else self.judged.inputs),
         }
 
-    @cached_property
+    @property
     def candidates(self) -> pl.DataFrame:
         """Scores, ranks and validity of every distinct pair, as `candidates.candidates`."""
-        found = candidates(self.disagreement_scores.frame, {role: one.frame for role, one in self.rmi_scores.items()})
-        return with_validity(found, None if self.judged is None else self.judged.validity.frame)
+        scores = {role: read_scores(table) for role, table in self.rmi_scores.items()}
+        found = candidates(self.disagreement_scores.select(*RANKS_READ), scores)
+        return with_validity(found, None if self.judged is None else self.judged.validity.select("pair_id", INVALID_BY))
 
-    @property
-    def why_invalid(self) -> pl.DataFrame | None:
-        """The reason of each invalid pair, as `words.reasons`; None: no pair is judged."""
+    def rows(self, *texts: str) -> Iterator[pl.DataFrame]:
+        """The rows of ScreenedData with `detail` and some texts of RawData, some thousand at a time.
+
+        Raises:
+            StorageError: both tables do not have the same rows.
+        """
+        of_screening = [name for name in ScreenedData.columns() if name not in ROW_KEY]
+        return parts_of_both(self.raw_data, ("detail", *texts), self.screened_data, of_screening, ROW_KEY)
+
+    def why_invalid(self, rows: pl.DataFrame, pairs: DecidedPairs) -> pl.DataFrame | None:
+        """The reason of each invalid pair of some rows, as `words.reasons`; None: no pair is judged.
+
+        Args:
+            rows: of `rows`, with query and answer.
+            pairs: the distinct pairs of the batch.
+        """
         if self.judged is None:
             return None
-        invalid = self.judged.validity.frame.filter(pl.col("invalid_by").is_not_null())
-        pairs = pairs_of_batch(self.raw_data, self.screened_data, self.rmi_scores, invalid.select("pair_id"))
-        return words.reasons(pairs, invalid, self.judged.cuts.frame)
+        accepted = (
+            rows.filter(pl.col("status") == Status.ACCEPTED.value).select("pair_id", "query", "answer").sort("pair_id")
+        )
+        invalid = self._invalid[find_pairs(self._invalid["pair_id"], accepted["pair_id"])]
+        texts = accepted.join(invalid, on="pair_id", how="semi")
+        known = pairs.candidates_of(invalid["pair_id"])
+        scores = {role: known.filter(pl.col("model") == role) for role in self.rmi_scores}
+        return words.reasons(judged_pairs(scores, texts), invalid, self.judged.cuts.frame)
+
+    @cached_property
+    def _invalid(self) -> pl.DataFrame:
+        """The rows of Validity of the invalid pairs, without the shares."""
+        assert self.judged is not None
+        columns = ("pair_id", INVALID_BY, "signals")
+        nothing = empty(Validity).select(columns)
+        parts = self.judged.validity.parts(*columns)
+        return pl.concat([nothing, *(part.filter(pl.col(INVALID_BY).is_not_null()) for part in parts)])
 
     def gate(self, limits: GateSettings) -> Gate | None:
         """The stored verdict on the batch. Raises gates.StaleVerdictError."""
@@ -138,8 +175,12 @@ class ScoredBatch:
 
     def pairs(self, selections: Sequence[Selection], imported: Mapping[str, ImportedTable]) -> pl.DataFrame:
         """The candidates with the columns that selections name, of the rows and of imported tables."""
-        raw, screened = self.raw_data.frame, self.screened_data.frame
-        return with_pair_columns(self.candidates, raw, screened, selections, imported)
+        if not needs_rows(selections):
+            return self.candidates
+        columns = ("pair_id", *columns_read(selections))
+        parts = parts_of_both(self.raw_data, columns, self.screened_data, ("status", "cluster"), ROW_KEY)
+        accepted = (part.filter(pl.col("status") == Status.ACCEPTED.value) for part in parts)
+        return with_pair_columns(self.candidates, accepted, selections, imported)
 
     def facts(
         self, selections: Sequence[Selection], gate: Gate | None, imported: Mapping[str, ImportedTable]
@@ -165,7 +206,9 @@ class ScoredBatch:
 
     def _judged_facts(self) -> dict[str, Any]:
         judged = self.judged
-        return {} if judged is None else {VALIDITY_KEY: of_judged(judged.cuts.frame, judged.validity.frame)}
+        return (
+            {} if judged is None else {VALIDITY_KEY: of_judged(judged.cuts.frame, judged.validity.select(INVALID_BY))}
+        )
 
     def verdicts(
         self, pairs: pl.DataFrame, selections: Sequence[Selection], frozen: StoredTable | None
@@ -174,6 +217,11 @@ class ScoredBatch:
         roles = list(self.rmi_scores)
         of_reference = None if frozen is None else rank_reference.reference_candidates(frozen.frame, roles)
         return select_all(pairs, selections, of_reference)
+
+
+def read_scores(table: StoredTable) -> pl.DataFrame:
+    """RmiScores of a model as candidates have them: its words never are in memory as texts of all pairs."""
+    return pl.concat([compact(empty(RmiScores)), *map(compact, table.parts())])
 
 
 def rank(
@@ -185,12 +233,12 @@ def rank(
         OriginError: the models were asked under different settings, or otherwise than those of the reference.
     """
     _require_same_scoring(scores)
-    frames = {role: table.frame for role, table in scores.items()}
+    frames = {role: table.select(*SCORES_READ) for role, table in scores.items()}
     if frozen is None:
         frame, warnings = disagreement_scores.disagreement_scores(frames, ranking, pool_id)
     else:
         require_comparable(frozen, scores)
-        frame, warnings = rank_reference.disagreement_scores(frames, frozen.frame, ranking, pool_id), []
+        frame, warnings = rank_reference.disagreement_scores(frames, frozen.select(*RANKED_BY), ranking, pool_id), []
     return frame, [*warnings, *_frame_warnings(scores), *_model_warnings(scores)]
 
 

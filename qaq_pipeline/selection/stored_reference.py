@@ -21,12 +21,13 @@ from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.origin import OriginError, batch_of, require_inputs
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
-from qaq_pipeline.validity import judgement
-from qaq_pipeline.validity.judgement import Sample, choose_cuts
+from qaq_pipeline.storage.tables import empty
+from qaq_pipeline.validity.judgement import Sample, choose_cuts, judge_in_parts
 from qaq_pipeline.validity.planted_sample import PlantedSample, pairs_of_batch
 
 NAME = "rank_reference"
 CUTS = "reference_cuts"
+_JUDGED = ("pair_id", "invalid_by")
 
 
 class RankReferenceError(OriginError):
@@ -147,11 +148,13 @@ def read_sample(storage: Storage, batch: str, roles: Sequence[str], limits: Gate
 def judge(
     storage: Storage, batches: Mapping[str, Scores], cuts: StoredTable, settings: ValiditySettings
 ) -> dict[str, pl.DataFrame]:
-    """Validity of the pairs of each batch of a reference, by the reference's cuts."""
+    """pair_id and invalid_by of the pairs of each batch of a reference, by the reference's cuts."""
     found = {}
     for batch, scores in batches.items():
         raw, screened = (storage.tables.read(name, Partition(batch)) for name in ("raw_data", "screened_data"))
-        found[batch] = judgement.judge(pairs_of_batch(raw, screened, scores), cuts.frame, settings)
+        parts = judge_in_parts(pairs_of_batch(raw, screened, scores), cuts.frame, settings)
+        nothing = empty(tables.Validity).select(_JUDGED)
+        found[batch] = pl.concat([nothing, *(part.select(_JUDGED) for part in parts)])
     return found
 
 
@@ -168,7 +171,7 @@ def freeze(
         batches: the scores of each batch.
         ranking: names the reference, and how strata are made.
         code_version: of the asset.
-        validity: Validity of each batch by the cuts; None: pairs are not judged.
+        validity: pair_id and invalid_by of each batch by the cuts; None: pairs are not judged.
         cuts: reference_cuts, where pairs are judged.
 
     Raises:

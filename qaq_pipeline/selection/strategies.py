@@ -190,34 +190,43 @@ def _select_random(
     in_pool = pl.col("is_scored_by_all")
     if selection.strategy == "stratified_random":
         in_pool &= pl.col("stratum").is_not_null()
-    rows = _of_model(candidates, selection).with_columns(in_pool=flag(in_pool)).collect()
-    pool = rows.filter("in_pool")
-    limit = limit_of(selection.budget, pool.height)
+    rows = _of_model(with_draws(candidates, selection.seed), selection).with_columns(in_pool=flag(in_pool))
+    pool = _answer_tokens(rows.filter("in_pool"))
+    limit = limit_of(selection.budget, pool.len())
     if reference is not None and selection.budget.fraction is None:
-        limit = _same_share(limit, pool, _of_model(reference, selection).filter(flag(in_pool)).collect())
+        limit = _same_share(limit, pool, _answer_tokens(_of_model(reference, selection).filter(flag(in_pool))))
     return _draw(rows, selection, limit)
 
 
-def _same_share(limit: Limit, pool: pl.DataFrame, reference_pool: pl.DataFrame) -> Limit:
-    """A limit of rows or answer tokens of the reference's pool, as the same share of the batch's pool."""
+def _answer_tokens(rows: pl.LazyFrame) -> pl.Series:
+    return rows.select("answer_tokens").collect().to_series()
+
+
+def _same_share(limit: Limit, pool: pl.Series, reference_pool: pl.Series) -> Limit:
+    """A limit of rows or answer tokens of the reference's pool, as the same share of the batch's pool.
+
+    Both pools are the answer tokens of their pairs.
+    """
     if limit.answer_tokens is not None:
-        tokens, of = (int(frame["answer_tokens"].sum()) for frame in (pool, reference_pool))
+        tokens, of = int(pool.sum()), int(reference_pool.sum())
         return Limit(answer_tokens=limit.answer_tokens * tokens // of if of else 0)
     assert limit.num_rows is not None
-    of = reference_pool.height
+    of = reference_pool.len()
     share = Fraction(min(limit.num_rows, of), of) if of else Fraction(0)
-    return Limit(num_rows=math.floor(share * pool.height + Fraction(1, 2)))
+    return Limit(num_rows=math.floor(share * pool.len() + Fraction(1, 2)))
 
 
 def _controls(
     candidates: pl.DataFrame, published: Selection, found: pl.DataFrame, *, is_cut_frozen: bool, first_seed: int = 0
 ) -> list[pl.DataFrame]:
     """The random selections from the published one's pool, under its conditions and cap, up to the same limits."""
+    for seed in _CONTROL_SEEDS.values():
+        candidates = with_draws(candidates, first_seed + seed)
     in_pool = found["reason"] != SelectionReason.NOT_IN_POOL.value
-    rows = _of_model(candidates, published).collect().with_columns(in_pool.alias("in_pool"))
+    rows = _of_model(candidates, published).with_columns(in_pool.alias("in_pool"))
     limit: Limit | dict[str, Limit]
     if published.quotas is None:
-        limit = _control_limit(rows["answer_tokens"], published, found, is_cut_frozen=is_cut_frozen)
+        limit = _control_limit(_answer_tokens(rows), published, found, is_cut_frozen=is_cut_frozen)
     else:
         limit = _control_limits(rows, published, published.quotas, found)
     same = published.model_dump(include={"valid", "where", "quotas", "max_per_query", "max_per_cluster"})
@@ -248,26 +257,26 @@ def _control_limit(
     return Limit(answer_tokens=tokens if is_cut_frozen else min(budget.answer_tokens, tokens))
 
 
-def _control_limits(rows: pl.DataFrame, published: Selection, quotas: Quotas, found: pl.DataFrame) -> dict[str, Limit]:
+def _control_limits(rows: pl.LazyFrame, published: Selection, quotas: Quotas, found: pl.DataFrame) -> dict[str, Limit]:
     """A control takes of each group as many rows, or answer tokens, as the published selection took."""
     taken = rows.filter(found["is_selected"]).group_by(group_of(quotas).alias("group"))
-    sizes = taken.agg(rows=pl.len().cast(pl.Int64), answer_tokens=pl.col("answer_tokens").sum().cast(pl.Int64))
+    counts = (pl.len().cast(pl.Int64).alias("rows"), pl.col("answer_tokens").sum().cast(pl.Int64))
+    sizes = taken.agg(*counts).collect()
     if isinstance(published, RmiBandSelection) or published.budget.answer_tokens is None:
         return {group: Limit(num_rows) for group, num_rows, _ in sizes.iter_rows()}
     return {group: Limit(answer_tokens=tokens) for group, _, tokens in sizes.iter_rows()}
 
 
-def _draw(rows: pl.DataFrame, selection: RandomSelection, limit: Limit | dict[str, Limit]) -> pl.DataFrame:
-    """Verdicts in the order of the draws; stratified: in the order of `stratified_places`."""
-    drawn = with_draws(rows, selection.seed)
+def _draw(rows: pl.LazyFrame, selection: RandomSelection, limit: Limit | dict[str, Limit]) -> pl.DataFrame:
+    """Verdicts in the order of the draws, which the rows have; stratified: in the order of `stratified_places`."""
     score = pl.col(draw_column(selection.seed))
     if selection.strategy == "stratified_random":
         # A pair of the published pool may lack a stratum (ppl, ifd): such pairs are a stratum of their own.
         is_open = pl.col("in_pool") & is_open_to(selection)
-        drawn = drawn.with_columns(stratum=pl.when(is_open).then(pl.col("stratum").fill_null(_NO_STRATUM)))
-        score = stratified_places(drawn["stratum"], score, _num_rows(limit))
+        rows = rows.with_columns(stratum=pl.when(is_open).then(pl.col("stratum").fill_null(_NO_STRATUM)))
+        score = stratified_places(rows.select("stratum").collect().to_series(), score, _num_rows(limit))
     rule = compose(Rule(pl.col("in_pool"), score, descending=False), selection)
-    judged = judge(drawn.lazy(), rule)
+    judged = judge(rows, rule)
     divided = _divided(limit, selection, judged) if isinstance(limit, Limit) else limit
     return verdicts(judged, selection.name, rule, divided)
 

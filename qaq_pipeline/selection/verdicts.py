@@ -29,6 +29,16 @@ CLUSTER = "same_cluster"
 INVALID_BY = "invalid_by"
 """Column of the candidates: the signal that declares a pair invalid; needed where a selection has `valid: true`."""
 
+_REASONS = pl.Enum(SelectionReason)
+
+COMPACT: Mapping[str, pl.DataType] = {
+    "selection": pl.Categorical(),
+    "reason": _REASONS,
+    "position": pl.UInt32(),
+    "pool_size": pl.UInt32(),
+}
+"""The fields of VERDICT that take fewer bytes until they are stored: there is a verdict for each pair and selection."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -98,12 +108,13 @@ def judge(rows: pl.LazyFrame, rule: Rule) -> pl.DataFrame:
     in_pool = flag(rule.in_pool)
     barriers = ((~in_pool, SelectionReason.NOT_IN_POOL), *rule.barriers)
     ascending = -pl.col("score") if rule.descending else pl.col("score")
+    why_not = (pl.when(flag(holds)).then(pl.lit(why.value, _REASONS)) for holds, why in barriers)
     group = [] if rule.group is None else [rule.group.alias("group")]
     judged = (
         rows.select(
             "pair_id",
             "answer_tokens",
-            pl.coalesce(pl.when(flag(holds)).then(pl.lit(why.value)) for holds, why in barriers).alias("barrier"),
+            pl.coalesce(why_not).alias("barrier"),
             pl.when(in_pool).then(rule.score).cast(pl.Float64).alias("score"),
             in_pool.sum().cast(pl.Int64).alias("pool_size"),
             *(column for column, most, _ in _caps(rule) if most is not None),
@@ -127,7 +138,7 @@ def _caps(rule: Rule) -> tuple[tuple[str, int | None, SelectionReason], ...]:
 
 def _capped(judged: pl.LazyFrame, column: str, most: int, reason: SelectionReason) -> pl.LazyFrame:
     is_over = pl.col("place").rank("ordinal").over(column) > most
-    full = pl.when(is_over).then(pl.lit(reason.value))
+    full = pl.when(is_over).then(pl.lit(reason.value, _REASONS))
     return judged.with_columns(barrier=pl.coalesce("barrier", full)).with_columns(
         place=pl.when(pl.col("barrier").is_null()).then("position").rank("ordinal").cast(pl.Int64)
     )
@@ -144,7 +155,7 @@ def pool_size(judged: pl.DataFrame) -> int:
 
 
 def verdicts(judged: pl.DataFrame, name: str, rule: Rule, limit: Limit | Cut | Mapping[str, Limit]) -> pl.DataFrame:
-    """The verdict on every judged pair, in their order: pair_id and the fields of VERDICT.
+    """The verdict on every judged pair, in their order: pair_id and the fields of VERDICT, some of them `COMPACT`.
 
     Args:
         judged: of `judge`.
@@ -155,10 +166,10 @@ def verdicts(judged: pl.DataFrame, name: str, rule: Rule, limit: Limit | Cut | M
     is_grouped = isinstance(limit, Mapping)
     taken = _of_groups(judged, limit) if isinstance(limit, Mapping) else _of_all(judged, rule, limit)
     full = SelectionReason.QUOTA_FULL if is_grouped else SelectionReason.BELOW_CUT
-    why_taken = pl.when("is_selected").then(pl.lit(rule.taken.value))
+    why_taken = pl.when("is_selected").then(pl.lit(rule.taken.value, _REASONS))
     return taken.with_columns(
-        selection=pl.lit(name), reason=pl.coalesce("barrier", why_taken, pl.lit(full.value))
-    ).select("pair_id", *VERDICT.inner)
+        selection=pl.lit(name), reason=pl.coalesce("barrier", why_taken, pl.lit(full.value, _REASONS))
+    ).select("pair_id", *(pl.col(name).cast(COMPACT.get(name, column.dtype)) for name, column in VERDICT.inner.items()))
 
 
 def _of_all(judged: pl.DataFrame, rule: Rule, limit: Limit | Cut) -> pl.DataFrame:

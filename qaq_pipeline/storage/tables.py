@@ -86,10 +86,10 @@ class Tables:
                 writer.close(footer)
         else:
             self._files.put(made.local, *place)
+        table.is_stored_in(RowsFile(partial(self._files.local, *place), table.data_version, table.num_rows))
         if name in _INDEXED:
             keys = table.select("pair_id", *ROW_KEY)
             self.write_pair_index(keys, table.data_version, *self._folder(name, partition), _INDEX_FILE)
-        table.is_stored_in(RowsFile(partial(self._files.local, *place), table.data_version, table.num_rows))
 
     def begin(self, name: str, partition: Partition) -> TableWriter:
         """Begin a table that is made part by part; `write` then stores it."""

@@ -104,13 +104,13 @@ class Arms:
             return []
         if arm == EVERYTHING:
             return self._pairs(_accepted(one) for one in self.batches.values())
-        known = {name for table in self.decisions.values() for name in _selections(table.frame)}
+        known = {name for table in self.decisions.values() for name in _selections(table.select("verdicts"))}
         if arm not in known:
             raise TrialError(
                 f"trial.selections: version {self.version} has no selection {arm!r}; known: {', '.join(sorted(known))}"
             )
         decided = self.decisions.items()
-        return self._pairs(selected_rows(arm, self.batches[one].raw_data.frame, table.frame) for one, table in decided)
+        return self._pairs(selected_rows(arm, self.batches[one].raw_data, table) for one, table in decided)
 
     def controls(self, seed: int) -> dict[str, list[Pair]]:
         """The rows of each random control, drawn for this seed, sorted by pair_id."""

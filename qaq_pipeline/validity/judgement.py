@@ -10,7 +10,9 @@ planted rows at the same covariate. The mean of both tells every kind of defect 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +21,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from qaq_pipeline.config.settings import ValiditySettings
+from qaq_pipeline.schema.long_form import by_pair, slices_of_pairs
 from qaq_pipeline.schema.tables import Validity, ValidityCuts, dtypes
 from qaq_pipeline.schema.vocabularies import NoCutReason, Signal
 from qaq_pipeline.validity import copying
 from qaq_pipeline.validity.cuts import Line, Numbers, Spread, choose_cut, spread_of
-from qaq_pipeline.validity.signals.catalogue import SIGNALS
+from qaq_pipeline.validity.signals.catalogue import SCORES_READ, SIGNALS
 from qaq_pipeline.validity.signals.signal import Definition
 from qaq_pipeline.validity.unclosed import is_unclosed
 
@@ -33,17 +36,45 @@ MODELS = ("strong", "weak")
 ENOUGH = 20
 """Minimum number of planted rows from which a cut is chosen."""
 
+PAIRS_AT_ONCE = 16_384
+"""Pairs that are judged at once."""
+
 
 def judged_pairs(scores: Mapping[str, pl.DataFrame], texts: pl.DataFrame) -> pl.DataFrame:
-    """The pairs as the signals read them: RmiScores of both models in long form, with what their texts show.
+    """The pairs as the signals read them, as `beside_scores`.
 
     Args:
         scores: RmiScores by model.
         texts: pair_id, query and answer of these pairs.
     """
-    shown = copying.shares(texts).with_columns(is_unclosed=is_unclosed(texts["answer"]))
-    long = pl.concat(scores[role].with_columns(model=pl.lit(role)) for role in MODELS)
-    return long.join(shown, on="pair_id", validate="m:1").sort("model", "pair_id")
+    return beside_scores(scores, shown_by(texts))
+
+
+def shown_by(texts: pl.DataFrame) -> pl.DataFrame:
+    """pair_id, query_in_answer, answer_in_query and is_unclosed of each pair: numbers that its texts alone show.
+
+    Args:
+        texts: pair_id, query and answer.
+    """
+    return copying.shares(texts).with_columns(is_unclosed=is_unclosed(texts["answer"]))
+
+
+def beside_scores(scores: Mapping[str, pl.DataFrame], shown: pl.DataFrame) -> pl.DataFrame:
+    """The scores that signals read in long form, with what the texts show, sorted by model and pair_id.
+
+    Args:
+        scores: RmiScores by model; the columns that no signal reads may be missing.
+        shown: of `shown_by`, of the same pairs in any order.
+    """
+    sorted_by_pair = by_pair(shown)
+    of_models = (
+        by_pair(scores[role])
+        .select("pair_id", *SCORES_READ)
+        .join(sorted_by_pair, on="pair_id", validate="1:1", maintain_order="left")
+        .with_columns(model=pl.lit(role))
+        for role in MODELS
+    )
+    return pl.concat(of_models)
 
 
 def judged_planted(scores: Mapping[str, pl.DataFrame], planted: pl.DataFrame) -> pl.DataFrame:
@@ -97,7 +128,7 @@ def _row(one: Definition, sample: Sample, settings: ValiditySettings) -> dict[st
     }
     if reason := _no_cut(one, row, settings):
         return row | {"null_reason": reason.value}
-    spreads = {role: spread_of(*_values(one, planted.filter(pl.col("model") == role))) for role in MODELS}
+    spreads = {role: spread_of(*_values(one, planted, role)) for role in MODELS}
     of_planted, of_pairs = (_as_possible(one, rows, _evidence(one, rows, spreads)) for rows in (planted, pairs))
     cut = choose_cut(of_pairs, of_planted, one.max_missed, settings.max_false_share)
     if cut is None:
@@ -126,22 +157,28 @@ def _no_cut(one: Definition, row: Mapping[str, Any], settings: ValiditySettings)
 
 
 def _judgeable(rows: pl.DataFrame, one: Definition) -> pl.DataFrame:
-    """The pairs that have the value and the covariate under both models."""
-    has_both = (one.value.is_not_null() & one.covariate.is_not_null()).all().over("pair_id")
-    return rows.filter(has_both)
+    """The pairs that have the value and the covariate under both models, with the columns that the signal reads."""
+    has = rows.select(one.value.is_not_null() & one.covariate.is_not_null()).to_series()
+    size = rows.height // len(MODELS)
+    of_models = (has.slice(place * size, size) for place in range(len(MODELS)))
+    has_both = functools.reduce(operator.and_, of_models)
+    return rows.select("model", *one.columns).filter(pl.concat([has_both] * len(MODELS)))
 
 
-def _values(one: Definition, rows: pl.DataFrame) -> tuple[Numbers, Numbers]:
-    """Value and covariate of each row; NaN: null."""
-    found = rows.select(value=one.value.cast(pl.Float64), covariate=one.covariate.cast(pl.Float64))
+def _values(one: Definition, rows: pl.DataFrame, role: str) -> tuple[Numbers, Numbers]:
+    """Value and covariate of each pair under a model; NaN: null."""
+    found = (
+        rows.lazy()
+        .filter(pl.col("model") == role)
+        .select(value=one.value.cast(pl.Float64), covariate=one.covariate.cast(pl.Float64))
+        .collect()
+    )
     return found["value"].to_numpy(), found["covariate"].to_numpy()
 
 
 def _evidence(one: Definition, rows: pl.DataFrame, spreads: Mapping[str, Spread]) -> Numbers:
     """The evidence of each pair, in the order of the pairs; NaN: a model has no value."""
-    of_models = [
-        spread.residuals(*_values(one, rows.filter(pl.col("model") == role))) for role, spread in spreads.items()
-    ]
+    of_models = [spread.residuals(*_values(one, rows, role)) for role, spread in spreads.items()]
     return np.mean(of_models, axis=0)
 
 
@@ -151,8 +188,8 @@ def _as_possible(one: Definition, rows: pl.DataFrame, evidence: Numbers) -> Numb
 
 
 def _is_possible(one: Definition, rows: pl.DataFrame) -> NDArray[np.bool_]:
-    first = rows.filter(pl.col("model") == MODELS[0])
-    return first.select(possible=pl.lit(value=True, dtype=pl.Boolean) & one.is_possible).to_series().to_numpy()
+    possible = pl.lit(value=True, dtype=pl.Boolean) & one.is_possible
+    return rows.lazy().filter(pl.col("model") == MODELS[0]).select(possible=possible).collect()["possible"].to_numpy()
 
 
 def _stored(role: str, spread: Spread) -> dict[str, Any]:
@@ -172,6 +209,18 @@ def spreads_of(stored: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
         one["model"]: Spread(Line(one["place"], one["place_slope"]), Line(one["scale"], one["scale_slope"]))
         for one in stored
     }
+
+
+def judge_in_parts(pairs: pl.DataFrame, cuts: pl.DataFrame, settings: ValiditySettings) -> Iterator[pl.DataFrame]:
+    """The rows of `judge`, some thousand at a time: a row of Validity is many times as large as the numbers of a pair.
+
+    Args:
+        pairs: of `judged_pairs`.
+        cuts: ValidityCuts.
+        settings: what each signal does.
+    """
+    for part in slices_of_pairs(pairs, len(MODELS), PAIRS_AT_ONCE):
+        yield judge(part, cuts, settings)
 
 
 def judge(pairs: pl.DataFrame, cuts: pl.DataFrame, settings: ValiditySettings) -> pl.DataFrame:
@@ -217,8 +266,8 @@ def _judged(one: Definition, pairs: pl.DataFrame, num_pairs: int, cut: Mapping[s
 
 def of_signal(validity: pl.DataFrame, signal: Signal) -> pl.DataFrame:
     """pair_id, evidence and is_raised of one signal for every pair of Validity, in their order."""
-    wanted = pl.element().filter(pl.element().struct.field("signal") == signal.value).first()
-    found = pl.col("signals").list.eval(wanted).list.first()
+    place = [one.signal for one in SIGNALS].index(signal)
+    found = pl.col("signals").list.get(place, null_on_oob=True)
     return validity.select("pair_id", *(found.struct.field(name) for name in ("evidence", "is_raised")))
 
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from qaq_pipeline.scoring.logprobs import accepted_rows
+from qaq_pipeline.scoring.logprobs import accepted_parts
 from qaq_pipeline.scoring.stored_scores import Scores, differently_scored, scored_by
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.stored_table import StoredTable
-from qaq_pipeline.validity.judgement import Sample, judged_pairs, judged_planted
+from qaq_pipeline.validity.judgement import Sample, beside_scores, judged_planted, shown_by
+from qaq_pipeline.validity.signals.catalogue import SCORES_READ
+
+_NO_TEXTS = pl.DataFrame(schema=dict.fromkeys(("pair_id", "query", "answer"), pl.String))
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,8 @@ class PlantedSample:
         return Sample(self.pairs, self.planted, (batch_of(self.raw_data),))
 
 
-def pairs_of_batch(
-    raw_data: StoredTable, screened_data: StoredTable, scores: Scores, wanted: pl.DataFrame | None = None
-) -> pl.DataFrame:
-    """The distinct pairs of a batch, as the signals read them; of the pair_ids in `wanted` alone, where it is given."""
-    texts = accepted_rows(raw_data.frame, screened_data.frame)
-    if wanted is not None:
-        texts = texts.join(wanted, on="pair_id", how="semi")
-    return judged_pairs({role: table.frame for role, table in scores.items()}, texts)
+def pairs_of_batch(raw_data: StoredTable, screened_data: StoredTable, scores: Scores) -> pl.DataFrame:
+    """The distinct pairs of a batch, as the signals read them. The texts are read some thousand at a time."""
+    parts = accepted_parts(raw_data, screened_data, "query", "answer")
+    shown = pl.concat([shown_by(_NO_TEXTS), *map(shown_by, parts)])
+    return beside_scores({role: table.select("pair_id", *SCORES_READ) for role, table in scores.items()}, shown)

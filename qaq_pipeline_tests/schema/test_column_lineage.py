@@ -38,12 +38,13 @@ from qaq_pipeline.scoring import rmi_scores
 from qaq_pipeline.scoring.logprobs import accepted_rows
 from qaq_pipeline.screening import duplicates, forbidden
 from qaq_pipeline.screening.screen import screen, texts_of
-from qaq_pipeline.selection import decisions, rank_reference
+from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.selection.candidates import candidates, with_validity
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity import judgement, words
 from qaq_pipeline_tests.conftest import write_jsonl
+from qaq_pipeline_tests.support.decided import decide, selected_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 from qaq_pipeline_tests.support.uncalibrated import TABLES
 
@@ -216,11 +217,11 @@ def _decide(tables: Tables) -> pl.DataFrame:
     verdicts = select_all(pairs, SETTINGS.selections, frozen)
     raw, screened = tables["raw_data"], tables["screened_data"]
     why_invalid = words.reasons(_pairs(tables), tables["validity"], tables["validity_cuts"])
-    return decisions.decide(raw, screened, pairs, verdicts, SETTINGS.published, pair_name(0), why_invalid=why_invalid)
+    return decide(raw, screened, pairs, verdicts, SETTINGS.published, pair_name(0), why_invalid=why_invalid)
 
 
 def _select(tables: Tables) -> pl.DataFrame:
-    return decisions.selected_rows(SETTINGS.published.name, tables["raw_data"], tables["decisions"])
+    return selected_rows(SETTINGS.published.name, tables["raw_data"], tables["decisions"])
 
 
 MADE_BY: Mapping[str, Callable[[Tables], pl.DataFrame]] = {

@@ -13,10 +13,10 @@ from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
-from qaq_pipeline.selection import decisions
 from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline_tests.support.decided import decide, selected_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -159,7 +159,7 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
     verdicts = select_all(pairs, [published])
     gate = Gate(GateReason.TOO_MANY_REJECTED, "so it is")
     screened = screen_alone(raw, ScreeningSettings())
-    frame = enforce(Decisions, decisions.decide(raw, screened, pairs, verdicts, published, pair_name(0), gate))
+    frame = enforce(Decisions, decide(raw, screened, pairs, verdicts, published, pair_name(0), gate))
     assert frame["decision"].to_list() == ["batch_gated"] * 4
     assert frame["reason"].to_list() == ["too_many_rejected"] * 4
     assert frame["explanation"].to_list() == [
@@ -170,9 +170,9 @@ def test_every_row_of_a_gated_batch_says_why_and_what_was_wrong_with_itself() ->
     ]
     assert frame["verdicts"].list.len().to_list() == [0] * 4
     same = Gate(GateReason.UNREADABLE_FILE, "one of its files cannot be read: `query` is blank; deliver it again")
-    said = decisions.decide(raw, screened, pairs, verdicts, published, pair_name(0), same)["explanation"]
+    said = decide(raw, screened, pairs, verdicts, published, pair_name(0), same)["explanation"]
     assert said[1] == f"No row of the batch is published: {same.sentence}."
-    assert decisions.selected_rows("mine", raw, frame).is_empty()
+    assert selected_rows("mine", raw, frame).is_empty()
 
 
 def test_a_verdict_is_read_as_it_was_stored() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -20,9 +21,13 @@ from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import decisions, rank_reference
 from qaq_pipeline.selection.candidates import candidates, with_validity
+from qaq_pipeline.selection.decisions import DecidedPairs
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.strategies import select_all
+from qaq_pipeline.storage import stored_table
+from qaq_pipeline_tests.support import decided
+from qaq_pipeline_tests.support.decided import kept_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, all_valid, pair_name, raw_rows, rejected, rmi_rows
 
 PROVENANCE_ID = "0123456789abcdef" * 2
@@ -86,11 +91,11 @@ def decide(
         invalid_by=pl.col("pair_id").replace_strict(found, default=None, return_dtype=pl.String)
     )
     judged = with_validity(candidates(disagreement, scores), validity)
-    pairs = with_pair_columns(judged, raw, screened, [selected_by], {})
+    pairs = with_pair_columns(judged, kept_rows(raw, screened), [selected_by], {})
     verdicts = select_all(pairs, [selected_by], pairs if is_against_reference else None)
     said_of = {"pair_id": list(found), "why_invalid": [f"Evidence of {signal} is here" for signal in found.values()]}
     why_invalid = pl.DataFrame(said_of, schema={"pair_id": pl.String, "why_invalid": pl.String})
-    frame = decisions.decide(raw, screened, pairs, verdicts, selected_by, PROVENANCE_ID, why_invalid=why_invalid)
+    frame = decided.decide(raw, screened, pairs, verdicts, selected_by, PROVENANCE_ID, why_invalid=why_invalid)
     return enforce(Decisions, frame)
 
 
@@ -198,11 +203,27 @@ def test_a_batch_of_rejected_rows_is_decided_too() -> None:
     assert frame["decision"].to_list() == ["rejected", "rejected"]
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_rows_that_are_decided_in_parts_have_the_same_decisions(size: int) -> None:
+    selection: Selection = TypeAdapter(Selection).validate_python(
+        {"name": "mine", "strategy": "diff_high", "max_per_query": 1, "where": [{"column": "language", "equals": "go"}]}
+        | HALF
+    )
+    screened = screen_alone(RAW, ScreeningSettings())
+    ranked = candidates(disagreement_scores(BOTH, ONE_STRATUM, "batch:b1")[0], BOTH)
+    pairs = with_pair_columns(ranked, kept_rows(RAW, screened), [selection], {})
+    verdicts = select_all(pairs, [selection])
+    of_pairs = DecidedPairs(pairs, verdicts, selection)
+    rows = screened.join(RAW.select(*ROW_KEY, "detail"), on=ROW_KEY).sort(ROW_KEY)
+    parts = [decisions.decide(part, of_pairs, PROVENANCE_ID) for part in rows.iter_slices(size)]
+    assert_frame_equal(pl.concat(parts), decided.decide(RAW, screened, pairs, verdicts, selection, PROVENANCE_ID))
+
+
 # --- the rows that a selection takes --------------------------------------------------------------------------------
 
 
 def test_the_selected_rows_come_best_first_with_their_text() -> None:
-    rows = enforce(SelectedSubset, decisions.selected_rows("mine", RAW, decide()))
+    rows = enforce(SelectedSubset, decided.selected_rows("mine", RAW, decide()))
     assert rows.columns == list(dtypes(SelectedSubset))
     assert rows["position"].to_list() == [1, 2]
     assert rows.row(0, named=True) == {
@@ -224,14 +245,14 @@ def test_the_selected_rows_come_best_first_with_their_text() -> None:
 
 @pytest.mark.parametrize("control", ["control_random", "control_stratified_random"])
 def test_a_control_takes_as_many_rows_of_the_same_pool(control: str) -> None:
-    rows = enforce(SelectedSubset, decisions.selected_rows(control, RAW, decide()))
+    rows = enforce(SelectedSubset, decided.selected_rows(control, RAW, decide()))
     assert rows["position"].to_list() == [1, 2]
     assert set(rows["source_row"]) <= {1, 2, 3, 4}
 
 
 def test_a_selection_that_takes_nothing_has_no_rows() -> None:
     nothing = decide(min_gap=1.0)
-    assert enforce(SelectedSubset, decisions.selected_rows("mine", RAW, nothing)).is_empty()
+    assert enforce(SelectedSubset, decided.selected_rows("mine", RAW, nothing)).is_empty()
 
 
 # --- any batch ------------------------------------------------------------------------------------------------------
@@ -263,10 +284,10 @@ def test_decisions_add_up_whatever_the_batch(
     distinct = frame.filter(pl.col("decision").is_in(["selected", "not_selected", "unscorable"]))
     assert distinct.height == len(numbers)
     assert frame.filter(decision="rejected").height == rows.count("rejected")
-    chosen = decisions.selected_rows("mine", raw, frame)
+    chosen = decided.selected_rows("mine", raw, frame)
     assert sorted(chosen["pair_id"]) == sorted(frame.filter(decision="selected")["pair_id"])
     for control in ("control_random", "control_stratified_random"):
-        assert decisions.selected_rows(control, raw, frame).height == chosen.height
+        assert decided.selected_rows(control, raw, frame).height == chosen.height
 
 
 def test_rows_that_are_not_trained_on_have_a_decision_and_neither_scores_nor_verdicts() -> None:
@@ -283,7 +304,7 @@ def test_rows_that_are_not_trained_on_have_a_decision_and_neither_scores_nor_ver
     pairs = candidates(disagreement_scores(scores, ONE_STRATUM, "batch:b1")[0], scores)
     selection: Selection = TypeAdapter(Selection).validate_python({"name": "mine", "strategy": "diff_high"} | HALF)
     verdicts = select_all(pairs, [selection])
-    frame = enforce(Decisions, decisions.decide(RAW, kept, pairs, verdicts, selection, PROVENANCE_ID))
+    frame = enforce(Decisions, decided.decide(RAW, kept, pairs, verdicts, selection, PROVENANCE_ID))
     assert said(1, frame) == (
         "held_out",
         "cluster_drawn",
@@ -299,5 +320,12 @@ def test_rows_that_are_not_trained_on_have_a_decision_and_neither_scores_nor_ver
     assert not set(selected_rows_of(frame)) & {1, 2}
 
 
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_the_selected_rows_are_the_same_from_parts(size: int) -> None:
+    whole = decided.selected_rows("mine", RAW, decide())
+    with mock.patch.object(stored_table, "ROWS_PER_GROUP", size):
+        assert_frame_equal(decided.selected_rows("mine", RAW, decide()), whole)
+
+
 def selected_rows_of(frame: pl.DataFrame) -> list[int]:
-    return decisions.selected_rows("mine", RAW, frame)["source_row"].to_list()
+    return decided.selected_rows("mine", RAW, frame)["source_row"].to_list()

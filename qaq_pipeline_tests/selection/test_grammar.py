@@ -27,6 +27,7 @@ from qaq_pipeline.selection.grammar.pair_columns import CLUSTER, QUERY, count_un
 from qaq_pipeline.selection.grammar.quotas import spread
 from qaq_pipeline.selection.strategies import model_of, select, select_all
 from qaq_pipeline_tests.selection.test_strategies import STRATEGIES, candidates_of, parse, reasons, scores_of
+from qaq_pipeline_tests.support.decided import kept_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rejected, rmi_rows
 
 VALUES = ["python", "go", "rust", None]
@@ -354,7 +355,7 @@ def test_a_pair_has_the_columns_of_the_row_that_is_kept_and_of_the_imported_tabl
     selection = TypeAdapter(Selection).validate_python(
         {"name": "mine", "strategy": "length", "where": conditions, "max_per_query": 1, "max_per_cluster": 1}
     )
-    frame = with_pair_columns(pairs, RAW, screened, [selection], tables)
+    frame = with_pair_columns(pairs, kept_rows(RAW, screened), [selection], tables)
     assert frame.select(pairs.columns).equals(pairs)
     for row in frame.filter(pair_id=pair_name(1)).iter_rows(named=True):
         assert {name: row[f"column:{name}"] for name in NAMED} == NAMED
@@ -374,11 +375,11 @@ def test_a_batch_without_pairs_has_the_named_columns() -> None:
         strategy="diff_high", where=[condition], max_per_query=1, quotas={"per": "source", "shares": "equal"}
     )
     pairs = candidates_of(scores_of(0, 1))
-    frame = with_pair_columns(pairs, raw, screen_alone(raw, ScreeningSettings()), [selection], tables)
+    frame = with_pair_columns(pairs, kept_rows(raw, screen_alone(raw, ScreeningSettings())), [selection], tables)
     assert {"column:judge.score", "column:source", QUERY} <= set(frame.columns)
     assert select_all(frame, [selection]).is_empty()
 
 
 def test_candidates_without_named_columns_stay_as_they_are() -> None:
     frame = candidates_of(scores_of(3, 1))
-    assert with_pair_columns(frame, RAW, RAW, [parse(strategy="length")], {}) is frame
+    assert with_pair_columns(frame, [RAW], [parse(strategy="length")], {}) is frame

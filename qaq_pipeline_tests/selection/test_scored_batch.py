@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from qaq_pipeline.config.settings import GateSettings, RankingSettings, ScreeningSettings, Settings
-from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.config.settings import GateSettings, RankingSettings, ScreeningSettings
 from qaq_pipeline.schema.vocabularies import GateReason
 from qaq_pipeline.scoring import stored_scores
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import scored_batch, stored_reference
-from qaq_pipeline.selection.decisions import decide
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.scored_batch import ScoredBatch
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, raw_rows, rmi_rows
@@ -58,7 +55,7 @@ def test_tables_that_belong_together_are_inputs_by_name() -> None:
 
 
 def with_provenance(table: StoredTable, **changes: Any) -> StoredTable:
-    return dataclasses.replace(table, provenance=table.provenance | changes)
+    return StoredTable(table.frame, table.provenance | changes)
 
 
 def test_ranks_of_other_scores_are_refused(check_sentence: Check) -> None:
@@ -123,14 +120,12 @@ def test_scores_under_other_prompts_than_those_of_a_reference_are_refused(check_
     check_sentence(error.value)
 
 
-def test_a_lost_row_is_a_fault(settings_for: Callable[..., Settings], check_sentence: Check) -> None:
-    settings, whole = settings_for(), batch()
-    lost = dataclasses.replace(whole.screened_data, frame=whole.screened_data.frame.head(1))
-    inputs = whole.disagreement_scores
+def test_a_lost_row_is_a_fault(check_sentence: Check) -> None:
+    whole = batch()
+    lost = StoredTable(whole.screened_data.frame.head(1), whole.screened_data.provenance)
     rows = {"raw_data": whole.raw_data.data_version, "screened_data": lost.data_version}
     rmi = {role: with_provenance(table, scored_from=rows) for role, table in whole.rmi_scores.items()}
-    torn = ScoredBatch(whole.raw_data, lost, rmi, inputs)
-    verdicts = torn.verdicts(torn.candidates, settings.selections, None)
-    with pytest.raises(TableError) as error:
-        decide(torn.raw_data.frame, lost.frame, torn.candidates, verdicts, settings.published, "0")
+    torn = ScoredBatch(whole.raw_data, lost, rmi, whole.disagreement_scores)
+    with pytest.raises(StorageError) as error:
+        list(torn.rows())
     check_sentence(error.value)

@@ -23,6 +23,7 @@ from qaq_pipeline.selection.candidates import candidates
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.random_order import quotas
 from qaq_pipeline.selection.strategies import select, select_all
+from qaq_pipeline.selection.verdicts import COMPACT
 
 ROLES = ["strong", "weak"]
 MODEL_COLUMNS = {
@@ -528,7 +529,7 @@ def test_pairs_without_a_stratum_are_one_in_the_stratified_control():
 @pytest.mark.parametrize("size", [0, 1])
 def test_tiny_batches_have_verdicts_of_the_declared_types(size: int):
     verdicts = select_all(candidates_of(scores_of(size, seed=2)), EVERY_SELECTION)
-    expected = {"pair_id": pl.String(), **{name: column.dtype for name, column in VERDICT.inner.items()}}
+    expected = {"pair_id": pl.String(), **{name: COMPACT.get(name, one.dtype) for name, one in VERDICT.inner.items()}}
     assert verdicts.schema == pl.Schema(expected)
     assert verdicts.height == size * (len(EVERY_SELECTION) + 2)
 

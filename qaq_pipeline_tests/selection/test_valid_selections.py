@@ -21,12 +21,12 @@ from qaq_pipeline.schema.vocabularies import INVALID_REASONS, SelectionReason, S
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection import rank_reference
 from qaq_pipeline.selection.candidates import candidates, with_validity
-from qaq_pipeline.selection.decisions import decide
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.grammar.composition import with_grounds
 from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.strategies import select, select_all
 from qaq_pipeline.validity.words import WHY
+from qaq_pipeline_tests.support.decided import decide, kept_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, pair_name, raw_rows, rmi_rows
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -93,7 +93,7 @@ def judged(rmi: list[float], *invalid_by: Signal | None) -> pl.DataFrame:
 
 def of_rows(pairs: pl.DataFrame, raw: pl.DataFrame, selection: Selection) -> pl.DataFrame:
     """The candidates with the columns of their rows that the selection names."""
-    return with_pair_columns(pairs, raw, screen_alone(raw, SCREENING), [selection], {})
+    return with_pair_columns(pairs, kept_rows(raw, screen_alone(raw, SCREENING)), [selection], {})
 
 
 def taken(verdicts: pl.DataFrame) -> list[str]:

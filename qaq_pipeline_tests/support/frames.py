@@ -18,12 +18,13 @@ from qaq_pipeline.schema.vocabularies import Quantity, RejectReason, Status
 from qaq_pipeline.screening import duplicates
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection.candidates import candidates, with_validity
-from qaq_pipeline.selection.decisions import decide, selected_rows
+from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline_tests.support.decided import decide
 
 HOSTILE_NAMES = ["../evil", "a/b", "[x]", "x|y", "", "x" * 300, ".hidden", "a..b", "a\n", "b 1", "~", "-rf"]
 """Names that would leave a folder, be a pattern, break a partition key, or be no name at all."""
@@ -182,7 +183,7 @@ def store_selection(storage: Storage, settings: Settings, batch: str = "b1") -> 
         storage.tables.read("raw_data", Partition(batch)),
         storage.tables.read("decisions", Partition(batch)),
     )
-    rows = selected_rows(settings.published.name, raw.frame, decisions.frame)
+    rows = selected_rows(settings.published.name, raw, decisions)
     inputs = {"raw_data": raw.data_version, "decisions": decisions.data_version}
     table = StoredTable(rows, {"selection": settings.published.name, "inputs": inputs})
     storage.tables.write(table, "selected_subset", Partition(batch))

@@ -16,11 +16,11 @@ from qaq_pipeline.schema.tables import RawData, RmiScores, dtypes
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.selection.candidates import candidates, with_validity
-from qaq_pipeline.selection.decisions import decide, selected_rows
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.strategies import select_all
 from qaq_pipeline.storage.files import hash_json
 from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline_tests.support.decided import decide, selected_rows
 from qaq_pipeline_tests.support.frames import IDENTITY, all_valid, pair_name, rejected
 
 LANGUAGES = ["python", "javascript", "java", "c++", "go", "rust", "sql", "bash", None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -17,6 +18,7 @@ from polars.testing import assert_frame_equal
 from qaq_pipeline.config.settings import ValiditySettings
 from qaq_pipeline.schema.tables import RmiScores, Validity, ValidityCuts, dtypes, enforce
 from qaq_pipeline.schema.vocabularies import Defect, NoCutReason, Signal
+from qaq_pipeline.validity import judgement
 from qaq_pipeline.validity.judgement import (
     ENOUGH,
     MODELS,
@@ -24,10 +26,11 @@ from qaq_pipeline.validity.judgement import (
     choose_cuts,
     count_invalid,
     judge,
+    judge_in_parts,
     judged_pairs,
     spreads_of,
 )
-from qaq_pipeline.validity.signals.catalogue import SIGNALS
+from qaq_pipeline.validity.signals.catalogue import SCORES_READ, SIGNALS
 from qaq_pipeline.validity.signals.signal import Definition
 from qaq_pipeline_tests.support.frames import pair_name
 from qaq_pipeline_tests.support.validity import CLEAN_PAIR, DEFECTS, DROP_ALL, pairs_like, planted, sample, together
@@ -353,6 +356,18 @@ def test_the_order_of_rows_changes_nothing(batch: pl.DataFrame, cuts: pl.DataFra
         assert_frame_equal(judged(pairs, cuts), judged(in_order, cuts), check_exact=True)
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_pairs_that_are_judged_in_parts_have_the_same_validity(
+    batch: pl.DataFrame, cuts: pl.DataFrame, size: int
+) -> None:
+    pairs = batch.filter(pl.col("pair_id").is_in(batch["pair_id"].unique().sort().head(30).implode()))
+    with mock.patch.object(judgement, "PAIRS_AT_ONCE", size):
+        parts = list(judge_in_parts(pairs, cuts, DROP_ALL))
+        assert list(judge_in_parts(pairs.clear(), cuts, DROP_ALL)) == []
+    assert [part.height for part in parts] == [min(size, 30 - start) for start in range(0, 30, size)]
+    assert_frame_equal(pl.concat(parts), judge(pairs, cuts, DROP_ALL), check_exact=True)
+
+
 def test_judged_pairs_are_the_scores_of_both_models_with_the_copied_shares() -> None:
     numbers = pairs_like(CLEAN_PAIR, 2).select(*dtypes(RmiScores), "model")
     scores = {role: numbers.filter(model=role).drop("model") for role in MODELS}
@@ -363,7 +378,10 @@ def test_judged_pairs_are_the_scores_of_both_models_with_the_copied_shares() -> 
     assert pairs.select("model", "pair_id", "query_in_answer", "answer_in_query").rows() == [
         (role, pair_name(n), share, share) for role in sorted(MODELS) for n, share in ((1, 0.0), (2, 1.0))
     ]
-    assert_frame_equal(pairs.select(numbers.columns), numbers.sort("model", "pair_id"))
+    assert_frame_equal(
+        pairs.select("pair_id", *SCORES_READ, "model"),
+        numbers.select("pair_id", *SCORES_READ, "model").sort("model", "pair_id"),
+    )
 
 
 def test_no_scores_give_no_pairs(batch: pl.DataFrame) -> None:

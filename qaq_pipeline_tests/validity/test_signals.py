@@ -31,7 +31,7 @@ def raised(signal: Signal, pairs: pl.DataFrame, rows: pl.DataFrame | None = None
         *(pairs_like(defect, 30, 1000 + 100 * n) for n, defect in enumerate(defects)),
     ]
     settings = ValiditySettings()
-    of_batch = sample(together(*others, pairs), rows)
+    of_batch = sample(together(*(frame.select(pairs.columns) for frame in others), pairs), rows)
     validity = judge(of_batch.pairs, choose_cuts(of_batch, settings), settings)
     flat = validity.explode("signals").unnest("signals").filter(pl.col("is_raised"), signal=signal.value)
     return set(flat["pair_id"]) & set(pairs["pair_id"])
@@ -116,7 +116,7 @@ def test_an_echo_repeats_the_whole_query_and_little_else(answer: str, is_echo: b
     numbers = pairs_like(Defect.ECHO, 10, 3000)
     scores = {role: numbers.filter(model=role).select(*dtypes(RmiScores)) for role in MODELS}
     texts = scores["strong"].select("pair_id", query=pl.lit(QUERY), answer=pl.lit(answer))
-    found = raised(Signal.ECHO, judged_pairs(scores, texts).select(numbers.columns))
+    found = raised(Signal.ECHO, judged_pairs(scores, texts))
     assert (len(found) >= 7) if is_echo else not found
 
 

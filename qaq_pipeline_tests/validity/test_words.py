@@ -142,7 +142,7 @@ def test_no_number_is_minus_zero() -> None:
     pairs = pairs_like(CLEAN_PAIR, 1).with_columns(rmi=pl.lit(-0.0001))
     spreads = [{"model": m, "place": -0.0002, "place_slope": 0.0, "scale": 1.0, "scale_slope": 0.0} for m in MODELS]
     cuts = one_cut(cut=-0.0001, missed=0.1, spreads=spreads)
-    signals = [{"signal": "mismatch", "evidence": -0.0002, "is_raised": True}]
+    signals = [{"signal": one.signal.value, "evidence": -0.0002, "is_raised": True} for one in SIGNALS]
     validity = pl.DataFrame({"pair_id": [pair_name(1)], "invalid_by": ["mismatch"], "signals": [signals]})
     [why] = reasons((pairs, validity, cuts)).values()
     assert NUMBER.findall(why) == ["0.000"] * 6 + ["90%"]

@@ -43,3 +43,9 @@ class Definition:
     of_text: tuple[str, str] | None = None
     """Where the number is 1 or 0 and comes from the text alone: what is said of a pair with 1 ("…, as in 45% of the
     planted rows"), and of one with 0 ("…; one is in 45% of the planted rows")."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads, each once."""
+        read = (name for one in (self.value, self.covariate, self.is_possible) for name in one.meta.root_names())
+        return list(dict.fromkeys(read))

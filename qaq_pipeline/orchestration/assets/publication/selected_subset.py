@@ -20,7 +20,7 @@ def build_selected_subset(settings: Settings) -> dg.AssetsDefinition:
     def selected_subset(
         context: dg.AssetExecutionContext, raw_data: StoredTable, decisions: StoredTable
     ) -> dg.MaterializeResult:
-        frame = selected_rows(selection, raw_data.frame, decisions.frame)
+        frame = selected_rows(selection, raw_data, decisions)
         inputs = {"raw_data": raw_data, "decisions": decisions}
         metadata = of_selected_subset(frame.height, raw_data.num_rows, selection)
         return table_result(context, frame, inputs, metadata, selection=selection)

@@ -1,6 +1,7 @@
 """The asset decisions[batch]: the decision about every row of a batch."""
 
 import dagster as dg
+import polars as pl
 
 from qaq_pipeline.config.conditions import tables_named
 from qaq_pipeline.config.settings import Settings
@@ -10,13 +11,17 @@ from qaq_pipeline.orchestration.metadata import asset, gate_metadata, pictures
 from qaq_pipeline.orchestration.run_log import report_gate
 from qaq_pipeline.reports import plots
 from qaq_pipeline.reports.table_numbers import not_reached, of_decisions, of_imported_tables
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import Decisions
 from qaq_pipeline.screening import gates
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection import stored_reference
-from qaq_pipeline.selection.decisions import by_reason, decide
+from qaq_pipeline.selection.decisions import DecidedPairs, by_reason, decide
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY, ScoredBatch, read_judged
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 
 VERSION = "5"
 
@@ -49,17 +54,27 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
         facts = batch.facts(settings.selections, gate, imported) | ({UNREACHED_KEY: missed} if missed else {})
         made_of = provenance_of(context, inputs, **facts)
         made_by = storage.provenance.write(made_of, context.run.run_id)
-        frame = decide(
-            raw_data.frame, screened_data.frame, pairs, verdicts, published, made_by, gate, batch.why_invalid
-        )
-        _report_gate(context, storage, settings, screened_data, gate)
-        metadata = of_decisions(frame, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
-        metadata |= of_imported_tables(imported, raw_data.frame, screened_data.frame)
-        metadata["rows"] = dg.MetadataValue.url(settings.reports.rows_of_batch(context.partition_key))
-        if frozen is None and gate is None:
-            metadata[UNREACHED_KEY] = missed
-        metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(frame))])
-        return table_result(context, frame, inputs, metadata, **facts)
+        decided_pairs = DecidedPairs(pairs, verdicts, published)
+        reads_texts = published.valid and batch.judged is not None and gate is None
+        with storage.tables.begin("decisions", Partition.parse(context.partition_key)) as writer:
+            counted = [empty(Decisions).select("decision", "reason")]
+            for rows in batch.rows(*(("query", "answer") if reads_texts else ())):
+                why_invalid = batch.why_invalid(rows, decided_pairs) if reads_texts else None
+                part = decide(rows, decided_pairs, made_by, gate, why_invalid)
+                writer.append(part)
+                counted.append(part.select("decision", "reason"))
+            reasons = pl.concat(counted)
+            _report_gate(context, storage, settings, screened_data, gate)
+            metadata = of_decisions(reasons, verdicts, published.name, is_gated=gate is not None) | gate_metadata(gate)
+            if imported:
+                metadata |= of_imported_tables(
+                    imported, raw_data.select(*ROW_KEY, "pair_id"), screened_data.select(*ROW_KEY, "status")
+                )
+            metadata["rows"] = dg.MetadataValue.url(settings.reports.rows_of_batch(context.partition_key))
+            if frozen is None and gate is None:
+                metadata[UNREACHED_KEY] = missed
+            metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(reasons))])
+            return table_result(context, writer, inputs, metadata, **facts)
 
     return decisions
 
