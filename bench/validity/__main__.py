@@ -35,6 +35,7 @@ from qaq_pipeline.config.settings import CalibrationSettings, Settings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.vocabularies import Defect, Signal
 from qaq_pipeline.scoring import rmi_scores
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline.validity import judgement
@@ -128,8 +129,8 @@ def scored(settings: Settings, batches: Sequence[Batch]) -> Score:
 
     IFD, which only orders pairs, is that of the strong model, and planted rows get none.
     """
-    made = [texts(batch, settings) for batch in batches]
-    delivered, planted = (_distinct(frames) for frames in zip(*made, strict=True))
+    both = [texts(batch, settings) for batch in batches]
+    delivered, planted = (_distinct(frames) for frames in zip(*both, strict=True))
     without_ifd = settings.scoring.model_copy(update={"quantities": ("rmi", "end")})
     storage, found = open_storage(settings), {}
     for role in MODELS:
@@ -137,8 +138,8 @@ def scored(settings: Settings, batches: Sequence[Batch]) -> Score:
         of_delivered = settings.scoring if role == "strong" else without_ifd
         for scoring, pairs in ((of_delivered, delivered), (without_ifd, _without(planted, delivered))):
             runtime = ModelRuntime(settings.models, scoring, settings.runtime, settings.model_cache_dir)
-            frame = runtime.score(role, pairs, storage, lambda done: print(done.sentence, file=sys.stderr)).frame  # noqa: T201
-            parts.append(rmi_scores.rmi_scores(frame, settings.eligibility))
+            made = runtime.score(role, Pairs.of(pairs), storage, lambda done: print(done.sentence, file=sys.stderr))  # noqa: T201
+            parts.append(rmi_scores.rmi_scores(made.frame, settings.eligibility))
         found[role] = pl.concat(parts)
 
     def score(role: str, rows: pl.DataFrame) -> pl.DataFrame:
