@@ -24,7 +24,7 @@ from qaq_pipeline.ingest import records
 from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.tables import PlantedRows, RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
-from qaq_pipeline.scoring.pairs import compact
+from qaq_pipeline.storage.stored_table import with_own_bytes
 
 ENOUGH = 20
 """Minimum number of planted rows for which a defect is judged: with 20, the interval of an AUROC of 0.9 is 0.2 wide."""
@@ -75,7 +75,7 @@ def draw(parts: Iterable[pl.DataFrame], seed: int) -> tuple[pl.DataFrame, pl.Ser
         pair_ids.append(part["pair_id"])
         rows = pl.concat([drawn, part.with_columns(draw=draws(part["pair_id"], seed)).select(list(_DRAWN))])
         distinct = rows.sort("draw", "pair_id").unique(["system", "query"], keep="first", maintain_order=True)
-        drawn = compact(distinct.head(_MOST_DRAWN))
+        drawn = with_own_bytes(distinct.head(_MOST_DRAWN))
     return drawn.drop("draw"), pl.concat(pair_ids).sort()
 
 

@@ -23,7 +23,7 @@ from qaq_pipeline.reports.pages import Example, Made, Table
 from qaq_pipeline.reports.plots import Plot
 from qaq_pipeline.schema.tables import BOTH_MODELS, CLEAN
 from qaq_pipeline.schema.vocabularies import Defect, Signal, Statistic, UnknownReason
-from qaq_pipeline.scoring.logprobs import accepted_parts
+from qaq_pipeline.scoring.pairs import accepted_parts
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.storage.origin import batch_of
 from qaq_pipeline.storage.stored_table import StoredTable

@@ -14,8 +14,7 @@ from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import RunError
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.scoring.logprobs import accepted_parts
-from qaq_pipeline.scoring.pairs import TEXTS, Pairs
+from qaq_pipeline.scoring.pairs import TEXTS, Pairs, accepted_parts
 from qaq_pipeline.scoring.runtime import ScoringCost
 from qaq_pipeline.screening import gates, screen
 from qaq_pipeline.storage.deliveries import Delivery, hashes

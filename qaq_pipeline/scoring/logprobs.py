@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,12 @@ from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import ScorerFacts, Workers
-from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.vocabularies import NullReason, Status
+from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
 
 WORTH_ANOTHER_PROCESS = 5e12
 """Weight bytes x tokens that justify one more process: about 20 seconds of a CPU core. A process takes some seconds
@@ -152,24 +150,6 @@ class ScoringReport:
     def tokens_per_second(self) -> float | None:
         """Tokens per second, without padding; None if nothing was scored."""
         return self.num_tokens / self.seconds if self.num_tokens else None
-
-
-def accepted_rows(raw: pl.DataFrame, screened: pl.DataFrame) -> pl.DataFrame:
-    """The rows of RawData that are scored, one of each distinct pair, in the order of the pairs' ids."""
-    accepted = screened.filter(pl.col("status") == Status.ACCEPTED.value)
-    return raw.join(accepted, on=ROW_KEY, how="semi").sort("pair_id")
-
-
-def accepted_parts(raw_data: StoredTable, screened_data: StoredTable, *columns: str) -> Iterator[pl.DataFrame]:
-    """pair_id and columns of RawData of the rows that are scored, one of each distinct pair, some thousand at a time.
-
-    Args:
-        raw_data: of a batch.
-        screened_data: of the same rows, in the same order: that of their keys.
-        columns: of RawData.
-    """
-    for part in parts_of_both(raw_data, ("pair_id", *columns), screened_data, ("status",), ROW_KEY):
-        yield part.filter(pl.col("status") == Status.ACCEPTED.value).select("pair_id", *columns)
 
 
 def score_pairs(

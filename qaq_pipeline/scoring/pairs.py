@@ -1,7 +1,7 @@
 """The pairs to score: where their texts are read, and the order in which they are scored.
 
-Belongs here: reading the texts of some pairs at a time. Does not belong here: which rows of a batch are scored
-(`logprobs`), and their sequences (`planner`).
+Belongs here: which rows of a batch are scored, and reading their texts. Does not belong here: their sequences
+(`planner`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import RawData, dtypes
+from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.storage.parquet_file import ROWS_PER_GROUP
+from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both, with_own_bytes
 
 TEXTS = ("system", "query", "answer", "history")
 """Columns of the texts of a pair, in the order of `Pair`."""
@@ -34,9 +37,16 @@ def pairs_of(rows: pl.DataFrame) -> list[Pair]:
     return [Pair(*row) for row in rows.select("pair_id", *TEXTS).iter_rows()]
 
 
-def compact(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows with bytes of their own: a selection of rows keeps the bytes of all texts from which it was made."""
-    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
+def accepted_parts(raw_data: StoredTable, screened_data: StoredTable, *columns: str) -> Iterator[pl.DataFrame]:
+    """pair_id and columns of RawData of the rows that are scored, one of each distinct pair, some thousand at a time.
+
+    Args:
+        raw_data: of a batch.
+        screened_data: of the same rows, in the same order: that of their keys.
+        columns: of RawData.
+    """
+    for part in parts_of_both(raw_data, ("pair_id", *columns), screened_data, ("status",), ROW_KEY):
+        yield part.filter(pl.col("status") == Status.ACCEPTED.value).select("pair_id", *columns)
 
 
 class Pairs:
@@ -124,5 +134,7 @@ class LongestFirst:
         for part in self._read(*TEXTS):
             places = pl.Series("place", self._places[num_read : num_read + part.height])
             num_read += part.height
-            taken.append(compact(part.with_columns(places).filter(places.is_between(start, stop, closed="left"))))
+            taken.append(
+                with_own_bytes(part.with_columns(places).filter(places.is_between(start, stop, closed="left")))
+            )
         return pl.concat(taken).sort("place")

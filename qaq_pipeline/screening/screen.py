@@ -23,7 +23,7 @@ from qaq_pipeline.screening import duplicates, forbidden, held_out, shingles
 from qaq_pipeline.screening.clusters import clusters, linked
 from qaq_pipeline.screening.duplicates import Texts
 from qaq_pipeline.screening.held_out import NOTHING_HELD_OUT, HoldOut
-from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.stored_table import StoredTable, with_own_bytes
 
 
 def screen(
@@ -126,7 +126,7 @@ def texts_of(raws: Iterable[StoredTable]) -> Texts:
             for part in table.parts(*ROW_KEY, "query", "answer", "language"):
                 found = part.join(may_be_in(rows, part), on=ROW_KEY, validate="1:1")
                 num_found += found.height
-                yield found.select("order", "answer", "language", text=shingles.pair_text())
+                yield with_own_bytes(found.select("order", "answer", "language", text=shingles.pair_text()))
         if num_found < rows.height:
             raise ValueError(f"{rows.height - num_found} rows to compare are not in raw_data; screen the batch again")
 

@@ -19,7 +19,7 @@ from qaq_pipeline.schema.vocabularies import Decision, GateReason, NullReason, S
 from qaq_pipeline.screening.gates import Gate
 from qaq_pipeline.selection.explanations import explain
 from qaq_pipeline.selection.grammar.composition import with_grounds
-from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both
+from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both, with_own_bytes
 
 _STORED = pl.Schema({name: column.dtype for name, column in tables.VERDICT.inner.items()})
 _REASON = pl.Schema({"reason": _STORED["reason"]})
@@ -142,13 +142,8 @@ def selected_rows(selection: str, raw_data: StoredTable, decisions: StoredTable)
     for part in parts_of_both(raw_data, texts, decisions, ("verdicts",), ROW_KEY):
         verdicts = to_long(part, "verdicts", *ROW_KEY).filter(pl.col("selection") == selection, "is_selected")
         taken = part.join(verdicts.select(*ROW_KEY, "position"), on=ROW_KEY, validate="1:1", maintain_order="left")
-        found.append(_alone(taken.select(list(columns))))
+        found.append(with_own_bytes(taken.select(list(columns))))
     return pl.concat(found).sort("position")
-
-
-def _alone(rows: pl.DataFrame) -> pl.DataFrame:
-    """The same rows with their texts copied: rows that were filtered keep the texts of all others in memory."""
-    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()), schema=rows.schema)
 
 
 def by_reason(decisions: pl.DataFrame) -> pl.DataFrame:

@@ -210,3 +210,8 @@ def parts_of_both(
         if part is None or of_rows is None or not part.select(key).equals(of_rows.select(key)):
             raise StorageError(f"two tables have not the same rows in the same order (by {', '.join(key)})")
         yield pl.concat([part, of_rows.drop(key)], how="horizontal")
+
+
+def with_own_bytes(rows: pl.DataFrame) -> pl.DataFrame:
+    """The same rows with copies of their texts: rows that were selected keep the texts of all others in memory."""
+    return pl.DataFrame(rows.to_arrow(compat_level=pl.CompatLevel.oldest()), schema=rows.schema)

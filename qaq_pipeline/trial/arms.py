@@ -28,9 +28,9 @@ from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.draws import draws
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.schema.tables import RawData
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.scoring.logprobs import accepted_rows
-from qaq_pipeline.scoring.pairs import TEXTS, pairs_of
+from qaq_pipeline.scoring.pairs import TEXTS, accepted_parts, pairs_of
 from qaq_pipeline.selection import rank_reference, stored_reference
 from qaq_pipeline.selection.decisions import selected_rows
 from qaq_pipeline.selection.scored_batch import TABLES_KEY, ScoredBatch, read_judged
@@ -38,6 +38,7 @@ from qaq_pipeline.selection.strategies import draw_controls
 from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
+from qaq_pipeline.storage.tables import empty
 
 CONTROLS = tuple(CONTROL_PREFIX + strategy for strategy in CONTROL_STRATEGIES)
 
@@ -151,7 +152,9 @@ class Arms:
 
 
 def _accepted(batch: ScoredBatch) -> pl.DataFrame:
-    return accepted_rows(batch.raw_data.frame, batch.screened_data.frame)
+    """pair_id and texts of the rows that are scored."""
+    nothing = empty(RawData).select("pair_id", *TEXTS)
+    return pl.concat([nothing, *accepted_parts(batch.raw_data, batch.screened_data, *TEXTS)])
 
 
 def _selections(decisions: pl.DataFrame) -> list[str]:
@@ -161,8 +164,8 @@ def _selections(decisions: pl.DataFrame) -> list[str]:
 
 def _rows(batch: ScoredBatch, status: Status) -> pl.DataFrame:
     """The rows of a status with their texts and clusters."""
-    screened = batch.screened_data.frame.filter(status=status.value)
-    texts = batch.raw_data.frame.select(*ROW_KEY, *TEXTS)
+    screened = batch.screened_data.select(*ROW_KEY, "pair_id", "status", "cluster").filter(status=status.value)
+    texts = batch.raw_data.select(*ROW_KEY, *TEXTS)
     return screened.select(*ROW_KEY, "pair_id", "cluster").join(texts, on=ROW_KEY, validate="1:1")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from qaq_pipeline.scoring.logprobs import accepted_parts
+from qaq_pipeline.scoring.pairs import accepted_parts
 from qaq_pipeline.scoring.stored_scores import Scores, differently_scored, scored_by
 from qaq_pipeline.storage.origin import OriginError, batch_of, by_model, require_inputs
 from qaq_pipeline.storage.stored_table import StoredTable

@@ -35,7 +35,7 @@ from qaq_pipeline.schema.tables import (
 )
 from qaq_pipeline.schema.vocabularies import Defect, Quantity
 from qaq_pipeline.scoring import rmi_scores
-from qaq_pipeline.scoring.logprobs import accepted_rows
+from qaq_pipeline.scoring.pairs import TEXTS, accepted_parts
 from qaq_pipeline.screening import duplicates, forbidden
 from qaq_pipeline.screening.screen import screen, texts_of
 from qaq_pipeline.selection import rank_reference
@@ -185,7 +185,7 @@ def _by_role(strong: pl.DataFrame) -> dict[str, pl.DataFrame]:
 
 
 def _pairs(tables: Tables) -> pl.DataFrame:
-    texts = accepted_rows(tables["raw_data"], tables["screened_data"])
+    texts = pl.concat(accepted_parts(*(StoredTable(tables[name]) for name in ("raw_data", "screened_data")), *TEXTS))
     return judgement.judged_pairs(_by_role(tables["rmi_scores"]), texts)
 
 

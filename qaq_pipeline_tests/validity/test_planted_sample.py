@@ -11,8 +11,7 @@ from qaq_pipeline.config.settings import ScreeningSettings
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.schema.tables import PlantedRows, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
-from qaq_pipeline.scoring.logprobs import accepted_rows
-from qaq_pipeline.scoring.pairs import pairs_of
+from qaq_pipeline.scoring.pairs import TEXTS, accepted_parts, pairs_of
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows, rejected, rmi_rows
@@ -80,7 +79,7 @@ def test_the_sample_has_every_pair_and_every_planted_row_under_both_models_with_
 
 def test_rows_are_planted_among_the_distinct_accepted_ones() -> None:
     raw = raw_rows({"query": "one"}, {"query": "two"}, rejected(), {"pair_id": pair_name(1), "query": "one"})
-    pairs = accepted_rows(raw, screen_alone(raw, ScreeningSettings()))
+    pairs = pl.concat(accepted_parts(StoredTable(raw), StoredTable(screen_alone(raw, ScreeningSettings())), *TEXTS))
     assert pairs.select("pair_id", "query").rows() == [(pair_name(1), "one"), (pair_name(2), "two")]
 
 

@@ -9,8 +9,7 @@ from qaq_pipeline.orchestration.metadata import asset, gate_metadata
 from qaq_pipeline.reports.table_numbers import count_by
 from qaq_pipeline.schema.tables import PlantedRows
 from qaq_pipeline.schema.vocabularies import Status
-from qaq_pipeline.scoring.logprobs import accepted_parts
-from qaq_pipeline.scoring.pairs import TEXTS
+from qaq_pipeline.scoring.pairs import TEXTS, accepted_parts
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.stored_table import StoredTable

@@ -9,8 +9,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import ON_GPU, asset, gate_metadata
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
-from qaq_pipeline.scoring.logprobs import accepted_parts
-from qaq_pipeline.scoring.pairs import Pairs
+from qaq_pipeline.scoring.pairs import Pairs, accepted_parts
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
 from qaq_pipeline.storage.storage import Storage
