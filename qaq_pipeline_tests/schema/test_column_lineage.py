@@ -185,7 +185,8 @@ def _by_role(strong: pl.DataFrame) -> dict[str, pl.DataFrame]:
 
 
 def _pairs(tables: Tables) -> pl.DataFrame:
-    texts = pl.concat(accepted_parts(*(StoredTable(tables[name]) for name in ("raw_data", "screened_data")), *TEXTS))
+    raw_data, screened_data = (StoredTable(tables[name]) for name in ("raw_data", "screened_data"))
+    texts = pl.concat(accepted_parts(raw_data, screened_data, *TEXTS))
     return judgement.judged_pairs(_by_role(tables["rmi_scores"]), texts)
 
 

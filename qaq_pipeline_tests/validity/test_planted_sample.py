@@ -14,6 +14,7 @@ from qaq_pipeline.schema.vocabularies import Defect
 from qaq_pipeline.scoring.pairs import TEXTS, accepted_parts, pairs_of
 from qaq_pipeline.screening.screen import screen_alone
 from qaq_pipeline.storage.origin import OriginError
+from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows, rejected, rmi_rows
 from qaq_pipeline_tests.support.planted import planted_sample
 
