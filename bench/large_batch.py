@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -65,20 +66,32 @@ def free_loaders(*_: object, **__: object) -> Iterator[list[Load]]:
     yield [FreeScorer]
 
 
+class Stage(NamedTuple):
+    """What a stage took."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    """Of all threads of this process: other processes change it little."""
+    peak_gb: float
+    """Highest resident memory, in GB."""
+
+
 @dataclass
 class Measured:
-    """Seconds and peak memory of each stage of this process."""
+    """Time and peak memory of each stage of this process."""
 
-    stages: list[tuple[str, float, float]] = field(default_factory=list)
-    """Name, seconds, peak resident memory in GB."""
+    stages: list[Stage] = field(default_factory=list)
     _name: str | None = None
-    _started: float = 0.0
+    _started: tuple[float, float] = (0.0, 0.0)
 
     def begin(self, name: str | None) -> None:
         """End the present stage, and begin another."""
-        now = time.perf_counter()
+        now = (time.perf_counter(), time.process_time())
         if self._name is not None:
-            self.stages.append((self._name, now - self._started, peak_memory() / 1e9))
+            seconds, cpu_seconds = (end - start for start, end in zip(self._started, now, strict=True))
+            self.stages.append(Stage(self._name, seconds, cpu_seconds, peak_memory() / 1e9))
+            print(self.stages[-1], file=sys.stderr)  # noqa: T201
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Resets the high-water mark.
         self._name, self._started = name, now
 
@@ -96,7 +109,7 @@ def write_rows(file: Path, pairs: Path, rows: int, seed: int) -> None:
             stream.write(json.dumps({"query": f"{query} ({seed}-{number})", "response": answer}) + "\n")
 
 
-def curate(home: Path, files: Sequence[Path], config: str | None) -> list[tuple[str, float, float]]:
+def curate(home: Path, files: Sequence[Path], config: str | None) -> list[Stage]:
     """Curate files, a batch each, in a home; return what was measured."""
     os.environ["QAQ_HOME"], os.environ["DAGSTER_HOME"] = str(home), str(home / "dagster")
     measured = Measured()
@@ -139,12 +152,14 @@ def main() -> None:
         for seed, (file, rows) in enumerate(zip(files, (arguments.rows[0], arguments.then), strict=False)):
             write_rows(file, arguments.pairs, rows, seed)
         stages = curate(home, files, arguments.config)
-    table = Table("stage", "seconds", "peak GB", title=f"{arguments.rows[0]:,} rows, {os.cpu_count()} cores")
-    for name, seconds, peak in stages:
-        table.add_row(name, f"{seconds:.1f}", f"{peak:.2f}")
+    table = Table(
+        "stage", "seconds", "CPU seconds", "peak GB", title=f"{arguments.rows[0]:,} rows, {os.cpu_count()} cores"
+    )
     for file in files:
-        own = [stage for stage in stages if stage[0].startswith(f"{file.stem}:")]
-        table.add_row(f"{file.stem}: all", f"{sum(one[1] for one in own):.1f}", f"{max(one[2] for one in own):.2f}")
+        own = [stage for stage in stages if stage.name.startswith(f"{file.stem}:")]
+        sums = sum(one.seconds for one in own), sum(one.cpu_seconds for one in own)
+        for one in (*own, Stage(f"{file.stem}: all", *sums, max(one.peak_gb for one in own))):
+            table.add_row(one.name, f"{one.seconds:.1f}", f"{one.cpu_seconds:.1f}", f"{one.peak_gb:.2f}")
     Console(width=100).print(table)
 
 
