@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 Place = tuple[str, ...]
 """Parts of the path of a file or folder below the root."""
+
+
+_UNFINISHED = ".tmp"
+"""Ending of the name of what is not stored yet; the name begins with a dot."""
+_LEFTOVER_SECONDS = 24 * 3600
+"""Age at which something unfinished was left by a process that was killed."""
 
 
 class StorageError(ValueError):
@@ -111,18 +119,19 @@ class Files:
         if self._is_local:
             folder = Path(self.path(*parts)).parent
             folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
         else:
             folder = Path(tempfile.gettempdir())
-        return LocalFile(folder / f".{uuid.uuid4().hex}.tmp", is_temporary=True)
+        return LocalFile(folder / f".{uuid.uuid4().hex}{_UNFINISHED}", is_temporary=True)
 
     @contextlib.contextmanager
     def unfinished_folder(self, *parts: str) -> Iterator[Path]:
         """A new folder for files that `put` stores below this one; what is left in it at the end is removed."""
-        if self._is_local:
-            Path(self.path(*parts)).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=self.path(*parts) if self._is_local else None, prefix=".", suffix=".tmp"
-        ) as folder:
+        place = self.path(*parts) if self._is_local else None
+        if place is not None:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(Path(place))
+        with tempfile.TemporaryDirectory(dir=place, prefix=".", suffix=_UNFINISHED) as folder:
             yield Path(folder)
 
     def put(self, file: LocalFile, *parts: str) -> None:
@@ -235,3 +244,12 @@ class Files:
     def remove_folder(self, *parts: str) -> None:
         """Remove a folder and everything in it."""
         self._fs.rm(self.path(*parts), recursive=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder."""
+    oldest = time.time() - _LEFTOVER_SECONDS
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # Another process was faster.
+            if entry.name.startswith(".") and entry.name.endswith(_UNFINISHED) and entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry) if entry.is_dir() else os.remove(entry)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,19 @@ def test_the_second_write_replaces_the_first_and_leaves_nothing_else(any_storage
     any_storage.files.write_bytes(b"new", "folder", "file")
     assert any_storage.files.read_bytes("folder", "file") == b"new"
     assert any_storage.files.names("folder") == ["file"]
+
+
+def test_what_a_killed_process_left_unfinished_is_removed_after_a_day(storage: Storage) -> None:
+    storage.files.write_bytes(b"old", "folder", "file")
+    folder = Path(storage.files.url("folder"))
+    for age, name in ((2, "old"), (0.5, "new")):
+        (folder / f".{name}.folder.tmp").mkdir()
+        (folder / f".{name}.folder.tmp" / "rows").touch()
+        (folder / f".{name}.tmp").touch()
+        for left in folder.glob(f".{name}*"):
+            os.utime(left, 2 * [time.time() - age * 24 * 3600])
+    storage.files.write_bytes(b"new", "folder", "file")
+    assert storage.files.names("folder") == [".new.folder.tmp", ".new.tmp", "file"]
 
 
 def test_a_reader_keeps_the_content_that_it_opened(storage: Storage) -> None:
