@@ -252,4 +252,4 @@ def _remove_leftovers(folder: Path) -> None:
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # Another process was faster.
             if entry.name.startswith(".") and entry.name.endswith(_UNFINISHED) and entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry) if entry.is_dir() else os.remove(entry)
+                shutil.rmtree(entry) if entry.is_dir() else Path(entry).unlink()

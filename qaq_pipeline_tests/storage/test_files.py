@@ -30,7 +30,7 @@ def test_what_a_killed_process_left_unfinished_is_removed_after_a_day(storage: S
         (folder / f".{name}.folder.tmp" / "rows").touch()
         (folder / f".{name}.tmp").touch()
         for left in folder.glob(f".{name}*"):
-            os.utime(left, 2 * [time.time() - age * 24 * 3600])
+            os.utime(left, (time.time() - age * 24 * 3600,) * 2)
     storage.files.write_bytes(b"new", "folder", "file")
     assert storage.files.names("folder") == [".new.folder.tmp", ".new.tmp", "file"]
 
