@@ -70,7 +70,7 @@ def _signed(accepted: pl.DataFrame) -> pl.DataFrame:
         content_hash=pl.Series(hashes, dtype=pl.String),
         exact_hash=pl.Series(exact_hashes, dtype=pl.String),
         query_hash=pl.Series(queries, dtype=pl.String),
-        bands=pl.Series(bands, dtype=pl.List(pl.UInt64)),
+        bands=bands,
     )
 
 
@@ -94,8 +94,8 @@ def _ngrams(texts: pl.Series) -> shingles.Ragged:
     return shingles.ngrams(shingles.hash_words(shingles.words(texts, shingles.WORD_OR_SYMBOL)), NGRAM_WORDS)
 
 
-def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
-    """Compute the salted bands of each row; a row without words has none and no near duplicates."""
+def _bands(grams: shingles.Ragged, salts: Hashes) -> pl.Series:
+    """Compute the salted bands of each row, as a list; a row without words has none and no near duplicates."""
     from rensa import RMinHash  # type: ignore[import-untyped]
 
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
@@ -104,8 +104,9 @@ def _bands(grams: shingles.Ragged, salts: Hashes) -> list[list[int]]:
     digests = np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(grams), NUM_BANDS, VALUES_PER_BAND)
     bands = np.stack([shingles.combine(digests[:, band], seed=band) for band in range(NUM_BANDS)], axis=1)
     bands ^= salts[:, None]
-    has_words = np.diff(grams.offsets) > 0
-    return [row if known else [] for row, known in zip(bands.tolist(), has_words, strict=True)]
+    of_rows = pl.DataFrame({"bands": bands, "has_words": np.diff(grams.offsets) > 0})
+    lists = pl.col("bands").arr.to_list()
+    return of_rows.select(pl.when("has_words").then(lists).otherwise(pl.lit([], pl.List(pl.UInt64)))).to_series()
 
 
 class Related:
