@@ -267,49 +267,84 @@ def _checked(read: Callable[[], Iterator[T]]) -> Iterator[T]:
 
 def _cells_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
     names = [field.name for field in batch.schema]
-    # A Python datetime holds neither nanoseconds nor the years past 9999.
-    columns = [column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column for column in batch]
-    cells = [_texts(column) for column in columns]
+    cells = [_cells(column) for column in batch]
     return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)] if names else []
 
 
-def _texts(column: pa.Array) -> list[object]:
-    """The cells of a column; a text that is not UTF-8 with lone surrogates, so that it costs its row, not the file."""
+def _cells(column: pa.Array) -> list[object]:
+    """The cells of a column, of which none costs the file: dates and times as text, and a text that is not UTF-8 with
+    lone surrogates, so that it costs its row. Beside an impossible date or time, all of the column are numbers.
+    """
+    kind = column.type
     try:
         column.validate(full=True)  # Offsets of damaged data can lead anywhere.
-        return column.to_pylist()
     except pa.ArrowInvalid:
-        raw = column.cast(_with_bytes(column.type))
-    raw.validate(full=True)
-    return [_decoded(cell, column.type) for cell in raw.to_pylist()]
+        column = column.cast(_with_leaves(kind, _unchecked))
+        column.validate(full=True)
+    has_texts = column.type == kind
+    # No Python object holds nanoseconds, years past 9999 or long durations. A time zone can be unknown here.
+    for leaf in (_in_utc, _text_for_time):
+        column = column.cast(_with_leaves(column.type, leaf))
+    cells = column.to_pylist()
+    return cells if has_texts else [_decoded(cell, kind) for cell in cells]
 
 
-def _with_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes in place of texts, also inside lists and structs."""
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
+def _with_leaves(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type with other types of its values, at any depth."""
+
+    def of(field: pa.Field) -> pa.Field:
+        return field.with_type(_with_leaves(field.type, leaf))
+
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _with_leaves(kind.value_type, leaf), kind.ordered)
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_with_bytes(kind.value_type)))
+        return pa.struct([of(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(of(kind.key_field), of(kind.item_field), kind.keys_sorted)
     if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_with_bytes(kind.value_type)))
-    return kind
+        return pa.large_list(of(kind.value_field))
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(of(kind.value_field), kind.list_size if pa.types.is_fixed_size_list(kind) else -1)
+    return leaf(kind)
+
+
+_UNCHECKED = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+    pa.date64(): pa.int64(),
+    **{pa.time32(unit): pa.int32() for unit in ("s", "ms")},
+    **{pa.time64(unit): pa.int64() for unit in ("us", "ns")},
+}
+"""Types that hold the same bytes, by the types that allow only some values."""
+
+
+def _unchecked(kind: pa.DataType) -> pa.DataType:
+    return _UNCHECKED.get(kind, kind)
+
+
+def _in_utc(kind: pa.DataType) -> pa.DataType:
+    return pa.timestamp(kind.unit, "UTC") if pa.types.is_timestamp(kind) and kind.tz is not None else kind
+
+
+def _text_for_time(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_temporal(kind) and not pa.types.is_interval(kind) else kind
 
 
 def _decoded(cell: Any, kind: pa.DataType) -> object:
-    """A cell of `_with_bytes(kind)` with its texts."""
-    if cell is None or not (pa.types.is_nested(kind) or isinstance(cell, bytes)):
-        return cell
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return cell.decode("utf-8", "surrogateescape")
+    """A cell with texts in place of the bytes that were read for them."""
+    if cell is None:
+        return None
+    if pa.types.is_dictionary(kind):
+        return _decoded(cell, kind.value_type)
     if pa.types.is_struct(kind):
         return {field.name: _decoded(cell[field.name], field.type) for field in kind}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_map(kind):
+        return [(_decoded(key, kind.key_type), _decoded(value, kind.item_type)) for key, value in cell]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return [_decoded(one, kind.value_type) for one in cell]
-    return cell
+    is_text = kind in _UNCHECKED and isinstance(cell, bytes)
+    return cell.decode("utf-8", "surrogateescape") if is_text else cell
 
 
 def _delivered_cells(number: int, row: dict[str, object]) -> DeliveredRow:

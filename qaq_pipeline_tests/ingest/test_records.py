@@ -158,19 +158,72 @@ def test_parquet_cells_that_are_no_text_reach_the_record() -> None:
     assert "2026-01-02" in record
 
 
-@pytest.mark.parametrize("write", [pq.write_table, write_arrow], ids=["parquet", "arrow"])
-def test_a_cell_that_is_not_utf8_costs_its_row_only_and_nothing_where_nobody_reads_it(write: Any) -> None:
-    def text(*cells: bytes) -> pa.Array:
-        buffers = pa.array(cells, pa.binary()).buffers()
-        return pa.StringArray.from_buffers(len(cells), buffers[1], buffers[2], buffers[0])
+def text(*cells: bytes) -> pa.Array:
+    """Texts that need not be UTF-8."""
+    buffers = pa.array(cells, pa.binary()).buffers()
+    return pa.StringArray.from_buffers(len(cells), buffers[1], buffers[2], buffers[0])
 
-    rows = {"query": text(b"q", b"q", b"q"), "answer": text(b"a", b"\xff", b"c"), "path": text(b"\xfe", b"p", b"p")}
+
+ENDS = pa.array([0, 1, 2, 3], pa.int32())
+HOLDERS: dict[str, Callable[[pa.Array], pa.Array]] = {
+    "text": lambda cells: cells,
+    "view": lambda cells: cells.cast(pa.string_view()),
+    "dictionary": lambda cells: pa.DictionaryArray.from_arrays(ENDS[:3], cells),
+    "struct": lambda cells: pa.StructArray.from_arrays([cells], ["x"]),
+    "map": lambda cells: pa.MapArray.from_arrays(ENDS, pa.array(["k"] * 3), cells),
+    "list": lambda cells: pa.ListArray.from_arrays(ENDS, cells),
+    "large_list": lambda cells: pa.LargeListArray.from_arrays(ENDS.cast(pa.int64()), cells),
+    "fixed_size_list": lambda cells: pa.FixedSizeListArray.from_arrays(cells, 1),
+    "deep": lambda cells: pa.ListArray.from_arrays(ENDS, pa.StructArray.from_arrays([HOLDERS["map"](cells)], ["x"])),
+}
+"""Columns of three rows, with one value in each."""
+
+
+def read_table(write: Callable[..., None] = write_arrow, **columns: pa.Array) -> pl.DataFrame:
     buffer = io.BytesIO()
-    write(pa.table(rows), buffer)
-    frame = read(buffer.getvalue())
+    write(pa.table({"query": ["q"] * 3, "answer": ["a"] * 3} | columns), buffer)
+    return read(buffer.getvalue())
+
+
+@pytest.mark.parametrize("write", [pq.write_table, write_arrow], ids=["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["text", "view", "dictionary"])
+def test_an_answer_that_is_not_utf8_costs_its_row_only(kind: str, write: Callable[..., None]) -> None:
+    frame = read_table(write, answer=HOLDERS[kind](text(b"a", b"\xff", b"c")))
     assert frame["reason"].to_list() == [None, "invalid_utf8", None]
     assert "`answer` contains the byte \\xff" in frame["detail"][1]
-    assert json.loads(frame["record"][0].replace("\\", "\\\\"))["path"] == "\\xfe"
+
+
+@pytest.mark.parametrize("held", HOLDERS.values(), ids=HOLDERS)
+def test_a_cell_that_is_not_utf8_costs_nothing_where_nobody_reads_it(held: Callable[[pa.Array], pa.Array]) -> None:
+    frame = read_table(side=held(text(b"\xfe", b"p", b"p")))
+    assert frame["status"].to_list() == ["accepted"] * 3
+    assert "\\xfe" in frame["record"][0]
+    assert '"p"' in frame["record"][1]
+
+
+TIMES = {
+    "date": (pa.array([1, 3_663_000, None], pa.int32()).cast(pa.date32()), "11998-12-15"),
+    "date_of_a_part_of_a_day": (pa.array([1, 2**50, None]).cast(pa.date64()), str(2**50)),
+    "duration": (pa.array([1, 2**62, None]).cast(pa.duration("s")), str(2**62)),
+    "nanoseconds": (pa.array([1, 1_700_000_000_000_000_123, None]).cast(pa.timestamp("ns")), "000000123"),
+    "years": (pa.array([1, 9_400_000_000_000, None]).cast(pa.timestamp("s")), "out of range"),
+    "zone": (pa.array([1, 2, None]).cast(pa.timestamp("s", "Mars/Base")), "1970-01-01 00:00:02Z"),
+    "time_of_no_day": (pa.array([1, 2**40, None]).cast(pa.time64("us")), str(2**40)),
+    "time": (pa.array([1, 86_399_999_999_999, None]).cast(pa.time64("ns")), "23:59:59.999999999"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(HOLDERS.keys() - {"view"}))
+@pytest.mark.parametrize(("times", "shown"), TIMES.values(), ids=TIMES)
+def test_a_date_or_time_that_python_cannot_hold_costs_nothing(kind: str, times: pa.Array, shown: str) -> None:
+    frame = read_table(side=HOLDERS[kind](times))
+    assert frame["status"].to_list() == ["accepted"] * 3
+    assert shown in frame["record"][1]
+
+
+def test_dates_beside_texts_that_are_not_utf8_cost_nothing() -> None:
+    side = pa.StructArray.from_arrays([text(b"\xfe", b"p", b"p"), TIMES["date"][0]], ["text", "date"])
+    assert json.loads(read_table(side=side)["record"][1])["side"] == {"text": "p", "date": "11998-12-15"}
 
 
 def test_a_byte_that_is_not_utf8_inside_a_conversation_costs_its_row_only() -> None:
