@@ -92,7 +92,9 @@ def not_read(facts: Mapping[str, Any]) -> list[str]:
         f"{name!a:.60} ({count:,} of {records:,} records)".replace("'", "") for name, count in most_first[:_MOST]
     ]
     fields_of += [f"and {len(most_first) - _MOST:,} others"] if len(most_first) > _MOST else []
-    said = [f"fields not read: {', '.join(fields_of)}; name them in records.fields if they belong to the pair"]
+    remedy = "name them in records.fields if they belong to the pair"
+    remedy += "; see records.context" if found.keys() & {histories.TOOLS, histories.FIELD} else ""
+    said = [f"fields not read: {', '.join(fields_of)}; {remedy}"]
     aside = [*facts[ASIDE_KEY][:_MOST]]
     aside += [f"and {len(facts[ASIDE_KEY]) - _MOST:,} others"] if len(facts[ASIDE_KEY]) > _MOST else []
     of_turns = (

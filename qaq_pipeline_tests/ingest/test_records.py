@@ -373,7 +373,7 @@ def test_alpaca_query_is_instruction_newline_input() -> None:
 @pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
 @pytest.mark.parametrize("field", ["messages", "conversations"])
 def test_conversations_in_either_spelling(field: str, keys: tuple[str, str]) -> None:
-    row = only(read(jsonl({field: turns(*DIALOGUE, keys=keys), "system": "not this"})))
+    row = only(read(jsonl({field: turns(*DIALOGUE, keys=keys)})))
     assert (row["system"], row["query"], row["answer"], row["turn_index"]) == ("S", "Q1\n\nQ2", "A2", 1)
 
 
@@ -388,6 +388,29 @@ def test_developer_and_system_turns_are_the_system_text() -> None:
     said = turns(("developer", "D"), ("user", "q"), ("system", "S"), ("assistant", "a"), ("system", None))
     row = only(read(jsonl({"messages": said})))
     assert (row["system"], row["query"], row["answer"]) == ("D\nS", "q", "a")
+
+
+def test_the_system_text_of_a_record_and_of_its_turns_are_one_text() -> None:
+    record = {"system": "CREATE TABLE t", "messages": turns(("system", "S"), ("user", "q"), ("assistant", "a"))}
+    assert only(read(jsonl(record)))["system"] == "CREATE TABLE t\nS"
+    for same in ("S", "", None):
+        assert only(read(jsonl(record | {"system": same})))["system"] == "S"
+    assert only(read(jsonl(record | {"system": 7})))["reason"] == "wrong_type"
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image_url", "image_url": {"url": "u"}}, "other_than_text"),
+        ({"type": "text", "text": None}, "wrong_type"),
+        ({"type": "tool_use", "name": "f"}, "other_than_text"),
+    ],
+)
+@pytest.mark.parametrize("multi_turn", ["last", "every"])
+def test_a_part_of_the_system_text_that_is_no_text_costs_the_row(part: object, reason: str, multi_turn: str) -> None:
+    said = turns(("system", [{"type": "text", "text": "S"}, part]), ("user", "q"), ("assistant", "a"))
+    row = only(read(jsonl({"messages": said}), multi_turn=multi_turn))
+    assert (row["reason"], "`messages[0].content[1]`" in row["detail"]) == (reason, True)
 
 
 def test_prompt_completion_as_text_and_as_turns() -> None:
@@ -501,13 +524,34 @@ def test_a_licence_is_read_in_every_form() -> None:
 
 def test_fields_that_are_neither_read_nor_known_are_counted() -> None:
     talk = turns(("user", "q"), ("assistant", "a"))
-    talk[1] |= {"weight": 1, "logprobs": [1], "refusal": None}
+    talk[1] |= {"weight": 1, "logprobs": [1], "refusal": None, "notes": {}}
     assert unread({"id": 1, **SQL, "tests": "assert", "note": ""}, SQL | {"tests": ["x"]}) == ({"tests": 2}, 2)
     assert unread({"messages": talk, "tests": "assert"}, {"messages": talk}) == (
         {"tests": 1, "messages[].logprobs": 2},
         2,
     )
     assert unread({"query": "q", "answer": "a"}) == ({}, 1)
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.0, "no"])
+def test_an_unknown_field_of_a_turn_is_named_where_its_value_says_no(value: object) -> None:
+    talk = turns(("user", "q"), ("assistant", "a"))
+    talk[1]["training"] = value
+    assert unread({"messages": talk}) == ({"messages[].training": 1}, 1)
+
+
+def test_tools_are_named_where_they_are_not_context() -> None:
+    talk = {"messages": turns(("user", "q"), ("assistant", "a"))}
+    for nothing in ([], "[]", None, ""):
+        assert unread(talk | {"tools": nothing}) == ({}, 1)
+    assert unread(talk | {"tools": [{"name": "f"}]}) == ({"tools": 1}, 1)
+    with_tools = jsonl(talk | {"tools": [{"name": "f"}]})
+    facts = read_file(with_tools, "file.jsonl", "b1", RecordSettings()).facts
+    assert not_read(facts) == [
+        "fields not read: tools (1 of 1 records); name them in records.fields if they belong to the pair; "
+        "see records.context"
+    ]
+    assert not read_file(with_tools, "file.jsonl", "b1", RecordSettings(context="history")).unread
 
 
 def test_earlier_turns_that_are_not_read_are_counted() -> None:
@@ -578,7 +622,19 @@ def test_a_record_with_a_picture_or_a_sound_is_no_pair_of_text(field: str, value
         assert (row["reason"], field in row["detail"]) == ("other_than_text", True)
         assert not read_file(jsonl(record | {field: value}), "a.jsonl", "b1", RecordSettings()).unread
         assert only(read(jsonl(record | {field: []})))["status"] == "accepted"
-    assert only(read(jsonl(ALPACA | {field: "python:3.11"})))["status"] == "accepted"
+
+
+@pytest.mark.parametrize(
+    "place", ["coco/1.jpg", "https://example.org/a.webp?size=1", "data:image/png;base64,AA==", "7"]
+)
+def test_the_place_of_a_picture_is_a_picture_and_the_image_of_a_container_is_not(place: str) -> None:
+    assert only(read(jsonl(ALPACA | {"image": place})))["reason"] == "other_than_text"
+    for name in ("python:3.11", "ghcr.io/a/b:latest", "localhost:5000/a:1", "", " "):
+        assert only(read(jsonl(ALPACA | {"image": name})))["status"] == "accepted", name
+
+
+def test_a_picture_in_bytes_is_a_picture() -> None:
+    assert only(read(parquet(ALPACA | {"image": b"RIFF"})))["reason"] == "other_than_text"
 
 
 # Conversations
