@@ -5,8 +5,9 @@ the fields of a row, where files come from, and our own tables (`parquet_file`).
 
 The format is detected from the content, never from the name: gzip, bzip2, xz or zstandard around any of the others;
 Parquet; Arrow, as a file or a stream; a JSON array (the first character is `[`); CSV, where the first line names the
-fields of a query and of an answer; else JSONL. A row that cannot be parsed carries its fault. A file that cannot be
-split into rows raises `UnreadableFileError`.
+fields of a query and of an answer; JSONL, where any of the first lines is, or begins as, a JSON object. A row that
+cannot be parsed carries its fault. A file that cannot be split into rows raises `UnreadableFileError`, one that is in
+no format of rows, such as a document, `NoRowsError`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,24 @@ from qaq_pipeline.schema.vocabularies import RejectReason
 Fits = Callable[[Mapping[str, object]], bool]
 """Whether a record has the fields of a pair."""
 
-_GZIP, _BZIP2, _XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"
+_GZIP, _BZIP2 = b"\x1f\x8b", b"BZh"
+_XZ = (b"\xfd7zXZ\x00", b"]\x00\x00")
+"""Of xz, and of the older .lzma."""
 # A frame, or a skippable one, as pzstd puts first.
 _ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _PARQUET = b"PAR1"
 _ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _UTF8_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")
+"""With a byte order mark, or JSON without one."""
+_ZIP = b"PK\x03\x04"
 _OTHERS = {
-    b"PK\x03\x04": "is a zip archive. Unpack it, and deliver the files in it.",
+    _ZIP: "is a zip archive. Unpack it, and deliver the files in it.",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive. Unpack it, and deliver the files in it.",
-    b"%PDF": "is a PDF document. Deliver rows, such as JSONL.",
+    b"\x04\x22\x4d\x18": "is compressed with LZ4. Decompress it, or use zstandard.",
+    b"ORC": "is an ORC file. Deliver its rows, such as Parquet.",
+    b"Obj\x01": "is an Avro file. Deliver its rows, such as Parquet.",
+    **{bytes([0x80, version]): "is a pickle of Python. Deliver its rows, such as JSONL." for version in range(2, 6)},
     b"SQLite format 3": "is a SQLite database. Deliver its rows, such as JSONL.",
     b"\x89HDF": "is an HDF5 file. Deliver its rows, such as JSONL.",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.",
@@ -52,11 +60,17 @@ _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _ARRAY = re.compile(rb"[ \t\r\n]*\[")
 _CSV_SEPARATORS = ",\t;|"
-_CSV_NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")
+_CSV_NAME = re.compile(r"[^\W\d][\w .()-]{0,39}")
+_EXCEL_SEPARATOR = re.compile(rb"sep=[,\t;|]\r?\n", re.IGNORECASE)
+"""Line before the header of CSV, for Excel."""
 _LONGEST_HEADER = 10_000
 """Bytes of a file in which the first two lines of CSV are looked for."""
 _LARGEST_WINDOW = 2**31
 """Largest window of a zstandard frame that is read, as `zstd --long=31` writes it."""
+_FIRST_LINES = 20
+"""Lines of which any shows that a file is JSONL."""
+_OBJECT = re.compile(r'\s*\{\s*"')
+"""The beginning of a JSON object, which may be torn."""
 _ROWS_AT_ONCE = 10_000
 """Rows of a table that are in memory as Python objects."""
 
@@ -67,8 +81,16 @@ class UnreadableFileError(ValueError):
     """The file cannot be split into rows. The text names the file, the fault, its position and the remedy."""
 
 
+class NoRowsError(UnreadableFileError):
+    """The file is in no format of rows. It may be a document that came with the data."""
+
+
 class _UnreadableError(Exception):
     """The fault of a file, and the remedy."""
+
+
+class _NoRowsError(_UnreadableError):
+    """The fault of a file in no format of rows, and the remedy."""
 
 
 class RejectedError(Exception):
@@ -104,10 +126,13 @@ def split(content: bytes, source_file: str, fits: Fits) -> Iterable[DeliveredRow
             names them is the header of CSV.
 
     Raises:
-        UnreadableFileError: the file is empty, damaged, or not a list of rows.
+        NoRowsError: the file is in no format of rows.
+        UnreadableFileError: it is empty, damaged, or not a list of rows.
     """
     try:
         return _split(_decompress(content), fits)
+    except _NoRowsError as error:
+        raise NoRowsError(f"{source_file}: {error}") from error
     except _UnreadableError as error:
         raise UnreadableFileError(f"{source_file}: {error}") from error
 
@@ -167,7 +192,7 @@ def _decompress(content: bytes) -> bytes:
 
 
 def _is_compressed(content: bytes) -> bool:
-    return content.startswith((_GZIP, _BZIP2, _XZ)) or _ZSTANDARD.match(content) is not None
+    return content.startswith((_GZIP, _BZIP2, *_XZ)) or _ZSTANDARD.match(content) is not None
 
 
 def _plain(content: bytes) -> bytes:
@@ -186,7 +211,13 @@ def _zstandard_frames(content: bytes) -> Iterator[bytes]:
     while content:
         # A stream reader silently returns part of a truncated frame; only this object reports the end.
         frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
-        yield frame.decompress(content)
+        try:
+            yield frame.decompress(content)
+        except zstandard.ZstdError:
+            if dictionary := zstandard.get_frame_parameters(content).dict_id:
+                fault = f"is compressed with a zstandard dictionary (id {dictionary}), which is not in the file"
+                raise _UnreadableError(f"{fault}. Decompress it with `zstd -d -D DICTIONARY`.") from None
+            raise
         if not frame.eof:
             raise EOFError("the last zstandard frame is cut off")
         content = frame.unused_data
@@ -202,6 +233,8 @@ def _split(content: bytes, fits: Fits) -> Iterable[DeliveredRow]:
         return _of_arrow(content)
     _refuse_other_formats(content)
     content = content.removeprefix(_UTF8_BOM)
+    if (line := _EXCEL_SEPARATOR.match(content)) is not None:
+        content = content[line.end() :]
     if not content or content.isspace():
         raise _UnreadableError("is empty. Write its rows into it, or `[]` where it has none.")
     if _ARRAY.match(content):
@@ -212,10 +245,12 @@ def _split(content: bytes, fits: Fits) -> Iterable[DeliveredRow]:
 
 
 def _refuse_other_formats(content: bytes) -> None:
-    if content.startswith(_UTF16_BOMS):
+    if content.startswith(_UTF16):
         raise _UnreadableError("is UTF-16 text. Convert it to UTF-8.")
     if content[_TAR_OFFSET:].startswith(_TAR_MAGIC):
         raise _UnreadableError("is a tar archive. Unpack it, and deliver the files in it.")
+    if content.startswith(_ZIP) and b"xl/workbook.xml" in content:
+        raise _UnreadableError("is an Excel workbook. Save its sheet as CSV in UTF-8.")
     for magic, what in _OTHERS.items():
         if content.startswith(magic):
             raise _UnreadableError(what)
@@ -403,11 +438,16 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _of_lines(content: bytes, fits: Fits) -> Iterator[DeliveredRow]:
-    # Only the first two lines are parsed now: no later line can make the file unreadable.
+    # Only the first lines are parsed now: no later line can make the file unreadable.
     lines = ((number, line) for number, line in enumerate(io.BytesIO(content), 1) if line.strip())
-    first = [_delivered_line(*line) for line in islice(lines, 2)]
+    first = [_delivered_line(*line) for line in islice(lines, _FIRST_LINES)]
     if first[0].fault is not None:
         _refuse_object_over_lines(content, first[0].source_row, fits)
+    if not any(isinstance(row.value, dict) or _OBJECT.match(row.record) for row in first):
+        found = f"none of its first lines is a JSON object (line {first[0].source_row}: {shown(first[0].record)})"
+        raise _NoRowsError(
+            f"is no Parquet, Arrow, JSON array or CSV with known columns, and {found}. Deliver one of these, or JSONL."
+        )
     if len(first) == 1 and isinstance(first[0].value, dict):
         _refuse_wrapped_list(first[0].value, fits)
     return chain(first, starmap(_delivered_line, lines))
@@ -475,7 +515,7 @@ def _csv_separator(content: bytes, fits: Fits) -> str | None:
     for separator, names in by_separator.items():
         is_header = len(names) > 1 and all(_CSV_NAME.fullmatch(name) for name in names)
         if is_header and len(_csv_cells(second, separator)) == len(names):
-            raise _UnreadableError(
+            raise _NoRowsError(
                 f"looks like CSV, and of its columns ({', '.join(names)}) no two are known as a query and an answer. "
                 "Name them in records.fields, as `query` and `answer`."
             )
