@@ -4,8 +4,8 @@ Belongs here: turns, their roles and marks, the parts of a text, tools, and whic
 belong here: records that are no conversations (`fields`).
 
 A turn is {role, content} or {from, value}. A content is a text, or a list of parts: texts, or {type: text, text or
-value}, which are joined as they are. System turns, wherever they are, are the system text, joined by newlines; if
-there are none, it is the record's system field.
+value}, which are joined as they are. The record's system field and the system turns, wherever they are, are the system
+text, joined by newlines; a field that repeats one of the turns is left out.
 
 An exchange is one or more user turns and the turns after them up to the next user turn. Its user turns are the query
 and its assistant turns the answer; several of them are joined by an empty line. The turns of earlier exchanges are not
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest import histories
-from qaq_pipeline.ingest.fields import CHOSEN, CONVERSATIONS, first_present, query_of
+from qaq_pipeline.ingest.fields import CHOSEN, CONVERSATIONS, first_present, query_of, with_content
 from qaq_pipeline.ingest.histories import Earlier
 from qaq_pipeline.ingest.values import Field, joined
 from qaq_pipeline.schema.vocabularies import RejectReason
@@ -158,7 +158,7 @@ def unread_of_turns(record: Mapping[str, object], shape: str, settings: RecordSe
         turns = record.get(field) if field is not None else None
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                yield from (f"{field}[].{name}" for name, value in turn.items() if value and name not in read)
+                yield from (f"{field}[].{name}" for name in with_content(turn) if name not in read)
 
 
 # --- lists of turns -------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def _turn(value: object, place: str, settings: RecordSettings) -> _Turn:
     try:
         text = Field(text.name, _text_of(content, f"{place}.{text_field}"))
     except RejectedError as error:
-        fault = None if uses_tool else error
+        fault = None if uses_tool and role != "system" else error
     uses_tool = uses_tool or _calls_inline(role, text.value)
     is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
     calls = () if role == "tool" else (call for field in _CALLS for call in _list_of(value.get(field)))
@@ -313,8 +313,9 @@ def _answered(
         found = f"no user turn is followed by an assistant turn; {len(turns)} turns"
         raise RejectedError(RejectReason.NO_ANSWERED_TURN, found)
     system = _system_of(record, turns, settings)
+    unread = next((turn.fault for turn in turns if turn.role == "system" and turn.fault is not None), None)
     tools = histories.of_tools(record) if has_context else []
-    return [_candidate(one, system, tools, index, barred) for index, one in enumerate(answered)]
+    return [_candidate(one, system, tools, index, unread or barred) for index, one in enumerate(answered)]
 
 
 def _exchanges(turns: list[_Turn], *, has_context: bool) -> Iterator[_Exchange]:
@@ -347,13 +348,11 @@ def _candidate(
 
 
 def _system_of(record: Mapping[str, object], turns: list[_Turn], settings: RecordSettings) -> Field:
+    own = first_present(record, settings.fields.system)
     given = [turn.text for turn in turns if turn.role == "system" and turn.text.value is not None]
-    texts = [field.value for field in given if isinstance(field.value, str)]
-    if len(texts) < len(given):
-        return next(field for field in given if not isinstance(field.value, str))
-    if given:
-        return Field(given[0].name, "\n".join(texts))
-    return first_present(record, settings.fields.system)
+    if own.value is not None and own.value not in [field.value for field in given]:
+        given.insert(0, own)
+    return joined(given or [own], "\n")
 
 
 def missing(name: str, reason: RejectReason, record: Mapping[str, object]) -> RejectedError:

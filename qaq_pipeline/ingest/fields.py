@@ -14,7 +14,8 @@ row of another shape is rejected, without guessing.
     alpaca             instruction, output
     query_answer       the first present of `records.fields.query`, and of `records.fields.answer`
 
-A record with images, videos or audios is rejected, whatever its shape: its text alone is not what was asked.
+A record with images, videos or audios, or their paths, is rejected, whatever its shape: its text alone is not what was
+asked.
 
 In the last two shapes, and where `chosen` is a text, the texts of `records.fields.context` follow the query, each on a
 line of its own.
@@ -23,13 +24,14 @@ line of its own.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from qaq_pipeline.config.settings import FieldSettings, RecordSettings
 from qaq_pipeline.ingest.histories import FIELD as HISTORY
-from qaq_pipeline.ingest.histories import TOOLS
+from qaq_pipeline.ingest.histories import TOOLS, of_tools
 from qaq_pipeline.ingest.values import Field, is_blank, joined
 
 DETECTION_ROWS = 100
@@ -45,6 +47,9 @@ _KNOWN = frozenset(
 """Names of fields that are about a row and not part of it: nobody misses them in the query."""
 
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+_CONTAINER = re.compile(r"(?:[\w.-]+(?::\d+)?/)*[\w.-]+:[\w.-]+(?:@sha256:\w+)?")
+"""What names the image of a container, in which code runs, such as python:3.11: that is no picture."""
 
 CHOSEN = ("chosen", "chosen_messages")
 """Fields of the answer that is preferred to another one."""
@@ -117,8 +122,14 @@ def first_present(record: Mapping[str, object], names: tuple[str, ...]) -> Field
 
 
 def other_than_text(record: Mapping[str, object]) -> str | None:
-    """The field of a record with pictures, films or sounds; None: it has none."""
-    return next((name for name in _MEDIA if isinstance(record.get(name), (list, dict)) and record[name]), None)
+    """The field of a record with pictures, films or sounds, or with their places; None: it has none."""
+    return next((name for name in _MEDIA if _is_medium(record.get(name))), None)
+
+
+def _is_medium(value: object) -> bool:
+    if isinstance(value, str):
+        return not is_blank(value) and _CONTAINER.fullmatch(value) is None
+    return isinstance(value, (list, dict, bytes)) and bool(value)
 
 
 def query_of(record: Mapping[str, object], names: tuple[str, ...], fields: FieldSettings) -> Field:
@@ -160,10 +171,12 @@ def unread_fields(records: Iterable[Mapping[str, object]], shape: str, settings:
 
 def _unread(record: Mapping[str, object], shape: str, settings: RecordSettings) -> Iterator[str]:
     fields = settings.fields
-    read = {TOOLS, *(_taken(record, names) for names in shapes(fields)[shape])}
+    read = {*(_taken(record, names) for names in shapes(fields)[shape])}
     read.add(other_than_text(record))
     if settings.context == "history":
-        read.add(HISTORY)
+        read |= {HISTORY, TOOLS}
+    elif not of_tools(record):
+        read.add(TOOLS)
     if shape == "preference":
         read |= {"prompt", *CONVERSATIONS.values(), _taken(record, fields.query)}
     for names in (fields.system, fields.source, fields.language, fields.licence):
@@ -174,7 +187,7 @@ def _unread(record: Mapping[str, object], shape: str, settings: RecordSettings) 
         else [fields.reasoning, fields.context]
     )
     read |= {name for name in itertools.chain.from_iterable(texts) if isinstance(record.get(name), str)}
-    return (name for name in _with_content(record) if name not in read and name not in _KNOWN)
+    return (name for name in with_content(record) if name not in read and name not in _KNOWN)
 
 
 def _taken(record: Mapping[str, object], names: tuple[str, ...]) -> str | None:
@@ -182,5 +195,6 @@ def _taken(record: Mapping[str, object], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if record.get(name) is not None), None)
 
 
-def _with_content(record: Mapping[str, object]) -> Iterator[str]:
+def with_content(record: Mapping[str, object]) -> Iterator[str]:
+    """The names of the fields that say something: false and 0 do."""
     return (name for name, value in record.items() if value is not None and not _is_empty(value))

@@ -22,12 +22,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from qaq_pipeline.config.settings import LandingSettings
+from qaq_pipeline.ingest.sources import FORMATS
 from qaq_pipeline.schema.partition import check_batch_name
 from qaq_pipeline.storage.deliveries import Delivery
 from qaq_pipeline.storage.files import StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
 
-_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload")
 _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated")
@@ -191,7 +191,7 @@ def _batch_of(entry: str, *, is_file: bool) -> str:
     if not is_file:
         return entry
     path = PurePosixPath(entry)
-    for endings in (_COMPRESSIONS, _FORMATS):
+    for endings in (_COMPRESSIONS, FORMATS):
         if path.suffix.lower() in endings:
             path = path.with_suffix("")
     return path.name

@@ -26,7 +26,7 @@ from qaq_pipeline.ingest.histories import Earlier
 from qaq_pipeline.ingest.values import Field, is_blank, storable
 from qaq_pipeline.schema.tables import RawData, dtypes
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
-from qaq_pipeline.storage.row_files import DeliveredRow, RejectedError, UnreadableFileError, kind, split
+from qaq_pipeline.storage.row_files import DeliveredRow, NoRowsError, RejectedError, UnreadableFileError, kind, split
 
 UNREAD_KEY = "unread_fields"
 """Key in the provenance of raw_data: fields that nobody reads, and the number of records that have each."""
@@ -76,7 +76,7 @@ class Reading:
     def facts(self) -> dict[str, Any]:
         """Part of the provenance of raw_data."""
         unread = {"records": self.num_records, "with_field": dict(sorted(self.unread.items()))}
-        return {UNREAD_KEY: unread, ASIDE_KEY: list(self.left_aside)}
+        return {UNREAD_KEY: unread, ASIDE_KEY: sorted(self.left_aside)}
 
 
 NOTHING = Reading(pl.DataFrame(schema=dtypes(RawData)), Counter(), 0)
@@ -92,7 +92,9 @@ def not_read(facts: Mapping[str, Any]) -> list[str]:
         f"{name!a:.60} ({count:,} of {records:,} records)".replace("'", "") for name, count in most_first[:_MOST]
     ]
     fields_of += [f"and {len(most_first) - _MOST:,} others"] if len(most_first) > _MOST else []
-    said = [f"fields not read: {', '.join(fields_of)}; name them in records.fields if they belong to the pair"]
+    remedy = "name them in records.fields if they belong to the pair"
+    remedy += "; see records.context" if found.keys() & {histories.TOOLS, histories.FIELD} else ""
+    said = [f"fields not read: {', '.join(fields_of)}; {remedy}"]
     aside = [*facts[ASIDE_KEY][:_MOST]]
     aside += [f"and {len(facts[ASIDE_KEY]) - _MOST:,} others"] if len(facts[ASIDE_KEY]) > _MOST else []
     of_turns = (
@@ -168,7 +170,9 @@ def _read_rows(
 def read_delivery(contents: Mapping[str, bytes], batch: str, settings: RecordSettings) -> Reading:
     """Read all rows of the delivered files, in the order of their names.
 
-    A file that cannot be split into rows becomes one rejected row, which gates the batch.
+    A file that cannot be split into rows becomes one rejected row, which gates the batch. A file in no format of rows,
+    and one with no row, is left aside; if nothing else was delivered, or its name is that of rows, the former is
+    rejected like any other.
     """
     sizes = {name: len(content) for name, content in contents.items()}
     return reduce(Reading.followed_by, delivery_parts(sizes, contents.__getitem__, batch, settings), NOTHING)
@@ -191,22 +195,65 @@ def delivery_parts(
         limit: number of records that are read; None: all.
     """
     names, left_aside = sources.split_off(sizes)
-    yield replace(NOTHING, left_aside=left_aside)
+    without_rows: list[str] = []
+    refused: dict[str, NoRowsError] = {}
     for name in names:
         if limit == 0:
             break
-        for reading in _parts_or_rejection(read(name), name, batch, settings, limit):
-            limit = None if limit is None else limit - reading.frame["source_row"].n_unique()
-            yield reading
+        is_empty = True
+        try:
+            for reading in _parts_or_rejection(read(name), name, batch, settings, limit):
+                is_empty = False
+                limit = None if limit is None else limit - reading.frame["source_row"].n_unique()
+                yield reading
+        except NoRowsError as error:
+            refused[name] = error
+        else:
+            without_rows += [name] if is_empty else []
+    if len(refused) < len(names):
+        without_rows += refused
+    else:
+        yield from (_rejection(error, name, batch) for name, error in refused.items())
+    yield replace(NOTHING, left_aside=[*left_aside, *without_rows])
 
 
 def _parts_or_rejection(
     content: bytes, name: str, batch: str, settings: RecordSettings, limit: int | None
 ) -> Iterator[Reading]:
+    """The rows of a file, or one for a file that cannot be read. Raises NoRowsError: it may be left aside."""
     try:
         yield from _file_parts(content, name, batch, settings, limit)
     except UnreadableFileError as error:
-        yield Reading(unreadable_file(error, name, batch), Counter(), 0)
+        if _may_be_left_aside(error, name):
+            raise
+        yield _rejection(error, name, batch)
+
+
+def _may_be_left_aside(error: UnreadableFileError, name: str) -> bool:
+    return isinstance(error, NoRowsError) and not sources.is_named_as_rows(name)
+
+
+def _rejection(error: UnreadableFileError, name: str, batch: str) -> Reading:
+    return Reading(unreadable_file(error, name, batch), Counter(), 0)
+
+
+def check_delivery(contents: Mapping[str, bytes], settings: RecordSettings) -> None:
+    """Check that each file of a delivery can be split into rows or left aside, without reading its rows.
+
+    Raises:
+        UnreadableFileError: as `read_file`.
+    """
+    names, _ = sources.split_off({name: len(content) for name, content in contents.items()})
+    refused: list[UnreadableFileError] = []
+    for name in names:
+        try:
+            check_file(contents[name], name, settings)
+        except UnreadableFileError as error:
+            if not _may_be_left_aside(error, name):
+                raise
+            refused.append(error)
+    if refused and len(refused) == len(names):
+        raise refused[0]
 
 
 def check_file(content: bytes, source_file: str, settings: RecordSettings) -> None:

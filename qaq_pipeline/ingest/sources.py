@@ -7,6 +7,7 @@ and what is in a file (`storage.row_files`).
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -18,16 +19,11 @@ from fsspec import AbstractFileSystem
 _HUB = "hf://datasets/"
 _SIGNS = "*?["
 """Characters of a pattern."""
-_NO_ROWS = frozenset(
-    (
-        *("license", "licence", "copying", "notice", "authors", "citation.cff", "makefile", "dockerfile"),
-        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"),
-    )
-)
-_NO_ROWS_ENDINGS = (
-    *(".md", ".rst", ".txt", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".ipynb", ".py", ".sh"),
-    *(".yaml", ".yml", ".toml", ".cfg", ".lock", ".crc", ".metadata", ".sha256", ".md5"),
-)
+FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+"""Endings of the names of files with rows."""
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
+_DOCUMENTS = (".md", ".rst", ".html", ".pdf", ".ipynb", ".py", ".png", ".jpg", ".jpeg", ".gif", ".svg")
+"""Endings of documents, which can show rows, or be pointers of Git LFS."""
 
 
 class SourceError(ValueError):
@@ -37,7 +33,8 @@ class SourceError(ValueError):
 def split_off(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     """The names of a delivery's files that may hold rows, and of the others, as in a clone of a hub's repository.
 
-    Documents, code, licences, hidden files and empty parts are left aside, unless nothing else was delivered.
+    Documents, code, hidden files and empty parts are left aside, unless nothing else was delivered. Only the content
+    of other files, such as licences, tells that they hold no rows.
 
     Args:
         sizes: bytes of each file, by its name.
@@ -49,7 +46,12 @@ def split_off(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
 def _may_have_rows(name: str) -> bool:
     path = PurePosixPath(name.lower())
     is_hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return not (is_hidden or path.name in _NO_ROWS or path.name.endswith(_NO_ROWS_ENDINGS))
+    return not (is_hidden or path.name in _NO_ROWS or path.name.endswith(_DOCUMENTS))
+
+
+def is_named_as_rows(name: str) -> bool:
+    """Whether a file has the name of one with rows, such as `a.jsonl.gz` or `a.csv-00001`."""
+    return re.search(rf"({'|'.join(map(re.escape, FORMATS))})\b", PurePosixPath(name.lower()).name) is not None
 
 
 def read(sources: Sequence[str | Path]) -> dict[str, bytes]:

@@ -65,8 +65,7 @@ def _extends(previous: Delivery, contents: Mapping[str, bytes], limit: int | Non
 def _read(files: Sequence[str | Path], settings: RecordSettings) -> dict[str, bytes]:
     """The bytes of the files, by name, of which each that has rows can be split into them. Raises ValueError."""
     contents = sources.read(files)
-    for name in sources.split_off({name: len(data) for name, data in contents.items()})[0]:
-        records.check_file(contents[name], name, settings)
+    records.check_delivery(contents, settings)
     return contents
 
 

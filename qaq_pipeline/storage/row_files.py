@@ -5,8 +5,9 @@ the fields of a row, where files come from, and our own tables (`parquet_file`).
 
 The format is detected from the content, never from the name: gzip, bzip2, xz or zstandard around any of the others;
 Parquet; Arrow, as a file or a stream; a JSON array (the first character is `[`); CSV, where the first line names the
-fields of a query and of an answer; else JSONL. A row that cannot be parsed carries its fault. A file that cannot be
-split into rows raises `UnreadableFileError`.
+fields of a query and of an answer; JSONL, where any of the first lines is, or begins as, a JSON object. A row that
+cannot be parsed carries its fault. A file that cannot be split into rows raises `UnreadableFileError`, one that is in
+no format of rows, such as a document, `NoRowsError`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,24 @@ from qaq_pipeline.schema.vocabularies import RejectReason
 Fits = Callable[[Mapping[str, object]], bool]
 """Whether a record has the fields of a pair."""
 
-_GZIP, _BZIP2, _XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"
+_GZIP, _BZIP2 = b"\x1f\x8b", b"BZh"
+_XZ = (b"\xfd7zXZ\x00", b"]\x00\x00")
+"""Of xz, and of the older .lzma."""
 # A frame, or a skippable one, as pzstd puts first.
 _ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _PARQUET = b"PAR1"
 _ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _UTF8_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")
+"""With a byte order mark, or JSON without one."""
+_ZIP = b"PK\x03\x04"
 _OTHERS = {
-    b"PK\x03\x04": "is a zip archive. Unpack it, and deliver the files in it.",
+    _ZIP: "is a zip archive. Unpack it, and deliver the files in it.",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive. Unpack it, and deliver the files in it.",
-    b"%PDF": "is a PDF document. Deliver rows, such as JSONL.",
+    b"\x04\x22\x4d\x18": "is compressed with LZ4. Decompress it, or use zstandard.",
+    b"ORC": "is an ORC file. Deliver its rows, such as Parquet.",
+    b"Obj\x01": "is an Avro file. Deliver its rows, such as Parquet.",
+    **{bytes([0x80, version]): "is a pickle of Python. Deliver its rows, such as JSONL." for version in range(2, 6)},
     b"SQLite format 3": "is a SQLite database. Deliver its rows, such as JSONL.",
     b"\x89HDF": "is an HDF5 file. Deliver its rows, such as JSONL.",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.",
@@ -52,11 +60,17 @@ _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _ARRAY = re.compile(rb"[ \t\r\n]*\[")
 _CSV_SEPARATORS = ",\t;|"
-_CSV_NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")
+_CSV_NAME = re.compile(r"[^\W\d][\w .()-]{0,39}")
+_EXCEL_SEPARATOR = re.compile(rb"sep=[,\t;|]\r?\n", re.IGNORECASE)
+"""Line before the header of CSV, for Excel."""
 _LONGEST_HEADER = 10_000
 """Bytes of a file in which the first two lines of CSV are looked for."""
 _LARGEST_WINDOW = 2**31
 """Largest window of a zstandard frame that is read, as `zstd --long=31` writes it."""
+_FIRST_LINES = 20
+"""Lines of which any shows that a file is JSONL."""
+_OBJECT = re.compile(r'\s*\{\s*"')
+"""The beginning of a JSON object, which may be torn."""
 _ROWS_AT_ONCE = 10_000
 """Rows of a table that are in memory as Python objects."""
 
@@ -67,8 +81,16 @@ class UnreadableFileError(ValueError):
     """The file cannot be split into rows. The text names the file, the fault, its position and the remedy."""
 
 
+class NoRowsError(UnreadableFileError):
+    """The file is in no format of rows. It may be a document that came with the data."""
+
+
 class _UnreadableError(Exception):
     """The fault of a file, and the remedy."""
+
+
+class _NoRowsError(_UnreadableError):
+    """The fault of a file in no format of rows, and the remedy."""
 
 
 class RejectedError(Exception):
@@ -104,10 +126,13 @@ def split(content: bytes, source_file: str, fits: Fits) -> Iterable[DeliveredRow
             names them is the header of CSV.
 
     Raises:
-        UnreadableFileError: the file is empty, damaged, or not a list of rows.
+        NoRowsError: the file is in no format of rows.
+        UnreadableFileError: it is empty, damaged, or not a list of rows.
     """
     try:
         return _split(_decompress(content), fits)
+    except _NoRowsError as error:
+        raise NoRowsError(f"{source_file}: {error}") from error
     except _UnreadableError as error:
         raise UnreadableFileError(f"{source_file}: {error}") from error
 
@@ -167,7 +192,7 @@ def _decompress(content: bytes) -> bytes:
 
 
 def _is_compressed(content: bytes) -> bool:
-    return content.startswith((_GZIP, _BZIP2, _XZ)) or _ZSTANDARD.match(content) is not None
+    return content.startswith((_GZIP, _BZIP2, *_XZ)) or _ZSTANDARD.match(content) is not None
 
 
 def _plain(content: bytes) -> bytes:
@@ -186,7 +211,13 @@ def _zstandard_frames(content: bytes) -> Iterator[bytes]:
     while content:
         # A stream reader silently returns part of a truncated frame; only this object reports the end.
         frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
-        yield frame.decompress(content)
+        try:
+            yield frame.decompress(content)
+        except zstandard.ZstdError:
+            if dictionary := zstandard.get_frame_parameters(content).dict_id:
+                fault = f"is compressed with a zstandard dictionary (id {dictionary}), which is not in the file"
+                raise _UnreadableError(f"{fault}. Decompress it with `zstd -d -D DICTIONARY`.") from None
+            raise
         if not frame.eof:
             raise EOFError("the last zstandard frame is cut off")
         content = frame.unused_data
@@ -202,6 +233,8 @@ def _split(content: bytes, fits: Fits) -> Iterable[DeliveredRow]:
         return _of_arrow(content)
     _refuse_other_formats(content)
     content = content.removeprefix(_UTF8_BOM)
+    if (line := _EXCEL_SEPARATOR.match(content)) is not None:
+        content = content[line.end() :]
     if not content or content.isspace():
         raise _UnreadableError("is empty. Write its rows into it, or `[]` where it has none.")
     if _ARRAY.match(content):
@@ -212,10 +245,12 @@ def _split(content: bytes, fits: Fits) -> Iterable[DeliveredRow]:
 
 
 def _refuse_other_formats(content: bytes) -> None:
-    if content.startswith(_UTF16_BOMS):
+    if content.startswith(_UTF16):
         raise _UnreadableError("is UTF-16 text. Convert it to UTF-8.")
     if content[_TAR_OFFSET:].startswith(_TAR_MAGIC):
         raise _UnreadableError("is a tar archive. Unpack it, and deliver the files in it.")
+    if content.startswith(_ZIP) and b"xl/workbook.xml" in content:
+        raise _UnreadableError("is an Excel workbook. Save its sheet as CSV in UTF-8.")
     for magic, what in _OTHERS.items():
         if content.startswith(magic):
             raise _UnreadableError(what)
@@ -267,49 +302,84 @@ def _checked(read: Callable[[], Iterator[T]]) -> Iterator[T]:
 
 def _cells_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
     names = [field.name for field in batch.schema]
-    # A Python datetime holds neither nanoseconds nor the years past 9999.
-    columns = [column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column for column in batch]
-    cells = [_texts(column) for column in columns]
+    cells = [_cells(column) for column in batch]
     return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)] if names else []
 
 
-def _texts(column: pa.Array) -> list[object]:
-    """The cells of a column; a text that is not UTF-8 with lone surrogates, so that it costs its row, not the file."""
+def _cells(column: pa.Array) -> list[object]:
+    """The cells of a column, of which none costs the file: dates and times as text, and a text that is not UTF-8 with
+    lone surrogates, so that it costs its row. Beside an impossible date or time, all of the column are numbers.
+    """
+    kind = column.type
     try:
         column.validate(full=True)  # Offsets of damaged data can lead anywhere.
-        return column.to_pylist()
     except pa.ArrowInvalid:
-        raw = column.cast(_with_bytes(column.type))
-    raw.validate(full=True)
-    return [_decoded(cell, column.type) for cell in raw.to_pylist()]
+        column = column.cast(_with_leaves(kind, _unchecked))
+        column.validate(full=True)
+    has_texts = column.type == kind
+    # No Python object holds nanoseconds, years past 9999 or long durations. A time zone can be unknown here.
+    for leaf in (_in_utc, _text_for_time):
+        column = column.cast(_with_leaves(column.type, leaf))
+    cells = column.to_pylist()
+    return cells if has_texts else [_decoded(cell, kind) for cell in cells]
 
 
-def _with_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes in place of texts, also inside lists and structs."""
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
+def _with_leaves(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type with other types of its values, at any depth."""
+
+    def of(field: pa.Field) -> pa.Field:
+        return field.with_type(_with_leaves(field.type, leaf))
+
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _with_leaves(kind.value_type, leaf), kind.ordered)
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_with_bytes(kind.value_type)))
+        return pa.struct([of(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(of(kind.key_field), of(kind.item_field), kind.keys_sorted)
     if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_with_bytes(kind.value_type)))
-    return kind
+        return pa.large_list(of(kind.value_field))
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(of(kind.value_field), kind.list_size if pa.types.is_fixed_size_list(kind) else -1)
+    return leaf(kind)
+
+
+_UNCHECKED = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+    pa.date64(): pa.int64(),
+    **{pa.time32(unit): pa.int32() for unit in ("s", "ms")},
+    **{pa.time64(unit): pa.int64() for unit in ("us", "ns")},
+}
+"""Types that hold the same bytes, by the types that allow only some values."""
+
+
+def _unchecked(kind: pa.DataType) -> pa.DataType:
+    return _UNCHECKED.get(kind, kind)
+
+
+def _in_utc(kind: pa.DataType) -> pa.DataType:
+    return pa.timestamp(kind.unit, "UTC") if pa.types.is_timestamp(kind) and kind.tz is not None else kind
+
+
+def _text_for_time(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_temporal(kind) and not pa.types.is_interval(kind) else kind
 
 
 def _decoded(cell: Any, kind: pa.DataType) -> object:
-    """A cell of `_with_bytes(kind)` with its texts."""
-    if cell is None or not (pa.types.is_nested(kind) or isinstance(cell, bytes)):
-        return cell
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return cell.decode("utf-8", "surrogateescape")
+    """A cell with texts in place of the bytes that were read for them."""
+    if cell is None:
+        return None
+    if pa.types.is_dictionary(kind):
+        return _decoded(cell, kind.value_type)
     if pa.types.is_struct(kind):
         return {field.name: _decoded(cell[field.name], field.type) for field in kind}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_map(kind):
+        return [(_decoded(key, kind.key_type), _decoded(value, kind.item_type)) for key, value in cell]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return [_decoded(one, kind.value_type) for one in cell]
-    return cell
+    is_text = kind in _UNCHECKED and isinstance(cell, bytes)
+    return cell.decode("utf-8", "surrogateescape") if is_text else cell
 
 
 def _delivered_cells(number: int, row: dict[str, object]) -> DeliveredRow:
@@ -368,11 +438,16 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _of_lines(content: bytes, fits: Fits) -> Iterator[DeliveredRow]:
-    # Only the first two lines are parsed now: no later line can make the file unreadable.
+    # Only the first lines are parsed now: no later line can make the file unreadable.
     lines = ((number, line) for number, line in enumerate(io.BytesIO(content), 1) if line.strip())
-    first = [_delivered_line(*line) for line in islice(lines, 2)]
+    first = [_delivered_line(*line) for line in islice(lines, _FIRST_LINES)]
     if first[0].fault is not None:
         _refuse_object_over_lines(content, first[0].source_row, fits)
+    if not any(isinstance(row.value, dict) or _OBJECT.match(row.record) for row in first):
+        found = f"none of its first lines is a JSON object (line {first[0].source_row}: {shown(first[0].record)})"
+        raise _NoRowsError(
+            f"is no Parquet, Arrow, JSON array or CSV with known columns, and {found}. Deliver one of these, or JSONL."
+        )
     if len(first) == 1 and isinstance(first[0].value, dict):
         _refuse_wrapped_list(first[0].value, fits)
     return chain(first, starmap(_delivered_line, lines))
@@ -440,7 +515,7 @@ def _csv_separator(content: bytes, fits: Fits) -> str | None:
     for separator, names in by_separator.items():
         is_header = len(names) > 1 and all(_CSV_NAME.fullmatch(name) for name in names)
         if is_header and len(_csv_cells(second, separator)) == len(names):
-            raise _UnreadableError(
+            raise _NoRowsError(
                 f"looks like CSV, and of its columns ({', '.join(names)}) no two are known as a query and an answer. "
                 "Name them in records.fields, as `query` and `answer`."
             )

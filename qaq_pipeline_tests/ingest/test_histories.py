@@ -114,7 +114,7 @@ def test_a_record_that_is_no_conversation_has_its_history_in_a_field() -> None:
     reading = records.read_file(json.dumps(record).encode(), "a.jsonl", "b", HISTORY)
     assert not reading.unread
     unread = records.read_file(json.dumps(record).encode(), "a.jsonl", "b", RecordSettings()).unread
-    assert unread == {"history": 1}
+    assert unread == {"history": 1, "tools": 1}
 
 
 @pytest.mark.parametrize("history", [["q", "a"], [["q"]], [["q", None]], "text", {"q": "a"}])

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.settings import RecordSettings
 from qaq_pipeline.ingest.records import (
+    check_delivery,
     check_file,
     delivery_parts,
     not_read,
@@ -35,7 +37,7 @@ from qaq_pipeline.ingest.records import (
 )
 from qaq_pipeline.schema.tables import RawData, enforce
 from qaq_pipeline.schema.vocabularies import RejectReason, Status
-from qaq_pipeline.storage.row_files import UnreadableFileError
+from qaq_pipeline.storage.row_files import NoRowsError, UnreadableFileError
 from qaq_pipeline_tests.support.sentences import Check
 
 FIELDS = RecordSettings().fields
@@ -59,8 +61,12 @@ def json_array(*records: Any) -> bytes:
 
 
 def parquet(*records: dict[str, Any]) -> bytes:
+    return parquet_of(pl.DataFrame(records))
+
+
+def parquet_of(frame: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    pl.DataFrame(records).write_parquet(buffer)
+    frame.write_parquet(buffer)
     return buffer.getvalue()
 
 
@@ -107,6 +113,7 @@ FORMATS = {
     + zstandard.compress(jsonl(*PAIRS[1:])),
     "jsonl.bz2": bz2.compress(jsonl(*PAIRS)),
     "jsonl.xz": lzma.compress(jsonl(*PAIRS)),
+    "jsonl.lzma": lzma.compress(jsonl(*PAIRS), lzma.FORMAT_ALONE),
     "jsonl.zst_long": zstandard.ZstdCompressor(
         compression_params=zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
     ).compress(jsonl(*PAIRS)),
@@ -116,6 +123,7 @@ FORMATS = {
     "csv": written_csv(*PAIRS),
     "csv_crlf": written_csv(*PAIRS, lineterminator="\r\n"),
     "tsv": written_csv(*PAIRS, delimiter="\t"),
+    "csv_excel": b"sep=;\r\n" + written_csv(*PAIRS, delimiter=";"),
     "parquet.gz": gzip.compress(parquet(*PAIRS)),
 }
 
@@ -144,11 +152,12 @@ def test_the_record_is_verbatim() -> None:
     assert only(read(f"[ {line} ]".encode()))["record"] == line
 
 
+NO_PARQUET_ROWS = parquet_of(pl.DataFrame(schema={"query": pl.String, "answer": pl.String}))
+
+
 def test_an_array_of_nothing_and_a_parquet_file_of_nothing_are_empty_frames() -> None:
     assert read(b" [ ] ").height == 0
-    buffer = io.BytesIO()
-    pl.DataFrame(schema={"query": pl.String, "answer": pl.String}).write_parquet(buffer)
-    assert read(buffer.getvalue()).height == 0
+    assert read(NO_PARQUET_ROWS).height == 0
 
 
 def test_parquet_cells_that_are_no_text_reach_the_record() -> None:
@@ -158,19 +167,72 @@ def test_parquet_cells_that_are_no_text_reach_the_record() -> None:
     assert "2026-01-02" in record
 
 
-@pytest.mark.parametrize("write", [pq.write_table, write_arrow], ids=["parquet", "arrow"])
-def test_a_cell_that_is_not_utf8_costs_its_row_only_and_nothing_where_nobody_reads_it(write: Any) -> None:
-    def text(*cells: bytes) -> pa.Array:
-        buffers = pa.array(cells, pa.binary()).buffers()
-        return pa.StringArray.from_buffers(len(cells), buffers[1], buffers[2], buffers[0])
+def text(*cells: bytes) -> pa.Array:
+    """Texts that need not be UTF-8."""
+    buffers = pa.array(cells, pa.binary()).buffers()
+    return pa.StringArray.from_buffers(len(cells), buffers[1], buffers[2], buffers[0])
 
-    rows = {"query": text(b"q", b"q", b"q"), "answer": text(b"a", b"\xff", b"c"), "path": text(b"\xfe", b"p", b"p")}
+
+ENDS = pa.array([0, 1, 2, 3], pa.int32())
+HOLDERS: dict[str, Callable[[pa.Array], pa.Array]] = {
+    "text": lambda cells: cells,
+    "view": lambda cells: cells.cast(pa.string_view()),
+    "dictionary": lambda cells: pa.DictionaryArray.from_arrays(ENDS[:3], cells),
+    "struct": lambda cells: pa.StructArray.from_arrays([cells], ["x"]),
+    "map": lambda cells: pa.MapArray.from_arrays(ENDS, pa.array(["k"] * 3), cells),
+    "list": lambda cells: pa.ListArray.from_arrays(ENDS, cells),
+    "large_list": lambda cells: pa.LargeListArray.from_arrays(ENDS.cast(pa.int64()), cells),
+    "fixed_size_list": lambda cells: pa.FixedSizeListArray.from_arrays(cells, 1),
+    "deep": lambda cells: pa.ListArray.from_arrays(ENDS, pa.StructArray.from_arrays([HOLDERS["map"](cells)], ["x"])),
+}
+"""Columns of three rows, with one value in each."""
+
+
+def read_table(write: Callable[..., None] = write_arrow, **columns: pa.Array) -> pl.DataFrame:
     buffer = io.BytesIO()
-    write(pa.table(rows), buffer)
-    frame = read(buffer.getvalue())
+    write(pa.table({"query": ["q"] * 3, "answer": ["a"] * 3} | columns), buffer)
+    return read(buffer.getvalue())
+
+
+@pytest.mark.parametrize("write", [pq.write_table, write_arrow], ids=["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["text", "view", "dictionary"])
+def test_an_answer_that_is_not_utf8_costs_its_row_only(kind: str, write: Callable[..., None]) -> None:
+    frame = read_table(write, answer=HOLDERS[kind](text(b"a", b"\xff", b"c")))
     assert frame["reason"].to_list() == [None, "invalid_utf8", None]
     assert "`answer` contains the byte \\xff" in frame["detail"][1]
-    assert json.loads(frame["record"][0].replace("\\", "\\\\"))["path"] == "\\xfe"
+
+
+@pytest.mark.parametrize("held", HOLDERS.values(), ids=HOLDERS)
+def test_a_cell_that_is_not_utf8_costs_nothing_where_nobody_reads_it(held: Callable[[pa.Array], pa.Array]) -> None:
+    frame = read_table(side=held(text(b"\xfe", b"p", b"p")))
+    assert frame["status"].to_list() == ["accepted"] * 3
+    assert "\\xfe" in frame["record"][0]
+    assert '"p"' in frame["record"][1]
+
+
+TIMES = {
+    "date": (pa.array([1, 3_663_000, None], pa.int32()).cast(pa.date32()), "11998-12-15"),
+    "date_of_a_part_of_a_day": (pa.array([1, 2**50, None]).cast(pa.date64()), str(2**50)),
+    "duration": (pa.array([1, 2**62, None]).cast(pa.duration("s")), str(2**62)),
+    "nanoseconds": (pa.array([1, 1_700_000_000_000_000_123, None]).cast(pa.timestamp("ns")), "000000123"),
+    "years": (pa.array([1, 9_400_000_000_000, None]).cast(pa.timestamp("s")), "out of range"),
+    "zone": (pa.array([1, 2, None]).cast(pa.timestamp("s", "Mars/Base")), "1970-01-01 00:00:02Z"),
+    "time_of_no_day": (pa.array([1, 2**40, None]).cast(pa.time64("us")), str(2**40)),
+    "time": (pa.array([1, 86_399_999_999_999, None]).cast(pa.time64("ns")), "23:59:59.999999999"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(HOLDERS.keys() - {"view"}))
+@pytest.mark.parametrize(("times", "shown"), TIMES.values(), ids=TIMES)
+def test_a_date_or_time_that_python_cannot_hold_costs_nothing(kind: str, times: pa.Array, shown: str) -> None:
+    frame = read_table(side=HOLDERS[kind](times))
+    assert frame["status"].to_list() == ["accepted"] * 3
+    assert shown in frame["record"][1]
+
+
+def test_dates_beside_texts_that_are_not_utf8_cost_nothing() -> None:
+    side = pa.StructArray.from_arrays([text(b"\xfe", b"p", b"p"), TIMES["date"][0]], ["text", "date"])
+    assert json.loads(read_table(side=side)["record"][1])["side"] == {"text": "p", "date": "11998-12-15"}
 
 
 def test_a_byte_that_is_not_utf8_inside_a_conversation_costs_its_row_only() -> None:
@@ -192,11 +254,37 @@ def test_csv_is_read_as_its_writer_meant_it() -> None:
     assert json.loads(frame["record"][0]) == rows[0]
 
 
-@pytest.mark.parametrize(
-    "content", [b"x" * 200_000, b'"' + b"x" * 200_000 + b'"', b"ORC" + b"\x01\x02\x03\xfe" * 50_000]
-)
-def test_what_is_no_csv_is_rejected_line_by_line(content: bytes) -> None:
-    assert only(read(content))["reason"] in ("bad_json", "invalid_utf8", "not_an_object")
+NO_ROWS = {
+    "prose": b"# Title\n\nSome words, and more.\n",
+    "names": b"Doe, Jane\nRoe, Rick\n",
+    "yaml": b"- query: q\n  answer: a\n",
+    "xml": b"<?xml version='1.0'?>\n<rows><row>q</row></rows>\n",
+    "code": b"int main()\n{\n    return 0;\n}\n",
+    "python_objects": b"{'query': 'q', 'answer': 'a'}\n",
+    "values": b'3\nnull\n"text"\n',
+    "long_line": b"x" * 200_000,
+    "long_cell": b'"' + b"x" * 200_000 + b'"',
+    "binary": b"RIFF" + b"\x01\x02\x03\xfe\n" * 50_000,
+}
+
+
+@pytest.mark.parametrize("content", NO_ROWS.values(), ids=NO_ROWS)
+def test_a_file_in_no_format_of_rows_is_refused(content: bytes) -> None:
+    with pytest.raises(NoRowsError, match=r"^file\.jsonl: .*CSV"):
+        read(content)
+
+
+def test_the_refusal_shows_how_the_file_begins(check_sentence: Check) -> None:
+    with pytest.raises(NoRowsError) as caught:
+        read(NO_ROWS["prose"])
+    check_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("line", [jsonl(PAIRS[0]), b'{"query": "q\xff"', b' { "query": tor'])
+def test_one_of_the_first_lines_that_begins_as_an_object_makes_a_file_jsonl(line: bytes) -> None:
+    assert read(b"bad\n" * 19 + line)["reason"].to_list()[:19] == [RejectReason.BAD_JSON] * 19
+    with pytest.raises(NoRowsError):
+        read(b"bad\n" * 20 + line)
 
 
 def test_csv_with_line_ends_of_old_and_an_empty_cell_beside_another_name() -> None:
@@ -219,6 +307,12 @@ UNREADABLE = {
     "csv_open_quote": (b'query,answer\nq1,a1\nq2,"oops\nq3,a3\n', r"is CSV that cannot be read: before line 5"),
     "csv_two_names": (b"query,answer,answer\nq,a,b\n", "two columns have one name"),
     "csv_unknown": (b"Question,Fixed code\nq,a\n", r"looks like CSV.*\(Question, Fixed code\).*records\.fields"),
+    "csv_unknown_of_any_language": ("问题,修正的代码\nq,a\n".encode(), r"looks like CSV.*问题"),
+    "excel": (b"PK\x03\x04...xl/workbook.xml", "is an Excel workbook. Save .* CSV"),
+    "lz4": (b"\x04\x22\x4d\x18\x60\x40\x82" + jsonl(*PAIRS), "compressed with LZ4. Decompress"),
+    "orc": (b"ORC\x08\x03\n" + jsonl(*PAIRS), "is an ORC file"),
+    "avro": (b"Obj\x01\x04\x14avro.codec\n" + jsonl(*PAIRS), "is an Avro file"),
+    "pickle": (pickle.dumps(PAIRS), "is a pickle"),
     "zip": (b"PK\x03\x04...", r"is a zip archive\. Unpack"),
     "tar": (b"rows.jsonl".ljust(257, b"\0") + b"ustar\0", r"is a tar archive\. Unpack"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
@@ -229,6 +323,13 @@ UNREADABLE = {
     "blank": (b"\xef\xbb\xbf \n\n", "is empty"),
     "empty_gzip": (gzip.compress(b""), "is empty"),
     "utf16": ("[]".encode("utf-16"), "UTF-16.*Convert it to UTF-8"),
+    "utf16_without_mark": (jsonl(*PAIRS).decode().encode("utf-16-le"), "UTF-16.*Convert it to UTF-8"),
+    "zstd_dictionary": (
+        zstandard.ZstdCompressor(
+            dict_data=zstandard.train_dictionary(4096, [jsonl({"n": n}) for n in range(999)])
+        ).compress(jsonl(*PAIRS)),
+        r"compressed with a zstandard dictionary \(id \d+\).*Decompress it with `zstd -d -D",
+    ),
     "gzip_cut": (FORMATS["jsonl.gz"][:-9], "cut off or damaged"),
     "gzip_bad": (b"\x1f\x8bnothing of the kind", "cut off or damaged"),
     "zstd_cut": (FORMATS["jsonl.zst"][:-1], "cut off or damaged"),
@@ -320,7 +421,7 @@ def test_alpaca_query_is_instruction_newline_input() -> None:
 @pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
 @pytest.mark.parametrize("field", ["messages", "conversations"])
 def test_conversations_in_either_spelling(field: str, keys: tuple[str, str]) -> None:
-    row = only(read(jsonl({field: turns(*DIALOGUE, keys=keys), "system": "not this"})))
+    row = only(read(jsonl({field: turns(*DIALOGUE, keys=keys)})))
     assert (row["system"], row["query"], row["answer"], row["turn_index"]) == ("S", "Q1\n\nQ2", "A2", 1)
 
 
@@ -335,6 +436,29 @@ def test_developer_and_system_turns_are_the_system_text() -> None:
     said = turns(("developer", "D"), ("user", "q"), ("system", "S"), ("assistant", "a"), ("system", None))
     row = only(read(jsonl({"messages": said})))
     assert (row["system"], row["query"], row["answer"]) == ("D\nS", "q", "a")
+
+
+def test_the_system_text_of_a_record_and_of_its_turns_are_one_text() -> None:
+    record = {"system": "CREATE TABLE t", "messages": turns(("system", "S"), ("user", "q"), ("assistant", "a"))}
+    assert only(read(jsonl(record)))["system"] == "CREATE TABLE t\nS"
+    for same in ("S", "", None):
+        assert only(read(jsonl(record | {"system": same})))["system"] == "S"
+    assert only(read(jsonl(record | {"system": 7})))["reason"] == "wrong_type"
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image_url", "image_url": {"url": "u"}}, "other_than_text"),
+        ({"type": "text", "text": None}, "wrong_type"),
+        ({"type": "tool_use", "name": "f"}, "other_than_text"),
+    ],
+)
+@pytest.mark.parametrize("multi_turn", ["last", "every"])
+def test_a_part_of_the_system_text_that_is_no_text_costs_the_row(part: object, reason: str, multi_turn: str) -> None:
+    said = turns(("system", [{"type": "text", "text": "S"}, part]), ("user", "q"), ("assistant", "a"))
+    row = only(read(jsonl({"messages": said}), multi_turn=multi_turn))
+    assert (row["reason"], "`messages[0].content[1]`" in row["detail"]) == (reason, True)
 
 
 def test_prompt_completion_as_text_and_as_turns() -> None:
@@ -448,13 +572,34 @@ def test_a_licence_is_read_in_every_form() -> None:
 
 def test_fields_that_are_neither_read_nor_known_are_counted() -> None:
     talk = turns(("user", "q"), ("assistant", "a"))
-    talk[1] |= {"weight": 1, "logprobs": [1], "refusal": None}
+    talk[1] |= {"weight": 1, "logprobs": [1], "refusal": None, "notes": {}}
     assert unread({"id": 1, **SQL, "tests": "assert", "note": ""}, SQL | {"tests": ["x"]}) == ({"tests": 2}, 2)
     assert unread({"messages": talk, "tests": "assert"}, {"messages": talk}) == (
         {"tests": 1, "messages[].logprobs": 2},
         2,
     )
     assert unread({"query": "q", "answer": "a"}) == ({}, 1)
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.0, "no"])
+def test_an_unknown_field_of_a_turn_is_named_where_its_value_says_no(value: object) -> None:
+    talk = turns(("user", "q"), ("assistant", "a"))
+    talk[1]["training"] = value
+    assert unread({"messages": talk}) == ({"messages[].training": 1}, 1)
+
+
+def test_tools_are_named_where_they_are_not_context() -> None:
+    talk = {"messages": turns(("user", "q"), ("assistant", "a"))}
+    for nothing in ([], "[]", None, ""):
+        assert unread(talk | {"tools": nothing}) == ({}, 1)
+    assert unread(talk | {"tools": [{"name": "f"}]}) == ({"tools": 1}, 1)
+    with_tools = jsonl(talk | {"tools": [{"name": "f"}]})
+    facts = read_file(with_tools, "file.jsonl", "b1", RecordSettings()).facts
+    assert not_read(facts) == [
+        "fields not read: tools (1 of 1 records); name them in records.fields if they belong to the pair; "
+        "see records.context"
+    ]
+    assert not read_file(with_tools, "file.jsonl", "b1", RecordSettings(context="history")).unread
 
 
 def test_earlier_turns_that_are_not_read_are_counted() -> None:
@@ -525,7 +670,19 @@ def test_a_record_with_a_picture_or_a_sound_is_no_pair_of_text(field: str, value
         assert (row["reason"], field in row["detail"]) == ("other_than_text", True)
         assert not read_file(jsonl(record | {field: value}), "a.jsonl", "b1", RecordSettings()).unread
         assert only(read(jsonl(record | {field: []})))["status"] == "accepted"
-    assert only(read(jsonl(ALPACA | {field: "python:3.11"})))["status"] == "accepted"
+
+
+@pytest.mark.parametrize(
+    "place", ["coco/1.jpg", "https://example.org/a.webp?size=1", "data:image/png;base64,AA==", "7"]
+)
+def test_the_place_of_a_picture_is_a_picture_and_the_image_of_a_container_is_not(place: str) -> None:
+    assert only(read(jsonl(ALPACA | {"image": place})))["reason"] == "other_than_text"
+    for name in ("python:3.11", "ghcr.io/a/b:latest", "localhost:5000/a:1", "", " "):
+        assert only(read(jsonl(ALPACA | {"image": name})))["status"] == "accepted", name
+
+
+def test_a_picture_in_bytes_is_a_picture() -> None:
+    assert only(read(parquet(ALPACA | {"image": b"RIFF"})))["reason"] == "other_than_text"
 
 
 # Conversations
@@ -749,7 +906,7 @@ REJECTED: dict[str, tuple[bytes, RejectReason, str]] = {
 def test_a_rejected_row_keeps_its_place_its_record_and_its_reason(
     line: bytes, reason: RejectReason, detail: str
 ) -> None:
-    row = only(read(b"\n\n" + line))
+    row = read(b"\n\n" + line.rstrip(b"\n") + b"\n{}").row(0, named=True)
     assert (row["source_row"], row["turn_index"], row["status"], row["reason"]) == (3, 0, Status.REJECTED, reason)
     assert row["record"].encode() == line.rstrip(b"\n").replace(b"\xff", b"\\xff")
     assert row["pair_id"] is None
@@ -783,6 +940,62 @@ def test_a_delivery_is_its_files_in_order_up_to_its_limit() -> None:
     assert rows["reason"].drop_nulls().to_list() == [RejectReason.UNREADABLE_FILE]
     assert_frame_equal(limited(contents, RecordSettings(), 5), rows.head(5))
     assert enforce(RawData, read_delivery({}, "b1", RecordSettings()).frame).is_empty()
+
+
+DOCUMENTS = {
+    "AUTHORS": NO_ROWS["names"],
+    "LICENSE-DATA": NO_ROWS["prose"],
+    "README": NO_ROWS["prose"],
+    "Thumbs.db": b"\xd0\xcf\x11\xe0" * 9,
+    "logo.webp": NO_ROWS["binary"],
+    "notes/paper.bib": b"@article{x,\n title={y}\n}\n",
+}
+
+
+@pytest.mark.parametrize("data", ["data/train.csv", "pairs.txt", "zz/part-0"])
+def test_documents_beside_rows_are_told_by_their_content_and_left_aside(data: str) -> None:
+    contents = {**DOCUMENTS, "README.md": NO_ROWS["prose"], data: FORMATS["csv"]}
+    reading = read_delivery(contents, "b1", RecordSettings())
+    assert reading.frame.select("source_file", "status").unique().rows() == [(data, "accepted")]
+    assert reading.facts["files_left_aside"] == sorted(contents.keys() - {data})
+    check_delivery(contents, RecordSettings())
+
+
+@pytest.mark.parametrize("contents", [DOCUMENTS, {"README.md": NO_ROWS["prose"]}, {"pairs": NO_ROWS["yaml"]}])
+def test_documents_alone_are_no_delivery(contents: dict[str, bytes]) -> None:
+    reading = read_delivery(contents, "b1", RecordSettings())
+    assert reading.frame.select("source_file", "reason").rows() == [
+        (name, RejectReason.UNREADABLE_FILE) for name in sorted(contents)
+    ]
+    assert not reading.left_aside
+    with pytest.raises(NoRowsError, match=min(contents)):
+        check_delivery(contents, RecordSettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.jsonl", NO_ROWS["binary"]),
+        ("b.csv.gz", gzip.compress(NO_ROWS["names"])),
+        ("b.json-0", NO_ROWS["prose"]),
+        ("part-1", FORMATS["parquet"][:-5]),
+        ("part-1", FORMATS["jsonl.gz"][:-5]),
+        ("part-1", jsonl(*PAIRS).decode().encode("utf-16")),
+    ],
+)
+def test_a_damaged_file_of_rows_is_never_left_aside(name: str, content: bytes) -> None:
+    contents = {"a.jsonl": jsonl(*PAIRS), name: content}
+    reading = read_delivery(contents, "b1", RecordSettings())
+    assert reading.frame["reason"].to_list() == [None, None, None, RejectReason.UNREADABLE_FILE]
+    with pytest.raises(UnreadableFileError, match=name):
+        check_delivery(contents, RecordSettings())
+
+
+@pytest.mark.parametrize("empty", [b"query,answer\n", b"[]", NO_PARQUET_ROWS], ids=["csv", "array", "parquet"])
+def test_a_file_without_a_row_is_named(empty: bytes) -> None:
+    for others in ({}, {"a.jsonl": jsonl(*PAIRS)}):
+        reading = read_delivery({**others, "b": empty}, "b1", RecordSettings())
+        assert (reading.frame.height, reading.left_aside) == (3 * len(others), ["b"])
 
 
 def test_a_limit_counts_records_and_not_turns() -> None:

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from huggingface_hub import HfFileSystem
 
-from qaq_pipeline.ingest.sources import SourceError, read, split_off
+from qaq_pipeline.ingest.sources import SourceError, is_named_as_rows, read, split_off
 from qaq_pipeline_tests.support.hub_server import READER, Repository, point_to, running_hub
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -36,8 +36,18 @@ def test_files_folders_and_patterns_are_read(clone: Path) -> None:
 
 def test_what_holds_no_rows_is_left_aside_and_named(clone: Path) -> None:
     data, aside = split_off({name: len(content) for name, content in read([clone]).items()})
-    assert data == ["data/train-0.jsonl", "data/train-1.jsonl"]
-    assert aside == [".gitattributes", "LICENSE", "README.md", "data/_SUCCESS", "data/part-3.jsonl"]
+    assert data == ["LICENSE", "data/train-0.jsonl", "data/train-1.jsonl"]
+    assert aside == [".gitattributes", "README.md", "data/_SUCCESS", "data/part-3.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSON.gz", "b/a.csv-00001-of-00002", "a.py.tsv", "a.parquet"])
+def test_names_of_files_with_rows(name: str) -> None:
+    assert is_named_as_rows(name)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "a.txt", "a.json/README", "a.jsonlines.bib", "csv"])
+def test_other_names(name: str) -> None:
+    assert not is_named_as_rows(name)
 
 
 @pytest.mark.parametrize("only", [{"README.md": 4}, {"rows.jsonl": 0}])

@@ -216,9 +216,9 @@ def test_every_format_is_read_from_every_kind_of_file(name: str, tmp_path: Path)
     [
         (b"", "is empty"),
         (b"[]", "has no task"),
-        (b"{", "cannot be read"),
+        (b"{", "none of its first lines"),
         (b"\x1f\x8b\x00", "cut off or damaged"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", "none of its first lines"),
         (b'{"question": "q"}', r"record 1: unknown format \(its keys: \['question'\]\)"),
         (b"[" * 100_000, "nested too deep"),
         (b'[{"task_id": 1, "text": "\\ud800", "code": "c"}]', "record 1"),

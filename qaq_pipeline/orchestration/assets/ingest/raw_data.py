@@ -16,7 +16,7 @@ from qaq_pipeline.schema.tables import RawData
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import empty
 
-VERSION = "4"
+VERSION = "5"
 
 
 def build_raw_data(settings: Settings) -> dg.AssetsDefinition:
