@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.definitions import build_defs
 from qaq_pipeline.lm import causal_lm
-from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.orchestration.assets import build_assets
 from qaq_pipeline.orchestration.jobs import CURATING, build_job_defs
 from qaq_pipeline.pipeline import PIPELINE, Purpose
@@ -35,6 +34,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Signal
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
 from qaq_pipeline.storage.files import StorageError
@@ -42,6 +42,7 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
+from qaq_pipeline_tests.support.pairs import in_memory
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import STAGES, TABLES
 
@@ -814,8 +815,8 @@ class HandMadeRuntime:
         self._scoring = {"prior": prior}
         self._changes = changes
 
-    def score(self, role: str, pairs: Sequence[Pair], *_: object) -> ScoredPairs:
-        rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(pairs, start=1)]
+    def score(self, role: str, pairs: Pairs, *_: object) -> ScoredPairs:
+        rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(in_memory(pairs), start=1)]
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
         report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}

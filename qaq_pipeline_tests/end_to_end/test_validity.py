@@ -28,6 +28,7 @@ from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import GateReason, NoCutReason, Quantity, Signal
 from qaq_pipeline.scoring.logprobs import ScoringReport
+from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY
 from qaq_pipeline.selection.stored_reference import CUTS, NAME
@@ -36,6 +37,7 @@ from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity.words import untold
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY
+from qaq_pipeline_tests.support.pairs import in_memory
 from qaq_pipeline_tests.support.recomputed_validity import check_validity
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -129,9 +131,10 @@ class Reader:
         self._is_blind = is_blind
         self._identity = dataclasses.replace(IDENTITY, template_hash=system)
 
-    def score(self, role: str, pairs: Sequence[Pair], *_: object) -> ScoredPairs:
-        frame = pl.DataFrame([self._row(role, pair) for pair in pairs], schema=dtypes(Logprobs))
-        report = ScoringReport(len(pairs), 0, len(pairs), len(pairs), len(pairs), 1, 1, 0, 1.0)
+    def score(self, role: str, pairs: Pairs, *_: object) -> ScoredPairs:
+        frame = pl.DataFrame([self._row(role, pair) for pair in in_memory(pairs)], schema=dtypes(Logprobs))
+        num = frame.height
+        report = ScoringReport(num, 0, num, num, num, 1, 1, 0, 1.0)
         provenance: dict[str, Any] = {"identity": dataclasses.asdict(self._identity)}
         provenance |= {"identity_hash": self._identity.digest(), "frame": "chat", "template": "chat", "end_ids": [7]}
         provenance |= {"scoring": {"prior": "null_answer"}, "scored_with": [], "warnings": []}

@@ -11,7 +11,7 @@ import pytest
 from qaq_pipeline.publication.flat_scores import flat_scores, nested_row, write
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, dtypes, enforce
-from qaq_pipeline.storage import stored_table
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.publication.test_exports import selected
 from qaq_pipeline_tests.support.frames import RMI_SCORE, pair_name
@@ -123,7 +123,7 @@ def test_batches_of_other_models_and_selections_lie_side_by_side(tmp_path: Path)
 def test_a_scores_file_that_is_written_in_parts_is_that_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_table, "ROWS_PER_GROUP", 1)
+    monkeypatch.setattr(parquet_file, "ROWS_PER_GROUP", 1)
     gated = {"verdicts": [], "decision": "batch_gated", "reason": "too_many_rejected"}
     for rows in ([REJECTED, DUPLICATE, {}, REJECTED, {}], [REJECTED, gated], [REJECTED], []):
         assert written(tmp_path, decisions(*rows)).equals(flat_scores(decisions(*rows)))

@@ -8,7 +8,7 @@ import pytest
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import page_rows, summaries
-from qaq_pipeline.storage import stored_table
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline_tests.reports.test_summaries import SETTINGS
 from qaq_pipeline_tests.support import synthetic
 from qaq_pipeline_tests.support.frames import rejected
@@ -19,7 +19,7 @@ NUM_ROWS = 130
 @pytest.fixture(params=[1, 7, 1_000])
 def tables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BatchTables:
     """A batch that is read so many rows at a time. Its first rows are no pairs."""
-    monkeypatch.setattr(stored_table, "ROWS_PER_GROUP", request.param)
+    monkeypatch.setattr(parquet_file, "ROWS_PER_GROUP", request.param)
     unreadable = {number: rejected(detail="cut off") for number in (1, 2)}
     return synthetic.batch(SETTINGS, NUM_ROWS, changes=unreadable).tables
 

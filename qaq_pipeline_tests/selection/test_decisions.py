@@ -25,7 +25,7 @@ from qaq_pipeline.selection.decisions import DecidedPairs
 from qaq_pipeline.selection.disagreement_scores import disagreement_scores
 from qaq_pipeline.selection.grammar.pair_columns import with_pair_columns
 from qaq_pipeline.selection.strategies import select_all
-from qaq_pipeline.storage import stored_table
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline_tests.support import decided
 from qaq_pipeline_tests.support.decided import kept_rows
 from qaq_pipeline_tests.support.frames import ONE_STRATUM, all_valid, pair_name, raw_rows, rejected, rmi_rows
@@ -323,7 +323,7 @@ def test_rows_that_are_not_trained_on_have_a_decision_and_neither_scores_nor_ver
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_the_selected_rows_are_the_same_from_parts(size: int) -> None:
     whole = decided.selected_rows("mine", RAW, decide())
-    with mock.patch.object(stored_table, "ROWS_PER_GROUP", size):
+    with mock.patch.object(parquet_file, "ROWS_PER_GROUP", size):
         assert_frame_equal(decided.selected_rows("mine", RAW, decide()), whole)
 
 

@@ -1,0 +1,12 @@
+"""The pairs that a stand-in for a model scores."""
+
+from __future__ import annotations
+
+from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.scoring.pairs import TEXTS, Pairs, pairs_of
+
+
+def in_memory(pairs: Pairs) -> list[Pair]:
+    """All pairs, by pair_id."""
+    found = [pair for part in pairs.read(*TEXTS) for pair in pairs_of(part)]
+    return sorted(found, key=lambda pair: pair.pair_id)
