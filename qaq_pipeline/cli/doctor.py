@@ -100,11 +100,11 @@ def _storage(settings: Settings) -> Finding:
 
 
 def _benchmarks(settings: Settings) -> Iterator[Finding]:
-    wanted = settings.screening.contamination.benchmarks
-    if not wanted:
+    excluded, measured = settings.screening.contamination.benchmarks, settings.trial.benchmarks
+    if not excluded:
         text = "none: published rows are not checked for tasks of benchmarks (screening.contamination.benchmarks)"
         yield Finding("benchmarks", is_ok=True, text=text, is_warning=True)
-    for source in wanted:
+    for source in dict.fromkeys((*excluded, *measured)):
         try:
             tasks = load_benchmark(source).tasks
         except BenchmarkError as error:
