@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,7 @@ def test_a_gguf_file_is_converted_once_to_the_very_same_model(
     write_gguf(tiny_model_dir(), tmp_path / "tiny.gguf")
     files = found(tmp_path, gguf="tiny.gguf")
     sha256 = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
-    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}-v2", f"gguf:{sha256}")
+    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}-v3", f"gguf:{sha256}")
     assert found(tmp_path, gguf="tiny.gguf") == files
     assert caplog.text.count("converting tiny.gguf once") == 1
     assert [path.name for path in (tmp_path / "converted").iterdir() if path.is_dir()] == [files.folder.name]
@@ -470,6 +471,27 @@ def test_a_gguf_file_gives_every_text_the_ids_of_its_original_tokenizer(pre: str
         assert original_ids(name) != original_ids("gpt2")
 
 
+DECOMPOSED = "cafe\u0301 = 'Gro\u0308\u00dfe'"
+
+
+@pytest.mark.parametrize(
+    ("pre", "is_composed"),
+    [
+        *[(pre, True) for pre in ("qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "mpt", "olmo")],
+        *[(pre, False) for pre in ("gpt-2", "llama-bpe", "starcoder", "deepseek-coder")],
+    ],
+)
+def test_a_gguf_file_composes_characters_as_its_original_tokenizer_does(
+    pre: str, is_composed: bool, tmp_path: Path
+) -> None:
+    write_gguf_of_family("qwen2", pre, tmp_path / "tiny.gguf")
+    tokenizer = load_tokenizer(
+        ModelSettings(gguf="tiny.gguf", frame="plain"), found(tmp_path, gguf="tiny.gguf"), tmp_path
+    )
+    one, composed = tokenizer.encode_texts([DECOMPOSED, unicodedata.normalize("NFC", DECOMPOSED)])
+    assert (one == composed) is is_composed
+
+
 @pytest.mark.parametrize("pre", ["deepseek-llm", "default", None])
 def test_a_gguf_file_whose_pre_tokenizer_cannot_be_carried_over_is_refused(
     pre: str | None, tmp_path: Path, check_sentence: Check
@@ -491,9 +513,29 @@ def test_the_original_tokenizer_beside_a_gguf_file_is_used_and_belongs_to_its_id
     assert right.folder != wrong.folder
 
 
-def test_the_tokenizer_of_another_model_beside_a_gguf_file_is_refused(tmp_path: Path, check_sentence: Check) -> None:
+def beside_of_another_model(path: Path) -> None:
+    family("deepseek_coder").backend.save(str(path))
+
+
+def beside_with_fewer_tokens(path: Path) -> None:
+    whole = json.loads(family("llama3").backend.to_str())
+    kept = {token: index for token, index in whole["model"]["vocab"].items() if index < 300}
+    whole["model"]["vocab"] = kept
+    whole["model"]["merges"] = [merge for merge in whole["model"]["merges"] if "".join(merge) in kept]
+    whole["added_tokens"] = []
+    path.write_text(json.dumps(whole))
+
+
+def beside_of_large_files(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+@pytest.mark.parametrize("write", [beside_of_another_model, beside_with_fewer_tokens, beside_of_large_files])
+def test_a_tokenizer_beside_a_gguf_file_that_is_not_its_own_is_refused(
+    write: Callable[[Path], None], tmp_path: Path, check_sentence: Check
+) -> None:
     write_gguf_of_family("llama3", None, tmp_path / "tiny.gguf")
-    family("deepseek_coder").backend.save(str(tmp_path / "tiny.tokenizer.json"))
+    write(tmp_path / "tiny.tokenizer.json")
     with pytest.raises(ConversionError) as error:
         found(tmp_path, gguf="tiny.gguf")
     check_sentence(error.value)
