@@ -6,6 +6,7 @@ Does not belong here: the literal prompts and their token ids (`prompts`), and t
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
@@ -91,6 +92,16 @@ def _has_system_turn(render: Render) -> bool:
         return SYSTEM_SLOT in render(probe)
     except TemplateError:
         return False
+
+
+def all_turns(render: Render) -> str:
+    """What the template puts around turns of every role, in all conversations that it can render; may be empty."""
+    system, user, assistant = ({"role": role, "content": _SLOT} for role in ("system", "user", "assistant"))
+    found = []
+    for messages in ([user], [system, user], [user, assistant, user]):
+        with contextlib.suppress(Exception):  # Raised again, with its remedy, where the template is needed.
+            found.append(render(messages))
+    return "".join(found)
 
 
 def _without_thinking(prompt: str) -> str:

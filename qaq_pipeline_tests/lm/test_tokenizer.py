@@ -64,7 +64,10 @@ def test_the_end_tokens_are_those_of_the_names_of_the_tokenizer_and_of_the_gener
 def test_an_ordinary_token_that_is_named_like_an_end_token_ends_nothing() -> None:
     tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=None)
     tokenizer.get_vocab = lambda: {"</s>": 3, "<eos>": 4, "<|im_end|>": 7, "a": 1}
-    tokenizer.added_tokens_decoder = {4: SimpleNamespace(special=False), 7: SimpleNamespace(special=True)}
+    tokenizer.added_tokens_decoder = {
+        4: SimpleNamespace(content="<eos>", special=False),
+        7: SimpleNamespace(content="<|im_end|>", special=True),
+    }
     found = HfTokenizer(tokenizer)
     assert found.end_token_ids == (7,)
     assert [found.is_control(token_id) for token_id in (1, 3, 4, 7)] == [False, False, False, True]
