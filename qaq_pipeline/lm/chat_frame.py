@@ -30,6 +30,9 @@ _THOUGHT = re.compile(
 _THOUGHT_ENDS = re.compile(r"<\|[^|>]*end[^|>]*\|>|<channel\|>", re.IGNORECASE)
 """Closing markers of the other blocks, such as `<|END_THINKING|>`."""
 
+_CLOSING = re.compile(rf"\s*(?:[^\w\s]/[\w:.-]+[^\w\s]|{_THOUGHT_ENDS.pattern})", re.IGNORECASE)
+"""A closing marker of any name, such as `</name>`, or one of the other blocks."""
+
 _MARKER = re.compile("<[|\uff5c][^|\uff5c<>\\s]+[|\uff5c]>|<(?:start|end)_of_turn>|\\[/?INST\\]")
 """Markers of turns that a model reads as single tokens."""
 
@@ -117,6 +120,25 @@ def _without_thinking(prompt: str) -> str:
         )
     closing = f"</{marker['name']}>" if marker["bracket"] == "<" else f"[/{marker['name']}]"
     return f"{prompt}\n{closing}\n\n"
+
+
+def leaves_open(render: Render, between_q_and_a: str) -> bool:
+    """Whether the text before A opens something that is closed before the answer of a finished turn, or not there.
+
+    It is compared with such a turn, so the names of blocks need not be known. False if the template shows none.
+    """
+    turns = [{"role": "user", "content": _SLOT}, {"role": "assistant", "content": SYSTEM_SLOT}]
+    try:
+        finished, slot, _ = render(turns).partition(_SLOT)[2].partition(SYSTEM_SLOT)
+    except TemplateError:
+        return False
+    if not slot:
+        return False
+    if finished.startswith(between_q_and_a):
+        return _CLOSING.match(finished, len(between_q_and_a)) is not None
+    header = finished.rstrip()
+    added = between_q_and_a[len(header) :].strip() if between_q_and_a.startswith(header) else ""
+    return added != "" and not any(closing.end() == len(added) for closing in _CLOSING.finditer(added))
 
 
 def named_template(templates: str | Mapping[str, str] | None, name: str | None, source: str) -> str | None:

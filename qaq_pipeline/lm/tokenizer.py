@@ -285,6 +285,12 @@ def _template_warnings(
             f"the chat template uses {', '.join(unknown)}, which the tokenizer of {files.name} reads as several "
             "tokens: the template is probably that of another family"
         )
+    if chat_frame.leaves_open(tokenizer.render_chat, markup.between_q_and_a):
+        yield (
+            f"the chat template of {files.name} has {markup.between_q_and_a!r} before A, and something else before the "
+            "answer of a finished turn: if this opens a block, such as one of thoughts, A is scored inside it; switch "
+            "it off by `template_variables`, or set `chat_template_from` or `frame: plain`"
+        )
     message = [{"role": "user", "content": "x"}]
     is_open = chat_frame.opens_answer(markup)
     if not is_open and tokenizer.render_chat(message) == tokenizer.render_chat(message, generation_prompt=False):
