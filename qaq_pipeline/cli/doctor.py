@@ -65,7 +65,7 @@ def _versions() -> Finding:
 
 
 def _models(settings: Settings) -> Iterator[Finding]:
-    from qaq_pipeline.lm import devices
+    from qaq_pipeline.lm import causal_lm, devices
     from qaq_pipeline.lm.tokenizer import load_tokenizer, warnings
 
     for role, model in settings.models.items():
@@ -75,11 +75,12 @@ def _models(settings: Settings) -> Iterator[Finding]:
             files = model_files.locate(model, settings.model_cache_dir, download=False)
             tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
             encoder = PairEncoder(tokenizer, model, settings.scoring, files.num_embeddings())
+            causal_lm.check_weights(files)
             warned = warnings(model, files, tokenizer, encoder)
         except model_files.ModelNotFetchedError as error:
             yield Finding(check, is_ok=True, text=str(error), is_warning=True)
             continue
-        except (OSError, ValueError) as error:  # Of the model's files, its tokenizer, its template, the device.
+        except (OSError, ValueError) as error:  # Of the files, the tokenizer, the template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue
         dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
@@ -99,11 +100,11 @@ def _storage(settings: Settings) -> Finding:
 
 
 def _benchmarks(settings: Settings) -> Iterator[Finding]:
-    wanted = settings.screening.contamination.benchmarks
-    if not wanted:
+    excluded, measured = settings.screening.contamination.benchmarks, settings.trial.benchmarks
+    if not excluded:
         text = "none: published rows are not checked for tasks of benchmarks (screening.contamination.benchmarks)"
         yield Finding("benchmarks", is_ok=True, text=text, is_warning=True)
-    for source in wanted:
+    for source in dict.fromkeys((*excluded, *measured)):
         try:
             tasks = load_benchmark(source).tasks
         except BenchmarkError as error:

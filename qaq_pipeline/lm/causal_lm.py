@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaq_pipeline.config.settings import ModelSettings
 from qaq_pipeline.lm import devices
 from qaq_pipeline.lm.batching import BatchTooLargeError
-from qaq_pipeline.lm.model_files import ModelFiles
+from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.runners import UnsupportedModelError, choose_runner, model_context
 from qaq_pipeline.lm.workers import Load, ScorerFacts
@@ -120,10 +121,7 @@ class CausalLM:
 
 def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> ScorerFacts:
     """The facts of a model without its weights, from its config and a measured matrix product."""
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    model.tie_weights()
+    model = _unloaded(files)
     return ScorerFacts(
         runner="",
         is_padded=device.type != "cpu",
@@ -132,6 +130,61 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
         **_work(model),
         peak_flops_per_second=devices.peak_flops_per_second(dtype, device),
     )
+
+
+def _unloaded(files: ModelFiles) -> Any:
+    """The model without memory for its weights. Raises `ModelNotFoundError` if its config describes no causal LM."""
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of any kind.
+        raise unreadable(files.folder, "config.json", error) from error
+    model.tie_weights()
+    return model
+
+
+def check_weights(files: ModelFiles) -> None:
+    """Compare the shapes of the weights, which are not loaded, with those of the config.
+
+    Quantised weights have shapes of their own and are not compared.
+
+    Raises:
+        ModelNotFoundError: they differ, or one of the files cannot be read.
+    """
+    model = _unloaded(files)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    is_quantised = getattr(model.config, "quantization_config", None) is not None
+    for file in sorted(files.folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, "weights", error) from error
+        for name, shape in () if is_quantised else shapes.items():
+            if shape != expected.get(name, shape):
+                raise ModelNotFoundError(
+                    f"{files.name}: its weights and its config.json are not of one model: {name} has the shape {shape} "
+                    f"in {file.name}, and {expected[name]} by the config; fetch the model again, or name another"
+                )
+
+
+def load_weights(files: ModelFiles, dtype: torch.dtype) -> Any:
+    """The model with its weights, on the CPU.
+
+    Raises:
+        ModelNotFoundError: the weights cannot be read, or are not those of the config.
+    """
+    # transformers chooses the attention: SDPA, or eager if an architecture needs it (Gemma 2's soft-capping).
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises errors of any kind.
+        if _is_out_of_memory(error):
+            raise
+        check_weights(files)
+        raise unreadable(files.folder, "weights", error) from error
 
 
 def _work(model: Any) -> dict[str, float]:
@@ -192,16 +245,14 @@ def load_model(
 
     Raises:
         devices.DeviceNotFoundError: this machine does not have the device.
+        ModelNotFoundError: the weights cannot be read, or are not those of the config.
         UnsupportedModelError: the model supports fewer than `min_context` tokens, or its own log-probabilities cannot
             be used for scores.
     """
     device = devices.resolve_device(model.device)
     if num_processes > 1 and device.type == "cpu":
         torch.set_num_threads(1)
-    # transformers chooses the attention: SDPA, or eager if an architecture needs it (Gemma 2's soft-capping).
-    loaded = AutoModelForCausalLM.from_pretrained(
-        files.folder, dtype=devices.resolve_dtype(model.dtype, device), trust_remote_code=False
-    )
+    loaded = load_weights(files, devices.resolve_dtype(model.dtype, device))
     context = model_context(loaded)
     if context is not None and context < min_context:
         raise UnsupportedModelError(

@@ -6,6 +6,7 @@ Does not belong here: the literal prompts and their token ids (`prompts`), and t
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
@@ -28,6 +29,9 @@ _THOUGHT = re.compile(
 
 _THOUGHT_ENDS = re.compile(r"<\|[^|>]*end[^|>]*\|>|<channel\|>", re.IGNORECASE)
 """Closing markers of the other blocks, such as `<|END_THINKING|>`."""
+
+_CLOSING = re.compile(rf"\s*(?:[^\w\s]/[\w:.-]+[^\w\s]|{_THOUGHT_ENDS.pattern})", re.IGNORECASE)
+"""A closing marker of any name, such as `</name>`, or one of the other blocks."""
 
 _MARKER = re.compile("<[|\uff5c][^|\uff5c<>\\s]+[|\uff5c]>|<(?:start|end)_of_turn>|\\[/?INST\\]")
 """Markers of turns that a model reads as single tokens."""
@@ -93,6 +97,16 @@ def _has_system_turn(render: Render) -> bool:
         return False
 
 
+def all_turns(render: Render) -> str:
+    """What the template puts around turns of every role, in all conversations that it can render; may be empty."""
+    system, user, assistant = ({"role": role, "content": _SLOT} for role in ("system", "user", "assistant"))
+    found = []
+    for messages in ([user], [system, user], [user, assistant, user]):
+        with contextlib.suppress(Exception):  # Raised again, with its remedy, where the template is needed.
+            found.append(render(messages))
+    return "".join(found)
+
+
 def _without_thinking(prompt: str) -> str:
     """The generation prompt with an opened thinking block closed, because A and Q are scored as answers."""
     marker = next(reversed([*_THOUGHT.finditer(prompt)]), None)
@@ -106,6 +120,25 @@ def _without_thinking(prompt: str) -> str:
         )
     closing = f"</{marker['name']}>" if marker["bracket"] == "<" else f"[/{marker['name']}]"
     return f"{prompt}\n{closing}\n\n"
+
+
+def leaves_open(render: Render, between_q_and_a: str) -> bool:
+    """Whether the text before A opens something that is closed before the answer of a finished turn, or not there.
+
+    It is compared with such a turn, so the names of blocks need not be known. False if the template shows none.
+    """
+    turns = [{"role": "user", "content": _SLOT}, {"role": "assistant", "content": SYSTEM_SLOT}]
+    try:
+        finished, slot, _ = render(turns).partition(_SLOT)[2].partition(SYSTEM_SLOT)
+    except TemplateError:
+        return False
+    if not slot:
+        return False
+    if finished.startswith(between_q_and_a):
+        return _CLOSING.match(finished, len(between_q_and_a)) is not None
+    header = finished.rstrip()
+    added = between_q_and_a[len(header) :].strip() if between_q_and_a.startswith(header) else ""
+    return added != "" and not any(closing.end() == len(added) for closing in _CLOSING.finditer(added))
 
 
 def named_template(templates: str | Mapping[str, str] | None, name: str | None, source: str) -> str | None:

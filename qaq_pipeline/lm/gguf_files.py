@@ -14,7 +14,7 @@ from typing import Any
 
 from qaq_pipeline.lm.model_error import ModelError, first_line
 
-VERSION = 2
+VERSION = 3
 """Increased if the same file converts to something else."""
 
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
@@ -22,8 +22,14 @@ _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 _DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")
 """Pre-tokenizers by their names in GGUF files, as in the published tokenizer.json of their models."""
 
+_NFC = ("qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "mpt", "olmo")
+"""The pre-tokenizers of those models that normalise texts to NFC, which a GGUF file does not say."""
+
 _MAX_DIFFERING = 0.01
 """Share of tokens that a tokenizer.json may spell otherwise than the GGUF file: converters respell added tokens."""
+
+_UNUSED = 5
+"""The type of the tokens that a converter adds up to the size of the embedding."""
 
 
 class ConversionError(ModelError):
@@ -70,6 +76,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 def _tokenizer(gguf: Path) -> Any:
     """The tokenizer that transformers makes of the file, with the pre-tokenizer that the file names."""
+    from tokenizers import normalizers
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
 
@@ -88,6 +95,8 @@ def _tokenizer(gguf: Path) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     if pre_tokenizer is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    if stored["tokenizer_type"] == "gpt2" and name in _NFC:
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -109,19 +118,31 @@ def _pre_tokenizer(name: str | None) -> Any:
 
 
 def _require_same_vocabulary(gguf: Path, stored: Mapping[str, Any]) -> None:
-    """A tokenizer.json with other ids than the file has would give every text other tokens."""
+    """A tokenizer.json with other ids than the file has, or with fewer, would give texts other tokens."""
     from tokenizers import Tokenizer
 
-    beside, tokens = tokenizer_beside(gguf), stored["tokens"]
-    vocabulary = Tokenizer.from_file(str(beside)).get_vocab()
-    others = sum(index >= len(tokens) or not _are_equal(tokens[index], token) for token, index in vocabulary.items())
-    if others > _MAX_DIFFERING * len(vocabulary):
+    beside, remedy = tokenizer_beside(gguf), "put the tokenizer.json of the same model there, or remove it"
+    try:
+        vocabulary = Tokenizer.from_file(str(beside)).get_vocab()
+    except Exception as error:  # The library raises errors of no other kind.
         raise ConversionError(
-            f"{beside}: {others:,} of its {len(vocabulary):,} tokens are not those of {gguf.name}; put the "
-            "tokenizer.json of the same model there, or remove it"
+            f"{beside}: cannot be read as a tokenizer.json ({first_line(error)}); {remedy}"
+        ) from error
+    types = stored.get("token_type") or [None] * len(stored["tokens"])
+    own = {
+        index: _spelling(token)
+        for index, (token, kind) in enumerate(zip(stored["tokens"], types, strict=True))
+        if kind != _UNUSED
+    }
+    given = {index: _spelling(token) for token, index in vocabulary.items()}
+    num_others = sum(own.get(index) != given.get(index) for index in own.keys() | given.keys())
+    if num_others > _MAX_DIFFERING * len(own):
+        raise ConversionError(
+            f"{beside}: {num_others:,} tokens are not the same in it ({len(given):,} tokens) and in {gguf.name} "
+            f"({len(own):,}); {remedy}"
         )
 
 
-def _are_equal(token: str, other: str) -> bool:
-    """Whether two spellings are of one token: GGUF files have blanks for SentencePiece's mark of a blank."""
-    return token.replace("▁", " ") == other.replace("▁", " ")
+def _spelling(token: str) -> str:
+    """The spelling by which tokens are compared: GGUF files have blanks for SentencePiece's mark of a blank."""
+    return token.replace("▁", " ")

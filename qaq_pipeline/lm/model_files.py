@@ -108,15 +108,23 @@ def locate(model: ModelSettings, cache: Path, *, download: bool = True) -> Model
         download: whether a hub model may be downloaded; otherwise it must be in the hub's cache.
 
     Raises:
-        ModelNotFoundError: a local path does not exist, or the repository cannot be downloaded.
+        ModelNotFoundError: a local path does not exist, the repository cannot be downloaded, or the weights are no
+            safetensors.
         ModelNotFetchedError: the hub model is not in the hub's cache, and `download` is false.
         gguf_files.ConversionError: a GGUF file cannot be converted to the same model.
     """
     if model.gguf is not None:
         return _from_gguf(cache / model.gguf, cache)
     if model.directory is not None:
-        return _from_directory(cache / model.directory)
-    return _from_hub(str(model.hub), model.revision, download=download)
+        files = _from_directory(cache / model.directory)
+    else:
+        files = _from_hub(str(model.hub), model.revision, download=download)
+    if not any(files.folder.glob("*.safetensors")):
+        raise ModelNotFoundError(
+            f"{files.folder}: has no *.safetensors; weights in other files, which may hold code, are not read: convert "
+            "them with `save_pretrained` of transformers, or name another model"
+        )
+    return files
 
 
 class FilesWatch:
@@ -211,8 +219,7 @@ def _from_directory(folder: Path) -> ModelFiles:
 
 
 def _directory_files(folder: Path) -> list[Path]:
-    patterns = (*_HUB_PATTERNS, "*.bin")
-    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.name[0] != ".")
+    return sorted(path for pattern in _HUB_PATTERNS for path in folder.glob(pattern) if path.name[0] != ".")
 
 
 def _from_gguf(gguf: Path, cache: Path) -> ModelFiles:

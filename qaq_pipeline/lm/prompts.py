@@ -56,13 +56,13 @@ class Tokenizer(Protocol):
     """Tokens that end a text or a turn."""
 
     def is_control(self, token_id: int) -> bool:
-        """Whether the token is a special one, which no ordinary text contains."""
+        """Whether the token is a special one or a marker of the template, which no ordinary text contains."""
 
     def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of prompt text that begins or `continues` a sequence. Special tokens in it are recognised."""
+        """Token ids of prompt text that begins or `continues` a sequence. Added tokens in it are recognised."""
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of delivered texts. Special tokens in them are read as ordinary text; none is added."""
+        """Token ids of delivered texts. Control tokens in them are read as ordinary text; none is added."""
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The messages as the chat template renders them, with the generation prompt at the end."""

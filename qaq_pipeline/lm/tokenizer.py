@@ -8,7 +8,7 @@ Does not belong here: the text of the prompts (`prompts`), and where the files c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ is the default of Llama 3's own templates."""
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
 _END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|EOT|>", "<|eot|>")
+
+_NO_CHARACTER = "\uffff"
+"""A code point that Unicode keeps free of characters for good."""
 
 SAMPLE_TEXTS = (
     "def f(x):\n    return x  # two  blanks\n",
@@ -86,8 +89,19 @@ class HfTokenizer:
         self.end_token_ids: tuple[int, ...] = tuple(sorted(ends.union(own)))
 
     def is_control(self, token_id: int) -> bool:
-        """Whether the token is a special one, which no ordinary text contains."""
-        return token_id in self._control_ids
+        """Whether the token is a special one or a marker of the template, which no ordinary text contains."""
+        return token_id in self._control_ids or token_id in self._markers
+
+    @cached_property
+    def _markers(self) -> frozenset[int]:
+        """Added tokens that are not special, but that the chat template has around its turns, as DeepSeek's has.
+
+        Blanks are part of ordinary text, also where a tokenizer adds tokens for them.
+        """
+        read = set(self.encode_markup(chat_frame.all_turns(self.render_chat)))
+        added = self._tokenizer.added_tokens_decoder.items()
+        words = {token_id for token_id, token in added if token.content.replace("▁", " ").strip()}
+        return frozenset(read & words - self._control_ids)
 
     @cached_property
     def _chat_template(self) -> str:
@@ -103,11 +117,20 @@ class HfTokenizer:
 
     @cached_property
     def _text_tokenizer(self) -> Tokenizer:
-        """The tokenizer without the space that some tokenizers put before a text; if it puts none, the tokenizer."""
-        return _prefix_free(self._tokenizer.backend_tokenizer)
+        """The tokenizer of delivered texts: it puts no space before a text, and reads no control token in it.
+
+        It is the model's own one where that does the same.
+        """
+        own: Tokenizer = self._tokenizer.backend_tokenizer
+        tokenizer = _prefix_free(own, self._markers)
+        tokenizer.encode_special_tokens = True
+        added = own.get_added_tokens_decoder()
+        names = {token_id: added[token_id].content for token_id in self._control_ids | self._markers}
+        read = [name for token_id, name in names.items() if _reads(tokenizer, name, token_id)]
+        return _without_pieces(tokenizer, read) if read else tokenizer
 
     def encode_markup(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of prompt text. Special tokens in it are recognised; none is added.
+        """Token ids of prompt text. Added tokens in it are recognised; none is added.
 
         Text that begins a sequence is tokenised as in the model's training. If it `continues` one, no space is put
         before it, but after its first special token it is again tokenised as in training.
@@ -125,7 +148,7 @@ class HfTokenizer:
         return [*self._text_tokenizer.encode(before, add_special_tokens=False).ids, *ids[first:]]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of delivered texts, which spell them. Special tokens in them are read as ordinary text."""
+        """Token ids of delivered texts, which spell them. Control tokens in them are read as ordinary text."""
         tokenizer = self._text_tokenizer
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
@@ -145,21 +168,54 @@ class HfTokenizer:
     def altered_texts(self, texts: Sequence[str] = SAMPLE_TEXTS) -> list[tuple[str, str]]:
         """The texts that do not come back from their token ids, each with what comes back."""
         spelled = self._text_tokenizer.decode_batch(self.encode_texts(texts), skip_special_tokens=False)
-        return [(text, back) for text, back in zip(texts, spelled, strict=True) if back != text]
+        shown = [back.replace(_NO_CHARACTER, "") for back in spelled]
+        return [(text, back) for text, back in zip(texts, shown, strict=True) if back != text]
 
 
-def _prefix_free(backend: Tokenizer) -> Tokenizer:
-    """The tokenizer without what puts a blank before a text or takes one away; the same one if there is nothing."""
+def _prefix_free(backend: Tokenizer, markers: Collection[int]) -> Tokenizer:
+    """The tokenizer without what puts a blank before a text or takes one away, and with the markers as special tokens.
+
+    It is the same one if there is nothing to change.
+    """
     parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
     own = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
     changed = {name: _without_prefix(part, name) for name, part in own.items()}
     # Special tokens are not looked for in delivered texts; other added tokens are.
     greedy = [token for token in backend.get_added_tokens_decoder().values() if not token.special]
-    if changed == own and not any(token.lstrip or token.rstrip for token in greedy):
+    if changed == own and not markers and not any(token.lstrip or token.rstrip for token in greedy):
         return backend
     whole = json.loads(backend.to_str()) | changed
     kept = {"lstrip": False, "rstrip": False}
+    for token in whole["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in markers
     whole["added_tokens"] = [token if token["special"] else token | kept for token in whole["added_tokens"]]
+    return Tokenizer.from_str(json.dumps(whole))
+
+
+def _reads(tokenizer: Tokenizer, name: str, token_id: int) -> bool:
+    """Whether the name of a token as text is read as this token. A token of a byte may spell the name's characters."""
+    encoding = tokenizer.encode(name, add_special_tokens=False)
+    return (token_id, (0, len(name))) in zip(encoding.ids, encoding.offsets, strict=True)
+
+
+def _without_pieces(backend: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer whose model reads none of these tokens in a text: their ids stay, under names that no text has.
+
+    A model may read a control token if it is in the model's vocabulary, as SentencePiece's are.
+    """
+    whole = json.loads(backend.to_str())
+    renamed, model = {name: f"{name}{_NO_CHARACTER}" for name in names}, whole["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Pieces with their scores, in the order of their ids.
+        model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        model["vocab"] = {renamed.get(piece, piece): token_id for piece, token_id in vocabulary.items()}
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if renamed.keys().isdisjoint([*pair, "".join(pair)])]
+    if model.get("unk_token") in renamed:
+        model["unk_token"] = renamed[model["unk_token"]]
+    for token in whole["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
     return Tokenizer.from_str(json.dumps(whole))
 
 
@@ -228,6 +284,12 @@ def _template_warnings(
         yield (
             f"the chat template uses {', '.join(unknown)}, which the tokenizer of {files.name} reads as several "
             "tokens: the template is probably that of another family"
+        )
+    if chat_frame.leaves_open(tokenizer.render_chat, markup.between_q_and_a):
+        yield (
+            f"the chat template of {files.name} has {markup.between_q_and_a!r} before A, and something else before the "
+            "answer of a finished turn: if this opens a block, such as one of thoughts, A is scored inside it; switch "
+            "it off by `template_variables`, or set `chat_template_from` or `frame: plain`"
         )
     message = [{"role": "user", "content": "x"}]
     is_open = chat_frame.opens_answer(markup)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qaq_pipeline.config.settings import ModelSettings, TrialSettings
-from qaq_pipeline.lm import devices
+from qaq_pipeline.lm import causal_lm, devices
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.runners import UnsupportedModelError
 from qaq_pipeline.lm.training_steps import Example, packed
@@ -76,10 +76,9 @@ def device_for(model: ModelSettings) -> Iterator[torch.device]:
 
 
 def load_for_training(files: ModelFiles, seed: int, device: torch.device) -> Any:
-    """The model in float32, on the device."""
+    """The model in float32, on the device. Raises `ModelNotFoundError` if its weights cannot be read."""
     torch.manual_seed(seed)
-    loaded = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32, trust_remote_code=False)
-    return loaded.to(device)
+    return causal_lm.load_weights(files, torch.float32).to(device)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,11 +104,13 @@ def read_benchmark(data: bytes, source: BenchmarkSettings) -> Benchmark:
     """Read the tasks of a file: of any format of a delivery, or one JSON object with a task for each id.
 
     Raises:
-        BenchmarkError: the file is damaged or has no task, or a record has an unknown format.
+        BenchmarkError: the file is damaged or has no task, a record has an unknown format, or none has a named field.
     """
-    tasks = tuple(itertools.chain.from_iterable(_tasks(*record, source) for record in _records(data, source)))
+    records = list(_records(data, source))
+    tasks = tuple(itertools.chain.from_iterable(_tasks(*record, source) for record in records))
     if not tasks:
         raise BenchmarkError(f"benchmark {source.name}: the file has no task; use another, or leave it out")
+    _require_named(records, source)
     return Benchmark(source.name, hashlib.sha256(data).hexdigest(), tasks)
 
 
@@ -163,6 +165,18 @@ def _named(record: Fields, source: BenchmarkSettings) -> list[Task]:
     assert source.prompt is not None
     solution = None if source.solution is None else record.get(source.solution)
     return [Task(str(record.get(source.id or "", "")), record[source.prompt], solution)]
+
+
+def _require_named(records: Sequence[tuple[int, Any]], source: BenchmarkSettings) -> None:
+    """Refuse a named field that no record has: its name is misspelt."""
+    keys = {key for _, record in records for key in record}
+    named = {"id": source.id, "solution": source.solution} if source.prompt is not None else {}
+    for setting, field in named.items():
+        if field is not None and field not in keys:
+            raise BenchmarkError(
+                f"benchmark {source.name}: no record has the field that `{setting}: {field}` names (keys of the "
+                f"records: {sorted(keys)}); correct the setting, or leave it out"
+            )
 
 
 def _tasks(number: int, record: Any, source: BenchmarkSettings) -> list[Task]:

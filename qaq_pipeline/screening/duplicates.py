@@ -47,7 +47,7 @@ _MAX_STANDING = 32
 
 Texts = Callable[[pl.DataFrame], Iterable[pl.DataFrame]]
 """Maps order and keys of rows to what is compared of each, in parts: order, text (as built by `shingles.pair_text`),
-answer, language."""
+query, answer, language."""
 
 
 def signatures(raw: pl.DataFrame) -> pl.DataFrame:
@@ -317,6 +317,8 @@ class _Search:
         """The rows that stand, band after band, each with room for as many as it may have."""
         self._num_standing = array("B", bytes(len(room)))
         self._duplicates_of: dict[int, list[int]] = {}
+        self._replaced: set[int] = set()
+        """Each row is replaced once: which of three rows is the worst may have no answer."""
         self.found: dict[int, tuple[int, float]] = {}
         self.links: list[tuple[int, int]] = []
 
@@ -342,7 +344,7 @@ class _Search:
                 self._standing[self._starts[band] + self._num_standing[band]] = order
                 self._num_standing[band] += 1
         for other in flawed:
-            if other >= self._num_older:
+            if other >= self._num_older and other not in self._replaced:
                 self._replace(other, order)
 
     def _standing_in(self, band: int) -> array[int]:
@@ -351,6 +353,7 @@ class _Search:
 
     def _replace(self, other: int, order: int) -> None:
         """Make a row the duplicate of a better one; what it stood for is placed again."""
+        self._replaced.add(other)
         self.found[other] = order, self._candidates.similarity(other, order)
         self._duplicates_of.setdefault(order, []).append(other)
         freed = self._duplicates_of.pop(other, [])
@@ -369,7 +372,7 @@ class _Candidates:
     """
 
     def __init__(self, rows: pl.DataFrame, texts: Texts) -> None:
-        answers, grams, orders = [], [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint32)]
+        codes, grams, orders = [], [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint32)]
         lengths = [0]
         for found in texts(rows):
             ragged = _ngrams(found["text"])
@@ -377,20 +380,19 @@ class _Candidates:
             grams += [np.concatenate(distinct)] if distinct else []
             lengths += map(len, distinct)
             orders.append(found["order"].to_numpy())
-            answers.append(found.select("answer", "language"))
+            codes.append(found.select(flaws.Texts._fields))
         self._place = np.zeros(int(rows["order"].to_numpy().max(initial=0)) + 1, dtype=np.uint32)
         of_rows = np.concatenate(orders)
         self._place[of_rows] = np.arange(len(of_rows), dtype=np.uint32)
         self._ngrams = shingles.Ragged(np.concatenate(grams), np.cumsum(lengths))
-        self._answers = pl.concat(answers) if answers else pl.DataFrame()
+        self._codes = pl.concat(codes) if codes else pl.DataFrame()
 
     def similarity(self, one: int, other: int) -> float:
         """Jaccard similarity of two rows."""
         return shingles.jaccard(*(self._ngrams.row(self._place[order]) for order in (one, other)))
 
-    def _answer(self, order: int) -> flaws.Answer:
-        answer, language = self._answers.row(int(self._place[order]))
-        return answer, language
+    def _code(self, order: int) -> flaws.Texts:
+        return flaws.Texts(*self._codes.row(int(self._place[order])))
 
     def compare(
         self, own: int, others: Sequence[int], thresholds: tuple[float, float]
@@ -404,7 +406,7 @@ class _Candidates:
         for earlier in others:
             similarity = self.similarity(earlier, own)
             if similarity >= near_threshold:
-                if not flaws.is_worse(self._answer(earlier), self._answer(own)):
+                if not flaws.is_worse(self._code(earlier), self._code(own)):
                     return (earlier, similarity), [], []
                 flawed.append(earlier)
             elif similarity >= cluster_threshold:

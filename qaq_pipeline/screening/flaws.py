@@ -1,4 +1,4 @@
-"""Which of two answers with nearly the same words has the worse code: it must not represent the other as a duplicate.
+"""Which of two rows with nearly the same words has the worse code: it must not represent the other as a duplicate.
 
 Belongs here: code that lost its lines, and code that its own language cannot parse. Does not belong here: which rows
 are similar (`duplicates`), and whether an answer is right: nothing is run.
@@ -13,40 +13,65 @@ import re
 import tomllib
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import yaml
-
-Answer = tuple[str, str | None]
-"""Text and language of an answer."""
 
 _FENCED = re.compile(
     r"^ {0,3}(?P<fence>`{3,}|~{3,}) *(?P<info>[^`\s]*)[^`\n]*\n(?P<code>.*?)^ {0,3}(?P=fence)", re.MULTILINE | re.DOTALL
 )
 _LOST_LINES = 0.5
-"""An answer with less than this share of the lines of another one with the same words has lost line ends."""
+"""A text with less than this share of the lines of another one with the same words has lost line ends."""
 _LONGEST = 100_000
 """Characters of code that are parsed."""
 
 
-def is_worse(one: Answer, other: Answer) -> bool:
-    """Whether the code of one answer lost its lines or cannot be parsed, where that of the other is whole."""
-    if _num_lines(one) < _LOST_LINES * _num_lines(other):
-        return True
-    return not _parses(one) and _parses(other)
+class Texts(NamedTuple):
+    """The texts of a row that may have code, and the language of its answer."""
+
+    query: str
+    answer: str
+    language: str | None
 
 
-def _num_lines(answer: Answer) -> int:
-    return sum(1 for line in answer[0].splitlines() if line.strip())
+def is_worse(one: Texts, other: Texts) -> bool:
+    """Whether the code of one row lost its lines or cannot be parsed, where that of the other is whole.
+
+    Lines come first: code on one line may parse, as a comment. A query is not parsed, since it may ask for a fault.
+    """
+    has_lost, has_more = _has_lost_lines(one, other), _has_lost_lines(other, one)
+    if has_lost or has_more:
+        return has_lost and not has_more
+    return not _parses(one.answer, one.language) and _parses(other.answer, other.language)
+
+
+def _has_lost_lines(one: Texts, other: Texts) -> bool:
+    """Whether the query, the answer or a fenced block of one has far fewer lines than that of the other."""
+    for text, other_text in ((one.query, other.query), (one.answer, other.answer)):
+        counts, others = _num_lines(text), _num_lines(other_text)
+        num_compared = len(counts) if len(counts) == len(others) else 1
+        if any(map(_is_far_fewer, counts[:num_compared], others)):
+            return True
+    return False
+
+
+def _is_far_fewer(count: int, other: int) -> bool:
+    return count < _LOST_LINES * other
+
+
+def _num_lines(text: str) -> list[int]:
+    """Number of lines that are not blank: of the text, and of each fenced block in it."""
+    parts = [text, *(found["code"] for found in _FENCED.finditer(text))]
+    return [sum(1 for line in part.splitlines() if line.strip()) for part in parts]
 
 
 @functools.lru_cache(maxsize=10_000)
-def _parses(answer: Answer) -> bool:
+def _parses(text: str, language: str | None) -> bool:
     """Whether the code can be parsed; True where no parser of its language is here, or there is too much of it.
 
     Code of a language that nothing names is taken for Python: of two answers with the same words, one that parses as
     Python is the better one.
     """
-    text, language = answer
     if len(text) > _LONGEST:
         return True
     fenced = [(found["info"].lower() or language or "python", found["code"]) for found in _FENCED.finditer(text)]

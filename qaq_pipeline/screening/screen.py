@@ -126,7 +126,8 @@ def texts_of(raws: Iterable[StoredTable]) -> Texts:
             for part in table.parts(*ROW_KEY, "query", "answer", "language"):
                 found = part.join(may_be_in(rows, part), on=ROW_KEY, validate="1:1")
                 num_found += found.height
-                yield with_own_bytes(found.select("order", "answer", "language", text=shingles.pair_text()))
+                compared = found.select("order", "query", "answer", "language", text=shingles.pair_text())
+                yield with_own_bytes(compared)
         if num_found < rows.height:
             raise ValueError(f"{rows.height - num_found} rows to compare are not in raw_data; screen the batch again")
 

@@ -46,8 +46,8 @@ def read_url(url: str) -> bytes:
         StorageError: it cannot be read. The text is the reason alone.
     """
     try:
-        with fsspec.open(url, "rb") as stream:
-            return stream.read()  # type: ignore[union-attr]
+        files, path = fsspec.url_to_fs(url)
+        return files.cat_file(path)
     except (OSError, ValueError, ImportError) as error:
         raise StorageError(str(error)) from error
 

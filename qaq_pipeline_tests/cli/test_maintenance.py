@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,15 +75,26 @@ def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dic
     assert "cannot be written" in shown.out
 
 
+def test_doctor_names_weights_that_are_not_those_of_the_config(
+    qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    folder = shutil.copytree(tiny_models["weak"], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 323}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = write_settings(tmp_path / "settings.yaml", tiny_models | {"weak": folder})
+    shown = qaq(Home(tmp_path / "home", settings), "doctor")
+    assert shown.code == 1
+    assert "│ no │ model weak │ other: its weights and its config.json are not of one model" in shown.out
+
+
 def test_doctor_opens_each_benchmark(qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     (tmp_path / "tasks.jsonl").write_text('{"task_id": 1, "text": "p", "code": "c"}\n')
-    named = {"read": tmp_path / "tasks.jsonl", "gone": tmp_path / "gone.jsonl"}
-    benchmarks = [{"name": name, "path": str(path)} for name, path in named.items()]
-    screening = {"contamination": {"benchmarks": benchmarks}}
-    config = write_settings(tmp_path / "settings.yaml", tiny_models, screening=screening)
+    read, gone = ({"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("tasks", "gone"))
+    excluded, of_trial = {"contamination": {"benchmarks": [read]}}, {"benchmarks": [read, gone]}
+    config = write_settings(tmp_path / "settings.yaml", tiny_models, screening=excluded, trial=of_trial)
     shown = qaq(Home(tmp_path / "home", config), "doctor")
     assert shown.code == 1
-    assert "│ ok │ benchmark read │" in shown.out
+    assert shown.out.count("│ ok │ benchmark tasks │") == 1
     assert "│ no │ benchmark gone │" in shown.out
     without = qaq(Home(tmp_path / "home", write_settings(tmp_path / "other.yaml", tiny_models)), "doctor")
     assert without.code == 0

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import causal_lm, model_files
+from qaq_pipeline.lm import causal_lm, model_files, training
 from qaq_pipeline.lm.gguf_files import ConversionError, tokenizer_beside
 from qaq_pipeline.lm.model_files import FilesWatch, ModelFiles, ModelNotFoundError, chat_template, locate
 from qaq_pipeline.lm.tokenizer import load_tokenizer
@@ -142,9 +143,65 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
     }
     with pytest.raises(ValueError, match="code") as error:
         reads[part]()
-    if part != "facts":
-        check_sentence(str(error.value).replace(str(tmp_path), ""))
+    check_sentence(str(error.value).replace(str(tmp_path), ""))
     assert not marker.exists()
+
+
+def test_weights_that_are_no_safetensors_are_refused_unread(
+    directory: Path, tmp_path: Path, check_sentence: Check
+) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    check_sentence(refusal(tmp_path, directory="tiny").replace(str(tmp_path), ""))
+
+
+def with_vocabulary_of(size: int, folder: Path) -> None:
+    """Let the config of a model name another number of tokens than its weights have."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+
+
+LOADS: dict[str, Callable[[ModelFiles], Any]] = {
+    "scoring": lambda files: causal_lm.load_model(ModelSettings(directory="tiny", device="cpu"), files),
+    "training": lambda files: training.load_for_training(files, 0, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("load", [*LOADS.values(), causal_lm.check_weights], ids=[*LOADS, "check"])
+def test_weights_of_another_shape_than_the_config_says_are_an_error_with_both(
+    load: Callable[[ModelFiles], Any], directory: Path, tmp_path: Path, check_sentence: Check
+) -> None:
+    with_vocabulary_of(VOCABULARY_SIZE + 23, directory)
+    files = found(tmp_path, directory="tiny")
+    with pytest.raises(ModelNotFoundError) as error:
+        load(files)
+    check_sentence(error.value)
+
+
+@pytest.mark.parametrize("load", [*LOADS.values(), causal_lm.check_weights], ids=[*LOADS, "check"])
+def test_weights_that_cannot_be_read_are_an_error_that_names_them(
+    load: Callable[[ModelFiles], Any], directory: Path, tmp_path: Path, check_sentence: Check
+) -> None:
+    (directory / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    files = found(tmp_path, directory="tiny")
+    with pytest.raises(ModelNotFoundError) as error:
+        load(files)
+    check_sentence(str(error.value).replace(str(tmp_path), ""))
+
+
+def test_a_model_whose_weights_fit_its_config_passes(directory: Path, tmp_path: Path) -> None:
+    causal_lm.check_weights(found(tmp_path, directory="tiny"))
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_missing_memory_is_no_fault_of_the_weights(
+    load: Callable[[ModelFiles], Any], directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(found(tmp_path, directory="tiny"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
@@ -160,9 +217,8 @@ def test_the_revision_changes_when_a_file_of_the_directory_changes(name: str, di
     assert changed != before == found(tmp_path, directory="tiny").revision
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "pytorch_model.bin"])
-def test_the_revision_covers_weights_in_whatever_file(name: str, directory: Path, tmp_path: Path) -> None:
-    before = found(tmp_path, directory="tiny").revision
+def test_the_revision_covers_all_files_of_weights(directory: Path, tmp_path: Path) -> None:
+    before, name = found(tmp_path, directory="tiny").revision, "model-00002-of-00002.safetensors"
     (directory / name).write_bytes(b"weights")
     added = found(tmp_path, directory="tiny").revision
     rewrite(directory / name, b"Weights")
@@ -351,7 +407,7 @@ def test_a_gguf_file_is_converted_once_to_the_very_same_model(
     write_gguf(tiny_model_dir(), tmp_path / "tiny.gguf")
     files = found(tmp_path, gguf="tiny.gguf")
     sha256 = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
-    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}-v2", f"gguf:{sha256}")
+    assert files == ModelFiles("tiny.gguf", tmp_path / "converted" / f"tiny-{sha256[:12]}-v3", f"gguf:{sha256}")
     assert found(tmp_path, gguf="tiny.gguf") == files
     assert caplog.text.count("converting tiny.gguf once") == 1
     assert [path.name for path in (tmp_path / "converted").iterdir() if path.is_dir()] == [files.folder.name]
@@ -415,6 +471,27 @@ def test_a_gguf_file_gives_every_text_the_ids_of_its_original_tokenizer(pre: str
         assert original_ids(name) != original_ids("gpt2")
 
 
+DECOMPOSED = "cafe\u0301 = 'Gro\u0308\u00dfe'"
+
+
+@pytest.mark.parametrize(
+    ("pre", "is_composed"),
+    [
+        *[(pre, True) for pre in ("qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "mpt", "olmo")],
+        *[(pre, False) for pre in ("gpt-2", "llama-bpe", "starcoder", "deepseek-coder")],
+    ],
+)
+def test_a_gguf_file_composes_characters_as_its_original_tokenizer_does(
+    pre: str, is_composed: bool, tmp_path: Path
+) -> None:
+    write_gguf_of_family("qwen2", pre, tmp_path / "tiny.gguf")
+    tokenizer = load_tokenizer(
+        ModelSettings(gguf="tiny.gguf", frame="plain"), found(tmp_path, gguf="tiny.gguf"), tmp_path
+    )
+    one, composed = tokenizer.encode_texts([DECOMPOSED, unicodedata.normalize("NFC", DECOMPOSED)])
+    assert (one == composed) is is_composed
+
+
 @pytest.mark.parametrize("pre", ["deepseek-llm", "default", None])
 def test_a_gguf_file_whose_pre_tokenizer_cannot_be_carried_over_is_refused(
     pre: str | None, tmp_path: Path, check_sentence: Check
@@ -436,9 +513,29 @@ def test_the_original_tokenizer_beside_a_gguf_file_is_used_and_belongs_to_its_id
     assert right.folder != wrong.folder
 
 
-def test_the_tokenizer_of_another_model_beside_a_gguf_file_is_refused(tmp_path: Path, check_sentence: Check) -> None:
+def beside_of_another_model(path: Path) -> None:
+    family("deepseek_coder").backend.save(str(path))
+
+
+def beside_with_fewer_tokens(path: Path) -> None:
+    whole = json.loads(family("llama3").backend.to_str())
+    kept = {token: index for token, index in whole["model"]["vocab"].items() if index < 300}
+    whole["model"]["vocab"] = kept
+    whole["model"]["merges"] = [merge for merge in whole["model"]["merges"] if "".join(merge) in kept]
+    whole["added_tokens"] = []
+    path.write_text(json.dumps(whole))
+
+
+def beside_of_large_files(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+@pytest.mark.parametrize("write", [beside_of_another_model, beside_with_fewer_tokens, beside_of_large_files])
+def test_a_tokenizer_beside_a_gguf_file_that_is_not_its_own_is_refused(
+    write: Callable[[Path], None], tmp_path: Path, check_sentence: Check
+) -> None:
     write_gguf_of_family("llama3", None, tmp_path / "tiny.gguf")
-    family("deepseek_coder").backend.save(str(tmp_path / "tiny.tokenizer.json"))
+    write(tmp_path / "tiny.tokenizer.json")
     with pytest.raises(ConversionError) as error:
         found(tmp_path, gguf="tiny.gguf")
     check_sentence(error.value)
@@ -478,6 +575,7 @@ def test_a_hub_model_is_identified_by_its_commit(hub_cache: Path, tmp_path: Path
     (repository / "refs" / "main").write_text(commit)
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "snapshots" / commit / "model.safetensors").write_bytes(b"")
     for revision in ({}, {"revision": commit}):
         files = found(tmp_path, hub="tiny/model", **revision)
         assert files == ModelFiles("tiny/model", repository / "snapshots" / commit, commit)

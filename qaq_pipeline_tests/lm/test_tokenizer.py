@@ -64,7 +64,10 @@ def test_the_end_tokens_are_those_of_the_names_of_the_tokenizer_and_of_the_gener
 def test_an_ordinary_token_that_is_named_like_an_end_token_ends_nothing() -> None:
     tokenizer = SimpleNamespace(is_fast=True, chat_template=None, bos_token_id=None, eos_token_id=None)
     tokenizer.get_vocab = lambda: {"</s>": 3, "<eos>": 4, "<|im_end|>": 7, "a": 1}
-    tokenizer.added_tokens_decoder = {4: SimpleNamespace(special=False), 7: SimpleNamespace(special=True)}
+    tokenizer.added_tokens_decoder = {
+        4: SimpleNamespace(content="<eos>", special=False),
+        7: SimpleNamespace(content="<|im_end|>", special=True),
+    }
     found = HfTokenizer(tokenizer)
     assert found.end_token_ids == (7,)
     assert [found.is_control(token_id) for token_id in (1, 3, 4, 7)] == [False, False, False, True]
@@ -208,6 +211,47 @@ def test_a_template_without_generation_prompt_is_a_warning(
     (tmp_path / "sibling.jinja").write_text(template)
     (warning,) = warned(tiny_model_dir(), tmp_path, chat_template_from="sibling.jinja")
     check_sentence(warning)
+
+
+def prompting(folder: Path, generation_prompt: str, finished: str = "") -> Path:
+    """A template as of ChatML, with more text at the end of its generation prompt, and before a finished answer."""
+    before = f"{{% if message.role == 'assistant' %}}{finished}{{% endif %}}"
+    (folder / "sibling.jinja").write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}"
+        + before
+        + "{{ message.content }}<|im_end|>"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}"
+        f"{generation_prompt}{{% endif %}}"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("generation_prompt", "finished"),
+    [("◁think▷", ""), ("<scratchpad>{{ '\n' }}", ""), ("{notes}Hm", ""), ("<pad>", "<pad></pad>{{ '\n' }}")],
+)
+def test_a_generation_prompt_that_leaves_a_block_of_any_name_open_is_a_warning(
+    generation_prompt: str, finished: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, check_sentence: Check
+) -> None:
+    prompting(tmp_path, generation_prompt, finished)
+    (warning,) = warned(tiny_model_dir(), tmp_path, chat_template_from="sibling.jinja")
+    check_sentence(warning)
+
+
+@pytest.mark.parametrize(
+    ("generation_prompt", "finished"),
+    [
+        *[("", ""), ("", "<think>{{ '\n\n' }}</think>"), ("<think>{{ '\n' }}", ""), ("◁think▷◁/think▷", "")],
+        *[("<pad></pad>{{ '\n' }}", ""), ("<pad></pad>", "<pad></pad>"), ("<|begin|>..<|end|>", "")],
+        ("<think>{{ '\n' }}", "<think>{{ '\n\n' }}</think>{{ '\n\n' }}"),
+    ],
+)
+def test_a_generation_prompt_that_opens_nothing_or_closes_it_is_no_warning(
+    generation_prompt: str, finished: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    prompting(tmp_path, generation_prompt, finished)
+    said = warned(tiny_model_dir(), tmp_path, chat_template_from="sibling.jinja")
+    assert [one for one in said if "before A" in one] == []
 
 
 def test_a_model_that_spells_inst_in_text_is_no_warning(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -240,12 +240,26 @@ def test_the_fields_of_any_other_benchmark_are_named() -> None:
         read_benchmark(data, mine(prompt="question"))
 
 
+@pytest.mark.parametrize("setting", ["id", "solution"])
+def test_a_named_field_that_no_record_has_is_refused(setting: str, check_sentence: Check) -> None:
+    data = b'{"key": "k", "ask": "p", "code": "s"}\n{"ask": "p2"}\n'
+    with pytest.raises(BenchmarkError) as error:
+        read_benchmark(data, mine(prompt="ask", **{setting: "refrence"}))
+    check_sentence(error.value)
+
+
 def test_a_line_separator_inside_a_text_ends_no_record() -> None:
     data = '{"task_id": 1, "text": "a\u2028b", "code": "c"}\n'.encode()
     assert read_benchmark(data, mine()).tasks[0].prompt == "a\u2028b"
 
 
-def test_a_missing_file_is_named(tmp_path: Path, check_sentence: Check) -> None:
+@pytest.mark.parametrize("name", ["nowhere", "*.parquet"])
+def test_a_missing_file_is_named(name: str, tmp_path: Path, check_sentence: Check) -> None:
     with pytest.raises(BenchmarkError) as error:
-        load_benchmark(mine(tmp_path / "nowhere"))
+        load_benchmark(mine(tmp_path / name))
     check_sentence(error.value)
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path: Path) -> None:
+    (tmp_path / "tasks[1].jsonl").write_text('{"task_id": 1, "text": "p", "code": "c"}\n')
+    assert len(load_benchmark(mine(tmp_path / "tasks[1].jsonl")).tasks) == 1

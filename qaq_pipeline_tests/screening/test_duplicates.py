@@ -101,6 +101,52 @@ def test_flawed_code_does_not_stand_for_right_code(flawed: str, right: str, lang
     assert found(rows(right), rows(flawed, batch="b0")) == {}
 
 
+PROSE = "".join(f"\n- Note {word} of the answer.\n" for word in WORDS[:12])
+LANGUAGES = {
+    "javascript": "// add all numbers\nfor (const x of xs)\n  total += x\nconsole.log(total)\nreport(total)\n",
+    "bash": '# add all numbers\nfor x in "$@"\ndo\n  total=$((total + x))\ndone\necho $total\n',
+}
+
+
+def fenced(code: str, language: str) -> str:
+    return f"{PROSE}\n```{language}\n{code}\n```\n{PROSE}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_fenced_block_that_lost_its_lines_is_flawed_in_any_language_and_in_long_prose(language: str) -> None:
+    flat, right = " ".join(LANGUAGES[language].split()), LANGUAGES[language]
+    raw = raw_rows(*(row(QUERY, fenced(code, language)) for code in (flat, right)))
+    assert found(raw) == {1: ("b1/a.jsonl:2.0", "near_duplicate", 1.0)}
+    first = fenced("x = 1", language)
+    both = raw_rows(*(row(QUERY, first + fenced(code, language)) for code in (flat, right)))
+    assert found(both) == {1: ("b1/a.jsonl:2.0", "near_duplicate", 1.0)}
+
+
+@pytest.mark.parametrize("ask", ["{}", "In which line is the fault?\n{}", "```python\n{}\n```\n" + PROSE])
+def test_a_query_that_lost_its_lines_does_not_stand_for_the_whole_one(ask: str) -> None:
+    flat, whole = (row(ask.format(code), "In the third line.") for code in (FLATTENED, ANSWER))
+    assert found(raw_rows(flat, whole)) == {1: ("b1/a.jsonl:2.0", "near_duplicate", 1.0)}
+    assert found(raw_rows(whole, flat)) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
+
+
+def test_of_two_rows_that_lost_lines_in_different_places_none_is_worse() -> None:
+    one, other = row(FLATTENED, ANSWER), row(ANSWER, FLATTENED)
+    assert found(raw_rows(one, other)) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
+
+
+def test_the_search_ends_where_each_of_three_rows_is_worse_than_the_next() -> None:
+    def block(number: int) -> str:
+        words = [f"step{step}" for step in range(100)]
+        size = len(words) // number
+        return "```\n" + "\n".join(" ".join(words[at : at + size]) for at in range(0, len(words), size)) + "\n```\n"
+
+    numbers = [(25, 10, 14), (10, 14, 25), (14, 25, 10)]
+    rows = [row(QUERY, "".join(map(block, of_row)), language="text") for of_row in numbers]
+    codes = [flaws.Texts(one["query"], one["answer"], "text") for one in rows]
+    assert all(flaws.is_worse(codes[place], codes[place - 1]) for place in range(3))
+    assert found(raw_rows(*rows)) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
+
+
 @pytest.mark.parametrize(
     ("one", "other", "is_worse"),
     [
@@ -111,8 +157,9 @@ def test_flawed_code_does_not_stand_for_right_code(flawed: str, right: str, lang
     ],
 )
 def test_code_is_parsed_by_its_own_language(one: str, other: str, *, is_worse: bool) -> None:
-    assert flaws.is_worse((one, None), (other, None)) is is_worse
-    assert not flaws.is_worse((other, None), (one, None))
+    first, second = (flaws.Texts("", answer, None) for answer in (one, other))
+    assert flaws.is_worse(first, second) is is_worse
+    assert not flaws.is_worse(second, first)
 
 
 def test_what_a_flawed_row_stood_for_is_compared_again() -> None:

@@ -18,7 +18,7 @@ from qaq_pipeline.storage.origin import require_inputs
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
 
-VERSION = "3"
+VERSION = "4"
 
 
 def build_screened_data(settings: Settings) -> dg.AssetsDefinition:
