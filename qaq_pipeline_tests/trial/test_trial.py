@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,10 @@ def test_a_cluster_on_both_sides_is_refused(deployment: Deployment, settings: Se
     frame = scored.screened_data.frame
     first = frame.filter(status="held_out")["cluster"][0]
     mixed = frame.with_columns(cluster=pl.when(status="accepted").then(pl.lit(first)).otherwise("cluster"))
-    object.__setattr__(scored.screened_data, "frame", mixed)
+    made = StoredTable(mixed, scored.screened_data.provenance, scored.screened_data.data_version)
+    batches = {**arms.batches, "b1": dataclasses.replace(scored, screened_data=made)}
     with pytest.raises(TrialError, match="both trained on and held out"):
-        type(arms)(version, arms.published, arms.batches, arms.decisions)
+        type(arms)(version, arms.published, batches, arms.decisions)
 
 
 def test_a_held_out_pair_in_an_arm_is_refused(deployment: Deployment, settings: Settings, tmp_path: Path) -> None:
