@@ -982,6 +982,7 @@ def test_documents_alone_are_no_delivery(contents: dict[str, bytes]) -> None:
         ("part-1", FORMATS["jsonl.gz"][:-5]),
         ("part-1", jsonl(*PAIRS).decode().encode("utf-16")),
     ],
+    ids=["binary", "csv.gz", "prose", "parquet", "jsonl.gz", "utf-16"],  # Compressed bytes hold the time.
 )
 def test_a_damaged_file_of_rows_is_never_left_aside(name: str, content: bytes) -> None:
     contents = {"a.jsonl": jsonl(*PAIRS), name: content}
