@@ -22,6 +22,7 @@ from qaq_pipeline.calibration.mismatches import other_answers
 from qaq_pipeline.config.settings import CalibrationSettings
 from qaq_pipeline.ingest import records
 from qaq_pipeline.schema.draws import draws
+from qaq_pipeline.schema.long_form import find_pairs
 from qaq_pipeline.schema.tables import PlantedRows, RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Defect
 from qaq_pipeline.storage.stored_table import with_own_bytes
@@ -56,7 +57,9 @@ def plant(parts: Iterable[pl.DataFrame], settings: CalibrationSettings) -> pl.Da
         new = (
             row
             for row in made
-            if row is not None and row["pair_id"] not in taken and not _is_in(row["pair_id"], pair_ids)
+            if row is not None
+            and row["pair_id"] not in taken
+            and find_pairs(pair_ids, pl.Series([row["pair_id"]])).is_empty()
         )
         wanted = settings.mismatches if defect is Defect.OTHER_ANSWER else settings.rows_per_defect
         for row in itertools.islice(new, wanted):
@@ -77,12 +80,6 @@ def draw(parts: Iterable[pl.DataFrame], seed: int) -> tuple[pl.DataFrame, pl.Ser
         distinct = rows.sort("draw", "pair_id").unique(["system", "query"], keep="first", maintain_order=True)
         drawn = with_own_bytes(distinct.head(_MOST_DRAWN))
     return drawn.drop("draw"), pl.concat(pair_ids).sort()
-
-
-def _is_in(name: str, names: pl.Series) -> bool:
-    """Whether a name is among sorted names."""
-    place = names.search_sorted(name)
-    return place < len(names) and names[place] == name
 
 
 def _text(row: Mapping[str, Any]) -> Text:

@@ -146,22 +146,25 @@ class Files:
 
     def local(self, *parts: str) -> LocalFile:
         """The file on this machine: itself, or a copy of it. Raises `StorageError` where there is no file."""
-        if self._is_local:
-            path = Path(self.path(*parts))
-            if not path.exists():
-                raise StorageError(f"{self.url(*parts)}: not stored yet")
-            return LocalFile(path)
-        copy = self.unfinished(*parts)
-        try:
+        with self._must_exist(*parts):
+            if self._is_local:
+                path = Path(self.path(*parts))
+                path.stat()  # Raises where there is none.
+                return LocalFile(path)
+            copy = self.unfinished(*parts)
             self._fs.get_file(self.path(*parts), str(copy.path))
-        except FileNotFoundError as error:
-            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
-        return copy
+            return copy
 
     def read_bytes(self, *parts: str) -> bytes:
         """Raises `StorageError` where there is no file."""
-        try:
+        with self._must_exist(*parts):
             return self._fs.cat_file(self.path(*parts))
+
+    @contextlib.contextmanager
+    def _must_exist(self, *parts: str) -> Iterator[None]:
+        """Raise `StorageError` where the file is not there."""
+        try:
+            yield
         except FileNotFoundError as error:
             raise StorageError(f"{self.url(*parts)}: not stored yet") from error
 
@@ -206,18 +209,13 @@ class Files:
 
     def sha256(self, *parts: str) -> str:
         """Hash of a file (64 hex digits). Raises `StorageError` where there is no file."""
-        try:
-            with self.open(*parts) as stream:
-                return sha256_of(stream)
-        except FileNotFoundError as error:
-            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
+        with self._must_exist(*parts), self.open(*parts) as stream:
+            return sha256_of(stream)
 
     def size(self, *parts: str) -> int:
         """Size of a file in bytes. Raises `StorageError` where there is no file."""
-        try:
+        with self._must_exist(*parts):
             return int(self._fs.size(self.path(*parts)))
-        except FileNotFoundError as error:
-            raise StorageError(f"{self.url(*parts)}: not stored yet") from error
 
     def names(self, *parts: str) -> list[str]:
         """Names in a folder, sorted; empty where there is no folder."""

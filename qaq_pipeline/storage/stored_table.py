@@ -47,21 +47,17 @@ class RowsFile:
             yield wanted.slice(start, parquet_file.ROWS_PER_GROUP).collect()
 
     @cached_property
-    def _local(self) -> LocalFile:
+    def local(self) -> LocalFile:
+        """The file itself."""
         return self._locate()
 
     def _path(self) -> Path:
-        path = self._local.path
+        path = self.local.path
         with path.open("rb") as stream:
             found = parquet_file.read_footer(stream)[0]["data_version"]
         if found != self.version:
             raise StorageError(f"{path}: it was replaced while it was read; run again")
         return path
-
-    @property
-    def local(self) -> LocalFile:
-        """The file itself."""
-        return self._local
 
 
 class StoredTable:
