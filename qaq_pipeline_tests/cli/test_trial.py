@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from qaq_pipeline_tests.cli.conftest import Home, Qaq, write_settings
 from qaq_pipeline_tests.conftest import delivered_rows, write_jsonl
 from qaq_pipeline_tests.support.sentences import Check
 
 
+@pytest.mark.slow
 def test_a_trial_ends_in_a_table_and_a_verdict(
     empty_home: Home, qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:

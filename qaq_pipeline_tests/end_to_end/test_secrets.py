@@ -45,6 +45,7 @@ def row(number: int) -> dict[str, str]:
     return {"query": query, "response": f"def {words[2]}_{number}(a, b):\n    return a.{words[3]}(b, {number})\n"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_planted_secrets_are_found_and_stand_nowhere_else(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     drawn, rows, secrets = random.Random(0), [row(number) for number in range(CLEAN)], []

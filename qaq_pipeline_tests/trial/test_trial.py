@@ -141,8 +141,14 @@ def test_a_trial_ends_in_losses_of_every_arm_a_verdict_and_pages(
     deployment: Deployment, tmp_path: Path, check_sentence: Check
 ) -> None:
     version = publish(deployment, tmp_path, "b1", SAMPLES)
+    before = trial_runs.estimate(deployment, "latest")
+    assert (before.num_trainings, before.num_missing) == (11, 11)
+    assert before.num_tokens > 0
+    assert before.seconds > 0
     seen: list[TrialProgress] = []
     found = trial_runs.run_trial(deployment, "latest", Events(on_training=seen.append))
+    after = trial_runs.estimate(deployment, "latest")
+    assert (after.num_missing, after.num_tokens, after.flops, after.seconds) == (0, 0, 0, 0)
     arms = ["mine", *CONTROLS, "top", EVERYTHING]
     counts = dict(found.frame.group_by("arm").agg(pl.col("seed").n_unique()).iter_rows())
     assert counts == {UNTRAINED: 1} | dict.fromkeys(arms, 2)
@@ -164,6 +170,7 @@ def test_a_trial_ends_in_losses_of_every_arm_a_verdict_and_pages(
     assert not hub.publish(storage, "latest", str(copy)).is_new
 
 
+@pytest.mark.slow
 def test_a_card_that_was_copied_before_the_trial_gets_the_verdict(deployment: Deployment, tmp_path: Path) -> None:
     publish(deployment, tmp_path, "b1", SAMPLES)
     copy = tmp_path / "copy"
@@ -183,6 +190,7 @@ def test_a_card_that_was_copied_before_the_trial_gets_the_verdict(deployment: De
     assert not hub.publish(deployment.storage, "latest", str(copy)).is_new
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_loses_one_training_at_most(
     deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,17 +220,6 @@ def test_an_interrupted_trial_loses_one_training_at_most(
     more_seeds = Deployment(deployment.settings.model_copy(update={"trial": more}), deployment.instance)
     trial_runs.run_trial(more_seeds, "latest", SILENT)
     assert len(run) == 11 - 4 + 5
-
-
-def test_the_estimate_counts_what_is_missing(deployment: Deployment, tmp_path: Path) -> None:
-    publish(deployment, tmp_path, "b1", SAMPLES)
-    before = trial_runs.estimate(deployment, "latest")
-    assert (before.num_trainings, before.num_missing) == (11, 11)
-    assert before.num_tokens > 0
-    assert before.seconds > 0
-    trial_runs.run_trial(deployment, "latest", SILENT)
-    after = trial_runs.estimate(deployment, "latest")
-    assert (after.num_missing, after.num_tokens, after.flops, after.seconds) == (0, 0, 0, 0)
 
 
 def test_a_version_that_cannot_be_tried_says_why(
