@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.storage.tables import empty
 
+_WRITERS = 2
 _BARRED = [status.value for status in (Status.WITHDRAWN, Status.CONTAMINATED, Status.HELD_OUT, Status.BETWEEN)]
 """Statuses of the rows whose text no published record shows, not even as another turn of its conversation."""
 
@@ -166,19 +168,21 @@ def write_files(
     batches: Sequence[BatchTables],
 ) -> None:
     """Write the files of a version: each exported selection in each format, the scores, and the card."""
-    flat_scores.write([batch["decisions"] for batch in batches], folder / versions.SCORES)
     exported, turns = {}, None
-    for selection in selections:
-        of_selection = folder / selection
-        of_selection.mkdir()
-        rows = _rows(batches, None if selection == published.name else selection, export)
-        if export.rows == "conversation" and selection == published.name:
-            turns = exports.field_of_turns(rows["record"])
-        for name in export.written:
-            exports.write(name, rows, of_selection)
-        exports.write_keys(rows, of_selection)
-        exported[selection] = rows.height
-        del rows  # Before those of the next one are read.
+    with ThreadPoolExecutor(_WRITERS) as pool:  # Polars and pyarrow do the work, so files are written side by side.
+        scores = pool.submit(flat_scores.write, [batch["decisions"] for batch in batches], folder / versions.SCORES)
+        for selection in selections:
+            of_selection = folder / selection
+            of_selection.mkdir()
+            rows = _rows(batches, None if selection == published.name else selection, export)
+            if export.rows == "conversation" and selection == published.name:
+                turns = exports.field_of_turns(rows["record"])
+            files = [pool.submit(exports.write, name, rows, of_selection) for name in export.written]
+            for file in (*files, pool.submit(exports.write_keys, rows, of_selection)):
+                file.result()
+            exported[selection] = rows.height
+            del rows  # Before those of the next one are read.
+        scores.result()
     entries = exports.llama_factory_entries(exported, export.written, turns)
     (folder / "dataset_info.json").write_bytes(json.dumps(entries, indent=2).encode() + b"\n")
     card = dataset_card.dataset_card(

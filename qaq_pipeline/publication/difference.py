@@ -34,9 +34,15 @@ def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
 
 
 def compare(storage: Storage, older: str, newer: str) -> pl.DataFrame:
-    """Compare two stored versions, named by their hashes. Raises StorageError."""
+    """Compare two stored versions, named by their hashes. Raises StorageError.
+
+    Batches that both have with the same decisions have no difference, and are not read.
+    """
     columns = (*_KEY, "decision", "reason")
-    return difference(*(partial(versions.scan_scores, storage, version, columns) for version in (older, newer)))
+    before, after = (versions.decided_batches(storage, version) for version in (older, newer))
+    changed = [{batch for batch, _ in one.items() - other.items()} for one, other in ((before, after), (after, before))]
+    scores = zip((older, newer), changed, strict=True)
+    return difference(*(partial(versions.scan_scores, storage, version, columns, only) for version, only in scores))
 
 
 def difference(before: Scores, after: Scores) -> pl.DataFrame:

@@ -11,9 +11,8 @@ format have the same fields with the same types, whatever the rows hold: no fiel
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,11 +52,7 @@ def with_meta(rows: pl.DataFrame, raw: pl.DataFrame, barred: pl.DataFrame) -> pl
     day, and nulls where no row has a source, so that the columns of two files would differ in type.
     """
     records = without_records_of(with_records(rows, raw), barred)
-    values = [
-        pl.Series([json.dumps(value, ensure_ascii=False) for value in part.iter_rows(named=True)], dtype=pl.String)
-        for part in records.select(_META).iter_slices(_ROWS_AT_A_TIME)
-    ]
-    return rows.with_columns(meta=pl.concat([pl.Series(dtype=pl.String), *values]))
+    return rows.with_columns(records.select(meta=pl.struct(_META).struct.json_encode()))
 
 
 def with_records(rows: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
@@ -76,8 +71,8 @@ class Format:
 
     path: str
     """File or folder in the folder of a selection; its suffix says how the records are written."""
-    record: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """From a row to its record, without `meta`."""
+    fields: Mapping[str, pl.Expr]
+    """The fields of its records, without `meta`, from the columns of the rows."""
     columns: pa.Schema
     """Columns of its records as `datasets` loads them, without `meta`; `record` alone stands for those of the delivered
     records, which vary."""
@@ -100,7 +95,7 @@ def write(name: str, rows: pl.DataFrame, folder: Path) -> None:
             _save_to_disk(name, rows, path)
         case _:
             with path.open("wb") as stream:
-                stream.writelines(_written(name, rows))
+                stream.writelines(_written(path.suffix, _lines(name, rows)))
 
 
 def write_keys(rows: pl.DataFrame, folder: Path) -> None:
@@ -168,87 +163,93 @@ def field_of_turns(records: Iterable[str]) -> str | None:
 # --- records ------------------------------------------------------------------------------------------------------
 
 
-def _records(name: str, rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    for row in rows.iter_rows(named=True):
-        yield WRITTEN[name].record(row) | ({"meta": row["meta"]} if "meta" in row else {})
+def _strings(*names: str) -> list[pa.Field]:
+    return [pa.field(name, pa.string()) for name in names]
 
 
-def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": row["system"]}] if row["system"] else []
-    earlier = [turn for turn in row["history"] or () if turn["role"] != "tools"]  # These are no turn.
-    return [*system, *earlier, {"role": "user", "content": row["query"]}]
+_TURNS = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+_NO_TURN = pl.lit([], _TURNS)
+_ROLE, _CONTENT = (pl.element().struct.field(name) for name in ("role", "content"))
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
-def _completion(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": _answer(row)}]
+def _turn(role: str, text: pl.Expr) -> pl.Expr:
+    return pl.concat_list(pl.struct(role=pl.lit(role), content=text))
 
 
-def _answer(row: Mapping[str, Any]) -> str:
-    """The answer, after its reasoning if there is some."""
-    return (row["reasoning"] or "") + row["answer"]
+_SYSTEM = pl.col("system").fill_null("")
+_ANSWER = pl.col("reasoning").fill_null("") + pl.col("answer")
+"""The answer, after its reasoning if there is some."""
+
+_PROMPT = pl.concat_list(
+    pl.when(_SYSTEM != "").then(_turn("system", _SYSTEM)).otherwise(_NO_TURN),
+    pl.col("history").list.eval(pl.element().filter(_ROLE != "tools")).fill_null(_NO_TURN),  # Tools are no turn.
+    _turn("user", pl.col("query")),
+)
+"""The row's own system text and earlier turns, if any, then Q."""
+
+_COMPLETION = _turn("assistant", _ANSWER)
+
+_MESSAGES = {"messages": pl.concat_list(_PROMPT, _COMPLETION)}
+"""OpenAI messages, one conversation: the row's own system text and earlier turns, if any, then Q and A."""
+
+_PROMPT_COMPLETION = {"prompt": _PROMPT, "completion": _COMPLETION}
+"""Prompt and completion as lists of messages: the row's own system text and earlier turns, if any, and Q; then A.
+
+TRL would join plain texts without the turns of a chat template and without a system text. It renders lists of
+messages with the template, and the loss is on the completion alone.
+"""
+
+_SHAREGPT = {
+    "conversations": pl.concat_list(_PROMPT, _COMPLETION).list.eval(
+        pl.struct(_ROLE.replace_strict(_SPEAKERS, return_dtype=pl.String).alias("from"), _CONTENT.alias("value"))
+    )
+}
+"""ShareGPT, one conversation: from system (if the row has a system text), human and gpt, and tools that spoke."""
+
+_ALPACA = {"instruction": pl.col("query"), "input": pl.lit(""), "output": _ANSWER, "system": _SYSTEM}
+"""Alpaca: instruction (all of Q), input (empty), output (A) and system (may be empty)."""
 
 
-def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI messages, one conversation: the row's own system text and earlier turns, if any, then Q and A."""
-    return {"messages": _prompt(row) + _completion(row)}
-
-
-def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt and completion as lists of messages: the row's own system text and earlier turns, if any, and Q; then A.
-
-    TRL would join plain texts without the turns of a chat template and without a system text. It renders lists of
-    messages with the template, and the loss is on the completion alone.
-    """
-    return {"prompt": _prompt(row), "completion": _completion(row)}
-
-
-def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """ShareGPT, one conversation: from system (if the row has a system text), human and gpt, and tools that spoke."""
-    speakers = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
-    turns = _prompt(row) + _completion(row)
-    return {"conversations": [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]}
-
-
-def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Alpaca: instruction (all of Q), input (empty), output (A) and system (may be empty)."""
-    return {"instruction": row["query"], "input": "", "output": _answer(row), "system": row["system"] or ""}
+def _records(name: str, rows: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """The records of the rows, some thousand at a time, each field a column."""
+    meta = ["meta"] if "meta" in rows.columns else []
+    for part in [rows.clear()] if rows.is_empty() else rows.iter_slices(_ROWS_AT_A_TIME):
+        yield part.select(*(field.alias(to) for to, field in WRITTEN[name].fields.items()), *meta)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _written(name: str, rows: pl.DataFrame) -> Iterator[bytes]:
-    """The bytes of a file of JSON, record by record."""
-    if name == CONVERSATION:
-        yield from map(_line, rows["record"])
-    elif WRITTEN[name].path.endswith(".jsonl"):
-        yield from _jsonl(_records(name, rows))
-    else:
-        separators = itertools.chain([b"[\n"], itertools.repeat(b",\n"))
-        for separator, record in zip(separators, _records(name, rows), strict=False):
-            yield separator + _json(record)
-        yield b"[\n\n]\n" if rows.is_empty() else b"\n]\n"
+def _lines(name: str, rows: pl.DataFrame) -> Iterator[pl.Series]:
+    """Each record as one line of JSON, some thousand at a time."""
+    for records in _records(name, rows):
+        if name == CONVERSATION:  # JSON has line breaks between its values only, where white space means nothing.
+            yield records["record"].str.replace_all(r"[\r\n]", " ")
+        else:
+            yield records.select(pl.struct(pl.all()).struct.json_encode()).to_series()
 
 
-def _jsonl(records: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    return (_json(record) + b"\n" for record in records)
-
-
-def _line(record: str) -> bytes:
-    """A delivered record as a line: JSON has line breaks between its values only, where white space means nothing."""
-    return record.replace("\r", " ").replace("\n", " ").encode() + b"\n"
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+def _written(suffix: str, lines: Iterator[pl.Series]) -> Iterator[bytes]:
+    """The bytes of a file of JSON, which is an array or has a record in each line."""
+    is_array, separator = suffix == ".json", b"[\n"
+    for part in lines:
+        if part.is_empty():
+            continue
+        if is_array:
+            yield separator + part.str.join(",\n").item().encode()
+            separator = b",\n"
+        else:
+            yield (part + "\n").str.join("").item().encode()
+    if is_array:
+        yield b"\n]\n" if separator == b",\n" else b"[\n\n]\n"
 
 
 def _table(name: str, rows: pl.DataFrame) -> pa.Table:
     """The records with the types that `datasets` gives to them when it reads them from JSONL."""
     schema = columns(name, has_meta="meta" in rows.columns)
-    parts = rows.iter_slices(_ROWS_AT_A_TIME)
-    batches = [pa.RecordBatch.from_pylist(list(_records(name, part)), schema=schema) for part in parts]
-    return pa.Table.from_batches(batches, schema=schema)
+    parts = (part.to_arrow(compat_level=pl.CompatLevel.oldest()) for part in _records(name, rows))
+    return pa.concat_tables(part.cast(schema) for part in parts)
 
 
 def _save_to_disk(name: str, rows: pl.DataFrame, folder: Path) -> None:
@@ -259,8 +260,8 @@ def _save_to_disk(name: str, rows: pl.DataFrame, folder: Path) -> None:
     from datasets import Dataset
 
     fingerprint = hashlib.blake2b(digest_size=8)
-    for line in _jsonl(_records(name, rows)):
-        fingerprint.update(line)
+    for data in _written(".jsonl", _lines(name, rows)):
+        fingerprint.update(data)
     # One shard even without rows: `load_from_disk` fails if there is none.
     Dataset(_table(name, rows), fingerprint=fingerprint.hexdigest()).save_to_disk(str(folder), num_shards=1)
 
@@ -268,12 +269,8 @@ def _save_to_disk(name: str, rows: pl.DataFrame, folder: Path) -> None:
 # --- the formats --------------------------------------------------------------------------------------------------
 
 
-def _strings(*names: str) -> list[pa.Field]:
-    return [pa.field(name, pa.string()) for name in names]
-
-
 _CHAT = pa.list_(pa.struct(_strings("role", "content")))
-_MESSAGES = pa.schema([pa.field("messages", _CHAT)])
+_CHAT_COLUMNS = pa.schema([pa.field("messages", _CHAT)])
 _LLAMA_FACTORY_MESSAGES = {
     "formatting": "sharegpt",
     "columns": {"messages": "messages"},
@@ -298,28 +295,30 @@ _LLAMA_FACTORY_TURNS: Mapping[str, Mapping[str, Any]] = {
 """How LLaMA-Factory reads delivered records, by the field of their turns."""
 
 FORMATS = {
-    "messages": Format("messages.jsonl", _messages, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
+    "messages": Format("messages.jsonl", _MESSAGES, _CHAT_COLUMNS, _LLAMA_FACTORY_MESSAGES),
     "prompt_completion": Format(
         "prompt_completion.jsonl",
-        _prompt_completion,
+        _PROMPT_COMPLETION,
         pa.schema([pa.field("prompt", _CHAT), pa.field("completion", _CHAT)]),
     ),
     "alpaca": Format(
         "alpaca.json",
-        _alpaca,
+        _ALPACA,
         pa.schema(_strings("instruction", "input", "output", "system")),
         {"columns": {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}},
     ),
     "sharegpt": Format(
         "sharegpt.jsonl",
-        _sharegpt,
+        _SHAREGPT,
         pa.schema([pa.field("conversations", pa.list_(pa.struct(_strings("from", "value"))))]),
         {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
     ),
-    "parquet": Format("messages.parquet", _messages, _MESSAGES, _LLAMA_FACTORY_MESSAGES),
-    "hf": Format("hf", _messages, _MESSAGES),
+    "parquet": Format("messages.parquet", _MESSAGES, _CHAT_COLUMNS, _LLAMA_FACTORY_MESSAGES),
+    "hf": Format("hf", _MESSAGES, _CHAT_COLUMNS),
 }
 """By name in `export.formats`."""
 
-WRITTEN = FORMATS | {CONVERSATION: Format("conversations.jsonl", _messages, pa.schema(_strings("record")))}
+WRITTEN = FORMATS | {
+    CONVERSATION: Format("conversations.jsonl", {"record": pl.col("record")}, pa.schema(_strings("record")))
+}
 """The same, and the one of `export.rows: conversation`."""

@@ -20,7 +20,7 @@ the log: a publication that is interrupted before leaves the newest version as i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -226,9 +226,29 @@ def columns_of_scores(storage: Storage, version: str) -> list[str]:
     return find_rows(storage, version, no_row).columns
 
 
-def scan_scores(storage: Storage, version: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Columns of the scores of a version, some thousand rows at a time. Raises `StorageError` as `read_scores`."""
-    return storage.tables.scan_file(columns, *place(version, SCORES))
+def decided_batches(storage: Storage, version: str) -> dict[str, str]:
+    """The batches of a version whose files are kept, and the data version of the decisions of each."""
+    entries = read_manifest(storage, version)["batches"]
+    return {entry["batch"]: entry["data_versions"]["decisions"] for entry in entries}
+
+
+def scan_scores(
+    storage: Storage, version: str, columns: Sequence[str], batches: Collection[str] | None = None
+) -> Iterator[pl.DataFrame]:
+    """Columns of the scores of a version, some thousand rows at a time. Raises `StorageError` as `read_scores`.
+
+    Args:
+        storage: where.
+        version: stored.
+        columns: names; with `batches`, one of them is `batch`.
+        batches: whose rows are wanted; None: all.
+    """
+    if batches is None:
+        yield from storage.tables.scan_file(columns, *place(version, SCORES))
+    for batch in sorted(batches or ()):
+        of_batch: row_lookup.Where = [("batch", "==", batch)]
+        for part in storage.tables.scan_file(columns, *place(version, SCORES), where=of_batch):
+            yield part.filter(batch=batch)
 
 
 def read_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame | None:

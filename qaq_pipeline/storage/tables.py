@@ -191,11 +191,11 @@ class Tables:
         yield from self.scan_file(columns, *self._existing(name, partition), begins=begins)
 
     def scan_file(
-        self, columns: Sequence[str], *parts: str, begins: Mapping[str, int] = _WHOLE
+        self, columns: Sequence[str], *parts: str, begins: Mapping[str, int] = _WHOLE, where: Where = ()
     ) -> Iterator[pl.DataFrame]:
-        """Columns of any Parquet file under the root, as `scan`."""
+        """Columns of any Parquet file under the root, as `scan`, without row groups that have no row of `where`."""
         with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
-            yield from row_lookup.scan(stream, columns, begins)
+            yield from row_lookup.scan(stream, columns, begins, where)
 
     def find_pair(self, start: str, most: int, name: str, partition: Partition) -> FoundRows:
         """Rows of a table by the first digits of their pair_id, through its index where the index is current.

@@ -63,27 +63,27 @@ def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
 
 EXPECTED = {
     "messages": [
-        r'{"messages": [{"role": "user", "content": "Say \"größer\" in 日本語"}, '
-        '{"role": "assistant", "content": "a\\nb\\t\\\\ \u2028 😀 \\u0000"}]}',
-        r'{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  indent kept \n"}, '
-        r'{"role": "assistant", "content": "</s>"}]}',
+        r'{"messages":[{"role":"user","content":"Say \"größer\" in 日本語"},'
+        '{"role":"assistant","content":"a\\nb\\t\\\\ \u2028 😀 \\u0000"}]}',
+        r'{"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"  indent kept \n"},'
+        r'{"role":"assistant","content":"</s>"}]}',
     ],
     "prompt_completion": [
-        r'{"prompt": [{"role": "user", "content": "Say \"größer\" in 日本語"}], '
-        '"completion": [{"role": "assistant", "content": "a\\nb\\t\\\\ \u2028 😀 \\u0000"}]}',
-        r'{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  indent kept \n"}], '
-        r'"completion": [{"role": "assistant", "content": "</s>"}]}',
+        r'{"prompt":[{"role":"user","content":"Say \"größer\" in 日本語"}],'
+        '"completion":[{"role":"assistant","content":"a\\nb\\t\\\\ \u2028 😀 \\u0000"}]}',
+        r'{"prompt":[{"role":"system","content":"Be brief."},{"role":"user","content":"  indent kept \n"}],'
+        r'"completion":[{"role":"assistant","content":"</s>"}]}',
     ],
     "sharegpt": [
-        r'{"conversations": [{"from": "human", "value": "Say \"größer\" in 日本語"}, '
-        '{"from": "gpt", "value": "a\\nb\\t\\\\ \u2028 😀 \\u0000"}]}',
-        r'{"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "  indent kept \n"}, '
-        r'{"from": "gpt", "value": "</s>"}]}',
+        r'{"conversations":[{"from":"human","value":"Say \"größer\" in 日本語"},'
+        '{"from":"gpt","value":"a\\nb\\t\\\\ \u2028 😀 \\u0000"}]}',
+        r'{"conversations":[{"from":"system","value":"Be brief."},{"from":"human","value":"  indent kept \n"},'
+        r'{"from":"gpt","value":"</s>"}]}',
     ],
     "alpaca": [
-        r'{"instruction": "Say \"größer\" in 日本語", "input": "", '
-        '"output": "a\\nb\\t\\\\ \u2028 😀 \\u0000", "system": ""}',
-        r'{"instruction": "  indent kept \n", "input": "", "output": "</s>", "system": "Be brief."}',
+        r'{"instruction":"Say \"größer\" in 日本語","input":"",'
+        '"output":"a\\nb\\t\\\\ \u2028 😀 \\u0000","system":""}',
+        r'{"instruction":"  indent kept \n","input":"","output":"</s>","system":"Be brief."}',
     ],
 }
 JSONL = ["messages", "prompt_completion", "sharegpt"]

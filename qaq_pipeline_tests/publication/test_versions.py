@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -463,6 +464,22 @@ def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reas
     assert second.difference is not None
     (row,) = second.difference.iter_rows(named=True)
     assert (row["reason_before"], row["reason_after"]) == ("below_cut", "within_budget")
+
+
+def test_only_batches_that_were_decided_again_are_compared(storage: Storage, settings: Settings) -> None:
+    for name, queries in {"b1": "abcd", "b2": "efgh", "b3": "ijkl"}.items():
+        store_batch(storage, settings, name, queries=tuple(queries))
+    first = publish_registered(storage, settings, "b1", "b2", "b3")
+    store_batch(storage, settings, "b2", queries=tuple("efghx"))
+    second = publish_registered(storage, settings, "b1", "b2", "b3")
+    columns = ["batch", "source_file", "source_row", "turn_index", "pair_id", "decision", "reason"]
+    whole = [functools.partial(versions.scan_scores, storage, one.version, columns) for one in (first, second)]
+    assert second.difference is not None
+    assert second.difference.equals(difference.difference(*whole))
+    assert set(second.difference["batch"]) == {"b2"}
+    read = pl.concat(versions.scan_scores(storage, second.version, columns, {"b2"}))
+    assert read["source_row"].to_list() == [1, 2, 3, 4, 5, 6]
+    assert set(read["batch"]) == {"b2"}
 
 
 def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
