@@ -25,7 +25,7 @@ from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.runners import UnsupportedModelError, choose_runner, model_context
-from qaq_pipeline.lm.workers import Load, ScorerFacts
+from qaq_pipeline.lm.workers import BrokenDeviceError, Load, ScorerFacts
 
 BATCH_TOKENS_CPU = 1024
 BATCH_TOKENS_GPU = 32_768
@@ -80,6 +80,7 @@ class CausalLM:
         Raises:
             BatchTooLargeError: the batch does not fit into memory. On a CPU this is estimated before, since the kernel
                 would kill the process.
+            BrokenDeviceError: the device has failed, and this process can use it no more.
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
         num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
@@ -91,6 +92,8 @@ class CausalLM:
             scores = self._runner.score(sequences)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
+                if _is_of_device(error):
+                    raise BrokenDeviceError(f"{self.facts.device}: {error}") from error
                 raise
         else:
             return [[values.numpy() for values in targets] for targets in scores]
@@ -114,8 +117,10 @@ class CausalLM:
             is_padded=self._runner.is_padded,
             shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(largest, int(self._free_bytes() / self._bytes_per_token))),
-            **_work(self._model),
+            flops_per_token=_flops_per_token(self._model),
+            flops_per_target=_flops_per_target(self._model),
             peak_flops_per_second=devices.peak_flops_per_second(self._model.dtype, self._model.device),
+            device=devices.name_of(self._model.device),
         )
 
 
@@ -127,7 +132,8 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
         is_padded=device.type != "cpu",
         shares_prefixes=device.type == "cpu",
         batch_tokens=0,
-        **_work(model),
+        flops_per_token=_flops_per_token(model),
+        flops_per_target=_flops_per_target(model),
         peak_flops_per_second=devices.peak_flops_per_second(dtype, device),
     )
 
@@ -187,15 +193,19 @@ def load_weights(files: ModelFiles, dtype: torch.dtype) -> Any:
         raise unreadable(files.folder, "weights", error) from error
 
 
-def _work(model: Any) -> dict[str, float]:
-    """Floating-point operations of one token in the body, without attention, and of one target in the head.
+def _flops_per_token(model: Any) -> float:
+    """Floating-point operations of one token in the body, without attention.
 
     Every token is multiplied with all matrices of the model except the embeddings and the head.
     """
     head = model.get_output_embeddings().weight
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} | {id(head)}
-    body = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2 and id(weight) not in tables)
-    return {"flops_per_token": 2.0 * body, "flops_per_target": 2.0 * head.numel()}
+    return 2.0 * sum(weight.numel() for weight in model.parameters() if weight.dim() == 2 and id(weight) not in tables)
+
+
+def _flops_per_target(model: Any) -> float:
+    """Floating-point operations of one target in the head."""
+    return 2.0 * model.get_output_embeddings().weight.numel()
 
 
 def _bytes_per_token(model: Any) -> float:
@@ -222,8 +232,18 @@ def _bytes_per_square(model: Any) -> float:
     return config.num_attention_heads * (2 * model.dtype.itemsize + 8)
 
 
+_SAYS_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_SAYS_DEVICE_FAILED = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    is_said = any(words in str(error) for words in _SAYS_OUT_OF_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_said
+
+
+def _is_of_device(error: BaseException) -> bool:
+    """Whether the device failed: every later operation of this process on it would fail, too."""
+    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in _SAYS_DEVICE_FAILED)
 
 
 def load_model(

@@ -29,7 +29,8 @@ FREE_SHARE = 0.7
 LEASES = Path(tempfile.gettempdir()) / f"qaq_pipeline-{os.getuid() if hasattr(os, 'getuid') else 0}"
 """Folder of the lock files of this user's GPUs: one scoring process per GPU, across all homes."""
 LEASE_SECONDS = 60.0
-"""Time to wait for a GPU that another process holds."""
+"""Time to wait for a GPU while other processes hold all of them."""
+_LEASE_POLL_SECONDS = 0.05
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -52,30 +53,28 @@ def lease_devices(locks: Mapping[str, str], directory: Path, limit: int, timeout
         locks: lock name by device. The name identifies the hardware, whatever number it has here.
         directory: folder of the lock files; processes that use the same folder share the devices.
         limit: largest number of devices.
-        timeout: seconds to wait for the first device if all are held.
+        timeout: seconds to wait for any device if all are held.
 
     Raises:
         DeviceBusyError: all devices are still held after that time.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files = {device: directory / f"{name}.lock" for device, name in locks.items()}
+    deadline = time.monotonic() + timeout
     with ExitStack() as leases:
-        held = []
-        for device, file in files.items():
-            with suppress(Timeout):
-                if len(held) < limit:
-                    leases.enter_context(FileLock(file, timeout=0))
-                    held.append(device)
-        if not held:
-            first, file = next(iter(files.items()))
-            try:
-                leases.enter_context(FileLock(file, timeout=timeout))
-            except Timeout as error:
-                raise DeviceBusyError(
-                    f"{', '.join(files)}: in use by other scoring processes (lock {file}); wait for one to end, or set "
-                    "another `device`"
-                ) from error
-            held.append(first)
+        held: list[str] = []
+        while not held:  # Whichever becomes free first.
+            for device, name in locks.items():
+                with suppress(Timeout):
+                    if len(held) < limit:
+                        leases.enter_context(FileLock(directory / f"{name}.lock", timeout=0))
+                        held.append(device)
+            if not held:
+                if time.monotonic() >= deadline:
+                    raise DeviceBusyError(
+                        f"{', '.join(locks)}: in use by other scoring processes, which hold locks in {directory} ; "
+                        "wait for one to end, or set another `device`"
+                    )
+                time.sleep(_LEASE_POLL_SECONDS)
         yield held
 
 
@@ -90,6 +89,11 @@ def lease_gpus(device: torch.device, limit: int) -> Iterator[list[str]]:
     locks = {f"cuda:{index}": f"gpu-{torch.cuda.get_device_properties(index).uuid}" for index in indices}
     with lease_devices(locks, LEASES, limit, LEASE_SECONDS) as gpus:
         yield gpus
+
+
+def name_of(device: torch.device) -> str:
+    """The device for people: `cpu`, or `cuda:0 (NVIDIA H100)`."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -88,7 +88,9 @@ def _speed(report: ScoringReport) -> Numbers:
     if report.tokens_per_second is not None:
         speed = {
             "runner": report.runner,
-            "processes": report.num_workers,
+            "processes": len(report.devices),
+            "devices": sorted(set(report.devices)),
+            "processes_lost": report.num_lost_workers,
             "tokens_per_second": round(report.tokens_per_second, 1),
             "pairs_per_second": round(report.num_scored_pairs / report.seconds, 2),
             "computed_per_real_token": round(report.num_computed_tokens / report.num_tokens, 4),

@@ -28,7 +28,7 @@ from qaq_pipeline.runs.status import batches_left_out
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.vocabularies import NullReason
 
-_OF_THE_MACHINE = {NullReason.OUT_OF_MEMORY.value, NullReason.NON_FINITE.value}
+_OF_THE_MACHINE = {reason.value for reason in (NullReason.OUT_OF_MEMORY, NullReason.WORKER_LOST, NullReason.NON_FINITE)}
 """Reasons of missing scores that another run may not meet."""
 
 _WORK = {"quantities_scored": 0, "tokens": 0, "seconds": 0.0, "is_new_version": False}

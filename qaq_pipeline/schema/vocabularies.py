@@ -146,6 +146,7 @@ class NullReason(Vocabulary):
     ANSWER_TRUNCATED = "answer_truncated", "The answer was truncated, so the model has not seen where it ends."
     NO_END_TOKEN = "no_end_token", "The model has no token that ends a text or a turn."
     OUT_OF_MEMORY = "out_of_memory", "The pair did not fit into memory, even alone in a forward pass."
+    WORKER_LOST = "worker_lost", "Three scoring processes ended while they scored the pair."
     TOO_FEW_QUERY_TOKENS = "too_few_query_tokens", "The query has fewer tokens than `eligibility.min_query_tokens`."
 
 

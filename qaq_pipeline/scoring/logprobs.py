@@ -29,9 +29,14 @@ from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 
-WORTH_ANOTHER_PROCESS = 5e12
-"""Weight bytes x tokens that justify one more process: about 20 seconds of a CPU core. A process takes some seconds
-to start."""
+START_SECONDS = {"cpu": 5.0, "cuda": 15.0}
+"""Time to start a scoring process on a kind of device, without reading its weights."""
+LOADED_PER_SECOND = 1e9
+"""Bytes of weights that are read in a second, from a disk or a network."""
+SCORED_PER_SECOND = {"cpu": 2.5e11, "cuda": 2e14}
+"""Bytes of weights x tokens that are scored in a second, by one core or one GPU."""
+STARTS_WORTH = 4
+"""A process is worth its start if its share of the work takes so many times as long."""
 
 MAX_MISFITS = 16
 """Sequences in a row that may fail to fit into memory before a scoring stops."""
@@ -137,7 +142,10 @@ class ScoringReport:
     seconds: float
     runner: str | None = None
     """The name of the runner (see `lm.runners`); None if nothing was scored."""
-    num_workers: int = 0
+    devices: Sequence[str] = ()
+    """Of each worker; empty if nothing was scored."""
+    num_lost_workers: int = 0
+    """Scoring processes that ended, or did not answer, and were replaced or left out."""
     peak_share: float | None = None
     """Floating-point operations per second, as a share of the matmul peak measured when the model was loaded; None if
     nothing was scored or the peak is unknown."""
@@ -203,6 +211,20 @@ def score_pairs(
     return plan.sums.table(), run.report([json.loads(scorer) for scorer in sorted(scorers)])
 
 
+def justified_processes(num_tokens: int, num_weight_bytes: int, device: str) -> int:
+    """How many processes the work justifies, if each of them takes its time to start; at least one.
+
+    Args:
+        num_tokens: to score.
+        num_weight_bytes: of the model.
+        device: kind of it; others than those of `START_SECONDS` count as a CPU.
+    """
+    kind = device if device in START_SECONDS else "cpu"
+    start = START_SECONDS[kind] + num_weight_bytes / LOADED_PER_SECOND
+    work = num_tokens * num_weight_bytes / SCORED_PER_SECOND[kind]
+    return max(round(work / (STARTS_WORTH * start)), 1)
+
+
 def plan_scoring(
     pairs: Pairs, encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
 ) -> Plan:
@@ -230,6 +252,7 @@ class _Run:
     splits: int = 0
     misfits: int = 0
     """Sequences in a row that did not fit into memory."""
+    lost_workers: int = 0
     seconds: float = 0.0
 
     def score(self, shards: ShardWriter) -> None:
@@ -247,20 +270,24 @@ class _Run:
             queue = BatchQueue(sequences, budget, is_padded=is_padded, shares_prefixes=shares_prefixes)
             self.estimate = Estimate.of(self.plan, facts)
             self.on_start(self.estimate)
-            started = time.monotonic()
-            for batch, scores in workers.run(queue):
-                if scores is None:
+            started, lost_before = time.monotonic(), workers.num_lost
+            for batch, outcome in workers.run(queue):
+                if outcome is NullReason.OUT_OF_MEMORY:
                     self.splits += 1
                     if not queue.split(batch):
-                        shards.add_failure(batch[0], NullReason.OUT_OF_MEMORY)
+                        shards.add_failure(batch[0], outcome)
                         self._count(queue, batch)
                         self._count_misfit()
+                elif isinstance(outcome, NullReason):
+                    shards.add_failure(batch[0], outcome)
+                    self._count(queue, batch)
                 else:
                     queue.fitted()
                     self.misfits = 0
-                    for sequence, logprobs in zip(batch, scores, strict=True):
+                    for sequence, logprobs in zip(batch, outcome, strict=True):
                         shards.add(sequence, logprobs)
                     self._count(queue, batch)
+                self.lost_workers = workers.num_lost - lost_before
                 self.seconds = time.monotonic() - started
                 self.on_progress(self._progress())
                 if shards.close_if_due():
@@ -281,7 +308,8 @@ class _Run:
             num_splits=self.splits,
             seconds=self.seconds,
             runner=self.facts[0].runner if self.facts else None,
-            num_workers=len(self.facts),
+            devices=tuple(facts.device for facts in self.facts),
+            num_lost_workers=self.lost_workers,
             peak_share=self._peak_share(),
             scored_with=scored_with,
             estimate=self.estimate,
@@ -298,8 +326,10 @@ class _Run:
 
     def _max_workers(self) -> int:
         """The number of processes in the settings; by default as many as the work justifies."""
-        justified = self.plan.expected_tokens * self.model.num_weight_bytes / WORTH_ANOTHER_PROCESS
-        return self.runtime.processes or max(round(justified), 1)
+        device = str(self.model.scored_with.get("device", "cpu"))
+        return self.runtime.processes or justified_processes(
+            self.plan.expected_tokens, self.model.num_weight_bytes, device
+        )
 
     def _count(self, queue: BatchQueue, batch: Sequence[TokenSequence]) -> None:
         self.done_sequences += len(batch)

@@ -57,8 +57,8 @@ class ScoredPairs:
 
 _Revision = tuple[str, str]
 """Role and revision of a model."""
-_Loaders = Callable[[int], AbstractContextManager[Sequence[Load]]]
-"""As `causal_lm.loaders`: one loader per scoring process, at most the given number."""
+_Open = Callable[[int], AbstractContextManager[Workers]]
+"""Loads a model in at most the given number of scoring processes."""
 
 
 class _KeptWorkers:
@@ -70,12 +70,11 @@ class _KeptWorkers:
         self._revision: _Revision | None = None
         self._limit = 0
 
-    def get(self, revision: _Revision, loaders: _Loaders, limit: int) -> Workers:
+    def get(self, revision: _Revision, open_: _Open, limit: int) -> Workers:
         """The workers that were kept, if they are of this model and not fewer than is worth while; else new ones."""
         if self._workers is None or self._revision != revision or self._limit < limit:
             self.close()
-            loads = self._resources.enter_context(loaders(limit))
-            self._workers = self._resources.enter_context(open_workers(loads))
+            self._workers = self._resources.enter_context(open_(limit))
             self._revision, self._limit = revision, limit
         return self._workers
 
@@ -201,14 +200,14 @@ class ModelRuntime:
             self._kept = None
 
     @contextmanager
-    def _open_workers(self, revision: _Revision, loaders: _Loaders, limit: int) -> Iterator[Workers]:
+    def _open_workers(self, revision: _Revision, open_: _Open, limit: int) -> Iterator[Workers]:
         kept = self._kept
         if kept is None:
-            with loaders(limit) as loads, open_workers(loads) as workers:
+            with open_(limit) as workers:
                 yield workers
             return
         try:
-            yield kept.get(revision, loaders, limit)
+            yield kept.get(revision, open_, limit)
         except BaseException:
             kept.close()  # A queue may not have been run to its end.
             raise
@@ -240,6 +239,9 @@ class ModelRuntime:
             too_long=self._scoring.too_long,
         )
         sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
+        loaders = functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids)
+        # On a GPU always in a process of its own: its end gives all memory back, and its errors stay there.
+        has_own = device.type == "cuda"
         libraries = {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES}
         return ScoringModel(
             role=role,
@@ -248,9 +250,18 @@ class ModelRuntime:
             open_workers=functools.partial(
                 self._open_workers,
                 (role, files.revision),
-                functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids),
+                functools.partial(_open, loaders, in_process=not has_own, patience=self._runtime.patience_seconds),
             ),
             num_weight_bytes=files.num_weight_bytes(),
             scored_with={"libraries": libraries, "device": device.type},
             warnings=warnings(model, files, tokenizer, encoder),
         )
+
+
+@contextmanager
+def _open(
+    loaders: Callable[..., AbstractContextManager[Sequence[Load]]], limit: int, *, in_process: bool, patience: float
+) -> Iterator[Workers]:
+    """Load a model in at most so many scoring processes; `loaders` is `causal_lm.loaders` of the model."""
+    with loaders(limit=limit) as loads, open_workers(loads, in_process=in_process, patience=patience) as workers:
+        yield workers

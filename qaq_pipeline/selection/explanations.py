@@ -82,6 +82,7 @@ _WHY_NULL = {
     NullReason.ANSWER_TRUNCATED: "the answer was truncated, so its end is unknown",
     NullReason.NO_END_TOKEN: "no token ends a text or a turn",
     NullReason.OUT_OF_MEMORY: "the pair did not fit into memory, even alone",
+    NullReason.WORKER_LOST: "three scoring processes ended over the pair",
     NullReason.TOO_FEW_QUERY_TOKENS: "the query has fewer tokens than eligibility.min_query_tokens",
 }
 

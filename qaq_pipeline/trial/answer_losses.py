@@ -15,7 +15,7 @@ from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import SequenceScorer, open_workers
 from qaq_pipeline.schema import tables
-from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def _sums(scorer: SequenceScorer, sequences: Sequence[TokenSequence]) -> dict[st
         [sequences], facts.batch_tokens, is_padded=facts.is_padded, shares_prefixes=facts.shares_prefixes
     )
     with open_workers([lambda: scorer]) as workers:
-        for batch, scores in workers.run(queue):
-            if scores is not None:
-                found |= {one.pair_id: -float(logprobs.sum()) for one, (logprobs,) in zip(batch, scores, strict=True)}
+        for batch, outcome in workers.run(queue):
+            if not isinstance(outcome, NullReason):
+                found |= {one.pair_id: -float(logprobs.sum()) for one, (logprobs,) in zip(batch, outcome, strict=True)}
             elif not queue.split(batch):
                 raise MemoryError(f"pair {batch[0].pair_id} does not fit into memory; set a smaller scoring.max_tokens")
     return found

@@ -23,6 +23,7 @@ from qaq_pipeline.lm.causal_lm import BATCH_TOKENS_CPU, CausalLM, load_model, lo
 from qaq_pipeline.lm.devices import lease_devices
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.runners import UnsupportedModelError, model_context
+from qaq_pipeline.lm.workers import BrokenDeviceError
 from qaq_pipeline_tests.conftest import TinyModel, byte_tokenizer
 from qaq_pipeline_tests.lm.test_runners import (
     PACKED,
@@ -193,9 +194,11 @@ def test_free_memory_is_asked_for_before_every_batch(check_sentence: Check) -> N
     [
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
-    ids=["cpu", "cuda", "python"],
+    ids=["cpu", "cuda", "accelerator", "cublas", "python"],
 )
 def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception, check_sentence: Check) -> None:
     model = tiny("llama")
@@ -214,6 +217,25 @@ def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception, 
     assert caught.value.__context__ is caught.value.__cause__ is None
     hook.remove()
     np.testing.assert_array_equal(scorer.score(batch)[0][0], expected[0][0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    ],
+)
+def test_a_device_that_fails_is_named_as_broken(error: Exception) -> None:
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.base_model.register_forward_pre_hook(fail)
+    with pytest.raises(BrokenDeviceError, match=f"^cpu: {error}$"):
+        scorer.score(mixed_sequences())
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("can't allocate memory")])

@@ -9,6 +9,9 @@ import functools
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +160,54 @@ def test_devices_are_held_until_the_context_ends_at_most_so_many(tmp_path: Path,
                 pass
             check_sentence(error.value)
     assert free(tmp_path) == ["cuda:0", "cuda:1"]
+
+
+def test_a_step_waits_for_whichever_device_is_free_first(tmp_path: Path) -> None:
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(lease_devices({"cuda:0": "gpu-a"}, tmp_path, limit=1, timeout=0))
+    second.enter_context(lease_devices({"cuda:1": "gpu-b"}, tmp_path, limit=1, timeout=0))
+    with first, ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: (time.sleep(0.3), second.close()))
+        with lease_devices(GPUS, tmp_path, limit=2, timeout=60) as held:
+            assert held == ["cuda:1"]
+
+
+TAKE = """
+import sys, time
+from pathlib import Path
+from qaq_pipeline.lm.devices import lease_devices
+
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(5):
+    with lease_devices({"cuda:0": "gpu-a", "cuda:1": "gpu-b"}, folder, limit=1, timeout=60) as held:
+        (folder / held[0]).touch(exist_ok=False)  # Fails if another holds it now.
+        time.sleep(0.01)
+        (folder / held[0]).unlink()
+"""
+
+
+@pytest.mark.slow
+def test_twenty_simultaneous_starts_of_two_drivers_never_share_a_device(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TAKE, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for _ in range(20):
+        with ExitStack() as ends:
+            drivers = [
+                ends.enter_context(
+                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+                )
+                for _ in range(2)
+            ]
+            for driver in drivers:
+                assert driver.stdout is not None
+                assert driver.stdout.readline() == "ready\n"
+            for driver in drivers:
+                assert driver.stdin is not None
+                driver.stdin.write("\n")
+                driver.stdin.flush()
+            assert [driver.wait(60) for driver in drivers] == [0, 0]
 
 
 def test_a_device_is_the_same_whatever_it_is_called(tmp_path: Path) -> None:

@@ -26,14 +26,17 @@ from qaq_pipeline.lm import workers as workers_module
 from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.lm.workers import (
+    MAX_TRIES,
     Batch,
+    BrokenDeviceError,
+    Outcome,
     ScorerFacts,
     Scores,
     WorkerDiedError,
     Workers,
     open_workers,
 )
-from qaq_pipeline.schema.vocabularies import Quantity
+from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 
 BATCH_TOKENS = 40
 MEMORY_TOKENS = 100
@@ -74,6 +77,7 @@ ERRORS: dict[int, Callable[[], Exception]] = {
     -13: lambda: EOFError("Ran out of input"),
     -14: lambda: ConnectionResetError("the hub hung up"),
     -15: lambda: RewordingError("config.json"),
+    -16: lambda: BrokenDeviceError("CUDA error: an illegal memory access was encountered"),
 }
 """Errors by the token id that makes the scorer raise them."""
 
@@ -160,8 +164,8 @@ def pids_of(workers: Workers) -> list[int]:
     return [int(fact.runner) for fact in workers.facts]
 
 
-def assert_scored(batch: Batch, scores: Scores | None) -> None:
-    assert scores is not None
+def assert_scored(batch: Batch, scores: Outcome) -> None:
+    assert not isinstance(scores, NullReason)
     expected = scores_of(batch)
     assert len(scores) == len(batch)
     for ours, theirs in zip(scores, expected, strict=True):
@@ -219,12 +223,12 @@ def test_an_empty_queue_gives_nothing(workers: Workers) -> None:
 
 def test_every_worker_gets_batches(workers: Workers) -> None:
     results = list(workers.run(queue_of(*(sequence(number, 8, WHO) for number in range(6)), budget=8)))
-    who = {float(values[0]) * -8 for _, scores in results for values in (scores or [[]])[0]}
+    who = {float(values[0]) * -8 for _, scores in results if not isinstance(scores, NullReason) for values in scores[0]}
     assert len(results) == 6
     assert who == set(pids_of(workers))
 
 
-def test_a_batch_that_does_not_fit_gives_none_and_comes_again_when_it_was_split(workers: Workers) -> None:
+def test_a_batch_that_does_not_fit_says_so_and_comes_again_when_it_was_split(workers: Workers) -> None:
     """Twenty sequences of 16 tokens in batches of up to 12; 100 tokens fit. The last one alone is too long."""
     queue = queue_of(*(sequence(number, 16) for number in range(20)), sequence(20, 101), budget=200)
     scored, failed, num_splits = [], [], 0
@@ -233,7 +237,7 @@ def test_a_batch_that_does_not_fit_gives_none_and_comes_again_when_it_was_split(
             assert_scored(batch, scores)
             scored += map(number_of, batch)
         else:
-            assert scores is None
+            assert scores is NullReason.OUT_OF_MEMORY
             if queue.split(batch):
                 num_splits += 1
             else:
@@ -298,24 +302,110 @@ def test_an_exception_in_a_worker_reaches_the_parent_with_its_type_and_message(
     assert processes_left() == set()
 
 
+# --- lost workers ----------------------------------------------------------------------------------------------------
+
+
+class OnceScorer(FakeScorer):
+    """Ends, hangs or breaks its device over a sequence with that deed, once."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__()
+        self._mark = mark
+
+    def _do(self, deed: int) -> None:
+        if deed < 0 and not self._mark.exists():
+            self._mark.touch()
+            super()._do(deed)
+
+
+class BadScorer(FakeScorer):
+    """Ends over whatever it gets, after a while in which another can take something."""
+
+    def score(self, sequences: Sequence[TokenSequence]) -> Scores:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError(f"{len(sequences)} sequences outlived it")
+
+
+def outcomes(workers: Workers, queue: BatchQueue) -> dict[int, Outcome]:
+    """The outcome of each sequence, each of which comes once; scores are as expected."""
+    found: dict[int, Outcome] = {}
+    for batch, outcome in workers.run(queue):
+        if not isinstance(outcome, NullReason):
+            assert_scored(batch, outcome)
+        assert not found.keys() & set(map(number_of, batch))
+        found |= dict.fromkeys(map(number_of, batch), outcome)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("deed", "cause"), [(DIE, "killed, as the kernel does when memory runs out"), (EXIT, "exit code 3")]
+    ("deed", "cause"),
+    [
+        pytest.param(DIE, "a scoring process ended (killed, as the kernel does when memory runs out)", id="killed"),
+        pytest.param(EXIT, "a scoring process ended (exit code 3)", id="ended"),
+        pytest.param(SLEEP, "a scoring process did not answer for 5 s (runtime.patience_seconds)", id="hung"),
+        pytest.param(-16, "CUDA error: an illegal memory access was encountered", id="broken device"),
+    ],
 )
-def test_a_worker_that_dies_over_a_batch_is_named_with_its_cause(deed: int, cause: str) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_worker_that_is_lost_is_replaced_and_its_batch_is_scored(
+    deed: int, cause: str, number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loads = [functools.partial(OnceScorer, tmp_path / "once")] * number
+    with open_workers(loads, in_process=False, patience=5 if deed == SLEEP else PATIENCE) as workers:
+        assert os.getpid() not in pids_of(workers)
+        found = outcomes(workers, queue_of(*(sequence(n, 8, deed if n == 13 else None) for n in range(20))))
+        assert workers.num_lost == 1
+        again = outcomes(workers, queue_of(*map(sequence, range(20, 40))))
+    assert sorted([*found, *again]) == list(range(40))
+    assert caplog.messages == [f"{cause}; another one is started on cpu, and its batch is scored again"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_sequence_that_ends_every_worker_is_given_up_alone(number: int, caplog: pytest.LogCaptureFixture) -> None:
+    with open_workers([FakeScorer] * number, in_process=False) as workers:
+        found = outcomes(workers, queue_of(*(sequence(n, 8, DIE if n == 13 else None) for n in range(20))))
+        assert workers.num_lost <= MAX_TRIES + 3  # Five sequences of a batch are halved three times.
+    assert [n for n, outcome in found.items() if outcome is NullReason.WORKER_LOST] == [13]
+    assert sorted(found) == list(range(20))
+    assert caplog.messages[-1] == f"pair {13:032x}: given up, since 3 or more processes ended over it"
+
+
+def test_a_device_that_keeps_failing_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    with open_workers([BadScorer, FakeScorer]) as workers:
+        sequences = [sequence(n, 8, NAP if n < 6 else None) for n in range(30)]
+        found = outcomes(workers, queue_of(*sequences, budget=8))
+        assert workers.num_lost == MAX_TRIES
+    assert sorted(found) == list(range(30))
+    assert not any(isinstance(outcome, NullReason) for outcome in found.values())
+    assert caplog.messages[-1].endswith("; cpu is left out: 3 processes in a row ended there")
+
+
+def test_where_every_device_keeps_failing_the_scoring_ends_and_says_why() -> None:
     with (
-        pytest.raises(WorkerDiedError, match=rf"a scoring process ended \({cause}\).*run again, with a smaller"),
-        open_workers([FakeScorer, FakeScorer]) as workers,
+        pytest.raises(WorkerDiedError, match=r"^a scoring process ended \(killed.*run again, with a smaller"),
+        open_workers([BadScorer, BadScorer]) as workers,
     ):
-        list(workers.run(queue_of(*(sequence(n, 8, deed if n == 3 else None) for n in range(6)), budget=8)))
+        list(workers.run(queue_of(*map(sequence, range(20)), budget=8)))
 
 
-def test_a_worker_killed_while_it_was_idle_is_noticed_with_the_next_batch() -> None:
+def test_a_worker_that_ends_while_it_loads_its_model_at_the_start_ends_the_scoring() -> None:
+    with pytest.raises(WorkerDiedError, match=r"ended \(exit code 3\).*run again"), open_workers([FakeScorer, leave]):
+        pass
+
+
+def leave() -> FakeScorer:
+    """A loader that ends its process."""
+    sys.exit(3)
+
+
+def test_a_worker_killed_while_it_was_idle_is_replaced() -> None:
     with open_workers([FakeScorer, FakeScorer]) as workers:
         pids = pids_of(workers)
         os.kill(pids[0], signal.SIGKILL)
         wait_until_dead(pids[:1])
-        with pytest.raises(WorkerDiedError, match="killed, as the kernel does"):
-            list(workers.run(queue_of(*map(sequence, range(6)), budget=8)))
+        assert sorted(outcomes(workers, queue_of(*map(sequence, range(6)), budget=8))) == list(range(6))
+        assert workers.num_lost == 1
         assert is_alive(pids[1])
     assert not any(map(is_alive, pids))
 

@@ -26,7 +26,7 @@ from qaq_pipeline.lm.workers import ScorerFacts, SequenceScorer, open_workers
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Logprobs
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
-from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, score_pairs
+from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, justified_processes, score_pairs
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -288,11 +288,27 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
         num_computed_tokens=0,
         seconds=0.0,
         runner=None,
-        num_workers=0,
+        devices=(),
         peak_share=None,
         estimate=None,
     )
     assert second_report.tokens_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "gigabytes", "device", "number"),
+    [
+        pytest.param(10_000, 0.27, "cpu", 1, id="a hundredth of a second"),
+        pytest.param(60_000, 0.27, "cpu", 3, id="a minute of a small model"),
+        pytest.param(200_000, 13.4, "cuda", 1, id="less than a large model takes to load"),
+        pytest.param(100_000_000, 13.4, "cuda", 59, id="two hours of a large model"),
+        pytest.param(0, 0.0, "mps", 1, id="nothing"),
+    ],
+)
+def test_a_process_is_started_where_its_work_takes_much_longer_than_its_start(
+    num_tokens: int, gigabytes: float, device: str, number: int
+) -> None:
+    assert justified_processes(num_tokens, int(gigabytes * 1e9), device) == number
 
 
 def test_only_pairs_that_are_new_are_scored(

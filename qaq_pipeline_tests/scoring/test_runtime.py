@@ -5,8 +5,10 @@ Tolerance: 1e-5 nats per token between one process and two, whose batches differ
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,32 @@ def test_two_processes_give_the_scores_of_one(
     reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
     scored = runtime_of(two).score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None)
-    assert reference.report.num_workers == 1
-    assert scored.report.num_workers == min(2, len(os.sched_getaffinity(0)))
+    assert len(reference.report.devices) == 1
+    assert len(scored.report.devices) == min(2, len(os.sched_getaffinity(0)))
     assert_same_scores(scored.frame, reference.frame)
+
+
+def test_a_process_that_is_killed_amid_a_scoring_loses_nothing(
+    settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
+) -> None:
+    one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
+    reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
+    killed: list[int] = []
+
+    def kill_one(_: Progress) -> None:
+        if not killed:
+            killed.append(multiprocessing.active_children()[0].pid or 0)
+            os.kill(killed[0], signal.SIGKILL)
+
+    runtime = ModelRuntime(two.models, two.scoring, two.runtime, two.model_cache_dir, kill_one)
+    elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
+    scored = runtime.score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None)
+    assert killed
+    assert scored.report.num_lost_workers == 1
+    assert_same_scores(scored.frame, reference.frame)
+    assert (
+        runtime.score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None).report.num_scored_quantities == 0
+    )
 
 
 @pytest.fixture
