@@ -1277,6 +1277,7 @@ def _counted(instance: dg.DagsterInstance, batch: str, role: str) -> dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_steps_in_processes_of_their_own_give_the_same_dataset(
     settings_for: SettingsFor,
     settings_file: Callable[[Settings], Path],
