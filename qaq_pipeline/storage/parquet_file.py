@@ -158,7 +158,7 @@ def read_footer(stream: BinaryIO) -> tuple[dict[str, Any], int]:
 
 def content_hash(stream: BinaryIO) -> str:
     """Hash of the columns' bytes, without the footer, which names its writer (32 hex digits)."""
-    return _hash_of(stream, _start_of_footer(stream))
+    return _hash_of(stream, _start_of_footer(stream)).hexdigest()
 
 
 def unreadable(error: Exception) -> str:
@@ -174,9 +174,8 @@ def file_fault(stream: BinaryIO) -> str | None:
         start = _start_of_footer(stream)
     except UNREADABLE as error:
         return unreadable(error)
-    whole = _new_hash()
-    of_columns = _hash_of(stream, start, whole)
-    stream.seek(start)
+    whole = _hash_of(stream, start)
+    of_columns = whole.hexdigest()
     before, _, after = stream.read().rpartition(file_hash.encode())
     for part in (before, _NO_HASH.encode(), after):
         whole.update(part)
@@ -190,16 +189,14 @@ def _start_of_footer(stream: BinaryIO) -> int:
     return max(end - int.from_bytes(stream.read(4), "little"), 0)
 
 
-def _hash_of(stream: BinaryIO, num_bytes: int, also: Any = None) -> str:
-    """Hash of the first bytes of a file (32 hex digits); another hash is told of the same bytes."""
+def _hash_of(stream: BinaryIO, num_bytes: int) -> Any:
+    """The hash of the first bytes of a file, which can be told of more; the next byte to read is the one after them."""
     hashed, left = _new_hash(), num_bytes
     stream.seek(0)
     while left and (data := stream.read(min(left, _BYTES_AT_ONCE))):
         hashed.update(data)
-        if also is not None:
-            also.update(data)
         left -= len(data)
-    return hashed.hexdigest()
+    return hashed
 
 
 def _new_hash() -> Any:
