@@ -290,6 +290,7 @@ def test_the_nightly_job_tries_the_others_where_a_batch_fails_and_says_which(
     assert not daemon.night()
 
 
+@pytest.mark.slow
 def test_a_calibration_or_a_page_that_fails_is_named_and_leaves_no_batch_out_of_date(
     two_batches: Daemon, settings_for: SettingsFor
 ) -> None:

@@ -49,12 +49,13 @@ def qaq(home: Home, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "free_kb",
     [
-        pytest.param(100, marks=pytest.mark.slow),  # Dagster's databases do not fit.
+        100,  # Dagster's databases do not fit.
         1500,  # The event log fills the disk during a step.
-        pytest.param(2000, marks=pytest.mark.slow),  # … or while it logs that.
+        2000,  # … or while it logs that.
     ],
 )
 def test_a_full_disk_is_one_line_with_its_remedy_and_the_next_run_goes_on(

@@ -547,6 +547,7 @@ def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
     assert done.version is None
 
 
+@pytest.mark.slow
 def test_planted_rows_that_cannot_be_scored_fail_the_batch_as_its_own_rows_do(
     settings_for: SettingsFor,
     instance: dg.DagsterInstance,
@@ -1129,6 +1130,7 @@ def test_rows_that_an_older_gated_batch_held_are_published_once_when_it_is_corre
     assert sorted(latest(settings)["excluded_batches"]) == []
 
 
+@pytest.mark.slow
 def test_a_batch_whose_duplicates_stood_in_a_batch_that_changed_is_screened_again_before_it_is_published(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:

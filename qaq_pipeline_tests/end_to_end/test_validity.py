@@ -392,6 +392,7 @@ def test_a_small_batch_takes_the_cuts_of_the_newest_older_one_over(
     assert "validity_cuts|b1|" in changed_inputs(storage, "validity_cuts", "b2", PIPELINE)
 
 
+@pytest.mark.slow
 def test_the_lineage_of_a_small_batch_names_the_cuts_that_it_takes_over(
     settings_for: SettingsFor, curate: Callable[..., None]
 ) -> None:

@@ -727,6 +727,7 @@ def test_batches_that_were_scored_differently_make_no_reference(
     check_sentence(error.value)
 
 
+@pytest.mark.slow
 def test_batches_that_were_scored_under_different_eligibility_make_no_reference(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
@@ -785,6 +786,7 @@ def test_the_driver_makes_the_reference_when_its_batches_are_scored_and_says_whi
     assert run_batch.run_batch(Deployment(settings, instance), "b1").scored == 0
 
 
+@pytest.mark.slow
 def test_with_the_batch_as_pool_the_reference_only_measures_drift(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:
