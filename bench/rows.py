@@ -30,7 +30,7 @@ from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.causal_lm import CausalLM
 from qaq_pipeline.lm.devices import matmul_flops_per_second
 from qaq_pipeline.lm.prompts import TokenSequence
-from qaq_pipeline.lm.workers import open_workers
+from qaq_pipeline.lm.workers import open_processes, score_batches
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
@@ -279,18 +279,45 @@ def load(dtype: str, num_threads: int) -> CausalLM:
     return CausalLM(workload.build("135M", getattr(torch, dtype), "cpu"), "135M")
 
 
+class SequenceChunks:
+    """Chunks of token sequences: the work of a process, and a queue of it."""
+
+    def __init__(self, num_chunks: int, sequences: Sequence[TokenSequence]) -> None:
+        self._chunks = [list(sequences[number::num_chunks]) for number in range(num_chunks)]
+
+    def take(self) -> list[TokenSequence]:
+        """The next chunk; empty if none is left."""
+        return self._chunks.pop() if self._chunks else []
+
+    def after_loss(self, chunk: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        """The same again."""
+        return chunk
+
+
+class SequenceScorer:
+    """Scores chunks of token sequences with one thread."""
+
+    def __init__(self) -> None:
+        self._model = load("bfloat16", 1)
+        self.facts = self._model.facts
+
+    def score(self, chunk: Sequence[TokenSequence], note: Callable[[int], None]) -> None:
+        """Score a chunk; note the size of each batch."""
+        for batch, _ in score_batches(self._model, BatchQueue([chunk], 1024, is_padded=False)):
+            note(len(batch))
+
+
 def process_rows(rotations: int) -> list[Row]:
     """Time two processes of one thread against one such process, by wall clock: this needs an idle machine."""
     if len(os.sched_getaffinity(0)) < 2:
         return []
     sequences = workload.two_passes(workload.draw(SHORT, 160))
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    loads = [functools.partial(load, "bfloat16", 1)] * 2
-    with open_workers(loads) as two, open_workers(loads[:1]) as one:
+    with open_processes([SequenceScorer] * 2) as two, open_processes([SequenceScorer]) as one:
         for _ in range(rotations):
-            for number, workers in ((1, one), (2, two)):
+            for number, processes in ((1, one), (2, two)):
                 started = time.perf_counter()
-                for _batch in workers.run(BatchQueue([sequences], 1024, is_padded=False)):
+                for _chunk in processes.run(SequenceChunks(16, sequences)):
                     pass
                 seconds[number].append(time.perf_counter() - started)
     return [Row("two processes against one", tuple(a / b for a, b in zip(seconds[1], seconds[2], strict=True)), 1.8)]

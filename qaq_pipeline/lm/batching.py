@@ -95,17 +95,13 @@ class BatchQueue:
 
     def split(self, batch: Sequence[TokenSequence]) -> bool:
         """Queue the two halves of a batch that did not fit. Returns False for one sequence, which cannot be split."""
-        self.shrink(batch)
+        self._num_clean = 0
+        self.budget = max(min(self.budget, self.tokens(batch) // 2), 1)
         middle = len(batch) // 2
         if not middle:
             return False
         self._halves += [list(batch[:middle]), list(batch[middle:])]
         return True
-
-    def shrink(self, batch: Sequence[TokenSequence]) -> None:
-        """Make later batches at most half as large as this one, until enough of them have fitted."""
-        self._num_clean = 0
-        self.budget = max(min(self.budget, self.tokens(batch) // 2), 1)
 
     def _cost(self, sequence: TokenSequence) -> int:
         return len(sequence.token_ids) - (sequence.num_shared if self._shares_prefixes else 0)

@@ -1,14 +1,14 @@
-"""Workers that score batches: this process alone, or one process per core or GPU. No torch.
+"""Workers: a model in this process, which scores batches, or processes that each have one and score chunks. No torch.
 
-Belongs here: the start, the loss and the end of scoring processes, and the exchange of batches and scores with them.
-Does not belong here: the choice of batches (`batching`), the model in a worker (`causal_lm`), leases of GPUs
-(`devices`), and the use of the scores.
+Belongs here: the start, the loss and the end of scoring processes, and the exchange of work and results with them.
+Does not belong here: the choice of batches (`batching`), what a process does with a chunk (`scoring.chunks`), the model
+(`causal_lm`), leases of GPUs (`devices`), and the use of the scores.
 
-    parent    batches ──► pipe ──► worker   has its own model, and one thread on a CPU
+    parent    chunks  ──► pipe ──► worker   has its own model, and one thread on a CPU
               results ◄── pipe ◄──          ends with its parent: the pipe closes, however the parent died
 
-A process that ends, or answers nothing, is replaced, and its batch is scored again: in halves and, where there is
-another process, by that one. So a sequence that ends every process is soon alone, and is given up after three; and a
+A process that ends, or is silent for too long, is replaced, and its chunk is scored again: in halves and, where there
+is another process, by that one. So a pair that ends every process is soon alone, and is given up after three; and a
 process that fails with whatever it gets is not started a fourth time.
 """
 
@@ -23,7 +23,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -39,12 +39,14 @@ Batch = list[TokenSequence]
 Scores = Sequence[Sequence[np.ndarray]]
 """For each sequence and each of its targets, ln p of the target's tokens, in nats."""
 Outcome = Scores | NullReason
-"""The scores of a batch; OUT_OF_MEMORY: it did not fit; WORKER_LOST: its one sequence ended every process."""
+"""The scores of a batch; OUT_OF_MEMORY: it did not fit."""
+Chunk = Sequence[Any]
+"""Work that can be halved."""
 
 MAX_TRIES = 3
-"""Processes that a sequence may end before it is given up, and processes in a row that may end in one place."""
+"""Processes that a chunk of one may end before it is given up, and processes in a row that may end in one place."""
 PATIENCE_SECONDS = 1800.0
-"""Default time that a process has to load its model, or to score a batch, before it counts as lost."""
+"""Default time that a process may be silent before it counts as lost."""
 _END_SECONDS = 5.0
 _REMEDY = (
     "finished scores are stored: run again, with a smaller runtime.processes or runtime.batch_tokens if memory was "
@@ -96,7 +98,7 @@ class SequenceScorer(Protocol):
     def facts(self) -> ScorerFacts:
         """The properties of the model."""
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Scores:
+    def score(self, sequences: Sequence[TokenSequence], /) -> Scores:
         """Returns the batch's log-probabilities.
 
         Raises:
@@ -108,52 +110,59 @@ class SequenceScorer(Protocol):
 Load = Callable[[], SequenceScorer]
 
 
-class Workers(Protocol):
-    """One or several models that score batches."""
+class ChunkScorer(Protocol):
+    """What a process does with a chunk."""
 
     @property
-    def facts(self) -> list[ScorerFacts]:
-        """The properties of each worker's model."""
+    def facts(self) -> ScorerFacts:
+        """The properties of its model."""
 
-    @property
-    def num_lost(self) -> int:
-        """Processes that were lost since the start."""
-
-    def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
-        """Every batch of the queue with its outcome, in the order of completion.
-
-        The caller may split a batch that did not fit: the queue then returns its halves. A batch that was lost with its
-        process may come in parts.
+    def score(self, chunk: Chunk, note: Callable[[Any], None], /) -> Any:
+        """The result of a chunk. Each call of `note` reaches the parent, and shows that the process is alive.
 
         Raises:
-            WorkerDiedError: processes ended in every place, `MAX_TRIES` in a row.
-            Exception: raised while a batch was scored.
+            BrokenDeviceError: this process can use its device no more.
         """
 
 
+class ChunkQueue(Protocol):
+    """Chunks to score."""
+
+    def take(self) -> Chunk:
+        """The next chunk; empty if none is left."""
+
+    def after_loss(self, chunk: Chunk) -> Chunk:
+        """What is left to do of a chunk whose process was lost."""
+
+
+def score_batches(scorer: SequenceScorer, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
+    """Every batch of the queue with its outcome, scored in this process.
+
+    The caller may split a batch that did not fit: the queue then returns its halves.
+    """
+    while batch := queue.take():
+        yield batch, _try_to_score(scorer, batch)
+
+
 @contextmanager
-def open_workers(
-    loads: Sequence[Load], *, in_process: bool = True, patience: float = PATIENCE_SECONDS
-) -> Iterator[Workers]:
-    """Load the models, each in a process of its own.
+def open_processes(
+    loads: Sequence[Callable[[], ChunkScorer]], patience: float = PATIENCE_SECONDS
+) -> Iterator[Processes]:
+    """Start a process for each, which loads its model.
 
     Args:
         loads: of the models.
-        in_process: a single model is loaded in this process.
-        patience: seconds that a process has to load its model, or to score a batch.
+        patience: seconds that a process may be silent while it loads its model, or scores a chunk.
 
     Raises:
         WorkerDiedError: a process ended without reporting an error, or did not load in time.
-        Exception: raised while a model was loaded, here or in a worker.
+        Exception: raised while a model was loaded.
     """
-    if len(loads) == 1 and in_process:
-        yield _InProcess(loads[0]())
-        return
     seats: list[_Seat] = []
     try:
         for load in loads:
             seats.append(_Seat(load, patience))  # noqa: PERF401 - those that were started are ended, whatever fails.
-        yield _Processes(seats)
+        yield Processes(seats)
     finally:
         for seat in seats:
             seat.process.connection.close()  # All at once, so that they end in parallel.
@@ -162,44 +171,52 @@ def open_workers(
             seat.process.end(deadline)
 
 
-class _InProcess:
-    num_lost = 0
-
-    def __init__(self, scorer: SequenceScorer) -> None:
-        self._scorer = scorer
-        self.facts = [scorer.facts]
-
-    def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
-        while batch := queue.take():
-            yield batch, _try_to_score(self._scorer, batch)
-
-
 @dataclass(frozen=True)
 class _Work:
-    """A batch, and the places whose processes were lost over it."""
+    """A chunk, and the places whose processes were lost over it."""
 
-    batch: Batch
+    chunk: Chunk
     lost_in: Sequence[_Seat] = ()
 
     def after_loss(self, seat: _Seat) -> list[_Work]:
-        """What to try again; nothing: it is one sequence, which was tried often enough."""
-        lost_in, middle = (*self.lost_in, seat), len(self.batch) // 2
+        """What to try again; nothing: it is a chunk of one, which was tried often enough."""
+        lost_in, middle = (*self.lost_in, seat), len(self.chunk) // 2
         if middle:
-            return [_Work(self.batch[:middle], lost_in), _Work(self.batch[middle:], lost_in)]
-        return [_Work(self.batch, lost_in)] if len(lost_in) < MAX_TRIES else []
+            return [_Work(self.chunk[:middle], lost_in), _Work(self.chunk[middle:], lost_in)]
+        return [_Work(self.chunk, lost_in)] if len(lost_in) < MAX_TRIES else []
 
 
-class _Processes:
+class Processes:
+    """Processes that score chunks. `open_processes` makes them."""
+
     def __init__(self, seats: Sequence[_Seat]) -> None:
         self._seats = list(seats)
         """Those whose processes do not keep failing."""
+        self._numbers = {seat: number for number, seat in enumerate(seats)}
         self._again: deque[_Work] = deque()
         self.num_lost = 0
+        """Processes that were lost since the start."""
         for seat in seats:
             seat.wait_until_loaded()
         self.facts = [seat.facts for seat in seats if seat.facts is not None]
+        """The properties of the model in each place."""
 
-    def run(self, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
+    def run(
+        self, queue: ChunkQueue, on_note: Callable[[int, Any], None] = lambda _number, _note: None
+    ) -> Iterator[tuple[Chunk, Any]]:
+        """Every chunk with its result, in the order of completion; a chunk that was lost may come in parts.
+
+        The result WORKER_LOST means that the chunk of one ended every process that got it.
+
+        Args:
+            queue: of the chunks.
+            on_note: called with the number of the place and what its process notes; None: its chunk is finished, or
+                was lost.
+
+        Raises:
+            WorkerDiedError: processes ended in every place, `MAX_TRIES` in a row.
+            Exception: raised while a chunk was scored.
+        """
         if self._again or any(seat.work for seat in self._seats):
             raise RuntimeError("the previous queue was not run to its end: its scores would be mixed with this one's")
         while True:
@@ -209,18 +226,18 @@ class _Processes:
             is_busy = bool(self._again) or any(seat.work for seat in self._seats)
             if not is_busy and any(seat.is_idle for seat in self._seats):
                 return
-            yield from self._answers(queue)
+            yield from self._answers(queue, on_note)
 
-    def _take(self, seat: _Seat, queue: BatchQueue) -> _Work | None:
+    def _take(self, seat: _Seat, queue: ChunkQueue) -> _Work | None:
         """What was lost elsewhere first; what was lost here only if every other process was lost over it, too."""
         for work in self._again:
             if seat not in work.lost_in or set(work.lost_in) >= set(self._seats):
                 self._again.remove(work)
                 return work
-        batch = queue.take()
-        return _Work(batch) if batch else None
+        chunk = queue.take()
+        return _Work(chunk) if chunk else None
 
-    def _answers(self, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
+    def _answers(self, queue: ChunkQueue, on_note: Callable[[int, Any], None]) -> Iterator[tuple[Chunk, Any]]:
         """Wait for an answer, a loss, or the end of a process's time; yield what is finished."""
         waiting = [seat for seat in self._seats if not seat.is_idle]
         seconds = min(seat.deadline for seat in waiting) - time.monotonic()
@@ -231,27 +248,33 @@ class _Processes:
                 continue
             work = seat.work
             try:
-                outcome = seat.receive()
+                result = seat.receive()
             except Exception as error:  # noqa: BLE001 - raised below, after the scores that other workers have finished.
                 if isinstance(error, _LostError | BrokenDeviceError) or not seat.is_loaded:
-                    yield from self._lose(seat, error, queue)
+                    yield from self._lose(seat, error, queue, on_note)
                 else:
                     seat.work = None
                     errors.append(error)
             else:
-                if work is not None and outcome is not None:
-                    yield work.batch, outcome
+                if isinstance(result, _Note):
+                    on_note(self._numbers[seat], result.value)
+                elif work is not None and seat.work is None:
+                    on_note(self._numbers[seat], None)
+                    yield work.chunk, result
         if errors:
             raise errors[0]
 
-    def _lose(self, seat: _Seat, error: Exception, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
-        """Replace a process, and put its batch back."""
+    def _lose(
+        self, seat: _Seat, error: Exception, queue: ChunkQueue, on_note: Callable[[int, Any], None]
+    ) -> Iterator[tuple[Chunk, Any]]:
+        """Replace a process, and put its chunk back."""
         self.num_lost += 1
+        on_note(self._numbers[seat], None)
         work, seat.work = seat.work, None
         if work is None or not work.lost_in:  # Else it may be the sequence that ends every process.
             seat.num_lost += 1
         if seat.num_lost < MAX_TRIES:
-            logger.warning("%s; another one is started on %s, and its batch is scored again", error, seat.device)
+            logger.warning("%s; another one is started on %s, and its chunk is scored again", error, seat.device)
             seat.start()
         else:
             self._seats.remove(seat)
@@ -259,26 +282,24 @@ class _Processes:
         if not self._seats:
             raise WorkerDiedError(f"{error}; {_REMEDY}") from error
         if work is not None:
-            queue.shrink(work.batch)  # Most processes are killed when memory runs out.
-            again = work.after_loss(seat)
+            again = replace(work, chunk=queue.after_loss(work.chunk)).after_loss(seat)
             self._again += again
             if not again:
-                pair_id = work.batch[0].pair_id
-                logger.warning("pair %s: given up, since %d or more processes ended over it", pair_id, MAX_TRIES)
-                yield work.batch, NullReason.WORKER_LOST
+                logger.warning("one pair is given up: %d or more processes ended over it", MAX_TRIES)
+                yield work.chunk, NullReason.WORKER_LOST
 
 
 @dataclass(eq=False)
 class _Seat:
     """A core or a device, and the process that scores there now."""
 
-    load: Load
+    load: Callable[[], ChunkScorer]
     patience: float
     work: _Work | None = None
     facts: ScorerFacts | None = None
     """None until the first process has loaded its model."""
     num_lost: int = 0
-    """Processes in a row that ended over a batch that had ended no other."""
+    """Processes in a row that ended over a chunk that had ended no other."""
     is_loaded: bool = False
     deadline: float = 0.0
     """When it has to have answered."""
@@ -295,7 +316,7 @@ class _Seat:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it can take a batch."""
+        """Whether it can take a chunk."""
         return self.is_loaded and self.work is None
 
     def start(self) -> None:
@@ -315,21 +336,29 @@ class _Seat:
             raise WorkerDiedError(f"{error}; {_REMEDY}") from error
 
     def begin(self, work: _Work) -> None:
-        """Send a batch."""
+        """Send a chunk."""
         self.work = work
         self._expect_answer()
         with suppress(OSError):  # It has ended, which is noticed when its answer is received.
-            self.process.connection.send(work.batch)
+            self.process.connection.send(work.chunk)
 
-    def receive(self) -> Outcome | None:
-        """The outcome of the batch; None: the model is loaded now. Raises `_LostError`, or what the process raised."""
+    def receive(self) -> Any:
+        """The result of the chunk, or a note; None: the model is loaded now.
+
+        Raises:
+            _LostError: the process was lost.
+            Exception: the process raised it.
+        """
         if not self.process.connection.poll():
             raise self.process.overdue(self.patience)
         answer = self.process.receive()
         if not self.is_loaded:
             self.facts, self.is_loaded = answer, True
             return None
-        self.work, self.num_lost = None, 0
+        if isinstance(answer, _Note):
+            self._expect_answer()
+        else:
+            self.work, self.num_lost = None, 0
         return answer
 
     def _expect_answer(self) -> None:
@@ -339,7 +368,7 @@ class _Seat:
 class _Process:
     """A scoring process and the pipe to it."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Callable[[], ChunkScorer]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, load), daemon=True)
@@ -364,7 +393,7 @@ class _Process:
     def overdue(self, seconds: float) -> _LostError:
         """Kill the process, which has not answered for so long; the error that says so."""
         self._process.kill()
-        return _LostError(f"a scoring process did not answer for {seconds:,.0f} s (runtime.patience_seconds)")
+        return _LostError(f"a scoring process was silent for {seconds:,.0f} s (runtime.patience_seconds)")
 
     def _died(self) -> _LostError:
         self._process.join(_END_SECONDS)
@@ -373,15 +402,22 @@ class _Process:
         return _LostError(f"a scoring process ended ({cause})")
 
 
-def _serve(connection: Connection, load: Load) -> None:
-    """Run a worker: load the model, send its properties, score every batch received, end when the pipe closes."""
+@dataclass(frozen=True)
+class _Note:
+    """What a process says while it scores a chunk."""
+
+    value: Any
+
+
+def _serve(connection: Connection, load: Callable[[], ChunkScorer]) -> None:
+    """Run a worker: load the model, send its properties, score every chunk received, end when the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers.
     with suppress(OSError):  # The parent has closed the pipe: nobody receives the error that this caused.
         try:
             scorer = load()
             connection.send(scorer.facts)
             while True:
-                connection.send(_try_to_score(scorer, connection.recv()))
+                connection.send(scorer.score(connection.recv(), lambda value: connection.send(_Note(value))))
         except Exception as error:  # noqa: BLE001 - the parent raises it, whatever it is.
             connection.send(_portable(error))
 

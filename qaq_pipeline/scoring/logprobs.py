@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ import polars as pl
 from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
-from qaq_pipeline.lm.workers import ScorerFacts, Workers
+from qaq_pipeline.lm.workers import Processes, ScorerFacts, SequenceScorer, score_batches
 from qaq_pipeline.schema.vocabularies import NullReason
+from qaq_pipeline.scoring.chunks import ChunkPair, Chunks, Work, plan_of
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
@@ -52,8 +53,9 @@ class ScoringModel:
     role: str
     encoder: PairEncoder
     identity: ScoreIdentity
-    open_workers: Callable[[int], contextlib.AbstractContextManager[Workers]]
-    """Loads the model in at most the given number of scoring processes. Within the context the devices are held."""
+    open_workers: Callable[[int, Storage], contextlib.AbstractContextManager[SequenceScorer | Processes]]
+    """Loads the model in this process, or in at most the given number of scoring processes, which take chunks and store
+    their scores. Within the context the devices are held."""
     num_weight_bytes: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     """The libraries and the device that score; None if unknown."""
@@ -192,23 +194,14 @@ def score_pairs(
         Exception: raised by the model while it was loaded or run.
     """
     plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
-    run = _Run(plan, model, runtime, on_start, on_progress, on_shard)
-    shards = ShardWriter(
-        storage,
-        model.identity,
-        runtime.shard_seconds,
-        scored_with=model.scored_with,
-        is_identity_true=model.is_identity_true,
-        on_closed=plan.sums.add_shard,
-    )
-    with contextlib.closing(shards):
-        run.score(shards)
-    if plan.num_cached:
-        storage.scores.count_hits(model.identity, plan.num_cached)
+    run = Run(plan, model, storage, runtime, on_start, on_progress, on_shard)
+    table = run.score()
+    if run.work.cached_quantities:
+        storage.scores.count_hits(model.identity, run.work.cached_quantities)
     scorers = plan.cached_scorers()
-    if plan.sums.num_scored:
+    if run.work.sums:
         scorers.add(json.dumps(dict(model.scored_with), sort_keys=True))
-    return plan.sums.table(), run.report([json.loads(scorer) for scorer in sorted(scorers)])
+    return table, run.report([json.loads(scorer) for scorer in sorted(scorers)])
 
 
 def justified_processes(num_tokens: int, num_weight_bytes: int, device: str) -> int:
@@ -234,15 +227,20 @@ def plan_scoring(
 
 
 @dataclass
-class _Run:
-    """Runs the batches of one plan through the workers, and counts them."""
+class Run:
+    """Scores what one plan leaves to do, and counts it: batch by batch in this process, or in chunks in others."""
 
     plan: Plan
     model: ScoringModel
+    storage: Storage
     runtime: RuntimeSettings
-    on_start: Callable[[Estimate], None]
-    on_progress: Callable[[Progress], None]
-    on_shard: Callable[[Progress], None]
+    on_start: Callable[[Estimate], None] = lambda _: None
+    on_progress: Callable[[Progress], None] = lambda _: None
+    on_shard: Callable[[Progress], None] = lambda _: None
+    batch_share: float = 1.0
+    """The part of a batch's tokens that one may have here: less where larger ones were lost."""
+    work: Work = field(default_factory=Work)
+    """What was done."""
     facts: Sequence[ScorerFacts] = ()
     """Of each worker; empty if nothing was scored."""
     estimate: Estimate | None = None
@@ -255,39 +253,50 @@ class _Run:
     lost_workers: int = 0
     seconds: float = 0.0
 
-    def score(self, shards: ShardWriter) -> None:
-        """Score every sequence of the plan. The model is loaded only if there is one."""
+    def score(self) -> pl.DataFrame:
+        """The Logprobs table. The model is loaded only if something has to be scored.
+
+        Raises:
+            Exception: as `score_pairs`.
+        """
         windows = self.plan.windows()
         first = next((window for window in windows if window), None)
-        if first is None:
-            return
-        with self.model.open_workers(self._max_workers()) as workers:
-            self.facts = facts = workers.facts
-            budget = self.runtime.batch_tokens or min(fact.batch_tokens for fact in facts)
-            is_padded = any(fact.is_padded for fact in facts)
-            shares_prefixes = all(fact.shares_prefixes for fact in facts)
-            sequences = itertools.chain([first], windows)
-            queue = BatchQueue(sequences, budget, is_padded=is_padded, shares_prefixes=shares_prefixes)
-            self.estimate = Estimate.of(self.plan, facts)
-            self.on_start(self.estimate)
-            started, lost_before = time.monotonic(), workers.num_lost
-            for batch, outcome in workers.run(queue):
-                if outcome is NullReason.OUT_OF_MEMORY:
+        if first is not None:
+            with self.model.open_workers(self._max_workers(), self.storage) as workers:
+                started = time.monotonic()
+                if isinstance(workers, Processes):
+                    return self._score_chunks(workers, started)
+                self._score_batches(workers, itertools.chain([first], windows), started)
+        self.work = Work.of(self.plan, self.computed_tokens, self.splits)
+        return self.plan.sums.table()
+
+    def _score_batches(self, scorer: SequenceScorer, windows: Iterable[list[TokenSequence]], started: float) -> None:
+        facts = scorer.facts
+        self._start([facts])
+        budget = max(int((self.runtime.batch_tokens or facts.batch_tokens) * self.batch_share), 1)
+        queue = BatchQueue(windows, budget, is_padded=facts.is_padded, shares_prefixes=facts.shares_prefixes)
+        shards = ShardWriter(
+            self.storage,
+            self.model.identity,
+            self.runtime.shard_seconds,
+            scored_with=self.model.scored_with,
+            is_identity_true=self.model.is_identity_true,
+            on_closed=self.plan.sums.add_shard,
+        )
+        with contextlib.closing(shards):
+            for batch, outcome in score_batches(scorer, queue):
+                if isinstance(outcome, NullReason):
                     self.splits += 1
                     if not queue.split(batch):
                         shards.add_failure(batch[0], outcome)
                         self._count(queue, batch)
                         self._count_misfit()
-                elif isinstance(outcome, NullReason):
-                    shards.add_failure(batch[0], outcome)
-                    self._count(queue, batch)
                 else:
                     queue.fitted()
                     self.misfits = 0
                     for sequence, logprobs in zip(batch, outcome, strict=True):
                         shards.add(sequence, logprobs)
                     self._count(queue, batch)
-                self.lost_workers = workers.num_lost - lost_before
                 self.seconds = time.monotonic() - started
                 self.on_progress(self._progress())
                 if shards.close_if_due():
@@ -295,17 +304,63 @@ class _Run:
             shards.close()
             self.on_shard(self._progress())
 
+    def _score_chunks(self, processes: Processes, started: float) -> pl.DataFrame:
+        """Score every pair again that is not cached: the windows of this process were only for the estimate."""
+        self._start(processes.facts)
+        queue = Chunks(self.plan, self.model.identity, self.storage, processes.facts)
+        at_work: dict[int, Progress] = {}
+        tables, finished, shown = [], Work(), started
+
+        def note(number: int, progress: Progress | None) -> None:
+            at_work.pop(number, None)
+            if progress is not None:
+                at_work[number] = progress
+            self.done_tokens = finished.tokens + sum(one.done_tokens for one in at_work.values())
+            self.done_sequences = finished.sequences + sum(one.done_sequences for one in at_work.values())
+            self.seconds = time.monotonic() - started
+            self.on_progress(self._progress())
+
+        lost_before = processes.num_lost
+        for chunk, result in processes.run(queue, note):
+            table, work = self._given_up(chunk) if isinstance(result, NullReason) else result
+            tables.append(table)
+            finished += work
+            self.done_tokens, self.done_sequences = finished.tokens, finished.sequences
+            if time.monotonic() - shown >= self.runtime.shard_seconds:
+                shown = time.monotonic()
+                self.on_shard(self._progress())
+        self.work, self.lost_workers = finished, processes.num_lost - lost_before
+        self.computed_tokens, self.splits = finished.computed_tokens, finished.splits
+        self.seconds = time.monotonic() - started
+        self.on_progress(self._progress())
+        self.on_shard(self._progress())
+        return pl.concat(tables).sort("pair_id")
+
+    def _given_up(self, chunk: Sequence[ChunkPair]) -> tuple[pl.DataFrame, Work]:
+        """The table of a pair that ended every process: what is not cached is null."""
+        plan = plan_of(chunk, self.model.encoder, self.plan.wanted)
+        shards = ShardWriter(self.storage, self.model.identity, math.inf, scored_with={}, on_closed=plan.sums.add_shard)
+        with contextlib.closing(shards):
+            for sequence in itertools.chain.from_iterable(plan.windows()):
+                shards.add_failure(sequence, NullReason.WORKER_LOST)
+        return plan.sums.table(), Work.of(plan)
+
+    def _start(self, facts: Sequence[ScorerFacts]) -> None:
+        self.facts = facts
+        self.estimate = Estimate.of(self.plan, facts)
+        self.on_start(self.estimate)
+
     def report(self, scored_with: Sequence[Mapping[str, Any]]) -> ScoringReport:
         """The report of this run, at its end."""
         return ScoringReport(
             num_pairs=self.plan.num_pairs,
-            num_cached_quantities=self.plan.num_cached,
-            num_scored_quantities=self.plan.num_quantities,
-            num_scored_pairs=self.plan.num_pairs_to_score,
-            num_sequences=self.plan.num_sequences,
-            num_tokens=self.plan.num_tokens,
-            num_computed_tokens=self.computed_tokens,
-            num_splits=self.splits,
+            num_cached_quantities=self.work.cached_quantities,
+            num_scored_quantities=self.work.scored_quantities,
+            num_scored_pairs=self.work.scored_pairs,
+            num_sequences=self.work.sequences,
+            num_tokens=self.work.tokens,
+            num_computed_tokens=self.work.computed_tokens,
+            num_splits=self.work.splits,
             seconds=self.seconds,
             runner=self.facts[0].runner if self.facts else None,
             devices=tuple(facts.device for facts in self.facts),
@@ -340,9 +395,9 @@ class _Run:
         return Progress(
             self.model.role,
             self.done_tokens,
-            self.plan.expected_tokens,
+            max(self.plan.expected_tokens, self.done_tokens),
             self.done_sequences,
-            self.plan.expected_sequences,
+            max(self.plan.expected_sequences, self.done_sequences),
             self.seconds,
         )
 
@@ -350,5 +405,5 @@ class _Run:
         if not self.facts or not self.seconds:
             return None
         peak = sum(fact.peak_flops_per_second for fact in self.facts)
-        flops = self.facts[0].flops(self.computed_tokens, self.plan.num_targets)
+        flops = self.facts[0].flops(self.computed_tokens, self.work.targets)
         return flops / self.seconds / peak if peak and flops else None

@@ -54,10 +54,10 @@ class Plan:
         cached: pl.DataFrame,
         window_pairs: int = WINDOW_PAIRS,
     ) -> None:
-        self._pairs = pairs
+        self.pairs = pairs
         self._encoder = encoder
-        self._wanted = frozenset(wanted)
-        self._cached = cached
+        self.wanted = frozenset(wanted)
+        self.cached = cached
         self._places = cached["place"].to_numpy()
         self._window_pairs = window_pairs
         self._is_unfinished = ~self._without_work()
@@ -81,14 +81,14 @@ class Plan:
 
     def windows(self) -> Iterator[list[TokenSequence]]:
         """The sequences to score. Each window is tokenised while the previous one is scored."""
-        windows = self._pairs.windows(self._window_pairs)
-        for encoded in _one_ahead(self._encoder.encode(pairs, self._wanted) for pairs in windows):
+        windows = self.pairs.windows(self._window_pairs)
+        for encoded in _one_ahead(self._encoder.encode(pairs, self.wanted) for pairs in windows):
             yield self._plan(encoded)
 
     @property
     def num_pairs(self) -> int:
         """Number of pairs, scored or not."""
-        return len(self._pairs)
+        return len(self.pairs)
 
     @property
     def expected_tokens(self) -> int:
@@ -112,10 +112,10 @@ class Plan:
 
     def cached_scorers(self) -> set[str]:
         """The distinct scorers (JSON) of the cached scores of wanted quantities."""
-        return set(self._cached.filter(self._is_wanted())["scored_with"].unique())
+        return set(self.cached.filter(self._is_wanted())["scored_with"].unique())
 
     def _is_wanted(self) -> pl.Expr:
-        return pl.col("quantity").is_in([quantity.value for quantity in self._wanted])
+        return pl.col("quantity").is_in([quantity.value for quantity in self.wanted])
 
     def _without_work(self) -> np.ndarray:
         """Whether the wanted quantities of a pair are all cached, by place, as far as can be known before tokenising.
@@ -123,9 +123,9 @@ class Plan:
         An end scored with other end tokens than those of the default system text is to be scored again.
         """
         ends = " ".join(map(str, self._encoder.end_ids()))
-        wanted = self._wanted if ends else self._wanted - {Quantity.END}
-        known = self._cached.filter(self._is_wanted(), pl.col("end_ids").is_in(["", ends]))
-        num_known = np.zeros(len(self._pairs), np.uint8)
+        wanted = self.wanted if ends else self.wanted - {Quantity.END}
+        known = self.cached.filter(self._is_wanted(), pl.col("end_ids").is_in(["", ends]))
+        num_known = np.zeros(len(self.pairs), np.uint8)
         for quantity in wanted:
             num_known[known.filter(quantity=quantity.value)["place"].unique().to_numpy()] += 1
         return num_known == len(wanted)
@@ -133,7 +133,7 @@ class Plan:
     def _unfinished(self, first: int, stop: int) -> tuple[int, int]:
         """Number and characters of the pairs at these places that have wanted quantities outside the cache."""
         is_unfinished = self._is_unfinished[first:stop]
-        num_characters = self._pairs.num_characters[first:stop].sum(where=is_unfinished, dtype=np.int64)
+        num_characters = self.pairs.num_characters[first:stop].sum(where=is_unfinished, dtype=np.int64)
         return int(is_unfinished.sum()), int(num_characters)
 
     def _plan(self, encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
@@ -161,7 +161,7 @@ class Plan:
     def _known(self, first: int, stop: int) -> dict[_Score, float]:
         """The cached sums of the pairs at these places."""
         start, end = np.searchsorted(self._places, np.array([first, stop], self._places.dtype))
-        rows = self._cached[int(start) : int(end)].select("place", "quantity", "num_tokens", "end_ids", "sum_nll")
+        rows = self.cached[int(start) : int(end)].select("place", "quantity", "num_tokens", "end_ids", "sum_nll")
         return {(place, *score): sum_nll for place, *score, sum_nll in rows.iter_rows()}
 
     def _not_cached(self, place: int, pair: EncodedPair, known: Mapping[_Score, float]) -> Iterator[TokenSequence]:

@@ -19,8 +19,8 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm import model_files
-from qaq_pipeline.lm.prompts import PairEncoder
-from qaq_pipeline.lm.workers import Load, Workers, open_workers
+from qaq_pipeline.lm.workers import Processes, SequenceScorer, open_processes
+from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, ScoringSpec, local_model
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -55,10 +55,11 @@ class ScoredPairs:
     provenance: dict[str, Any]
 
 
-_Revision = tuple[str, str]
+_Revision = tuple[str, ...]
 """Role and revision of a model."""
-_Open = Callable[[int], AbstractContextManager[Workers]]
-"""Loads a model in at most the given number of scoring processes."""
+_Opened = SequenceScorer | Processes
+_Open = Callable[[int], AbstractContextManager[_Opened]]
+"""Loads a model in this process, or in at most the given number of scoring processes."""
 
 
 class _KeptWorkers:
@@ -66,11 +67,11 @@ class _KeptWorkers:
 
     def __init__(self) -> None:
         self._resources = ExitStack()
-        self._workers: Workers | None = None
+        self._workers: _Opened | None = None
         self._revision: _Revision | None = None
         self._limit = 0
 
-    def get(self, revision: _Revision, open_: _Open, limit: int) -> Workers:
+    def get(self, revision: _Revision, open_: _Open, limit: int) -> _Opened:
         """The workers that were kept, if they are of this model and not fewer than is worth while; else new ones."""
         if self._workers is None or self._revision != revision or self._limit < limit:
             self.close()
@@ -200,14 +201,17 @@ class ModelRuntime:
             self._kept = None
 
     @contextmanager
-    def _open_workers(self, revision: _Revision, open_: _Open, limit: int) -> Iterator[Workers]:
-        kept = self._kept
+    def _open_workers(
+        self, spec_of: Callable[..., ScoringSpec], sample_ids: Sequence[int], limit: int, storage: Storage
+    ) -> Iterator[_Opened]:
+        spec, kept = spec_of(storage=storage), self._kept
+        open_ = functools.partial(_open, spec, sample_ids)
         if kept is None:
             with open_(limit) as workers:
                 yield workers
             return
         try:
-            yield kept.get(revision, open_, limit)
+            yield kept.get((spec.role, spec.files.revision, storage.files.url()), open_, limit)
         except BaseException:
             kept.close()  # A queue may not have been run to its end.
             raise
@@ -221,47 +225,45 @@ class ModelRuntime:
 
     def _describe(self, role: str, files: model_files.ModelFiles) -> ScoringModel:
         from qaq_pipeline.lm import causal_lm, devices
-        from qaq_pipeline.lm.tokenizer import load_tokenizer, warnings
+        from qaq_pipeline.lm.tokenizer import warnings
 
-        model, max_tokens = self._models[role], self._scoring.max_tokens
-        num_embeddings = files.num_embeddings()  # First, since a tokenizer reads the config too.
-        tokenizer = load_tokenizer(model, files, self._model_cache)
-        encoder = PairEncoder(tokenizer, model, self._scoring, num_embeddings)
-        device = devices.resolve_device(model.device)
-        identity = ScoreIdentity(
-            model=files.name,
-            revision=files.revision,
-            tokenizer_hash=files.tokenizer_hash(),
-            template_hash=encoder.template_hash(),
-            prior=self._scoring.prior,
-            dtype=str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch."),
-            max_tokens=max_tokens,
-            too_long=self._scoring.too_long,
-        )
-        sample_ids = tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
-        loaders = functools.partial(causal_lm.loaders, model, files, max_tokens, sample_ids=sample_ids)
-        # On a GPU always in a process of its own: its end gives all memory back, and its errors stay there.
-        has_own = device.type == "cuda"
+        model = self._models[role]
+        local = local_model(model, files, self._model_cache, self._scoring)
         libraries = {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES}
+        scored_with = {"libraries": libraries, "device": devices.resolve_device(model.device).type}
+        spec_of = functools.partial(
+            ScoringSpec,
+            role=role,
+            model=model,
+            files=files,
+            model_cache=self._model_cache,
+            scoring=self._scoring,
+            runtime=self._runtime,
+            identity=local.identity,
+            scored_with=scored_with,
+        )
+        sample_ids = local.tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
         return ScoringModel(
             role=role,
-            encoder=encoder,
-            identity=identity,
-            open_workers=functools.partial(
-                self._open_workers,
-                (role, files.revision),
-                functools.partial(_open, loaders, in_process=not has_own, patience=self._runtime.patience_seconds),
-            ),
+            encoder=local.encoder,
+            identity=local.identity,
+            open_workers=functools.partial(self._open_workers, spec_of, sample_ids),
             num_weight_bytes=files.num_weight_bytes(),
-            scored_with={"libraries": libraries, "device": device.type},
-            warnings=warnings(model, files, tokenizer, encoder),
+            scored_with=scored_with,
+            warnings=warnings(model, files, local.tokenizer, local.encoder),
         )
 
 
 @contextmanager
-def _open(
-    loaders: Callable[..., AbstractContextManager[Sequence[Load]]], limit: int, *, in_process: bool, patience: float
-) -> Iterator[Workers]:
-    """Load a model in at most so many scoring processes; `loaders` is `causal_lm.loaders` of the model."""
-    with loaders(limit=limit) as loads, open_workers(loads, in_process=in_process, patience=patience) as workers:
-        yield workers
+def _open(spec: ScoringSpec, sample_ids: Sequence[int], limit: int) -> Iterator[_Opened]:
+    """The model of a scoring in this process, or in at most so many scoring processes."""
+    from qaq_pipeline.lm import causal_lm
+
+    with causal_lm.loaders(spec.model, spec.files, spec.scoring.max_tokens, limit, sample_ids) as loads:
+        # On a GPU always in a process of its own: its end gives all memory back, and its errors stay there.
+        if len(loads) == 1 and spec.scored_with["device"] != "cuda":
+            yield loads[0]()
+            return
+        scorers = [functools.partial(ChunkScorer, spec, load) for load in loads]
+        with open_processes(scorers, spec.runtime.patience_seconds) as processes:
+            yield processes

@@ -13,7 +13,7 @@ import polars as pl
 
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
-from qaq_pipeline.lm.workers import SequenceScorer, open_workers
+from qaq_pipeline.lm.workers import SequenceScorer, score_batches
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 
@@ -57,10 +57,9 @@ def _sums(scorer: SequenceScorer, sequences: Sequence[TokenSequence]) -> dict[st
     queue = BatchQueue(
         [sequences], facts.batch_tokens, is_padded=facts.is_padded, shares_prefixes=facts.shares_prefixes
     )
-    with open_workers([lambda: scorer]) as workers:
-        for batch, outcome in workers.run(queue):
-            if not isinstance(outcome, NullReason):
-                found |= {one.pair_id: -float(logprobs.sum()) for one, (logprobs,) in zip(batch, outcome, strict=True)}
-            elif not queue.split(batch):
-                raise MemoryError(f"pair {batch[0].pair_id} does not fit into memory; set a smaller scoring.max_tokens")
+    for batch, outcome in score_batches(scorer, queue):
+        if not isinstance(outcome, NullReason):
+            found |= {one.pair_id: -float(logprobs.sum()) for one, (logprobs,) in zip(batch, outcome, strict=True)}
+        elif not queue.split(batch):
+            raise MemoryError(f"pair {batch[0].pair_id} does not fit into memory; set a smaller scoring.max_tokens")
     return found

@@ -6,8 +6,10 @@ Tolerance: 1e-3 nats per token in fp32 without TF32 (another order of the same s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from qaq_pipeline.lm import causal_lm
 from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.prompts import Target, TokenSequence
-from qaq_pipeline.lm.workers import open_workers
+from qaq_pipeline.lm.workers import Load, open_processes, score_batches
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline_tests.support.naive import text
 
@@ -74,7 +76,34 @@ def test_a_batch_that_does_not_fit_leaves_room_for_the_next(tiny_model_dir: Call
 
 def test_every_gpu_scores_in_a_process_that_holds_it(tiny_model_dir: Callable[..., Path]) -> None:
     files = ModelFiles("tiny", tiny_model_dir(), "files:0")
-    with causal_lm.loaders(settings("cuda"), files, 256, 8) as loads, open_workers(loads) as workers:
-        assert len(workers.facts) == torch.cuda.device_count()
-        done = [batch for batch, _ in workers.run(BatchQueue([sequences()], 1000, is_padded=True))]
-    assert sum(map(len, done)) == 40
+    with causal_lm.loaders(settings("cuda"), files, 256, 8) as loads:
+        scorers = [functools.partial(SequenceChunkScorer, load) for load in loads]
+        with open_processes(scorers) as processes:
+            assert len({facts.device for facts in processes.facts}) == torch.cuda.device_count()
+            done = dict(processes.run(OneChunk(sequences())))
+    assert sum(done.values()) == 40
+
+
+class SequenceChunkScorer:
+    """Scores chunks of token sequences."""
+
+    def __init__(self, load: Load) -> None:
+        self._model = load()
+        self.facts = self._model.facts
+
+    def score(self, chunk: Sequence[TokenSequence], _note: Callable[[Any], None]) -> int:
+        """Score a chunk, and count its sequences."""
+        return sum(len(batch) for batch, _ in score_batches(self._model, BatchQueue([chunk], 1000, is_padded=True)))
+
+
+class OneChunk:
+    """A queue of one chunk."""
+
+    def __init__(self, chunk: Sequence[TokenSequence]) -> None:
+        self._chunks = [tuple(chunk)]
+
+    def take(self) -> Sequence[TokenSequence]:
+        return self._chunks.pop() if self._chunks else ()
+
+    def after_loss(self, chunk: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        return chunk

@@ -30,11 +30,12 @@ from qaq_pipeline.lm.workers import (
     Batch,
     BrokenDeviceError,
     Outcome,
+    Processes,
     ScorerFacts,
     Scores,
     WorkerDiedError,
-    Workers,
-    open_workers,
+    open_processes,
+    score_batches,
 )
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
 
@@ -90,7 +91,8 @@ class FakeScorer:
             runner=str(os.getpid()), is_padded=False, shares_prefixes=True, batch_tokens=BATCH_TOKENS
         )
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Scores:
+    def score(self, sequences: Sequence[TokenSequence], note: Callable[[Any], None] = lambda _: None) -> Scores:
+        note(len(sequences))
         for deed in (sequence.token_ids[0] for sequence in sequences):
             self._do(deed)
         if sum(len(sequence.token_ids) for sequence in sequences) > MEMORY_TOKENS and sequences[0].token_ids[0] >= 0:
@@ -136,8 +138,29 @@ def sequence(number: int, length: int = 8, deed: int | None = None) -> TokenSequ
     return TokenSequence(f"{number:032x}", token_ids, targets)
 
 
-def queue_of(*sequences: TokenSequence, budget: int = BATCH_TOKENS) -> BatchQueue:
-    return BatchQueue([sequences], budget, is_padded=False)
+class Queue(BatchQueue):
+    """Batches as chunks."""
+
+    def after_loss(self, chunk: Sequence[TokenSequence]) -> Sequence[TokenSequence]:
+        return chunk
+
+
+class InThisProcess:
+    """A model in this process, as processes are used."""
+
+    def __init__(self) -> None:
+        self._scorer = FakeScorer()
+        self.facts = [self._scorer.facts]
+
+    def run(self, queue: Queue) -> Iterator[tuple[Batch, Outcome]]:
+        return score_batches(self._scorer, queue)
+
+
+Workers = InThisProcess | Processes
+
+
+def queue_of(*sequences: TokenSequence, budget: int = BATCH_TOKENS) -> Queue:
+    return Queue([sequences], budget, is_padded=False)
 
 
 def number_of(one: TokenSequence) -> int:
@@ -164,7 +187,7 @@ def pids_of(workers: Workers) -> list[int]:
     return [int(fact.runner) for fact in workers.facts]
 
 
-def assert_scored(batch: Batch, scores: Outcome) -> None:
+def assert_scored(batch: Sequence[TokenSequence], scores: Outcome) -> None:
     assert not isinstance(scores, NullReason)
     expected = scores_of(batch)
     assert len(scores) == len(batch)
@@ -189,14 +212,17 @@ def processes_left() -> Iterator[Callable[[], set[Any]]]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["in_this_process", "in_two_processes"])
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     """Workers shared by several tests."""
-    with open_workers([FakeScorer] * request.param) as opened:
+    if request.param == 1:
+        yield InThisProcess()
+        return
+    with open_processes([FakeScorer] * request.param) as opened:
         yield opened
 
 
 # --- batches and scores ----------------------------------------------------------------------------------------------
 
 
-def test_one_load_is_run_in_this_process_and_two_in_processes_of_their_own(workers: Workers) -> None:
+def test_each_model_has_a_process_of_its_own(workers: Workers) -> None:
     pids = pids_of(workers)
     assert [fact.batch_tokens for fact in workers.facts] == [BATCH_TOKENS] * len(pids)
     assert len(set(pids)) == len(pids)
@@ -206,8 +232,8 @@ def test_one_load_is_run_in_this_process_and_two_in_processes_of_their_own(worke
 
 def test_every_batch_comes_once_with_its_own_scores(workers: Workers) -> None:
     windows = [[sequence(number, 2 + number % 9) for number in range(60)], [], [sequence(n) for n in range(60, 70)]]
-    queue = BatchQueue(windows, BATCH_TOKENS, is_padded=False)
-    expected = BatchQueue(windows, BATCH_TOKENS, is_padded=False)
+    queue = Queue(windows, BATCH_TOKENS, is_padded=False)
+    expected = Queue(windows, BATCH_TOKENS, is_padded=False)
     batches = []
     for batch, scores in workers.run(queue):
         assert_scored(batch, scores)
@@ -217,8 +243,8 @@ def test_every_batch_comes_once_with_its_own_scores(workers: Workers) -> None:
 
 
 def test_an_empty_queue_gives_nothing(workers: Workers) -> None:
-    assert list(workers.run(BatchQueue([], BATCH_TOKENS, is_padded=False))) == []
-    assert list(workers.run(BatchQueue([[], []], BATCH_TOKENS, is_padded=False))) == []
+    assert list(workers.run(Queue([], BATCH_TOKENS, is_padded=False))) == []
+    assert list(workers.run(Queue([[], []], BATCH_TOKENS, is_padded=False))) == []
 
 
 def test_every_worker_gets_batches(workers: Workers) -> None:
@@ -228,11 +254,11 @@ def test_every_worker_gets_batches(workers: Workers) -> None:
     assert who == set(pids_of(workers))
 
 
-def test_a_batch_that_does_not_fit_says_so_and_comes_again_when_it_was_split(workers: Workers) -> None:
+def test_a_batch_that_does_not_fit_says_so_and_comes_again_when_it_was_split() -> None:
     """Twenty sequences of 16 tokens in batches of up to 12; 100 tokens fit. The last one alone is too long."""
     queue = queue_of(*(sequence(number, 16) for number in range(20)), sequence(20, 101), budget=200)
     scored, failed, num_splits = [], [], 0
-    for batch, scores in workers.run(queue):
+    for batch, scores in score_batches(FakeScorer(), queue):
         if sum(len(one.token_ids) for one in batch) <= MEMORY_TOKENS:
             assert_scored(batch, scores)
             scored += map(number_of, batch)
@@ -262,7 +288,7 @@ def test_a_ctrl_c_is_the_parent_s_to_answer(workers: Workers) -> None:
 
 
 def test_a_run_that_nobody_finished_leaves_no_scores_to_the_next() -> None:
-    with open_workers([FakeScorer, FakeScorer]) as workers:
+    with open_processes([FakeScorer, FakeScorer]) as workers:
         next(workers.run(queue_of(*map(sequence, range(4)), budget=8)))
         with pytest.raises(RuntimeError, match="the previous queue was not run to its end"):
             next(workers.run(queue_of(*map(sequence, range(10, 16)), budget=8)))
@@ -271,11 +297,9 @@ def test_a_run_that_nobody_finished_leaves_no_scores_to_the_next() -> None:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["load", "score"])
-def test_an_exception_in_this_process_is_raised_as_it_is(where: str) -> None:
-    load = functools.partial(load_or_fail, -11) if where == "load" else FakeScorer
-    with pytest.raises(HoldingError, match=r"^the kernel refused$"), open_workers([load]) as workers:
-        list(workers.run(queue_of(sequence(0, 8, -11))))
+def test_an_exception_in_this_process_is_raised_as_it_is() -> None:
+    with pytest.raises(HoldingError, match=r"^the kernel refused$"):
+        list(score_batches(FakeScorer(), queue_of(sequence(0, 8, -11))))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +320,7 @@ def test_an_exception_in_a_worker_reaches_the_parent_with_its_type_and_message(
     where: str, deed: int, kind: type[Exception], message: str, processes_left: Callable[[], set[Any]]
 ) -> None:
     loads = [FakeScorer, functools.partial(load_or_fail, deed) if where == "load" else FakeScorer]
-    with pytest.raises(kind, match=message) as caught, open_workers(loads) as workers:
+    with pytest.raises(kind, match=message) as caught, open_processes(loads) as workers:
         list(workers.run(queue_of(sequence(0, 8, deed), sequence(1), budget=8)))
     assert kind is Exception or caught.type is kind
     assert processes_left() == set()
@@ -321,13 +345,14 @@ class OnceScorer(FakeScorer):
 class BadScorer(FakeScorer):
     """Ends over whatever it gets, after a while in which another can take something."""
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Scores:
+    def score(self, sequences: Sequence[TokenSequence], note: Callable[[Any], None] = lambda _: None) -> Scores:
+        note(len(sequences))
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError(f"{len(sequences)} sequences outlived it")
 
 
-def outcomes(workers: Workers, queue: BatchQueue) -> dict[int, Outcome]:
+def outcomes(workers: Processes, queue: Queue) -> dict[int, Outcome]:
     """The outcome of each sequence, each of which comes once; scores are as expected."""
     found: dict[int, Outcome] = {}
     for batch, outcome in workers.run(queue):
@@ -343,7 +368,7 @@ def outcomes(workers: Workers, queue: BatchQueue) -> dict[int, Outcome]:
     [
         pytest.param(DIE, "a scoring process ended (killed, as the kernel does when memory runs out)", id="killed"),
         pytest.param(EXIT, "a scoring process ended (exit code 3)", id="ended"),
-        pytest.param(SLEEP, "a scoring process did not answer for 5 s (runtime.patience_seconds)", id="hung"),
+        pytest.param(SLEEP, "a scoring process was silent for 5 s (runtime.patience_seconds)", id="hung"),
         pytest.param(-16, "CUDA error: an illegal memory access was encountered", id="broken device"),
     ],
 )
@@ -352,27 +377,45 @@ def test_a_worker_that_is_lost_is_replaced_and_its_batch_is_scored(
     deed: int, cause: str, number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loads = [functools.partial(OnceScorer, tmp_path / "once")] * number
-    with open_workers(loads, in_process=False, patience=5 if deed == SLEEP else PATIENCE) as workers:
+    with open_processes(loads, patience=5 if deed == SLEEP else PATIENCE) as workers:
         assert os.getpid() not in pids_of(workers)
         found = outcomes(workers, queue_of(*(sequence(n, 8, deed if n == 13 else None) for n in range(20))))
         assert workers.num_lost == 1
         again = outcomes(workers, queue_of(*map(sequence, range(20, 40))))
     assert sorted([*found, *again]) == list(range(40))
-    assert caplog.messages == [f"{cause}; another one is started on cpu, and its batch is scored again"]
+    assert caplog.messages == [f"{cause}; another one is started on cpu, and its chunk is scored again"]
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_sequence_that_ends_every_worker_is_given_up_alone(number: int, caplog: pytest.LogCaptureFixture) -> None:
-    with open_workers([FakeScorer] * number, in_process=False) as workers:
+    with open_processes([FakeScorer] * number) as workers:
         found = outcomes(workers, queue_of(*(sequence(n, 8, DIE if n == 13 else None) for n in range(20))))
         assert workers.num_lost <= MAX_TRIES + 3  # Five sequences of a batch are halved three times.
     assert [n for n, outcome in found.items() if outcome is NullReason.WORKER_LOST] == [13]
     assert sorted(found) == list(range(20))
-    assert caplog.messages[-1] == f"pair {13:032x}: given up, since 3 or more processes ended over it"
+    assert caplog.messages[-1] == "one pair is given up: 3 or more processes ended over it"
+
+
+def test_notes_of_a_process_reach_the_parent_and_show_that_it_is_alive() -> None:
+    noted: list[tuple[int, Any]] = []
+    with open_processes([SlowScorer], patience=4) as workers:
+        list(workers.run(queue_of(*map(sequence, range(5))), lambda number, note: noted.append((number, note))))
+        assert workers.num_lost == 0
+    assert noted == [*((0, number) for number in range(6)), (0, None)]
+
+
+class SlowScorer(FakeScorer):
+    """Takes longer than the patience of its parent, and notes that it is alive."""
+
+    def score(self, sequences: Sequence[TokenSequence], note: Callable[[Any], None] = lambda _: None) -> Scores:
+        for number in range(6):
+            note(number)
+            time.sleep(1)
+        return scores_of(sequences)
 
 
 def test_a_device_that_keeps_failing_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    with open_workers([BadScorer, FakeScorer]) as workers:
+    with open_processes([BadScorer, FakeScorer]) as workers:
         sequences = [sequence(n, 8, NAP if n < 6 else None) for n in range(30)]
         found = outcomes(workers, queue_of(*sequences, budget=8))
         assert workers.num_lost == MAX_TRIES
@@ -384,13 +427,13 @@ def test_a_device_that_keeps_failing_is_left_out_and_named(caplog: pytest.LogCap
 def test_where_every_device_keeps_failing_the_scoring_ends_and_says_why() -> None:
     with (
         pytest.raises(WorkerDiedError, match=r"^a scoring process ended \(killed.*run again, with a smaller"),
-        open_workers([BadScorer, BadScorer]) as workers,
+        open_processes([BadScorer, BadScorer]) as workers,
     ):
         list(workers.run(queue_of(*map(sequence, range(20)), budget=8)))
 
 
 def test_a_worker_that_ends_while_it_loads_its_model_at_the_start_ends_the_scoring() -> None:
-    with pytest.raises(WorkerDiedError, match=r"ended \(exit code 3\).*run again"), open_workers([FakeScorer, leave]):
+    with pytest.raises(WorkerDiedError, match=r"ended \(exit code 3\).*run again"), open_processes([FakeScorer, leave]):
         pass
 
 
@@ -400,7 +443,7 @@ def leave() -> FakeScorer:
 
 
 def test_a_worker_killed_while_it_was_idle_is_replaced() -> None:
-    with open_workers([FakeScorer, FakeScorer]) as workers:
+    with open_processes([FakeScorer, FakeScorer]) as workers:
         pids = pids_of(workers)
         os.kill(pids[0], signal.SIGKILL)
         wait_until_dead(pids[:1])
@@ -417,7 +460,7 @@ def test_leaving_ends_all_workers_for_whatever_reason_and_even_one_amid_a_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workers_module, "_END_SECONDS", 0.3)
-    with pytest.raises(KeyboardInterrupt), open_workers([FakeScorer, FakeScorer]) as workers:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), open_processes([FakeScorer, FakeScorer]) as workers:  # noqa: PT012
         pids = pids_of(workers)
         results = workers.run(queue_of(sequence(0, 9, SLEEP), sequence(1), budget=9))
         assert number_of(next(results)[0][0]) == 1
@@ -431,17 +474,17 @@ def test_leaving_ends_all_workers_for_whatever_reason_and_even_one_amid_a_batch(
 def test_a_worker_that_cannot_be_started_ends_those_that_were(processes_left: Callable[[], set[Any]]) -> None:
     with (
         pytest.raises((AttributeError, pickle.PicklingError)),
-        open_workers([FakeScorer, lambda: load_or_fail(-10)]),  # A lambda cannot be pickled.
+        open_processes([FakeScorer, lambda: load_or_fail(-10)]),  # A lambda cannot be pickled.
     ):
         pass
     assert processes_left() == set()
 
 
 PARENT = """
-from qaq_pipeline.lm.workers import open_workers
+from qaq_pipeline.lm.workers import open_processes
 from qaq_pipeline_tests.lm.test_workers import NAP, FakeScorer, pids_of, queue_of, sequence
 
-with open_workers([FakeScorer, FakeScorer]) as workers:
+with open_processes([FakeScorer, FakeScorer]) as workers:
     print(*pids_of(workers), flush=True)
     for _ in workers.run(queue_of(sequence(0, 8, NAP))):
         print("not killed", flush=True)

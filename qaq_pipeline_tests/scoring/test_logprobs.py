@@ -6,6 +6,7 @@ token between two runs of the fast path, which differ only in the shape of their
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.prompts import Pair, PairEncoder, TokenSequence
 from qaq_pipeline.lm.tokenizer import load_tokenizer
-from qaq_pipeline.lm.workers import ScorerFacts, SequenceScorer, open_workers
+from qaq_pipeline.lm.workers import ScorerFacts, SequenceScorer
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Logprobs
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
@@ -82,7 +83,7 @@ class Scorings:
             self.num_loads += 1
             return Recorder(self.wrap(causal_lm.load_model(section, files)), self.scored)
 
-        return ScoringModel(role, encoder, identity, lambda _: open_workers([load]))
+        return ScoringModel(role, encoder, identity, lambda *_: contextlib.nullcontext(load()))
 
     def __call__(
         self,

@@ -5,27 +5,35 @@ Tolerance: 1e-5 nats per token between one process and two, whose batches differ
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from transformers import AutoTokenizer
 
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.lm import causal_lm
+from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.lm.workers import MAX_TRIES
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.scoring import runtime as runtime_module
+from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, OtherIdentityError, ScoringSpec, local_model
+from qaq_pipeline.scoring.chunks import ChunkPair, Work
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.scoring.test_logprobs import assert_same_scores
+from qaq_pipeline_tests.support.sentences import Check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,27 +61,87 @@ def test_two_processes_give_the_scores_of_one(
     assert_same_scores(scored.frame, reference.frame)
 
 
-def test_a_process_that_is_killed_amid_a_scoring_loses_nothing(
+def test_processes_that_are_killed_amid_a_scoring_lose_nothing(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
 ) -> None:
     one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
     reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
     killed: list[int] = []
 
-    def kill_one(_: Progress) -> None:
+    def kill(_: Progress) -> None:
         if not killed:
-            killed.append(multiprocessing.active_children()[0].pid or 0)
-            os.kill(killed[0], signal.SIGKILL)
+            killed.extend(process.pid or 0 for process in multiprocessing.active_children())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
 
-    runtime = ModelRuntime(two.models, two.scoring, two.runtime, two.model_cache_dir, kill_one)
+    runtime = ModelRuntime(two.models, two.scoring, two.runtime, two.model_cache_dir, kill)
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
     scored = runtime.score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None)
-    assert killed
-    assert scored.report.num_lost_workers == 1
+    assert len(killed) == 2
+    assert 1 <= scored.report.num_lost_workers <= 2
     assert_same_scores(scored.frame, reference.frame)
     assert (
         runtime.score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None).report.num_scored_quantities == 0
     )
+
+
+DEADLY = "f" * 32
+
+
+class DeadlyScorer(ChunkScorer):
+    """Ends its process over a chunk with one pair."""
+
+    def score(self, chunk: Sequence[ChunkPair], note: Callable[[Progress], None]) -> tuple[pl.DataFrame, Work]:
+        if any(one.pair.pair_id == DEADLY for one in chunk):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(chunk, note)
+
+
+def test_a_pair_that_ends_every_process_is_null_alone_and_tried_again_by_the_next_run(
+    settings_for: SettingsFor,
+    storage: Storage,
+    tmp_path: Path,
+    twenty_samples: list[Pair],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
+    pairs = Pairs.of([*twenty_samples[:6], Pair(DEADLY, None, "Why?", "Because.")])
+    reference = runtime_of(one).score("strong", pairs, storage, lambda _: None)
+    elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_module, "ChunkScorer", DeadlyScorer)
+        scored = runtime_of(two).score("strong", pairs, elsewhere, lambda _: None)
+    assert scored.report.num_lost_workers >= MAX_TRIES
+    is_deadly = pl.col("pair_id") == DEADLY
+    assert_same_scores(scored.frame.filter(~is_deadly), reference.frame.filter(~is_deadly))
+    reasons = scored.frame.filter(is_deadly).select(f"null_reason_{quantity}" for quantity in Quantity).row(0)
+    assert set(reasons) == {NullReason.WORKER_LOST.value}
+    again = runtime_of(one).score("strong", pairs, elsewhere, lambda _: None)
+    assert again.report.num_scored_pairs == 1
+    assert_same_scores(again.frame, reference.frame)
+
+
+def test_a_process_of_another_identity_is_refused(
+    settings_for: SettingsFor, storage: Storage, check_sentence: Check
+) -> None:
+    settings = settings_for()
+    model, cache = settings.models["strong"], settings.model_cache_dir
+    files = model_files.locate(model, cache)
+    found = local_model(model, files, cache, settings.scoring).identity
+    spec = ScoringSpec(
+        role="strong",
+        model=model,
+        files=files,
+        model_cache=cache,
+        scoring=settings.scoring,
+        runtime=settings.runtime,
+        storage=storage,
+        identity=replace(found, dtype="float16"),
+        scored_with={},
+    )
+    with pytest.raises(OtherIdentityError) as error:
+        ChunkScorer(spec, functools.partial(pytest.fail, "a model was loaded"))
+    check_sentence(error.value)
 
 
 @pytest.fixture
