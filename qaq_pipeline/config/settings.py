@@ -332,8 +332,8 @@ class RuntimeSettings(Closed):
     """Maximum number of scoring processes. Default: one per GPU, or one per CPU core with one thread each, if there is
     enough work."""
     patience_seconds: float = Field(1800.0, gt=0)
-    """Maximum time that a scoring process may take to load its model, or to score one batch, in seconds. After it the
-    process is ended and replaced."""
+    """Maximum time that a scoring process may be silent, while it loads its model or scores a batch, in seconds. After
+    it the process is ended and replaced."""
     shard_seconds: float = Field(20.0, ge=0)
     """Time between two writes of finished scores, in seconds."""
     lock_timeout_seconds: float = Field(10.0, ge=0)

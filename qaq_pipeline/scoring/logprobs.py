@@ -308,31 +308,34 @@ class Run:
         """Score every pair again that is not cached: the windows of this process were only for the estimate."""
         self._start(processes.facts)
         queue = Chunks(self.plan, self.model.identity, self.storage, processes.facts)
+        tables: list[pl.DataFrame] = []
         at_work: dict[int, Progress] = {}
-        tables, finished, shown = [], Work(), started
+        shown = started
+
+        def tell() -> None:
+            nonlocal shown
+            self.done_tokens = self.work.tokens + sum(one.done_tokens for one in at_work.values())
+            self.done_sequences = self.work.sequences + sum(one.done_sequences for one in at_work.values())
+            self.seconds = time.monotonic() - started
+            self.on_progress(self._progress())
+            if time.monotonic() - shown >= self.runtime.shard_seconds:
+                shown = time.monotonic()
+                self.on_shard(self._progress())
 
         def note(number: int, progress: Progress | None) -> None:
             at_work.pop(number, None)
             if progress is not None:
                 at_work[number] = progress
-            self.done_tokens = finished.tokens + sum(one.done_tokens for one in at_work.values())
-            self.done_sequences = finished.sequences + sum(one.done_sequences for one in at_work.values())
-            self.seconds = time.monotonic() - started
-            self.on_progress(self._progress())
+                tell()
 
         lost_before = processes.num_lost
         for chunk, result in processes.run(queue, note):
             table, work = self._given_up(chunk) if isinstance(result, NullReason) else result
             tables.append(table)
-            finished += work
-            self.done_tokens, self.done_sequences = finished.tokens, finished.sequences
-            if time.monotonic() - shown >= self.runtime.shard_seconds:
-                shown = time.monotonic()
-                self.on_shard(self._progress())
-        self.work, self.lost_workers = finished, processes.num_lost - lost_before
-        self.computed_tokens, self.splits = finished.computed_tokens, finished.splits
-        self.seconds = time.monotonic() - started
-        self.on_progress(self._progress())
+            self.work += work
+            tell()
+        self.lost_workers = processes.num_lost - lost_before
+        self.computed_tokens = self.work.computed_tokens
         self.on_shard(self._progress())
         return pl.concat(tables).sort("pair_id")
 
