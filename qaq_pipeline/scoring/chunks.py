@@ -25,10 +25,8 @@ from qaq_pipeline.storage.storage import Storage
 
 CHUNKS_LEFT = 4
 """A process gets so small a part of the characters that are left that it will get so many chunks like it."""
-BATCHES = 4
-"""Forward passes that a chunk is worth at least."""
 CHARACTERS_PER_TOKEN = 3
-"""Rough number, for the smallest chunks."""
+"""Rough number, for the smallest chunks: about one forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Chunks:
     def __init__(self, plan: Plan, identity: ScoreIdentity, storage: Storage, facts: Sequence[ScorerFacts]) -> None:
         self._plan, self._identity, self._storage = plan, identity, storage
         self._num_processes = len(facts)
-        self._fewest = BATCHES * CHARACTERS_PER_TOKEN * max(fact.batch_tokens for fact in facts)
+        self._fewest = CHARACTERS_PER_TOKEN * max(fact.batch_tokens for fact in facts)
         self._left = int(plan.pairs.num_characters.sum(dtype=np.int64))
         self._pairs = self._with_known()
         self._next: ChunkPair | None = next(self._pairs, None)

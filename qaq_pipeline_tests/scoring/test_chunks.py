@@ -11,7 +11,7 @@ import pytest
 from qaq_pipeline.lm.workers import ScorerFacts
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Quantity
-from qaq_pipeline.scoring.chunks import BATCHES, CHARACTERS_PER_TOKEN, Chunks, Work, plan_of
+from qaq_pipeline.scoring.chunks import CHARACTERS_PER_TOKEN, Chunks, Work, plan_of
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import WINDOW_PAIRS, Plan
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -19,7 +19,7 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.scoring.test_planner import ALL, WatchedEncoder, pair, varied_pairs
 
 IDENTITY = ScoreIdentity("m", "r", "t", "h", "null_answer", "float32", 4096, "truncate_answer")
-FEWEST = 20 * BATCHES * CHARACTERS_PER_TOKEN
+FEWEST = 20 * CHARACTERS_PER_TOKEN
 """Characters of the smallest chunk, with batches of 20 tokens."""
 
 
