@@ -1,8 +1,8 @@
 """Workers: a model in this process, which scores batches, or processes that each have one and score chunks. No torch.
 
 Belongs here: the start, the loss and the end of scoring processes, and the exchange of work and results with them.
-Does not belong here: the choice of batches (`batching`), what a process does with a chunk (`scoring.chunks`), the model
-(`causal_lm`), leases of GPUs (`devices`), and the use of the scores.
+Does not belong here: the choice of batches (`batching`), what a process does with a chunk (`scoring.chunk_scorer`), the
+model (`causal_lm`), leases of GPUs (`devices`), and the use of the scores.
 
     parent    chunks  ──► pipe ──► worker   has its own model, and one thread on a CPU
               results ◄── pipe ◄──          ends with its parent: the pipe closes, however the parent died
@@ -271,7 +271,7 @@ class Processes:
         self.num_lost += 1
         on_note(self._numbers[seat], None)
         work, seat.work = seat.work, None
-        if work is None or not work.lost_in:  # Else it may be the sequence that ends every process.
+        if work is None or not work.lost_in:  # Else it may be the pair that ends every process.
             seat.num_lost += 1
         if seat.num_lost < MAX_TRIES:
             logger.warning("%s; another one is started on %s, and its chunk is scored again", error, seat.device)

@@ -18,7 +18,7 @@ from qaq_pipeline.lm.prompts import Pair, PairEncoder
 from qaq_pipeline.lm.workers import ScorerFacts
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
-from qaq_pipeline.scoring.planner import WINDOW_PAIRS, Plan
+from qaq_pipeline.scoring.planner import WINDOW_PAIRS, Plan, scores_at
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.score_cache import FOUND
 from qaq_pipeline.storage.storage import Storage
@@ -136,8 +136,7 @@ def plan_of(chunk: Sequence[ChunkPair], encoder: PairEncoder, wanted: Collection
 
 def _by_place(cached: pl.DataFrame, start: int, stop: int) -> list[tuple[tuple[str, float, int, str], ...]]:
     """The cached scores of each of these places, from `ScoreCache.read`."""
-    first, last = np.searchsorted(cached["place"].to_numpy(), np.array([start, stop], np.uint32))
-    rows = cached[int(first) : int(last)].select("place", "quantity", "sum_nll", "num_tokens", "end_ids")
+    rows = scores_at(cached, start, stop).select("place", "quantity", "sum_nll", "num_tokens", "end_ids")
     found: list[list[tuple[str, float, int, str]]] = [[] for _ in range(stop - start)]
     for place, *scores in rows.iter_rows():
         found[place - start].append((scores[0], scores[1], scores[2], scores[3]))

@@ -186,10 +186,10 @@ def score_pairs(
         runtime: batch and shard size, processes.
         on_start: called once the model is loaded, before the first batch.
         on_progress: called after every batch.
-        on_shard: called after every stored shard.
+        on_shard: called after every stored shard; where processes score, every `runtime.shard_seconds`.
 
     Raises:
-        workers.WorkerDiedError: a scoring process was killed.
+        workers.WorkerDiedError: scoring processes were lost wherever they were started.
         MemoryError: `MAX_MISFITS` sequences in a row did not fit into memory.
         Exception: raised by the model while it was loaded or run.
     """
@@ -335,7 +335,6 @@ class Run:
             self.work += work
             tell()
         self.lost_workers = processes.num_lost - lost_before
-        self.computed_tokens = self.work.computed_tokens
         self.on_shard(self._progress())
         return pl.concat(tables).sort("pair_id")
 
@@ -408,5 +407,5 @@ class Run:
         if not self.facts or not self.seconds:
             return None
         peak = sum(fact.peak_flops_per_second for fact in self.facts)
-        flops = self.facts[0].flops(self.computed_tokens, self.work.targets)
+        flops = self.facts[0].flops(self.work.computed_tokens, self.work.targets)
         return flops / self.seconds / peak if peak and flops else None

@@ -58,7 +58,6 @@ class Plan:
         self._encoder = encoder
         self.wanted = frozenset(wanted)
         self.cached = cached
-        self._places = cached["place"].to_numpy()
         self._window_pairs = window_pairs
         self._is_unfinished = ~self._without_work()
         self._pairs_left, self._characters_left = self._unfinished(0, len(pairs))
@@ -160,8 +159,7 @@ class Plan:
 
     def _known(self, first: int, stop: int) -> dict[_Score, float]:
         """The cached sums of the pairs at these places."""
-        start, end = np.searchsorted(self._places, np.array([first, stop], self._places.dtype))
-        rows = self.cached[int(start) : int(end)].select("place", "quantity", "num_tokens", "end_ids", "sum_nll")
+        rows = scores_at(self.cached, first, stop).select("place", "quantity", "num_tokens", "end_ids", "sum_nll")
         return {(place, *score): sum_nll for place, *score, sum_nll in rows.iter_rows()}
 
     def _not_cached(self, place: int, pair: EncodedPair, known: Mapping[_Score, float]) -> Iterator[TokenSequence]:
@@ -181,6 +179,13 @@ class Plan:
             if left:
                 token_ids = sequence.token_ids[: max(target.stop for target in left)]
                 yield replace(sequence, targets=tuple(left), token_ids=token_ids)
+
+
+def scores_at(cached: pl.DataFrame, first: int, stop: int) -> pl.DataFrame:
+    """The rows of `ScoreCache.read` of the pairs at these places."""
+    places = cached["place"].to_numpy()
+    start, end = np.searchsorted(places, np.array([first, stop], places.dtype))
+    return cached[int(start) : int(end)]
 
 
 def _extrapolate(count: int, done: int, left: int) -> int:

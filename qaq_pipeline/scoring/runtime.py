@@ -56,7 +56,7 @@ class ScoredPairs:
 
 
 _Revision = tuple[str, ...]
-"""Role and revision of a model."""
+"""Role and revision of a model; of workers that are kept, also the storage that they write to."""
 _Opened = SequenceScorer | Processes
 _Open = Callable[[int], AbstractContextManager[_Opened]]
 """Loads a model in this process, or in at most the given number of scoring processes."""

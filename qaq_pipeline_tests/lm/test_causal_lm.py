@@ -219,6 +219,18 @@ def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception, 
     np.testing.assert_array_equal(scorer.score(batch)[0][0], expected[0][0])
 
 
+def scorer_that_raises(error: Exception) -> CausalLM:
+    """A model that fails in every forward pass."""
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.base_model.register_forward_pre_hook(fail)
+    return scorer
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -227,26 +239,14 @@ def test_memory_that_runs_out_on_the_way_is_a_batch_too_large(error: Exception, 
     ],
 )
 def test_a_device_that_fails_is_named_as_broken(error: Exception) -> None:
-    model = tiny("llama")
-    scorer = CausalLM(model, "tiny")
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    model.base_model.register_forward_pre_hook(fail)
+    scorer = scorer_that_raises(error)
     with pytest.raises(BrokenDeviceError, match=f"^cpu: {error}$"):
         scorer.score(mixed_sequences())
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("can't allocate memory")])
 def test_any_other_error_passes_through(error: Exception) -> None:
-    model = tiny("llama")
-    scorer = CausalLM(model, "tiny")
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    model.base_model.register_forward_pre_hook(fail)
+    scorer = scorer_that_raises(error)
     with pytest.raises(type(error)) as caught:
         scorer.score(mixed_sequences())
     assert caught.value is error
