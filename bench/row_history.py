@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
 from qaq_pipeline.config import load
 from qaq_pipeline.lineage import row_history
@@ -33,7 +32,7 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.stored_table import StoredTable
 
 BATCH_ROWS, LARGE_ROWS = 310_000, 1_010_000
-VERSION, SHA256 = "0" * 32, "1" * 64
+VERSION = "0" * 32
 _EXPLAIN = """
 import atexit, sys
 atexit.register(lambda: sys.stderr.writelines(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -81,23 +80,17 @@ def _timed(call: Callable[[], row_history.Answer]) -> str:
 def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     """Store decisions and the version; return some rows to look up: batch, row, pair_id."""
     asked, keys, entries = [], [], []
-    scores = Path(storage.files.path(*versions.place(VERSION, versions.SCORES)))
-    scores.parent.mkdir(parents=True)
-    writer = None
     for batch, decisions in _batches(num_rows):
         table = StoredTable(decisions, _provenance(batch), stored_version=hash_json(batch))
         storage.tables.write(table, "decisions", Partition(batch))
-        flat = flat_scores(decisions).to_arrow()
-        writer = writer or pq.ParquetWriter(scores, flat.schema, compression="zstd")
-        writer.write_table(flat, row_group_size=parquet_file.ROWS_PER_GROUP)
+        scores = parquet_file.encode(flat_scores(decisions), {})
+        storage.files.write_bytes(scores, *versions.place(VERSION, versions.scores_name(batch)))
         keys.append(decisions.select("pair_id", *ROW_KEY))
         entries.append({"batch": batch})
         place = decisions.height * 2 // 3
         asked.append((batch, place + 1, decisions["pair_id"][place]))
-    assert writer is not None
-    writer.close()
     storage.provenance.write(_provenance("b"), "run")
-    manifest = {"batches": entries, "files": {versions.SCORES: SHA256}}
+    manifest = {"batches": entries, "files": {}}
     storage.files.write_json(manifest, *versions.place(VERSION, versions.MANIFEST))
     versions.index_pairs(storage, VERSION, pl.concat(keys))
     versions.record(storage, VERSION, {}, run_id=None)

@@ -39,8 +39,9 @@ from qaq_pipeline.storage.storage import open_storage
 
 MAP = Path(__file__).with_suffix(".yaml")
 COPIED = ("deliveries", "score_cache")
-COMPARED_BY_VALUE = ("manifest.json", "scores.parquet")
-"""Files of a version in which some values may differ; all others are compared byte by byte."""
+COMPARED_BY_VALUE = {"manifest.json": "manifest", "scores/*.parquet": "scores"}
+"""Files of a version in which some values may differ, and their names in the map; all others are compared byte by
+byte."""
 MOST_ROWS = 3
 """Number of differing rows shown per column."""
 
@@ -191,8 +192,9 @@ def compare(old: Path, new: Path, names: Names) -> Comparison:
     for batches, before, after in comparison.pairs("version of ", _versions(old), _versions(new)):
         version = f"version of {batches}: "
         for name, one, other in comparison.pairs(version, _files(before, names), _files(after, Names())):
-            if name in COMPARED_BY_VALUE:
-                _compare_tables(comparison, version + name, (one, one.stem), (other, other.stem), names)
+            table = next((table for files, table in COMPARED_BY_VALUE.items() if fnmatch.fnmatch(name, files)), None)
+            if table is not None:
+                _compare_tables(comparison, version + name, (one, table), (other, table), names)
             else:
                 _compare_files(comparison, version, name, one, other, names)
     return comparison

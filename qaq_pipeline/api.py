@@ -54,7 +54,7 @@ class Home:
         return pl.DataFrame(rows, schema=schema, orient="row")
 
     def version(self, name: str = "latest") -> pl.DataFrame:
-        """The published rows of a version in the order of its training files, with all columns of scores.parquet, and
+        """The published rows of a version in the order of its training files, with all columns of the scores, and
         `line`, `query` and `answer`. The texts are those that are delivered now; null where these are others.
 
         Args:

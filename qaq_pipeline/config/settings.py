@@ -450,6 +450,8 @@ class ValiditySettings(Closed):
 
 EVERYTHING, UNTRAINED = TRIAL_ARMS = ("everything", "untrained")
 """Arms of a training trial that are no selection."""
+SCORES_FOLDER = "scores"
+"""Folder of a version, beside those that have the names of selections."""
 HELD_OUT = "held_out"
 """The measure of a training trial on held-out pairs."""
 
@@ -683,6 +685,8 @@ class Settings(Closed):
             raise ValueError(f"models: the roles {missing} are missing; `strong` and `weak` are required")
         names = [selection.name for selection in self.selections]
         require_distinct("selections", names)
+        if SCORES_FOLDER in names:
+            raise ValueError(f"selections: a version has a folder {SCORES_FOLDER!r} of its own; choose another name")
         require_distinct("tables", [table.name for table in self.tables])
         for selection in self.selections:
             self._check_selection(selection)

@@ -7,7 +7,7 @@ Belongs here: files and manifest of a version. Does not belong here: the formats
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
 from qaq_pipeline.publication.difference import store_difference
+from qaq_pipeline.publication.earlier_version import EarlierVersion
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY, may_be_in
-from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData
+from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData, SelectedSubset
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError, sha256_of
@@ -101,13 +102,11 @@ def publish(
     run_id: str | None = None,
 ) -> Publication:
     """Write a version, log it as the newest one, and retire old ones. Call it under `versions.lock`."""
+    recipe, entries = _recipe(settings.published, settings.export), [_entry(batch) for batch in batches]
     with versions.unfinished(storage) as folder:
-        write_files(folder, settings.published, settings.exported, settings.export, batches)
-        manifest = {
-            **_recipe(settings.published, settings.export),
-            "batches": [_entry(batch) for batch in batches],
-            "files": _hashes(folder),
-        }
+        earlier = EarlierVersion.newest(storage, recipe, entries)
+        spans = write_files(folder, settings.published, settings.exported, settings.export, batches, earlier)
+        manifest = {**recipe, "batches": entries, "files": _hashes(folder), "spans": spans}
         version, is_new = versions.store(storage, manifest, folder)
     keys = (batch["decisions"].select(*ROW_KEY, "pair_id") for batch in batches)
     versions.index_pairs(storage, version, pl.concat([empty(Decisions).select(*ROW_KEY, "pair_id"), *keys]))
@@ -152,12 +151,15 @@ def _recipe(published: Selection, export: ExportSettings) -> dict[str, Any]:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """The sha256 of each file in a folder, by its path there."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                found[path.relative_to(folder).as_posix()] = sha256_of(stream)
-    return dict(sorted(found.items()))
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as stream:
+            return sha256_of(stream)
+
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted(files)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        return dict(zip(names, pool.map(sha256, [files[name] for name in names]), strict=True))
 
 
 def write_files(
@@ -166,23 +168,33 @@ def write_files(
     selections: Sequence[str],
     export: ExportSettings,
     batches: Sequence[BatchTables],
-) -> None:
-    """Write the files of a version: each exported selection in each format, the scores, and the card."""
-    exported, turns = {}, None
+    earlier: EarlierVersion,
+) -> dict[str, dict[str, exports.Span]]:
+    """Write the files of a version: each exported selection in each format, the scores, and the card.
+
+    Returns:
+        The bytes of each batch in each file of JSON.
+    """
+    exported, spans = {}, {}
     with ThreadPoolExecutor(_WRITERS) as pool:  # Polars and pyarrow do the work, so files are written side by side.
-        scores = pool.submit(flat_scores.write, [batch["decisions"] for batch in batches], folder / versions.SCORES)
+        scores = pool.submit(_write_scores, folder / versions.SCORES_FOLDER, batches, earlier)
         for selection in selections:
-            of_selection = folder / selection
-            of_selection.mkdir()
-            rows = _rows(batches, None if selection == published.name else selection, export)
-            if export.rows == "conversation" and selection == published.name:
-                turns = exports.field_of_turns(rows["record"])
-            files = [pool.submit(exports.write, name, rows, of_selection) for name in export.written]
-            for file in (*files, pool.submit(exports.write_keys, rows, of_selection)):
-                file.result()
-            exported[selection] = rows.height
+            (folder / selection).mkdir()
+            rows = _rows(batches, selection, published, export, earlier.unchanged_in(selection, export.written))
+            writing = {
+                name: pool.submit(_write_records, name, rows, folder / selection, export, earlier)
+                for name in export.written
+            }
+            exported[selection] = _write_keys(rows, folder / selection, earlier)
+            for name, written in writing.items():
+                if (of_batches := written.result()) is not None:
+                    spans[f"{selection}/{exports.WRITTEN[name].path}"] = of_batches
             del rows  # Before those of the next one are read.
         scores.result()
+    turns = None
+    if export.rows == "conversation":
+        with (folder / published.name / exports.WRITTEN[exports.CONVERSATION].path).open(encoding="utf-8") as records:
+            turns = exports.field_of_turns(records)
     entries = exports.llama_factory_entries(exported, export.written, turns)
     (folder / "dataset_info.json").write_bytes(json.dumps(entries, indent=2).encode() + b"\n")
     card = dataset_card.dataset_card(
@@ -194,12 +206,53 @@ def write_files(
         {batch.batch: batch.tables for batch in batches},
     )
     (folder / versions.CARD).write_bytes(card)
+    return spans
 
 
-def _rows(batches: Sequence[BatchTables], selection: str | None, export: ExportSettings) -> pl.DataFrame:
-    """The rows of a selection (None: the published one), batch by batch, best first."""
-    nothing = BatchTables("", {name: StoredTable(empty(PIPELINE[name].table)) for name in PIPELINE.published})
-    return pl.concat(_rows_of(batch, selection, export) for batch in [nothing, *batches])
+def _write_scores(folder: Path, batches: Sequence[BatchTables], earlier: EarlierVersion) -> None:
+    """Write the scores of each batch; all files have the same columns."""
+    columns = flat_scores.head(batch["decisions"] for batch in batches)
+    folder.mkdir()
+    for batch in batches:
+        file = folder / Path(versions.scores_name(batch.batch)).name
+        if not earlier.copy_scores(batch.batch, columns.columns, file):
+            flat_scores.write(batch["decisions"], columns, file)
+
+
+_Rows = dict[str, pl.DataFrame | None]
+"""The rows of a selection, best first, by batch; None: those of the version before."""
+
+
+def _rows(
+    batches: Sequence[BatchTables], selection: str, published: Selection, export: ExportSettings, taken: Collection[str]
+) -> _Rows:
+    """The rows of a selection; those of the batches in `taken` are not read."""
+    chosen = None if selection == published.name else selection
+    return {one.batch: None if one.batch in taken else _rows_of(one, chosen, export) for one in batches}
+
+
+def _write_records(
+    name: str, rows: _Rows, folder: Path, export: ExportSettings, earlier: EarlierVersion
+) -> dict[str, exports.Span] | None:
+    """Write the records of a selection in a format; the bytes of each batch in a file of JSON."""
+    if not exports.WRITTEN[name].is_json:
+        nothing = BatchTables("", {name: StoredTable(empty(PIPELINE[name].table)) for name in PIPELINE.published})
+        exports.write(
+            name,
+            pl.concat([_rows_of(nothing, None, export), *(one for one in rows.values() if one is not None)]),
+            folder,
+        )
+        return None
+    records = {batch: earlier.records(folder.name, name, batch) if one is None else one for batch, one in rows.items()}
+    return exports.write_json(name, {batch: one for batch, one in records.items() if one is not None}, folder)
+
+
+def _write_keys(rows: _Rows, folder: Path, earlier: EarlierVersion) -> int:
+    """Write the keys of the records of a selection; the number of records."""
+    keys = [earlier.keys(folder.name, batch) if one is None else exports.keys(one) for batch, one in rows.items()]
+    of_all = pl.concat([exports.keys(empty(SelectedSubset)), *keys])
+    exports.write_keys(of_all, folder)
+    return of_all.height
 
 
 def _rows_of(batch: BatchTables, selection: str | None, export: ExportSettings) -> pl.DataFrame:

@@ -150,8 +150,8 @@ def _configs(exported: Mapping[str, int], export: ExportSettings) -> dict[str, t
     """Format and path of each file that the hub's readers are told of, by the name of its configuration.
 
     The first one is the default. `datasets` reads all configurations of a folder by one loader, so they are the JSON
-    files, or, where there are none, the Parquet files; and it can load no file without rows. So `scores.parquet`, which
-    is nothing to train on either, is none of them.
+    files, or, where there are none, the Parquet files; and it can load no file without rows. So the scores, which are
+    nothing to train on either, are none of them.
     """
     kinds = [kind for kind in export.written if WRITTEN[kind].is_json]
     kinds = kinds or [kind for kind in export.written if kind == "parquet"]

@@ -32,6 +32,12 @@ KEYS = "keys.parquet"
 CONVERSATION = "conversation"
 """The format of delivered records."""
 
+Span = list[int]
+"""The first byte, and the one after the last."""
+
+_ARRAY, _LINES = (b"[\n", b",\n", b"\n]\n"), (b"", b"\n", b"\n")
+"""What a file of JSON has before its records, between two of them, and after them."""
+
 _ROWS_AT_A_TIME = 10_000
 """Rows in one Arrow record batch, whose texts must stay below 2 GB."""
 
@@ -86,25 +92,53 @@ class Format:
 
 
 def write(name: str, rows: pl.DataFrame, folder: Path) -> None:
-    """Write the rows in a format, as one or more files in the folder of a selection."""
+    """Write the rows in a format of Parquet or Arrow, in the folder of a selection."""
     path = folder / WRITTEN[name].path
-    match path.suffix:
-        case ".parquet":
-            pq.write_table(_table(name, rows), path, compression="zstd")
-        case "":
-            _save_to_disk(name, rows, path)
-        case _:
-            with path.open("wb") as stream:
-                stream.writelines(_written(path.suffix, _lines(name, rows)))
+    if path.suffix:
+        pq.write_table(_table(name, rows), path, compression="zstd")
+    else:
+        _save_to_disk(name, rows, path)
+
+
+def write_json(name: str, batches: Mapping[str, pl.DataFrame | Iterable[bytes]], folder: Path) -> dict[str, Span]:
+    """Write the records of batches in a format of JSON, in the folder of a selection.
+
+    Args:
+        name: of the format.
+        batches: the rows of each batch, or the bytes of its records, as they were written before; of a batch without
+            records no bytes, but rows.
+        folder: of the selection.
+
+    Returns:
+        The bytes of each batch that has records, from the first to the one after the last.
+    """
+    path, spans = folder / WRITTEN[name].path, {}
+    begin, between, end = _ARRAY if path.suffix == ".json" else _LINES
+    with path.open("wb") as stream:
+        stream.write(begin)
+        for batch, records in batches.items():
+            if isinstance(records, pl.DataFrame) and records.is_empty():
+                continue
+            stream.write(between if spans else b"")
+            start = stream.tell()
+            stream.writelines(_json(name, records, between) if isinstance(records, pl.DataFrame) else records)
+            spans[batch] = [start, stream.tell()]
+        stream.write(end if spans or begin else b"")
+    return spans
+
+
+def keys(rows: pl.DataFrame) -> pl.DataFrame:
+    """The key and the pair_id of each row."""
+    return rows.select(*ROW_KEY, "pair_id")
 
 
 def write_keys(rows: pl.DataFrame, folder: Path) -> None:
-    """Write the key and the pair_id of each record of a selection, by its place in the training files.
+    """Write the `keys` of the records of a selection, by their place in the training files.
 
     `line` counts the records of every format from 1. The file is there because trainers refuse other fields in a
     record; `meta` adds them to the records, too.
     """
-    numbered = rows.select(pl.int_range(1, pl.len() + 1).alias("line"), *ROW_KEY, "pair_id")
+    numbered = rows.select(pl.int_range(1, pl.len() + 1).alias("line"), pl.all())
     (folder / KEYS).write_bytes(parquet_file.encode(numbered, {}))
 
 
@@ -221,28 +255,14 @@ def _records(name: str, rows: pl.DataFrame) -> Iterator[pl.DataFrame]:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _lines(name: str, rows: pl.DataFrame) -> Iterator[pl.Series]:
-    """Each record as one line of JSON, some thousand at a time."""
-    for records in _records(name, rows):
+def _json(name: str, rows: pl.DataFrame, between: bytes) -> Iterator[bytes]:
+    """The records in JSON, each without a line break, some thousand at a time."""
+    for number, records in enumerate(_records(name, rows)):
         if name == CONVERSATION:  # JSON has line breaks between its values only, where white space means nothing.
-            yield records["record"].str.replace_all(r"[\r\n]", " ")
+            texts = records["record"].str.replace_all(r"[\r\n]", " ")
         else:
-            yield records.select(pl.struct(pl.all()).struct.json_encode()).to_series()
-
-
-def _written(suffix: str, lines: Iterator[pl.Series]) -> Iterator[bytes]:
-    """The bytes of a file of JSON, which is an array or has a record in each line."""
-    is_array, separator = suffix == ".json", b"[\n"
-    for part in lines:
-        if part.is_empty():
-            continue
-        if is_array:
-            yield separator + part.str.join(",\n").item().encode()
-            separator = b",\n"
-        else:
-            yield (part + "\n").str.join("").item().encode()
-    if is_array:
-        yield b"\n]\n" if separator == b",\n" else b"[\n\n]\n"
+            texts = records.select(pl.struct(pl.all()).struct.json_encode()).to_series()
+        yield (between if number else b"") + texts.str.join(between.decode()).item().encode()
 
 
 def _table(name: str, rows: pl.DataFrame) -> pa.Table:
@@ -260,7 +280,7 @@ def _save_to_disk(name: str, rows: pl.DataFrame, folder: Path) -> None:
     from datasets import Dataset
 
     fingerprint = hashlib.blake2b(digest_size=8)
-    for data in _written(".jsonl", _lines(name, rows)):
+    for data in _json(name, rows, b"\n"):
         fingerprint.update(data)
     # One shard even without rows: `load_from_disk` fails if there is none.
     Dataset(_table(name, rows), fingerprint=fingerprint.hexdigest()).save_to_disk(str(folder), num_shards=1)

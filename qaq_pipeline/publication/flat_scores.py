@@ -1,4 +1,4 @@
-"""The decisions as a flat table: `scores.parquet` of a version. No Dagster.
+"""The decisions as a flat table: the scores of a version, a file for each batch. No Dagster.
 
 Belongs here: a column for each score and model, and for each verdict and selection, and the way back. Does not belong
 here: the training files (`exports`).
@@ -6,8 +6,7 @@ here: the training files (`exports`).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,23 @@ from qaq_pipeline.storage.tables import empty
 _VERDICT = ("is_selected", "reason", "score", "position")
 
 
-def write(decisions: Sequence[StoredTable], file: Path) -> None:
-    """Write decision and scores of every input row, flat, part by part: joins on the row key or on pair_id.
+def head(decisions: Iterable[StoredTable]) -> pl.DataFrame:
+    """No row, with a column for each model and selection of any of these batches."""
+    return flat_scores(pl.concat([empty(tables.Decisions), *(_one_of_each(table) for table in decisions)])).clear()
+
+
+def write(decisions: StoredTable, columns: pl.DataFrame, file: Path) -> None:
+    """Write decision and scores of every input row of a batch, flat, part by part: joins on the row key or on pair_id.
 
     Args:
-        decisions: of the batches, in the order of their rows.
-        file: that is written; it has a column for each model and selection of any batch.
+        decisions: of the batch.
+        columns: as `head` gives them for all batches of the version, so that all its files have the same.
+        file: that is written.
     """
-    head = flat_scores(pl.concat([empty(tables.Decisions), *(_one_of_each(table) for table in decisions)])).clear()
     with file.open("wb") as stream:
-        writer = parquet_file.Writer(stream, head.schema)
-        for part in itertools.chain.from_iterable(table.parts() for table in decisions):
-            writer.append(pl.concat([head, flat_scores(part)], how="diagonal"))
+        writer = parquet_file.Writer(stream, columns.schema)
+        for part in decisions.parts():
+            writer.append(pl.concat([columns, flat_scores(part)], how="diagonal"))
         writer.close({})
 
 
@@ -60,7 +64,7 @@ def lines(scores: pl.DataFrame, batches: Sequence[str], selection: str) -> pl.Da
     """The key and the `line`, from 1, of each record of a selection in the training files of a version.
 
     Args:
-        scores: scores.parquet of the version, with at least the key, `is_selected:` and `position:` of the selection.
+        scores: of the version, with at least the key, `is_selected:` and `position:` of the selection.
         batches: names of its batches, in the order of its manifest.
         selection: name of the selection.
     """

@@ -5,10 +5,11 @@ version (`curated_dataset`, `difference`), and its audit page (`reports`).
 
     curated_dataset/publications.json                 every publication in order; the last entry is the newest version
     curated_dataset/<version>/<selection>/…           training files, in each exported format, and keys.parquet
-    curated_dataset/<version>/scores.parquet, README.md, dataset_info.json
+    curated_dataset/<version>/scores/<batch>.parquet  scores and decisions of a batch; all have the same columns
+    curated_dataset/<version>/README.md, dataset_info.json
     curated_dataset/<version>/manifest.json           written after all other files of the version
     curated_dataset/differences/<newer>_from_<older>.parquet   rows that entered and left, and why
-    curated_dataset/pair_index/<version>.parquet      from pair_ids to the rows of its scores.parquet
+    curated_dataset/pair_index/<version>.parquet      from pair_ids to the rows of its scores
     curated_dataset/reports/<version>.html            audit page
     curated_dataset/trials/<version>.html, .md        page of a training trial, and its verdicts
     curated_dataset/retired/<version>.json            manifest of a version whose files were removed
@@ -29,20 +30,25 @@ from typing import Any
 
 import polars as pl
 
+from qaq_pipeline.config.settings import SCORES_FOLDER
+from qaq_pipeline.publication.flat_scores import flat_scores
+from qaq_pipeline.schema.tables import Decisions
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.files import LocalFile, StorageError, hash_json
+from qaq_pipeline.storage.files import LocalFile, Place, StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import FoundRows
+from qaq_pipeline.storage.tables import FoundRows, empty
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
+"""Raise it whenever a batch that has not changed would be written with other bytes: they are taken from the version
+before (`earlier_version`)."""
 MANIFEST = "manifest.json"
-SCORES = "scores.parquet"
 CARD = "README.md"
 TRIAL_HEADING = "## Training trial"
 """Heading of the section of a training trial in the card; it is the last section."""
 _FOLDER = "curated_dataset"
 _LOG = (_FOLDER, "publications.json")
 _SHORTEST_HASH = 4
+_NO_SCORES = flat_scores(empty(Decisions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,11 @@ class Published:
 def place(version: str, *file: str) -> tuple[str, ...]:
     """Place of a version, or of one of its files by the name in the manifest."""
     return (_FOLDER, version, *(part for name in file for part in name.split("/")))
+
+
+def scores_name(batch: str) -> str:
+    """The file of a batch's scores in a version, by its name in the manifest."""
+    return f"{SCORES_FOLDER}/{batch}.parquet"
 
 
 def page_place(version: str) -> tuple[str, ...]:
@@ -196,7 +207,7 @@ def index_pairs(storage: Storage, version: str, rows: pl.DataFrame) -> None:
         rows: the keys and pair_ids of its rows.
     """
     if not storage.files.exists(*index_place(version)):
-        storage.tables.write_pair_index(rows, read_manifest(storage, version)["files"][SCORES], *index_place(version))
+        storage.tables.write_pair_index(rows, version, *index_place(version))
 
 
 def is_kept(storage: Storage, version: str) -> bool:
@@ -216,14 +227,15 @@ def read_manifest(storage: Storage, version: str) -> dict[str, Any]:
 
 
 def read_scores(storage: Storage, version: str) -> pl.DataFrame:
-    """The scores of a version. Raises `StorageError` where they are missing or torn."""
-    return storage.files.read_frame(*place(version, SCORES))
+    """The scores of a version, in the order of its batches. Raises `StorageError` where they are missing or torn."""
+    places = _places_of_scores(storage, version)
+    return pl.concat([storage.files.read_frame(*one) for one in places.values()]) if places else _NO_SCORES
 
 
 def columns_of_scores(storage: Storage, version: str) -> list[str]:
     """Names of the columns of the scores of a version. Raises `StorageError` as `read_scores`."""
-    no_row: row_lookup.Where = [("batch", "==", "")]
-    return find_rows(storage, version, no_row).columns
+    first = next(iter(_places_of_scores(storage, version).values()), None)
+    return _NO_SCORES.columns if first is None else storage.tables.columns_of_file(*first)
 
 
 def decided_batches(storage: Storage, version: str) -> dict[str, str]:
@@ -240,15 +252,11 @@ def scan_scores(
     Args:
         storage: where.
         version: stored.
-        columns: names; with `batches`, one of them is `batch`.
+        columns: names.
         batches: whose rows are wanted; None: all.
     """
-    if batches is None:
-        yield from storage.tables.scan_file(columns, *place(version, SCORES))
-    for batch in sorted(batches or ()):
-        of_batch: row_lookup.Where = [("batch", "==", batch)]
-        for part in storage.tables.scan_file(columns, *place(version, SCORES), where=of_batch):
-            yield part.filter(batch=batch)
+    for one in _places_of_scores(storage, version, batches).values():
+        yield from storage.tables.scan_file(columns, *one)
 
 
 def read_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame | None:
@@ -261,13 +269,22 @@ def find_rows(
     storage: Storage, version: str, where: row_lookup.Where, columns: Sequence[str] | None = None
 ) -> pl.DataFrame:
     """Rows of a version's scores, without reading the others."""
-    return storage.tables.find_in_file(where, *place(version, SCORES), columns=columns)
+    named = [value for column, how, value in where if (column, how) == ("batch", "==")]
+    places = _places_of_scores(storage, version, named or None).values()
+    found = [storage.tables.find_in_file(where, *one, columns=columns) for one in places]
+    return pl.concat(found) if found else _NO_SCORES.select(pl.col(columns or "*"))
 
 
 def find_pair(storage: Storage, version: str, start: str, most: int, batches: Sequence[str] = ()) -> FoundRows:
     """Rows of a version's scores by the first digits of their pair_id; of these batches, or of all if none is named."""
-    sha256 = read_manifest(storage, version)["files"][SCORES]
-    return storage.tables.find_pair_in_file(start, most, place(version, SCORES), index_place(version), sha256, batches)
+    places = _places_of_scores(storage, version, batches or None)
+    return storage.tables.find_pair_in_files(start, most, places, index_place(version), version)
+
+
+def _places_of_scores(storage: Storage, version: str, batches: Collection[str] | None = None) -> dict[str, Place]:
+    """Places of the scores of these batches of a version, or of all, in the order of the manifest."""
+    known = [entry["batch"] for entry in read_manifest(storage, version)["batches"]]
+    return {batch: place(version, scores_name(batch)) for batch in known if batches is None or batch in batches}
 
 
 def retire(storage: Storage, version: str) -> None:

@@ -39,12 +39,12 @@ def of_batch(tables: BatchTables) -> pl.DataFrame:
 
 
 def of_version(scores: Iterable[pl.DataFrame]) -> pl.DataFrame:
-    """The rows of a version, with `batch`; from parts of its scores.parquet with at least the columns of `read_of`."""
+    """The rows of a version, with `batch`; from parts of its scores with at least the columns of `read_of`."""
     return _joined(scores, ("batch",))
 
 
 def read_of(columns: Sequence[str]) -> list[str]:
-    """Those of the columns of a scores.parquet that a page counts."""
+    """Those of the columns of scores that a page counts."""
     of_models = {f"{score}_{role}" for role in summaries.roles(columns) for score in _SCORES}
     known = {"pair_id", "gap", *_WORDS, *of_models}
     return [name for name in columns if name in known or name.startswith(summaries.SELECTED)]

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.ingest import records
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.publication import dataset_card, difference, exports, templates
+from qaq_pipeline.publication import dataset_card, difference, exports, templates, versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import drift, page_rows, plots, summaries
 from qaq_pipeline.reports.plots import Plot
@@ -184,7 +184,7 @@ def version_page(
         version: hash of the manifest.
         manifest: manifest of the version.
         flat: its rows, as `page_rows.of_version`.
-        columns: names of the columns of its scores.parquet.
+        columns: names of the columns of its scores.
         published: the selection recorded in the manifest.
         neighbours: its `name`; `rows`, the address of its rows in the row browser; the `previous` version, as its
             `version`, its `name` and the link to its `page` or None, or None; `difference` to it as Difference or
@@ -512,7 +512,7 @@ def _exported_columns(manifest: Mapping[str, Any], of_scores: Sequence[str], pub
         )
         for (rows, written), names in sorted(files.items(), key=lambda one: one[0][0], reverse=True)
     ]
-    scores = "scores.parquet"
+    scores = versions.scores_name("*")
     return [*records, _lineage(scores, column_lineage.of_scores(scores, of_scores), column_lineage.UNDERIVED)]
 
 

@@ -44,6 +44,10 @@ _SEED = 5
 _ROWS_AT_ONCE = 10_000
 _MAX_STANDING = 32
 """Maximum rows of one band that a row is compared with: only bands of a template's words have more."""
+_BEGINNING = 22
+"""Bits of a hash by which most hashes that are not known are told."""
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+"""An odd factor that makes every bit of a number count for its first ones."""
 
 Texts = Callable[[pl.DataFrame], Iterable[pl.DataFrame]]
 """Maps order and keys of rows to what is compared of each, in parts: order, text (as built by `shingles.pair_text`),
@@ -117,14 +121,14 @@ class Related:
     """
 
     def __init__(self, own: pl.DataFrame) -> None:
-        self._bands = np.unique(own["bands"].explode(empty_as_null=False).to_numpy())
-        self._queries = np.unique(_number(own["query_hash"]))
+        self._bands = _Known(own["bands"].explode(empty_as_null=False).to_numpy())
+        self._queries = _Known(_number(own["query_hash"]))
 
     def among(self, others: pl.DataFrame) -> pl.DataFrame:
         """The Signatures that share their query or a band with any own row; equal rows share their query."""
         bands = others.with_row_index("row").select("row", "bands").explode("bands", empty_as_null=False)
-        by_band = bands["row"].to_numpy()[_is_in(bands["bands"].to_numpy(), self._bands)]
-        by_query = np.flatnonzero(_is_in(_number(others["query_hash"]), self._queries))
+        by_band = bands["row"].to_numpy()[self._bands.places_in(bands["bands"].to_numpy())]
+        by_query = self._queries.places_in(_number(others["query_hash"]))
         return others[np.union1d(by_band, by_query)]
 
 
@@ -133,11 +137,24 @@ def _number(hashes: pl.Series) -> Hashes:
     return hashes.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64).to_numpy()
 
 
-def _is_in(values: Hashes, known: Hashes) -> NDArray[np.bool_]:
-    """Whether each value is among sorted ones."""
-    if not len(known):
-        return np.zeros(len(values), dtype=bool)
-    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
+class _Known:
+    """Hashes that are looked up among a hundred million others, of which few are known."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self._sorted = np.unique(hashes)
+        self._beginnings = np.zeros(1 << _BEGINNING, dtype=bool)
+        self._beginnings[_beginnings(self._sorted)] = True
+
+    def places_in(self, values: Hashes) -> NDArray[np.int64]:
+        """The places of those values that are known."""
+        places = np.flatnonzero(self._beginnings[_beginnings(values)])  # Small enough for the processor's cache.
+        likely = values[places]
+        found = np.minimum(np.searchsorted(self._sorted, likely), len(self._sorted) - 1)
+        return places[self._sorted[found] == likely]
+
+
+def _beginnings(hashes: Hashes) -> Hashes:
+    return (hashes * _SPREAD) >> np.uint64(64 - _BEGINNING)
 
 
 @dataclass(frozen=True)

@@ -119,19 +119,21 @@ def read_rows(stream: BinaryIO, where: Where, columns: Sequence[str] | None = No
     return pl.concat(found)
 
 
-def scan(
-    stream: BinaryIO, columns: Sequence[str], begins: Mapping[str, int], where: Where = ()
-) -> Iterator[pl.DataFrame]:
+def columns(stream: BinaryIO) -> list[str]:
+    """Return the names of the columns of a Parquet file."""
+    return list(pq.read_schema(stream).names)
+
+
+def scan(stream: BinaryIO, columns: Sequence[str], begins: Mapping[str, int]) -> Iterator[pl.DataFrame]:
     """Yield these columns of a Parquet file, one row group at a time.
 
     Args:
         stream: the file.
         columns: names.
         begins: how many characters of a text column are wanted. A slice by Polars would keep the whole text in memory.
-        where: conditions; a row group that can hold no such row is left out, and a group that may hold one is whole.
     """
     with pq.ParquetFile(stream) as file:
-        for group in _groups_left(file.metadata, where):
+        for group in range(file.num_row_groups):
             rows = file.read_row_group(group, list(columns))
             for name, characters in begins.items():
                 part = pc.call_function("utf8_slice_codeunits", [rows[name]], pc.SliceOptions(0, characters))

@@ -191,11 +191,16 @@ class Tables:
         yield from self.scan_file(columns, *self._existing(name, partition), begins=begins)
 
     def scan_file(
-        self, columns: Sequence[str], *parts: str, begins: Mapping[str, int] = _WHOLE, where: Where = ()
+        self, columns: Sequence[str], *parts: str, begins: Mapping[str, int] = _WHOLE
     ) -> Iterator[pl.DataFrame]:
-        """Columns of any Parquet file under the root, as `scan`, without row groups that have no row of `where`."""
+        """Columns of any Parquet file under the root, as `scan`."""
         with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
-            yield from row_lookup.scan(stream, columns, begins, where)
+            yield from row_lookup.scan(stream, columns, begins)
+
+    def columns_of_file(self, *parts: str) -> list[str]:
+        """Names of the columns of any Parquet file under the root. Raises `StorageError` as `find`."""
+        with self._reading(parts, _NO_ROWS), self._files.open(*parts) as stream:
+            return row_lookup.columns(stream)
 
     def find_pair(self, start: str, most: int, name: str, partition: Partition) -> FoundRows:
         """Rows of a table by the first digits of their pair_id, through its index where the index is current.
@@ -210,22 +215,23 @@ class Tables:
             StorageError: the table is missing, or torn.
         """
         place, index = self._place(name, partition), (*self._folder(name, partition), _INDEX_FILE)
-        return self.find_pair_in_file(start, most, place, index, self.footer(name, partition).data_version)
+        version = self.footer(name, partition).data_version
+        return self.find_pair_in_files(start, most, {partition.batch: place}, index, version)
 
-    def find_pair_in_file(
-        self, start: str, most: int, file: Place, index: Place, version: str, batches: Sequence[str] = ()
+    def find_pair_in_files(
+        self, start: str, most: int, files: Mapping[str, Place], index: Place, version: str
     ) -> FoundRows:
-        """The same for any Parquet file of that version and its index, in these batches, or in all if none is named."""
+        """The same for any Parquet files, each with the rows of a batch, through their index of that version."""
         where = row_lookup.of_pair(start)
-        of_batch = pl.col("batch").is_in(list(batches)) if batches else pl.lit(True)
-        if self._index_version(*index) != version:
-            return FoundRows(self.find_in_file(where, *file).filter(of_batch)[:most], is_indexed=False)
-        keys = self.find_in_file(where, *index).filter(of_batch).select(ROW_KEY)
-        found = [self.find_in_file(row_lookup.of_key(key), *file) for key in keys[:most].rows()]
-        return FoundRows(pl.concat(found) if found else pl.DataFrame(), is_indexed=True)
+        if is_indexed := self._index_version(*index) == version:
+            keys = self.find_in_file(where, *index).filter(pl.col("batch").is_in(list(files))).select(ROW_KEY)
+            found = [self.find_in_file(row_lookup.of_key(key), *files[key[0]]) for key in keys[:most].rows()]
+        else:
+            found = [self.find_in_file(where, *file) for file in files.values()]
+        return FoundRows(pl.concat(found)[:most] if found else pl.DataFrame(), is_indexed)
 
     def write_pair_index(self, rows: pl.DataFrame, version: str, *parts: str) -> None:
-        """Write the index of a table of that version, or of another file of decided rows."""
+        """Write the index of a table of that version, or of other files of decided rows."""
         index = parquet_file.encode(row_lookup.pair_index(rows), {"data_version": version})
         self._files.write_bytes(index, *parts)
 

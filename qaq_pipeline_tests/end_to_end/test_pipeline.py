@@ -104,7 +104,7 @@ def exported_files(settings: Settings) -> dict[str, str]:
     """sha256 of every training file of the newest version, by name."""
     storage = open_storage(settings)
     files = versions.read_manifest(storage, latest(settings)["version"])["files"]
-    return {name: sha256 for name, sha256 in files.items() if "/" in name}
+    return {name: sha256 for name, sha256 in files.items() if not name.startswith("scores/") and "/" in name}
 
 
 # --- the graph ------------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_no_planted_row_is_in_a_decision_a_selection_or_a_file_of_the_dataset(
         if path.suffix in (".json", ".jsonl"):
             text = path.read_text()
             assert not any(refusal in text for refusal in refusals), path
-    assert planted.isdisjoint(pl.read_parquet(version / "scores.parquet")["pair_id"])
+    assert planted.isdisjoint(pl.read_parquet(version / "scores" / "*.parquet")["pair_id"])
 
 
 def test_a_calibration_that_fails_stops_no_publication_and_is_made_up_for(
@@ -1114,8 +1114,7 @@ NEW = [("What is a tuple?", "An immutable sequence."), ("And a set?", "No repeti
 
 def published_pairs(settings: Settings) -> list[str]:
     version = latest(settings)["version"]
-    scores = open_storage(settings).files.read_bytes(*versions.place(version, versions.SCORES))
-    return pl.read_parquet(scores)["pair_id"].drop_nulls().to_list()
+    return versions.read_scores(open_storage(settings), version)["pair_id"].drop_nulls().to_list()
 
 
 def test_rows_that_an_older_gated_batch_held_are_published_once_when_it_is_corrected(

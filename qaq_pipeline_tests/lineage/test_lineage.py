@@ -385,7 +385,7 @@ def test_of_a_retired_version_the_manifest_and_what_it_was_made_from_are_left(
 
 
 def test_one_file_of_a_version_alone(walked: Lineage, check_sentence: Check) -> None:
-    assert [file.name for file in lineage.only(walked, "scores.parquet").files] == ["scores.parquet"]
+    assert [file.name for file in lineage.only(walked, "scores/b1.parquet").files] == ["scores/b1.parquet"]
     with pytest.raises(LineageError) as error:
         lineage.only(walked, "x.json")
     check_sentence(error.value)
@@ -517,7 +517,7 @@ def test_the_command_shows_one_row_and_one_file(qaq: Callable[..., tuple[int, st
     assert code == 0
     assert "raw_data[b1] row 1: status accepted" in said
     assert walked.batches[0].delivery.files[0].sha256 in said
-    code, said = qaq("--file", "scores.parquet")
+    code, said = qaq("--file", "scores/b1.parquet")
     assert (code, "alpaca.json" in said) == (0, False)
 
 

@@ -257,7 +257,7 @@ def test_of_a_version_whose_files_are_gone_nothing_is_claimed(storage: Storage, 
 def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice: Storage) -> None:
     row = row_history.find_row(thrice, "b1", "3").rows[0]
     second = versions.find_version(thrice, "2")
-    parts = versions.place(second.version, versions.SCORES)
+    parts = versions.place(second.version, versions.scores_name("b1"))
     thrice.files.write_bytes(thrice.files.read_bytes(*parts)[:-9], *parts)
     first, torn, third = row_history.fates(thrice, row)
     assert (first.fault, third.fault) == (None, None)
@@ -273,7 +273,7 @@ def test_a_version_that_cannot_be_read_is_said_so_and_hides_nothing_else(thrice:
 def test_a_version_of_before_sentences_were_kept_is_read_too(storage: Storage, settings: Settings) -> None:
     store_batch(storage, settings)
     version = publish_all(storage, settings, "b1")
-    scores = Path(storage.files.url(*versions.place(version, versions.SCORES)))
+    scores = Path(storage.files.url(*versions.place(version, versions.scores_name("b1"))))
     old = pl.read_parquet(scores).drop("explanation", "similarity", "evidence", "reason:diff_high")
     old.write_parquet(scores)
     storage.files.remove(*versions.index_place(version))

@@ -485,14 +485,14 @@ def test_the_published_files_are_hashed_and_a_batch_left_out_is_named(
     assert all(found[name].passed for name in DATASET_CHECKS)
     instance.add_dynamic_partitions("batch", ["b2"])
     folder = Path(storage.files.path(*versions.place(version)))
-    (folder / "scores.parquet").write_bytes(b"")
+    (folder / "scores" / "b1.parquet").write_bytes(b"")
     (folder / "diff_high" / "alpaca.json").unlink()
     found = check_only(settings, instance, "curated_dataset", None)
     left_out, files = (found[name] for name in sorted(DATASET_CHECKS))
     assert not left_out.passed
     check_sentence(left_out.description)
     assert not files.passed
-    assert (files.description or "").startswith("diff_high/alpaca.json is missing; scores.parquet is changed: ")
+    assert (files.description or "").startswith("diff_high/alpaca.json is missing; scores/b1.parquet is changed: ")
     assert numbers(files)["differing_files"] == 2
 
 

@@ -153,7 +153,7 @@ def test_datasets_loads_every_file_of_a_format_with_the_same_types_and_the_rows_
 
 
 def test_datasets_takes_the_scores_for_no_training_data_but_loads_them(load: Callable[..., Any]) -> None:
-    scores = load(data_files="scores.parquet")
+    scores = load(data_files="scores/*.parquet")
     assert scores.num_rows == len(HOSTILE) + 1
     assert "rmi_strong" in scores.column_names
 

@@ -232,7 +232,7 @@ def test_the_numbers_add_up_with_the_decisions_and_the_files(storage: Storage, s
         ["b2", "9", "2", "batch:b2"],
         ["all", "14", "3", ""],
     ]
-    decisions = pl.read_parquet(folder / "scores.parquet").group_by("decision", "reason").len()
+    decisions = pl.read_parquet(folder / "scores" / "*.parquet").group_by("decision", "reason").len()
     *rows, total = shown["Decisions"][1:]
     assert {(decision, reason, int(count)) for decision, reason, count in rows} == set(decisions.rows())
     assert total == ["all", "", "14"]
@@ -398,7 +398,7 @@ def chosen_by(**values: Any) -> str:
 @pytest.mark.parametrize("selection", GROUNDS, ids=lambda selection: selection["strategy"])
 def test_the_card_says_by_what_the_rows_were_chosen(selection: dict[str, Any], check_sentence: Check) -> None:
     card = chosen_by(**selection)
-    check_sentence(card.partition("delivered rows, ")[2].partition(" `scores.parquet` has")[0])
+    check_sentence(card.partition("delivered rows, ")[2].partition(" `scores/` has a file")[0])
     is_of_rmi = selection["strategy"].startswith(("diff", "sum", "rmi"))
     assert ("RMI = log PPL(Q) - log PPL(Q | A)" in card) == is_of_rmi
     assert ("chosen by how well the answer explains the query" in card) == is_of_rmi

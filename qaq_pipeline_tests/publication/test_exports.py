@@ -20,12 +20,14 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication.exports import (
     FORMATS,
+    WRITTEN,
     check_installed,
     columns,
     field_of_turns,
     llama_factory_entries,
     with_meta,
     write,
+    write_json,
 )
 from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows
@@ -57,7 +59,11 @@ TWO = selected((None, 'Say "größer" in 日本語', "a\nb\t\\ \u2028 😀 \0"),
 def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
     """The files of the rows in a format, by path in the folder of a selection."""
     with tempfile.TemporaryDirectory() as name_of_folder:
-        write(name, rows, folder := Path(name_of_folder))
+        folder = Path(name_of_folder)
+        if WRITTEN[name].is_json:
+            write_json(name, {"b1": rows}, folder)
+        else:
+            write(name, rows, folder)
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from qaq_pipeline.publication.flat_scores import flat_scores, nested_row, write
+from qaq_pipeline.publication.flat_scores import flat_scores, head, nested_row, write
 from qaq_pipeline.schema.row_place import ROW_KEY
 from qaq_pipeline.schema.tables import Decisions, dtypes, enforce
 from qaq_pipeline.storage import parquet_file
@@ -85,9 +85,11 @@ def test_flat_scores_keep_every_row_in_order_with_its_own_numbers() -> None:
 
 
 def written(folder: Path, *batches: pl.DataFrame) -> pl.DataFrame:
-    """The scores file of batches."""
-    write([StoredTable(batch) for batch in batches], folder / "scores.parquet")
-    return pl.read_parquet(folder / "scores.parquet")
+    """The scores files of batches."""
+    columns = head(StoredTable(batch) for batch in batches)
+    for number, batch in enumerate(batches):
+        write(StoredTable(batch), columns, folder / f"{number}.parquet")
+    return pl.concat(pl.read_parquet(folder / f"{number}.parquet") for number in range(len(batches)))
 
 
 def test_the_scores_file_joins_the_training_rows_on_either_key(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_version_has_the_published_rows_the_controls_and_the_scores(storage: S
         "diff_high/messages.jsonl",
         "diff_high/prompt_completion.jsonl",
         "manifest.json",
-        "scores.parquet",
+        "scores/b1.parquet",
     ]
     assert published.url == storage.files.url(*versions.place(published.version))
     assert published.is_new
@@ -154,7 +154,7 @@ def test_only_the_wanted_formats_are_written(storage: Storage) -> None:
     settings = parse_settings(SETTINGS + "export: {formats: [alpaca]}")
     store_batch(storage, settings)
     files = publish_registered(storage, settings, "b1").manifest["files"]
-    always = {"README.md", "dataset_info.json", "scores.parquet", "keys.parquet"}
+    always = {"README.md", "dataset_info.json", "b1.parquet", "keys.parquet"}
     assert {name.rpartition("/")[2] for name in files} == {"alpaca.json", *always}
 
 
@@ -162,7 +162,7 @@ def test_each_line_of_a_training_file_leads_to_its_row_in_the_scores(storage: St
     for batch in ("b2", "b1"):
         store_batch(storage, settings, batch, tuple(f"query {n} of {batch}" for n in range(8)))
     files = version_files(storage, publish_registered(storage, settings, "b2", "b1").version)
-    scores = pl.read_parquet(io.BytesIO(files["scores.parquet"]))
+    scores = pl.concat(pl.read_parquet(io.BytesIO(files[f"scores/{batch}.parquet"])) for batch in ("b1", "b2"))
     raw = pl.concat(storage.tables.read("raw_data", Partition(batch)).frame for batch in ("b1", "b2"))
     for selection in ("diff_high", "control_random"):
         keys = pl.read_parquet(io.BytesIO(files[f"{selection}/keys.parquet"]))
@@ -194,7 +194,7 @@ def test_other_selections_are_exported_where_they_are_asked_for(
     store_batch(storage, settings)
     published = publish_registered(storage, settings, "b1")
     folders = {name.partition("/")[0] for name in published.manifest["files"] if "/" in name}
-    assert folders == {"diff_high", "control_random", "control_stratified_random", *others}
+    assert folders == {"scores", "diff_high", "control_random", "control_stratified_random", *others}
     lines = storage.files.read_bytes(*versions.place(published.version, "diff_high/messages.jsonl"))
     top = (
         storage.files.read_bytes(*versions.place(published.version, others[-1], "messages.jsonl")) if others else lines
@@ -262,7 +262,7 @@ def test_batches_lie_in_the_order_of_their_names(storage: Storage, settings: Set
     assert [entry["batch"] for entry in published.manifest["batches"]] == ["a", "b1", "b10"]
     rows = json.loads(version_files(storage, published.version)["diff_high/alpaca.json"])
     assert len(rows) == 3
-    scores = pl.read_parquet(version_files(storage, published.version)["scores.parquet"])
+    scores = versions.read_scores(storage, published.version)
     assert scores["batch"].unique(maintain_order=True).to_list() == ["a", "b1", "b10"]
     assert scores.height == 15
 
@@ -483,7 +483,7 @@ def test_only_batches_that_were_decided_again_are_compared(storage: Storage, set
 
 
 def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
-    """The columns of scores.parquet that a difference reads: batch, row, pair, decision."""
+    """The columns of the scores that a difference reads: batch, row, pair, decision."""
     return pl.DataFrame(
         [
             {"batch": b, "source_file": "a", "source_row": n, "turn_index": 0, "pair_id": pair * 32, "decision": d}
@@ -522,7 +522,9 @@ def test_only_the_newest_versions_keep_their_files_and_all_their_manifests(stora
     assert published[2].retired == (first,)
     assert not storage.files.exists(*versions.place(first))
     assert storage.files.read_json(*versions.manifest_place(storage, first)) == published[0].manifest
-    assert all(storage.files.exists(*versions.place(version, versions.SCORES)) for version in (second, third))
+    assert all(
+        storage.files.exists(*versions.place(version, versions.scores_name("b1"))) for version in (second, third)
+    )
     # The content of the retired one comes back: its files are written again, and the oldest of the others goes.
     store_batch(storage, settings, queries=("a", "b", "c", "x"))
     back = publish_registered(storage, settings, "b1")

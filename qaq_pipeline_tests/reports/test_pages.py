@@ -18,6 +18,7 @@ from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.publication import curated_dataset, exports
 from qaq_pipeline.publication.curated_dataset import BatchTables
+from qaq_pipeline.publication.earlier_version import NO_VERSION
 from qaq_pipeline.publication.flat_scores import flat_scores
 from qaq_pipeline.reports import page_rows, pages
 from qaq_pipeline.reports.pages import Example, Made, Scoring
@@ -383,7 +384,9 @@ def version_of(
     settings = SETTINGS.model_copy(update={"export": ExportSettings(formats=EVERY_FORMAT, meta=has_meta)})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        curated_dataset.write_files(folder, settings.published, settings.exported, settings.export, [tables])
+        curated_dataset.write_files(
+            folder, settings.published, settings.exported, settings.export, [tables], NO_VERSION
+        )
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     manifest = {
         "batches": [entry],
@@ -399,7 +402,7 @@ def version_of(
         "rows": "http://127.0.0.1:3001/versions/v1",
         "of_trial": verdict,
         "trial": None if verdict is None else "../trials/v1.html",
-        "sizes": {"scores.parquet": 10},
+        "sizes": {"scores/b1.parquet": 10},
     }
     rows = page_rows.of_version(flat.iter_slices(100))
     return pages.version_page("v1", manifest, rows, flat.columns, SETTINGS.published, neighbours, None, MADE), flat
@@ -429,7 +432,7 @@ def test_a_version_page_says_the_verdict_of_its_trial_or_how_to_get_one() -> Non
 def test_a_version_page_lists_batches_files_and_those_left_out() -> None:
     page, flat = version_of()
     seen = Seen(page)
-    assert ["scores.parquet", "s" * 64, "10"] in seen.tables["Exported files"]
+    assert ["scores/b1.parquet", "s" * 64, "10"] in seen.tables["Exported files"]
     assert seen.tables["Batches left out"][1] == ["b<2>", "not materialised: raw_data"]
     assert ("a", {"href": "../../reports/b1/report.html"}) in seen.tags
     assert int(seen.tables["Rows by decision and reason"][-1][2]) == flat.height
@@ -438,7 +441,7 @@ def test_a_version_page_lists_batches_files_and_those_left_out() -> None:
 def test_a_version_page_says_of_each_column_of_every_exported_file_what_it_is_made_of() -> None:
     page, flat = version_of(has_meta=True)
     found = lineage_of(page)
-    scores = found.pop("scores.parquet")
+    scores = found.pop("scores/*.parquet")
     assert list(scores) == flat.columns
     assert scores["gap"] == {("decisions", "gap")}
     assert scores["rmi_strong"] == {("decisions", "scores")}

@@ -13,7 +13,7 @@ from bench.same_results import MAP, Comparison, Names, compare, copy_home, repor
 from qaq_pipeline_tests.support.sentences import Check
 
 DECISIONS = "decisions/b1/table.parquet"
-SCORES = "curated_dataset/v1/scores.parquet"
+SCORES = "curated_dataset/v1/scores/b1.parquet"
 EXPORT = "curated_dataset/v1/diff_high/alpaca.json"
 
 

@@ -375,7 +375,7 @@ def _another(frame: pl.DataFrame, column: str) -> pl.DataFrame:
 def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
     """The values of each field."""
     with tempfile.TemporaryDirectory() as folder:
-        exports.write(name, rows, Path(folder))
+        exports.write_json(name, {"b1": rows}, Path(folder))
         data = next(Path(folder).iterdir()).read_text(encoding="utf-8")
     records = json.loads(data) if name == "alpaca" else [json.loads(line) for line in data.splitlines()]
     return {field: [record[field] for record in records] for field in records[0]}
@@ -383,7 +383,7 @@ def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
 
 def test_scores_of_a_version_change_with_the_column_of_the_decisions_that_is_declared(tables: Tables) -> None:
     flat = flat_scores(tables["decisions"])
-    derived = {row.column: row.sources for row in of_scores("scores.parquet", flat.columns)}
+    derived = {row.column: row.sources for row in of_scores("scores/*.parquet", flat.columns)}
     assert {source for sources in derived.values() for source in sources} == {
         ("decisions", column) for column in Decisions.columns()
     }
