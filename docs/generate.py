@@ -244,7 +244,7 @@ def _value(field: Json) -> str:
         return _list(field)
     if field["type"] == "object":
         (value,) = field.get("patternProperties", {"": field.get("additionalProperties")}).values()
-        return f"mapping of names to {_value(value)}"
+        return f"mapping of names to {'any values' if value is True else _value(value)}"
     if "pattern" in field:
         return f"text that matches `{field['pattern']}`"
     return _NAMES.get(field["type"], "`null`") + _limits(field)

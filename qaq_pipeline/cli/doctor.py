@@ -24,7 +24,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.publication import exports
-from qaq_pipeline.scoring.runtime import SCORING_LIBRARIES
+from qaq_pipeline.scoring.pools import SCORING_LIBRARIES
 from qaq_pipeline.screening.benchmarks import BenchmarkError, load_benchmark
 from qaq_pipeline.storage.storage import open_storage
 

@@ -280,11 +280,16 @@ class ModelSettings(Closed):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights. `auto`: bfloat16 if the device has hardware support for it, otherwise float32."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    """Device: auto, cpu, mps, cuda or cuda:N."""
+    """Device: auto, cpu, mps, cuda or cuda:N. On a Ray cluster the number has no meaning."""
+    gpus: float | None = Field(None, ge=0, le=1)
+    """GPUs that each of its workers reserves on a cluster. In a pool on Ray 0.5 lets two share one; elsewhere it is
+    rounded up. Default: 1 if `device` names a GPU, or is `auto` and the pool on Ray has one, otherwise 0."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         self.require_one_of("hub", "directory", "gguf")
+        if self.gpus == 0 and self.device.startswith("cuda"):
+            raise ValueError("gpus: 0 leaves no GPU for `device: cuda`; leave gpus out, or set `device: cpu`")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision is for a hub model only; a local model is identified by the hashes of its files")
         if self.chat_template_from is not None and self.frame != "chat":
@@ -320,17 +325,48 @@ class EligibilitySettings(Closed):
     """Pairs with fewer tokens of Q than this are flagged as short."""
 
 
+class PoolSettings(Closed):
+    """The processes that score pairs under a model."""
+
+    kind: Literal["in_process", "processes", "ray"] = "processes"
+    """`in_process`: the process of the step, on a GPU one process beside it. `processes`: processes of this machine.
+    `ray`: workers of a Ray cluster. Their machines find the models and the storage at the same places."""
+    size: int | None = Field(None, ge=1)
+    """Maximum number of processes. Default: one per GPU, or one per CPU core with one thread each, if there is enough
+    work."""
+    address: str | None = None
+    """Address of the Ray cluster. On a machine of the cluster: `auto` or HOST:PORT; elsewhere: ray://HOST:PORT.
+    Default: auto."""
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        if self.kind == "in_process" and self.size not in (None, 1):
+            raise ValueError("kind: in_process has one process; leave size out, or set kind: processes")
+        if self.kind != "ray" and self.address is not None:
+            raise ValueError("address is that of a Ray cluster; set kind: ray, or leave it out")
+        return self
+
+
 class RuntimeSettings(Closed):
     """The execution of the work. These settings change time and memory, not results."""
 
-    executor: Literal["in_process", "multiprocess"] = "in_process"
-    """Run steps in the process of the run, or each in its own process."""
+    executor: Literal["in_process", "multiprocess", "k8s", "ray"] = "in_process"
+    """Where the steps of a run run. `in_process`: in its process. `multiprocess`: each in a process of its own. `k8s`:
+    each as a job of Kubernetes (dagster-k8s). `ray`: each as a job of Ray (dagster-ray)."""
+    executor_config: dict[str, Any] = Field({})
+    """Configuration of the executors `k8s` and `ray`, as dagster-k8s and dagster-ray document it."""
+
+    @model_validator(mode="after")
+    def _has_cluster(self) -> Self:
+        if self.executor_config and self.executor not in ("k8s", "ray"):
+            raise ValueError("executor_config is for the executors k8s and ray")
+        return self
+
     batch_tokens: int | None = Field(None, ge=16)
     """Maximum number of tokens of one forward pass, padding included. It limits memory. Default: 1,024 on a CPU; on a
     GPU up to 32,768, depending on its free memory."""
-    processes: int | None = Field(None, ge=1)
-    """Maximum number of scoring processes. Default: one per GPU, or one per CPU core with one thread each, if there is
-    enough work."""
+    pool: PoolSettings = PoolSettings()
+    """The processes that score."""
     patience_seconds: float = Field(1800.0, gt=0)
     """Maximum time that a scoring process may be silent, while it loads its model or scores a batch, in seconds. After
     it the process is ended and replaced."""
@@ -683,6 +719,8 @@ class Settings(Closed):
         missing = [role for role in ("strong", "weak") if role not in self.models]
         if missing:
             raise ValueError(f"models: the roles {missing} are missing; `strong` and `weak` are required")
+        if self.runtime.pool.kind == "ray" and any(model.device == "mps" for model in self.models.values()):
+            raise ValueError("models: `device: mps` is of this machine, not of a Ray cluster; set cpu or cuda")
         names = [selection.name for selection in self.selections]
         require_distinct("selections", names)
         if SCORES_FOLDER in names:

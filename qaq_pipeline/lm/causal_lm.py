@@ -283,6 +283,14 @@ def load_model(
     return CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
 
 
+def num_bytes_to_load(files: ModelFiles) -> int:
+    """Memory that a process takes to load a model on a CPU.
+
+    Weights exist in the files' dtype and in the model's while they are loaded: 1.5 times their size covers both.
+    """
+    return int(1.5 * files.num_weight_bytes() + PROCESS_BYTES)
+
+
 @contextmanager
 def loaders(
     model: ModelSettings, files: ModelFiles, min_context: int, limit: int, sample_ids: Sequence[int] = ()
@@ -302,7 +310,6 @@ def loaders(
             settings = [model.model_copy(update={"device": gpu}) for gpu in gpus]
             yield [functools.partial(load, gpu, files, min_context) for gpu in settings]
         return
-    # Weights exist in the files' dtype and in the model's while they are loaded: 1.5 times their size covers both.
-    room = devices.FREE_SHARE * devices.available_memory() / (1.5 * files.num_weight_bytes() + PROCESS_BYTES)
+    room = devices.FREE_SHARE * devices.available_memory() / num_bytes_to_load(files)
     number = max(1, min(limit, devices.num_cores(), math.floor(room))) if device.type == "cpu" else 1
     yield [functools.partial(load, model, files, min_context, number)] * number

@@ -14,17 +14,20 @@ process that fails with whatever it gets is not started a fourth time.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import multiprocessing
 import pickle
 import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
+from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +51,11 @@ MAX_TRIES = 3
 PATIENCE_SECONDS = 1800.0
 """Default time that a process may be silent before it counts as lost."""
 _END_SECONDS = 5.0
+_LOOK_SECONDS = 5.0
+_PLACED_SECONDS = 5.0
+"""Time in which a place gets its core or its device if it is free."""
 _REMEDY = (
-    "finished scores are stored: run again, with a smaller runtime.processes or runtime.batch_tokens if memory was "
+    "finished scores are stored: run again, with a smaller runtime.pool.size or runtime.batch_tokens if memory was "
     "short"
 )
 
@@ -85,6 +91,8 @@ class ScorerFacts:
     """Speed of a large matrix product in the model's dtype on its device, measured after loading; 0 if unknown."""
     device: str = "cpu"
     """The device, for people."""
+    scored_with: Mapping[str, Any] = field(default_factory=dict)
+    """The libraries and the kind of device, if they may differ from those of the run."""
 
     def flops(self, num_tokens: int, num_targets: int) -> float:
         """Floating-point operations of body and head for `num_tokens` tokens with `num_targets` target tokens."""
@@ -144,28 +152,65 @@ def score_batches(scorer: SequenceScorer, queue: BatchQueue) -> Iterator[tuple[B
         yield batch, _try_to_score(scorer, batch)
 
 
-@contextmanager
+class Process(Protocol):
+    """A scoring process, on this machine or on another."""
+
+    @property
+    def connection(self) -> Connection:
+        """Chunks go in. The properties of the model come out, then notes and results; it is closed at the end."""
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it has its core or its device. One that waits for it says `Placed` as soon as it has it."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+    def end(self, deadline: float) -> None:
+        """Wait until it has ended, since its connection is closed; kill it at that time of the monotonic clock."""
+
+    def cause(self) -> str:
+        """Why it ended, in a few words."""
+
+
+class Placed:
+    """What a process says that had to wait for its core or its device."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a process says while it scores a chunk."""
+
+    value: Any
+
+
 def open_processes(
     loads: Sequence[Callable[[], ChunkScorer]], patience: float = PATIENCE_SECONDS
-) -> Iterator[Processes]:
-    """Start a process for each, which loads its model.
+) -> AbstractContextManager[Processes]:
+    """Start a process of this machine for each, which loads its model; as `open_workers`."""
+    return open_workers([functools.partial(_LocalProcess, load) for load in loads], patience)
+
+
+@contextmanager
+def open_workers(starts: Sequence[Callable[[], Process]], patience: float) -> Iterator[Processes]:
+    """Start processes, and end them at the end.
 
     Args:
-        loads: of the models.
+        starts: each starts a process; it is called again for each that is lost.
         patience: seconds that a process may be silent while it loads its model, or scores a chunk.
 
     Raises:
-        WorkerDiedError: a process ended without reporting an error, or did not load in time.
+        WorkerDiedError: none could be started in any place.
         Exception: raised while a model was loaded.
     """
     seats: list[_Seat] = []
     try:
-        for load in loads:
-            seats.append(_Seat(load, patience))  # noqa: PERF401 - those that were started are ended, whatever fails.
-        yield Processes(seats)
+        for start in starts:
+            seats.append(_Seat(start, patience))  # noqa: PERF401 - those that were started are ended, whatever fails.
+        yield Processes(seats, patience)
     finally:
         for seat in seats:
-            seat.process.connection.close()  # All at once, so that they end in parallel.
+            seat.close()  # All at once, so that they end in parallel.
         deadline = time.monotonic() + _END_SECONDS
         for seat in seats:
             seat.process.end(deadline)
@@ -187,19 +232,29 @@ class _Work:
 
 
 class Processes:
-    """Processes that score chunks. `open_processes` makes them."""
+    """Processes that score chunks. `open_workers` makes them."""
 
-    def __init__(self, seats: Sequence[_Seat]) -> None:
+    def __init__(self, seats: Sequence[_Seat], patience: float) -> None:
         self._seats = list(seats)
         """Those whose processes do not keep failing."""
         self._numbers = {seat: number for number, seat in enumerate(seats)}
         self._again: deque[_Work] = deque()
+        self._patience = patience
+        self._last_placed = time.monotonic()
+        """When a process last had a core or a device."""
         self.num_lost = 0
         """Processes that were lost since the start."""
-        for seat in seats:
-            seat.wait_until_loaded()
-        self.facts = [seat.facts for seat in seats if seat.facts is not None]
-        """The properties of the model in each place."""
+        self._load()
+
+    @property
+    def facts(self) -> list[ScorerFacts]:
+        """The properties of the model in each place where one was loaded."""
+        return [seat.facts for seat in self._numbers if seat.facts is not None]
+
+    @property
+    def number(self) -> int:
+        """Number of places, also of those that wait for a core or a device."""
+        return len(self._seats)
 
     def run(
         self, queue: ChunkQueue, on_note: Callable[[int, Any], None] = lambda _number, _note: None
@@ -214,7 +269,7 @@ class Processes:
                 was lost.
 
         Raises:
-            WorkerDiedError: processes ended in every place, `MAX_TRIES` in a row.
+            WorkerDiedError: processes ended in every place, `MAX_TRIES` in a row, or got no core and no device.
             Exception: raised while a chunk was scored.
         """
         if self._again or any(seat.work for seat in self._seats):
@@ -226,74 +281,110 @@ class Processes:
             is_busy = bool(self._again) or any(seat.work for seat in self._seats)
             if not is_busy and any(seat.is_idle for seat in self._seats):
                 return
-            yield from self._answers(queue, on_note)
+            yield from self._finished(queue, on_note)
+
+    def _load(self) -> None:
+        """Wait until a model is loaded in each place that gets its core or its device soon, and in at least one."""
+        soon = time.monotonic() + _PLACED_SECONDS
+        while (
+            any(seat.is_loading for seat in self._seats)
+            or not any(seat.is_loaded for seat in self._seats)
+            or (time.monotonic() < soon and not all(seat.is_loaded for seat in self._seats))
+        ):
+            for seat, _, answer in self._answers():
+                if isinstance(answer, Exception):
+                    self._replace(seat, answer)
 
     def _take(self, seat: _Seat, queue: ChunkQueue) -> _Work | None:
         """What was lost elsewhere first; what was lost here only if every other process was lost over it, too."""
         for work in self._again:
-            if seat not in work.lost_in or set(work.lost_in) >= set(self._seats):
+            others = {seat for seat in self._seats if seat.process.is_placed}
+            if seat not in work.lost_in or others <= set(work.lost_in):
                 self._again.remove(work)
                 return work
         chunk = queue.take()
         return _Work(chunk) if chunk else None
 
-    def _answers(self, queue: ChunkQueue, on_note: Callable[[int, Any], None]) -> Iterator[tuple[Chunk, Any]]:
-        """Wait for an answer, a loss, or the end of a process's time; yield what is finished."""
+    def _answers(self) -> Iterator[tuple[_Seat, _Work | None, Any]]:
+        """Wait for an answer, a loss, or the end of a process's time.
+
+        Returns:
+            Of each place that has one: what it worked on, and the answer, or the error.
+
+        Raises:
+            WorkerDiedError: no place has had a core or a device for too long.
+        """
+        if any(seat.process.is_placed for seat in self._seats):
+            self._last_placed = time.monotonic()
+        elif time.monotonic() > self._last_placed + self._patience:
+            raise WorkerDiedError(
+                f"no scoring process got a core or a device within {self._patience:,.0f} s (runtime.patience_seconds): "
+                f"{self._seats[0].process.cause()}"
+            )
         waiting = [seat for seat in self._seats if not seat.is_idle]
         seconds = min(seat.deadline for seat in waiting) - time.monotonic()
-        ready = wait([seat.process.connection for seat in waiting], max(seconds, 0))
-        errors: list[Exception] = []
+        ready = wait([seat.process.connection for seat in waiting], min(max(seconds, 0), _LOOK_SECONDS))
         for seat in waiting:
-            if seat.process.connection not in ready and seat.deadline > time.monotonic():
-                continue
-            work = seat.work
-            try:
-                result = seat.receive()
-            except Exception as error:  # noqa: BLE001 - raised below, after the scores that other workers have finished.
-                if isinstance(error, _LostError | BrokenDeviceError) or not seat.is_loaded:
-                    yield from self._lose(seat, error, queue, on_note)
-                else:
-                    seat.work = None
-                    errors.append(error)
-            else:
-                if isinstance(result, _Note):
-                    on_note(self._numbers[seat], result.value)
-                elif work is not None and seat.work is None:
-                    on_note(self._numbers[seat], None)
-                    yield work.chunk, result
-        if errors:
-            raise errors[0]
+            if seat.process.connection in ready or seat.deadline <= time.monotonic():
+                work = seat.work
+                try:
+                    answer = seat.receive()
+                except Exception as error:  # noqa: BLE001 - the caller raises it, or replaces the process.
+                    answer = error
+                yield seat, work, answer
 
-    def _lose(
-        self, seat: _Seat, error: Exception, queue: ChunkQueue, on_note: Callable[[int, Any], None]
-    ) -> Iterator[tuple[Chunk, Any]]:
-        """Replace a process, and put its chunk back."""
+    def _finished(self, queue: ChunkQueue, on_note: Callable[[int, Any], None]) -> Iterator[tuple[Chunk, Any]]:
+        """The chunks that are finished, or given up, at the next answer."""
+        errors: list[Exception] = []
+        for seat, work, answer in self._answers():
+            if isinstance(answer, Note):
+                on_note(self._numbers[seat], answer.value)
+            elif not isinstance(answer, Exception):
+                if work is not None:
+                    on_note(self._numbers[seat], None)
+                    yield work.chunk, answer
+            elif seat.is_loaded and not isinstance(answer, _LostError | BrokenDeviceError):
+                seat.work = None
+                errors.append(answer)
+            else:
+                on_note(self._numbers[seat], None)
+                seat.work = None
+                self._replace(seat, answer, work)
+                if work is not None:
+                    again = replace(work, chunk=queue.after_loss(work.chunk)).after_loss(seat)
+                    self._again += again
+                    if not again:
+                        logger.warning("one pair is given up: %d or more processes ended over it", MAX_TRIES)
+                        yield work.chunk, NullReason.WORKER_LOST
+        if errors:
+            raise errors[0]  # After the scores that other workers have finished.
+
+    def _replace(self, seat: _Seat, error: Exception, work: _Work | None = None) -> None:
+        """Start another process in place of one that was lost; after `MAX_TRIES` in a row leave the place out.
+
+        Raises:
+            Exception: the error, if the first process of the place could not load its model.
+        """
+        if seat.facts is None and not isinstance(error, _LostError | BrokenDeviceError):
+            raise error
         self.num_lost += 1
-        on_note(self._numbers[seat], None)
-        work, seat.work = seat.work, None
         if work is None or not work.lost_in:  # Else it may be the pair that ends every process.
             seat.num_lost += 1
         if seat.num_lost < MAX_TRIES:
             logger.warning("%s; another one is started on %s, and its chunk is scored again", error, seat.device)
-            seat.start()
+            seat.renew()
         else:
             self._seats.remove(seat)
             logger.warning("%s; %s is left out: %d processes in a row ended there", error, seat.device, MAX_TRIES)
         if not self._seats:
             raise WorkerDiedError(f"{error}; {_REMEDY}") from error
-        if work is not None:
-            again = replace(work, chunk=queue.after_loss(work.chunk)).after_loss(seat)
-            self._again += again
-            if not again:
-                logger.warning("one pair is given up: %d or more processes ended over it", MAX_TRIES)
-                yield work.chunk, NullReason.WORKER_LOST
 
 
 @dataclass(eq=False)
 class _Seat:
     """A core or a device, and the process that scores there now."""
 
-    load: Callable[[], ChunkScorer]
+    start: Callable[[], Process]
     patience: float
     work: _Work | None = None
     facts: ScorerFacts | None = None
@@ -301,13 +392,13 @@ class _Seat:
     num_lost: int = 0
     """Processes in a row that ended over a chunk that had ended no other."""
     is_loaded: bool = False
-    deadline: float = 0.0
+    deadline: float = math.inf
     """When it has to have answered."""
-    process: _Process = field(init=False)
+    process: Process = field(init=False)
+    _sending: Thread | None = None
 
     def __post_init__(self) -> None:
-        self.process = _Process(self.load)
-        self._expect_answer()
+        self._begin_loading()
 
     @property
     def device(self) -> str:
@@ -319,54 +410,76 @@ class _Seat:
         """Whether it can take a chunk."""
         return self.is_loaded and self.work is None
 
-    def start(self) -> None:
-        """Start another process in place of the one that was lost."""
-        self.process.connection.close()
-        self.process.end(time.monotonic())
-        self.is_loaded = False
-        self.process = _Process(self.load)
-        self._expect_answer()
+    @property
+    def is_loading(self) -> bool:
+        """Whether it has its core or its device, and no model yet."""
+        return self.process.is_placed and not self.is_loaded
 
-    def wait_until_loaded(self) -> None:
-        """Wait for the first process to load its model. Raises what it raised, or WorkerDiedError."""
-        self.process.connection.poll(max(self.deadline - time.monotonic(), 0))
-        try:
-            self.receive()
-        except _LostError as error:
-            raise WorkerDiedError(f"{error}; {_REMEDY}") from error
+    def renew(self) -> None:
+        """Start another process in place of the one that was lost."""
+        self.process.kill()
+        self.close()
+        self.process.end(time.monotonic())
+        self._begin_loading()
+
+    def close(self) -> None:
+        """Close the connection, so that the process ends."""
+        if self._sending is not None and self._sending.is_alive():
+            self.process.kill()  # It has not taken its chunk: only its end ends the sending.
+            self._sending.join()
+        self.process.connection.close()
 
     def begin(self, work: _Work) -> None:
-        """Send a chunk."""
+        """Send a chunk, from another thread: a process that hangs may not take it."""
         self.work = work
         self._expect_answer()
-        with suppress(OSError):  # It has ended, which is noticed when its answer is received.
-            self.process.connection.send(work.chunk)
+        self._sending = Thread(target=self._send, args=(self.process.connection, work.chunk), daemon=True)
+        self._sending.start()
 
     def receive(self) -> Any:
-        """The result of the chunk, or a note; None: the model is loaded now.
+        """The result of the chunk, or a note; None: the model is loaded now, or the process has its device.
 
         Raises:
             _LostError: the process was lost.
             Exception: the process raised it.
         """
         if not self.process.connection.poll():
-            raise self.process.overdue(self.patience)
-        answer = self.process.receive()
+            self.process.kill()
+            raise _LostError(f"a scoring process was silent for {self.patience:,.0f} s (runtime.patience_seconds)")
+        try:
+            answer = self.process.connection.recv()
+        except (EOFError, OSError) as error:
+            raise _LostError(f"a scoring process ended ({self.process.cause()})") from error
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, Placed | Note):
+            self._expect_answer()
+            return answer if isinstance(answer, Note) else None
         if not self.is_loaded:
             self.facts, self.is_loaded = answer, True
             return None
-        if isinstance(answer, _Note):
-            self._expect_answer()
-        else:
-            self.work, self.num_lost = None, 0
+        self.work, self.num_lost = None, 0
         return answer
+
+    def _begin_loading(self) -> None:
+        self.is_loaded, self.deadline = False, math.inf
+        self.process = self.start()
+        if self.process.is_placed:
+            self._expect_answer()
 
     def _expect_answer(self) -> None:
         self.deadline = time.monotonic() + self.patience
 
+    @staticmethod
+    def _send(connection: Connection, chunk: Chunk) -> None:
+        with suppress(OSError):  # The process has ended, which is noticed when its answer is received.
+            connection.send(chunk)
 
-class _Process:
-    """A scoring process and the pipe to it."""
+
+class _LocalProcess:
+    """A scoring process of this machine."""
+
+    is_placed = True
 
     def __init__(self, load: Callable[[], ChunkScorer]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -375,14 +488,8 @@ class _Process:
         self._process.start()
         theirs.close()
 
-    def receive(self) -> Any:
-        try:
-            answer = self.connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._died() from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def kill(self) -> None:
+        self._process.kill()
 
     def end(self, deadline: float) -> None:
         self._process.join(max(deadline - time.monotonic(), 0))
@@ -390,23 +497,10 @@ class _Process:
             self._process.kill()
             self._process.join()
 
-    def overdue(self, seconds: float) -> _LostError:
-        """Kill the process, which has not answered for so long; the error that says so."""
-        self._process.kill()
-        return _LostError(f"a scoring process was silent for {seconds:,.0f} s (runtime.patience_seconds)")
-
-    def _died(self) -> _LostError:
+    def cause(self) -> str:
         self._process.join(_END_SECONDS)
         code = self._process.exitcode
-        cause = "killed, as the kernel does when memory runs out" if code == -signal.SIGKILL else f"exit code {code}"
-        return _LostError(f"a scoring process ended ({cause})")
-
-
-@dataclass(frozen=True)
-class _Note:
-    """What a process says while it scores a chunk."""
-
-    value: Any
+        return "killed, as the kernel does when memory runs out" if code == -signal.SIGKILL else f"exit code {code}"
 
 
 def _serve(connection: Connection, load: Callable[[], ChunkScorer]) -> None:
@@ -417,9 +511,9 @@ def _serve(connection: Connection, load: Callable[[], ChunkScorer]) -> None:
             scorer = load()
             connection.send(scorer.facts)
             while True:
-                connection.send(scorer.score(connection.recv(), lambda value: connection.send(_Note(value))))
+                connection.send(scorer.score(connection.recv(), lambda value: connection.send(Note(value))))
         except Exception as error:  # noqa: BLE001 - the parent raises it, whatever it is.
-            connection.send(_portable(error))
+            connection.send(portable(error))
 
 
 def _try_to_score(scorer: SequenceScorer, batch: Batch) -> Outcome:
@@ -429,7 +523,7 @@ def _try_to_score(scorer: SequenceScorer, batch: Batch) -> Outcome:
         return NullReason.OUT_OF_MEMORY
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error if it can be pickled and rebuilt, else a RuntimeError with its traceback as text."""
     try:
         copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled in this line.

@@ -13,6 +13,7 @@ from qaq_pipeline.freshness.staleness import Present
 from qaq_pipeline.orchestration import conditions
 from qaq_pipeline.orchestration.assets import build_assets, made_under
 from qaq_pipeline.orchestration.checks import build_checks
+from qaq_pipeline.orchestration.executors import build_executor
 from qaq_pipeline.orchestration.io_manager import TableIOManager
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.schema.partition import Partition
@@ -59,7 +60,7 @@ def build_job_defs(
             for name, assets in made.jobs().items()
         ],
         resources=resources | (resource_overrides or {}),
-        executor=build_executor(settings),
+        executor=build_executor(settings.runtime),
     )
 
 
@@ -87,10 +88,3 @@ def present(settings: Settings, storage: Storage, pipeline: Pipeline = PIPELINE)
     benchmarks = {one.name: one.path for one in settings.screening.contamination.benchmarks}
     imported = {one.name: one.path for one in settings.tables_read}
     return Present(versions, sorted(settings.models), shared_inputs, benchmarks, imported)
-
-
-def build_executor(settings: Settings) -> dg.ExecutorDefinition:
-    """Where steps run: in the run's process, or each in one of its own, one at a time."""
-    if settings.runtime.executor == "in_process":
-        return dg.in_process_executor
-    return dg.multiprocess_executor.configured({"max_concurrent": 1, "start_method": {"forkserver": {}}})

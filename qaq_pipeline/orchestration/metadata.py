@@ -5,7 +5,7 @@ Does not belong here: numbers about one table (`reports.table_numbers`).
 
 import base64
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,9 +22,6 @@ from qaq_pipeline.reports.pages import Made
 from qaq_pipeline.schema import column_lineage
 from qaq_pipeline.schema.partition import Input
 from qaq_pipeline.screening.gates import Gate
-
-ON_GPU: Mapping[str, Any] = {"kinds": {"pytorch", "huggingface"}, "pool": "gpu"}
-"""Options of the assets that score: only one run at a time, for they share a concurrency pool."""
 
 _HOLDS_TEXT = {"qaq/holds": "text"}
 _HOLDS_NUMBERS = {"qaq/holds": "numbers"}

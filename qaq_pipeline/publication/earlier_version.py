@@ -20,7 +20,7 @@ import polars as pl
 
 from qaq_pipeline.publication import exports, versions
 from qaq_pipeline.storage import row_lookup
-from qaq_pipeline.storage.files import LocalFile, StorageError, sha256_of
+from qaq_pipeline.storage.files import LocalFile, StorageError, hash_json, sha256_of
 from qaq_pipeline.storage.storage import Storage
 
 _BYTES_AT_ONCE = 1 << 22
@@ -56,6 +56,9 @@ class EarlierVersion:
         if newest is None or not versions.is_kept(storage, newest.version):
             return NO_VERSION
         manifest = versions.read_manifest(storage, newest.version)
+        if hash_json(manifest) != newest.version:
+            logger.warning("version %s: its manifest was changed; every file is written again", newest.version)
+            return NO_VERSION
         unchanged = {entry["batch"] for entry in entries if entry in manifest["batches"]}
         if not unchanged or {**manifest, **recipe} != manifest:
             return NO_VERSION

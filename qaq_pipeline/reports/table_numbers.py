@@ -88,6 +88,7 @@ def _speed(report: ScoringReport) -> Numbers:
     if report.tokens_per_second is not None:
         speed = {
             "runner": report.runner,
+            "pool": report.pool,
             "processes": len(report.devices),
             "devices": sorted(set(report.devices)),
             "processes_lost": report.num_lost_workers,

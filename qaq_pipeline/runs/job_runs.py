@@ -16,6 +16,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from qaq_pipeline.config.base import SettingsError, settings_hash
 from qaq_pipeline.config.load import dagster_home, load_settings
 from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.orchestration.failures import describe
@@ -106,7 +107,7 @@ class Driver:
 
     def _run_job(self, job_name: str, partition: Partition | None) -> str:
         instance, tags = self.deployment.instance, {**self._tags, **_partition_tags(partition)}
-        if self.deployment.settings.runtime.executor == "multiprocess":
+        if self.deployment.settings.runtime.executor != "in_process":
             result = _run_in_processes(self.deployment, job_name, tags)
         else:
             job = self._jobs.resolve_job_def(job_name)
@@ -189,15 +190,31 @@ def _is_reference_missing(deployment: Deployment) -> bool:
 def _run_in_processes(deployment: Deployment, job_name: str, tags: Mapping[str, str]) -> dg.JobExecutionResult:
     if deployment.settings != load_settings():
         raise FailedJobError(
-            "executor multiprocess: its processes read QAQ_CONFIG, which names other settings; set it to this file"
+            f"executor {deployment.settings.runtime.executor}: its processes read QAQ_CONFIG, which names other "
+            "settings; set it to this file"
         )
-    job = dg.build_reconstructable_job("qaq_pipeline.runs.job_runs", "resolve_job", reconstructable_args=(job_name,))
+    job = dg.build_reconstructable_job(
+        __name__,
+        resolve_job.__name__,
+        reconstructable_args=(job_name,),
+        reconstructable_kwargs={"of_settings": settings_hash(deployment.settings)},
+    )
     return dg.execute_job(job, deployment.instance, run_config=_QUIET, tags=tags)
 
 
-def resolve_job(job_name: str) -> dg.JobDefinition:
-    """The job of this name, under the settings of the environment: another process finds it by this function."""
-    return build_job_defs(load_settings()).resolve_job_def(job_name)
+def resolve_job(job_name: str, of_settings: str) -> dg.JobDefinition:
+    """The job of this name, under the settings of the environment: another process finds it by this function.
+
+    Raises:
+        SettingsError: the environment of that process names other settings than those of the run.
+    """
+    settings = load_settings()
+    if settings_hash(settings) != of_settings:
+        raise SettingsError(
+            "a step reads other settings than its run; give the machines of the executor QAQ_CONFIG and QAQ_HOME of "
+            "the run, such as by runtime.executor_config"
+        )
+    return build_job_defs(settings).resolve_job_def(job_name)
 
 
 def _partition_tags(partition: Partition | None) -> dict[str, str]:

@@ -82,12 +82,15 @@ class Chunks:
         plan: whose pairs and cached scores are taken.
         identity: under which scores are cached.
         storage: of the cache.
-        facts: of each process.
+        facts: of each process that has its model.
+        num_processes: also those that wait for a device.
     """
 
-    def __init__(self, plan: Plan, identity: ScoreIdentity, storage: Storage, facts: Sequence[ScorerFacts]) -> None:
+    def __init__(
+        self, plan: Plan, identity: ScoreIdentity, storage: Storage, facts: Sequence[ScorerFacts], num_processes: int
+    ) -> None:
         self._plan, self._identity, self._storage = plan, identity, storage
-        self._num_processes = len(facts)
+        self._num_processes = num_processes
         self._fewest = CHARACTERS_PER_TOKEN * max(fact.batch_tokens for fact in facts)
         self._left = int(plan.pairs.num_characters.sum(dtype=np.int64))
         self._pairs = self._with_known()

@@ -144,6 +144,9 @@ class ScoringReport:
     seconds: float
     runner: str | None = None
     """The name of the runner (see `lm.runners`); None if nothing was scored."""
+    pool: str | None = None
+    """The kind of the pool, as `runtime.pool.kind`; in_process also where the work justified one process only; None if
+    nothing was scored."""
     devices: Sequence[str] = ()
     """Of each worker; empty if nothing was scored."""
     num_lost_workers: int = 0
@@ -200,7 +203,7 @@ def score_pairs(
         storage.scores.count_hits(model.identity, run.work.cached_quantities)
     scorers = plan.cached_scorers()
     if run.work.sums:
-        scorers.add(json.dumps(dict(model.scored_with), sort_keys=True))
+        scorers |= {json.dumps(dict(one.scored_with or model.scored_with), sort_keys=True) for one in run.facts}
     return table, run.report([json.loads(scorer) for scorer in sorted(scorers)])
 
 
@@ -243,6 +246,7 @@ class Run:
     """What was done."""
     facts: Sequence[ScorerFacts] = ()
     """Of each worker; empty if nothing was scored."""
+    pool: str | None = None
     estimate: Estimate | None = None
     done_tokens: int = 0
     done_sequences: int = 0
@@ -264,6 +268,7 @@ class Run:
         if first is not None:
             with self.model.open_workers(self._max_workers(), self.storage) as workers:
                 started = time.monotonic()
+                self.pool = self.runtime.pool.kind if isinstance(workers, Processes) else "in_process"
                 if isinstance(workers, Processes):
                     return self._score_chunks(workers, started)
                 self._score_batches(workers, itertools.chain([first], windows), started)
@@ -307,7 +312,7 @@ class Run:
     def _score_chunks(self, processes: Processes, started: float) -> pl.DataFrame:
         """Score every pair again that is not cached: the windows of this process were only for the estimate."""
         self._start(processes.facts)
-        queue = Chunks(self.plan, self.model.identity, self.storage, processes.facts)
+        queue = Chunks(self.plan, self.model.identity, self.storage, processes.facts, processes.number)
         tables: list[pl.DataFrame] = []
         at_work: dict[int, Progress] = {}
         shown = started
@@ -335,6 +340,7 @@ class Run:
             self.work += work
             tell()
         self.lost_workers = processes.num_lost - lost_before
+        self.facts = processes.facts
         self.on_shard(self._progress())
         return pl.concat(tables).sort("pair_id")
 
@@ -365,6 +371,7 @@ class Run:
             num_splits=self.work.splits,
             seconds=self.seconds,
             runner=self.facts[0].runner if self.facts else None,
+            pool=self.pool,
             devices=tuple(facts.device for facts in self.facts),
             num_lost_workers=self.lost_workers,
             peak_share=self._peak_share(),
@@ -384,7 +391,9 @@ class Run:
     def _max_workers(self) -> int:
         """The number of processes in the settings; by default as many as the work justifies."""
         device = str(self.model.scored_with.get("device", "cpu"))
-        return self.runtime.processes or justified_processes(
+        if self.runtime.pool.kind == "in_process":
+            return 1
+        return self.runtime.pool.size or justified_processes(
             self.plan.expected_tokens, self.model.num_weight_bytes, device
         )
 

@@ -7,7 +7,6 @@ Does not belong here: how a batch is scored (`lm`), and the use of the score cac
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,15 +18,12 @@ import polars as pl
 
 from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm import model_files
-from qaq_pipeline.lm.workers import Processes, SequenceScorer, open_processes
-from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, ScoringSpec, local_model
+from qaq_pipeline.scoring.chunk_scorer import ScoringSpec, local_model
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
 from qaq_pipeline.scoring.pairs import Pairs
+from qaq_pipeline.scoring.pools import Opened, pool_of, unloaded_facts_here
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.storage import Storage
-
-SCORING_LIBRARIES = ("torch", "transformers", "tokenizers")
-"""Libraries whose versions are stored with every score."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,7 @@ class ScoredPairs:
 
 _Revision = tuple[str, ...]
 """Role and revision of a model; of workers that are kept, also the storage that they write to."""
-_Opened = SequenceScorer | Processes
-_Open = Callable[[int], AbstractContextManager[_Opened]]
+_Open = Callable[[int], AbstractContextManager[Opened]]
 """Loads a model in this process, or in at most the given number of scoring processes."""
 
 
@@ -67,11 +62,11 @@ class _KeptWorkers:
 
     def __init__(self) -> None:
         self._resources = ExitStack()
-        self._workers: _Opened | None = None
+        self._workers: Opened | None = None
         self._revision: _Revision | None = None
         self._limit = 0
 
-    def get(self, revision: _Revision, open_: _Open, limit: int) -> _Opened:
+    def get(self, revision: _Revision, open_: _Open, limit: int) -> Opened:
         """The workers that were kept, if they are of this model and not fewer than is worth while; else new ones."""
         if self._workers is None or self._revision != revision or self._limit < limit:
             self.close()
@@ -108,6 +103,7 @@ class ModelRuntime:
         self._scoring = scoring
         self._runtime = runtime
         self._model_cache = model_cache
+        self._pool = pool_of(runtime)
         self._on_progress = on_progress
         self._described: dict[_Revision, ScoringModel] = {}
         self._kept: _KeptWorkers | None = None
@@ -171,18 +167,16 @@ class ModelRuntime:
         Raises:
             Exception: as `score`.
         """
-        from qaq_pipeline.lm import causal_lm, devices
-
         files, model = self._prepare(role)
         plan = plan_scoring(pairs, model.encoder, model.identity, storage, self._scoring)
         for _ in plan.windows():
             pass
-        device = devices.resolve_device(self._models[role].device)
-        facts = causal_lm.unloaded_facts(files, devices.resolve_dtype(self._models[role].dtype, device), device)
+        unloaded = functools.partial(unloaded_facts_here, self._model_cache)
+        device, facts = self._pool.on_worker(unloaded, self._models[role])
         return ScoringCost(
             role=role,
             model=files.name,
-            device=device.type,
+            device=device,
             num_pairs=plan.num_pairs,
             num_cached=plan.num_cached,
             num_shared_tokens=plan.num_shared_tokens,
@@ -203,9 +197,9 @@ class ModelRuntime:
     @contextmanager
     def _open_workers(
         self, spec_of: Callable[..., ScoringSpec], sample_ids: Sequence[int], limit: int, storage: Storage
-    ) -> Iterator[_Opened]:
+    ) -> Iterator[Opened]:
         spec, kept = spec_of(storage=storage), self._kept
-        open_ = functools.partial(_open, spec, sample_ids)
+        open_ = functools.partial(self._pool.open, spec, sample_ids)
         if kept is None:
             with open_(limit) as workers:
                 yield workers
@@ -224,13 +218,13 @@ class ModelRuntime:
         return files, self._described[role, files.revision]
 
     def _describe(self, role: str, files: model_files.ModelFiles) -> ScoringModel:
-        from qaq_pipeline.lm import causal_lm, devices
+        from qaq_pipeline.lm import causal_lm
         from qaq_pipeline.lm.tokenizer import warnings
 
         model = self._models[role]
-        local = local_model(model, files, self._model_cache, self._scoring)
-        libraries = {name: importlib.metadata.version(name) for name in SCORING_LIBRARIES}
-        scored_with = {"libraries": libraries, "device": devices.resolve_device(model.device).type}
+        local = local_model(self._pool.local(model), files, self._model_cache, self._scoring)
+        dtype, scored_with = self._pool.kind(model)
+        identity = replace(local.identity, dtype=dtype)  # Each worker compares its own with it.
         spec_of = functools.partial(
             ScoringSpec,
             role=role,
@@ -239,31 +233,16 @@ class ModelRuntime:
             model_cache=self._model_cache,
             scoring=self._scoring,
             runtime=self._runtime,
-            identity=local.identity,
+            identity=identity,
             scored_with=scored_with,
         )
         sample_ids = local.tokenizer.encode_markup(causal_lm.SAMPLE_TEXT)
         return ScoringModel(
             role=role,
             encoder=local.encoder,
-            identity=local.identity,
+            identity=identity,
             open_workers=functools.partial(self._open_workers, spec_of, sample_ids),
             num_weight_bytes=files.num_weight_bytes(),
             scored_with=scored_with,
             warnings=warnings(model, files, local.tokenizer, local.encoder),
         )
-
-
-@contextmanager
-def _open(spec: ScoringSpec, sample_ids: Sequence[int], limit: int) -> Iterator[_Opened]:
-    """The model of a scoring in this process, or in at most so many scoring processes."""
-    from qaq_pipeline.lm import causal_lm
-
-    with causal_lm.loaders(spec.model, spec.files, spec.scoring.max_tokens, limit, sample_ids) as loads:
-        # On a GPU always in a process of its own: its end gives all memory back, and its errors stay there.
-        if len(loads) == 1 and spec.scored_with["device"] != "cuda":
-            yield loads[0]()
-            return
-        scorers = [functools.partial(ChunkScorer, spec, load) for load in loads]
-        with open_processes(scorers, spec.runtime.patience_seconds) as processes:
-            yield processes

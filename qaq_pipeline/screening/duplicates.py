@@ -45,7 +45,7 @@ _ROWS_AT_ONCE = 10_000
 _MAX_STANDING = 32
 """Maximum rows of one band that a row is compared with: only bands of a template's words have more."""
 _BEGINNING = 22
-"""Bits of a hash by which most hashes that are not known are told."""
+"""Bits of a hash that rule out most unknown hashes."""
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 """An odd factor that makes every bit of a number count for its first ones."""
 

@@ -36,7 +36,7 @@ _INDEX_FILE = "pair_index.parquet"
 _INDEXED = ("decisions",)
 _DELIVERED = "raw_data"
 """The table that every batch has."""
-_NO_ROWS = (pa.ArrowException, KeyError)
+_NO_ROWS = (pa.ArrowException, KeyError, FileNotFoundError)
 _WHOLE: Mapping[str, int] = MappingProxyType({})
 
 

@@ -80,7 +80,22 @@ def test_the_smallest_file_names_two_models() -> None:
         ({"export": {"formats": ["xml"]}}, ["export.formats.0", "'parquet' or 'hf'", "got 'xml'"]),
         ({"export": {"selections": ["nope"]}}, ["export.selections: 'nope' is not a selection", "['qaq']"]),
         ({"export": {"selections": "some"}}, ["export.selections", "'published' or 'all'", "got 'some'"]),
-        ({"runtime": {"executor": "k8s"}}, ["executor", "'in_process' or 'multiprocess'", "got 'k8s'"]),
+        (
+            {"runtime": {"executor": "slurm"}},
+            ["executor", "'in_process', 'multiprocess', 'k8s' or 'ray'", "got 'slurm'"],
+        ),
+        ({"runtime": {"executor_config": {"a": 1}}}, ["runtime: executor_config is for the executors k8s and ray"]),
+        ({"runtime": {"pool": {"kind": "in_process", "size": 2}}}, ["runtime.pool: kind: in_process has one process"]),
+        ({"runtime": {"pool": {"address": "auto"}}}, ["runtime.pool: address is that of a Ray cluster; set kind: ray"]),
+        (
+            {"models": MODELS | {"third": {"hub": "a", "device": "cuda", "gpus": 0}}},
+            ["models.third: gpus: 0 leaves no GPU"],
+        ),
+        (
+            {"models": MODELS | {"third": {"hub": "a", "device": "mps"}}, "runtime": {"pool": {"kind": "ray"}}},
+            ["models: `device: mps` is of this machine"],
+        ),
+        ({"models": MODELS | {"third": {"hub": "a/b", "gpus": 2}}}, ["models.third.gpus", "less than or equal to 1"]),
         ({"runtime": {"lock_timeout_seconds": -1}}, ["lock_timeout_seconds", "greater than or equal to 0", "got -1"]),
         ({"scorring": {}}, ["scorring: there is no such setting", "did you mean 'scoring'?"]),
         ({"models": MODELS | {"Third": {"directory": "x"}}}, ["models.Third", "pattern", "got 'Third'"]),

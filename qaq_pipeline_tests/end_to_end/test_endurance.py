@@ -126,7 +126,7 @@ def test_a_scoring_ended_25_times_is_the_undisturbed_one_and_repeats_less_than_a
     settings = demo_settings()
     role = SMOLLM2.role(settings)
     values = settings.model_dump(mode="json")
-    values["runtime"] |= {"shard_seconds": SHARD_SECONDS, "batch_tokens": MOST_BATCH_TOKENS, "processes": 2}
+    values["runtime"] |= {"shard_seconds": SHARD_SECONDS, "batch_tokens": MOST_BATCH_TOKENS, "pool": {"size": 2}}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     (tmp_path / "pairs.json").write_text(json.dumps([[p.pair_id, p.system, p.query, p.answer] for p in read_pairs()]))
 

@@ -54,7 +54,7 @@ def curated(
     settings_for: Callable[..., Settings], instance: dg.DagsterInstance, tmp_path: Path
 ) -> tuple[Settings, Storage]:
     """Rows of every fate under two tiny models."""
-    settings = settings_for(runtime={"processes": 1})
+    settings = settings_for(runtime={"pool": {"size": 1}})
     curate(settings, instance, tmp_path, rows_of_every_fate())
     return settings, open_storage(settings)
 
@@ -147,7 +147,7 @@ def test_every_number_of_a_composed_selection_follows_too(
     grammar = {"where": JUDGED, "max_per_query": 1, "quotas": quotas}
     composed = {"name": "judged", "strategy": "diff_high", "budget": {"fraction": 0.25}} | grammar
     settings = settings_for(
-        runtime={"processes": 1},
+        runtime={"pool": {"size": 1}},
         selections=[composed],
         tables=[{"name": "judge", "path": str(judge), "key": "row"}],
     )

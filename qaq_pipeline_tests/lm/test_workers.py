@@ -35,6 +35,7 @@ from qaq_pipeline.lm.workers import (
     Scores,
     WorkerDiedError,
     open_processes,
+    open_workers,
     score_batches,
 )
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
@@ -432,9 +433,64 @@ def test_where_every_device_keeps_failing_the_scoring_ends_and_says_why() -> Non
         list(workers.run(queue_of(*map(sequence, range(20)), budget=8)))
 
 
-def test_a_worker_that_ends_while_it_loads_its_model_at_the_start_ends_the_scoring() -> None:
-    with pytest.raises(WorkerDiedError, match=r"ended \(exit code 3\).*run again"), open_processes([FakeScorer, leave]):
+def test_a_worker_that_ends_while_it_loads_its_model_is_tried_three_times(caplog: pytest.LogCaptureFixture) -> None:
+    with open_processes([FakeScorer, leave]) as workers:
+        assert workers.num_lost == MAX_TRIES
+        assert workers.number == 1
+        assert sorted(outcomes(workers, queue_of(*map(sequence, range(20))))) == list(range(20))
+    assert caplog.messages[-1].endswith("; its device is left out: 3 processes in a row ended there")
+    with pytest.raises(WorkerDiedError, match=r"ended \(exit code 3\).*run again"), open_processes([leave]):
         pass
+
+
+def test_a_worker_that_does_not_take_its_chunk_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    with open_processes([FakeScorer] * 2, patience=5) as workers:
+        os.kill(pids_of(workers)[0], signal.SIGSTOP)
+        huge = [sequence(number, 200_000, NAP) for number in range(6)]  # Larger than a pipe holds.
+        assert sorted(outcomes(workers, queue_of(*huge))) == list(range(6))
+        assert workers.num_lost == 1
+    assert caplog.messages[0].startswith("a scoring process was silent for 5 s")
+
+
+class Roomless:
+    """A process that gets no place."""
+
+    is_placed = False
+
+    def __init__(self) -> None:
+        self.connection, self._theirs = multiprocessing.Pipe()
+
+    def kill(self) -> None:
+        """Nothing runs."""
+
+    def end(self, deadline: float) -> None:
+        """Nothing runs."""
+
+    def cause(self) -> str:
+        return "there is no room"
+
+
+def test_where_the_last_process_is_lost_and_no_other_gets_its_place_the_scoring_ends(tmp_path: Path) -> None:
+    load = functools.partial(OnceScorer, tmp_path / "once")
+    starts: list[Callable[[], Any]] = [Roomless, lambda: workers_module._LocalProcess(load)]
+
+    def start() -> Any:
+        return starts.pop()()
+
+    queue = queue_of(*(sequence(n, 8, EXIT if n == 3 else None) for n in range(8)))
+    with (
+        pytest.raises(WorkerDiedError, match=r"^no scoring process got a .* within 8 s .*: there is no room$"),
+        open_workers([start], 8) as workers,
+    ):
+        list(workers.run(queue))
+
+
+def test_what_one_place_lost_is_done_there_again_where_no_other_has_a_place(tmp_path: Path) -> None:
+    load = functools.partial(OnceScorer, tmp_path / "once")
+    starts: list[Callable[[], Any]] = [lambda: workers_module._LocalProcess(load), Roomless]
+    with open_workers(starts, PATIENCE) as workers:
+        found = outcomes(workers, queue_of(*(sequence(n, 8, DIE if n == 3 else None) for n in range(8))))
+    assert sorted(found) == list(range(8))
 
 
 def leave() -> FakeScorer:

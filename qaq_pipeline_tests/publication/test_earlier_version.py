@@ -114,6 +114,24 @@ def test_scores_are_written_again_where_another_batch_has_more_columns(storage: 
     assert scores.height == 9 + 5
 
 
+def test_nothing_is_taken_from_a_version_whose_manifest_was_changed(
+    storage: Storage, elsewhere: Storage, caplog: pytest.LogCaptureFixture, check_sentence: Check
+) -> None:
+    settings = settings_of(JSON)
+    for batch in ("a", "b"):
+        for one in (storage, elsewhere):
+            store_batch(one, settings, batch, QUERIES[batch])
+    first, _ = published(storage, settings, "a")
+    place = versions.place(first.version, versions.MANIFEST)
+    manifest = storage.files.read_json(*place)
+    manifest["spans"]["diff_high/alpaca.json"]["a"][1] -= 5
+    storage.files.write_json(manifest, *place)
+    second, written = published(storage, settings, "a", "b")
+    assert written == ["a", "b"]
+    assert files(storage, second.version) == files(elsewhere, published(elsewhere, settings, "a", "b")[0].version)
+    check_sentence(caplog.messages[0])
+
+
 @pytest.mark.parametrize("name", ["diff_high/alpaca.json", "diff_high/keys.parquet", "scores/a.parquet"])
 def test_nothing_is_taken_from_a_version_with_a_damaged_file(
     storage: Storage, elsewhere: Storage, name: str, caplog: pytest.LogCaptureFixture, check_sentence: Check
@@ -129,7 +147,7 @@ def test_nothing_is_taken_from_a_version_with_a_damaged_file(
     assert written == ["a", "b"]
     assert files(storage, second.version) == files(elsewhere, published(elsewhere, settings, "a", "b")[0].version)
     check_sentence(caplog.messages[0])
-    damaged.unlink()
+    damaged.unlink()  # Nor from one of which a file is gone.
     store_batch(storage, settings, "c", QUERIES["d"])
     versions.record(storage, first.version, {}, None)
     assert published(storage, settings, "a", "b", "c")[1] == ["a", "b", "c"]

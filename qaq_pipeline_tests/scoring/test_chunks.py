@@ -30,7 +30,7 @@ def storage(tmp_path: Path) -> Storage:
 
 def chunks_of(plan: Plan, storage: Storage, num_processes: int = 2) -> Chunks:
     facts = ScorerFacts("fake", is_padded=False, shares_prefixes=True, batch_tokens=20)
-    return Chunks(plan, IDENTITY, storage, [facts] * num_processes)
+    return Chunks(plan, IDENTITY, storage, [facts], num_processes)
 
 
 def plan(num_pairs: int, storage: Storage) -> Plan:

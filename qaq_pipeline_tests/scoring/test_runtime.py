@@ -24,7 +24,7 @@ from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.lm.workers import MAX_TRIES
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
-from qaq_pipeline.scoring import runtime as runtime_module
+from qaq_pipeline.scoring import pools
 from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, OtherIdentityError, ScoringSpec, local_model
 from qaq_pipeline.scoring.chunks import ChunkPair, Work
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
@@ -52,7 +52,7 @@ def runtime_of(settings: Settings) -> ModelRuntime:
 def test_two_processes_give_the_scores_of_one(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
 ) -> None:
-    one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
+    one, two = (settings_for(runtime={"pool": {"size": number}, "batch_tokens": 300}) for number in (1, 2))
     reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
     scored = runtime_of(two).score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None)
@@ -64,7 +64,7 @@ def test_two_processes_give_the_scores_of_one(
 def test_processes_that_are_killed_amid_a_scoring_lose_nothing(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
 ) -> None:
-    one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
+    one, two = (settings_for(runtime={"pool": {"size": number}, "batch_tokens": 300}) for number in (1, 2))
     reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
     killed: list[int] = []
 
@@ -104,12 +104,12 @@ def test_a_pair_that_ends_every_process_is_null_alone_and_tried_again_by_the_nex
     twenty_samples: list[Pair],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one, two = (settings_for(runtime={"processes": number, "batch_tokens": 300}) for number in (1, 2))
+    one, two = (settings_for(runtime={"pool": {"size": number}, "batch_tokens": 300}) for number in (1, 2))
     pairs = Pairs.of([*twenty_samples[:6], Pair(DEADLY, None, "Why?", "Because.")])
     reference = runtime_of(one).score("strong", pairs, storage, lambda _: None)
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
     with monkeypatch.context() as patch:
-        patch.setattr(runtime_module, "ChunkScorer", DeadlyScorer)
+        patch.setattr(pools, "ChunkScorer", DeadlyScorer)
         scored = runtime_of(two).score("strong", pairs, elsewhere, lambda _: None)
     assert scored.report.num_lost_workers >= MAX_TRIES
     is_deadly = pl.col("pair_id") == DEADLY
@@ -161,7 +161,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_model_stays_loaded_until_another_one_scores(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair], loaded: list[str]
 ) -> None:
-    runtime = runtime_of(settings_for(runtime={"processes": 1}))
+    runtime = runtime_of(settings_for(runtime={"pool": {"size": 1}}))
     with runtime.keeping_loaded():
         for part in (twenty_samples[:3], twenty_samples[3:6]):
             runtime.score("strong", Pairs.of(part), storage, lambda _: None)
@@ -181,7 +181,7 @@ def test_a_scoring_that_failed_leaves_no_worker_to_the_next_one(
     def fail(progress: Progress) -> None:
         raise RuntimeError(progress.model)
 
-    settings = settings_for(runtime={"processes": 1, "batch_tokens": 200})
+    settings = settings_for(runtime={"pool": {"size": 1}, "batch_tokens": 200})
     runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir, fail)
     with runtime.keeping_loaded():
         for number in (1, 2):

@@ -5,8 +5,9 @@ from functools import partial
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.executors import gpus_to_score, on_gpu
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import ON_GPU, asset
+from qaq_pipeline.orchestration.metadata import asset
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
 from qaq_pipeline.scoring import rmi_scores
@@ -20,10 +21,12 @@ VERSION = "1"
 
 def build_planted_scores(settings: Settings) -> dg.AssetsDefinition:
     """planted_scores[batch and model]: the scores of the planted pairs, as logprobs and rmi_scores make them."""
-    models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
+    models = {role: model.model_dump(exclude={"device", "gpus"}) for role, model in settings.models.items()}
     eligibility = settings.eligibility
 
-    @asset(settings, VERSION, reads=[models, settings.scoring, eligibility], **ON_GPU)
+    @asset(
+        settings, VERSION, reads=[models, settings.scoring, eligibility], **on_gpu(settings, gpus_to_score(settings))
+    )
     def planted_scores(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

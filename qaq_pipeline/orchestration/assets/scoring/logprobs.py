@@ -5,8 +5,9 @@ from functools import partial
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.executors import gpus_to_score, on_gpu
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import ON_GPU, asset, gate_metadata
+from qaq_pipeline.orchestration.metadata import asset, gate_metadata
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
 from qaq_pipeline.scoring.pairs import Pairs, accepted_parts
@@ -20,9 +21,9 @@ VERSION = "3"
 
 def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
     """logprobs[batch and model]: sums of NLL of every distinct accepted pair."""
-    models = {role: model.model_dump(exclude={"device"}) for role, model in settings.models.items()}
+    models = {role: model.model_dump(exclude={"device", "gpus"}) for role, model in settings.models.items()}
 
-    @asset(settings, VERSION, reads=[models, settings.scoring], **ON_GPU)
+    @asset(settings, VERSION, reads=[models, settings.scoring], **on_gpu(settings, gpus_to_score(settings)))
     def logprobs(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

@@ -6,8 +6,9 @@ from typing import Any
 import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration.executors import gpus_to_train, on_gpu
 from qaq_pipeline.orchestration.materialisation import table_result
-from qaq_pipeline.orchestration.metadata import ON_GPU, asset, made_by, pictures
+from qaq_pipeline.orchestration.metadata import asset, made_by, pictures
 from qaq_pipeline.publication import versions
 from qaq_pipeline.reports import page_store, trial_page
 from qaq_pipeline.schema.partition import Input, Partition
@@ -19,11 +20,11 @@ VERSION = "1"
 
 def build_training_trial(settings: Settings) -> dg.AssetsDefinition:
     """training_trial[version]: the losses of the trained models, with a page and the verdicts for the card."""
-    model = settings.models[settings.trial.model].model_dump(exclude={"device"})
+    model = settings.models[settings.trial.model].model_dump(exclude={"device", "gpus"})
 
     limits = settings.scoring.model_dump(include={"max_tokens", "too_long"})
 
-    @asset(settings, VERSION, reads=[settings.trial, model, limits], **ON_GPU)
+    @asset(settings, VERSION, reads=[settings.trial, model, limits], **on_gpu(settings, gpus_to_train(settings)))
     def training_trial(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
