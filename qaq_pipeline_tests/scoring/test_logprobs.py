@@ -289,6 +289,7 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
         num_computed_tokens=0,
         seconds=0.0,
         runner=None,
+        pool=None,
         devices=(),
         peak_share=None,
         estimate=None,

@@ -97,6 +97,7 @@ class DeadlyScorer(ChunkScorer):
         return super().score(chunk, note)
 
 
+@pytest.mark.slow
 def test_a_pair_that_ends_every_process_is_null_alone_and_tried_again_by_the_next_run(
     settings_for: SettingsFor,
     storage: Storage,
