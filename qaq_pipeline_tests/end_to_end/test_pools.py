@@ -20,6 +20,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.chunk_scorer import OtherIdentityError
 from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.scoring.pairs import Pairs
+from qaq_pipeline.scoring.pools import RayPool
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import NO_CALIBRATION
@@ -134,12 +135,12 @@ def test_a_worker_of_another_identity_is_refused(
     settings = settings_under(pools["ray"], tmp_path, monkeypatch)
     runtime = ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
     storage = Storage(str(tmp_path / "storage"), tmp_path / "locks")
-    monkeypatch.setattr("qaq_pipeline.scoring.runtime.kind_here", kind_of_a_gpu)
+    monkeypatch.setattr(RayPool, "kind", kind_of_a_gpu)
     with pytest.raises(OtherIdentityError, match="dtype: float32, not bfloat16"):
         runtime.score("strong", Pairs.of(read_pairs()), storage, lambda _: None)
     assert not storage.files.exists("score_cache")
 
 
-def kind_of_a_gpu(_: object) -> tuple[str, dict[str, Any]]:
+def kind_of_a_gpu(*_: object) -> tuple[str, dict[str, Any]]:
     """What a worker with a GPU says, whose colleague has none."""
     return "bfloat16", {"libraries": {}, "device": "cuda"}
