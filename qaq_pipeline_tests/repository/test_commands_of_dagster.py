@@ -43,6 +43,7 @@ def test_dg_checks_the_definitions(environment: dict[str, str]) -> None:
     assert "All definitions loaded successfully." in dg(environment, "check", "defs")
 
 
+@pytest.mark.slow
 def test_dg_lists_the_assets_of_the_pipeline(environment: dict[str, str]) -> None:
     listed = {asset["asset_key"] for asset in json.loads(dg(environment, "list", "defs", "--json"))["assets"]}
     # The demo profile names no reference.

@@ -61,6 +61,7 @@ def test_two_processes_give_the_scores_of_one(
     assert_same_scores(scored.frame, reference.frame)
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_amid_a_scoring_lose_nothing(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
 ) -> None:

@@ -160,6 +160,7 @@ def freeze_or_skip(batch: Scores, how: RankingSettings) -> pl.DataFrame:
 
 @given(batch=batches(), how=RANKINGS)
 @effort(max_examples=60)
+@pytest.mark.slow
 def test_its_own_batch_has_its_in_batch_ranks_and_verdicts_to_the_last_bit(batch: Scores, how: RankingSettings) -> None:
     frozen = freeze_or_skip(batch, how)
     in_batch, _ = disagreement_scores.disagreement_scores(batch, how, POOL)
