@@ -356,12 +356,6 @@ class RuntimeSettings(Closed):
     executor_config: dict[str, Any] = Field({})
     """Configuration of the executors `k8s` and `ray`, as dagster-k8s and dagster-ray document it."""
 
-    @model_validator(mode="after")
-    def _has_cluster(self) -> Self:
-        if self.executor_config and self.executor not in ("k8s", "ray"):
-            raise ValueError("executor_config is for the executors k8s and ray")
-        return self
-
     batch_tokens: int | None = Field(None, ge=16)
     """Maximum number of tokens of one forward pass, padding included. It limits memory. Default: 1,024 on a CPU; on a
     GPU up to 32,768, depending on its free memory."""
@@ -374,6 +368,12 @@ class RuntimeSettings(Closed):
     """Time between two writes of finished scores, in seconds."""
     lock_timeout_seconds: float = Field(10.0, ge=0)
     """Maximum wait for another step that writes the same partition, in seconds."""
+
+    @model_validator(mode="after")
+    def _has_cluster(self) -> Self:
+        if self.executor_config and self.executor not in ("k8s", "ray"):
+            raise ValueError("executor_config is for the executors k8s and ray")
+        return self
 
 
 class ReferenceSettings(Closed):

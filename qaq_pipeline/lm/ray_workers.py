@@ -9,7 +9,6 @@ what a process does with a chunk (`scoring.chunk_scorer`), and what happens when
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import signal
 import socket
@@ -28,8 +27,6 @@ from ray.exceptions import RayError, RayTaskError
 
 from qaq_pipeline.lm.model_error import ModelError, first_line
 from qaq_pipeline.lm.workers import Chunk, ChunkScorer, Note, Placed, WorkerDiedError, portable
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 

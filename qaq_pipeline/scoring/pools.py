@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings
@@ -22,6 +22,9 @@ from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.workers import Processes, ScorerFacts, SequenceScorer, open_processes, open_workers
 from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, ScoringSpec
+
+if TYPE_CHECKING:
+    from qaq_pipeline.lm.ray_workers import Resources
 
 SCORING_LIBRARIES = ("torch", "transformers", "tokenizers")
 """Libraries whose versions are stored with every score."""
@@ -127,7 +130,7 @@ class RayPool:
         with open_workers([start] * number, spec.runtime.patience_seconds) as processes:
             yield processes
 
-    def _resources(self, model: ModelSettings, files: ModelFiles | None = None) -> Any:
+    def _resources(self, model: ModelSettings, files: ModelFiles | None = None) -> Resources:
         """What an actor reserves: a core, its GPU, and on a CPU the memory of the weights."""
         from qaq_pipeline.lm import causal_lm, ray_workers
 

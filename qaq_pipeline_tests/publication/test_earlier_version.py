@@ -13,6 +13,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.publication import curated_dataset, exports, flat_scores, versions
 from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline_tests.publication.test_versions import version_files
 from qaq_pipeline_tests.support.frames import store_batch
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -49,9 +50,11 @@ def published(storage: Storage, settings: Settings, *batches: str) -> tuple[Publ
     return found, sorted(written - {""})
 
 
-def files(storage: Storage, version: str) -> dict[str, bytes]:
-    folder = Path(storage.files.url(*versions.place(version)))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def store_in(storage: Storage, elsewhere: Storage, settings: Settings, *batches: str) -> None:
+    """Store batches in both."""
+    for batch in batches:
+        for one in (storage, elsewhere):
+            store_batch(one, settings, batch, QUERIES[batch])
 
 
 @pytest.fixture
@@ -66,14 +69,12 @@ def test_a_version_made_from_an_earlier_one_is_that_made_from_nothing(
     storage: Storage, elsewhere: Storage, export: str, before: tuple[str, ...]
 ) -> None:
     settings = settings_of(export)
-    for batch, queries in QUERIES.items():
-        for one in (storage, elsewhere):
-            store_batch(one, settings, batch, queries)
+    store_in(storage, elsewhere, settings, *QUERIES)
     published(storage, settings, *before)
     taken_over, written = published(storage, settings, *QUERIES)
     from_nothing, all_batches = published(elsewhere, settings, *QUERIES)
     assert taken_over.manifest == from_nothing.manifest
-    assert files(storage, taken_over.version) == files(elsewhere, from_nothing.version)
+    assert version_files(storage, taken_over.version) == version_files(elsewhere, from_nothing.version)
     assert all_batches == list(QUERIES)
     is_json = all(exports.WRITTEN[name].is_json for name in settings.export.written)
     assert written == (sorted(set(QUERIES) - set(before)) if is_json else all_batches)
@@ -89,7 +90,9 @@ def test_a_batch_that_was_decided_again_is_written_again(storage: Storage, elsew
     store_batch(elsewhere, settings, "a", QUERIES["a"])
     again, written = published(storage, settings, "a", "b")
     assert written == ["b"]
-    assert files(storage, again.version) == files(elsewhere, published(elsewhere, settings, "a", "b")[0].version)
+    assert version_files(storage, again.version) == version_files(
+        elsewhere, published(elsewhere, settings, "a", "b")[0].version
+    )
     assert published(storage, settings, "a")[1] == []
 
 
@@ -118,9 +121,7 @@ def test_nothing_is_taken_from_a_version_whose_manifest_was_changed(
     storage: Storage, elsewhere: Storage, caplog: pytest.LogCaptureFixture, check_sentence: Check
 ) -> None:
     settings = settings_of(JSON)
-    for batch in ("a", "b"):
-        for one in (storage, elsewhere):
-            store_batch(one, settings, batch, QUERIES[batch])
+    store_in(storage, elsewhere, settings, "a", "b")
     first, _ = published(storage, settings, "a")
     place = versions.place(first.version, versions.MANIFEST)
     manifest = storage.files.read_json(*place)
@@ -128,7 +129,9 @@ def test_nothing_is_taken_from_a_version_whose_manifest_was_changed(
     storage.files.write_json(manifest, *place)
     second, written = published(storage, settings, "a", "b")
     assert written == ["a", "b"]
-    assert files(storage, second.version) == files(elsewhere, published(elsewhere, settings, "a", "b")[0].version)
+    assert version_files(storage, second.version) == version_files(
+        elsewhere, published(elsewhere, settings, "a", "b")[0].version
+    )
     check_sentence(caplog.messages[0])
 
 
@@ -137,15 +140,15 @@ def test_nothing_is_taken_from_a_version_with_a_damaged_file(
     storage: Storage, elsewhere: Storage, name: str, caplog: pytest.LogCaptureFixture, check_sentence: Check
 ) -> None:
     settings = settings_of(JSON)
-    for batch in ("a", "b"):
-        for one in (storage, elsewhere):
-            store_batch(one, settings, batch, QUERIES[batch])
+    store_in(storage, elsewhere, settings, "a", "b")
     first, _ = published(storage, settings, "a")
     damaged = Path(storage.files.path(*versions.place(first.version, name)))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     second, written = published(storage, settings, "a", "b")
     assert written == ["a", "b"]
-    assert files(storage, second.version) == files(elsewhere, published(elsewhere, settings, "a", "b")[0].version)
+    assert version_files(storage, second.version) == version_files(
+        elsewhere, published(elsewhere, settings, "a", "b")[0].version
+    )
     check_sentence(caplog.messages[0])
     damaged.unlink()  # Nor from one of which a file is gone.
     store_batch(storage, settings, "c", QUERIES["d"])
