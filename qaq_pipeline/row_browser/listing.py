@@ -15,7 +15,9 @@ about one row (`lineage.dossier`), and the pages (`server`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import polars as pl
@@ -73,13 +75,15 @@ def of_batch(storage: Storage, batch: str) -> Listing:
     Raises:
         StorageError: it has no decisions, or a table cannot be read.
     """
-    lists = [f"scores.list.element.{name}" for name in ("model", *SCORES)]
-    position = pl.col("verdicts").list.first().struct.field("position")  # The first verdict is the published one.
-    parts = storage.tables.scan("decisions", Partition(batch), [*_ROW, *lists, "verdicts.list.element.position"])
-    decided = pl.concat(part.with_columns(position=position).drop("verdicts") for part in parts)
+
+    def decided() -> pl.DataFrame:
+        lists = [f"scores.list.element.{name}" for name in ("model", *SCORES)]
+        position = pl.col("verdicts").list.first().struct.field("position")  # The first verdict is the published one.
+        parts = storage.tables.scan("decisions", Partition(batch), [*_ROW, *lists, "verdicts.list.element.position"])
+        return to_columns(pl.concat(part.with_columns(position=position).drop("verdicts") for part in parts), "scores")
+
     inputs = storage.tables.footer("decisions", Partition(batch)).provenance["inputs"]
-    judged_by = {batch: inputs["validity"]} if "validity" in inputs else {}
-    return Listing(_arrange(_complete(storage, to_columns(decided, "scores"), judged_by)), None)
+    return Listing(_complete(storage, decided, {batch: inputs.get("validity")}), None)
 
 
 def of_version(storage: Storage, version: Published) -> Listing:
@@ -93,31 +97,38 @@ def of_version(storage: Storage, version: Published) -> Listing:
     published = manifest["selection"]["name"]
     of_selection = [f"is_selected:{published}", f"position:{published}"]
     columns = [*_ROW, *of_selection, *(f"{score}_{role}" for role in roles for score in SCORES)]
-    scores = versions.find_rows(storage, version.version, [], columns)
-    of_files = lines(scores, [entry["batch"] for entry in manifest["batches"]], published)
-    rows = scores.drop(of_selection).join(of_files, on=ROW_KEY, how="left", validate="1:1")
-    judged_by = {}
+
+    def decided() -> pl.DataFrame:
+        scores = versions.find_rows(storage, version.version, [], columns)
+        of_files = lines(scores, [entry["batch"] for entry in manifest["batches"]], published)
+        return scores.drop(of_selection).join(of_files, on=ROW_KEY, how="left", validate="1:1")
+
+    judged_by: dict[str, str | None] = dict.fromkeys(entry["batch"] for entry in manifest["batches"])
     for entry in manifest["batches"]:
-        decided = storage.tables.readable_footer("decisions", Partition(entry["batch"]))
-        if decided is not None and decided.data_version == entry["data_versions"]["decisions"]:
-            judged_by[entry["batch"]] = decided.provenance["inputs"].get("validity")
-    return Listing(_arrange(_complete(storage, rows, judged_by)), version)
+        footer = storage.tables.readable_footer("decisions", Partition(entry["batch"]))
+        if footer is not None and footer.data_version == entry["data_versions"]["decisions"]:
+            judged_by[entry["batch"]] = footer.provenance["inputs"].get("validity")
+    return Listing(_complete(storage, decided, judged_by), version)
 
 
-def _complete(storage: Storage, rows: pl.DataFrame, judged_by: Mapping[str, str | None]) -> pl.DataFrame:
-    """The rows with their texts, languages and signals.
+def _complete(
+    storage: Storage, decided: Callable[[], pl.DataFrame], judged_by: Mapping[str, str | None]
+) -> pl.DataFrame:
+    """The rows with their texts, languages and signals, all read at the same time.
 
     Args:
         storage: where these are stored.
-        rows: with the columns of `_ROW`.
-        judged_by: data version of the validity that decided a batch.
+        decided: reads the rows, with the columns of `_ROW`.
+        judged_by: of each batch, the data version of the validity that decided it; None: unknown.
     """
-    batches = rows["batch"].unique(maintain_order=True)
-    texts = pl.concat([_texts(storage, batch) for batch in batches])
-    signals = pl.concat([_signals(storage, batch, judged_by.get(batch)) for batch in batches])
-    # A place may have another text now than when the version was published.
-    found = rows.join(texts, on=[*ROW_KEY, "pair_id"], how="left", validate="1:1", nulls_equal=True)
-    return found.join(signals, on=["batch", "pair_id"], how="left", validate="m:1").sort(ROW_KEY)
+    with ThreadPoolExecutor() as threads:
+        texts = threads.map(functools.partial(_texts, storage), judged_by)
+        signals = threads.map(functools.partial(_signals, storage), judged_by, judged_by.values())
+        rows = decided()
+        # A place may have another text now than when the version was published.
+        found = rows.join(pl.concat(texts), on=[*ROW_KEY, "pair_id"], how="left", validate="1:1", nulls_equal=True)
+        found = found.join(pl.concat(signals), on=["batch", "pair_id"], how="left", validate="m:1")
+    return _arrange(found.sort(ROW_KEY))
 
 
 def _texts(storage: Storage, batch: str) -> pl.DataFrame:

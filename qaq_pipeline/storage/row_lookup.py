@@ -125,7 +125,7 @@ def columns(stream: BinaryIO) -> list[str]:
 
 
 def scan(stream: BinaryIO, columns: Sequence[str], begins: Mapping[str, int]) -> Iterator[pl.DataFrame]:
-    """Yield these columns of a Parquet file, one row group at a time.
+    """Yield these columns of a Parquet file, one row group at a time; of a file without rows, one part without rows.
 
     Args:
         stream: the file.
@@ -133,8 +133,9 @@ def scan(stream: BinaryIO, columns: Sequence[str], begins: Mapping[str, int]) ->
         begins: how many characters of a text column are wanted. A slice by Polars would keep the whole text in memory.
     """
     with pq.ParquetFile(stream) as file:
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group, list(columns))
+        groups = [[group] for group in range(file.num_row_groups)] or [[]]
+        for group in groups:
+            rows = file.read_row_groups(group, list(columns))
             for name, characters in begins.items():
                 part = pc.call_function("utf8_slice_codeunits", [rows[name]], pc.SliceOptions(0, characters))
                 rows = rows.set_column(rows.column_names.index(name), name, part)

@@ -77,6 +77,13 @@ def test_a_scan_gives_the_named_columns_and_as_many_characters_as_are_wanted(any
         next(any_storage.tables.scan("raw_data", Partition("b1"), columns, begins={"no_column": 3}))
 
 
+def test_a_table_without_rows_is_scanned_as_one_part(storage: Storage) -> None:
+    storage.tables.write(StoredTable(empty(tables.RawData)), "raw_data", Partition("b1"))
+    (part,) = storage.tables.scan("raw_data", Partition("b1"), ["query", "source_row"], begins={"query": 3})
+    assert part.is_empty()
+    assert part.columns == ["query", "source_row"]
+
+
 def test_a_table_that_is_written_is_read_from_its_file_from_then_on(any_storage: Storage) -> None:
     table, whole = StoredTable(ROWS, PROVENANCE), StoredTable(ROWS, PROVENANCE)
     any_storage.tables.write(table, "raw_data", Partition("b1"))
