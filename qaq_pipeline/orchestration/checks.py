@@ -202,7 +202,7 @@ def _screened_data(screened: StoredTable, *_: object) -> Measurements:
 def _logprobs(logprobs: StoredTable, settings: Settings, *_: object) -> Measurements:
     limits, reasons = settings.checks, [f"null_reason_{quantity}" for quantity in Quantity]
     return {
-        "few_nulls": lambda: check_metrics.null_quantities(logprobs.select(*reasons), limits.max_null_logprob_share),
+        "few_nulls": lambda: check_metrics.null_quantities(logprobs.parts(*reasons), limits.max_null_logprob_share),
         "few_truncated": lambda: check_metrics.truncated_answers(
             logprobs.select("is_truncated"), limits.max_truncated_share
         ),

@@ -9,7 +9,7 @@ A number that cannot be computed is left out, and the sentence gives the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,18 +56,27 @@ def screened_rows(screened: pl.DataFrame, gate: str | None) -> Finding:
     return Finding(gate is None, sentence, counts | shares)
 
 
-def null_quantities(logprobs: pl.DataFrame, max_share: float) -> Finding:
-    """Count the wanted quantities of Logprobs that are null, by reason. Ends of truncated answers are left out.
+def null_quantities(logprobs: Iterable[pl.DataFrame], max_share: float) -> Finding:
+    """Count the wanted quantities that are null, by reason. Ends of truncated answers are left out.
 
     `truncated_answers` judges them.
+
+    Args:
+        logprobs: parts of Logprobs.
+        max_share: of the wanted quantities.
     """
-    reasons = pl.concat([logprobs[f"null_reason_{quantity}"] for quantity in Quantity])
     judged_elsewhere = [NullReason.NOT_WANTED.value, NullReason.ANSWER_TRUNCATED.value]
-    wanted = reasons.filter(~reasons.is_in(judged_elsewhere).fill_null(value=False))
-    counts = {"wanted": len(wanted), "null": wanted.count()}
-    if wanted.is_empty():
+    num_wanted, nulls = 0, [pl.Series(dtype=pl.String)]
+    for part in logprobs:
+        reasons = pl.concat([part[f"null_reason_{quantity}"] for quantity in Quantity])
+        wanted = reasons.filter(~reasons.is_in(judged_elsewhere).fill_null(value=False))
+        num_wanted += len(wanted)
+        nulls.append(wanted.drop_nulls())
+    found = pl.concat(nulls)
+    counts = {"wanted": num_wanted, "null": len(found)}
+    if not num_wanted:
         return Finding(True, "No pair was to be scored.", counts)
-    return _at_most(max_share, "checks.max_null_logprob_share", counts, "wanted quantities are null", wanted)
+    return _at_most(max_share, "checks.max_null_logprob_share", counts, "wanted quantities are null", found)
 
 
 def truncated_answers(logprobs: pl.DataFrame, max_share: float) -> Finding:

@@ -7,6 +7,7 @@ the summaries of pages and plots (`summaries`).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,13 +65,18 @@ def of_screened_data(screened: pl.DataFrame, compared_with: Sequence[str], bench
 
 def of_scoring(scored: ScoredPairs) -> Numbers:
     """Report the model, work and speed of a scoring."""
-    report, frame, identity = scored.report, scored.frame, scored.provenance["identity"]
+    report, identity = scored.report, scored.provenance["identity"]
+    num_truncated, reasons = 0, {quantity.value: Counter[str]() for quantity in Quantity}
+    for part in scored.rows.parts():
+        num_truncated += int(part["is_truncated"].sum())
+        for quantity, counts in reasons.items():
+            counts.update(count_by(part[f"null_reason_{quantity}"]))
     return {
         **{key: identity[key] for key in ("model", "revision", "dtype", "template_hash")},
         "identity_hash": scored.provenance["identity_hash"],
         "pairs": report.num_pairs,
         "pairs_scored": report.num_scored_pairs,
-        "truncated_answers": int(frame["is_truncated"].sum()),
+        "truncated_answers": num_truncated,
         "quantities_scored": report.num_scored_quantities,
         "quantities_from_cache": report.num_cached_quantities,
         "sequences": report.num_sequences,
@@ -79,7 +85,11 @@ def of_scoring(scored: ScoredPairs) -> Numbers:
         "batches_halved": report.num_splits,
         "seconds": round(report.seconds, 2),
         **_speed(report),
-        "null_reasons": {q.value: counts for q in Quantity if (counts := count_by(frame[f"null_reason_{q}"]))},
+        "null_reasons": {
+            quantity: dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+            for quantity, counts in reasons.items()
+            if counts
+        },
     }
 
 

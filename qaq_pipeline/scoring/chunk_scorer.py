@@ -118,7 +118,7 @@ class ChunkScorer:
         plan = plan_of(chunk, self._encoder, wanted_quantities(spec.scoring))
         share = min(one.batch_share for one in chunk)
         run = Run(plan, model, spec.storage, spec.runtime, on_progress=note, batch_share=share)
-        return run.score(), run.work
+        return pl.concat(run.score().parts()), run.work
 
 
 def _require_same(found: ScoreIdentity, wanted: ScoreIdentity) -> None:

@@ -128,7 +128,7 @@ class Chunks:
 def plan_of(chunk: Sequence[ChunkPair], encoder: PairEncoder, wanted: Collection[Quantity]) -> Plan:
     """The plan of a chunk: the wanted quantities without its cached ones."""
     pairs = LongestFirst(Pairs.of([one.pair for one in chunk]))
-    places = {pair_id: place for place, pair_id in enumerate(pairs.pair_ids)}
+    places = {pair_id: place for place, pair_id in enumerate(pairs.pair_ids())}
     rows = [
         (places[one.pair.pair_id], *scores, None)
         for one in sorted(chunk, key=lambda one: places[one.pair.pair_id])

@@ -24,10 +24,12 @@ from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import Processes, ScorerFacts, SequenceScorer, score_batches
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.scoring.chunks import ChunkPair, Chunks, Work, plan_of
+from qaq_pipeline.scoring.ordered_rows import OrderedRows, Rows
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.score_cache import FOUND
 from qaq_pipeline.storage.storage import Storage
 
 START_SECONDS = {"cpu": 5.0, "cuda": 15.0}
@@ -175,8 +177,8 @@ def score_pairs(
     on_start: Callable[[Estimate], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_shard: Callable[[Progress], None] = lambda _: None,
-) -> tuple[pl.DataFrame, ScoringReport]:
-    """The Logprobs table of the pairs, and a report of the scoring.
+) -> tuple[Rows, ScoringReport]:
+    """The rows of Logprobs of the pairs, and a report of the scoring.
 
     Finished scores are added to the cache every `runtime.shard_seconds`. A kill therefore loses at most the open
     shard; an error or another signal loses nothing. Cached quantities are not scored again.
@@ -198,13 +200,13 @@ def score_pairs(
     """
     plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
     run = Run(plan, model, storage, runtime, on_start, on_progress, on_shard)
-    table = run.score()
+    rows = run.score()
     if run.work.cached_quantities:
         storage.scores.count_hits(model.identity, run.work.cached_quantities)
     scorers = plan.cached_scorers()
     if run.work.sums:
         scorers |= {json.dumps(dict(one.scored_with or model.scored_with), sort_keys=True) for one in run.facts}
-    return table, run.report([json.loads(scorer) for scorer in sorted(scorers)])
+    return rows, run.report([json.loads(scorer) for scorer in sorted(scorers)])
 
 
 def justified_processes(num_tokens: int, num_weight_bytes: int, device: str) -> int:
@@ -226,7 +228,9 @@ def plan_scoring(
 ) -> Plan:
     """The plan of a scoring: the wanted quantities, minus those cached under the identity."""
     ordered = LongestFirst(pairs)
-    return Plan(ordered, encoder, wanted_quantities(scoring), storage.scores.read(identity, ordered.pair_ids))
+    has_scores = bool(storage.scores.shards(identity.digest()))
+    cached = storage.scores.read(identity, ordered.pair_ids()) if has_scores else pl.DataFrame(schema=FOUND)
+    return Plan(ordered, encoder, wanted_quantities(scoring), cached)
 
 
 @dataclass
@@ -257,23 +261,24 @@ class Run:
     lost_workers: int = 0
     seconds: float = 0.0
 
-    def score(self) -> pl.DataFrame:
-        """The Logprobs table. The model is loaded only if something has to be scored.
+    def score(self) -> Rows:
+        """The rows of Logprobs. The model is loaded only if something has to be scored.
 
         Raises:
             Exception: as `score_pairs`.
         """
         windows = self.plan.windows()
-        first = next((window for window in windows if window), None)
+        first = next(filter(None, windows), None)
         if first is not None:
             with self.model.open_workers(self._max_workers(), self.storage) as workers:
                 started = time.monotonic()
                 self.pool = self.runtime.pool.kind if isinstance(workers, Processes) else "in_process"
                 if isinstance(workers, Processes):
+                    windows.close()
                     return self._score_chunks(workers, started)
                 self._score_batches(workers, itertools.chain([first], windows), started)
         self.work = Work.of(self.plan, self.computed_tokens, self.splits)
-        return self.plan.sums.table()
+        return self.plan.sums
 
     def _score_batches(self, scorer: SequenceScorer, windows: Iterable[list[TokenSequence]], started: float) -> None:
         facts = scorer.facts
@@ -309,11 +314,11 @@ class Run:
             shards.close()
             self.on_shard(self._progress())
 
-    def _score_chunks(self, processes: Processes, started: float) -> pl.DataFrame:
+    def _score_chunks(self, processes: Processes, started: float) -> Rows:
         """Score every pair again that is not cached: the windows of this process were only for the estimate."""
         self._start(processes.facts)
         queue = Chunks(self.plan, self.model.identity, self.storage, processes.facts, processes.number)
-        tables: list[pl.DataFrame] = []
+        rows = OrderedRows()
         at_work: dict[int, Progress] = {}
         shown = started
 
@@ -336,13 +341,13 @@ class Run:
         lost_before = processes.num_lost
         for chunk, result in processes.run(queue, note):
             table, work = self._given_up(chunk) if isinstance(result, NullReason) else result
-            tables.append(table)
+            rows.append(table)
             self.work += work
             tell()
         self.lost_workers = processes.num_lost - lost_before
         self.facts = processes.facts
         self.on_shard(self._progress())
-        return pl.concat(tables).sort("pair_id")
+        return rows
 
     def _given_up(self, chunk: Sequence[ChunkPair]) -> tuple[pl.DataFrame, Work]:
         """The table of a pair that ended every process: what is not cached is null."""
@@ -351,7 +356,7 @@ class Run:
         with contextlib.closing(shards):
             for sequence in itertools.chain.from_iterable(plan.windows()):
                 shards.add_failure(sequence, NullReason.WORKER_LOST)
-        return plan.sums.table(), Work.of(plan)
+        return pl.concat(plan.sums.parts()), Work.of(plan)
 
     def _start(self, facts: Sequence[ScorerFacts]) -> None:
         self.facts = facts

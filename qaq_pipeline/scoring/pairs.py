@@ -22,7 +22,7 @@ from qaq_pipeline.storage.stored_table import StoredTable, parts_of_both, with_o
 TEXTS = ("system", "query", "answer", "history")
 """Columns of the texts of a pair, in the order of `Pair`."""
 
-BYTES_AT_ONCE = 1 << 28
+BYTES_AT_ONCE = 1 << 26
 """Bytes of texts that are in memory at once. Each time, all texts are read, and these are kept."""
 
 _OF_HISTORY = pl.col("history").list.eval(pl.element().struct.field("content").str.len_bytes()).list.sum()
@@ -78,9 +78,9 @@ class Pairs:
 
 
 class LongestFirst:
-    """Pairs in the order in which they are scored: the longest first, by number of characters, then by pair_id.
+    """Pairs in the order in which they are scored: the longest first, by number of characters, then as they are read.
 
-    The place of a pair is its number in this order, from 0.
+    The place of a pair is its number in this order, from 0. Some 12 bytes of each pair are in memory.
 
     Args:
         pairs: distinct pairs.
@@ -90,22 +90,24 @@ class LongestFirst:
     def __init__(self, pairs: Pairs, bytes_at_once: int = BYTES_AT_ONCE) -> None:
         self._read = pairs.read
         self._bytes_at_once = bytes_at_once
-        parts = [part.select("pair_id", **_SIZES) for part in pairs.read(*TEXTS)]
-        schema = {"pair_id": pl.String(), **dict.fromkeys(_SIZES, pl.UInt32())}
-        rows = pl.concat([pl.DataFrame(schema=schema), *parts]).with_row_index("row")
-        ordered = rows.sort("num_characters", "pair_id", descending=[True, False])
-        self.pair_ids = ordered["pair_id"]
-        """By place."""
-        self.num_characters = ordered["num_characters"].to_numpy()
+        parts = [part.select(**_SIZES) for part in pairs.read(*TEXTS)]
+        sizes = pl.concat([pl.DataFrame(schema=dict.fromkeys(_SIZES, pl.UInt32())), *parts])
+        order = np.argsort(~sizes["num_characters"].to_numpy(), kind="stable")
+        self.num_characters = sizes["num_characters"].to_numpy()[order]
         """Of query and answer, by place."""
-        self._num_bytes = ordered["num_bytes"].to_numpy()
+        self._num_bytes = sizes["num_bytes"].to_numpy()[order]
         self._places = np.empty(len(self), np.uint32)
         """Of the pairs, in the order in which they are read."""
-        self._places[ordered["row"].to_numpy()] = np.arange(len(self), dtype=np.uint32)
+        self._places[order] = np.arange(len(self), dtype=np.uint32)
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self.pair_ids)
+        return len(self.num_characters)
+
+    def pair_ids(self) -> pl.Series:
+        """By place. They are read again."""
+        ids = pl.concat([pl.DataFrame(schema={"pair_id": pl.String()}), *self._read()])["pair_id"]
+        return ids.gather(pl.Series(self._places).arg_sort())
 
     def windows(self, num_pairs: int) -> Iterator[list[Pair]]:
         """The pairs with their texts, so many at a time."""

@@ -6,7 +6,7 @@ Does not belong here: the content of a sequence (`lm.prompts`), and the choice o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -42,7 +42,7 @@ class Plan:
         pairs: to score.
         encoder: turns them into sequences.
         wanted: the quantities to score.
-        cached: scores of the pairs, wanted or not, as `ScoreCache.read` gives them for the ids of `pairs`.
+        cached: scores of the pairs, wanted or not, as `ScoreCache.read` gives them for `pairs.pair_ids()`.
         window_pairs: number of pairs tokenised at once.
     """
 
@@ -62,7 +62,7 @@ class Plan:
         self._is_unfinished = ~self._without_work()
         self._pairs_left, self._characters_left = self._unfinished(0, len(pairs))
         self._pairs_planned = self._characters_planned = 0
-        self.sums = Sums(pairs.pair_ids)
+        self.sums = Sums(len(pairs))
         """What is known of the pairs planned so far: counts of tokens, null reasons and cached sums."""
         self.num_cached = 0
         """Wanted quantities found in the cache."""
@@ -78,7 +78,7 @@ class Plan:
         self.num_targets = 0
         """The part of `num_tokens` whose log-probability is wanted."""
 
-    def windows(self) -> Iterator[list[TokenSequence]]:
+    def windows(self) -> Generator[list[TokenSequence], None, None]:
         """The sequences to score. Each window is tokenised while the previous one is scored."""
         windows = self.pairs.windows(self._window_pairs)
         for encoded in _one_ahead(self._encoder.encode(pairs, self.wanted) for pairs in windows):

@@ -20,6 +20,7 @@ from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, Scoring
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.scoring.chunk_scorer import ScoringSpec, local_model
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
+from qaq_pipeline.scoring.ordered_rows import Rows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.pools import Opened, pool_of, unloaded_facts_here
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -44,11 +45,16 @@ class ScoringCost:
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """A Logprobs table, the report of its scoring, and its provenance."""
+    """The rows of Logprobs, the report of their scoring, and their provenance."""
 
-    frame: pl.DataFrame
+    rows: Rows
     report: ScoringReport
     provenance: dict[str, Any]
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """All rows. Of many, read parts."""
+        return pl.concat(self.rows.parts())
 
 
 _Revision = tuple[str, ...]
@@ -117,7 +123,7 @@ class ModelRuntime:
         on_shard: Callable[[Progress], None],
         on_start: Callable[[Estimate], None] = lambda _: None,
     ) -> ScoredPairs:
-        """The Logprobs table of the pairs under the model of that role. Cached quantities are not scored again.
+        """The rows of Logprobs of the pairs under the model of that role. Cached quantities are not scored again.
 
         If the model's files change during the scoring, the provenance contains `identity_after`, which fails the
         batch's gate. Scores made after the change are not cached, since either model may have made them.
@@ -128,7 +134,7 @@ class ModelRuntime:
         """
         files, model = self._prepare(role)
         watch = model_files.FilesWatch(files)
-        frame, report = score_pairs(
+        rows, report = score_pairs(
             pairs,
             replace(model, is_identity_true=watch.is_unchanged),
             storage,
@@ -151,7 +157,7 @@ class ModelRuntime:
         }
         if report.num_scored_quantities and not watch.is_unchanged():
             provenance["identity_after"] = identity | {"revision": watch.found}
-        return ScoredPairs(frame, report, provenance)
+        return ScoredPairs(rows, report, provenance)
 
     def identity(self, role: str) -> ScoreIdentity:
         """The identity of the scores that the model would give now. No weights are loaded; a hub model is downloaded.

@@ -6,7 +6,7 @@ Belongs here: the assembly of the table. Does not belong here: what is scored (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -14,6 +14,7 @@ import polars as pl
 from qaq_pipeline.lm.prompts import EncodedPair
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.scoring.ordered_rows import ROWS_AT_ONCE
 
 _COUNTS = {
     "num_q_tokens": np.uint32,
@@ -24,25 +25,26 @@ _COUNTS = {
 """The columns of Logprobs that the encoding determines."""
 
 _QUANTITIES = [quantity.value for quantity in Quantity]
-_REASONS = [None, *(reason.value for reason in NullReason)]
-"""A reason is held as its place in this list."""
-_CODES: dict[str | None, int] = {reason: code for code, reason in enumerate(_REASONS)}
-
-_ROWS_AT_ONCE = 1 << 17
+_UNKNOWN, _SCORED = 0, 1
+_REASONS = [None, None, *(reason.value for reason in NullReason)]
+"""A reason is held as its place in this list, after `_UNKNOWN` and `_SCORED`."""
+_CODES: dict[str, int] = {reason.value: code for code, reason in enumerate(NullReason, start=_SCORED + 1)}
 
 
 class Sums:
     """Sums and null reasons of each quantity, and token counts, of pairs by their place in the order of scoring.
 
+    It takes memory for the pairs that were added.
+
     Args:
-        pair_ids: of distinct pairs, by place.
+        number: of distinct pairs.
     """
 
-    def __init__(self, pair_ids: pl.Series) -> None:
-        self._pair_ids = pair_ids.alias("pair_id")
-        number = len(pair_ids)
-        self._sums_qp = np.full((len(_QUANTITIES), number), np.nan)  # q: quantity, p: place of the pair.
-        self._reasons_qp = np.zeros((len(_QUANTITIES), number), np.uint8)
+    def __init__(self, number: int) -> None:
+        self._ids: list[pl.Series] = []
+        """pair_ids by place, some after the others."""
+        self._sums_qp = np.zeros((len(_QUANTITIES), number))  # q: quantity, p: place of the pair.
+        self._codes_qp = np.zeros((len(_QUANTITIES), number), np.uint8)  # `_UNKNOWN`
         self._counts = {name: np.zeros(number, dtype) for name, dtype in _COUNTS.items()}
         self._waiting: list[pl.DataFrame] = []
         self.num_encoded = 0
@@ -52,40 +54,57 @@ class Sums:
 
     def add_encoded(self, encoded: Sequence[EncodedPair]) -> None:
         """Add the counts and the null reasons of the next pairs."""
+        self._ids.append(pl.Series("pair_id", [pair.pair_id for pair in encoded], pl.String))
         first, stop = self.num_encoded, self.num_encoded + len(encoded)
         for name, counts in self._counts.items():
             counts[first:stop] = [getattr(pair, name) for pair in encoded]
         for place, quantity in enumerate(Quantity):
-            reasons = [_CODES[pair.null_reasons.get(quantity)] for pair in encoded]
-            self._reasons_qp[place, first:stop] = reasons
+            reasons = (pair.null_reasons.get(quantity) for pair in encoded)
+            codes = [_UNKNOWN if reason is None else _CODES[reason] for reason in reasons]
+            self._codes_qp[place, first:stop] = codes
         self.num_encoded = stop
 
     def add_cached(self, place: int, quantity: Quantity, sum_nll: float) -> None:
         """Add a sum that was in the cache."""
-        self._sums_qp[_QUANTITIES.index(quantity), place] = sum_nll
+        cell = _QUANTITIES.index(quantity), place
+        self._sums_qp[cell], self._codes_qp[cell] = sum_nll, _SCORED
 
     def add_shard(self, shard: pl.DataFrame) -> None:
         """Add scores of this run, as `CachedScores`, including failures."""
         self.num_scored += shard["sum_nll"].count()
         self._waiting.append(shard)
-        if sum(waiting.height for waiting in self._waiting) >= _ROWS_AT_ONCE:
+        if sum(waiting.height for waiting in self._waiting) >= ROWS_AT_ONCE:
             self._add_waiting()
 
-    def table(self) -> pl.DataFrame:
-        """The Logprobs table, sorted by pair_id.
+    def parts(self) -> Iterator[pl.DataFrame]:
+        """The Logprobs table in the order of pair_id, some rows at a time; of no pairs, one part without rows.
 
         Raises:
             AssertionError: a quantity of a pair has neither a sum nor a reason.
         """
         self._add_waiting()
         self._require_all()
-        by_id = self._pair_ids.arg_sort()
-        order = by_id.to_numpy()
+        pair_ids = self._pair_ids()
+        by_id = pair_ids.arg_sort()
+        for start in range(0, max(len(by_id), 1), ROWS_AT_ONCE):
+            places = by_id[start : start + ROWS_AT_ONCE]
+            yield self._rows(pair_ids.gather(places), places.to_numpy())
+
+    def _pair_ids(self) -> pl.Series:
+        """Of the pairs so far, by place."""
+        self._ids = [pl.concat([pl.Series("pair_id", dtype=pl.String), *self._ids])]
+        return self._ids[0]
+
+    def _rows(self, pair_ids: pl.Series, order: np.ndarray) -> pl.DataFrame:
+        """The rows of Logprobs of these pairs, which have these places."""
         reasons = pl.Series(_REASONS, dtype=pl.String)
-        columns = {"pair_id": self._pair_ids.gather(by_id)}
-        for quantity, sums, codes in zip(_QUANTITIES, self._sums_qp, self._reasons_qp, strict=True):
-            columns[f"sum_nll_{quantity}"] = pl.Series(sums[order], nan_to_null=True)
-            columns[f"null_reason_{quantity}"] = reasons.gather(codes[order])
+        columns = {"pair_id": pair_ids}
+        for quantity, sums, codes in zip(_QUANTITIES, self._sums_qp, self._codes_qp, strict=True):
+            of_rows = codes[order]
+            columns[f"sum_nll_{quantity}"] = pl.Series(
+                np.where(of_rows == _SCORED, sums[order], np.nan), nan_to_null=True
+            )
+            columns[f"null_reason_{quantity}"] = reasons.gather(of_rows)
         columns |= {name: pl.Series(counts[order]) for name, counts in self._counts.items()}
         types = dtypes(Logprobs)
         return pl.DataFrame({name: columns[name].cast(dtype) for name, dtype in types.items()})
@@ -93,17 +112,18 @@ class Sums:
     def _add_waiting(self) -> None:
         if not self._waiting:
             return
-        pairs = pl.DataFrame([self._pair_ids]).with_row_index("place")
+        pairs = self._pair_ids().to_frame().with_row_index("place")
         scored = pl.concat(self._waiting).join(pairs, on="pair_id", validate="m:1")
         rows = scored["quantity"].replace_strict(_QUANTITIES, range(len(_QUANTITIES)), return_dtype=pl.UInt8)
-        codes = scored["null_reason"].replace_strict(_REASONS, range(len(_REASONS)), return_dtype=pl.UInt8)
+        codes = scored["null_reason"].replace_strict({None: _SCORED, **_CODES}, return_dtype=pl.UInt8)
         cells = (rows.to_numpy(), scored["place"].to_numpy())
         self._sums_qp[cells] = scored["sum_nll"].to_numpy()
-        self._reasons_qp[cells] = codes.to_numpy()
+        self._codes_qp[cells] = codes.to_numpy()
         self._waiting = []
 
     def _require_all(self) -> None:
-        for quantity, sums, codes in zip(_QUANTITIES, self._sums_qp, self._reasons_qp, strict=True):
-            lost = np.flatnonzero(np.isnan(sums) & (codes == 0))
+        for quantity, codes in zip(_QUANTITIES, self._codes_qp, strict=True):
+            lost = np.flatnonzero(codes == _UNKNOWN)
             if lost.size:
-                raise AssertionError(f"pair {self._pair_ids[int(lost[0])]}: {quantity} was neither scored nor refused")
+                pair_id = self._pair_ids()[int(lost[0])]
+                raise AssertionError(f"pair {pair_id}: {quantity} was neither scored nor refused")

@@ -128,12 +128,13 @@ class TableWriter:
     Leaving its context without `finish` removes the file.
 
     Args:
+        name: of the table.
         schema: of the table.
         file: that is written.
     """
 
-    def __init__(self, schema: type[dy.Schema], file: LocalFile) -> None:
-        self._schema, self._file = schema, file
+    def __init__(self, name: str, schema: type[dy.Schema], file: LocalFile) -> None:
+        self._name, self._schema, self._file = name, schema, file
         self._key = schema.primary_key()
         self._last: tuple[Any, ...] | None = None
         self._stream = file.path.open("w+b")
@@ -156,8 +157,11 @@ class TableWriter:
         Raises:
             TableError: they do not fit the schema, or their keys do not grow.
         """
-        checked = enforce(self._schema, rows)
-        self._require_order(checked)
+        try:
+            checked = enforce(self._schema, rows)
+            self._require_order(checked)
+        except TableError as error:
+            raise TableError(f"{self._name}: {error}; nothing was written") from error
         self._writer.append(checked)
 
     @property

@@ -93,7 +93,7 @@ class Tables:
 
     def begin(self, name: str, partition: Partition) -> TableWriter:
         """Begin a table that is made part by part; `write` then stores it."""
-        return TableWriter(self._pipeline[name].table, self._files.unfinished(*self._place(name, partition)))
+        return TableWriter(name, self._pipeline[name].table, self._files.unfinished(*self._place(name, partition)))
 
     def read(self, name: str, partition: Partition) -> StoredTable:
         """A table and its provenance. Its rows are read when they are asked for.

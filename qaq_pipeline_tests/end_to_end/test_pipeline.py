@@ -34,6 +34,7 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Signal
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
+from qaq_pipeline.scoring.ordered_rows import OrderedRows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
@@ -460,6 +461,7 @@ CALIBRATED = {
 }
 
 
+@pytest.mark.slow
 def test_a_batch_is_calibrated_after_it_was_published_and_takes_the_same_rows_as_without(
     settings_for: SettingsFor, instance: dg.DagsterInstance, delivered: Path
 ) -> None:
@@ -823,7 +825,7 @@ class HandMadeRuntime:
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
         provenance |= {"frame": "chat", "template": "chat", "end_ids": [7], "scoring": self._scoring}
         provenance |= {"scored_with": [], "warnings": []}
-        return ScoredPairs(frame, report, provenance)
+        return ScoredPairs(OrderedRows.of(frame), report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
         sums = {f"sum_nll_{quantity}": float(number + index) for index, quantity in enumerate(Quantity)}

@@ -28,6 +28,7 @@ from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import GateReason, NoCutReason, Quantity, Signal
 from qaq_pipeline.scoring.logprobs import ScoringReport
+from qaq_pipeline.scoring.ordered_rows import OrderedRows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY
@@ -138,7 +139,7 @@ class Reader:
         provenance: dict[str, Any] = {"identity": dataclasses.asdict(self._identity)}
         provenance |= {"identity_hash": self._identity.digest(), "frame": "chat", "template": "chat", "end_ids": [7]}
         provenance |= {"scoring": {"prior": "null_answer"}, "scored_with": [], "warnings": []}
-        return ScoredPairs(frame, report, provenance)
+        return ScoredPairs(OrderedRows.of(frame), report, provenance)
 
     def _row(self, role: str, pair: Pair) -> dict[str, Any]:
         noise = self._noise(f"{role} {pair.pair_id}")
@@ -371,6 +372,7 @@ def test_a_flagged_signal_is_shown_and_takes_nothing_away(
 # --- cuts of other batches ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_batch_takes_the_cuts_of_the_newest_older_one_over(
     settings_for: SettingsFor, curate: Callable[..., None], check_sentence: Check
 ) -> None:
@@ -415,6 +417,7 @@ def test_the_lineage_of_a_small_batch_names_the_cuts_that_it_takes_over(
     assert [finding.path for finding in verify.verify(storage, alone)] == [older[0].path]
 
 
+@pytest.mark.slow
 def test_a_small_batch_of_other_models_takes_nothing_over(
     settings_for: SettingsFor, instance: dg.DagsterInstance, curate: Callable[..., None], check_sentence: Check
 ) -> None:
@@ -429,6 +432,7 @@ def test_a_small_batch_of_other_models_takes_nothing_over(
     check_sentence("\n".join(metadata(instance, "validity_cuts")["signals"]))
 
 
+@pytest.mark.slow
 def test_a_reference_freezes_the_cuts_of_later_batches(
     settings_for: SettingsFor, instance: dg.DagsterInstance, curate: Callable[..., None], check_sentence: Check
 ) -> None:

@@ -271,6 +271,7 @@ def test_a_batch_on_a_cpu_is_small_and_smaller_where_memory_is_short() -> None:
     assert ample == BATCH_TOKENS_CPU > short > none == 1
 
 
+@pytest.mark.slow
 def test_a_batch_of_the_size_it_names_fits_into_the_memory_it_was_told_of() -> None:
     scorer = CausalLM(tiny("llama"), "tiny", free_bytes=lambda: 1e6)
     fitting = scorer.facts.batch_tokens

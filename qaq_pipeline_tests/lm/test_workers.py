@@ -425,6 +425,7 @@ def test_a_device_that_keeps_failing_is_left_out_and_named(caplog: pytest.LogCap
     assert caplog.messages[-1].endswith("; cpu is left out: 3 processes in a row ended there")
 
 
+@pytest.mark.slow
 def test_where_every_device_keeps_failing_the_scoring_ends_and_says_why() -> None:
     with (
         pytest.raises(WorkerDiedError, match=r"^a scoring process ended \(killed.*run again, with a smaller"),
@@ -470,6 +471,7 @@ class Roomless:
         return "there is no room"
 
 
+@pytest.mark.slow
 def test_where_the_last_process_is_lost_and_no_other_gets_its_place_the_scoring_ends(tmp_path: Path) -> None:
     load = functools.partial(OnceScorer, tmp_path / "once")
     starts: list[Callable[[], Any]] = [Roomless, lambda: workers_module._LocalProcess(load)]

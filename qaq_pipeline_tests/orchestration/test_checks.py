@@ -112,7 +112,7 @@ def test_null_quantities_are_a_share_of_the_wanted_ones() -> None:
     failed = {"sum_nll_q": None, "null_reason_q": "query_too_long"}
     failed |= {"sum_nll_q_given_a": None, "null_reason_q_given_a": "non_finite"}
     frame = logprob_rows(unwanted, unwanted, unwanted, unwanted | failed)
-    found = check_metrics.null_quantities(frame, 0.25)
+    found = check_metrics.null_quantities([frame], 0.25)
     assert found.passed
     assert found.numbers == {
         "wanted": 8,
@@ -120,17 +120,17 @@ def test_null_quantities_are_a_share_of_the_wanted_ones() -> None:
         "null_share": 0.25,
         "null_by_reason": {"query_too_long": 1, "non_finite": 1},
     }
-    assert not check_metrics.null_quantities(frame, 0.24).passed
-    assert not check_metrics.null_quantities(frame, LIMITS.max_null_logprob_share).passed
+    assert not check_metrics.null_quantities([frame], 0.24).passed
+    assert not check_metrics.null_quantities([frame], LIMITS.max_null_logprob_share).passed
 
 
 def test_the_ends_of_truncated_answers_are_neither_null_nor_wanted_for_the_check_of_nulls() -> None:
     """The check of truncated answers judges them. Any other reason of an end counts."""
     cut = {"sum_nll_end": None, "null_reason_end": "answer_truncated", "is_truncated": True}
     endless = {"sum_nll_end": None, "null_reason_end": "no_end_token"}
-    found = check_metrics.null_quantities(logprob_rows(cut, cut, {}), 0.0)
+    found = check_metrics.null_quantities([logprob_rows(cut, cut, {})], 0.0)
     assert (found.passed, found.numbers["wanted"], found.numbers["null"]) == (True, 13, 0)
-    found = check_metrics.null_quantities(logprob_rows(cut, endless), 0.0)
+    found = check_metrics.null_quantities([logprob_rows(cut, endless)], 0.0)
     assert (found.passed, found.numbers["null_by_reason"]) == (False, {"no_end_token": 1})
 
 
@@ -143,7 +143,7 @@ def test_truncated_answers_are_a_share_of_the_pairs() -> None:
 
 def test_where_no_pair_was_to_be_scored_nothing_is_null_and_nothing_has_a_share() -> None:
     nothing = "No pair was to be scored."
-    assert check_metrics.null_quantities(logprob_rows(), 0.0) == Finding(True, nothing, {"wanted": 0, "null": 0})
+    assert check_metrics.null_quantities([logprob_rows()], 0.0) == Finding(True, nothing, {"wanted": 0, "null": 0})
     assert check_metrics.truncated_answers(logprob_rows(), 0.0) == Finding(True, nothing, {"pairs": 0, "truncated": 0})
 
 

@@ -87,6 +87,7 @@ def test_a_version_that_is_gone_is_published_again(curated: Settings, run: Run) 
     assert versions.is_kept(storage, newest.version)
 
 
+@pytest.mark.slow
 def test_a_model_whose_files_were_restored_after_they_changed_scores_again(
     settings_for: SettingsFor,
     instance: dg.DagsterInstance,

@@ -35,13 +35,13 @@ def chunks_of(plan: Plan, storage: Storage, num_processes: int = 2) -> Chunks:
 
 def plan(num_pairs: int, storage: Storage) -> Plan:
     pairs = LongestFirst(Pairs.of(varied_pairs(num_pairs)))
-    return Plan(pairs, WatchedEncoder(), ALL, storage.scores.read(IDENTITY, pairs.pair_ids))
+    return Plan(pairs, WatchedEncoder(), ALL, storage.scores.read(IDENTITY, pairs.pair_ids()))
 
 
 def test_every_pair_is_in_one_chunk_the_longest_first(storage: Storage) -> None:
     whole = plan(500, storage)
     chunks = list(iter(chunks_of(whole, storage).take, []))
-    assert [one.pair.pair_id for chunk in chunks for one in chunk] == whole.pairs.pair_ids.to_list()
+    assert [one.pair.pair_id for chunk in chunks for one in chunk] == whole.pairs.pair_ids().to_list()
 
 
 def test_chunks_become_smaller_towards_the_end_so_that_no_process_waits_long(storage: Storage) -> None:
@@ -60,7 +60,7 @@ def test_chunks_become_smaller_towards_the_end_so_that_no_process_waits_long(sto
 
 def test_a_chunk_is_at_most_a_window(storage: Storage) -> None:
     short = LongestFirst(Pairs.of([pair(number, "q", "a") for number in range(3 * WINDOW_PAIRS)]))
-    whole = Plan(short, WatchedEncoder(), ALL, storage.scores.read(IDENTITY, short.pair_ids))
+    whole = Plan(short, WatchedEncoder(), ALL, storage.scores.read(IDENTITY, short.pair_ids()))
     sizes = [len(chunk) for chunk in iter(chunks_of(whole, storage, num_processes=1).take, [])]
     assert max(sizes) <= WINDOW_PAIRS
     assert sum(sizes) == 3 * WINDOW_PAIRS

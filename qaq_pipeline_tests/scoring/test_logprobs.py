@@ -97,7 +97,7 @@ class Scorings:
     ) -> tuple[pl.DataFrame, ScoringReport]:
         settings = self._settings_for(**sections)
         self.scored.clear()
-        frame, report = score_pairs(
+        rows, report = score_pairs(
             Pairs.of(pairs),
             self.model(settings, role),
             storage or self.storage,
@@ -106,7 +106,7 @@ class Scorings:
             on_progress=on_progress,
             on_shard=on_shard,
         )
-        return tables.enforce(Logprobs, frame), report
+        return tables.enforce(Logprobs, pl.concat(rows.parts())), report
 
 
 class Wrapped:

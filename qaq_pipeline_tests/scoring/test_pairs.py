@@ -21,7 +21,7 @@ def pair(number: int) -> Pair:
 
 
 PAIRS = [pair(number) for number in range(50)]
-ORDERED = sorted(PAIRS, key=lambda one: (-len(one.query) - len(one.answer), one.pair_id))
+ORDERED = sorted(PAIRS, key=lambda one: -len(one.query) - len(one.answer))
 
 
 def in_parts(size: int) -> Pairs:
@@ -43,7 +43,7 @@ def test_windows_are_the_longest_first_whatever_is_read_at_once(size: int, bytes
     windows = list(ordered.windows(window))
     assert list(itertools.chain(*windows)) == ORDERED
     assert all(len(one) == window for one in windows[:-1])
-    assert ordered.pair_ids.to_list() == [one.pair_id for one in ORDERED]
+    assert ordered.pair_ids().to_list() == [one.pair_id for one in ORDERED]
     assert ordered.num_characters.tolist() == [len(one.query) + len(one.answer) for one in ORDERED]
 
 

@@ -113,7 +113,7 @@ def plan_of(
 ) -> Plan:
     """The plan of the pairs, of which these scores are cached."""
     ordered = LongestFirst(Pairs.of(pairs))
-    places = {pair_id: place for place, pair_id in enumerate(ordered.pair_ids)}
+    places = {pair_id: place for place, pair_id in enumerate(ordered.pair_ids())}
     rows = [
         {"place": places[pair_id], "quantity": quantity, "sum_nll": 1.0, "num_tokens": num_tokens, "end_ids": end_ids}
         for pair_id, quantity, num_tokens, end_ids in keys
@@ -127,7 +127,7 @@ def scored(plan: Plan) -> pl.DataFrame:
     """The Logprobs table of a plan, with 1.0 for each sum that is not cached."""
     rows = [(*key[:2], 1.0, *key[2:], None) for key in keys_of(planned(plan))]
     plan.sums.add_shard(pl.DataFrame(rows, schema=tables.dtypes(tables.CachedScores), orient="row"))
-    return tables.enforce(tables.Logprobs, plan.sums.table())
+    return tables.enforce(tables.Logprobs, pl.concat(plan.sums.parts()))
 
 
 def keys_of(sequences: Iterable[TokenSequence]) -> list[Key]:
@@ -179,11 +179,11 @@ def test_no_pairs_make_no_windows() -> None:
     assert (plan.expected_tokens, plan.expected_sequences, plan.num_cached, plan.num_quantities) == (0, 0, 0, 0)
 
 
-def test_the_longest_pairs_come_first_by_their_characters_and_ties_by_their_id() -> None:
+def test_the_longest_pairs_come_first_by_their_characters_and_ties_as_they_come() -> None:
     pairs = [pair(5, "abc", "d"), pair(2, "a", "bcd"), pair(9, "ab", "c" * 9), pair(1, "", "a"), pair(0, "ü" * 4, "ü")]
     encoder = WatchedEncoder()
     windows = list(plan_of(pairs, encoder, RMI, window_pairs=2).windows())
-    ids = [[f"{number:032x}" for number in window] for window in ([9, 0], [2, 5], [1])]
+    ids = [[f"{number:032x}" for number in window] for window in ([9, 0], [5, 2], [1])]
     assert encoder.begun == ids
     assert [[one.pair_id for one in window] for window in windows[:2]] == [[a, a, b, b] for a, b in ids[:2]]
     assert windows[2] == [], "a pair without a query has nothing to score, but its window is made"
@@ -354,7 +354,7 @@ def test_where_all_is_cached_nothing_is_left_but_the_encodings() -> None:
     assert list(plan.windows()) == [[], [], []]
     assert len(keys) == 5 * 7
     assert (plan.num_cached, plan.num_quantities, plan.expected_tokens) == (len(keys), 0, 0)
-    table = plan.sums.table()
+    table = pl.concat(plan.sums.parts())
     assert table.height == 7
     assert table.select(pl.col(f"sum_nll_{quantity}").sum() for quantity in Quantity).row(0) == (7.0,) * 5
 
@@ -417,7 +417,7 @@ def test_the_table_is_in_the_order_of_the_ids_with_the_sums_of_each_pair(is_cach
         rows = [(*key[:2], float(int(key[0], 16)), *key[2:], None) for key in keys]
         for row in rows:
             plan.sums.add_shard(pl.DataFrame([row], schema=tables.dtypes(tables.CachedScores), orient="row"))
-    table = plan.sums.table()
+    table = pl.concat(plan.sums.parts())
     assert table["pair_id"].to_list() == [one.pair_id for one in pairs]
     assert table["sum_nll_q"].to_list() == ([1.0] * 40 if is_cached else [float(number) for number in range(40)])
 
@@ -426,7 +426,7 @@ def test_a_quantity_that_is_neither_scored_nor_refused_is_an_error() -> None:
     plan = plan_of([pair(1, "abc", "def")], WatchedEncoder(), RMI)
     planned(plan)
     with pytest.raises(AssertionError, match=f"pair {1:032x}: q was neither scored nor refused"):
-        plan.sums.table()
+        pl.concat(plan.sums.parts())
 
 
 def test_the_forecast_is_fair_after_the_first_window_and_exact_after_the_last() -> None:

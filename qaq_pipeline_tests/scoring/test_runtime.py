@@ -49,6 +49,7 @@ def runtime_of(settings: Settings) -> ModelRuntime:
     return ModelRuntime(settings.models, settings.scoring, settings.runtime, settings.model_cache_dir)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(
     settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
 ) -> None:

@@ -603,6 +603,7 @@ def test_a_batch_that_is_the_reference_is_decided_as_in_its_own_pool_and_the_nex
     assert storage.tables.read(NAME, Partition("r1")).data_version == frozen.data_version
 
 
+@pytest.mark.slow
 def test_a_new_reference_ranks_every_batch_again_without_scoring_and_its_difference_is_published(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -648,6 +649,7 @@ def test_made_again_it_is_the_same_and_other_content_needs_another_name(
     materialise_reference(referring(settings_for, "r2", weak={"system_prompt": "Write clean code."}), instance)
 
 
+@pytest.mark.slow
 def test_a_damaged_reference_is_written_again_as_it_was_or_refused(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver, check_sentence: Check
 ) -> None:
@@ -701,6 +703,7 @@ def materialise_decisions(settings: Settings, instance: dg.DagsterInstance) -> N
     job.execute_in_process(instance=instance, partition_key="b1", asset_selection=[dg.AssetKey("decisions")])
 
 
+@pytest.mark.slow
 def test_a_batch_that_other_models_scored_is_not_ranked_against_it(
     settings_for: SettingsFor, instance: dg.DagsterInstance, deliver: Deliver
 ) -> None:

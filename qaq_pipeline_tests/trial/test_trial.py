@@ -115,6 +115,7 @@ def test_a_held_out_pair_in_an_arm_is_refused(deployment: Deployment, settings: 
             attempt()
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_arms(deployment: Deployment, settings: Settings, tmp_path: Path) -> None:
     version = publish(deployment, tmp_path, "b1", SAMPLES)
     version = publish(deployment, tmp_path, "b2", twins(6))
@@ -137,6 +138,7 @@ def test_the_rows_of_the_arms(deployment: Deployment, settings: Settings, tmp_pa
     assert ids(CONTROLS[0]) != ids(CONTROLS[1])
 
 
+@pytest.mark.slow
 def test_a_trial_ends_in_losses_of_every_arm_a_verdict_and_pages(
     deployment: Deployment, tmp_path: Path, check_sentence: Check
 ) -> None:
@@ -254,6 +256,7 @@ def test_rows_that_were_withdrawn_are_not_trained_on(
     check_sentence(withdrawn.value)
 
 
+@pytest.mark.slow
 def test_decisions_of_other_tables_are_refused(deployment: Deployment, settings: Settings, tmp_path: Path) -> None:
     version = publish(deployment, tmp_path, "b1", SAMPLES)
     storage, partition = deployment.storage, Partition("b1")
@@ -264,6 +267,7 @@ def test_decisions_of_other_tables_are_refused(deployment: Deployment, settings:
         read_arms(storage, settings, version)
 
 
+@pytest.mark.slow
 def test_an_older_version_whose_batch_was_decided_again_is_refused(
     deployment: Deployment, tmp_path: Path, check_sentence: Check
 ) -> None:
@@ -291,6 +295,7 @@ def test_equal_rows(settings_for: Callable[..., Settings], instance: dg.DagsterI
     assert (work.unit, work.amount, work.num_steps) == ("rows", 9, 3)
 
 
+@pytest.mark.slow
 def test_benchmarks_are_measured(
     settings_for: Callable[..., Settings], instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from qaq_pipeline.orchestration.materialisation import table_result
 from qaq_pipeline.orchestration.metadata import asset, gate_metadata
 from qaq_pipeline.orchestration.run_log import score
 from qaq_pipeline.reports.table_numbers import of_scoring
+from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.pairs import Pairs, accepted_parts
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.screening import gates
@@ -38,6 +39,9 @@ def build_logprobs(settings: Settings) -> dg.AssetsDefinition:
         scored = score(context, storage, model_runtime, accepted if gate is None else Pairs.of([]))
         inputs = {"raw_data": raw_data, "screened_data": screened_data}
         metadata = {**of_scoring(scored), **gate_metadata(gate)}
-        return table_result(context, scored.frame, inputs, metadata, **scored.provenance)
+        with storage.tables.begin("logprobs", Partition.parse(context.partition_key)) as table:
+            for part in scored.rows.parts():
+                table.append(part)
+            return table_result(context, table, inputs, metadata, **scored.provenance)
 
     return logprobs
