@@ -1,10 +1,12 @@
 """Rows of the demo under each pool: in process, two processes, and a real Ray cluster of two nodes.
 
+`QAQ_TEST_POOL_ROWS` is how many rows; all of them take half an hour on two cores.
 Tolerance: 1e-4 nats per token between pools, whose batches differ in shape; float32.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from qaq_pipeline_tests.support.ray_cluster import two_nodes
 pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(3600)]
 
 TOLERANCE = 1e-4
-NUM_ROWS = 40
+NUM_ROWS = int(os.environ.get("QAQ_TEST_POOL_ROWS", "40"))
 ROLES = ("strong", "weak")
 SCORES = ("log_ppl_q", "log_ppl_q_given_a", "rmi", "nll_end")
 """All in nats per token."""
