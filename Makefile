@@ -25,12 +25,13 @@ if not (3, 11) <= found <= (3, 13):
 endef
 export NEEDED_PYTHON
 
-# torch is installed first and alone, so that an existing build (CPU or CUDA, from any index) is kept.
+# torch is installed first and alone, so that an existing build (CPU or CUDA, from any index) is kept. Modules are compiled
+# when they are first imported: compiling all of them takes longer than all else.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "$$NEEDED_PYTHON"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: install ## Run the whole pipeline on the example batches, with two small real models

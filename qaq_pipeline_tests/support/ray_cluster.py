@@ -25,11 +25,12 @@ _MEMORY = 100_000_000
 
 
 @contextmanager
-def two_nodes(client_port: int = 0) -> Iterator[str]:
+def two_nodes(client_port: int = 0, job_port: int = 0) -> Iterator[str]:
     """The address of a cluster with two nodes, which end with the context; this process is connected to none.
 
     Args:
         client_port: where it also listens for `ray://`; 0: nowhere.
+        job_port: where its server of jobs listens; 0: it has none.
     """
     with ExitStack() as nodes, socket.socket() as probe:
         # Short, since Ray puts sockets there; not the temporary folder of the test.
@@ -38,8 +39,10 @@ def two_nodes(client_port: int = 0) -> Iterator[str]:
         probe.bind((LOOPBACK, 0))
         address = f"{LOOPBACK}:{probe.getsockname()[1]}"
         probe.close()  # The head takes this port.
-        head = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", f"--temp-dir={folder}"]
-        nodes.enter_context(_node([*head, *([f"--ray-client-server-port={client_port}"] if client_port else [])]))
+        head = ["--head", f"--port={address.rpartition(':')[2]}", f"--temp-dir={folder}"]
+        head += [f"--ray-client-server-port={client_port}"] if client_port else []
+        jobs = ["--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={job_port}"]
+        nodes.enter_context(_node([*head, *(jobs if job_port else ["--include-dashboard=false"])]))
         nodes.enter_context(_node([f"--address={address}"]))
         nodes.callback(ray.shutdown)
         _wait_for(address)
@@ -49,9 +52,10 @@ def two_nodes(client_port: int = 0) -> Iterator[str]:
 @contextmanager
 def _node(arguments: list[str]) -> Iterator[None]:
     options = [f"--node-ip-address={LOOPBACK}", "--num-cpus=1", "--num-gpus=1", f"--object-store-memory={_MEMORY}"]
+    path = os.pathsep.join([str(RAY.parent), os.environ["PATH"]])  # A step is the command `dagster`.
     node = subprocess.Popen(
         [RAY, "start", "--block", "--disable-usage-stats", *arguments, *options],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
