@@ -58,7 +58,7 @@ class FreeChunkScorer:
         counts = {"num_q_tokens": 20, "num_a_tokens": 100, "num_a_tokens_untruncated": 100, "is_truncated": False}
         columns = pl.DataFrame([ids]).with_columns(**sums, **{n: pl.lit(v) for n, v in (reasons | counts).items()})
         table = columns.select(pl.col(name).cast(dtype) for name, dtype in dtypes(Logprobs).items())
-        return table, Work(scored_pairs=len(chunk))
+        return table, Work(num_scored_pairs=len(chunk))
 
 
 def write_pairs(file: Path, pairs: Path, rows: int) -> None:

@@ -354,7 +354,6 @@ class Processes:
                     again = replace(work, chunk=queue.after_loss(work.chunk)).after_loss(seat)
                     self._again += again
                     if not again:
-                        logger.warning("one pair is given up: %d or more processes ended over it", MAX_TRIES)
                         yield work.chunk, NullReason.WORKER_LOST
         if errors:
             raise errors[0]  # After the scores that other workers have finished.

@@ -31,18 +31,22 @@ CHARACTERS_PER_TOKEN = 3
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Counts of what was scored, as in `ScoringReport`."""
+    """Counts of what was scored."""
 
-    cached_quantities: int = 0
-    scored_quantities: int = 0
-    scored_pairs: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    targets: int = 0
-    sums: int = 0
+    num_cached_quantities: int = 0
+    num_scored_quantities: int = 0
+    num_scored_pairs: int = 0
+    """Pairs with at least one quantity that was scored."""
+    num_sequences: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    num_sums: int = 0
     """Quantities that were scored and have a value."""
-    computed_tokens: int = 0
-    splits: int = 0
+    num_computed_tokens: int = 0
+    """Tokens that went through the model, padding included. A shared prefix counts each time it goes through the model,
+    not for every sequence that uses it."""
+    num_splits: int = 0
+    """Forward passes that did not fit into memory and were divided into two."""
 
     @classmethod
     def of(cls, plan: Plan, computed_tokens: int = 0, splits: int = 0) -> Work:

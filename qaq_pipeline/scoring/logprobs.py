@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import polars as pl
@@ -21,7 +22,7 @@ import polars as pl
 from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
-from qaq_pipeline.lm.workers import Processes, ScorerFacts, SequenceScorer, score_batches
+from qaq_pipeline.lm.workers import MAX_TRIES, Processes, ScorerFacts, SequenceScorer, score_batches
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.scoring.chunks import ChunkPair, Chunks, Work, plan_of
 from qaq_pipeline.scoring.ordered_rows import OrderedRows, Rows
@@ -31,6 +32,8 @@ from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.score_cache import FOUND
 from qaq_pipeline.storage.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 START_SECONDS = {"cpu": 5.0, "cuda": 15.0}
 """Time to start a scoring process on a kind of device, without reading its weights."""
@@ -127,22 +130,11 @@ class Estimate:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ScoringReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringReport(Work):
     """Counts and times of one scoring."""
 
     num_pairs: int
-    num_cached_quantities: int
-    num_scored_quantities: int
-    num_scored_pairs: int
-    """Pairs with at least one quantity that was scored."""
-    num_sequences: int
-    num_tokens: int
-    num_computed_tokens: int
-    """Number of tokens that went through the model, padding included. A shared prefix counts each time it goes through
-    the model, not for every sequence that uses it."""
-    num_splits: int
-    """Number of forward passes that did not fit into memory and were divided into two."""
     seconds: float
     runner: str | None = None
     """The name of the runner (see `lm.runners`); None if nothing was scored."""
@@ -201,10 +193,10 @@ def score_pairs(
     plan = plan_scoring(pairs, model.encoder, model.identity, storage, scoring)
     run = Run(plan, model, storage, runtime, on_start, on_progress, on_shard)
     rows = run.score()
-    if run.work.cached_quantities:
-        storage.scores.count_hits(model.identity, run.work.cached_quantities)
+    if run.work.num_cached_quantities:
+        storage.scores.count_hits(model.identity, run.work.num_cached_quantities)
     scorers = plan.cached_scorers()
-    if run.work.sums:
+    if run.work.num_sums:
         scorers |= {json.dumps(dict(one.scored_with or model.scored_with), sort_keys=True) for one in run.facts}
     return rows, run.report([json.loads(scorer) for scorer in sorted(scorers)])
 
@@ -324,8 +316,8 @@ class Run:
 
         def tell() -> None:
             nonlocal shown
-            self.done_tokens = self.work.tokens + sum(one.done_tokens for one in at_work.values())
-            self.done_sequences = self.work.sequences + sum(one.done_sequences for one in at_work.values())
+            self.done_tokens = self.work.num_tokens + sum(one.done_tokens for one in at_work.values())
+            self.done_sequences = self.work.num_sequences + sum(one.done_sequences for one in at_work.values())
             self.seconds = time.monotonic() - started
             self.on_progress(self._progress())
             if time.monotonic() - shown >= self.runtime.shard_seconds:
@@ -351,6 +343,7 @@ class Run:
 
     def _given_up(self, chunk: Sequence[ChunkPair]) -> tuple[pl.DataFrame, Work]:
         """The table of a pair that ended every process: what is not cached is null."""
+        logger.warning("pair %s is given up: %d or more processes ended over it", chunk[0].pair.pair_id, MAX_TRIES)
         plan = plan_of(chunk, self.model.encoder, self.plan.wanted)
         shards = ShardWriter(self.storage, self.model.identity, math.inf, scored_with={}, on_closed=plan.sums.add_shard)
         with contextlib.closing(shards):
@@ -366,14 +359,8 @@ class Run:
     def report(self, scored_with: Sequence[Mapping[str, Any]]) -> ScoringReport:
         """The report of this run, at its end."""
         return ScoringReport(
+            **asdict(self.work),
             num_pairs=self.plan.num_pairs,
-            num_cached_quantities=self.work.cached_quantities,
-            num_scored_quantities=self.work.scored_quantities,
-            num_scored_pairs=self.work.scored_pairs,
-            num_sequences=self.work.sequences,
-            num_tokens=self.work.tokens,
-            num_computed_tokens=self.work.computed_tokens,
-            num_splits=self.work.splits,
             seconds=self.seconds,
             runner=self.facts[0].runner if self.facts else None,
             pool=self.pool,
@@ -421,5 +408,5 @@ class Run:
         if not self.facts or not self.seconds:
             return None
         peak = sum(fact.peak_flops_per_second for fact in self.facts)
-        flops = self.facts[0].flops(self.work.computed_tokens, self.work.targets)
+        flops = self.facts[0].flops(self.work.num_computed_tokens, self.work.num_targets)
         return flops / self.seconds / peak if peak and flops else None

@@ -821,7 +821,9 @@ class HandMadeRuntime:
     def score(self, role: str, pairs: Pairs, *_: object) -> ScoredPairs:
         rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(in_memory(pairs), start=1)]
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
-        report = ScoringReport(len(rows), 0, len(rows), len(rows), len(rows), 1, 1, 0, 1.0)
+        report = ScoringReport(
+            num_pairs=len(rows), num_scored_quantities=len(rows), num_scored_pairs=len(rows), seconds=1.0
+        )
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
         provenance |= {"frame": "chat", "template": "chat", "end_ids": [7], "scoring": self._scoring}
         provenance |= {"scored_with": [], "warnings": []}

@@ -135,7 +135,8 @@ class Reader:
     def score(self, role: str, pairs: Pairs, *_: object) -> ScoredPairs:
         frame = pl.DataFrame([self._row(role, pair) for pair in in_memory(pairs)], schema=dtypes(Logprobs))
         num = frame.height
-        report = ScoringReport(num, 0, num, num, num, 1, 1, 0, 1.0)
+        work = {"num_scored_quantities": num, "num_scored_pairs": num, "num_tokens": 1, "num_computed_tokens": 1}
+        report = ScoringReport(num_pairs=num, seconds=1.0, **work)
         provenance: dict[str, Any] = {"identity": dataclasses.asdict(self._identity)}
         provenance |= {"identity_hash": self._identity.digest(), "frame": "chat", "template": "chat", "end_ids": [7]}
         provenance |= {"scoring": {"prior": "null_answer"}, "scored_with": [], "warnings": []}

@@ -113,4 +113,4 @@ def test_what_a_lost_process_stored_is_not_scored_again_and_the_rest_in_smaller_
 
 
 def test_work_adds_up() -> None:
-    assert Work(1, 2, 3, 4, 5, 6, 7, 8, 9) + Work(tokens=10) == Work(1, 2, 3, 4, 15, 6, 7, 8, 9)
+    assert Work(1, 2, 3, 4, 5, 6, 7, 8, 9) + Work(num_tokens=10) == Work(1, 2, 3, 4, 15, 6, 7, 8, 9)

@@ -286,6 +286,8 @@ def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twen
         num_scored_pairs=0,
         num_sequences=0,
         num_tokens=0,
+        num_targets=0,
+        num_sums=0,
         num_computed_tokens=0,
         seconds=0.0,
         runner=None,

@@ -106,6 +106,7 @@ def test_a_pair_that_ends_every_process_is_null_alone_and_tried_again_by_the_nex
     tmp_path: Path,
     twenty_samples: list[Pair],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     one, two = (settings_for(runtime={"pool": {"size": number}, "batch_tokens": 300}) for number in (1, 2))
     pairs = Pairs.of([*twenty_samples[:6], Pair(DEADLY, None, "Why?", "Because.")])
@@ -115,6 +116,7 @@ def test_a_pair_that_ends_every_process_is_null_alone_and_tried_again_by_the_nex
         patch.setattr(pools, "ChunkScorer", DeadlyScorer)
         scored = runtime_of(two).score("strong", pairs, elsewhere, lambda _: None)
     assert scored.report.num_lost_workers >= MAX_TRIES
+    assert f"pair {DEADLY} is given up: 3 or more processes ended over it" in caplog.messages
     is_deadly = pl.col("pair_id") == DEADLY
     assert_same_scores(scored.frame.filter(~is_deadly), reference.frame.filter(~is_deadly))
     reasons = scored.frame.filter(is_deadly).select(f"null_reason_{quantity}" for quantity in Quantity).row(0)
