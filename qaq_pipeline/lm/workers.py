@@ -432,7 +432,8 @@ class _Seat:
         """Send a chunk, from another thread: a process that hangs may not take it."""
         self.work = work
         self._expect_answer()
-        self._sending = Thread(target=self._send, args=(self.process.connection, work.chunk), daemon=True)
+        data = pickle.dumps(work.chunk)  # Here: each thread keeps the memory that it has once taken.
+        self._sending = Thread(target=self._send, args=(self.process.connection, data), daemon=True)
         self._sending.start()
 
     def receive(self) -> Any:
@@ -470,9 +471,9 @@ class _Seat:
         self.deadline = time.monotonic() + self.patience
 
     @staticmethod
-    def _send(connection: Connection, chunk: Chunk) -> None:
+    def _send(connection: Connection, data: bytes) -> None:
         with suppress(OSError):  # The process has ended, which is noticed when its answer is received.
-            connection.send(chunk)
+            connection.send_bytes(data)
 
 
 class _LocalProcess:
