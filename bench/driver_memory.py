@@ -153,7 +153,7 @@ def main() -> None:
             write_pairs(file, arguments.pairs, rows)
             others = ["--config", arguments.config] if arguments.config else []
             command = [sys.executable, "-m", "bench.driver_memory", str(arguments.pairs), str(rows), *others]
-            done = subprocess.run([*command, "--file", str(file)], check=True, capture_output=True, text=True)
+            done = subprocess.run([*command, "--file", str(file)], check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout)
             text = f"{found['seconds']:.0f} s, {found['gb_before']:.2f} GB before, {found['gb']:.2f} GB at the peak"
             print(f"{rows:,} pairs: {text}", flush=True)  # noqa: T201

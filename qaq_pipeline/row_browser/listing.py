@@ -40,6 +40,8 @@ SCORES = ("rmi", "rank")
 SEPARATOR = ", "
 """Between the names of signals."""
 
+_AT_ONCE = 4
+"""Tables that are read at the same time."""
 _SHOWN = ("query", "answer")
 _ROW = (*ROW_KEY, "pair_id", "decision", "reason", "gap")
 
@@ -121,7 +123,7 @@ def _complete(
         decided: reads the rows, with the columns of `_ROW`.
         judged_by: of each batch, the data version of the validity that decided it; None: unknown.
     """
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
         texts = threads.map(functools.partial(_texts, storage), judged_by)
         signals = threads.map(functools.partial(_signals, storage), judged_by, judged_by.values())
         rows = decided()

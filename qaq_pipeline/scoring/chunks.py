@@ -30,8 +30,8 @@ CHARACTERS_PER_TOKEN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Counts of what was scored."""
+class Counts:
+    """What was scored."""
 
     num_cached_quantities: int = 0
     num_scored_quantities: int = 0
@@ -47,6 +47,11 @@ class Work:
     not for every sequence that uses it."""
     num_splits: int = 0
     """Forward passes that did not fit into memory and were divided into two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Counts):
+    """What was scored of a plan, or of some."""
 
     @classmethod
     def of(cls, plan: Plan, computed_tokens: int = 0, splits: int = 0) -> Work:

@@ -24,11 +24,12 @@ from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import MAX_TRIES, Processes, ScorerFacts, SequenceScorer, score_batches
 from qaq_pipeline.schema.vocabularies import NullReason
-from qaq_pipeline.scoring.chunks import ChunkPair, Chunks, Work, plan_of
+from qaq_pipeline.scoring.chunks import ChunkPair, Chunks, Counts, Work, plan_of
 from qaq_pipeline.scoring.ordered_rows import OrderedRows, Rows
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
+from qaq_pipeline.scoring.sums import Sums
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.score_cache import FOUND
 from qaq_pipeline.storage.storage import Storage
@@ -43,6 +44,9 @@ SCORED_PER_SECOND = {"cpu": 2.5e11, "cuda": 2e14}
 """Bytes of weights x tokens that are scored in a second, by one core or one GPU."""
 STARTS_WORTH = 4
 """A process is worth its start if its share of the work takes so many times as long."""
+
+IDS_AT_ONCE = 1 << 20
+"""pair_ids in memory at once."""
 
 MAX_MISFITS = 16
 """Sequences in a row that may fail to fit into memory before a scoring stops."""
@@ -131,7 +135,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoringReport(Work):
+class ScoringReport(Counts):
     """Counts and times of one scoring."""
 
     num_pairs: int
@@ -220,9 +224,17 @@ def plan_scoring(
 ) -> Plan:
     """The plan of a scoring: the wanted quantities, minus those cached under the identity."""
     ordered = LongestFirst(pairs)
-    has_scores = bool(storage.scores.shards(identity.digest()))
-    cached = storage.scores.read(identity, ordered.pair_ids()) if has_scores else pl.DataFrame(schema=FOUND)
-    return Plan(ordered, encoder, wanted_quantities(scoring), cached)
+    return Plan(ordered, encoder, wanted_quantities(scoring), _cached(ordered, identity, storage))
+
+
+def _cached(pairs: LongestFirst, identity: ScoreIdentity, storage: Storage) -> pl.DataFrame:
+    """Every cached score of the pairs, as `ScoreCache.read`: all shards are read for `IDS_AT_ONCE` pairs at a time."""
+    found = [pl.DataFrame(schema=FOUND)]
+    if storage.scores.shards(identity.digest()):
+        for start in range(0, len(pairs), IDS_AT_ONCE):
+            scores = storage.scores.read(identity, pairs.pair_ids(start, start + IDS_AT_ONCE))
+            found.append(scores.with_columns(pl.col("place") + pl.lit(start, pl.UInt32)))
+    return pl.concat(found)
 
 
 @dataclass
@@ -267,6 +279,8 @@ class Run:
                 self.pool = self.runtime.pool.kind if isinstance(workers, Processes) else "in_process"
                 if isinstance(workers, Processes):
                     windows.close()
+                    del first
+                    self.plan.sums = Sums(0)  # The processes make the rows.
                     return self._score_chunks(workers, started)
                 self._score_batches(workers, itertools.chain([first], windows), started)
         self.work = Work.of(self.plan, self.computed_tokens, self.splits)
@@ -310,7 +324,7 @@ class Run:
         """Score every pair again that is not cached: the windows of this process were only for the estimate."""
         self._start(processes.facts)
         queue = Chunks(self.plan, self.model.identity, self.storage, processes.facts, processes.number)
-        rows = OrderedRows()
+        rows = OrderedRows(self.storage.files, self.storage.scores.place(self.model.identity.digest()))
         at_work: dict[int, Progress] = {}
         shown = started
 

@@ -5,19 +5,20 @@ Belongs here: keeping some rows in memory and the others in files. Does not belo
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import polars as pl
 
+from qaq_pipeline.storage.files import Files
+
 ROWS_AT_ONCE = 1 << 17
-"""Rows in memory at once."""
-_EACH = 1 << 10
-"""Rows of a file for each pair_id of it that is known without reading it."""
+"""Rows in memory at once, roughly."""
+_ROWS_PER_START = 1 << 10
+_ROWS_PER_GROUP = 1 << 12
 
 
 class Rows(Protocol):
@@ -28,58 +29,52 @@ class Rows(Protocol):
 
 
 class OrderedRows:
-    """Rows with distinct pair_ids. They are in files of this machine, each sorted, as soon as there are many.
+    """Rows with distinct pair_ids. As soon as there are many, they are in files, each of which is sorted.
 
     Args:
-        rows_at_once: most rows in memory.
+        files: of the storage.
+        place: of a folder there, in which the files are until this object is gone.
+        rows_at_once: a file is written when so many rows have come.
     """
 
-    def __init__(self, rows_at_once: int = ROWS_AT_ONCE) -> None:
+    def __init__(self, files: Files, place: Sequence[str], rows_at_once: int = ROWS_AT_ONCE) -> None:
+        self._storage, self._place = files, place
         self._rows_at_once = rows_at_once
         self._open: list[pl.DataFrame] = []
-        self._num_open = 0
         self._folder: Path | None = None
-        """Removed with this object."""
         self._files: list[Path] = []
         self._starts: list[pl.Series] = []
-        """Some pair_ids of each file, `_EACH` rows apart."""
-
-    @classmethod
-    def of(cls, rows: pl.DataFrame) -> Self:
-        """The rows of a frame."""
-        found = cls(rows.height + 1)
-        found.append(rows)
-        return found
+        """Every 1,024th pair_id of each file, from its first."""
 
     def append(self, rows: pl.DataFrame) -> None:
         """Add rows, of the same columns each time."""
         self._open.append(rows)
-        self._num_open += rows.height
-        if self._num_open >= self._rows_at_once:
+        if sum(part.height for part in self._open) >= self._rows_at_once:
             self._close()
 
     def parts(self) -> Iterator[pl.DataFrame]:
-        """As `Rows`. Rows must have been added."""
+        """As `Rows`. Something must have been appended, if only a frame without rows."""
         if not self._files:
             yield pl.concat(self._open).sort("pair_id")
             return
         self._close()
         rows = pl.scan_parquet(self._files, glob=False)
-        starts = pl.concat(self._starts).sort()[:: max(self._rows_at_once // _EACH, 1)]
+        starts = pl.concat(self._starts).sort()[:: max(self._rows_at_once // _ROWS_PER_START, 1)]
         for start, stop in zip(starts, [*starts[1:], None], strict=True):
             wanted = pl.col("pair_id") >= start
             yield rows.filter(wanted if stop is None else wanted & (pl.col("pair_id") < stop)).sort("pair_id").collect()
 
     def _close(self) -> None:
         """Write the rows in memory to a file."""
-        if not self._open:
+        rows = pl.concat(self._open).sort("pair_id") if self._open else pl.DataFrame()
+        self._open = []
+        if rows.is_empty():
             return
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="qaq_pipeline-"))
-            weakref.finalize(self, shutil.rmtree, self._folder)
-        rows = pl.concat(self._open).sort("pair_id")
+            until_gone = ExitStack()
+            self._folder = until_gone.enter_context(self._storage.unfinished_folder(*self._place))
+            weakref.finalize(self, until_gone.close)
         file = self._folder / f"{len(self._files)}.parquet"
-        rows.write_parquet(file, row_group_size=1 << 14)
+        rows.write_parquet(file, row_group_size=_ROWS_PER_GROUP)
         self._files.append(file)
-        self._starts.append(rows["pair_id"].gather_every(_EACH))
-        self._open, self._num_open = [], 0
+        self._starts.append(rows["pair_id"].gather_every(_ROWS_PER_START))

@@ -80,7 +80,7 @@ class Pairs:
 class LongestFirst:
     """Pairs in the order in which they are scored: the longest first, by number of characters, then as they are read.
 
-    The place of a pair is its number in this order, from 0. Some 12 bytes of each pair are in memory.
+    The place of a pair is its number in this order, from 0. Twelve bytes of each pair are in memory.
 
     Args:
         pairs: distinct pairs.
@@ -104,10 +104,9 @@ class LongestFirst:
         """Number of pairs."""
         return len(self.num_characters)
 
-    def pair_ids(self) -> pl.Series:
-        """By place. They are read again."""
-        ids = pl.concat([pl.DataFrame(schema={"pair_id": pl.String()}), *self._read()])["pair_id"]
-        return ids.gather(pl.Series(self._places).arg_sort())
+    def pair_ids(self, start: int = 0, stop: int | None = None) -> pl.Series:
+        """Of the pairs in a range of places, by place. All are read again."""
+        return self._rows(start, len(self) if stop is None else stop)["pair_id"]
 
     def windows(self, num_pairs: int) -> Iterator[list[Pair]]:
         """The pairs with their texts, so many at a time."""
@@ -132,8 +131,13 @@ class LongestFirst:
 
     def _texts(self, start: int, stop: int) -> pl.DataFrame:
         """The texts of the pairs in a range of places, in their order."""
-        taken, num_read = [], 0
-        for part in self._read(*TEXTS):
+        return self._rows(start, stop, *TEXTS)
+
+    def _rows(self, start: int, stop: int, *columns: str) -> pl.DataFrame:
+        """The pairs in a range of places, in their order: pair_id, these columns, and `place`."""
+        schema = {"pair_id": pl.String(), **{name: dtypes(RawData)[name] for name in columns}, "place": pl.UInt32()}
+        taken, num_read = [pl.DataFrame(schema=schema)], 0
+        for part in self._read(*columns):
             places = pl.Series("place", self._places[num_read : num_read + part.height])
             num_read += part.height
             taken.append(

@@ -34,7 +34,7 @@ _CODES: dict[str, int] = {reason.value: code for code, reason in enumerate(NullR
 class Sums:
     """Sums and null reasons of each quantity, and token counts, of pairs by their place in the order of scoring.
 
-    It takes memory for the pairs that were added.
+    It takes memory only for the pairs that were added.
 
     Args:
         number: of distinct pairs.

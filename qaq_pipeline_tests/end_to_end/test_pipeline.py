@@ -34,7 +34,6 @@ from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Signal
 from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
-from qaq_pipeline.scoring.ordered_rows import OrderedRows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
@@ -43,7 +42,7 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
-from qaq_pipeline_tests.support.pairs import in_memory
+from qaq_pipeline_tests.support.pairs import RowsInMemory, in_memory
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import STAGES, TABLES
 
@@ -827,7 +826,7 @@ class HandMadeRuntime:
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
         provenance |= {"frame": "chat", "template": "chat", "end_ids": [7], "scoring": self._scoring}
         provenance |= {"scored_with": [], "warnings": []}
-        return ScoredPairs(OrderedRows.of(frame), report, provenance)
+        return ScoredPairs(RowsInMemory(frame), report, provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
         sums = {f"sum_nll_{quantity}": float(number + index) for index, quantity in enumerate(Quantity)}

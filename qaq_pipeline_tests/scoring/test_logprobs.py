@@ -27,6 +27,7 @@ from qaq_pipeline.lm.workers import ScorerFacts, SequenceScorer
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Logprobs
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
+from qaq_pipeline.scoring import logprobs
 from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, justified_processes, score_pairs
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
@@ -272,7 +273,11 @@ def test_a_template_that_writes_bos_itself_gives_the_same_scores(
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_scores_nothing_and_loads_no_model(scorings: Scorings, twenty_samples: list[Pair]) -> None:
+@pytest.mark.parametrize("ids_at_once", [7, 1 << 20])
+def test_a_second_run_scores_nothing_and_loads_no_model(
+    ids_at_once: int, scorings: Scorings, twenty_samples: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "IDS_AT_ONCE", ids_at_once)
     first, first_report = scorings(twenty_samples)
     second, second_report = scorings(twenty_samples)
     assert scorings.num_loads == 1
@@ -542,9 +547,9 @@ class Spoiling(Wrapped):
     def score(self, sequences: Sequence[TokenSequence]) -> Sequence[Sequence[Any]]:
         scored = [[value.copy() for value in values] for values in self._scorer.score(sequences)]
         for sequence, values in zip(sequences, scored, strict=True):
-            for target, logprobs in zip(sequence.targets, values, strict=True):
+            for target, of_target in zip(sequence.targets, values, strict=True):
                 if (sequence.pair_id, target.quantity) == self._place:
-                    logprobs[0] = self._value
+                    of_target[0] = self._value
         return scored
 
 

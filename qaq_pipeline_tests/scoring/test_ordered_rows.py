@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,10 @@ import polars as pl
 import pytest
 
 from qaq_pipeline.scoring.ordered_rows import OrderedRows
+from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import pair_name
+
+PLACE = ("score_cache", "0123")
 
 
 def rows(num_rows: int) -> pl.DataFrame:
@@ -20,33 +22,26 @@ def rows(num_rows: int) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "at_once"), [(1, 10), (9, 10), (20_000, 3_000), (20_000, 20_000), (20_000, 70_000)]
+    ("num_rows", "at_once"), [(0, 10), (1, 10), (9, 10), (20_000, 3_000), (20_000, 20_000), (20_000, 70_000)]
 )
 @pytest.mark.parametrize("appended", [1, 700, 5_000])
 def test_rows_come_back_in_order_as_often_as_they_are_asked_for(
-    num_rows: int, at_once: int, appended: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_rows: int, at_once: int, appended: int, storage: Storage, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = rows(num_rows).sort("pair_id")
-    ordered = OrderedRows(at_once)
-    for part in rows(num_rows).iter_slices(min(num_rows, appended)):
+    ordered = OrderedRows(storage.files, PLACE, at_once)
+    ordered.append(expected.clear())
+    for part in rows(num_rows).iter_slices(max(min(num_rows, appended), 1)):
         ordered.append(part)
     for _ in range(2):
         assert pl.concat(ordered.parts()).equals(expected)
-    assert bool(list(tmp_path.iterdir())) == (num_rows >= at_once)
+    assert bool(list(tmp_path.rglob("*.parquet"))) == (num_rows >= at_once)
     del ordered
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_no_part_is_much_larger_than_what_may_be_in_memory() -> None:
-    ordered = OrderedRows(4_096)
+def test_no_part_is_much_larger_than_what_may_be_in_memory(storage: Storage) -> None:
+    ordered = OrderedRows(storage.files, PLACE, 4_096)
     for part in rows(40_000).iter_slices(1_000):
         ordered.append(part)
     assert max(part.height for part in ordered.parts()) <= 2 * 4_096
-
-
-def test_rows_of_one_frame() -> None:
-    (part,) = OrderedRows.of(rows(5)).parts()
-    assert part.equals(rows(5).sort("pair_id"))
-    (none,) = OrderedRows.of(rows(5).clear()).parts()
-    assert none.is_empty()

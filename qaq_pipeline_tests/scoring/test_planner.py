@@ -20,6 +20,7 @@ from qaq_pipeline.config.settings import ModelSettings, ScoringSettings
 from qaq_pipeline.lm.prompts import EncodedPair, Pair, PairEncoder, Target, TokenSequence
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
+from qaq_pipeline.scoring import sums
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import WINDOW_PAIRS, Plan, wanted_quantities
 from qaq_pipeline.storage.score_cache import FOUND
@@ -408,7 +409,11 @@ def test_counts_and_reasons_of_the_table_are_those_of_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_the_table_is_in_the_order_of_the_ids_with_the_sums_of_each_pair(is_cached: bool) -> None:
+@pytest.mark.parametrize("rows_at_once", [7, 1 << 17])
+def test_the_table_is_in_the_order_of_the_ids_with_the_sums_of_each_pair(
+    is_cached: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums, "ROWS_AT_ONCE", rows_at_once)
     pairs, encoder = varied_pairs(40), WatchedEncoder()
     keys = all_keys(encoder, pairs, RMI)
     plan = plan_of(pairs, encoder, RMI, keys if is_cached else (), window_pairs=7)
@@ -417,7 +422,9 @@ def test_the_table_is_in_the_order_of_the_ids_with_the_sums_of_each_pair(is_cach
         rows = [(*key[:2], float(int(key[0], 16)), *key[2:], None) for key in keys]
         for row in rows:
             plan.sums.add_shard(pl.DataFrame([row], schema=tables.dtypes(tables.CachedScores), orient="row"))
-    table = pl.concat(plan.sums.parts())
+    parts = list(plan.sums.parts())
+    table = pl.concat(parts)
+    assert max(part.height for part in parts) <= rows_at_once
     assert table["pair_id"].to_list() == [one.pair_id for one in pairs]
     assert table["sum_nll_q"].to_list() == ([1.0] * 40 if is_cached else [float(number) for number in range(40)])
 

@@ -24,10 +24,11 @@ from qaq_pipeline.lm import causal_lm, model_files
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.lm.workers import MAX_TRIES
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
-from qaq_pipeline.scoring import pools
+from qaq_pipeline.scoring import logprobs, pools
 from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, OtherIdentityError, ScoringSpec, local_model
 from qaq_pipeline.scoring.chunks import ChunkPair, Work
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
+from qaq_pipeline.scoring.ordered_rows import OrderedRows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -51,14 +52,20 @@ def runtime_of(settings: Settings) -> ModelRuntime:
 
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(
-    settings_for: SettingsFor, storage: Storage, tmp_path: Path, twenty_samples: list[Pair]
+    settings_for: SettingsFor,
+    storage: Storage,
+    tmp_path: Path,
+    twenty_samples: list[Pair],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logprobs, "OrderedRows", functools.partial(OrderedRows, rows_at_once=3))
     one, two = (settings_for(runtime={"pool": {"size": number}, "batch_tokens": 300}) for number in (1, 2))
     reference = runtime_of(one).score("strong", Pairs.of(twenty_samples), storage, lambda _: None)
     elsewhere = Storage(str(tmp_path / "elsewhere"), tmp_path / "locks")
     scored = runtime_of(two).score("strong", Pairs.of(twenty_samples), elsewhere, lambda _: None)
     assert len(reference.report.devices) == 1
     assert len(scored.report.devices) == min(2, len(os.sched_getaffinity(0)))
+    assert len(list(scored.rows.parts())) > 1, "they come from files"
     assert_same_scores(scored.frame, reference.frame)
 
 

@@ -239,8 +239,7 @@ _TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
 _ROWS = st.lists(st.tuples(st.sampled_from(["same", "so", "q"]), _TEXTS, st.booleans()), min_size=1, max_size=8)
 
 
-@pytest.mark.slow
-@effort(max_examples=10, deadline=None)
+@effort(max_examples=3, deadline=None)
 @given(batches=st.lists(_ROWS, min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_no_similar_rows_are_on_both_sides_whatever_is_delivered_again(
     batches: list[list[tuple[str, str, bool]]], seed: int, tmp_path_factory: pytest.TempPathFactory

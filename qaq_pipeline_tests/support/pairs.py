@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import polars as pl
+
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.scoring.pairs import TEXTS, Pairs, pairs_of
 
@@ -10,3 +15,13 @@ def in_memory(pairs: Pairs) -> list[Pair]:
     """All pairs, by pair_id."""
     found = [pair for part in pairs.read(*TEXTS) for pair in pairs_of(part)]
     return sorted(found, key=lambda pair: pair.pair_id)
+
+
+@dataclass(frozen=True)
+class RowsInMemory:
+    """The rows of a frame, as a scoring gives its own."""
+
+    frame: pl.DataFrame
+
+    def parts(self) -> Iterator[pl.DataFrame]:
+        yield self.frame.sort("pair_id")
