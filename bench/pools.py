@@ -3,8 +3,8 @@
     python -m bench.pools PAIRS.json PAIRS POOL [POOL …] [--rounds 5] [--config SETTINGS]
 
 A pool is `in_process`, `processes` or the address of a Ray cluster. The strong model scores in float32. Reading its
-weights is not counted, nor, in process, tokenising the first 4,096 pairs; there torch uses every core. The first pool is compared with each other
-one, by round.
+weights is not counted, nor, in process, tokenising the first 4,096 pairs; there torch uses every core. The first pool
+is compared with each other one, by round.
 """
 
 from __future__ import annotations
