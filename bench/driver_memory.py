@@ -25,9 +25,8 @@ from unittest import mock
 import numpy as np
 import polars as pl
 
+from bench import frames
 from qaq_pipeline.config.load import load_settings
-from qaq_pipeline.config.settings import RecordSettings
-from qaq_pipeline.ingest import records
 from qaq_pipeline.lm.workers import Load, ScorerFacts
 from qaq_pipeline.schema.tables import Logprobs, RawData, dtypes
 from qaq_pipeline.schema.vocabularies import Quantity
@@ -63,17 +62,17 @@ class FreeChunkScorer:
 
 def write_pairs(file: Path, pairs: Path, rows: int) -> None:
     """Write pairs of lines that are drawn from the texts of others, no two alike."""
-    accepted = records.read_file(pairs.read_bytes(), pairs.name, "b", RecordSettings()).frame.filter(status="accepted")
-    lines = np.array([line for text in accepted["answer"] for line in text.splitlines() if line.strip()], object)
+    answers = frames.read_pairs(pairs, sys.maxsize)["answer"]
+    lines = np.array([line for text in answers for line in text.splitlines() if line.strip()], object)
     schema = pl.Schema({name: dtypes(RawData)[name] for name in ("pair_id", *TEXTS)})
     drawn = np.random.default_rng(0)
     with file.open("wb") as stream:
         writer = Writer(stream, schema)
         for start in range(0, rows, ROWS_PER_GROUP):
             numbers = range(start, min(start + ROWS_PER_GROUP, rows))
-            answers = drawn.choice(lines, (len(numbers), ANSWER_LINES))
+            parts = drawn.choice(lines, (len(numbers), ANSWER_LINES))
             lengths = drawn.integers(1, ANSWER_LINES + 1, len(numbers))
-            texts = ["\n".join(answer[:length]) for answer, length in zip(answers, lengths, strict=True)]
+            texts = ["\n".join(answer[:length]) for answer, length in zip(parts, lengths, strict=True)]
             ids = [hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest() for number in numbers]
             texts_of = {"query": [f"Write task {number}." for number in numbers], "answer": texts}
             writer.append(pl.DataFrame({"pair_id": ids, **texts_of, "system": None, "history": None}, schema))

@@ -33,7 +33,7 @@ from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity, Signal
-from qaq_pipeline.scoring.logprobs import Progress, ScoringReport
+from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.screening import contamination
@@ -42,7 +42,7 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.conftest import REJECTED_ROW, REPEATED_ROW, SAMPLES, LockHolder, write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY, pair_name
-from qaq_pipeline_tests.support.pairs import RowsInMemory, in_memory
+from qaq_pipeline_tests.support.pairs import RowsInMemory, in_memory, report_of
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import STAGES, TABLES
 
@@ -820,13 +820,10 @@ class HandMadeRuntime:
     def score(self, role: str, pairs: Pairs, *_: object) -> ScoredPairs:
         rows = [self._row(number, pair.pair_id, role) for number, pair in enumerate(in_memory(pairs), start=1)]
         frame = pl.DataFrame(rows, schema=dtypes(Logprobs)).with_columns(**self._changes)
-        report = ScoringReport(
-            num_pairs=len(rows), num_scored_quantities=len(rows), num_scored_pairs=len(rows), seconds=1.0
-        )
         provenance = {"identity": dataclasses.asdict(IDENTITY), "identity_hash": IDENTITY.digest()}
         provenance |= {"frame": "chat", "template": "chat", "end_ids": [7], "scoring": self._scoring}
         provenance |= {"scored_with": [], "warnings": []}
-        return ScoredPairs(RowsInMemory(frame), report, provenance)
+        return ScoredPairs(RowsInMemory(frame), report_of(len(rows)), provenance)
 
     def _row(self, number: int, pair_id: str, role: str) -> dict[str, Any]:
         sums = {f"sum_nll_{quantity}": float(number + index) for index, quantity in enumerate(Quantity)}

@@ -27,7 +27,6 @@ from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Input, Partition
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import GateReason, NoCutReason, Quantity, Signal
-from qaq_pipeline.scoring.logprobs import ScoringReport
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ScoredPairs
 from qaq_pipeline.selection.scored_batch import UNREACHED_KEY
@@ -37,7 +36,7 @@ from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.validity.words import untold
 from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.frames import IDENTITY
-from qaq_pipeline_tests.support.pairs import RowsInMemory, in_memory
+from qaq_pipeline_tests.support.pairs import RowsInMemory, in_memory, report_of
 from qaq_pipeline_tests.support.recomputed_validity import check_validity
 from qaq_pipeline_tests.support.sentences import Check
 
@@ -133,13 +132,10 @@ class Reader:
 
     def score(self, role: str, pairs: Pairs, *_: object) -> ScoredPairs:
         frame = pl.DataFrame([self._row(role, pair) for pair in in_memory(pairs)], schema=dtypes(Logprobs))
-        num = frame.height
-        work = {"num_scored_quantities": num, "num_scored_pairs": num, "num_tokens": 1, "num_computed_tokens": 1}
-        report = ScoringReport(num_pairs=num, seconds=1.0, **work)
         provenance: dict[str, Any] = {"identity": dataclasses.asdict(self._identity)}
         provenance |= {"identity_hash": self._identity.digest(), "frame": "chat", "template": "chat", "end_ids": [7]}
         provenance |= {"scoring": {"prior": "null_answer"}, "scored_with": [], "warnings": []}
-        return ScoredPairs(RowsInMemory(frame), report, provenance)
+        return ScoredPairs(RowsInMemory(frame), report_of(frame.height), provenance)
 
     def _row(self, role: str, pair: Pair) -> dict[str, Any]:
         noise = self._noise(f"{role} {pair.pair_id}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from qaq_pipeline.lm.prompts import Pair
+from qaq_pipeline.scoring.logprobs import ScoringReport
 from qaq_pipeline.scoring.pairs import TEXTS, Pairs, pairs_of
 
 
@@ -25,3 +26,16 @@ class RowsInMemory:
 
     def parts(self) -> Iterator[pl.DataFrame]:
         yield self.frame.sort("pair_id")
+
+
+def report_of(num_pairs: int) -> ScoringReport:
+    """The report of a scoring of a sequence for each pair in a second."""
+    return ScoringReport(
+        num_pairs=num_pairs,
+        num_scored_quantities=num_pairs,
+        num_scored_pairs=num_pairs,
+        num_sequences=num_pairs,
+        num_tokens=1,
+        num_computed_tokens=1,
+        seconds=1.0,
+    )
