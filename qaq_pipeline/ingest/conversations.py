@@ -74,7 +74,8 @@ class _Turn(NamedTuple):
     text: Field
     is_barred: bool = False
     """Its record says that it is not to be trained on."""
-    uses_tool: bool = False
+    tool_field: str | None = None
+    """The field that calls a tool, or is what a tool said; None: there is none."""
     reasoning: Field = Field("reasoning", None)
     fault: RejectedError | None = None
     """Why its text cannot be read."""
@@ -95,9 +96,10 @@ class _Exchange:
         unread = next((turn.fault for turn in turns if turn.fault is not None), None)
         if unread is not None:
             return unread
-        used = next((turn for turn in (*self.asked, *self.replies) if turn.uses_tool), None)
+        used = next((turn for turn in (*self.asked, *self.replies) if turn.tool_field is not None), None)
         if used is not None:
-            return RejectedError(RejectReason.USES_TOOLS, f"{used.text.name} is a call of a tool, or what a tool said")
+            found = f"`{used.tool_field}` is a call of a tool, or what a tool said"
+            return RejectedError(RejectReason.USES_TOOLS, found)
         barred = next((turn for turn in self.replies if turn.is_barred), None)
         if barred is not None:
             return RejectedError(
@@ -212,28 +214,30 @@ def _turn(value: object, place: str, settings: RecordSettings) -> _Turn:
     if not isinstance(value, dict):
         found = f"`{place}` is {kind(value)}; an object with role and content is expected"
         raise RejectedError(RejectReason.WRONG_TYPE, found)
-    role_field = "role" if "role" in value else "from"
-    text_field = "content" if "content" in value else "value"
+    role_field = "from" if "from" in value and "role" not in value else "role"
+    text_field = "value" if "value" in value and "content" not in value else "content"
     name = value.get(role_field)
     role = _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         found = f"`{place}.{role_field}` is {shown(name)}; known roles: {', '.join(_ROLES)}"
         raise RejectedError(RejectReason.UNKNOWN_ROLE, found)
     content = value.get(text_field)
-    uses_tool = role in ("tool", "call") or any(map(_has_content, map(value.get, _CALLS))) or _has_tool_part(content)
+    called = next((name for name in _CALLS if _has_content(value.get(name))), None)
+    uses_tool = role in ("tool", "call") or called is not None or _has_tool_part(content)
     text, fault = Field(f"`{place}.{text_field}`", None), None
     try:
         text = Field(text.name, _text_of(content, f"{place}.{text_field}"))
     except RejectedError as error:
         fault = None if uses_tool and role != "system" else error
     uses_tool = uses_tool or _calls_inline(role, text.value)
+    tool_field = f"{place}.{called or text_field}" if uses_tool else None
     is_barred = any(_says_no(value.get(mark)) for mark in _MARKS)
     calls = () if role == "tool" else (call for field in _CALLS for call in _list_of(value.get(field)))
     said = histories.said(role, text.value, content, filter(_has_content, calls))
     reasoning = first_present(value, settings.fields.reasoning)
     if reasoning.value is None and isinstance(content, list):
         reasoning = Field(f"`{place}.{text_field}`", _reasoning_of(content))
-    return _Turn("assistant" if role == "call" else role, text, is_barred, uses_tool, reasoning, fault, said)
+    return _Turn("assistant" if role == "call" else role, text, is_barred, tool_field, reasoning, fault, said)
 
 
 def _list_of(value: object) -> list[object]:

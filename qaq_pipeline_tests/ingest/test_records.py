@@ -887,11 +887,26 @@ REJECTED: dict[str, tuple[bytes, RejectReason, str]] = {
     "tool": (
         said(("user", "q"), ("tool", "t"), ("assistant", "a")),
         RejectReason.USES_TOOLS,
-        r"`messages\[1\].content`",
+        r"`messages\[1\].content` is a call of a tool, or what a tool said",
+    ),
+    "call": (
+        jsonl({"messages": [*turns(("user", "q")), CALL]}),
+        RejectReason.USES_TOOLS,
+        r"`messages\[1\].tool_calls` is a call",
+    ),
+    "call_alone": (
+        jsonl({"messages": [*turns(("user", "q")), {"role": "assistant", "tool_calls": CALL["tool_calls"]}]}),
+        RejectReason.USES_TOOLS,
+        r"`messages\[1\].tool_calls` is a call",
+    ),
+    "no_text": (
+        jsonl({"messages": [{"role": "user"}, {"role": "gpt"}]}),
+        RejectReason.MISSING_QUERY,
+        r"`messages\[0\].content`",
     ),
     "role": (said(("user", "q"), ("critic", "t"), ("assistant", "a")), RejectReason.UNKNOWN_ROLE, "role` is 'critic'"),
     "label": (jsonl({"prompt": "q", "completion": "a", "label": False}), RejectReason.NOT_FOR_TRAINING, "`label` is"),
-    "no_role": (jsonl({"messages": [{"content": "q"}]}), RejectReason.UNKNOWN_ROLE, r"`messages\[0\].from` is null"),
+    "no_role": (jsonl({"messages": [{"content": "q"}]}), RejectReason.UNKNOWN_ROLE, r"`messages\[0\].role` is null"),
     "unanswered": (said(("assistant", "a"), ("user", "q")), RejectReason.NO_ANSWERED_TURN, "2 turns"),
     "no_turns": (said(), RejectReason.NO_ANSWERED_TURN, "0 turns"),
     "unprompted": (
