@@ -42,7 +42,23 @@ def is_worse(one: Texts, other: Texts) -> bool:
     has_lost, has_more = _has_lost_lines(one, other), _has_lost_lines(other, one)
     if has_lost or has_more:
         return has_lost and not has_more
-    return not _parses(one.answer, one.language) and _parses(other.answer, other.language)
+    for language, other_language in zip(_languages(one), _languages(other), strict=False):
+        parses, other_parses = _parses(one.answer, language), _parses(other.answer, other_language)
+        if parses != other_parses:
+            return other_parses
+    return False
+
+
+def _languages(texts: Texts) -> list[str]:
+    """Languages that the code of the answer may be of, the likeliest first.
+
+    Code of a language that nothing names is taken for Python: of two answers with the same words, one that parses as
+    Python is the better one. If that tells nothing, a language that the query names may.
+    """
+    if texts.language:
+        return [texts.language.lower()]
+    named = {word for word in re.findall(r"[a-z]+", texts.query.lower()) if word in _PARSERS}
+    return ["python", *sorted(named - {"python"})]
 
 
 def _has_lost_lines(one: Texts, other: Texts) -> bool:
@@ -66,19 +82,17 @@ def _num_lines(text: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=10_000)
-def _parses(text: str, language: str | None) -> bool:
-    """Whether the code can be parsed; True where no parser of its language is here, or there is too much of it.
-
-    Code of a language that nothing names is taken for Python: of two answers with the same words, one that parses as
-    Python is the better one.
+def _parses(text: str, language: str) -> bool:
+    """Whether the code, whose language its fences may name, can be parsed; True where no parser of it is here, or there
+    is too much of it.
     """
     if len(text) > _LONGEST:
         return True
-    fenced = [(found["info"].lower() or language or "python", found["code"]) for found in _FENCED.finditer(text)]
+    fenced = [(found["info"].lower() or language, found["code"]) for found in _FENCED.finditer(text)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Such as invalid escapes in a string.
-            for name, code in fenced or [((language or "python").lower(), text)]:
+            for name, code in fenced or [(language, text)]:
                 if (parse := _PARSERS.get(name)) is not None:
                     parse(code)
     except Exception:  # noqa: BLE001  # Parsers of damaged text raise errors of any kind.

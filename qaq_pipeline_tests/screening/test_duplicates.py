@@ -101,6 +101,24 @@ def test_flawed_code_does_not_stand_for_right_code(flawed: str, right: str, lang
     assert found(rows(right), rows(flawed, batch="b0")) == {}
 
 
+@pytest.mark.parametrize(
+    ("query", "flawed", "right"),
+    [
+        ("Make a Makefile rule.", "clean:\n    rm -rf build\n", "clean:\n\trm -rf build\n"),
+        ("Write the service as YAML.", "web:\n\tport: 80\n\thost: all", "web:\n  port: 80\n  host: all"),
+    ],
+)
+def test_code_may_be_of_the_language_that_the_query_names(query: str, flawed: str, right: str) -> None:
+    assert found(raw_rows(row(query, flawed), row(query, right))) == {1: ("b1/a.jsonl:2.0", "near_duplicate", 1.0)}
+    assert found(raw_rows(row(query, right), row(query, flawed))) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
+
+
+def test_code_that_parses_as_python_is_the_better_one_whatever_else_the_query_names() -> None:
+    query = "Write Python that prints JSON and a Makefile."
+    raw = raw_rows(row(query, ANSWER.replace("    merged", "merged")), row(query, ANSWER))
+    assert found(raw) == {1: ("b1/a.jsonl:2.0", "near_duplicate", 1.0)}
+
+
 PROSE = "".join(f"\n- Note {word} of the answer.\n" for word in WORDS[:12])
 LANGUAGES = {
     "javascript": "// add all numbers\nfor (const x of xs)\n  total += x\nconsole.log(total)\nreport(total)\n",
