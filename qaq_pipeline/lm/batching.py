@@ -37,6 +37,11 @@ def batch_size(lengths: Iterable[int], budget: int, *, is_padded: bool) -> int:
     return number
 
 
+def num_attended(length: int, num_shared: int = 0) -> int:
+    """Pairs of a token and one that it attends to, itself included, without those of `num_shared` leading tokens."""
+    return (length * (length + 1) - num_shared * (num_shared + 1)) // 2
+
+
 class BatchQueue:
     """A queue of batches: longest sequences first within each window of sequences.
 
@@ -85,6 +90,12 @@ class BatchQueue:
         """The cost of the batch in tokens, including padding."""
         lengths = [self._cost(sequence) for sequence in batch]
         return max(lengths) * len(lengths) if self._is_padded else sum(lengths)
+
+    def attended(self, batch: Sequence[TokenSequence]) -> int:
+        """Pairs of a token and one that it attends to in a forward pass of the batch, including padding."""
+        if self._is_padded:
+            return len(batch) * num_attended(max(len(one.token_ids) for one in batch))
+        return sum(num_attended(len(one.token_ids), one.num_shared * self._shares_prefixes) for one in batch)
 
     def fitted(self) -> None:
         """Record that a batch fitted. After enough of them the budget grows again."""

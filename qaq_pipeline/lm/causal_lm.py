@@ -84,7 +84,8 @@ class CausalLM:
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
         num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
-        num_bytes = num_tokens * self._bytes_per_token + max(lengths) ** 2 * self._bytes_per_square
+        num_squares = max(lengths) ** 2 * (len(lengths) if self._runner.is_padded else 1)
+        num_bytes = num_tokens * self._bytes_per_token + num_squares * self._bytes_per_square
         # A single sequence cannot be split: it waits until other processes free memory.
         if not self._is_room(num_bytes, PATIENCE_SECONDS if len(sequences) == 1 else 0):
             raise BatchTooLargeError(f"{num_tokens} tokens need {num_bytes / 1e6:,.2f} MB, more than is free")
@@ -119,6 +120,7 @@ class CausalLM:
             batch_tokens=max(1, min(largest, int(self._free_bytes() / self._bytes_per_token))),
             flops_per_token=_flops_per_token(self._model),
             flops_per_target=_flops_per_target(self._model),
+            flops_per_attended=_flops_per_attended(self._model),
             peak_flops_per_second=devices.peak_flops_per_second(self._model.dtype, self._model.device),
             device=devices.name_of(self._model.device),
         )
@@ -134,7 +136,9 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
         batch_tokens=0,
         flops_per_token=_flops_per_token(model),
         flops_per_target=_flops_per_target(model),
+        flops_per_attended=_flops_per_attended(model),
         peak_flops_per_second=devices.peak_flops_per_second(dtype, device),
+        device=devices.name_of(device),
     )
 
 
@@ -175,8 +179,8 @@ def check_weights(files: ModelFiles) -> None:
                 )
 
 
-def load_weights(files: ModelFiles, dtype: torch.dtype) -> Any:
-    """The model with its weights, on the CPU.
+def load_weights(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with its weights, which go to a device straight from their files.
 
     Raises:
         ModelNotFoundError: the weights cannot be read, or are not those of the config.
@@ -184,7 +188,11 @@ def load_weights(files: ModelFiles, dtype: torch.dtype) -> Any:
     # transformers chooses the attention: SDPA, or eager if an architecture needs it (Gemma 2's soft-capping).
     try:
         return AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            files.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map=None if device.type == "cpu" else {"": device},
         )
     except Exception as error:  # transformers raises errors of any kind.
         if _is_out_of_memory(error):
@@ -206,6 +214,17 @@ def _flops_per_token(model: Any) -> float:
 def _flops_per_target(model: Any) -> float:
     """Floating-point operations of one target in the head."""
     return 2.0 * model.get_output_embeddings().weight.numel()
+
+
+def _flops_per_attended(model: Any) -> float:
+    """Floating-point operations of attention for one token and one that it attends to, in all layers together.
+
+    A product of a query and a key, and one of a weight and a value. Too many for layers without attention.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return 4.0 * config.num_hidden_layers * heads * size
 
 
 def _bytes_per_token(model: Any) -> float:
@@ -270,9 +289,10 @@ def load_model(
             be used for scores.
     """
     device = devices.resolve_device(model.device)
+    devices.prepare(device)
     if num_processes > 1 and device.type == "cpu":
         torch.set_num_threads(1)
-    loaded = load_weights(files, devices.resolve_dtype(model.dtype, device))
+    loaded = load_weights(files, devices.resolve_dtype(model.dtype, device), device)
     context = model_context(loaded)
     if context is not None and context < min_context:
         raise UnsupportedModelError(
@@ -280,7 +300,7 @@ def load_model(
             f"set scoring.max_tokens to {context} or less"
         )
     free_bytes = functools.partial(devices.free_memory, device, num_processes)
-    return CausalLM(loaded.to(device), files.name, sample_ids, min_context or 2048, free_bytes)
+    return CausalLM(loaded, files.name, sample_ids, min_context or 2048, free_bytes)
 
 
 def num_bytes_to_load(files: ModelFiles) -> int:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
 
 from qaq_pipeline.lm.model_error import ModelError
 
 _PEAK_SECONDS = 0.2
+_WARM_UPS = 2
+"""Products before those that are measured: a device loads its kernels and raises its clock in them."""
+
+MEMORY = Path("/proc/meminfo")
 
 FREE_SHARE = 0.7
 """Largest share of free memory that a batch may use: estimates are inexact, and other processes need memory too."""
@@ -91,6 +95,23 @@ def lease_gpus(device: torch.device, limit: int) -> Iterator[list[str]]:
         yield gpus
 
 
+def prepare(device: torch.device) -> None:
+    """On a GPU: matrix products in full precision, and an allocator whose blocks can grow. Before the first tensor.
+
+    Raises:
+        DeviceNotFoundError: the environment forces products of fp32 into TF32, which rounds to 10 bits.
+    """
+    if device.type != "cuda":
+        return
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise DeviceNotFoundError("NVIDIA_TF32_OVERRIDE=1 rounds products of fp32 to 10 bits; unset it")
+    torch.set_float32_matmul_precision("highest")
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def name_of(device: torch.device) -> str:
     """The device for people: `cpu`, or `cuda:0 (NVIDIA H100)`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
@@ -137,9 +158,18 @@ def free_memory(device: torch.device, num_processes: int = 1) -> float:
 
 def available_memory() -> float:
     """Free memory in bytes: of the machine, or of the container if that is less."""
-    available = float(psutil.virtual_memory().available)
+    available = _free_of_machine()
     limit, used = (_control_group(f"memory.{name}") for name in ("max", "current"))
     return available if limit is None or used is None else min(available, max(limit - used, 0.0))
+
+
+def _free_of_machine() -> float:
+    if not MEMORY.exists():  # Not Linux.
+        import psutil
+
+        return float(psutil.virtual_memory().available)
+    (kilobytes,) = re.findall(r"^MemAvailable:\s+(\d+) kB$", MEMORY.read_text(encoding="ascii"), flags=re.MULTILINE)
+    return 1024.0 * int(kilobytes)
 
 
 def num_cores() -> int:
@@ -170,12 +200,19 @@ def _measured_once(dtype: torch.dtype, device: torch.device, _num_threads: int) 
 
 @torch.inference_mode()
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Speed of a large matrix product with this process's threads: the best of the runs within 0.2 seconds."""
+    """Speed of a large matrix product with this process's threads."""
     size = 1024 if device.type == "cpu" else 8192
     one = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _fewest_seconds(lambda: float((one @ one)[0, 0]))  # Which waits for the device.
+
+
+def _fewest_seconds(run: Callable[[], object]) -> float:
+    """Of the runs within 0.2 seconds, after those that warm up."""
+    for _ in range(_WARM_UPS):
+        run()
     seconds: list[float] = []
     while sum(seconds) < _PEAK_SECONDS:
         started = time.perf_counter()
-        float((one @ one)[0, 0])  # Waits for the device.
+        run()
         seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)

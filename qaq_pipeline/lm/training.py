@@ -78,7 +78,7 @@ def device_for(model: ModelSettings) -> Iterator[torch.device]:
 def load_for_training(files: ModelFiles, seed: int, device: torch.device) -> Any:
     """The model in float32, on the device. Raises `ModelNotFoundError` if its weights cannot be read."""
     torch.manual_seed(seed)
-    return causal_lm.load_weights(files, torch.float32).to(device)
+    return causal_lm.load_weights(files, torch.float32, device)
 
 
 @torch.no_grad()

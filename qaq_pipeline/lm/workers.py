@@ -87,6 +87,8 @@ class ScorerFacts:
     """Floating-point operations of the body for one token, without attention; 0 if unknown."""
     flops_per_target: float = 0.0
     """Floating-point operations of the output head (the model's last layer) for one target token; 0 if unknown."""
+    flops_per_attended: float = 0.0
+    """Floating-point operations of attention for one pair of a token and one that it attends to; 0 if unknown."""
     peak_flops_per_second: float = 0.0
     """Speed of a large matrix product in the model's dtype on its device, measured after loading; 0 if unknown."""
     device: str = "cpu"
@@ -94,9 +96,14 @@ class ScorerFacts:
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     """The libraries and the kind of device, if they may differ from those of the run."""
 
-    def flops(self, num_tokens: int, num_targets: int) -> float:
-        """Floating-point operations of body and head for `num_tokens` tokens with `num_targets` target tokens."""
-        return num_tokens * self.flops_per_token + num_targets * self.flops_per_target
+    def flops(self, num_tokens: int, num_targets: int, num_attended: int) -> float:
+        """Floating-point operations of body, head and attention, for so many tokens, target tokens, and pairs of
+        tokens of which one attends to the other; 0 if unknown.
+        """
+        if not self.flops_per_token:
+            return 0.0
+        head, attention = num_targets * self.flops_per_target, num_attended * self.flops_per_attended
+        return num_tokens * self.flops_per_token + head + attention
 
 
 class SequenceScorer(Protocol):

@@ -45,6 +45,8 @@ class Counts:
     num_computed_tokens: int = 0
     """Tokens that went through the model, padding included. A shared prefix counts each time it goes through the model,
     not for every sequence that uses it."""
+    num_attended: int = 0
+    """Pairs of a token and one that it attends to, of the tokens that went through the model."""
     num_splits: int = 0
     """Forward passes that did not fit into memory and were divided into two."""
 
@@ -54,7 +56,7 @@ class Work(Counts):
     """What was scored of a plan, or of some."""
 
     @classmethod
-    def of(cls, plan: Plan, computed_tokens: int = 0, splits: int = 0) -> Work:
+    def of(cls, plan: Plan, computed_tokens: int = 0, attended: int = 0, splits: int = 0) -> Work:
         """The work of a plan that was run to its end."""
         return cls(
             plan.num_cached,
@@ -65,6 +67,7 @@ class Work(Counts):
             plan.num_targets,
             plan.sums.num_scored,
             computed_tokens,
+            attended,
             splits,
         )
 

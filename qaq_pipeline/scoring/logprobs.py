@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.settings import RuntimeSettings, ScoringSettings
@@ -52,7 +53,10 @@ MAX_MISFITS = 16
 """Sequences in a row that may fail to fit into memory before a scoring stops."""
 
 TYPICAL_SHARE = 0.55
-"""Share of the matmul peak that scoring reaches. Attention, norms and the head's log-sum-exp take the rest."""
+"""Share of the matmul peak that scoring reaches on a CPU. Norms and the head's log-sum-exp take the rest."""
+TYPICAL_SHARES_OF_GPUS = {1.2e9: 0.35, 1.3e10: 0.65}
+"""The same on a GPU, by the operations of a token: a small model waits for memory. From arithmetic for an H100, not yet
+measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +116,20 @@ class Estimate:
     num_sequences: int
     num_tokens: int
     flops: float
-    """Floating-point operations of body and head; 0 if unknown."""
+    """Floating-point operations; 0 if unknown."""
     seconds: float
-    """Time at `TYPICAL_SHARE` of the measured matmul peak; NaN if unknown."""
+    """Time at `typical_share` of the measured matmul peak; NaN if unknown."""
 
     @classmethod
     def of(cls, plan: Plan, facts: Sequence[ScorerFacts]) -> Estimate:
         """The estimate for the whole plan with these workers."""
-        computed = plan.expected_tokens - (plan.expected_shared_tokens if facts[0].shares_prefixes else 0)
-        flops = facts[0].flops(computed, plan.expected_targets)
+        shares = facts[0].shares_prefixes
+        computed = plan.expected_tokens - (plan.expected_shared_tokens if shares else 0)
+        attended = plan.expected_attended - (plan.expected_shared_attended if shares else 0)
+        flops = facts[0].flops(computed, plan.expected_targets, attended)
         peak = sum(fact.peak_flops_per_second for fact in facts)
-        seconds = flops / (TYPICAL_SHARE * peak) if peak and facts[0].flops_per_token else math.nan
+        share = typical_share(facts[0].device, facts[0].flops_per_token)
+        seconds = flops / (share * peak) if peak and facts[0].flops_per_token else math.nan
         return cls(plan.expected_sequences, plan.expected_tokens, flops, seconds)
 
     @property
@@ -219,6 +226,14 @@ def justified_processes(num_tokens: int, num_weight_bytes: int, device: str) -> 
     return max(round(work / (STARTS_WORTH * start)), 1)
 
 
+def typical_share(device: str, flops_per_token: float) -> float:
+    """Share of the matmul peak that scoring reaches on a device, whose name begins with its kind."""
+    if not device.startswith("cuda"):
+        return TYPICAL_SHARE
+    sizes, shares = zip(*TYPICAL_SHARES_OF_GPUS.items(), strict=True)
+    return float(np.interp(math.log(max(flops_per_token, 1.0)), np.log(sizes), shares))
+
+
 def plan_scoring(
     pairs: Pairs, encoder: PairEncoder, identity: ScoreIdentity, storage: Storage, scoring: ScoringSettings
 ) -> Plan:
@@ -259,6 +274,7 @@ class Run:
     done_tokens: int = 0
     done_sequences: int = 0
     computed_tokens: int = 0
+    attended: int = 0
     splits: int = 0
     misfits: int = 0
     """Sequences in a row that did not fit into memory."""
@@ -283,7 +299,7 @@ class Run:
                     self.plan.sums = Sums(0)  # The processes make the rows.
                     return self._score_chunks(workers, started)
                 self._score_batches(workers, itertools.chain([first], windows), started)
-        self.work = Work.of(self.plan, self.computed_tokens, self.splits)
+        self.work = Work.of(self.plan, self.computed_tokens, self.attended, self.splits)
         return self.plan.sums
 
     def _score_batches(self, scorer: SequenceScorer, windows: Iterable[list[TokenSequence]], started: float) -> None:
@@ -407,6 +423,7 @@ class Run:
         self.done_sequences += len(batch)
         self.done_tokens += sum(len(sequence.token_ids) for sequence in batch)
         self.computed_tokens += queue.tokens(batch)
+        self.attended += queue.attended(batch)
 
     def _progress(self) -> Progress:
         return Progress(
@@ -422,5 +439,5 @@ class Run:
         if not self.facts or not self.seconds:
             return None
         peak = sum(fact.peak_flops_per_second for fact in self.facts)
-        flops = self.facts[0].flops(self.work.num_computed_tokens, self.work.num_targets)
+        flops = self.facts[0].flops(self.work.num_computed_tokens, self.work.num_targets, self.work.num_attended)
         return flops / self.seconds / peak if peak and flops else None

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from qaq_pipeline.config.settings import ScoringSettings
+from qaq_pipeline.lm.batching import num_attended
 from qaq_pipeline.lm.prompts import EncodedPair, PairEncoder, TokenSequence
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, Quantity
 from qaq_pipeline.scoring.pairs import LongestFirst
@@ -75,6 +76,8 @@ class Plan:
         """Tokens of the sequences to score, shared prefixes included."""
         self.num_shared_tokens = 0
         """The part of `num_tokens` that lies in shared prefixes."""
+        self.num_attended = self.num_shared_attended = 0
+        """Pairs of a token and one that it attends to, and those of shared prefixes."""
         self.num_targets = 0
         """The part of `num_tokens` whose log-probability is wanted."""
 
@@ -98,6 +101,16 @@ class Plan:
     def expected_shared_tokens(self) -> int:
         """Forecast of the tokens in shared prefixes, made as `expected_tokens` is."""
         return _extrapolate(self.num_shared_tokens, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_attended(self) -> int:
+        """Forecast of the pairs of a token and one that it attends to, made as `expected_tokens` is."""
+        return _extrapolate(self.num_attended, self._characters_planned, self._characters_left)
+
+    @property
+    def expected_shared_attended(self) -> int:
+        """Forecast of such pairs in shared prefixes, made as `expected_tokens` is."""
+        return _extrapolate(self.num_shared_attended, self._characters_planned, self._characters_left)
 
     @property
     def expected_targets(self) -> int:
@@ -154,6 +167,8 @@ class Plan:
         self.num_sequences += len(sequences)
         self.num_tokens += sum(len(sequence.token_ids) for sequence in sequences)
         self.num_shared_tokens += sum(sequence.num_shared for sequence in sequences)
+        self.num_attended += sum(num_attended(len(sequence.token_ids)) for sequence in sequences)
+        self.num_shared_attended += sum(num_attended(sequence.num_shared) for sequence in sequences)
         self.num_targets += sum(target.stop - target.start for one in sequences for target in one.targets)
         return sequences
 

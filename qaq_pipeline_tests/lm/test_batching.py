@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaq_pipeline.lm.batching import CLEAN_BATCHES_BEFORE_GROWTH, BatchQueue, batch_size
+from qaq_pipeline.lm.batching import CLEAN_BATCHES_BEFORE_GROWTH, BatchQueue, batch_size, num_attended
 from qaq_pipeline.lm.prompts import TokenSequence
 
 Window = list[TokenSequence]
@@ -341,3 +341,16 @@ def test_the_budget_never_rises_over_the_full_one_and_never_falls_to_nothing(
     fits = functools.partial(fits_into, memory, is_padded)
     outcome = work_off(sequences, BatchQueue(sequences, budget, is_padded=is_padded), fits, num_workers, random)
     assert all(1 <= after <= budget for after in outcome.budgets)
+
+
+@given(LENGTHS.filter(bool), st.data())
+def test_attention_costs_a_pair_of_tokens_for_each_that_one_attends_to(lengths: list[int], data: st.DataObject) -> None:
+    shared = [data.draw(st.integers(0, length - 1)) for length in lengths]
+    sequences = [
+        sequence(number, length - k, k) for number, (length, k) in enumerate(zip(lengths, shared, strict=True))
+    ]
+    by_hand = [sum(range(k + 1, length + 1)) for length, k in zip(lengths, shared, strict=True)]
+    packed, padded = (BatchQueue([], 1, is_padded=is_padded) for is_padded in (False, True))
+    assert packed.attended(sequences) == sum(by_hand)
+    assert padded.attended(sequences) == len(lengths) * sum(range(max(lengths) + 1))
+    assert [num_attended(*one) for one in zip(lengths, shared, strict=True)] == by_hand

@@ -22,7 +22,7 @@ from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.causal_lm import BATCH_TOKENS_CPU, CausalLM, load_model, loaders
 from qaq_pipeline.lm.devices import lease_devices
 from qaq_pipeline.lm.model_files import ModelFiles
-from qaq_pipeline.lm.runners import UnsupportedModelError, model_context
+from qaq_pipeline.lm.runners import PackedRunner, PaddedRunner, UnsupportedModelError, model_context
 from qaq_pipeline.lm.workers import BrokenDeviceError
 from qaq_pipeline_tests.conftest import TinyModel, byte_tokenizer
 from qaq_pipeline_tests.lm.test_runners import (
@@ -178,6 +178,20 @@ def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(
     check_sentence(error.value)
 
 
+@pytest.mark.parametrize(("runner", "num_squares"), [(PackedRunner, 1), (PaddedRunner, 8)])
+def test_attention_scores_are_counted_for_each_sequence_of_a_padded_batch(
+    runner: type[PackedRunner | PaddedRunner], num_squares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "choose_runner", lambda model, *_: runner(model))
+    model = tiny("gemma2")  # Its soft-capping materialises the scores.
+    scorer = CausalLM(model, "tiny", free_bytes=lambda: 0)
+    squares = num_squares * 500**2 * causal_lm._bytes_per_square(model)
+    num_bytes = 8 * 500 * causal_lm._bytes_per_token(model) + squares
+    with pytest.raises(BatchTooLargeError, match=f"^4000 tokens need {num_bytes / 1e6:.2f} MB"):
+        scorer.score([sequence([1] * 500, (1, 500))] * 8)
+    assert squares > 1e7
+
+
 def test_free_memory_is_asked_for_before_every_batch(check_sentence: Check) -> None:
     free = [1e12, 1e12, 0.0, 1e12]  # The facts use the first value.
     scorer = CausalLM(tiny("llama"), "tiny", free_bytes=functools.partial(free.pop, 0))
@@ -262,6 +276,11 @@ def test_the_work_of_a_token_is_counted_without_embeddings_and_head(family: str)
     of_a_layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner
     assert facts.flops_per_token == 2 * TINY["num_hidden_layers"] * of_a_layer
     assert facts.flops_per_target == 2 * TINY["vocab_size"] * hidden
+    assert facts.flops_per_attended == TINY["num_hidden_layers"] * 4 * TINY["num_attention_heads"] * TINY["head_dim"]
+    assert (
+        facts.flops(10, 3, 55)
+        == 10 * facts.flops_per_token + 3 * facts.flops_per_target + 55 * facts.flops_per_attended
+    )
     assert facts.peak_flops_per_second == 1e9
 
 

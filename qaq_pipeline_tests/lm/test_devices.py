@@ -13,7 +13,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,8 +86,15 @@ def test_dtype_auto_is_bfloat16_only_where_it_is_natively_fast(
 
 
 def test_memory_for_a_batch_is_less_than_what_is_free() -> None:
-    psutil = devices.psutil
-    assert 0 < free_memory(CPU) < psutil.virtual_memory().total
+    assert 0 < free_memory(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_where_there_is_no_proc_the_free_memory_is_asked_of_psutil(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = free_memory(CPU)
+    monkeypatch.setattr(devices, "MEMORY", tmp_path / "meminfo")
+    assert free_memory(CPU) == pytest.approx(here, rel=0.5)  # Other processes take and give memory.
 
 
 @pytest.mark.parametrize(
@@ -111,9 +117,48 @@ def test_the_limits_of_a_container_count(
         (tmp_path / name).write_text(content + "\n")
     monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)), raising=False)
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    memory = tmp_path / "meminfo"
+    memory.write_text("MemTotal:       9999999 kB\nMemAvailable:    7812500 kB\nSwapFree:       5 kB\n")
+    monkeypatch.setattr(devices, "MEMORY", memory)
     assert devices.num_cores() == num_cores
     assert devices.available_memory() == available
+
+
+# --- settings of a GPU -----------------------------------------------------------------------------------------------
+
+
+def test_products_on_a_gpu_are_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # The allocator of this process stays as it is.
+    products = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("high")
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
+    devices.prepare(CPU)
+    assert products.allow_tf32
+    devices.prepare(torch.device("cuda"))
+    assert not products.allow_tf32
+    assert not products.allow_bf16_reduced_precision_reduction
+    assert not products.allow_fp16_reduced_precision_reduction
+
+
+def test_an_environment_that_forces_tf32_is_refused(monkeypatch: pytest.MonkeyPatch, check_sentence: Check) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(DeviceNotFoundError) as error:
+        devices.prepare(torch.device("cuda"))
+    check_sentence(error.value)
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_blocks_of_a_gpus_memory_can_grow_unless_the_environment_says_otherwise(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    devices.prepare(torch.device("cuda"))
+    assert said == ([] if own else ["expandable_segments:True"])
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -121,6 +166,11 @@ def test_the_limits_of_a_container_count(
 
 def test_the_speed_of_a_matrix_product_is_measured() -> None:
     assert 1e8 < matmul_flops_per_second(torch.float32, CPU) < 1e14
+
+
+def test_the_first_products_of_a_device_count_for_nothing() -> None:
+    slow = iter([0.3, 0.25])
+    assert devices._fewest_seconds(lambda: time.sleep(next(slow, 0.01))) < 0.2
 
 
 def test_it_is_measured_once_in_a_process_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

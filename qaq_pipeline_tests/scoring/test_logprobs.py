@@ -28,7 +28,15 @@ from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.tables import Logprobs
 from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 from qaq_pipeline.scoring import logprobs
-from qaq_pipeline.scoring.logprobs import Progress, ScoringModel, ScoringReport, justified_processes, score_pairs
+from qaq_pipeline.scoring.logprobs import (
+    TYPICAL_SHARE,
+    Progress,
+    ScoringModel,
+    ScoringReport,
+    justified_processes,
+    score_pairs,
+    typical_share,
+)
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.planner import wanted_quantities
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -294,6 +302,7 @@ def test_a_second_run_scores_nothing_and_loads_no_model(
         num_targets=0,
         num_sums=0,
         num_computed_tokens=0,
+        num_attended=0,
         seconds=0.0,
         runner=None,
         pool=None,
@@ -696,3 +705,12 @@ def test_progress_before_any_time_has_passed_knows_no_rate() -> None:
 )
 def test_the_wanted_scores_name_their_quantities(quantities: list[str], wanted: set[Quantity]) -> None:
     assert wanted_quantities(ScoringSettings.model_validate({"quantities": quantities})) == wanted
+
+
+def test_a_small_model_reaches_a_smaller_share_of_a_gpus_peak_than_a_large_one() -> None:
+    small, middle, large = (typical_share("cuda:0 (NVIDIA H100)", 2 * size) for size in (0.6e9, 2e9, 6.5e9))
+    assert (small, large) == (0.35, 0.65)
+    assert small < middle < large
+    assert typical_share("cuda:0", 1e3) == small
+    assert typical_share("cuda:0", 1e15) == large
+    assert typical_share("cpu", 1.2e9) == TYPICAL_SHARE
