@@ -26,9 +26,9 @@ import torch
 from bench import opponents, workload
 from bench.opponents import Score
 from bench.workload import LONG, SHORT, Mix
-from qaq_pipeline.lm.batching import BatchQueue
+from qaq_pipeline.lm.batching import BatchQueue, num_attended
 from qaq_pipeline.lm.causal_lm import CausalLM
-from qaq_pipeline.lm.devices import matmul_flops_per_second
+from qaq_pipeline.lm.devices import free_memory, matmul_flops_per_second
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.workers import open_processes, score_batches
 from qaq_pipeline.scoring.shards import ShardWriter
@@ -147,18 +147,13 @@ def rotate(
     return seconds, peaks
 
 
-def flops(engine: CausalLM, config: Any, sequences: Sequence[TokenSequence]) -> float:
+def flops(engine: CausalLM, sequences: Sequence[TokenSequence]) -> float:
     """Return the useful floating-point operations of these passes: body, causal attention, head on the targets."""
-    facts = engine.facts
-    size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * size_of_head
-    total = 0.0
-    for sequence in sequences:
-        length = len(sequence.token_ids)
-        num_targets = sum(target.stop - target.start for target in sequence.targets)
-        attention = config.num_hidden_layers * 4.0 * width * length * (length + 1) / 2
-        total += facts.flops(length, num_targets) + attention
-    return total
+    return engine.facts.flops(
+        sum(len(one.token_ids) for one in sequences),
+        sum(target.stop - target.start for one in sequences for target in one.targets),
+        sum(num_attended(len(one.token_ids)) for one in sequences),
+    )
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -187,7 +182,7 @@ def speed_rows(mix: Mix, goal_fp32: float, rotations: int) -> list[Row]:
         return tuple(b / a for a, b in zip(ours, theirs, strict=True))
 
     def share(dtype: torch.dtype) -> tuple[float, ...]:
-        work, name = flops(engines[dtype], models[dtype].config, sequences), f"{ENGINE} {dtype}"
+        work, name = flops(engines[dtype], sequences), f"{ENGINE} {dtype}"
         return tuple(work / s / p for s, p in zip(seconds[name], peaks[name], strict=True))
 
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -362,13 +357,13 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
     seconds, peaks = rotate(
         {
             ENGINE: (functools.partial(opponents.engine(engine), sequences), dtype),
-            LM_EVAL: (functools.partial(opponents.lm_eval_engine(model, batch_size=64), few), dtype),
+            LM_EVAL: (functools.partial(opponents.lm_eval_engine(model, fitting_batch(model, few)), few), dtype),
             REFERENCE: (functools.partial(opponents.reference_loop(model), few), dtype),
         },
         rotations,
         place,
     )
-    work = flops(engine, model.config, sequences)
+    work = flops(engine, sequences)
     all_tokens, few_tokens = (sum(len(one.token_ids) for one in part) for part in (sequences, few))
     scale = few_tokens / all_tokens
     share = tuple(work / s / p for s, p in zip(seconds[ENGINE], peaks[ENGINE], strict=True))
@@ -381,6 +376,14 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
         Row(f"{name}: against the reference loop", ratios[REFERENCE], 15.0),
         Row(f"{name}: against lm-eval's engine", ratios[LM_EVAL], 2.0),
     ]
+
+
+def fitting_batch(model: Any, sequences: Sequence[TokenSequence]) -> int:
+    """Return how many sequences lm-eval may have in a batch: it holds all logits, and their log-softmax in fp32."""
+    num_words = model.get_output_embeddings().weight.shape[0]
+    longest = max(len(one.token_ids) for one in sequences)
+    num_bytes = longest * num_words * (model.dtype.itemsize + 2 * torch.float32.itemsize)
+    return max(min(int(free_memory(model.device) / num_bytes), 64), 1)
 
 
 def peak_extra_memory(work: Callable[[], object]) -> int:
