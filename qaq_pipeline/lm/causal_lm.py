@@ -12,20 +12,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import devices
+from qaq_pipeline.lm import devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.runners import UnsupportedModelError, choose_runner, model_context
-from qaq_pipeline.lm.workers import BrokenDeviceError, Load, ScorerFacts
+from qaq_pipeline.lm.workers import BrokenDeviceError, Load, ScorerFacts, Scores
+
+Result = TypeVar("Result")
 
 BATCH_TOKENS_CPU = 1024
 BATCH_TOKENS_GPU = 32_768
@@ -73,14 +74,21 @@ class CausalLM:
         self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()
 
-    @torch.inference_mode()
-    def score(self, sequences: Sequence[TokenSequence]) -> list[list[np.ndarray]]:
+    def score(self, sequences: Sequence[TokenSequence]) -> Scores:
         """For each sequence and each of its targets, ln p of the target's tokens: fp32, in nats.
 
         Raises:
             BatchTooLargeError: the batch does not fit into memory. On a CPU this is estimated before, since the kernel
                 would kill the process.
             BrokenDeviceError: the device has failed, and this process can use it no more.
+        """
+        return self._begun(sequences)()
+
+    def _begun(self, sequences: Sequence[TokenSequence]) -> Callable[[], Scores]:
+        """The batch is computed, or a GPU computes it; the result waits for its scores and returns them.
+
+        Raises:
+            Exception: both, as `score`.
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
         num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
@@ -89,15 +97,23 @@ class CausalLM:
         # A single sequence cannot be split: it waits until other processes free memory.
         if not self._is_room(num_bytes, PATIENCE_SECONDS if len(sequences) == 1 else 0):
             raise BatchTooLargeError(f"{num_tokens} tokens need {num_bytes / 1e6:,.2f} MB, more than is free")
+        copy = self._on_device(num_tokens, lambda: devices.Copy(self._runner.logprobs(sequences)))
+
+        def scores() -> Scores:
+            found = lm_head.by_target(self._on_device(num_tokens, copy.wait), sequences)
+            return [[values.numpy() for values in targets] for targets in found]
+
+        return scores
+
+    @torch.inference_mode()
+    def _on_device(self, num_tokens: int, work: Callable[[], Result]) -> Result:
         try:
-            scores = self._runner.score(sequences)
+            return work()
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 if _is_of_device(error):
                     raise BrokenDeviceError(f"{self.facts.device}: {error}") from error
                 raise
-        else:
-            return [[values.numpy() for values in targets] for targets in scores]
         # Outside the except block, because its traceback keeps the failed batch's tensors alive.
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -124,6 +140,18 @@ class CausalLM:
             peak_flops_per_second=devices.peak_flops_per_second(self._model.dtype, self._model.device),
             device=devices.name_of(self._model.device),
         )
+
+
+class GpuCausalLM(CausalLM):
+    """A model whose device computes a batch while the process prepares the next one."""
+
+    def begin(self, sequences: Sequence[TokenSequence]) -> Callable[[], Scores]:
+        """Start a batch. The result waits for its scores and returns them.
+
+        Raises:
+            Exception: here and by the result, as `score`.
+        """
+        return self._begun(sequences)
 
 
 def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> ScorerFacts:
@@ -300,7 +328,8 @@ def load_model(
             f"set scoring.max_tokens to {context} or less"
         )
     free_bytes = functools.partial(devices.free_memory, device, num_processes)
-    return CausalLM(loaded, files.name, sample_ids, min_context or 2048, free_bytes)
+    kind = GpuCausalLM if device.type == "cuda" else CausalLM
+    return kind(loaded, files.name, sample_ids, min_context or 2048, free_bytes)
 
 
 def num_bytes_to_load(files: ModelFiles) -> int:

@@ -112,6 +112,32 @@ def prepare(device: torch.device) -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
+def upload(device: torch.device, *arrays: torch.Tensor) -> list[torch.Tensor]:
+    """Arrays of one dtype on a device. They go there in one copy, for which the process does not wait on a GPU."""
+    together = torch.cat([array.flatten() for array in arrays])
+    together = together.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else together.to(device)
+    parts = together.split([array.numel() for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+class Copy:
+    """The copy of a tensor to the CPU. From a GPU it is made there once the tensor is computed; nobody waits for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy, self._done = tensor, None
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.current_stream(tensor.device).record_event()
+        else:
+            self._copy = tensor.cpu()
+
+    def wait(self) -> torch.Tensor:
+        """The copy, once it is made."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy
+
+
 def name_of(device: torch.device) -> str:
     """The device for people: `cpu`, or `cuda:0 (NVIDIA H100)`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from qaq_pipeline.lm.prompts import TokenSequence
@@ -21,6 +23,9 @@ from qaq_pipeline.lm.prompts import TokenSequence
 ROWS_PER_CHUNK_CPU = 256
 ROWS_PER_CHUNK_GPU = 2048
 CACHED_FLOATS = 1 << 20
+
+TokenLogprobs = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From hidden states [N, D] and ids [N, K] of target tokens to ln p [N] of any of these: fp32, in nats."""
 
 
 def target_positions(sequences: Sequence[TokenSequence], starts: Sequence[int]) -> torch.Tensor:
@@ -43,35 +48,14 @@ def target_positions(sequences: Sequence[TokenSequence], starts: Sequence[int]) 
     Raises:
         ValueError: a target begins at position 0, and no token before it predicts it.
     """
-    if any(target.start < 1 for sequence in sequences for target in sequence.targets):
+    targets = [(start, target) for start, one in zip(starts, sequences, strict=True) for target in one.targets]
+    if any(target.start < 1 for _, target in targets):
         raise ValueError("a target begins at position 0: its first token has no left context that predicts it")
-    positions = [
-        start + position
-        for start, sequence in zip(starts, sequences, strict=True)
-        for target in sequence.targets
-        for position in range(target.start, target.stop)
-    ]
-    return torch.tensor(positions, dtype=torch.long)
-
-
-def batch_logprobs(
-    hidden_FD: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    sequences: Sequence[TokenSequence],
-    starts: Sequence[int],
-) -> list[list[torch.Tensor]]:
-    """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats.
-
-    Equals, sequence by sequence, `log_softmax(head(hidden)[start - 1 : stop - 1])` at the ids [start : stop).
-    The head processes target rows only, in chunks, so the logits of a whole batch are never in memory.
-    """
-    positions_N = target_positions(sequences, starts).to(hidden_FD.device)
-    targets_NK = target_ids(sequences).to(hidden_FD.device)
-    rows = ROWS_PER_CHUNK_CPU if hidden_FD.device.type == "cpu" else ROWS_PER_CHUNK_GPU
-    chunks = zip(hidden_FD[positions_N - 1].split(rows), targets_NK.split(rows), strict=True)
-    logprobs_N = torch.cat([token_logprobs(head(hidden), tokens) for hidden, tokens in chunks]).cpu()
-    per_target = iter(logprobs_N.split([t.stop - t.start for sequence in sequences for t in sequence.targets]))
-    return [[next(per_target) for _ in sequence.targets] for sequence in sequences]
+    firsts = np.array([start + target.start for start, target in targets], np.int64)
+    lengths = np.array([target.stop - target.start for _, target in targets], np.int64)
+    # Each target counts on from its first position.
+    before = np.repeat(firsts - np.cumsum(lengths) + lengths, lengths)
+    return torch.from_numpy(before + np.arange(len(before)))
 
 
 def target_ids(sequences: Sequence[TokenSequence]) -> torch.Tensor:
@@ -79,19 +63,42 @@ def target_ids(sequences: Sequence[TokenSequence]) -> torch.Tensor:
 
     K is 1 unless a target asks for any of several tokens.
     """
-    targets = [target for sequence in sequences for target in sequence.targets]
-    tokens = [
-        token for one in sequences for target in one.targets for token in one.token_ids[target.start : target.stop]
-    ]
-    most = max((len(target.any_of) for target in targets), default=0)
-    ids_NK = torch.full((len(tokens), max(most, 1)), -1)
-    ids_NK[:, 0] = torch.tensor(tokens, dtype=torch.long)
-    rows = accumulate((target.stop - target.start for target in targets), initial=0)
+    spans = [(one.token_ids, target) for one in sequences for target in one.targets]
+    tokens = np.fromiter(chain.from_iterable(ids[target.start : target.stop] for ids, target in spans), np.int64)
+    most = max((len(target.any_of) for _, target in spans), default=0)
+    ids_NK = np.full((len(tokens), max(most, 1)), -1, np.int64)
+    ids_NK[:, 0] = tokens
+    rows = accumulate((target.stop - target.start for _, target in spans), initial=0)
     # A list for each of thousands of tokens would take longer than all the rest; few targets ask for several.
-    any_of = {row: target.any_of for row, target in zip(rows, targets, strict=False) if target.any_of}
+    any_of = {row: target.any_of for row, (_, target) in zip(rows, spans, strict=False) if target.any_of}
     if any_of:
-        ids_NK[list(any_of)] = torch.tensor([[*ids, *[-1] * (most - len(ids))] for ids in any_of.values()])
-    return ids_NK
+        ids_NK[list(any_of)] = [[*ids, *[-1] * (most - len(ids))] for ids in any_of.values()]
+    return torch.from_numpy(ids_NK)
+
+
+def row_logprobs(
+    hidden_FD: torch.Tensor, logprobs: TokenLogprobs, positions_N: torch.Tensor, targets_NK: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities [N] of the target tokens: fp32, on the device, in nats.
+
+    Equals, sequence by sequence, `log_softmax(head(hidden)[start - 1 : stop - 1])` at the ids [start : stop).
+    The head processes target rows only, in chunks, so the logits of a whole batch are never in memory.
+
+    Args:
+        hidden_FD: hidden states of all rows of a batch.
+        logprobs: of the head, such as `Head.logprobs`.
+        positions_N: `target_positions`, on the device.
+        targets_NK: `target_ids`, on the device.
+    """
+    rows = ROWS_PER_CHUNK_CPU if hidden_FD.device.type == "cpu" else ROWS_PER_CHUNK_GPU
+    chunks = zip(hidden_FD[positions_N - 1].split(rows), targets_NK.split(rows), strict=True)
+    return torch.cat([logprobs(hidden_ND, ids_NK) for hidden_ND, ids_NK in chunks])
+
+
+def by_target(logprobs_N: torch.Tensor, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
+    """The log-probabilities of each sequence and each of its targets."""
+    per_target = iter(logprobs_N.split([target.stop - target.start for one in sequences for target in one.targets]))
+    return [[next(per_target) for _ in one.targets] for one in sequences]
 
 
 def token_logprobs(logits_NV: torch.Tensor, targets_NK: torch.Tensor) -> torch.Tensor:
@@ -123,19 +130,33 @@ def logsumexp_fp32(logits_NV: torch.Tensor) -> torch.Tensor:
     return torch.cat(sums)
 
 
-def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head, including the architecture's changes to its logits.
+@dataclass(frozen=True)
+class Head:
+    """The output head, including the architecture's changes to its logits."""
+
+    layer: Callable[[torch.Tensor], torch.Tensor]
+    """A linear layer over the vocabulary."""
+    factor: float = 1.0
+    softcap: float | None = None
+    """Bound of the logits, applied by tanh after the factor."""
+
+    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """The logits [N, V] of hidden states."""
+        logits_NV = self.layer(hidden_ND)
+        if self.factor != 1:
+            logits_NV = logits_NV * self.factor
+        return logits_NV if self.softcap is None else torch.tanh(logits_NV / self.softcap) * self.softcap
+
+    def logprobs(self, hidden_ND: torch.Tensor, targets_NK: torch.Tensor) -> torch.Tensor:
+        """`token_logprobs` of the logits."""
+        return token_logprobs(self(hidden_ND), targets_NK)
+
+
+def head_of(model: Any) -> Head:
+    """The head of a model.
 
     Supported: soft-capping (Gemma 2), a factor (Cohere) and a divisor (Granite). The self-test detects any other.
     """
-    layer, config = model.get_output_embeddings(), model.config
-    softcap = getattr(config, "final_logit_softcapping", None)
+    config = model.config
     factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-
-    def logits(hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV = layer(hidden_ND)
-        if factor != 1:
-            logits_NV = logits_NV * factor
-        return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap
-
-    return logits
+    return Head(model.get_output_embeddings(), factor, getattr(config, "final_logit_softcapping", None))

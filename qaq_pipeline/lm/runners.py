@@ -14,15 +14,16 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, Protocol
+from itertools import accumulate, chain
+from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from qaq_pipeline.lm import attention, lm_head
+from qaq_pipeline.lm import attention, devices, lm_head
 from qaq_pipeline.lm.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
 from qaq_pipeline.lm.model_error import ModelError
 from qaq_pipeline.lm.prompts import Target, TokenSequence
@@ -48,7 +49,7 @@ class UnsupportedModelError(ModelError):
     """The model cannot be scored correctly. The text names the model, the fault and the remedy."""
 
 
-class Runner(Protocol):
+class Runner(ABC):
     """One way to score sequences with a model."""
 
     name: str
@@ -57,11 +58,16 @@ class Runner(Protocol):
     shares_prefixes: bool
     """Whether a shared prefix is computed once."""
 
+    @abstractmethod
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        """Log-probabilities [N] of all target tokens, ordered as `lm_head.target_positions`: fp32, on the device."""
+
     def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
         """For each sequence and each of its targets, ln p of the target's tokens: fp32, on the CPU, in nats."""
+        return lm_head.by_target(self.logprobs(sequences).cpu(), sequences)
 
 
-class PackedRunner:
+class PackedRunner(Runner):
     """Puts sequences one after another into one row, and computes shared prefixes once.
 
     Raises:
@@ -84,7 +90,7 @@ class PackedRunner:
         self._body, self._head = body_of(model), lm_head.head_of(model)
         self._prefixes: OrderedDict[tuple[int, ...], SharedPrefix] = OrderedDict()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """See `Runner`. The row omits each sequence's shared prefix and its last token, which predicts nothing."""
         prefixes = self._shared(sequences)
         skipped = [prefix.length if prefix else 0 for prefix in prefixes]
@@ -92,11 +98,17 @@ class PackedRunner:
         stops = list(accumulate(lengths))
         starts = [stop - length for stop, length in zip(stops, lengths, strict=True)]
         segments = tuple(Segment(*bounds) for bounds in zip(starts, stops, prefixes, strict=True))
-        ids = [token for one, skip in zip(sequences, skipped, strict=True) for token in one.token_ids[skip:-1]]
-        positions = [p for skip, length in zip(skipped, lengths, strict=True) for p in range(skip, skip + length)]
-        hidden_FD = self._hidden(ids, positions, PackedRow(segments))
         firsts = [start - skip for start, skip in zip(starts, skipped, strict=True)]
-        return lm_head.batch_logprobs(hidden_FD, self._head, sequences, firsts)
+        ids = chain.from_iterable(one.token_ids[skip:-1] for one, skip in zip(sequences, skipped, strict=True))
+        ids_F, places_F, positions_N, targets_NK = devices.upload(
+            self._model.device,
+            torch.from_numpy(np.fromiter(ids, np.int64, stops[-1])),
+            torch.from_numpy(np.arange(stops[-1]) - np.repeat(firsts, lengths)),
+            lm_head.target_positions(sequences, firsts),
+            lm_head.target_ids(sequences),
+        )
+        hidden_FD = self._hidden(ids_F, places_F, PackedRow(segments))
+        return lm_head.row_logprobs(hidden_FD, self._head.logprobs, positions_N, targets_NK)
 
     def _shared(self, sequences: Sequence[TokenSequence]) -> list[SharedPrefix | None]:
         """The prefix of each sequence if it is known or shared by several of these sequences, else None."""
@@ -114,22 +126,17 @@ class PackedRunner:
     def _compute_prefix(self, ids: tuple[int, ...]) -> SharedPrefix:
         prefix = SharedPrefix(len(ids))
         row = PackedRow((Segment(0, len(ids)),), record=prefix)
-        self._hidden(list(ids), list(range(len(ids))), row)
+        ids_F, places_F = devices.upload(self._model.device, torch.tensor(ids), torch.arange(len(ids)))
+        self._hidden(ids_F, places_F, row)
         return prefix
 
-    def _hidden(self, ids: list[int], positions: list[int], row: PackedRow) -> torch.Tensor:
-        """Hidden states [F, D] of one packed row."""
-        device = self._model.device
-        output = self._body(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            packed_row=row,
-        )
+    def _hidden(self, ids_F: torch.Tensor, places_F: torch.Tensor, row: PackedRow) -> torch.Tensor:
+        """Hidden states [F, D] of one packed row, whose tokens are at these places of their sequences."""
+        output = self._body(input_ids=ids_F[None], position_ids=places_F[None], use_cache=False, packed_row=row)
         return output.last_hidden_state[0]
 
 
-class PaddedRunner:
+class PaddedRunner(Runner):
     """Pads sequences on the right, and uses transformers' own attention and masks.
 
     Under causal attention no token sees the tokens to its right, so padding needs no attention mask and its id does
@@ -144,15 +151,18 @@ class PaddedRunner:
         self._device = model.device
         self._body, self._head = body_of(model), lm_head.head_of(model)
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """See `Runner`."""
-        ids_BT = pad_right(sequences).to(self._device)
-        hidden_BTD = self._body(input_ids=ids_BT, use_cache=False).last_hidden_state
+        ids_BT = pad_right(sequences)
         firsts = range(0, ids_BT.numel(), ids_BT.shape[1])
-        return lm_head.batch_logprobs(hidden_BTD.flatten(0, 1), self._head, sequences, firsts)
+        ids_BT, positions_N, targets_NK = devices.upload(
+            self._device, ids_BT, lm_head.target_positions(sequences, firsts), lm_head.target_ids(sequences)
+        )
+        hidden_BTD = self._body(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return lm_head.row_logprobs(hidden_BTD.flatten(0, 1), self._head.logprobs, positions_N, targets_NK)
 
 
-class OwnLogitsRunner:
+class OwnLogitsRunner(Runner):
     """Runs the model's own forward pass and head on one sequence at a time, with everything it does to its logits."""
 
     name = "own_logits"
@@ -163,24 +173,31 @@ class OwnLogitsRunner:
         self._model = model
         self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[list[torch.Tensor]]:
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """See `Runner`."""
-        return [self._score_one(sequence) for sequence in sequences]
+        return torch.cat([self._logprobs_of(sequence) for sequence in sequences])
 
-    def _score_one(self, sequence: TokenSequence) -> list[torch.Tensor]:
-        ids_1T = torch.tensor([sequence.token_ids], device=self._model.device)
-        positions_N = lm_head.target_positions([sequence], [0]).to(ids_1T.device)
+    def _logprobs_of(self, sequence: TokenSequence) -> torch.Tensor:
+        ids_1T, positions_N, targets_NK = devices.upload(
+            self._model.device,
+            torch.tensor([sequence.token_ids]),
+            lm_head.target_positions([sequence], [0]),
+            lm_head.target_ids([sequence]),
+        )
         if self._can_select:
             logits_NV = self._model(input_ids=ids_1T, use_cache=False, logits_to_keep=positions_N - 1).logits[0]
         else:
             logits_NV = self._model(input_ids=ids_1T, use_cache=False).logits[0][positions_N - 1]
-        logprobs_N = lm_head.token_logprobs(logits_NV, lm_head.target_ids([sequence]).to(ids_1T.device)).cpu()
-        return list(logprobs_N.split([target.stop - target.start for target in sequence.targets]))
+        return lm_head.token_logprobs(logits_NV, targets_NK)
 
 
 def pad_right(sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """Token ids [B, T], padded on the right with 0."""
-    return pad_sequence([torch.tensor(sequence.token_ids) for sequence in sequences], batch_first=True)
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    ids_BT = np.zeros((len(sequences), longest), np.int64)
+    for row, sequence in zip(ids_BT, sequences, strict=True):
+        row[: len(sequence.token_ids)] = sequence.token_ids
+    return torch.from_numpy(ids_BT)
 
 
 def body_of(model: Any) -> Any:

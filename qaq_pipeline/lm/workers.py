@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from qaq_pipeline.schema.vocabularies import NullReason
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 Batch = list[TokenSequence]
 Scores = Sequence[Sequence[np.ndarray]]
 """For each sequence and each of its targets, ln p of the target's tokens, in nats."""
@@ -122,6 +123,18 @@ class SequenceScorer(Protocol):
         """
 
 
+@runtime_checkable
+class AheadScorer(SequenceScorer, Protocol):
+    """A model whose device computes a batch while this process does something else."""
+
+    def begin(self, sequences: Sequence[TokenSequence], /) -> Callable[[], Scores]:
+        """Start a batch. The result waits for its log-probabilities and returns them.
+
+        Raises:
+            Exception: here and by the result, as `score`.
+        """
+
+
 Load = Callable[[], SequenceScorer]
 
 
@@ -153,10 +166,32 @@ class ChunkQueue(Protocol):
 def score_batches(scorer: SequenceScorer, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
     """Every batch of the queue with its outcome, scored in this process.
 
-    The caller may split a batch that did not fit: the queue then returns its halves.
+    The caller may split a batch that did not fit: the queue then returns its halves. Where the model's device computes
+    a batch by itself, the next one is started before its outcome is waited for.
     """
+    if isinstance(scorer, AheadScorer):
+        yield from _one_behind(scorer, queue)
+        return
     while batch := queue.take():
-        yield batch, _try_to_score(scorer, batch)
+        yield batch, _outcome(functools.partial(scorer.score, batch))
+
+
+def _one_behind(scorer: AheadScorer, queue: BatchQueue) -> Iterator[tuple[Batch, Outcome]]:
+    """Every batch with its outcome, which is waited for when the next batch was started."""
+    at_work: tuple[Batch, Callable[[], Scores]] | None = None
+    while (batch := queue.take()) or at_work:
+        begun, error = None, None
+        try:
+            begun = _outcome(functools.partial(scorer.begin, batch)) if batch else None
+        except Exception as caught:  # noqa: BLE001 - raised below.
+            error = caught
+        if at_work:
+            yield at_work[0], _outcome(at_work[1])
+        if error is not None:
+            raise error  # After the scores of the batch before.
+        if isinstance(begun, NullReason):
+            yield batch, begun
+        at_work = (batch, begun) if callable(begun) else None
 
 
 class Process(Protocol):
@@ -523,9 +558,9 @@ def _serve(connection: Connection, load: Callable[[], ChunkScorer]) -> None:
             connection.send(portable(error))
 
 
-def _try_to_score(scorer: SequenceScorer, batch: Batch) -> Outcome:
+def _outcome(run: Callable[[], Result]) -> Result | NullReason:
     try:
-        return scorer.score(batch)
+        return run()
     except BatchTooLargeError:
         return NullReason.OUT_OF_MEMORY
 

@@ -19,11 +19,11 @@ import torch
 from qaq_pipeline.config.settings import ModelSettings
 from qaq_pipeline.lm import causal_lm, devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
-from qaq_pipeline.lm.causal_lm import BATCH_TOKENS_CPU, CausalLM, load_model, loaders
+from qaq_pipeline.lm.causal_lm import BATCH_TOKENS_CPU, CausalLM, GpuCausalLM, load_model, loaders
 from qaq_pipeline.lm.devices import lease_devices
 from qaq_pipeline.lm.model_files import ModelFiles
 from qaq_pipeline.lm.runners import PackedRunner, PaddedRunner, UnsupportedModelError, model_context
-from qaq_pipeline.lm.workers import BrokenDeviceError
+from qaq_pipeline.lm.workers import AheadScorer, BrokenDeviceError
 from qaq_pipeline_tests.conftest import TinyModel, byte_tokenizer
 from qaq_pipeline_tests.lm.test_runners import (
     PACKED,
@@ -96,6 +96,29 @@ def test_a_model_that_scales_its_logits_in_code_is_scored_by_its_own_logits(
             naive = naive_score(model, one.token_ids, target)
             # With logits of the targets only, instead of all tokens, bfloat16 may round differently in its 8th bit.
             assert_same(value, naive, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_gpu_starts_a_batch_whose_scores_are_the_same() -> None:
+    on_cpu, on_gpu = CausalLM(tiny("llama"), "tiny"), GpuCausalLM(tiny("llama"), "tiny")
+    assert isinstance(on_gpu, AheadScorer)
+    assert not isinstance(on_cpu, AheadScorer)
+    first, second = (on_gpu.begin(sequences) for sequences in (mixed_sequences(), mixed_sequences()[:3]))
+    assert_same(tensors(second()), naive_mixed("llama")[:3])
+    assert_same(tensors(first()), tensors(on_cpu.score(mixed_sequences())), atol=1e-5)
+
+
+def test_a_device_that_fails_while_it_computes_is_named_when_its_scores_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scorer = GpuCausalLM(tiny("llama"), "tiny")
+
+    def fail(_: devices.Copy) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(devices.Copy, "wait", fail)
+    begun = scorer.begin(mixed_sequences())
+    with pytest.raises(BrokenDeviceError, match=r"^cpu: CUDA error: an illegal memory access"):
+        begun()
 
 
 def test_a_score_is_an_array_of_fp32_for_each_target() -> None:

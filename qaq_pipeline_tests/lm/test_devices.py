@@ -6,6 +6,7 @@ No tolerances: machines and their limits are simulated, and the measured speed h
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -159,6 +160,20 @@ def test_blocks_of_a_gpus_memory_can_grow_unless_the_environment_says_otherwise(
         monkeypatch.setenv(own, "max_split_size_mb:128")
     devices.prepare(torch.device("cuda"))
     assert said == ([] if own else ["expandable_segments:True"])
+
+
+# --- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_go_to_a_device_together_and_keep_their_shapes() -> None:
+    arrays = [torch.arange(6).view(2, 3), torch.empty(0, 4, dtype=torch.long), torch.tensor([7]), torch.arange(3)[None]]
+    for there, here in zip(devices.upload(CPU, *arrays), arrays, strict=True):
+        assert torch.equal(there, here)
+
+
+def test_a_copy_has_the_values_of_its_tensor() -> None:
+    values = torch.tensor([1.5, -2.0, math.inf])
+    assert torch.equal(devices.Copy(values).wait(), values)
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------

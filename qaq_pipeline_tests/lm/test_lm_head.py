@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from qaq_pipeline.lm import lm_head
-from qaq_pipeline.lm.lm_head import batch_logprobs, target_ids, target_positions, token_logprobs
+from qaq_pipeline.lm.lm_head import by_target, row_logprobs, target_ids, target_positions, token_logprobs
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema.vocabularies import Quantity
 
@@ -78,10 +78,17 @@ class ToyModel:
         rows = [self.body(ids)[first:] for ids, (first, _) in zip(padded, bounds, strict=True)]
         ends = accumulate(len(row) for row in rows)
         starts = [end - stop for end, (_, stop) in zip(ends, bounds, strict=True)]
-        return batch_logprobs(torch.cat(rows), head or self.head, sequences, starts)
+        chosen = head or self.head
+        logprobs_N = row_logprobs(
+            torch.cat(rows),
+            lambda hidden_ND, targets_NK: token_logprobs(chosen(hidden_ND), targets_NK),
+            target_positions(sequences, starts),
+            target_ids(sequences),
+        )
+        return by_target(logprobs_N, sequences)
 
     def naive(self, ids: list[int], start: int, stop: int) -> torch.Tensor:
-        """The formula of `batch_logprobs`, one sequence alone: `log_softmax(head(body(ids))[start - 1 : stop - 1])`."""
+        """The formula of `row_logprobs`, one sequence alone: `log_softmax(head(body(ids))[start - 1 : stop - 1])`."""
         logits_TV = (self.body(ids).to(self._head_DV.dtype) @ self._head_DV).float()
         logprobs_NV = torch.log_softmax(logits_TV[start - 1 : stop - 1], dim=-1)
         return torch.stack([row[token] for row, token in zip(logprobs_NV, ids[start:stop], strict=True)])

@@ -503,13 +503,13 @@ def test_the_self_test_finds_a_mask_that_is_wrong(
 
 def test_the_self_test_reads_the_sample_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    score_one = OwnLogitsRunner._score_one
+    score_one = OwnLogitsRunner._logprobs_of
 
-    def spied(self: OwnLogitsRunner, one: TokenSequence) -> list[torch.Tensor]:
+    def spied(self: OwnLogitsRunner, one: TokenSequence) -> torch.Tensor:
         seen.append(one.token_ids)
         return score_one(self, one)
 
-    monkeypatch.setattr(OwnLogitsRunner, "_score_one", spied)
+    monkeypatch.setattr(OwnLogitsRunner, "_logprobs_of", spied)
     sample = random_ids(40, 3)
     choose_runner(tiny("mistral_wide"), "mistral", sample)
     beginnings = {tuple(ids[:9]) for ids in seen}

@@ -114,6 +114,26 @@ class FakeScorer:
             raise ERRORS[deed]()
 
 
+class FakeAheadScorer(FakeScorer):
+    """Starts a batch, whose scores or whose error come at once or when they are waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[str, int]] = []
+
+    def begin(self, sequences: Sequence[TokenSequence]) -> Callable[[], Scores]:
+        number = number_of(sequences[0])
+        self.said.append(("begin", number))
+        is_late = sum(len(sequence.token_ids) for sequence in sequences) % 3 == 0
+        scores = None if is_late else self.score(sequences)
+
+        def finish() -> Scores:
+            self.said.append(("end", number))
+            return scores if scores is not None else self.score(sequences)
+
+        return finish
+
+
 def load_or_fail(deed: int) -> FakeScorer:
     """A loader that raises."""
     raise ERRORS[deed]()
@@ -255,11 +275,12 @@ def test_every_worker_gets_batches(workers: Workers) -> None:
     assert who == set(pids_of(workers))
 
 
-def test_a_batch_that_does_not_fit_says_so_and_comes_again_when_it_was_split() -> None:
+@pytest.mark.parametrize("kind", [FakeScorer, FakeAheadScorer])
+def test_a_batch_that_does_not_fit_says_so_and_comes_again_when_it_was_split(kind: type[FakeScorer]) -> None:
     """Twenty sequences of 16 tokens in batches of up to 12; 100 tokens fit. The last one alone is too long."""
     queue = queue_of(*(sequence(number, 16) for number in range(20)), sequence(20, 101), budget=200)
     scored, failed, num_splits = [], [], 0
-    for batch, scores in score_batches(FakeScorer(), queue):
+    for batch, scores in score_batches(kind(), queue):
         if sum(len(one.token_ids) for one in batch) <= MEMORY_TOKENS:
             assert_scored(batch, scores)
             scored += map(number_of, batch)
@@ -272,6 +293,23 @@ def test_a_batch_that_does_not_fit_says_so_and_comes_again_when_it_was_split() -
     assert sorted(scored) == list(range(20))
     assert failed == [20]
     assert num_splits
+
+
+def test_the_next_batch_is_started_before_the_outcome_of_one_is_waited_for() -> None:
+    scorer = FakeAheadScorer()
+    found = [number_of(batch[0]) for batch, _ in score_batches(scorer, queue_of(*map(sequence, range(3)), budget=8))]
+    assert found == [0, 1, 2]
+    begun_and_ended = [("begin", 0), ("begin", 1), ("end", 0), ("begin", 2), ("end", 1), ("end", 2)]
+    assert scorer.said == begun_and_ended
+    assert list(score_batches(scorer, queue_of())) == []
+
+
+def test_an_error_at_the_start_of_a_batch_loses_no_scores_of_the_one_before() -> None:
+    batches = score_batches(FakeAheadScorer(), queue_of(sequence(0), sequence(1, 8, -11), budget=8))
+    batch, scores = next(batches)
+    assert_scored(batch, scores)
+    with pytest.raises(HoldingError, match=r"^the kernel refused$"):
+        next(batches)
 
 
 def test_batches_larger_than_a_pipe_holds_pass_through_it_both_ways(workers: Workers) -> None:
