@@ -15,9 +15,11 @@ Shape suffixes: H heads, K key-value heads, S tokens of a segment, P of its pref
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -58,11 +60,28 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class VarlenLayout:
+    """The segments of a row as arrays on the device, for one call of a kernel that attends to all of them."""
+
+    query_bounds: torch.Tensor
+    """Where each segment begins and ends in the row: int32 [number of segments + 1]."""
+    key_bounds: torch.Tensor
+    """The same among the keys, where each segment follows its prefix."""
+    longest_query: int
+    longest_key: int
+    prefixes: tuple[SharedPrefix, ...] = ()
+    key_places: torch.Tensor | None = None
+    """Places of the keys in the prefixes and the row, one after another; None: they are those of the row."""
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRow:
     """The division of a row of tokens. If `record` is set, the row is a prefix, and it stores its keys and values."""
 
     segments: tuple[Segment, ...]
     record: SharedPrefix | None = None
+    varlen: VarlenLayout | None = None
+    """If set, a GPU's kernel attends to all segments at once; else they are attended to one by one."""
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     """Masks of this row by (segment length, prefix length, effective window), shared by all layers."""
 
@@ -112,6 +131,10 @@ def packed_attention(
     if packed_row.record is not None:
         packed_row.record.by_layer[id(module)] = (key, value)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    if packed_row.varlen is not None:
+        if softcap is not None:
+            raise AttentionUnsupportedError(f"{type(module).__name__} caps its scores, which no kernel for rows does")
+        return _attend_at_once(module, query, key, value, packed_row.varlen, scaling, sliding_window)[None], None
     outputs = []
     for segment in packed_row.segments:
         tokens = slice(segment.start, segment.stop)
@@ -128,6 +151,86 @@ def packed_attention(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def varlen_arrays(segments: Sequence[Segment]) -> list[torch.Tensor]:
+    """What `varlen_layout` needs on the device: the bounds of queries and of keys, and the places of the keys."""
+    begins, in_row = {}, 0
+    for prefix in _prefixes_of(segments):
+        begins[id(prefix)] = in_row
+        in_row += prefix.length
+    places, num_keys = [], [0]
+    for segment in segments:
+        length = 0
+        if segment.prefix is not None:
+            begin, length = begins[id(segment.prefix)], segment.prefix.length
+            places.append(np.arange(begin, begin + length))
+        places.append(np.arange(in_row + segment.start, in_row + segment.stop))
+        num_keys.append(length + segment.stop - segment.start)
+    bounds = (np.array([0, *(segment.stop for segment in segments)]), np.cumsum(num_keys))
+    return [torch.from_numpy(array) for array in (*bounds, np.concatenate(places))]
+
+
+def varlen_layout(
+    segments: Sequence[Segment], query_bounds: torch.Tensor, key_bounds: torch.Tensor, key_places: torch.Tensor
+) -> VarlenLayout:
+    """The layout of segments that follow one another, from their `varlen_arrays` on the device."""
+    lengths = [segment.stop - segment.start for segment in segments]
+    before = [segment.prefix.length if segment.prefix is not None else 0 for segment in segments]
+    prefixes = _prefixes_of(segments)
+    return VarlenLayout(
+        query_bounds.int(),
+        key_bounds.int(),
+        max(lengths),
+        max(map(sum, zip(lengths, before, strict=True))),
+        prefixes,
+        key_places if prefixes else None,
+    )
+
+
+def _prefixes_of(segments: Sequence[Segment]) -> tuple[SharedPrefix, ...]:
+    """The distinct prefixes, in the order of the segments."""
+    return tuple({id(one.prefix): one.prefix for one in segments if one.prefix is not None}.values())
+
+
+def varlen_kernel() -> Callable[..., Any]:
+    """Attention over segments of different lengths, in half precision on a GPU; tests replace it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+def _attend_at_once(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: VarlenLayout,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention of all segments, [T, H, E].
+
+    The last query of a segment sees its last key, and each query before it one key fewer. So a segment sees its whole
+    prefix.
+    """
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if layout.key_places is not None:
+        before = [prefix.by_layer[id(module)] for prefix in layout.prefixes]
+        keys = torch.cat([*(keys_1KPE[0].transpose(0, 1) for keys_1KPE, _ in before), keys])[layout.key_places]
+        values = torch.cat([*(values_1KPE[0].transpose(0, 1) for _, values_1KPE in before), values])[layout.key_places]
+    return varlen_kernel()(
+        queries,
+        keys,
+        values,
+        layout.query_bounds,
+        layout.key_bounds,
+        layout.longest_query,
+        layout.longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=keys.shape[1] != queries.shape[1],
+    )
 
 
 def _with_prefix(

@@ -23,7 +23,7 @@ from qaq_pipeline.lm import devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
-from qaq_pipeline.lm.runners import UnsupportedModelError, choose_runner, model_context
+from qaq_pipeline.lm.runners import UnsupportedModelError, can_pack, choose_runner, model_context
 from qaq_pipeline.lm.workers import BrokenDeviceError, Load, ScorerFacts, Scores
 
 Result = TypeVar("Result")
@@ -130,7 +130,7 @@ class CausalLM:
     def _facts(self) -> ScorerFacts:
         largest = BATCH_TOKENS_CPU if self._model.device.type == "cpu" else BATCH_TOKENS_GPU
         return ScorerFacts(
-            runner=self._runner.name,
+            runner=", ".join([self._runner.name, *getattr(self._runner, "changes", ())]),
             is_padded=self._runner.is_padded,
             shares_prefixes=self._runner.shares_prefixes,
             batch_tokens=max(1, min(largest, int(self._free_bytes() / self._bytes_per_token))),
@@ -159,8 +159,8 @@ def unloaded_facts(files: ModelFiles, dtype: torch.dtype, device: torch.device) 
     model = _unloaded(files)
     return ScorerFacts(
         runner="",
-        is_padded=device.type != "cpu",
-        shares_prefixes=device.type == "cpu",
+        is_padded=not can_pack(device, dtype),
+        shares_prefixes=can_pack(device, dtype),
         batch_tokens=0,
         flops_per_token=_flops_per_token(model),
         flops_per_target=_flops_per_target(model),

@@ -139,6 +139,8 @@ class Head:
     factor: float = 1.0
     softcap: float | None = None
     """Bound of the logits, applied by tanh after the factor."""
+    kernel: Callable[..., torch.Tensor] | None = None
+    """As `head_kernel.token_logprobs`; None: torch's operations."""
 
     def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """The logits [N, V] of hidden states."""
@@ -149,6 +151,8 @@ class Head:
 
     def logprobs(self, hidden_ND: torch.Tensor, targets_NK: torch.Tensor) -> torch.Tensor:
         """`token_logprobs` of the logits."""
+        if self.kernel is not None:
+            return self.kernel(self.layer(hidden_ND), targets_NK, self.factor, self.softcap)
         return token_logprobs(self(hidden_ND), targets_NK)
 
 

@@ -4,26 +4,27 @@ Belongs here: packed rows, padded batches, the model's own logits; the self-test
 Does not belong here: loading a model (`causal_lm`), the choice of batches (`batching`), the attention of packed rows
 (`attention`), and the arithmetic of the output head (`lm_head`).
 
-    packed        rows without padding; a shared prefix is computed once. Fastest on a CPU.
-    padded        right padding without a mask, transformers' own attention. Fastest on a GPU.
+    packed        rows without padding; a shared prefix is computed once.
+    padded        right padding without a mask, transformers' own attention.
     own_logits    one sequence at a time through the model's own forward pass. Slow; correct for every causal model.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from qaq_pipeline.lm import attention, devices, lm_head
+from qaq_pipeline.lm import attention, devices, gpu_speed, lm_head
 from qaq_pipeline.lm.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
 from qaq_pipeline.lm.model_error import ModelError
 from qaq_pipeline.lm.prompts import Target, TokenSequence
@@ -67,8 +68,25 @@ class Runner(ABC):
         return lm_head.by_target(self.logprobs(sequences).cpu(), sequences)
 
 
-class PackedRunner(Runner):
+class FastRunner(Runner):
+    """Computes hidden states and the head apart."""
+
+    def __init__(self, model: Any) -> None:
+        self.body, self.head = body_of(model), lm_head.head_of(model)
+        self.changes: list[str] = []
+        """Names of the changes that make it faster."""
+
+
+Change = Callable[[FastRunner, Any], Callable[[], None]]
+"""Changes a runner of a model, and returns how to undo it."""
+
+
+class PackedRunner(FastRunner):
     """Puts sequences one after another into one row, and computes shared prefixes once.
+
+    Args:
+        model: a transformers causal LM on its device.
+        at_once: whether a kernel attends to all sequences of a row at once. Default: on a GPU.
 
     Raises:
         AttentionUnsupportedError: a layer of the model has neither plain causal nor sliding attention.
@@ -78,7 +96,7 @@ class PackedRunner(Runner):
     is_padded = False
     shares_prefixes = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, at_once: bool | None = None) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS
         if kinds or getattr(config, "attention_chunk_size", None):
@@ -87,7 +105,8 @@ class PackedRunner(Runner):
         if model.config._attn_implementation != attention.PACKED:
             raise AttentionUnsupportedError("its attention does not use transformers' interface")
         self._model = model
-        self._body, self._head = body_of(model), lm_head.head_of(model)
+        self._at_once = model.device.type == "cuda" if at_once is None else at_once
+        super().__init__(model)
         self._prefixes: OrderedDict[tuple[int, ...], SharedPrefix] = OrderedDict()
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
@@ -100,15 +119,17 @@ class PackedRunner(Runner):
         segments = tuple(Segment(*bounds) for bounds in zip(starts, stops, prefixes, strict=True))
         firsts = [start - skip for start, skip in zip(starts, skipped, strict=True)]
         ids = chain.from_iterable(one.token_ids[skip:-1] for one, skip in zip(sequences, skipped, strict=True))
-        ids_F, places_F, positions_N, targets_NK = devices.upload(
+        ids_F, places_F, positions_N, targets_NK, *arrays = devices.upload(
             self._model.device,
             torch.from_numpy(np.fromiter(ids, np.int64, stops[-1])),
             torch.from_numpy(np.arange(stops[-1]) - np.repeat(firsts, lengths)),
             lm_head.target_positions(sequences, firsts),
             lm_head.target_ids(sequences),
+            *(attention.varlen_arrays(segments) if self._at_once else ()),
         )
-        hidden_FD = self._hidden(ids_F, places_F, PackedRow(segments))
-        return lm_head.row_logprobs(hidden_FD, self._head.logprobs, positions_N, targets_NK)
+        row = PackedRow(segments, varlen=attention.varlen_layout(segments, *arrays) if arrays else None)
+        hidden_FD = self._hidden(ids_F, places_F, row)
+        return lm_head.row_logprobs(hidden_FD, self.head.logprobs, positions_N, targets_NK)
 
     def _shared(self, sequences: Sequence[TokenSequence]) -> list[SharedPrefix | None]:
         """The prefix of each sequence if it is known or shared by several of these sequences, else None."""
@@ -124,19 +145,24 @@ class PackedRunner(Runner):
         return shared
 
     def _compute_prefix(self, ids: tuple[int, ...]) -> SharedPrefix:
-        prefix = SharedPrefix(len(ids))
-        row = PackedRow((Segment(0, len(ids)),), record=prefix)
-        ids_F, places_F = devices.upload(self._model.device, torch.tensor(ids), torch.arange(len(ids)))
-        self._hidden(ids_F, places_F, row)
+        prefix, segments = SharedPrefix(len(ids)), (Segment(0, len(ids)),)
+        ids_F, places_F, *arrays = devices.upload(
+            self._model.device,
+            torch.tensor(ids),
+            torch.arange(len(ids)),
+            *(attention.varlen_arrays(segments) if self._at_once else ()),
+        )
+        varlen = attention.varlen_layout(segments, *arrays) if arrays else None
+        self._hidden(ids_F, places_F, PackedRow(segments, prefix, varlen))
         return prefix
 
     def _hidden(self, ids_F: torch.Tensor, places_F: torch.Tensor, row: PackedRow) -> torch.Tensor:
         """Hidden states [F, D] of one packed row, whose tokens are at these places of their sequences."""
-        output = self._body(input_ids=ids_F[None], position_ids=places_F[None], use_cache=False, packed_row=row)
+        output = self.body(input_ids=ids_F[None], position_ids=places_F[None], use_cache=False, packed_row=row)
         return output.last_hidden_state[0]
 
 
-class PaddedRunner(Runner):
+class PaddedRunner(FastRunner):
     """Pads sequences on the right, and uses transformers' own attention and masks.
 
     Under causal attention no token sees the tokens to its right, so padding needs no attention mask and its id does
@@ -149,7 +175,7 @@ class PaddedRunner(Runner):
 
     def __init__(self, model: Any) -> None:
         self._device = model.device
-        self._body, self._head = body_of(model), lm_head.head_of(model)
+        super().__init__(model)
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """See `Runner`."""
@@ -158,8 +184,8 @@ class PaddedRunner(Runner):
         ids_BT, positions_N, targets_NK = devices.upload(
             self._device, ids_BT, lm_head.target_positions(sequences, firsts), lm_head.target_ids(sequences)
         )
-        hidden_BTD = self._body(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return lm_head.row_logprobs(hidden_BTD.flatten(0, 1), self._head.logprobs, positions_N, targets_NK)
+        hidden_BTD = self.body(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return lm_head.row_logprobs(hidden_BTD.flatten(0, 1), self.head.logprobs, positions_N, targets_NK)
 
 
 class OwnLogitsRunner(Runner):
@@ -191,6 +217,11 @@ class OwnLogitsRunner(Runner):
         return lm_head.token_logprobs(logits_NV, targets_NK)
 
 
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed rows are the fastest there. On a GPU a kernel for them exists in half precision only."""
+    return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.float16, torch.bfloat16))
+
+
 def pad_right(sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """Token ids [B, T], padded on the right with 0."""
     longest = max(len(sequence.token_ids) for sequence in sequences)
@@ -214,6 +245,7 @@ def choose_runner(
     sample_ids: Sequence[int] = (),
     max_tokens: int = 2048,
     wanted: Sequence[type[PackedRunner | PaddedRunner]] | None = None,
+    changes: Mapping[str, Change] | None = None,
 ) -> Runner:
     """The fastest runner that reproduces the model's own log-probabilities, within the rounding of its dtype.
 
@@ -226,6 +258,7 @@ def choose_runner(
             those of a random text are mostly rounding. Default: a pattern, for models without a tokenizer.
         max_tokens: largest length of a sequence; the self-test uses no longer ones.
         wanted: runners to try, best first; default: by the device.
+        changes: what may make the runner faster; default: `gpu_speed.CHANGES` on a GPU, else nothing.
 
     Raises:
         UnsupportedModelError: the model's log-probabilities are not finite, or depend on tokens to the right.
@@ -235,13 +268,15 @@ def choose_runner(
     expected = own.score(sequences)
     _check_model(own, sequences, expected, name, tolerance)
     label, attention_before = f"{name} ({type(model).__name__})", model.config._attn_implementation
-    fastest_first = [PackedRunner, PaddedRunner] if model.device.type == "cpu" else [PaddedRunner]
+    fastest_first = [PackedRunner, PaddedRunner] if can_pack(model.device, model.dtype) else [PaddedRunner]
     for kind in wanted or fastest_first:
         try:
             _check_positions(model, max_tokens)
             runner = kind(model)
-            difference = _mean_difference(runner.score(sequences), expected)
+            test = functools.partial(_difference_of, runner, sequences, expected)
+            difference = test()
             if difference <= tolerance:
+                _speed_up(runner, model, label, test, changes)
                 return runner
             reason = f"its log-probabilities differ by {difference:.2g} nats from the model's own"
         # An architecture's code may raise any of these when it is used in a way that it does not support.
@@ -253,6 +288,34 @@ def choose_runner(
         logger.warning("%s: the runner '%s' cannot be used: %s", label, kind.name, reason)
     logger.warning("%s: scored with the model's own logits, one sequence at a time, which is slow", label)
     return own
+
+
+def _speed_up(
+    runner: FastRunner, model: Any, label: str, test: Callable[[], float], changes: Mapping[str, Change] | None
+) -> None:
+    """Make the changes after which the runner still gives the model's own log-probabilities."""
+    if changes is None:
+        changes = gpu_speed.CHANGES if model.device.type == "cuda" else {}
+    for name, change in changes.items():
+        undo: Callable[[], None] | None = None
+        try:
+            undo = change(runner, model)
+            found = test()
+            if found <= SELF_TEST_TOLERANCE[model.dtype]:
+                runner.changes.append(name)
+                continue
+            reason = f"log-probabilities differ by {found:.2g} nats from the model's own"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - compilers raise errors of any kind.
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+        if undo is not None:
+            undo()
+        logger.warning("%s: %s cannot be used, which is slower: %s", label, name, reason)
+
+
+def _difference_of(runner: Runner, sequences: Sequence[TokenSequence], expected: list[list[torch.Tensor]]) -> float:
+    return _mean_difference(runner.score(sequences), expected)
 
 
 def _check_positions(model: Any, max_tokens: int) -> None:

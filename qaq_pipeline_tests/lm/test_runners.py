@@ -30,11 +30,13 @@ from qaq_pipeline.lm.runners import (
     PackedRunner,
     PaddedRunner,
     UnsupportedModelError,
+    can_pack,
     choose_runner,
     pad_right,
 )
 from qaq_pipeline.schema.vocabularies import Quantity
 from qaq_pipeline_tests.support.naive import VOCABULARY_SIZE, naive_logprob_of_any, naive_logprobs
+from qaq_pipeline_tests.support.varlen import attend_by_segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -296,6 +298,69 @@ def test_the_models_own_head_sees_target_rows_only() -> None:
     model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[:-1]))
     runner_of(OwnLogitsRunner, model)([sequence(list(range(1, 51)), (45, 50)), sequence([1, 2, 3], (1, 3))])
     assert rows == [(1, 5), (1, 2)]
+
+
+# --- a kernel for all sequences of a row, as on a GPU ---------------------------------------------------------------
+
+
+class AtOnceRunner(PackedRunner):
+    """Attends to all sequences of a row at once."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, at_once=True)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow kernel that runs here, too."""
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: attend_by_segment)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("family", [family for family in PACKED if family != "gemma2"])
+def test_a_kernel_for_all_sequences_gives_the_models_own_full_logits(family: str) -> None:
+    score = runner_of(AtOnceRunner, tiny(family))
+    for sequences in (mixed_sequences(), mixed_sequences(), unshared(mixed_sequences())):
+        assert_same(score(sequences), naive_mixed(family))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("family", ["llama", "qwen2_window"])
+def test_the_self_test_accepts_such_a_kernel(family: str) -> None:
+    assert isinstance(choose_runner(tiny(family), family, wanted=[AtOnceRunner, PaddedRunner]), AtOnceRunner)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma2", "Gemma2Attention caps its scores, which no kernel for rows does"),
+        ("llama", "its log-probabilities differ by .* nats from the model's own"),
+    ],
+)
+def test_where_the_kernel_cannot_be_used_batches_are_padded(
+    family: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def aligned_at_the_first_key(*operands: Any, **others: Any) -> torch.Tensor:
+        queries, keys, values, query_bounds, _, longest, _ = operands
+        return attend_by_segment(queries, keys, values, query_bounds, query_bounds, longest, longest, **others)
+
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: aligned_at_the_first_key)
+    assert choose_runner(tiny(family), family, wanted=[AtOnceRunner, PaddedRunner]).name == "padded"
+    assert re.search(f"the runner 'packed' cannot be used: {reason}", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_packed"),
+    [
+        ("cpu", torch.float32, True),
+        ("cuda", torch.bfloat16, True),
+        ("cuda:1", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("mps", torch.float16, False),
+    ],
+)
+def test_rows_are_packed_where_there_is_a_kernel_for_them(device: str, dtype: torch.dtype, *, is_packed: bool) -> None:
+    assert can_pack(torch.device(device), dtype) == is_packed
 
 
 # --- shared prefixes -------------------------------------------------------------------------------------------------
