@@ -13,6 +13,8 @@ import torch
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.causal_lm import CausalLM
 from qaq_pipeline.lm.prompts import TokenSequence
+from qaq_pipeline.lm.workers import score_batches
+from qaq_pipeline.schema.vocabularies import NullReason
 
 Score = Callable[[Sequence[TokenSequence]], list[list[float]]]
 """Maps sequences to the sum of ln p of each of their targets, in nats."""
@@ -25,8 +27,10 @@ def engine(model: CausalLM, batch_tokens: int | None = None) -> Score:
         queue = BatchQueue([sequences], batch_tokens or model.facts.batch_tokens, is_padded=model.facts.is_padded)
         place = {id(sequence): number for number, sequence in enumerate(sequences)}
         sums: list[list[float]] = [[] for _ in sequences]
-        while batch := queue.take():
-            for sequence, logprobs in zip(batch, model.score(batch), strict=True):
+        for batch, scores in score_batches(model, queue):
+            if isinstance(scores, NullReason):
+                raise MemoryError(f"a batch of {len(batch)} sequences does not fit into memory")
+            for sequence, logprobs in zip(batch, scores, strict=True):
                 sums[place[id(sequence)]] = [float(values.sum(dtype="float64")) for values in logprobs]
         return sums
 

@@ -27,8 +27,8 @@ from bench import opponents, workload
 from bench.opponents import Score
 from bench.workload import LONG, SHORT, Mix
 from qaq_pipeline.lm.batching import BatchQueue, num_attended
-from qaq_pipeline.lm.causal_lm import CausalLM
-from qaq_pipeline.lm.devices import free_memory, matmul_flops_per_second
+from qaq_pipeline.lm.causal_lm import CausalLM, GpuCausalLM
+from qaq_pipeline.lm.devices import free_memory, matmul_flops_per_second, prepare
 from qaq_pipeline.lm.prompts import TokenSequence
 from qaq_pipeline.lm.workers import open_processes, score_batches
 from qaq_pipeline.scoring.shards import ShardWriter
@@ -350,8 +350,9 @@ def rank_rows(rotations: int) -> list[Row]:
 def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
     """Measure the share of one GPU's peak, and the opponents, in bf16 with production lengths."""
     dtype, place = torch.bfloat16, torch.device(device)
-    model = workload.build(name, dtype, device)
-    engine = CausalLM(model, name)
+    prepare(place)
+    engine = GpuCausalLM(workload.build(name, dtype, device), name)
+    model = workload.build(name, dtype, device)  # Another, since the engine replaces its model's attention.
     sequences = workload.two_passes(workload.draw(workload.PRODUCTION, workload.PRODUCTION.pairs_per_block))
     few = sequences[:256]
     seconds, peaks = rotate(
@@ -372,7 +373,7 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
         for other in (REFERENCE, LM_EVAL)
     }
     return [
-        Row(f"{name}: share of the matmul peak", share, {"0.6B": 0.40, "6.7B": 0.60}[name]),
+        Row(f"{name}: share of the matmul peak", share, {"0.6B": 0.45, "6.7B": 0.70}[name]),
         Row(f"{name}: against the reference loop", ratios[REFERENCE], 15.0),
         Row(f"{name}: against lm-eval's engine", ratios[LM_EVAL], 2.0),
     ]

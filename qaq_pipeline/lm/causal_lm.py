@@ -23,7 +23,7 @@ from qaq_pipeline.lm import devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
-from qaq_pipeline.lm.runners import UnsupportedModelError, can_pack, choose_runner, model_context
+from qaq_pipeline.lm.runners import Runner, UnsupportedModelError, can_pack, choose_runner, model_context
 from qaq_pipeline.lm.workers import BrokenDeviceError, Load, ScorerFacts, Scores
 
 Result = TypeVar("Result")
@@ -54,6 +54,7 @@ class CausalLM:
         sample_ids: token ids of an ordinary text, which the self-test scores.
         max_tokens: largest length of a sequence.
         free_bytes: returns the memory that a batch may use; called before every batch. Default: of the model's device.
+        choose: chooses the runner; default: `choose_runner`.
 
     Raises:
         UnsupportedModelError: the model's log-probabilities cannot be used for scores.
@@ -66,10 +67,11 @@ class CausalLM:
         sample_ids: Sequence[int] = (),
         max_tokens: int = 2048,
         free_bytes: Callable[[], float] | None = None,
+        choose: Callable[..., Runner] | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._free_bytes = free_bytes or functools.partial(devices.free_memory, model.device)
-        self._runner = choose_runner(self._model, name, sample_ids, max_tokens)
+        self._runner = (choose or choose_runner)(self._model, name, sample_ids, max_tokens)
         self._bytes_per_token = _bytes_per_token(model)
         self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()

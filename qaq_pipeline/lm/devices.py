@@ -23,7 +23,7 @@ from qaq_pipeline.lm.model_error import ModelError
 
 _PEAK_SECONDS = 0.2
 _WARM_UPS = 2
-"""Products before those that are measured: a device loads its kernels and raises its clock in them."""
+"""Products of a GPU before those that are measured: it loads its kernels and raises its clock in them."""
 
 MEMORY = Path("/proc/meminfo")
 
@@ -229,12 +229,13 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Speed of a large matrix product with this process's threads."""
     size = 1024 if device.type == "cpu" else 8192
     one = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _fewest_seconds(lambda: float((one @ one)[0, 0]))  # Which waits for the device.
+    warm_ups = 0 if device.type == "cpu" else _WARM_UPS
+    return 2 * size**3 / _fewest_seconds(lambda: float((one @ one)[0, 0]), warm_ups)  # Which waits for the device.
 
 
-def _fewest_seconds(run: Callable[[], object]) -> float:
-    """Of the runs within 0.2 seconds, after those that warm up."""
-    for _ in range(_WARM_UPS):
+def _fewest_seconds(run: Callable[[], object], warm_ups: int) -> float:
+    """Of the runs within 0.2 seconds, after so many that count for nothing."""
+    for _ in range(warm_ups):
         run()
     seconds: list[float] = []
     while sum(seconds) < _PEAK_SECONDS:

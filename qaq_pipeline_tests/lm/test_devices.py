@@ -183,9 +183,16 @@ def test_the_speed_of_a_matrix_product_is_measured() -> None:
     assert 1e8 < matmul_flops_per_second(torch.float32, CPU) < 1e14
 
 
-def test_the_first_products_of_a_device_count_for_nothing() -> None:
+def test_the_first_products_of_a_gpu_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first product that takes longer than all the time for the measurement would be the only one."""
     slow = iter([0.3, 0.25])
-    assert devices._fewest_seconds(lambda: time.sleep(next(slow, 0.01))) < 0.2
+    assert devices._fewest_seconds(lambda: time.sleep(next(slow, 0.01)), devices._WARM_UPS) < 0.2
+    warmed: list[int] = []
+    monkeypatch.setattr(devices, "_fewest_seconds", lambda _run, warm_ups: warmed.append(warm_ups) or 1.0)
+    monkeypatch.setattr(torch, "randn", lambda *_, device: torch.zeros(1, 1))
+    for device in (CPU, torch.device("cuda"), torch.device("mps")):
+        matmul_flops_per_second(torch.float32, device)
+    assert warmed == [0, 2, 2]
 
 
 def test_it_is_measured_once_in_a_process_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
