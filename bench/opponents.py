@@ -29,7 +29,7 @@ def engine(model: CausalLM, batch_tokens: int | None = None) -> Score:
         sums: list[list[float]] = [[] for _ in sequences]
         for batch, scores in score_batches(model, queue):
             if isinstance(scores, NullReason):
-                raise MemoryError(f"a batch of {len(batch)} sequences does not fit into memory")
+                raise MemoryError(f"{len(batch)} sequences do not fit into memory")  # noqa: TRY004 - it is an outcome.
             for sequence, logprobs in zip(batch, scores, strict=True):
                 sums[place[id(sequence)]] = [float(values.sum(dtype="float64")) for values in logprobs]
         return sums
