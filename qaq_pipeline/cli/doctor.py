@@ -83,7 +83,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
         except (OSError, ValueError) as error:  # Of the files, the tokenizer, the template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue
-        dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+        dtype = devices.resolve_dtype(model.dtype, device)
         yield Finding(check, is_ok=True, text=f"{files.name} on {device}, {dtype}, {model.frame} frame, {files.folder}")
         yield from (Finding(check, is_ok=True, text=said, is_warning=True) for said in warned)
 

@@ -277,8 +277,10 @@ class ModelSettings(Closed):
     """Variables of the chat template, such as `{enable_thinking: false}`. `frame: plain` ignores them."""
     system_prompt: str = "You are a helpful coding assistant."
     """System prompt of every pass; a row's own system text replaces it."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights. `auto`: bfloat16 if the device has hardware support for it, otherwise float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "mixed"] = "auto"
+    """Type of the weights and of the products with them. `mixed`: bfloat16, but float32 for the sum of the layers, the
+    norms and the logits. `auto`: mixed on a GPU and bfloat16 on a CPU if they have hardware support for bfloat16,
+    otherwise float32."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """Device: auto, cpu, mps, cuda or cuda:N. On a Ray cluster the number has no meaning."""
     gpus: float | None = Field(None, ge=0, le=1)

@@ -128,13 +128,33 @@ def packed_attention(
         raise AttentionUnsupportedError(f"{type(module).__name__} requires {', '.join(demands)}")
     if packed_row is None:
         raise AttentionUnsupportedError(f"{type(module).__name__} does not receive `packed_row`")
+    # In mixed precision rotations are in fp32, and the products below have dtypes of their own.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if packed_row.record is not None:
         packed_row.record.by_layer[id(module)] = (key, value)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend_to_row(module, query, key, value, packed_row, scaling, sliding_window, softcap), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _attend_to_row(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_row: PackedRow,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention over one packed row, [1, T, H, E]; the arguments are those of `packed_attention`."""
     if packed_row.varlen is not None:
         if softcap is not None:
             raise AttentionUnsupportedError(f"{type(module).__name__} caps its scores, which no kernel for rows does")
-        return _attend_at_once(module, query, key, value, packed_row.varlen, scaling, sliding_window)[None], None
+        return _attend_at_once(module, query, key, value, packed_row.varlen, scaling, sliding_window)[None]
     outputs = []
     for segment in packed_row.segments:
         tokens = slice(segment.start, segment.stop)
@@ -147,10 +167,7 @@ def packed_attention(
         else:
             mask = _mask(packed_row, length, prefix_length, window, query)
             outputs.append(_attend(query[:, :, tokens], keys, values, mask, scaling, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(PACKED, packed_attention)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def varlen_arrays(segments: Sequence[Segment]) -> list[torch.Tensor]:

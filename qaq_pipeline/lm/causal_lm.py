@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import devices, lm_head
+from qaq_pipeline.lm import devices, lm_head, mixed_precision
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
@@ -322,7 +322,10 @@ def load_model(
     devices.prepare(device)
     if num_processes > 1 and device.type == "cpu":
         torch.set_num_threads(1)
-    loaded = load_weights(files, devices.resolve_dtype(model.dtype, device), device)
+    dtype = devices.resolve_dtype(model.dtype, device)
+    loaded = load_weights(files, devices.weights_dtype(dtype), device)
+    if dtype == "mixed":
+        mixed_precision.use(loaded)
     context = model_context(loaded)
     if context is not None and context < min_context:
         raise UnsupportedModelError(

@@ -159,14 +159,22 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The named dtype; for `auto`, bfloat16 on GPUs and CPUs with native bfloat16, else float32."""
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The named dtype; for `auto`: mixed on a GPU and bfloat16 on a CPU that has native bfloat16, else float32.
+
+    On a CPU the logits of `mixed` would take longer than all the rest.
+    """
     if dtype != "auto":
-        return getattr(torch, dtype)
+        return dtype
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return "mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return "bfloat16" if native else "float32"
+
+
+def weights_dtype(dtype: str) -> torch.dtype:
+    """The dtype of the weights, and of the products with them."""
+    return torch.bfloat16 if dtype == "mixed" else getattr(torch, dtype)
 
 
 def free_memory(device: torch.device, num_processes: int = 1) -> float:

@@ -110,7 +110,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
 
 def precision(device: torch.device) -> str:
     """The precision of a training's forward and backward passes: bfloat16 where the device has it."""
-    return str(devices.resolve_dtype("auto", device)).removeprefix("torch.")
+    return str(devices.weights_dtype(devices.resolve_dtype("auto", device))).removeprefix("torch.")
 
 
 def train(

@@ -77,7 +77,7 @@ def local_model(model: ModelSettings, files: ModelFiles, model_cache: Path, scor
         tokenizer_hash=files.tokenizer_hash(),
         template_hash=encoder.template_hash(),
         prior=scoring.prior,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         max_tokens=scoring.max_tokens,
         too_long=scoring.too_long,
     )

@@ -173,7 +173,7 @@ def kind_here(model: ModelSettings) -> Kind:
     from qaq_pipeline.lm import devices
 
     device = devices.resolve_device(model.device)
-    dtype = str(devices.resolve_dtype(model.dtype, device)).removeprefix("torch.")
+    dtype = devices.resolve_dtype(model.dtype, device)
     return dtype, {"libraries": _libraries(), "device": device.type}
 
 
@@ -187,4 +187,5 @@ def unloaded_facts_here(model_cache: Path, model: ModelSettings) -> tuple[str, S
 
     device = devices.resolve_device(model.device)
     files = model_files.locate(model, model_cache)
-    return device.type, causal_lm.unloaded_facts(files, devices.resolve_dtype(model.dtype, device), device)
+    dtype = devices.weights_dtype(devices.resolve_dtype(model.dtype, device))
+    return device.type, causal_lm.unloaded_facts(files, dtype, device)

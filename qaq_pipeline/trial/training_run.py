@@ -128,7 +128,8 @@ class TrialModel:
         from qaq_pipeline.lm import causal_lm, devices
 
         device = devices.resolve_device(self._model.device)
-        return causal_lm.unloaded_facts(self._files, devices.resolve_dtype("auto", device), device)
+        dtype = devices.weights_dtype(devices.resolve_dtype("auto", device))
+        return causal_lm.unloaded_facts(self._files, dtype, device)
 
     def run(
         self,

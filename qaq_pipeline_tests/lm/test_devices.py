@@ -71,16 +71,28 @@ def test_device_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize(
+    ("is_native", "on_cpu", "on_gpu"), [(True, "bfloat16", "mixed"), (False, "float32", "float32")]
+)
 def test_dtype_auto_is_bfloat16_only_where_it_is_natively_fast(
-    is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    is_native: bool, on_cpu: str, on_gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: is_native)
-    assert resolve_dtype("auto", torch.device("cpu")) == dtype
-    assert resolve_dtype("auto", torch.device("cuda")) == dtype
-    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
-    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    assert resolve_dtype("auto", torch.device("cpu")) == on_cpu
+    assert resolve_dtype("auto", torch.device("cuda")) == on_gpu
+    assert resolve_dtype("auto", torch.device("mps")) == "float32"
+    assert resolve_dtype("float16", torch.device("cpu")) == "float16"
+
+
+def test_mixed_precision_has_weights_in_bfloat16() -> None:
+    names = ("float32", "bfloat16", "float16", "mixed")
+    assert [devices.weights_dtype(name) for name in names] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.bfloat16,
+    ]
 
 
 # --- memory and cores ------------------------------------------------------------------------------------------------
