@@ -17,6 +17,7 @@ differences mean something, speeds do not. It exits with 1 if a check fails; a p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -27,17 +28,18 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench import workload
 from bench.workload import PRODUCTION, SHORT
-from qaq_pipeline.lm import causal_lm, devices, gpu_speed, lm_head, runners
+from qaq_pipeline.lm import causal_lm, devices, gpu_speed, lm_head, mixed_precision, runners
 from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError, num_attended
 from qaq_pipeline.lm.causal_lm import CausalLM, GpuCausalLM
 from qaq_pipeline.lm.prompts import Target, TokenSequence
@@ -202,15 +204,18 @@ def correct(probe: Probe) -> list[Line]:
                 is_wrong=not difference <= FP32_TOLERANCE,
             )
         )
-        for dtype in (torch.bfloat16, torch.float16):
+        for name in ("bfloat16", "mixed", "float16"):
+            dtype = devices.weights_dtype(name)
             model = tiny(family, dtype).to(probe.device)
+            if name == "mixed":
+                mixed_precision.use(model)
             own = flat_of(runners.OwnLogitsRunner(model), sequences)
             scorer = GpuCausalLM(model, family, max_tokens=256)
             difference = float((flat(scorer, sequences) - own).abs().mean())
             bound = runners.SELF_TEST_TOLERANCE[dtype]
             found.append(
                 Line(
-                    f"{family}, {dtype}, {scorer.facts.runner}: mean difference",
+                    f"{family}, {name}, {scorer.facts.runner}: mean difference",
                     f"<= {bound:g}",
                     f"{difference:.2g}",
                     is_wrong=not difference <= bound,
@@ -356,6 +361,20 @@ def refused(probe: Probe, scorer: CausalLM, batch: list[TokenSequence]) -> str:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What makes scoring fast, up to some point."""
+
+    name: str
+    runner: type[PackedRunner | PaddedRunner]
+    changes: Sequence[str] = ()
+    backend: SDPBackend | None = None
+    """Of torch's attention; None: as torch chooses."""
+    is_mixed: bool = False
+    predicted: float = math.nan
+    """Share of the matmul peak."""
+
+
 def speed(probe: Probe) -> list[Line]:
     """Measure scoring with more and more of what makes it fast."""
     found = []
@@ -368,39 +387,59 @@ def speed(probe: Probe) -> list[Line]:
             "default": in_words(workload.default_passes(items)),
         }
         before, after = PREDICTED_SHARES.get(name, (math.nan, math.nan))
-        stages: dict[str, tuple[type[PackedRunner | PaddedRunner], list[str], float]] = {
-            "padded": (PaddedRunner, [], before),
-            "packed": (PackedRunner, [], before),
-            "packed, kernel": (PackedRunner, list(gpu_speed.CHANGES)[:1], math.nan),
-            "packed, kernel, compiled": (PackedRunner, list(gpu_speed.CHANGES), after),
-            "padded, kernel, compiled": (PaddedRunner, list(gpu_speed.CHANGES), math.nan),
-        }
-        for stage, (kind, changes, predicted) in stages.items():
+        one, every = list(gpu_speed.CHANGES)[:1], list(gpu_speed.CHANGES)
+        stages = [
+            Stage("padded", PaddedRunner, predicted=before),
+            Stage("padded, flash attention", PaddedRunner, backend=SDPBackend.FLASH_ATTENTION),
+            Stage("padded, cuDNN attention", PaddedRunner, backend=SDPBackend.CUDNN_ATTENTION),
+            Stage("packed", PackedRunner, predicted=before),
+            Stage("packed, kernel", PackedRunner, one),
+            Stage("packed, kernel, compiled", PackedRunner, every, predicted=after),
+            Stage("the same, mixed", PackedRunner, every, is_mixed=True),
+        ]
+        for stage in stages if probe.is_gpu else [one for one in stages if one.backend is None]:
             model = probe.build(name, dtype)
+            if stage.is_mixed:
+                mixed_precision.use(model)
             started = time.perf_counter()
-            scorer = scorer_of(probe, model, name, kind, changes)
-            start = time.perf_counter() - started
-            for what, sequences in passes.items():
-                seconds, host = seconds_of_scoring(probe, scorer, sequences)
-                num_tokens = sum(len(one.token_ids) for one in sequences)
-                work = scorer.facts.flops(
-                    num_tokens,
-                    sum(target.stop - target.start for one in sequences for target in one.targets),
-                    sum(num_attended(len(one.token_ids)) for one in sequences),
-                )
-                share = work / seconds / scorer.facts.peak_flops_per_second
-                found.append(
-                    Line(
-                        f"{name}, {stage} ({scorer.facts.runner}), {what}",
-                        f"share {predicted:.2f}" if what == "four likelihoods" else "",
-                        f"share {share:.3f}, {num_tokens / seconds:,.0f} tokens/s, host {host / seconds:.0%}, "
-                        f"start {start:.0f} s",
-                    )
-                )
-                print(found[-1], file=sys.stderr, flush=True)  # noqa: T201 - what is known if time runs out.
+            with sdpa_kernel(stage.backend) if stage.backend is not None else contextlib.nullcontext():
+                scorer = scorer_of(probe, model, name, stage)
+                start = time.perf_counter() - started
+                found += lines_of(probe, scorer, f"{name}, {stage.name}", passes, stage.predicted, start)
             del model, scorer
             if probe.is_gpu:
                 torch.cuda.empty_cache()
+    return found
+
+
+def lines_of(
+    probe: Probe,
+    scorer: GpuCausalLM,
+    stage: str,
+    passes: Mapping[str, Sequence[TokenSequence]],
+    predicted: float,
+    start: float,
+) -> list[Line]:
+    """Return the speed of each kind of passes."""
+    found = []
+    for what, sequences in passes.items():
+        seconds, host = seconds_of_scoring(probe, scorer, sequences)
+        num_tokens = sum(len(one.token_ids) for one in sequences)
+        work = scorer.facts.flops(
+            num_tokens,
+            sum(target.stop - target.start for one in sequences for target in one.targets),
+            sum(num_attended(len(one.token_ids)) for one in sequences),
+        )
+        share = work / seconds / scorer.facts.peak_flops_per_second
+        found.append(
+            Line(
+                f"{stage} ({scorer.facts.runner}), {what}",
+                f"share {predicted:.2f}" if what == "four likelihoods" and not math.isnan(predicted) else "",
+                f"share {share:.3f}, {num_tokens / seconds:,.0f} tokens/s, host {host / seconds:.0%}, "
+                f"start {start:.0f} s",
+            )
+        )
+        print(found[-1], file=sys.stderr, flush=True)  # noqa: T201 - what is known if time runs out.
     return found
 
 
@@ -412,16 +451,14 @@ def in_words(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     ]
 
 
-def scorer_of(
-    probe: Probe, model: Any, name: str, kind: type[PackedRunner | PaddedRunner], changes: list[str]
-) -> GpuCausalLM:
-    """Return a model with that runner and those changes, each tested."""
+def scorer_of(probe: Probe, model: Any, name: str, stage: Stage) -> GpuCausalLM:
+    """Return a model with the runner and the changes of a stage, each tested."""
     chosen = {
         change: gpu_speed.CHANGES[change]
-        for change in changes
-        if probe.is_gpu or change != next(iter(gpu_speed.CHANGES))
+        for change in stage.changes
+        if probe.is_gpu or gpu_speed.CHANGES[change] is not gpu_speed.use_head_kernel
     }
-    choose = functools.partial(runners.choose_runner, wanted=[kind], changes=chosen)
+    choose = functools.partial(runners.choose_runner, wanted=[stage.runner], changes=chosen)
     return GpuCausalLM(model, name, choose=choose)
 
 

@@ -43,8 +43,8 @@ class OrderedRows:
         self._open: list[pl.DataFrame] = []
         self._folder: Path | None = None
         self._files: list[Path] = []
-        self._starts: list[pl.Series] = []
-        """Every 1,024th pair_id of each file, from its first."""
+        self._starts: list[str] = []
+        """Every 1,024th pair_id of each file, from its first. As texts, since a column of some would hold them all."""
 
     def append(self, rows: pl.DataFrame) -> None:
         """Add rows, of the same columns each time."""
@@ -59,7 +59,7 @@ class OrderedRows:
             return
         self._close()
         rows = pl.scan_parquet(self._files, glob=False)
-        starts = pl.concat(self._starts).sort()[:: max(self._rows_at_once // _ROWS_PER_START, 1)]
+        starts = sorted(self._starts)[:: max(self._rows_at_once // _ROWS_PER_START, 1)]
         for start, stop in zip(starts, [*starts[1:], None], strict=True):
             wanted = pl.col("pair_id") >= start
             yield rows.filter(wanted if stop is None else wanted & (pl.col("pair_id") < stop)).sort("pair_id").collect()
@@ -77,4 +77,4 @@ class OrderedRows:
         file = self._folder / f"{len(self._files)}.parquet"
         rows.write_parquet(file, row_group_size=_ROWS_PER_GROUP)
         self._files.append(file)
-        self._starts.append(rows["pair_id"].gather_every(_ROWS_PER_START))
+        self._starts += rows["pair_id"].gather_every(_ROWS_PER_START).to_list()
