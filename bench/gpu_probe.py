@@ -28,7 +28,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,31 +150,30 @@ def some_sequences(number: int, num_words: int, longest: int) -> list[TokenSeque
 # --- env -------------------------------------------------------------------------------------------------------------
 
 
-def env(probe: Probe) -> list[Line]:
+def env(probe: Probe) -> Iterator[Line]:
     """Return the versions, the card and its settings."""
-    found = [
-        Line(name, "", version(name))
-        for name in ("torch", "transformers", "triton", "numpy", "safetensors", "pydantic", "accelerate")
-    ]
-    found.append(Line("python, cores", "3.11 to 3.13", f"{platform.python_version()}, {devices.num_cores()}"))
-    found.append(Line("free memory of the machine, GB", "", f"{devices.available_memory() / 1e9:,.1f}"))
+    for name in ("torch", "transformers", "triton", "numpy", "safetensors", "pydantic", "accelerate"):
+        yield Line(name, "", version(name))
+    yield Line("python, cores", "3.11 to 3.13", f"{platform.python_version()}, {devices.num_cores()}")
+    yield Line("free memory of the machine, GB", "", f"{devices.available_memory() / 1e9:,.1f}")
     devices.prepare(probe.device)
     products = torch.backends.cuda.matmul
     settings = {
         "TF32": products.allow_tf32,
+        "TF32 of cuDNN": torch.backends.cudnn.allow_tf32,
         "bf16 sums in half precision": products.allow_bf16_reduced_precision_reduction,
         "fp16 sums in half precision": products.allow_fp16_reduced_precision_reduction,
     }
     if probe.is_gpu:
-        found += [Line(name, "False", str(value), is_wrong=bool(value)) for name, value in settings.items()]
+        for name, value in settings.items():
+            yield Line(name, "False", str(value), is_wrong=bool(value))
         card = torch.cuda.get_device_properties(probe.device)
-        found.append(Line("card", "", f"{card.name}, {card.total_memory / 1e9:.0f} GB, sm_{card.major}{card.minor}"))
-        found.append(Line("CUDA of torch, cuDNN", "", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"))
-        found.append(Line("allocator", "expandable_segments", str(torch._C._accelerator_getAllocatorSettings())))
+        yield Line("card", "", f"{card.name}, {card.total_memory / 1e9:.0f} GB, sm_{card.major}{card.minor}")
+        yield Line("CUDA of torch, cuDNN", "", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
+        yield Line("allocator", "expandable_segments", str(torch._C._accelerator_getAllocatorSettings()))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         speed = devices.matmul_flops_per_second(dtype, probe.device)
-        found.append(Line(f"matmul peak, {dtype}, TFLOP/s", "790 in bf16 on an H100", f"{speed / 1e12:,.2f}"))
-    return found
+        yield Line(f"matmul peak, {dtype}, TFLOP/s", "790 in bf16 on an H100", f"{speed / 1e12:,.2f}")
 
 
 def version(package: str) -> str:
@@ -188,40 +187,34 @@ def version(package: str) -> str:
 # --- correct ---------------------------------------------------------------------------------------------------------
 
 
-def correct(probe: Probe) -> list[Line]:
+def correct(probe: Probe) -> Iterator[Line]:
     """Compare the device with the CPU in fp32, and each runner with the model's own logits in half precision."""
-    found = []
     for family in FAMILIES:
         sequences = some_sequences(12, 300, 200)
         expected = flat(CausalLM(tiny(family, torch.float32), family), sequences)
         scorer = GpuCausalLM(tiny(family, torch.float32).to(probe.device), family)
         difference = float((flat(scorer, sequences) - expected).abs().max())
-        found.append(
-            Line(
-                f"{family}, fp32, {scorer.facts.runner}: largest difference",
-                f"<= {FP32_TOLERANCE:g}",
-                f"{difference:.2g}",
-                is_wrong=not difference <= FP32_TOLERANCE,
-            )
+        yield Line(
+            f"{family}, fp32, {scorer.facts.runner}: largest difference",
+            f"<= {FP32_TOLERANCE:g}",
+            f"{difference:.2g}",
+            is_wrong=not difference <= FP32_TOLERANCE,
         )
         for name in ("bfloat16", "mixed", "float16"):
             dtype = devices.weights_dtype(name)
-            model = tiny(family, dtype).to(probe.device)
+            other, model = (tiny(family, dtype).to(probe.device) for _ in range(2))
             if name == "mixed":
-                mixed_precision.use(model)
-            own = flat_of(runners.OwnLogitsRunner(model), sequences)
-            scorer = GpuCausalLM(model, family, max_tokens=256)
+                mixed_precision.use(other)
+            own = flat_of(runners.OwnLogitsRunner(other), sequences)
+            scorer = GpuCausalLM(model, family, max_tokens=256, is_mixed=name == "mixed")
             difference = float((flat(scorer, sequences) - own).abs().mean())
-            bound = runners.SELF_TEST_TOLERANCE[dtype]
-            found.append(
-                Line(
-                    f"{family}, {name}, {scorer.facts.runner}: mean difference",
-                    f"<= {bound:g}",
-                    f"{difference:.2g}",
-                    is_wrong=not difference <= bound,
-                )
+            bound = runners.MIXED_TOLERANCE if name == "mixed" else runners.SELF_TEST_TOLERANCE[dtype]
+            yield Line(
+                f"{family}, {name}, {scorer.facts.runner}: mean difference",
+                f"<= {bound:g}",
+                f"{difference:.2g}",
+                is_wrong=not difference <= bound,
             )
-    return found
 
 
 def flat(scorer: CausalLM, sequences: Sequence[TokenSequence]) -> torch.Tensor:
@@ -244,11 +237,10 @@ def flat_of(runner: runners.Runner, sequences: Sequence[TokenSequence]) -> torch
 
 
 @torch.inference_mode()
-def kernel(probe: Probe) -> list[Line]:
+def kernel(probe: Probe) -> Iterator[Line]:
     """Compare the kernel of the head with torch's operations."""
     from qaq_pipeline.lm import head_kernel
 
-    found = []
     rows, vocabularies = (8, (300, 5000)) if probe.is_tiny else (lm_head.ROWS_PER_CHUNK_GPU, (32_256, 151_936, 262_144))
     for num_words in vocabularies:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -261,17 +253,14 @@ def kernel(probe: Probe) -> list[Line]:
                 difference = float((of(logits, targets) - exact).abs().max())
                 seconds[name] = seconds_of(probe, functools.partial(of, logits, targets))
                 num_bytes = logits.numel() * logits.element_size()
-                found.append(
-                    Line(
-                        f"{name}, {num_words:,} words, {dtype}",
-                        "<= 1e-5",
-                        f"{difference:.2g}; {num_bytes / seconds[name] / 1e9:,.0f} GB/s of logits",
-                        is_wrong=not difference <= 1e-5,
-                    )
+                yield Line(
+                    f"{name}, {num_words:,} words, {dtype}",
+                    "<= 1e-5",
+                    f"{difference:.2g}; {num_bytes / seconds[name] / 1e9:,.0f} GB/s of logits",
+                    is_wrong=not difference <= 1e-5,
                 )
             gain = seconds["torch"] / seconds["kernel"]
-            found.append(Line(f"  gain, {num_words:,} words, {dtype}", "4 to 7", f"{gain:.2f}"))
-    return found
+            yield Line(f"  gain, {num_words:,} words, {dtype}", "4 to 7", f"{gain:.2f}")
 
 
 def seconds_of(probe: Probe, run: Callable[[], object], rotations: int = 5) -> float:
@@ -290,9 +279,8 @@ def seconds_of(probe: Probe, run: Callable[[], object], rotations: int = 5) -> f
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def memory(probe: Probe) -> list[Line]:
+def memory(probe: Probe) -> Iterator[Line]:
     """Compare what a batch takes with the estimate, and see that a batch too large leaves room for the next."""
-    found = []
     dtype = torch.bfloat16
     for name in probe.names():
         model = probe.build(name, dtype)
@@ -302,22 +290,19 @@ def memory(probe: Probe) -> list[Line]:
         scorer.score(batch)
         taken = (peak_allocated(probe) - held) / sum(len(one.token_ids) for one in batch)
         estimate = causal_lm._bytes_per_token(model)
-        found.append(
-            Line(f"{name}: bytes a token of a batch", f"<= {estimate:,.0f}", f"{taken:,.0f}", is_wrong=taken > estimate)
-        )
+        is_more = taken > estimate
+        yield Line(f"{name}: bytes a token of a batch", f"<= {estimate:,.0f}", f"{taken:,.0f}", is_wrong=is_more)
         expected = scorer.score(batch[:2])
-        found.append(Line(f"{name}: a batch too large", "refused", refused(probe, scorer, batch)))
+        outcome = refused(probe, scorer, batch)
+        yield Line(f"{name}: a batch too large", "refused", outcome, is_wrong=outcome == "it fitted")
         again = scorer.score(batch[:2])
         same = all(
             (a == b).all() for one, other in zip(expected, again, strict=True) for a, b in zip(one, other, strict=True)
         )
-        found.append(
-            Line(f"{name}: the next batch", "the same scores", "the same" if same else "others", is_wrong=not same)
-        )
+        yield Line(f"{name}: the next batch", "the same scores", "the same" if same else "others", is_wrong=not same)
         del model, scorer
         if probe.is_gpu:
             torch.cuda.empty_cache()
-    return found
 
 
 def first_batch(scorer: CausalLM, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
@@ -375,9 +360,8 @@ class Stage:
     """Share of the matmul peak."""
 
 
-def speed(probe: Probe) -> list[Line]:
+def speed(probe: Probe) -> Iterator[Line]:
     """Measure scoring with more and more of what makes it fast."""
-    found = []
     dtype = torch.bfloat16
     for name in probe.names():
         number = 12 if probe.is_tiny else {"0.6B": 2048, "6.7B": 256}[name]
@@ -399,17 +383,14 @@ def speed(probe: Probe) -> list[Line]:
         ]
         for stage in stages if probe.is_gpu else [one for one in stages if one.backend is None]:
             model = probe.build(name, dtype)
-            if stage.is_mixed:
-                mixed_precision.use(model)
             started = time.perf_counter()
             with sdpa_kernel(stage.backend) if stage.backend is not None else contextlib.nullcontext():
                 scorer = scorer_of(probe, model, name, stage)
                 start = time.perf_counter() - started
-                found += lines_of(probe, scorer, f"{name}, {stage.name}", passes, stage.predicted, start)
+                yield from lines_of(probe, scorer, f"{name}, {stage.name}", passes, stage.predicted, start)
             del model, scorer
             if probe.is_gpu:
                 torch.cuda.empty_cache()
-    return found
 
 
 def lines_of(
@@ -419,9 +400,8 @@ def lines_of(
     passes: Mapping[str, Sequence[TokenSequence]],
     predicted: float,
     start: float,
-) -> list[Line]:
+) -> Iterator[Line]:
     """Return the speed of each kind of passes."""
-    found = []
     for what, sequences in passes.items():
         seconds, host = seconds_of_scoring(probe, scorer, sequences)
         num_tokens = sum(len(one.token_ids) for one in sequences)
@@ -431,16 +411,11 @@ def lines_of(
             sum(num_attended(len(one.token_ids)) for one in sequences),
         )
         share = work / seconds / scorer.facts.peak_flops_per_second
-        found.append(
-            Line(
-                f"{stage} ({scorer.facts.runner}), {what}",
-                f"share {predicted:.2f}" if what == "four likelihoods" and not math.isnan(predicted) else "",
-                f"share {share:.3f}, {num_tokens / seconds:,.0f} tokens/s, host {host / seconds:.0%}, "
-                f"start {start:.0f} s",
-            )
+        yield Line(
+            f"{stage} ({scorer.facts.runner}), {what}",
+            f"share {predicted:.2f}" if what == "four likelihoods" and not math.isnan(predicted) else "",
+            f"share {share:.3f}, {num_tokens / seconds:,.0f} tokens/s, host {host / seconds:.0%}, start {start:.0f} s",
         )
-        print(found[-1], file=sys.stderr, flush=True)  # noqa: T201 - what is known if time runs out.
-    return found
 
 
 def in_words(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
@@ -459,7 +434,7 @@ def scorer_of(probe: Probe, model: Any, name: str, stage: Stage) -> GpuCausalLM:
         if probe.is_gpu or gpu_speed.CHANGES[change] is not gpu_speed.use_head_kernel
     }
     choose = functools.partial(runners.choose_runner, wanted=[stage.runner], changes=chosen)
-    return GpuCausalLM(model, name, choose=choose)
+    return GpuCausalLM(model, name, is_mixed=stage.is_mixed, choose=choose)
 
 
 def seconds_of_scoring(probe: Probe, scorer: GpuCausalLM, sequences: Sequence[TokenSequence]) -> tuple[float, float]:
@@ -508,33 +483,36 @@ class Chunks:
         return chunk
 
 
-def workers(probe: Probe) -> list[Line]:
+def workers(probe: Probe) -> Iterator[Line]:
     """Score in processes of their own, kill one, and see what the device gets back."""
     sequences = some_sequences(60, 300, 120)
     expected = float(flat(CausalLM(tiny("llama", torch.float32), "tiny"), sequences).double().sum())
     free = free_bytes(probe)
     names = [str(probe.device)] if not probe.is_gpu else [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    found = []
     if probe.is_gpu:
         with devices.lease_gpus(torch.device("cuda"), len(names)) as held:
-            found.append(
+            yield (
                 Line("GPUs that one process leases", str(len(names)), str(len(held)), is_wrong=len(held) != len(names))
             )
     with open_processes([functools.partial(Worker, name) for name in names]) as processes:
         places = [facts.device for facts in processes.facts]
-        found.append(
+        expected_runner = ", ".join(["padded", *gpu_speed.CHANGES]) if probe.is_gpu else "packed"
+        for facts in processes.facts:
+            yield Line(
+                f"runner on {facts.device}", expected_runner, facts.runner, is_wrong=facts.runner != expected_runner
+            )
+        yield (
             Line("devices of the processes", "all different", ", ".join(places), is_wrong=len(set(places)) < len(names))
         )
         total, pid = total_of(processes, sequences, kill=False)
-        found.append(agreement("log-probabilities of all sequences", expected, total))
+        yield (agreement("log-probabilities of all sequences", expected, total))
         total, _ = total_of(processes, sequences, kill=True, pid=pid)
-        found.append(agreement("the same, a process killed on the way", expected, total))
-        found.append(Line("processes lost", "1", str(processes.num_lost), is_wrong=processes.num_lost != 1))
+        yield (agreement("the same, a process killed on the way", expected, total))
+        yield Line("processes lost", "1", str(processes.num_lost), is_wrong=processes.num_lost != 1)
     if probe.is_gpu:
         time.sleep(2)
         kept = (free - free_bytes(probe)) / 1e6
-        found.append(Line("memory that the processes keep, MB", "<= 50", f"{kept:,.0f}", is_wrong=kept > 50))
-    return found
+        yield Line("memory that the processes keep, MB", "<= 50", f"{kept:,.0f}", is_wrong=kept > 50)
 
 
 def total_of(
@@ -565,7 +543,7 @@ def free_bytes(probe: Probe) -> int:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-MODES: dict[str, Callable[[Probe], list[Line]]] = {
+MODES: dict[str, Callable[[Probe], Iterator[Line]]] = {
     "env": env,
     "correct": correct,
     "kernel": kernel,
@@ -583,21 +561,26 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny models, few sequences")
     parser.add_argument("--json", type=Path, help="file to write the lines to")
     arguments = parser.parse_args()
-    probe = Probe(devices.resolve_device(arguments.device), arguments.tiny)
+    device = devices.resolve_device(arguments.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda:0")
+    probe = Probe(device, arguments.tiny)
     if arguments.mode == "kernel" and not probe.is_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("without a GPU the kernel is interpreted: set TRITON_INTERPRET=1 in the environment")
     devices.prepare(probe.device)
+    found = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if probe.is_gpu and arguments.mode == "speed":
             torch.cuda.set_sync_debug_mode("warn")
-        found = MODES[arguments.mode](probe)
-    waits = [one for one in said if "synchroniz" in str(one.message).lower()]
+        for line in MODES[arguments.mode](probe):
+            print(line, flush=True)  # noqa: T201 - at once: what is known if time runs out.
+            found.append(line)
     if probe.is_gpu and arguments.mode == "speed":
+        waits = [one for one in said if "synchroniz" in str(one.message).lower()]
         places = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in waits})
         found.append(Line("places where the process waits for the GPU", "those of a batch's scores", ", ".join(places)))
-    for line in found:
-        print(line)  # noqa: T201
+        print(found[-1])  # noqa: T201
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(line) for line in found], indent=2) + "\n", encoding="utf-8")
     return 1 if any(line.is_wrong for line in found) else 0

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaq_pipeline.config.settings import ModelSettings
-from qaq_pipeline.lm import devices, lm_head, mixed_precision
+from qaq_pipeline.lm import devices, lm_head
 from qaq_pipeline.lm.batching import BatchTooLargeError
 from qaq_pipeline.lm.model_files import ModelFiles, ModelNotFoundError, unreadable
 from qaq_pipeline.lm.prompts import TokenSequence
@@ -53,11 +53,13 @@ class CausalLM:
         name: name of the model, for messages.
         sample_ids: token ids of an ordinary text, which the self-test scores.
         max_tokens: largest length of a sequence.
+        is_mixed: whether it computes in mixed precision from now on; its dtype is bfloat16.
         free_bytes: returns the memory that a batch may use; called before every batch. Default: of the model's device.
         choose: chooses the runner; default: `choose_runner`.
 
     Raises:
         UnsupportedModelError: the model's log-probabilities cannot be used for scores.
+        BrokenDeviceError: the device has failed, and this process can use it no more.
     """
 
     def __init__(
@@ -66,13 +68,20 @@ class CausalLM:
         name: str,
         sample_ids: Sequence[int] = (),
         max_tokens: int = 2048,
+        is_mixed: bool = False,
         free_bytes: Callable[[], float] | None = None,
         choose: Callable[..., Runner] | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._free_bytes = free_bytes or functools.partial(devices.free_memory, model.device)
-        self._runner = (choose or choose_runner)(self._model, name, sample_ids, max_tokens)
+        try:
+            self._runner = (choose or choose_runner)(self._model, name, sample_ids, max_tokens, is_mixed=is_mixed)
+        except RuntimeError as error:
+            if devices.has_failed(error):
+                raise BrokenDeviceError(f"{devices.name_of(model.device)}: {error}") from error
+            raise
         self._bytes_per_token = _bytes_per_token(model)
+        self._bytes_per_key = _bytes_per_key(model)
         self._bytes_per_square = _bytes_per_square(model)
         self.facts = self._facts()
 
@@ -95,7 +104,13 @@ class CausalLM:
         lengths = [len(sequence.token_ids) for sequence in sequences]
         num_tokens = max(lengths) * len(lengths) if self._runner.is_padded else sum(lengths)
         num_squares = max(lengths) ** 2 * (len(lengths) if self._runner.is_padded else 1)
-        num_bytes = num_tokens * self._bytes_per_token + num_squares * self._bytes_per_square
+        num_bytes = num_squares * self._bytes_per_square
+        if self._runner.shares_prefixes:
+            num_repeated = sum(one.num_shared for one in sequences)
+            prefixes = {tuple(one.token_ids[: one.num_shared]) for one in sequences}
+            num_bytes += num_repeated * self._bytes_per_key
+            num_tokens += sum(map(len, prefixes)) - num_repeated
+        num_bytes += num_tokens * self._bytes_per_token
         # A single sequence cannot be split: it waits until other processes free memory.
         if not self._is_room(num_bytes, PATIENCE_SECONDS if len(sequences) == 1 else 0):
             raise BatchTooLargeError(f"{num_tokens} tokens need {num_bytes / 1e6:,.2f} MB, more than is free")
@@ -112,8 +127,8 @@ class CausalLM:
         try:
             return work()
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                if _is_of_device(error):
+            if not devices.is_out_of_memory(error):
+                if devices.has_failed(error):
                     raise BrokenDeviceError(f"{self.facts.device}: {error}") from error
                 raise
         # Outside the except block, because its traceback keeps the failed batch's tensors alive.
@@ -225,7 +240,7 @@ def load_weights(files: ModelFiles, dtype: torch.dtype, device: torch.device) ->
             device_map=None if device.type == "cpu" else {"": device},
         )
     except Exception as error:  # transformers raises errors of any kind.
-        if _is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             raise
         check_weights(files)
         raise unreadable(files.folder, "weights", error) from error
@@ -273,26 +288,20 @@ def _bytes_per_token(model: Any) -> float:
     return (16 * hidden + 4 * inner) * itemsize + 4 * hidden + logits / 2
 
 
+def _bytes_per_key(model: Any) -> float:
+    """Memory of a key and a value of one layer that stand beside a sequence, in bytes: as they were, and gathered."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return 4.0 * (getattr(config, "num_key_value_heads", None) or heads) * size * model.dtype.itemsize
+
+
 def _bytes_per_square(model: Any) -> float:
     """Memory of the attention scores per pair of tokens, in bytes. Scores are materialised only if they are capped."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is None:
         return 0.0
     return config.num_attention_heads * (2 * model.dtype.itemsize + 8)
-
-
-_SAYS_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_SAYS_DEVICE_FAILED = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    is_said = any(words in str(error) for words in _SAYS_OUT_OF_MEMORY)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_said
-
-
-def _is_of_device(error: BaseException) -> bool:
-    """Whether the device failed: every later operation of this process on it would fail, too."""
-    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in _SAYS_DEVICE_FAILED)
 
 
 def load_model(
@@ -324,8 +333,6 @@ def load_model(
         torch.set_num_threads(1)
     dtype = devices.resolve_dtype(model.dtype, device)
     loaded = load_weights(files, devices.weights_dtype(dtype), device)
-    if dtype == "mixed":
-        mixed_precision.use(loaded)
     context = model_context(loaded)
     if context is not None and context < min_context:
         raise UnsupportedModelError(
@@ -334,7 +341,7 @@ def load_model(
         )
     free_bytes = functools.partial(devices.free_memory, device, num_processes)
     kind = GpuCausalLM if device.type == "cuda" else CausalLM
-    return kind(loaded, files.name, sample_ids, min_context or 2048, free_bytes)
+    return kind(loaded, files.name, sample_ids, min_context or 2048, dtype == "mixed", free_bytes)
 
 
 def num_bytes_to_load(files: ModelFiles) -> int:

@@ -96,7 +96,8 @@ def lease_gpus(device: torch.device, limit: int) -> Iterator[list[str]]:
 
 
 def prepare(device: torch.device) -> None:
-    """On a GPU: matrix products in full precision, and an allocator whose blocks can grow. Before the first tensor.
+    """Before the first tensor on a GPU: it is the current one, its products are in full precision, and blocks of its
+    memory can grow.
 
     Raises:
         DeviceNotFoundError: the environment forces products of fp32 into TF32, which rounds to 10 bits.
@@ -105,7 +106,10 @@ def prepare(device: torch.device) -> None:
         return
     if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
         raise DeviceNotFoundError("NVIDIA_TF32_OVERRIDE=1 rounds products of fp32 to 10 bits; unset it")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches its kernels on the current device.
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     products = torch.backends.cuda.matmul
     products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
@@ -127,7 +131,8 @@ class Copy:
         self._copy, self._done = tensor, None
         if tensor.device.type == "cuda":
             self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._done = torch.cuda.current_stream(tensor.device).record_event()
+            self._done = torch.cuda.Event(blocking=True)  # Whoever waits for it leaves the core to others.
+            self._done.record(torch.cuda.current_stream(tensor.device))
         else:
             self._copy = tensor.cpu()
 
@@ -136,6 +141,22 @@ class Copy:
         if self._done is not None:
             self._done.synchronize()
         return self._copy
+
+
+_SAYS_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_SAYS_DEVICE_FAILED = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, on the device or on the CPU."""
+    is_said = any(words in str(error) for words in _SAYS_OUT_OF_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_said
+
+
+def has_failed(error: BaseException) -> bool:
+    """Whether a device failed: every later operation of this process on it would fail, too."""
+    is_said = any(words in str(error) for words in _SAYS_DEVICE_FAILED)
+    return (isinstance(error, torch.AcceleratorError) or is_said) and not is_out_of_memory(error)
 
 
 def name_of(device: torch.device) -> str:

@@ -43,6 +43,7 @@ def compile_layers(runner: FastRunner, model: Any) -> Undo:
         ValueError: the architecture has no list of layers.
     """
     layers = _layers_of(runner.body, model)
+    torch._dynamo.reset()  # It stops to compile a function, without a word, after eight variants, whatever the model.
     AttentionInterface.register(attention.PACKED, torch.compiler.disable(attention.packed_attention))
     for layer in layers:
         compile_layer(layer)

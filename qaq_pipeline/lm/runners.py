@@ -24,15 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from qaq_pipeline.lm import attention, devices, gpu_speed, lm_head
+from qaq_pipeline.lm import attention, devices, gpu_speed, lm_head, mixed_precision
 from qaq_pipeline.lm.attention import AttentionUnsupportedError, PackedRow, Segment, SharedPrefix
-from qaq_pipeline.lm.model_error import ModelError
+from qaq_pipeline.lm.model_error import ModelError, first_line
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.schema.vocabularies import Quantity
 
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest mean difference from the model's own logits in the self-test, in nats per token, by dtype. Batches of another
 shape round differently (measured: at most 0.03 in bfloat16); a wrong head or mask differs by more."""
+
+MIXED_TOLERANCE = 0.03
+"""The same in mixed precision, whose logits are not rounded."""
 
 KEPT_PREFIXES = 8
 TESTED_TOKENS = 32
@@ -246,6 +249,8 @@ def choose_runner(
     max_tokens: int = 2048,
     wanted: Sequence[type[PackedRunner | PaddedRunner]] | None = None,
     changes: Mapping[str, Change] | None = None,
+    *,
+    is_mixed: bool = False,
 ) -> Runner:
     """The fastest runner that reproduces the model's own log-probabilities, within the rounding of its dtype.
 
@@ -259,13 +264,17 @@ def choose_runner(
         max_tokens: largest length of a sequence; the self-test uses no longer ones.
         wanted: runners to try, best first; default: by the device.
         changes: what may make the runner faster; default: `gpu_speed.CHANGES` on a GPU, else nothing.
+        is_mixed: whether the model, in bfloat16, computes in mixed precision from now on.
 
     Raises:
-        UnsupportedModelError: the model's log-probabilities are not finite, or depend on tokens to the right.
+        UnsupportedModelError: the model's log-probabilities are not finite, or depend on tokens to the right, or are
+            others in mixed precision.
     """
-    own, tolerance = OwnLogitsRunner(model), SELF_TEST_TOLERANCE[model.dtype]
+    own, tolerance = OwnLogitsRunner(model), MIXED_TOLERANCE if is_mixed else SELF_TEST_TOLERANCE[model.dtype]
     sequences = _test_sequences(model, sample_ids, max_tokens)
     expected = own.score(sequences)
+    if is_mixed:
+        expected = _mixed(own, model, sequences, expected, name)
     _check_model(own, sequences, expected, name, tolerance)
     label, attention_before = f"{name} ({type(model).__name__})", model.config._attn_implementation
     fastest_first = [PackedRunner, PaddedRunner] if can_pack(model.device, model.dtype) else [PaddedRunner]
@@ -276,12 +285,12 @@ def choose_runner(
             test = functools.partial(_difference_of, runner, sequences, expected)
             difference = test()
             if difference <= tolerance:
-                _speed_up(runner, model, label, test, changes)
+                _speed_up(runner, model, label, test, tolerance, changes)
                 return runner
             reason = f"its log-probabilities differ by {difference:.2g} nats from the model's own"
         # An architecture's code may raise any of these when it is used in a way that it does not support.
         except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if devices.is_out_of_memory(error) or devices.has_failed(error):
                 raise
             reason = str(error)
         model.set_attn_implementation(attention_before)
@@ -291,7 +300,12 @@ def choose_runner(
 
 
 def _speed_up(
-    runner: FastRunner, model: Any, label: str, test: Callable[[], float], changes: Mapping[str, Change] | None
+    runner: FastRunner,
+    model: Any,
+    label: str,
+    test: Callable[[], float],
+    tolerance: float,
+    changes: Mapping[str, Change] | None,
 ) -> None:
     """Make the changes after which the runner still gives the model's own log-probabilities."""
     if changes is None:
@@ -301,17 +315,43 @@ def _speed_up(
         try:
             undo = change(runner, model)
             found = test()
-            if found <= SELF_TEST_TOLERANCE[model.dtype]:
+            if found <= tolerance:
                 runner.changes.append(name)
                 continue
             reason = f"log-probabilities differ by {found:.2g} nats from the model's own"
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - compilers raise errors of any kind.
+        except Exception as error:  # Compilers raise errors of any kind.
+            if devices.is_out_of_memory(error) or devices.has_failed(error):
+                raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
         if undo is not None:
             undo()
         logger.warning("%s: %s cannot be used, which is slower: %s", label, name, reason)
+
+
+def _mixed(
+    own: OwnLogitsRunner,
+    model: Any,
+    sequences: Sequence[TokenSequence],
+    plain: list[list[torch.Tensor]],
+    name: str,
+) -> list[list[torch.Tensor]]:
+    """The model's own log-probabilities in mixed precision, in which it computes from now on."""
+    try:
+        mixed_precision.use(model)
+        expected = own.score(sequences)
+    except (RuntimeError, TypeError, ValueError) as error:  # An architecture's code may raise any of these.
+        if devices.is_out_of_memory(error) or devices.has_failed(error):
+            raise
+        raise UnsupportedModelError(
+            f"{name}: cannot be computed in mixed precision ({first_line(error)}); set `dtype: bfloat16`"
+        ) from error
+    difference = _mean_difference(expected, plain)
+    if difference > SELF_TEST_TOLERANCE[model.dtype]:
+        raise UnsupportedModelError(
+            f"{name}: its log-probabilities in mixed precision differ by {difference:.2g} nats from those in bfloat16; "
+            "set `dtype: bfloat16`"
+        )
+    return expected
 
 
 def _difference_of(runner: Runner, sequences: Sequence[TokenSequence], expected: list[list[torch.Tensor]]) -> float:

@@ -42,23 +42,24 @@ def is_worse(one: Texts, other: Texts) -> bool:
     has_lost, has_more = _has_lost_lines(one, other), _has_lost_lines(other, one)
     if has_lost or has_more:
         return has_lost and not has_more
-    for language, other_language in zip(_languages(one), _languages(other), strict=False):
-        parses, other_parses = _parses(one.answer, language), _parses(other.answer, other_language)
+    for language in _languages(one, other):
+        parses, other_parses = _parses(one.answer, language), _parses(other.answer, language)
         if parses != other_parses:
             return other_parses
     return False
 
 
-def _languages(texts: Texts) -> list[str]:
-    """Languages that the code of the answer may be of, the likeliest first.
+def _languages(one: Texts, other: Texts) -> list[str]:
+    """Languages that the code of both answers may be of, the likeliest first.
 
     Code of a language that nothing names is taken for Python: of two answers with the same words, one that parses as
-    Python is the better one. If that tells nothing, a language that the query names may.
+    Python is the better one. If that tells nothing, a language that the queries name may.
     """
-    if texts.language:
-        return [texts.language.lower()]
-    named = {word for word in re.findall(r"[a-z]+", texts.query.lower()) if word in _PARSERS}
-    return ["python", *sorted(named - {"python"})]
+    stated = {texts.language.lower() for texts in (one, other) if texts.language}
+    if stated:
+        return sorted(stated)
+    words = re.findall(r"[a-z]+", f"{one.query} {other.query}".lower())
+    return ["python", *sorted({word for word in words if word in _PARSERS} - {"python", "make"})]
 
 
 def _has_lost_lines(one: Texts, other: Texts) -> bool:

@@ -205,7 +205,7 @@ def test_a_batch_that_free_memory_does_not_hold_is_refused_before_it_runs(
 def test_attention_scores_are_counted_for_each_sequence_of_a_padded_batch(
     runner: type[PackedRunner | PaddedRunner], num_squares: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "choose_runner", lambda model, *_: runner(model))
+    monkeypatch.setattr(causal_lm, "choose_runner", lambda model, *_, **__: runner(model))
     model = tiny("gemma2")  # Its soft-capping materialises the scores.
     scorer = CausalLM(model, "tiny", free_bytes=lambda: 0)
     squares = num_squares * 500**2 * causal_lm._bytes_per_square(model)
@@ -213,6 +213,19 @@ def test_attention_scores_are_counted_for_each_sequence_of_a_padded_batch(
     with pytest.raises(BatchTooLargeError, match=f"^4000 tokens need {num_bytes / 1e6:.2f} MB"):
         scorer.score([sequence([1] * 500, (1, 500))] * 8)
     assert squares > 1e7
+
+
+def test_a_shared_prefix_takes_its_memory_once_and_its_keys_for_each_sequence() -> None:
+    model = tiny("llama")
+    scorer = CausalLM(model, "tiny", free_bytes=lambda: 0)
+    per_token, per_key = causal_lm._bytes_per_token(model), causal_lm._bytes_per_key(model)
+    batch = [sequence([1] * 25 + [number] * 10, (25, 35), num_shared=20) for number in range(40)]
+    batch.append(sequence([2] * 30, (29, 30), num_shared=20))
+    num_tokens = 40 * 15 + 10 + 2 * 20
+    num_bytes = num_tokens * per_token + 41 * 20 * per_key
+    with pytest.raises(BatchTooLargeError, match=f"^{num_tokens} tokens need {num_bytes / 1e6:.2f} MB"):
+        scorer.score(batch)
+    assert per_key == 4 * TINY["num_key_value_heads"] * TINY["head_dim"] * 4 < per_token / 10
 
 
 def test_free_memory_is_asked_for_before_every_batch(check_sentence: Check) -> None:
@@ -337,9 +350,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int]]]:
     seen: list[tuple[Any, list[int]]] = []
     choose = causal_lm.choose_runner
 
-    def spied(model: Any, name: str, sample_ids: list[int], max_tokens: int) -> Any:
+    def spied(model: Any, name: str, sample_ids: list[int], max_tokens: int, **others: Any) -> Any:
         seen.append((model, sample_ids))
-        return choose(model, name, sample_ids, max_tokens)
+        return choose(model, name, sample_ids, max_tokens, **others)
 
     monkeypatch.setattr(causal_lm, "choose_runner", spied)
     return seen

@@ -145,12 +145,23 @@ def test_products_on_a_gpu_are_in_full_precision(monkeypatch: pytest.MonkeyPatch
     products = torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("high")
     products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
+    torch.backends.cudnn.allow_tf32 = True
     devices.prepare(CPU)
     assert products.allow_tf32
     devices.prepare(torch.device("cuda"))
     assert not products.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
     assert not products.allow_bf16_reduced_precision_reduction
     assert not products.allow_fp16_reduced_precision_reduction
+
+
+def test_a_gpu_is_the_current_one_when_triton_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        devices.prepare(torch.device(name))
+    assert current == [torch.device("cuda:1")]
 
 
 def test_an_environment_that_forces_tf32_is_refused(monkeypatch: pytest.MonkeyPatch, check_sentence: Check) -> None:

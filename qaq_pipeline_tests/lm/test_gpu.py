@@ -109,6 +109,7 @@ def test_every_gpu_scores_in_a_process_that_holds_it(tiny_model_dir: Callable[..
         scorers = [functools.partial(SequenceChunkScorer, load) for load in loads]
         with open_processes(scorers) as processes:
             assert len({facts.device for facts in processes.facts}) == torch.cuda.device_count()
+            assert {facts.runner for facts in processes.facts} == {", ".join(["padded", *gpu_speed.CHANGES])}
             done = dict(processes.run(OneChunk(sequences())))
     assert sum(done.values()) == 40
 

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaq_pipeline.lm import attention, gpu_speed
 from qaq_pipeline.lm.causal_lm import CausalLM
 from qaq_pipeline.lm.lm_head import token_logprobs
 from qaq_pipeline.lm.runners import FastRunner, PackedRunner, PaddedRunner, choose_runner
+from qaq_pipeline.lm.workers import BrokenDeviceError
 from qaq_pipeline_tests.lm.test_runners import (
     TINY,
     AtOnceRunner,
@@ -76,8 +78,6 @@ def test_a_changed_runner_gives_the_models_own_full_logits(family: str, kind: ty
 
 
 def test_layers_share_what_is_compiled() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     frames = []
     for number in (2, 12):
         torch._dynamo.reset()
@@ -130,6 +130,29 @@ def test_on_a_cpu_nothing_is_changed(family: str) -> None:
     model = tiny(family)
     assert CausalLM(model, family).facts.runner in ("packed", "padded")
     assert not any(module._compiled_call_impl for module in model.modules())
+
+
+def test_layers_are_compiled_however_many_models_were_before() -> None:
+    """torch gives up on a function after eight variants, whichever model they were of, and says nothing."""
+    for number in range(10):
+        config = LlamaConfig(**TINY | {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64 + 8 * number})
+        model: Any = LlamaForCausalLM(config).eval()
+        model = model.to([torch.float32, torch.bfloat16][number % 2])
+        compiled_before = counters["frames"]["ok"]
+        choose_runner(model, "llama", changes={COMPILED: gpu_speed.CHANGES[COMPILED]})
+        assert counters["frames"]["ok"] > compiled_before
+
+
+@pytest.mark.parametrize("where", ["runner", "change"])
+def test_a_device_that_fails_in_the_self_test_is_named_as_broken(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    if where == "runner":
+        monkeypatch.setattr(PackedRunner, "logprobs", fail)
+    choose = functools.partial(choose_runner, changes={KERNEL: fail})
+    with pytest.raises(BrokenDeviceError, match=r"^cpu: CUDA error: an illegal memory access"):
+        CausalLM(tiny("llama"), "some/model", choose=choose)
 
 
 def test_memory_that_runs_out_while_layers_are_compiled_is_no_reason_to_go_on() -> None:

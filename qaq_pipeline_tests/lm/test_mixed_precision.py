@@ -5,23 +5,49 @@ The models are those of `test_runners`. A single log-probability may be nearer b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaq_pipeline.config.settings import ModelSettings
 from qaq_pipeline.lm import attention, causal_lm, devices, mixed_precision
 from qaq_pipeline.lm.model_files import ModelFiles
-from qaq_pipeline.lm.runners import OwnLogitsRunner, PackedRunner, PaddedRunner, choose_runner
-from qaq_pipeline_tests.lm.test_runners import AtOnceRunner, mixed_sequences, naive_scores, runner_of, tiny
+from qaq_pipeline.lm.runners import (
+    OwnLogitsRunner,
+    PackedRunner,
+    PaddedRunner,
+    UnsupportedModelError,
+    choose_runner,
+)
+from qaq_pipeline_tests.lm.test_runners import (
+    TINY,
+    AtOnceRunner,
+    mixed_sequences,
+    naive_scores,
+    runner_of,
+    tiny,
+)
+from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.varlen import attend_by_segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "cohere", "granite"]
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0}
+DEEPSEEK = {
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 
 
 def mixed(family: str) -> Any:
@@ -69,16 +95,67 @@ def test_sums_of_layers_and_logits_are_in_float32_and_products_in_bfloat16() -> 
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [("deepseek_v3", EXPERTS | DEEPSEEK | {"qk_nope_head_dim": 8, "num_key_value_heads": 4}), ("glm4_moe", EXPERTS)],
+)
+def test_what_an_architecture_computes_in_float32_stays_so(model_type: str, values: dict[str, Any]) -> None:
+    """The choice of experts: a wrong one changes a log-probability by more than all rounding."""
+    config = AutoConfig.for_model(model_type, **TINY | values)
+    plain, better = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        exact = AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16).float()
+        for errors, is_mixed in ((plain, False), (better, True)):
+            model = copy.deepcopy(exact).to(torch.bfloat16)
+            if is_mixed:
+                mixed_precision.use(model)
+            scores = runner_of(OwnLogitsRunner, model)(mixed_sequences())
+            errors.append(mean_error(scores, naive_scores(exact, mixed_sequences())))
+    assert sum(better) < sum(plain)
+
+
+def test_a_model_that_passes_over_its_body_computes_so_too() -> None:
+    config = AutoConfig.for_model("opt", **TINY | {"ffn_dim": 64, "word_embed_proj_dim": 32})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    chosen = choose_runner(model, "opt", is_mixed=True)
+    assert torch.isfinite(
+        torch.cat([torch.cat(one) for one in runner_of(lambda _: chosen, model)(mixed_sequences())])
+    ).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fastest_runner_is_the_same_as_in_bfloat16(family: str) -> None:
-    assert choose_runner(mixed(family), family).name == choose_runner(tiny(family, torch.bfloat16), family).name
+    runners = [choose_runner(tiny(family, torch.bfloat16), family, is_mixed=is_mixed) for is_mixed in (False, True)]
+    assert len({runner.name for runner in runners}) == 1
 
 
-def test_a_head_that_is_no_linear_layer_is_refused() -> None:
+def test_a_head_that_is_no_linear_layer_is_refused(check_sentence: Check) -> None:
     model = tiny("llama", torch.bfloat16)
-    model.lm_head = torch.nn.Identity()
-    with pytest.raises(ValueError, match="its head is no linear layer"):
-        mixed_precision.use(model)
+
+    class Head(torch.nn.Module):
+        def __init__(self, weight: torch.nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ self.weight.t()
+
+    model.lm_head = Head(model.lm_head.weight)
+    with pytest.raises(UnsupportedModelError) as error:
+        choose_runner(model, "some/model", is_mixed=True)
+    check_sentence(error.value)
+
+
+def test_a_model_that_mixed_precision_changes_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def double(model: Any) -> None:
+        model.get_output_embeddings().weight.data *= 2
+
+    monkeypatch.setattr(mixed_precision, "use", double)
+    with pytest.raises(UnsupportedModelError, match=r"^some/model: .* differ by .* set `dtype: bfloat16`$"):
+        choose_runner(tiny("llama", torch.bfloat16), "some/model", is_mixed=True)
 
 
 def test_a_model_is_loaded_in_mixed_precision_if_the_settings_say_so(
@@ -86,7 +163,13 @@ def test_a_model_is_loaded_in_mixed_precision_if_the_settings_say_so(
 ) -> None:
     monkeypatch.setattr(devices, "peak_flops_per_second", lambda *_: 1e9)
     used: list[Any] = []
-    monkeypatch.setattr(mixed_precision, "use", used.append)
+    use = mixed_precision.use
+
+    def spied(model: Any) -> None:
+        used.append(model)
+        use(model)
+
+    monkeypatch.setattr(mixed_precision, "use", spied)
     files = ModelFiles("tiny", tiny_model_dir(), "files:0")
     for dtype in ("bfloat16", "mixed"):
         settings = ModelSettings.model_validate({"directory": "tiny", "device": "cpu", "dtype": dtype})

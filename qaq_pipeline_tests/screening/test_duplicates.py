@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from typing import Any
+from unittest.mock import ANY
 
 import polars as pl
 import pytest
@@ -111,6 +112,22 @@ def test_flawed_code_does_not_stand_for_right_code(flawed: str, right: str, lang
 def test_code_may_be_of_the_language_that_the_query_names(query: str, flawed: str, right: str) -> None:
     assert found(raw_rows(row(query, flawed), row(query, right))) == {1: ("b1/a.jsonl:2.0", "near_duplicate", 1.0)}
     assert found(raw_rows(row(query, right), row(query, flawed))) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
+
+
+def test_both_answers_are_parsed_as_the_same_language() -> None:
+    right = "web:" + "".join(f"\n  {word}: {number}" for number, word in enumerate(WORDS[:30]))
+    flawed, queries = (
+        right.replace("\n  ", "\n\t"),
+        ("Write json and yaml of the service.", "Write yaml of the service."),
+    )
+    for one, other in (queries, queries[::-1]):
+        assert found(raw_rows(row(one, flawed), row(other, right))) == {1: ("b1/a.jsonl:2.0", "near_duplicate", ANY)}
+
+
+def test_make_is_a_word_of_its_own() -> None:
+    """A label and an indented line of a shell script are no rule of a Makefile."""
+    raw = raw_rows(*(row("Make a script.", f"help:\n{blank}echo one two three") for blank in ("    ", "\t")))
+    assert found(raw) == {2: ("b1/a.jsonl:1.0", "near_duplicate", 1.0)}
 
 
 def test_code_that_parses_as_python_is_the_better_one_whatever_else_the_query_names() -> None:
