@@ -374,6 +374,19 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(
     assert np.isfinite(value).all()
 
 
+@pytest.mark.parametrize(("device", "placed"), [("cpu", None), ("cuda:1", {"": torch.device("cuda:1")})])
+def test_weights_go_from_their_files_straight_to_a_gpu(
+    device: str, placed: dict[str, torch.device] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        causal_lm.AutoModelForCausalLM, "from_pretrained", lambda _folder, **options: asked.append(options)
+    )
+    causal_lm.load_weights(files(tmp_path), torch.bfloat16, torch.device(device))
+    (options,) = asked
+    assert options["device_map"] == placed
+
+
 def test_a_model_whose_attention_sdpa_cannot_compute_is_loaded_all_the_same(tmp_path: Path) -> None:
     model = tiny("gemma2")
     saved(model, tmp_path)

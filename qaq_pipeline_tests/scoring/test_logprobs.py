@@ -30,6 +30,7 @@ from qaq_pipeline.schema.vocabularies import QUANTITIES_OF, NullReason, Quantity
 from qaq_pipeline.scoring import logprobs
 from qaq_pipeline.scoring.logprobs import (
     TYPICAL_SHARE,
+    Estimate,
     Progress,
     ScoringModel,
     ScoringReport,
@@ -714,3 +715,24 @@ def test_a_small_model_reaches_a_smaller_share_of_a_gpus_peak_than_a_large_one()
     assert typical_share("cuda:0", 1e3) == small
     assert typical_share("cuda:0", 1e15) == large
     assert typical_share("cpu", 1.2e9) == TYPICAL_SHARE
+
+
+def test_an_estimate_counts_the_attention_of_the_tokens_that_are_computed() -> None:
+    class Forecast:
+        num_sequences = expected_sequences = 1
+        expected_tokens, expected_shared_tokens, expected_targets = 100, 40, 10
+        expected_attended, expected_shared_attended = 5050, 820
+
+    plan: Any = Forecast()
+    facts = ScorerFacts(
+        "r", is_padded=True, shares_prefixes=False, batch_tokens=1, flops_per_token=7, flops_per_target=3
+    )
+    facts = replace(facts, flops_per_attended=2, peak_flops_per_second=1000)
+    assert Estimate.of(plan, [facts]).flops == 100 * 7 + 10 * 3 + 5050 * 2
+    shared = Estimate.of(plan, [replace(facts, shares_prefixes=True)])
+    assert shared.flops == 60 * 7 + 10 * 3 + (5050 - 820) * 2
+    assert shared.seconds == shared.flops / (TYPICAL_SHARE * 1000)
+    on_gpu = Estimate.of(plan, [replace(facts, shares_prefixes=True, device="cuda:0")] * 2)
+    assert on_gpu.seconds == shared.flops / (typical_share("cuda", 7) * 2000)
+    unknown = Estimate.of(plan, [replace(facts, flops_per_token=0)])
+    assert (unknown.flops, math.isnan(unknown.seconds)) == (0, True)

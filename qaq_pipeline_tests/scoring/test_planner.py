@@ -393,6 +393,8 @@ def test_cached_and_scored_quantities_are_together_all_that_can_be_scored(
     assert all(one.targets for one in sequences)
     assert plan.num_sequences == plan.expected_sequences == len(sequences)
     assert plan.num_tokens == plan.expected_tokens == sum(len(one.token_ids) for one in sequences)
+    assert plan.expected_attended == sum(sum(range(len(one.token_ids) + 1)) for one in sequences)
+    assert plan.expected_shared_attended == sum(sum(range(one.num_shared + 1)) for one in sequences)
     assert plan.sums.num_encoded == plan.num_pairs == len(pairs)
 
 
