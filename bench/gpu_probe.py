@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench import workload
 from bench.workload import PRODUCTION, SHORT
 from qaq_pipeline.lm import causal_lm, devices, gpu_speed, lm_head, mixed_precision, runners
-from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError, num_attended
+from qaq_pipeline.lm.batching import BatchQueue, BatchTooLargeError
 from qaq_pipeline.lm.causal_lm import CausalLM, GpuCausalLM
 from qaq_pipeline.lm.prompts import Target, TokenSequence
 from qaq_pipeline.lm.runners import PackedRunner, PaddedRunner
@@ -86,7 +86,6 @@ FP32_TOLERANCE = 1e-4
 """Of a log-probability in fp32 between devices, in nats."""
 PREDICTED_SHARES = {"0.6B": (0.22, 0.45), "6.7B": (0.60, 0.70)}
 """Share of the matmul peak before and after the changes, by arithmetic for an H100."""
-BATCH_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,6 @@ def env(probe: Probe) -> Iterator[Line]:
         yield Line(name, "", version(name))
     yield Line("python, cores", "3.11 to 3.13", f"{platform.python_version()}, {devices.num_cores()}")
     yield Line("free memory of the machine, GB", "", f"{devices.available_memory() / 1e9:,.1f}")
-    devices.prepare(probe.device)
     products = torch.backends.cuda.matmul
     settings = {
         "TF32": products.allow_tf32,
@@ -307,9 +305,7 @@ def memory(probe: Probe) -> Iterator[Line]:
 
 def first_batch(scorer: CausalLM, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     """Return the longest sequences that make one batch."""
-    return BatchQueue(
-        [sequences], min(BATCH_TOKENS, scorer.facts.batch_tokens), is_padded=scorer.facts.is_padded
-    ).take()
+    return BatchQueue([sequences], scorer.facts.batch_tokens, is_padded=scorer.facts.is_padded).take()
 
 
 def allocated(probe: Probe) -> int:
@@ -405,12 +401,7 @@ def lines_of(
     for what, sequences in passes.items():
         seconds, host = seconds_of_scoring(probe, scorer, sequences)
         num_tokens = sum(len(one.token_ids) for one in sequences)
-        work = scorer.facts.flops(
-            num_tokens,
-            sum(target.stop - target.start for one in sequences for target in one.targets),
-            sum(num_attended(len(one.token_ids)) for one in sequences),
-        )
-        share = work / seconds / scorer.facts.peak_flops_per_second
+        share = workload.flops(scorer.facts, sequences) / seconds / scorer.facts.peak_flops_per_second
         yield Line(
             f"{stage} ({scorer.facts.runner}), {what}",
             f"share {predicted:.2f}" if what == "four likelihoods" and not math.isnan(predicted) else "",
@@ -440,9 +431,8 @@ def scorer_of(probe: Probe, model: Any, name: str, stage: Stage) -> GpuCausalLM:
 def seconds_of_scoring(probe: Probe, scorer: GpuCausalLM, sequences: Sequence[TokenSequence]) -> tuple[float, float]:
     """Return the fewest seconds to score the sequences, and the process's own CPU seconds then."""
     found = []
-    for rotation in range(2 if probe.is_tiny else 3):
-        budget = scorer.facts.batch_tokens if rotation else min(scorer.facts.batch_tokens, BATCH_TOKENS)
-        queue = BatchQueue([sequences], budget, is_padded=scorer.facts.is_padded)
+    for _ in range(2 if probe.is_tiny else 3):
+        queue = BatchQueue([sequences], scorer.facts.batch_tokens, is_padded=scorer.facts.is_padded)
         probe.wait()
         started, host = time.perf_counter(), time.process_time()
         for _batch, _scores in score_batches(scorer, queue):

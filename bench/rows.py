@@ -26,7 +26,7 @@ import torch
 from bench import opponents, workload
 from bench.opponents import Score
 from bench.workload import LONG, SHORT, Mix
-from qaq_pipeline.lm.batching import BatchQueue, num_attended
+from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.causal_lm import CausalLM, GpuCausalLM
 from qaq_pipeline.lm.devices import free_memory, matmul_flops_per_second, prepare
 from qaq_pipeline.lm.prompts import TokenSequence
@@ -147,15 +147,6 @@ def rotate(
     return seconds, peaks
 
 
-def flops(engine: CausalLM, sequences: Sequence[TokenSequence]) -> float:
-    """Return the useful floating-point operations of these passes: body, causal attention, head on the targets."""
-    return engine.facts.flops(
-        sum(len(one.token_ids) for one in sequences),
-        sum(target.stop - target.start for one in sequences for target in one.targets),
-        sum(num_attended(len(one.token_ids)) for one in sequences),
-    )
-
-
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +173,7 @@ def speed_rows(mix: Mix, goal_fp32: float, rotations: int) -> list[Row]:
         return tuple(b / a for a, b in zip(ours, theirs, strict=True))
 
     def share(dtype: torch.dtype) -> tuple[float, ...]:
-        work, name = flops(engines[dtype], sequences), f"{ENGINE} {dtype}"
+        work, name = workload.flops(engines[dtype].facts, sequences), f"{ENGINE} {dtype}"
         return tuple(work / s / p for s, p in zip(seconds[name], peaks[name], strict=True))
 
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -364,7 +355,7 @@ def gpu_rows(name: str, device: str, rotations: int) -> list[Row]:
         rotations,
         place,
     )
-    work = flops(engine, sequences)
+    work = workload.flops(engine.facts, sequences)
     all_tokens, few_tokens = (sum(len(one.token_ids) for one in part) for part in (sequences, few))
     scale = few_tokens / all_tokens
     share = tuple(work / s / p for s, p in zip(seconds[ENGINE], peaks[ENGINE], strict=True))

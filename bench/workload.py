@@ -5,6 +5,7 @@ Belongs here: shapes, lengths, the four likelihoods of a pair as sequences. Does
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from qaq_pipeline.lm.batching import num_attended
 from qaq_pipeline.lm.prompts import Target, TokenSequence
+from qaq_pipeline.lm.workers import ScorerFacts
 from qaq_pipeline.schema.vocabularies import Quantity
 
 BOS = 1
@@ -137,3 +140,12 @@ def default_passes(items: list[Item], prefix_tokens: int = 75) -> list[TokenSequ
             target = Target(quantity, len(ids) - len(item.q), len(ids))
             sequences.append(TokenSequence(f"{number:032x}", ids, (target,), num_shared=prefix_tokens - 1))
     return sequences
+
+
+def flops(facts: ScorerFacts, sequences: Sequence[TokenSequence]) -> float:
+    """Return the useful floating-point operations of these passes: body, causal attention, head on the targets."""
+    return facts.flops(
+        sum(len(one.token_ids) for one in sequences),
+        sum(target.stop - target.start for one in sequences for target in one.targets),
+        sum(num_attended(len(one.token_ids)) for one in sequences),
+    )

@@ -267,9 +267,14 @@ def _flops_per_attended(model: Any) -> float:
     A product of a query and a key, and one of a weight and a value. Too many for layers without attention.
     """
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    heads, size = _heads_of(config)
     return 4.0 * config.num_hidden_layers * heads * size
+
+
+def _heads_of(config: Any) -> tuple[int, int]:
+    """Number of attention heads and size of each; 0 if the architecture has none."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads, getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
 
 
 def _bytes_per_token(model: Any) -> float:
@@ -291,8 +296,7 @@ def _bytes_per_token(model: Any) -> float:
 def _bytes_per_key(model: Any) -> float:
     """Memory of a key and a value of one layer that stand beside a sequence, in bytes: as they were, and gathered."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    heads, size = _heads_of(config)
     return 4.0 * (getattr(config, "num_key_value_heads", None) or heads) * size * model.dtype.itemsize
 
 

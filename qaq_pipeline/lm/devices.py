@@ -159,6 +159,11 @@ def has_failed(error: BaseException) -> bool:
     return (isinstance(error, torch.AcceleratorError) or is_said) and not is_out_of_memory(error)
 
 
+def is_of_machine(error: BaseException) -> bool:
+    """Whether the error says nothing about what was computed: memory has run out, or a device has failed."""
+    return is_out_of_memory(error) or has_failed(error)
+
+
 def name_of(device: torch.device) -> str:
     """The device for people: `cpu`, or `cuda:0 (NVIDIA H100)`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

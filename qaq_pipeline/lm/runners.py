@@ -290,7 +290,7 @@ def choose_runner(
             reason = f"its log-probabilities differ by {difference:.2g} nats from the model's own"
         # An architecture's code may raise any of these when it is used in a way that it does not support.
         except (RuntimeError, TypeError, ValueError) as error:
-            if devices.is_out_of_memory(error) or devices.has_failed(error):
+            if devices.is_of_machine(error):
                 raise
             reason = str(error)
         model.set_attn_implementation(attention_before)
@@ -320,7 +320,7 @@ def _speed_up(
                 continue
             reason = f"log-probabilities differ by {found:.2g} nats from the model's own"
         except Exception as error:  # Compilers raise errors of any kind.
-            if devices.is_out_of_memory(error) or devices.has_failed(error):
+            if devices.is_of_machine(error):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
         if undo is not None:
@@ -340,7 +340,7 @@ def _mixed(
         mixed_precision.use(model)
         expected = own.score(sequences)
     except (RuntimeError, TypeError, ValueError) as error:  # An architecture's code may raise any of these.
-        if devices.is_out_of_memory(error) or devices.has_failed(error):
+        if devices.is_of_machine(error):
             raise
         raise UnsupportedModelError(
             f"{name}: cannot be computed in mixed precision ({first_line(error)}); set `dtype: bfloat16`"
