@@ -104,7 +104,7 @@ class Chunks:
         self._plan, self._identity, self._storage = plan, identity, storage
         self._num_processes = num_processes
         self._fewest = CHARACTERS_PER_TOKEN * max(fact.batch_tokens for fact in facts)
-        self._left = int(plan.pairs.num_characters.sum(dtype=np.int64))
+        self._left = int(plan.pairs.num_characters().sum(dtype=np.int64))
         self._pairs = self._with_known()
         self._next: ChunkPair | None = next(self._pairs, None)
 

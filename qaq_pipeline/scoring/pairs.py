@@ -23,7 +23,11 @@ TEXTS = ("system", "query", "answer", "history")
 """Columns of the texts of a pair, in the order of `Pair`."""
 
 BYTES_AT_ONCE = 1 << 26
-"""Bytes of texts that are in memory at once. Each time, all texts are read, and these are kept."""
+"""Bytes of pairs that are in memory at once. Each time, all texts are read, and these are kept."""
+_BYTES_BESIDE_TEXTS = 150
+"""Of a pair in memory: its pair_id, its place, and where its texts lie."""
+_PAIRS_PER_SIZE = 64
+"""The bytes of so many pairs are counted together."""
 
 _OF_HISTORY = pl.col("history").list.eval(pl.element().struct.field("content").str.len_bytes()).list.sum()
 _SIZES = {
@@ -80,11 +84,11 @@ class Pairs:
 class LongestFirst:
     """Pairs in the order in which they are scored: the longest first, by number of characters, then as they are read.
 
-    The place of a pair is its number in this order, from 0. Twelve bytes of each pair are in memory.
+    The place of a pair is its number in this order, from 0. Four bytes of each pair are in memory.
 
     Args:
         pairs: distinct pairs.
-        bytes_at_once: bytes of texts in memory at once; one window is always possible.
+        bytes_at_once: bytes of pairs in memory at once; one window is always possible.
     """
 
     def __init__(self, pairs: Pairs, bytes_at_once: int = BYTES_AT_ONCE) -> None:
@@ -93,16 +97,25 @@ class LongestFirst:
         parts = [part.select(**_SIZES) for part in pairs.read(*TEXTS)]
         sizes = pl.concat([pl.DataFrame(schema=dict.fromkeys(_SIZES, pl.UInt32())), *parts])
         order = np.argsort(~sizes["num_characters"].to_numpy(), kind="stable")
-        self.num_characters = sizes["num_characters"].to_numpy()[order]
-        """Of query and answer, by place."""
-        self._num_bytes = sizes["num_bytes"].to_numpy()[order]
-        self._places = np.empty(len(self), np.uint32)
+        num_characters, firsts = np.unique(sizes["num_characters"].to_numpy()[order], return_index=True)
+        self._num_characters, self._firsts = num_characters[::-1], firsts[::-1]
+        """The distinct lengths, the longest first, and the first place of each."""
+        self._places = np.empty(len(order), np.uint32)
         """Of the pairs, in the order in which they are read."""
-        self._places[order] = np.arange(len(self), dtype=np.uint32)
+        self._places[order] = np.arange(len(order), dtype=np.uint32)
+        starts = np.arange(0, len(order), _PAIRS_PER_SIZE)
+        num_bytes = np.add.reduceat(sizes["num_bytes"].to_numpy()[order], starts, dtype=np.int64)
+        self._num_bytes = num_bytes + _BYTES_BESIDE_TEXTS * _PAIRS_PER_SIZE
+        """Of each 64 places, from the first."""
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self.num_characters)
+        return len(self._places)
+
+    def num_characters(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Of query and answer of the pairs in a range of places, by place."""
+        places = np.arange(start, len(self) if stop is None else stop)
+        return self._num_characters[np.searchsorted(self._firsts, places, side="right") - 1]
 
     def pair_ids(self, start: int = 0, stop: int | None = None) -> pl.Series:
         """Of the pairs in a range of places, by place. All are read again."""
@@ -117,7 +130,8 @@ class LongestFirst:
         """Ranges of places, of whole windows, whose texts are in memory at once."""
         start = num_bytes = 0
         for first in range(0, len(self), num_pairs):
-            of_window = int(self._num_bytes[first : first + num_pairs].sum(dtype=np.uint64))
+            stop = first + num_pairs
+            of_window = int(self._num_bytes[first // _PAIRS_PER_SIZE : -(-stop // _PAIRS_PER_SIZE)].sum())
             if first > start and num_bytes + of_window > self._bytes_at_once:
                 yield start, first
                 start, num_bytes = first, 0

@@ -145,7 +145,7 @@ class Plan:
     def _unfinished(self, first: int, stop: int) -> tuple[int, int]:
         """Number and characters of the pairs at these places that have wanted quantities outside the cache."""
         is_unfinished = self._is_unfinished[first:stop]
-        num_characters = self.pairs.num_characters[first:stop].sum(where=is_unfinished, dtype=np.int64)
+        num_characters = self.pairs.num_characters(first, stop).sum(where=is_unfinished, dtype=np.int64)
         return int(is_unfinished.sum()), int(num_characters)
 
     def _plan(self, encoded: Sequence[EncodedPair]) -> list[TokenSequence]:

@@ -46,12 +46,12 @@ def test_every_pair_is_in_one_chunk_the_longest_first(storage: Storage) -> None:
 
 def test_chunks_become_smaller_towards_the_end_so_that_no_process_waits_long(storage: Storage) -> None:
     whole = plan(500, storage)
-    total = int(whole.pairs.num_characters.sum())
+    total = int(whole.pairs.num_characters().sum())
     sizes = [
         sum(len(one.pair.query) + len(one.pair.answer) for one in chunk)
         for chunk in iter(chunks_of(whole, storage).take, [])
     ]
-    longest = int(whole.pairs.num_characters.max())
+    longest = int(whole.pairs.num_characters().max())
     assert total / 8 <= sizes[0] <= total / 8 + longest
     assert all(later <= size + longest for size, later in itertools.pairwise(sizes))
     assert all(size >= FEWEST for size in sizes[:-1])

@@ -44,7 +44,7 @@ def test_windows_are_the_longest_first_whatever_is_read_at_once(size: int, bytes
     assert list(itertools.chain(*windows)) == ORDERED
     assert all(len(one) == window for one in windows[:-1])
     assert ordered.pair_ids().to_list() == [one.pair_id for one in ORDERED]
-    assert ordered.num_characters.tolist() == [len(one.query) + len(one.answer) for one in ORDERED]
+    assert ordered.num_characters().tolist() == [len(one.query) + len(one.answer) for one in ORDERED]
 
 
 @pytest.mark.parametrize(("bytes_at_once", "num_readings"), [(10**6, 1), (1, 13)])
@@ -63,21 +63,25 @@ def test_texts_are_read_once_to_order_them_and_once_for_each_range_that_is_in_me
 
 
 def size_of(one: Pair) -> int:
-    """Bytes of all texts of a pair."""
+    """Bytes of a pair in memory: all texts, and what every pair takes."""
     history = "".join(turn["content"] for turn in one.history or ())
-    return len(((one.system or "") + one.query + one.answer + history).encode())
+    return len(((one.system or "") + one.query + one.answer + history).encode()) + 150
 
 
-def test_the_texts_in_memory_are_at_most_so_many_bytes_or_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, limit, ordered = [], 300, LongestFirst(in_parts(7), 300)
+@pytest.mark.parametrize("limit", [1, 30_000, 60_000])
+def test_the_pairs_in_memory_take_at_most_so_many_bytes_or_are_one_window(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    pairs = [pair(number) for number in range(1000)]
+    found, ordered = [], LongestFirst(Pairs.of(pairs), limit)
+    sizes = [size_of(one) for one in itertools.chain(*ordered.windows(64))]
     texts: Callable[[int, int], pl.DataFrame] = ordered._texts
     monkeypatch.setattr(ordered, "_texts", lambda start, stop: found.append((start, stop)) or texts(start, stop))
-    list(ordered.windows(4))
-    assert [stop for _, stop in found] == [*(start for start, _ in found[1:]), len(PAIRS)]
+    list(ordered.windows(64))
+    assert [stop for _, stop in found] == [*(start for start, _ in found[1:]), len(pairs)]
     for start, stop in found:
-        num_bytes = sum(map(size_of, ORDERED[start:stop]))
-        assert num_bytes <= limit or stop - start == 4
-        assert stop == len(PAIRS) or num_bytes + sum(map(size_of, ORDERED[stop : stop + 4])) > limit
+        assert sum(sizes[start:stop]) <= limit or stop - start <= 64
+        assert stop == len(pairs) or sum(sizes[start : stop + 64]) > limit
 
 
 def test_pairs_of_two_tables_are_read_one_after_the_other() -> None:
