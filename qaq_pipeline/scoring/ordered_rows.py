@@ -59,7 +59,8 @@ class OrderedRows:
             return
         self._close()
         rows = pl.scan_parquet(self._files, glob=False)
-        starts = sorted(self._starts)[:: max(self._rows_at_once // _ROWS_PER_START, 1)]
+        # Half as many as were written at once: they are in memory as they were read, and sorted.
+        starts = sorted(self._starts)[:: max(self._rows_at_once // (2 * _ROWS_PER_START), 1)]
         for start, stop in zip(starts, [*starts[1:], None], strict=True):
             wanted = pl.col("pair_id") >= start
             yield rows.filter(wanted if stop is None else wanted & (pl.col("pair_id") < stop)).sort("pair_id").collect()
