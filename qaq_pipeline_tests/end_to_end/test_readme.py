@@ -84,7 +84,7 @@ def _read(address: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(5400)
 def test_every_command_runs_as_printed_one_after_the_other(tmp_path: Path) -> None:
     shell, shown = Shell(tmp_path), {}
     lines = [line.strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
