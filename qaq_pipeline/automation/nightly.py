@@ -5,6 +5,7 @@ import dagster as dg
 from qaq_pipeline.automation.sensor_status import status_sentence
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
+from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import Events
 from qaq_pipeline.runs.refresh import refresh_all
@@ -21,7 +22,9 @@ def build_nightly_job(settings: Settings) -> dg.JobDefinition:
         done = refresh_all(Deployment(settings, context.instance), Events(on_notice=context.log.warning))
         context.log.info(done.sentence)
 
-    @dg.job(name=NIGHTLY, executor_def=dg.in_process_executor)
+    executor = liveness.in_living_process(dg.in_process_executor, liveness.run_locks(settings))
+
+    @dg.job(name=NIGHTLY, executor_def=executor)
     def refresh() -> None:
         """Does the same as `qaq refresh`: rebuilds stale tables, the oldest batch first, then publishes."""
         refresh_stale_tables()

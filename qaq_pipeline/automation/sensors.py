@@ -13,7 +13,6 @@ from qaq_pipeline.automation.screening_sensor import build_screening_sensor
 from qaq_pipeline.automation.sensor_status import default_status, status_sentence
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration import liveness
-from qaq_pipeline.runs.job_runs import lock_directory
 
 
 def build_automation(settings: Settings) -> dg.Definitions:
@@ -25,7 +24,7 @@ def build_automation(settings: Settings) -> dg.Definitions:
             build_landing_sensor(settings),
             _build_curation_sensor(settings),
             build_screening_sensor(settings),
-            _build_dead_runs_sensor(),
+            _build_dead_runs_sensor(settings),
             build_alert_sensor(settings),
         ],
         schedules=[build_nightly_schedule(settings, job)],
@@ -43,7 +42,7 @@ def _build_curation_sensor(settings: Settings) -> dg.SensorDefinition:
     )
 
 
-def _build_dead_runs_sensor() -> dg.SensorDefinition:
+def _build_dead_runs_sensor(settings: Settings) -> dg.SensorDefinition:
     """Build a sensor that runs whatever `automation.started` says: a dead run keeps every other from starting."""
 
     @dg.sensor(
@@ -55,7 +54,7 @@ def _build_dead_runs_sensor() -> dg.SensorDefinition:
         ),
     )
     def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        ended = liveness.end_dead_runs(context.instance, lock_directory())
+        ended = liveness.end_dead_runs(context.instance, liveness.run_locks(settings))
         for run_id in ended:
             context.log.warning("run %s: its process is gone; the run is marked as failed", run_id)
         return dg.SkipReason(f"{len(ended)} dead runs ended" if ended else "no run is dead")

@@ -26,7 +26,8 @@ from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.publication import exports
 from qaq_pipeline.scoring.pools import SCORING_LIBRARIES
 from qaq_pipeline.screening.benchmarks import BenchmarkError, load_benchmark
-from qaq_pipeline.storage.storage import open_storage
+from qaq_pipeline.storage.files import Files
+from qaq_pipeline.storage.locks import open_locks
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def doctor(config_file: ConfigOption = None) -> None:
     """Check models, devices, storage, benchmarks, Dagster home and versions; exit 1 if something is missing."""
     settings = read_settings(config_file)
     # In the order in which a run would depend on them.
-    findings = [_versions(), *_models(settings), _storage(settings), *_benchmarks(settings)]
+    findings = [_versions(), *_models(settings), _storage(settings), _locks(settings), *_benchmarks(settings)]
     findings += [_exports(settings), _dagster_home()]
     result = Table("", "check", "finding", title="qaq doctor")
     for finding in findings:
@@ -91,12 +92,27 @@ def _models(settings: Settings) -> Iterator[Finding]:
 def _storage(settings: Settings) -> Finding:
     name = f".doctor-{uuid.uuid4().hex}"
     try:
-        storage = open_storage(settings)
-        storage.files.write_bytes(b"qaq", name)
-        storage.files.remove(name)
-    except (OSError, SettingsError) as error:
+        files = Files(settings.storage_root)
+        files.write_bytes(b"qaq", name)
+        files.remove(name)
+    except (OSError, ValueError, ImportError) as error:
         return Finding("storage", is_ok=False, text=f"{settings.storage_root}: cannot be written ({error})")
     return Finding("storage", is_ok=True, text=f"{settings.storage_root}: writable")
+
+
+def _locks(settings: Settings) -> Finding:
+    kind, name = settings.storage.locks.kind, f"doctor-{uuid.uuid4().hex}"
+    try:
+        locks = open_locks(settings, settings.home / "locks")
+        with locks.hold(name):
+            pass
+        locks.forget(name)
+    except (OSError, SettingsError) as error:
+        return Finding("locks", is_ok=False, text=f"{kind}: {error}")
+    if locks.are_of_one_machine and "://" in settings.storage_root:
+        remedy = f"if another one writes {settings.storage_root} too, set storage.locks.kind: postgres"
+        return Finding("locks", is_ok=True, text=f"{kind}: of this machine; {remedy}", is_warning=True)
+    return Finding("locks", is_ok=True, text=kind)
 
 
 def _benchmarks(settings: Settings) -> Iterator[Finding]:

@@ -24,11 +24,12 @@ def status(
 ) -> None:
     """Show the state of every batch, why one is left out of the published dataset, and whether the daemon runs."""
     from qaq_pipeline.automation import unattended
+    from qaq_pipeline.orchestration.liveness import run_locks
     from qaq_pipeline.runs.status import batch_status, running
 
     with open_deployment(config_file, makes_home=False) as deployment:
         batches = batch_status(deployment)
-        at_work = running(deployment.instance)
+        at_work = running(deployment.instance, run_locks(deployment.settings))
         for sentence in unattended.unattended(deployment.instance, datetime.now(UTC)):
             say(sentence)
     for entry, reason in landing.read_refused(deployment.storage).items():

@@ -248,11 +248,24 @@ class AutomationSettings(Closed):
         return self
 
 
+class LockSettings(Closed):
+    """Locks between processes that write the same storage or use the same Dagster instance."""
+
+    kind: Literal["files", "postgres"] = "files"
+    """`files`: in QAQ_HOME, between the processes of one machine. `postgres`: advisory locks of a database, between all
+    machines that use it; needs the extra `postgres`."""
+    url_from: str = Field("QAQ_POSTGRES_URL", pattern=_IDENTIFIER)
+    """Environment variable with the URL of the database, such as postgresql://qaq@db.example/qaq. The password may be
+    in it, or in PGPASSWORD. `files` ignores it."""
+
+
 class StorageSettings(Closed):
     """The place of tables, deliveries and the score cache."""
 
     root: str | None = None
     """Local path or fsspec URL (s3://…, gs://…). Default: QAQ_HOME/storage."""
+    locks: LockSettings = LockSettings()
+    """Locks of what is written."""
 
 
 class ModelSettings(Closed):

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.pipeline import PIPELINE, Asset, Pipeline, Purpose
+
+BY_DRIVER = "qaq/driver"
+"""Tag of the runs of a driver, such as `qaq run`."""
 
 _Condition = dg.AutomationCondition
 
@@ -104,7 +106,7 @@ def _follows(last_input: str) -> dg.AutomationCondition:
 
 
 def _was_last_made_by_driver(last_input: str) -> dg.AutomationCondition:
-    tag = {liveness.TAG}
+    tag = {BY_DRIVER}
     # The first sees no event where there was none before; the second sees the newest batch only.
     by_driver = _Condition.all_new_updates_have_run_tags(tag_keys=tag) | _Condition.executed_with_tags(tag_keys=tag)
     made_otherwise = _input_matches(last_input, _Condition.newly_updated() & ~by_driver)

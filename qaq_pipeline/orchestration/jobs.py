@@ -10,7 +10,7 @@ import dagster as dg
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Present
-from qaq_pipeline.orchestration import conditions
+from qaq_pipeline.orchestration import conditions, liveness
 from qaq_pipeline.orchestration.assets import build_assets, made_under
 from qaq_pipeline.orchestration.checks import build_checks
 from qaq_pipeline.orchestration.executors import build_executor
@@ -60,7 +60,7 @@ def build_job_defs(
             for name, assets in made.jobs().items()
         ],
         resources=resources | (resource_overrides or {}),
-        executor=build_executor(settings.runtime),
+        executor=liveness.in_living_process(build_executor(settings.runtime), liveness.run_locks(settings)),
     )
 
 

@@ -9,22 +9,24 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import dagster as dg
 
 from qaq_pipeline.config.base import SettingsError, settings_hash
-from qaq_pipeline.config.load import dagster_home, load_settings
+from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.orchestration import liveness
+from qaq_pipeline.orchestration.conditions import BY_DRIVER
 from qaq_pipeline.orchestration.failures import describe
 from qaq_pipeline.orchestration.jobs import build_job_defs
 from qaq_pipeline.pipeline import PIPELINE
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import Progress
+from qaq_pipeline.storage.locks import Locks
 from qaq_pipeline.trial.trial import TrialProgress
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -76,12 +78,13 @@ SILENT = Events()
 
 @dataclass(frozen=True)
 class Driver:
-    """Runs jobs of a deployment from this process. Its runs carry a tag that tells whether the process still lives."""
+    """Runs jobs of a deployment from this process."""
 
     deployment: Deployment
     events: Events
     _jobs: dg.Definitions
-    _tags: Mapping[str, str]
+    _locks: Locks
+    """Of runs."""
     _signal_come: Callable[[], int | None]
     """The number of a signal that came since it was last asked."""
 
@@ -106,12 +109,15 @@ class Driver:
             )
 
     def _run_job(self, job_name: str, partition: Partition | None) -> str:
-        instance, tags = self.deployment.instance, {**self._tags, **_partition_tags(partition)}
+        instance, tags = self.deployment.instance, {BY_DRIVER: "true", **_partition_tags(partition)}
         if self.deployment.settings.runtime.executor != "in_process":
             result = _run_in_processes(self.deployment, job_name, tags)
         else:
-            job = self._jobs.resolve_job_def(job_name)
-            result = job.execute_in_process(instance=instance, run_config=_QUIET, tags=tags, raise_on_error=False)
+            job, run_id = self._jobs.resolve_job_def(job_name), str(uuid.uuid4())
+            with liveness.living(self._locks, run_id) as tag:
+                result = job.execute_in_process(
+                    instance=instance, run_id=run_id, run_config=_QUIET, tags=tags | tag, raise_on_error=False
+                )
         if not result.success:
             self._end_if_interrupted(f"during {_name(job_name, partition)}")
             failures = [event for event in result.all_events if event.is_step_failure or event.is_run_failure]
@@ -123,20 +129,16 @@ def _name(job_name: str, partition: Partition | None) -> str:
     return f"{job_name} of {partition}" if partition else job_name
 
 
-def lock_directory() -> Path:
-    """The folder with a lock file for each living driver."""
-    return dagster_home() / "driver_locks"
-
-
 @contextmanager
 def driving(deployment: Deployment, events: Events) -> Iterator[Driver]:
     """Yield a driver of the deployment, after runs of dead processes are ended."""
     jobs = build_job_defs(deployment.settings, on_progress=events.on_progress, on_training=events.on_training)
-    liveness.end_dead_runs(deployment.instance, lock_directory())
+    locks = liveness.run_locks(deployment.settings)
+    liveness.end_dead_runs(deployment.instance, locks)
     for run_id in liveness.holders_of_pools(deployment.instance):
         events.on_notice(f"run {run_id} holds the GPU pool, and scoring waits for it; it can be terminated in the UI")
-    with liveness.living(lock_directory()) as tags, _signals_to_end() as signal_come:
-        yield Driver(deployment, events, jobs, tags, signal_come)
+    with _signals_to_end() as signal_come:
+        yield Driver(deployment, events, jobs, locks, signal_come)
 
 
 @contextmanager

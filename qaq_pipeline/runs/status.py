@@ -10,7 +10,7 @@ import dagster as dg
 from qaq_pipeline.freshness import eligibility, staleness
 from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.runs.deployment import Deployment
-from qaq_pipeline.runs.job_runs import lock_directory
+from qaq_pipeline.storage.locks import Locks
 
 _UNFINISHED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
 _MOST_LINES = 100
@@ -94,13 +94,17 @@ def batch_status(deployment: Deployment) -> list[BatchStatus]:
     ]
 
 
-def running(instance: dg.DagsterInstance) -> list[str]:
+def running(instance: dg.DagsterInstance, locks: Locks) -> list[str]:
     """A sentence for each run that waits or works: its assets, its partition, and the newest line of its log.
 
     A run whose process is gone is left out: the next driver, or Dagster's daemon, ends it.
+
+    Args:
+        instance: of the runs.
+        locks: of the runs.
     """
     runs = reversed(instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)))
-    return [_sentence(instance, run) for run in runs if not liveness.is_dead(instance, lock_directory(), run)]
+    return [_sentence(instance, run) for run in runs if not liveness.is_dead(instance, locks, run)]
 
 
 def _sentence(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:

@@ -41,7 +41,7 @@ def test_doctor_finds_a_home_that_works(home: Home, qaq: Qaq) -> None:
     shown = qaq(home, "doctor")
     assert shown.code == 0
     assert "│ no │" not in shown.out
-    for check in ("versions", "model strong", "model weak", "storage", "exports", "Dagster home"):
+    for check in ("versions", "model strong", "model weak", "storage", "locks", "exports", "Dagster home"):
         assert f"│ ok │ {check} │" in shown.out
     assert not list((home.folder / "storage").glob(".doctor*"))
 
@@ -73,6 +73,22 @@ def test_doctor_names_what_is_missing(qaq: Qaq, tmp_path: Path, tiny_models: dic
     assert "has no config.json" in shown.out
     assert "│ no │ storage │" in shown.out
     assert "cannot be written" in shown.out
+
+
+def test_doctor_warns_of_locks_that_other_machines_do_not_see_and_names_a_database_that_is_not_there(
+    qaq: Qaq, tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = {"root": f"memory://{tmp_path.name}"}
+    shown = qaq(Home(tmp_path / "home", write_settings(tmp_path / "one.yaml", tiny_models, storage=remote)), "doctor")
+    assert shown.code == 0
+    assert "│ warn │ locks │ files: of this machine" in shown.out
+    locked = remote | {"locks": {"kind": "postgres"}}
+    config = write_settings(tmp_path / "other.yaml", tiny_models, storage=locked, runtime={"lock_timeout_seconds": 0})
+    monkeypatch.setenv("QAQ_POSTGRES_URL", "postgresql://qaq:secret-8f3c1d@127.0.0.1:1/qaq")
+    shown = qaq(Home(tmp_path / "home", config), "doctor")
+    assert shown.code == 1
+    assert "│ no │ locks │ postgres: the database of the locks cannot be reached" in shown.out
+    assert "8f3c1d" not in shown.out
 
 
 def test_doctor_names_weights_that_are_not_those_of_the_config(

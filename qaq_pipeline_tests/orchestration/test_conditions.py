@@ -15,7 +15,7 @@ import yaml
 
 from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.definitions import build_defs
-from qaq_pipeline.orchestration import liveness
+from qaq_pipeline.orchestration.conditions import BY_DRIVER
 from qaq_pipeline_tests.conftest import NO_CALIBRATION, NO_REPORTS
 
 MODELS = {"strong": {"hub": "tiny/s"}, "weak": {"hub": "tiny/w"}}
@@ -362,7 +362,7 @@ def test_a_page_that_fails_stops_no_publication_and_is_not_tried_again_and_again
 
 
 def test_pages_of_what_the_driver_makes_are_left_to_the_driver(reporting: World) -> None:
-    tag = {liveness.TAG.replace("/", "__"): "some driver"}
+    tag = {BY_DRIVER.replace("/", "__"): "some driver"}
     reporting.deliver("b1", **tag)
     reporting.run(INGEST, "b1", **tag)
     for model in ("strong", "weak"):
@@ -375,7 +375,7 @@ def test_pages_of_what_the_driver_makes_are_left_to_the_driver(reporting: World)
 
 
 def test_what_the_driver_makes_is_left_to_the_driver(world: World) -> None:
-    tag = {liveness.TAG.replace("/", "__"): "some driver"}
+    tag = {BY_DRIVER.replace("/", "__"): "some driver"}
     world.deliver("b1", **tag)
     assert world.tick() == {}
     world.run(INGEST, "b1", **tag)
@@ -388,7 +388,7 @@ def test_what_the_driver_makes_is_left_to_the_driver(world: World) -> None:
 
 
 def test_a_corrected_delivery_of_a_batch_that_the_driver_made_is_curated(world: World) -> None:
-    tag = {liveness.TAG.replace("/", "__"): "some driver"}
+    tag = {BY_DRIVER.replace("/", "__"): "some driver"}
     world.deliver("b1", **tag)
     world.run(INGEST, "b1", **tag)
     for model in ("strong", "weak"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import dagster as dg
 from dagster._core.events.log import EventLogEntry
@@ -10,6 +11,7 @@ from dagster._core.events.log import EventLogEntry
 from qaq_pipeline.freshness.staleness import Stale
 from qaq_pipeline.orchestration import liveness
 from qaq_pipeline.runs.status import BatchStatus, TableStatus, running
+from qaq_pipeline.storage.locks import FileLocks
 from qaq_pipeline_tests.support.sentences import Check
 from qaq_pipeline_tests.support.uncalibrated import TABLES
 
@@ -31,21 +33,22 @@ def test_the_state_of_a_batch_names_the_first_table_that_is_not_as_it_should_be(
     assert status_of({}, "selected by another") == "left out"
 
 
-def test_a_run_at_work_is_named_with_the_newest_line_of_its_log(instance: dg.DagsterInstance) -> None:
-    def add(job: str, status: dg.DagsterRunStatus, partition: str, *lines: str, driver: str | None = None) -> str:
+def test_a_run_at_work_is_named_with_the_newest_line_of_its_log(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    def add(job: str, status: dg.DagsterRunStatus, partition: str, *lines: str, is_dead: bool = False) -> str:
         assets = frozenset({dg.AssetKey("logprobs")})
-        tags = {"dagster/partition": partition} | ({} if driver is None else {liveness.TAG: driver})
-        run = dg.DagsterRun(job_name=job, status=status, tags=tags, asset_selection=assets)
+        run = dg.DagsterRun(job_name=job, status=status, tags={"dagster/partition": partition}, asset_selection=assets)
         instance.add_run(run)
+        if is_dead:
+            instance.add_run_tags(run.run_id, {liveness.TAG: f"{run.run_id} somewhere"})
         for line in lines:
             instance.handle_new_event(EventLogEntry(None, 20, line, run.run_id, time.time(), job_name=job))
         return run.run_id[:8]
 
     add("score_batch", dg.DagsterRunStatus.SUCCESS, "b0|strong", "done")
-    add("score_batch", dg.DagsterRunStatus.STARTED, "b0|weak", "weak: 1 of 9 sequences", driver="gone")
+    add("score_batch", dg.DagsterRunStatus.STARTED, "b0|weak", "weak: 1 of 9 sequences", is_dead=True)
     scoring = add("score_batch", dg.DagsterRunStatus.STARTED, "b1|strong", "to score: 10", "strong: 3 of 9 sequences")
     starting = add("__ASSET_JOB", dg.DagsterRunStatus.STARTING, "b1|weak")
-    assert running(instance) == [
+    assert running(instance, FileLocks(tmp_path)) == [
         f"score_batch of b1|strong (started, run {scoring}): strong: 3 of 9 sequences",
         f"logprobs of b1|weak (starting, run {starting})",
     ]
