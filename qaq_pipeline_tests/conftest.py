@@ -150,6 +150,7 @@ def check_sentence(snapshot: SnapshotAssertion, tmp_path_factory: pytest.TempPat
     masks = {
         rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/[^/\s'\"]+": "TMP",
         r"(?<=memory:///)test_\w+": "TMP",
+        r"(?<=s3://bucket/)test_\w+": "TMP",
         r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b": "RUN",
         r"\b(?=\w*\d)[0-9a-f]{8,64}\b": "HASH",
     }

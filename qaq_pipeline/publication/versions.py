@@ -164,13 +164,16 @@ def lock(storage: Storage) -> AbstractContextManager[None]:
 
 def record(storage: Storage, version: str, excluded: Mapping[str, str], run_id: str | None) -> None:
     """Log a publication, which makes the version the newest one; nothing changes if it repeats the last one."""
-    logged = log(storage)
-    if logged and (logged[-1].version, logged[-1].excluded_batches) == (version, excluded):
-        return
-    numbers = {entry.version: entry.number for entry in logged}
-    number = numbers.get(version, len(numbers) + 1)
-    entry = Published(number, version, datetime.now(UTC).isoformat(timespec="seconds"), run_id, dict(excluded))
-    storage.files.write_json([asdict(one) for one in [*logged, entry]], *_LOG)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def logged_too(log: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        if log and (log[-1]["version"], log[-1]["excluded_batches"]) == (version, excluded):
+            return log
+        numbers = {entry["version"]: entry["number"] for entry in log}
+        number = numbers.get(version, len(numbers) + 1)
+        return [*log, asdict(Published(number, version, now, run_id, dict(excluded)))]
+
+    storage.files.update_json(logged_too, *_LOG, at_first=[])
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,5 @@ def batches_after(storage: Storage, batch: str) -> list[str]:
 
 def take_place(storage: Storage, batch: str) -> None:
     """Give a screened batch its permanent place in the order. Call it under a lock."""
-    known = batches_in_order(storage)
-    if batch not in known:
-        storage.files.write_json([*known, check_batch_name(batch)], _PLACE)
+    check_batch_name(batch)
+    storage.files.update_json(lambda known: known if batch in known else [*known, batch], _PLACE, at_first=[])

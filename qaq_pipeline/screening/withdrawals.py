@@ -83,7 +83,7 @@ def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, i
     said = {"at": now, "batch": check_batch_name(batch), "reason": reason, "is_withdrawn": is_withdrawn}
     entries = [{**said, "content_hash": content, "row": row} for content, row in meant]
     with storage.locks.hold("withdrawals"):
-        storage.files.write_json([*_record(storage), *entries], *_RECORD)
+        storage.files.update_json(lambda record: [*record, *entries], *_RECORD, at_first=[])
 
 
 def _record(storage: Storage) -> list[_Entry]:

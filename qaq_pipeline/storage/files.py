@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,8 @@ Place = tuple[str, ...]
 
 _UNFINISHED = ".tmp"
 """Ending of the name of what is not stored yet; the name begins with a dot."""
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
+"""Errors of S3 for a write whose condition does not hold: the file is another, is being written, or is gone."""
 _LEFTOVER_SECONDS = 24 * 3600
 """Age at which something unfinished was left by a process that was killed."""
 
@@ -87,8 +89,10 @@ class Files:
     """
 
     def __init__(self, root: str) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(root)
+        # A listing that is kept would not have what other machines have written since.
+        self._fs, self._root = fsspec.core.url_to_fs(root, use_listings_cache=False)
         self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._is_conditional = "s3" in self._fs.protocol
 
     def path(self, *parts: str) -> str:
         """Full path below the root."""
@@ -191,6 +195,51 @@ class Files:
         except ValueError as error:
             raise StorageError(f"{self.url(*parts)}: not JSON ({error}); restore the file, or remove it") from error
 
+    def update_json(self, change: Callable[[Any], Any], *parts: str, at_first: Any) -> None:
+        """Replace a JSON value by what a function makes of it. Writers take turns by a lock.
+
+        On S3 the value is replaced only if it is still the one that was read, else the function is called again: a
+        writer that lost its lock meanwhile overwrites nothing.
+
+        Args:
+            change: the new value from the old one; an equal one is not written.
+            parts: of the place.
+            at_first: the old value where nothing is stored yet.
+
+        Raises:
+            StorageError: the stored file is torn.
+        """
+        while True:
+            tag = self._tag(*parts)
+            old = self.read_json(*parts) if self.exists(*parts) else at_first
+            new = change(old)
+            if new == old or self._replace(json_bytes(new), tag, *parts):
+                return
+
+    def _tag(self, *parts: str) -> str | None:
+        """Names the content of a file in a store with conditional writes; None: there is no file."""
+        if not self._is_conditional:
+            return None
+        try:
+            return str(self._fs.info(self.path(*parts))["ETag"])
+        except FileNotFoundError:
+            return None
+
+    def _replace(self, data: bytes, tag: str | None, *parts: str) -> bool:
+        """Write a file; False, and nothing is written, if it has another tag by now."""
+        if not self._is_conditional:
+            self.write_bytes(data, *parts)
+            return True
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+        try:
+            self._fs.pipe_file(self.path(*parts), data, **condition)
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", {})
+            if answer.get("Error", {}).get("Code") in _CONFLICTS:
+                return False
+            raise
+        return True
+
     def read_frame(self, *parts: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """Rows of a Parquet file that is no stored table.
 
@@ -230,10 +279,22 @@ class Files:
         return sorted(path.removeprefix(start).lstrip("/") for path in self._fs.find(start))
 
     def move(self, source: Place, target: Place) -> None:
-        """Move a file or a folder. Raises FileNotFoundError where it is gone."""
+        """Move a file or a folder: on a local disk at once, elsewhere file by file.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        start, end = self.path(*source), self.path(*target)
         if self._is_local:
-            Path(self.path(*target)).parent.mkdir(parents=True, exist_ok=True)
-        self._fs.mv(self.path(*source), self.path(*target), recursive=True)
+            Path(end).parent.mkdir(parents=True, exist_ok=True)
+            Path(start).rename(end)
+            return
+        found = self._fs.find(start)
+        if not found:
+            raise FileNotFoundError(self.url(*source))
+        for file in found:
+            self._fs.cp_file(file, end + file.removeprefix(start))
+        self._fs.rm(found)
 
     def remove(self, *parts: str) -> None:
         """Remove one file."""

@@ -107,7 +107,7 @@ class ScoreCache:
         digest = identity.digest()
         # A statistic: no scoring fails for it.
         with contextlib.suppress(PartitionBusyError), self._locks.hold(_FOLDER, digest):
-            self._files.write_json(self._num_hits(digest) + number, *self.place(digest, _HITS))
+            self._files.update_json(lambda hits: hits + number, *self.place(digest, _HITS), at_first=0)
 
     def models(self) -> list[CachedModel]:
         """The content of the cache, by model."""
@@ -118,7 +118,7 @@ class ScoreCache:
         """Remove everything under an identity."""
         removed = (_FOLDER, f".{uuid.uuid4().hex}.pruned")
         with self._locks.hold(_FOLDER, digest):
-            # Moved in one step: a shard that is being written goes with it, or starts a new folder.
+            # On a local disk moved in one step: a shard that is being written goes with it, or starts a new folder.
             self._files.move((_FOLDER, digest), removed)
         self._files.remove_folder(*removed)
 

@@ -9,11 +9,32 @@ import fsspec
 import pytest
 
 from qaq_pipeline.storage.storage import Storage
+from qaq_pipeline_tests.support.s3_server import BUCKET, S3Server
 
 
-@pytest.fixture(params=["disk", "memory"])
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A server of objects, for all tests."""
+    one = S3Server()
+    one.start()
+    yield one
+    one.remove()
+
+
+@pytest.fixture
+def s3_storage(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """Storage on an S3 server."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return Storage(f"s3://{BUCKET}/{tmp_path.name}", tmp_path / "locks")
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
 def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    """Storage on the local disk, and on a non-local file system."""
+    """Storage on the local disk, on a non-local file system, and on an object store."""
+    if request.param == "s3":
+        yield request.getfixturevalue("s3_storage")
+        return
     root = str(tmp_path / "storage") if request.param == "disk" else f"memory://{tmp_path.name}/storage"
     yield Storage(root, tmp_path / "locks")
     if request.param == "memory":
