@@ -383,6 +383,11 @@ class RuntimeSettings(Closed):
     """Time between two writes of finished scores, in seconds."""
     lock_timeout_seconds: float = Field(10.0, ge=0)
     """Maximum wait for another step that writes the same partition, in seconds."""
+    max_retries: int = Field(3, ge=0)
+    """How often a step is retried if a server does not answer: an object store or a database. Other errors are not
+    retried."""
+    retry_seconds: float = Field(20.0, ge=0)
+    """Wait before such a retry, in seconds."""
 
     @model_validator(mode="after")
     def _has_cluster(self) -> Self:

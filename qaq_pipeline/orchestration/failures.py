@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import dagster as dg
 
 from qaq_pipeline.config.load import home_directory
+from qaq_pipeline.config.settings import RuntimeSettings
 from qaq_pipeline.ingest.imported_tables import ImportedTableError
 from qaq_pipeline.ingest.landing import LandingError
 from qaq_pipeline.lm.model_error import ModelError
@@ -20,7 +21,8 @@ from qaq_pipeline.publication.curated_dataset import NothingToPublishError
 from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.screening.benchmarks import BenchmarkError
 from qaq_pipeline.screening.gates import StaleVerdictError
-from qaq_pipeline.storage import disk_faults
+from qaq_pipeline.storage import disk_faults, server_faults
+from qaq_pipeline.storage.locks import PartitionBusyError
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.trial.arms import TrialError
 
@@ -40,30 +42,49 @@ _REFUSALS = (
 )
 """Errors that say what a person has to do: running the step again would raise them again."""
 
+_WRAPPING = ("Dagster", dg.RetryRequested.__name__)
+"""Beginnings of the names of the errors that Dagster raises from those of a step."""
+
 _FAILURE = f"{dg.Failure.__module__}.{dg.Failure.__name__}: "
 """The beginning of the error message of a step that raised `dg.Failure`."""
 
 
-def refusing(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """The function of an asset, which fails without a retry where its inputs are refused."""
+def guarded(function: Callable[_Parameters, _Result], runtime: RuntimeSettings) -> Callable[_Parameters, _Result]:
+    """The function of an asset, in `guarding`."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
         def generate(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Any:
-            with _as_failures():
+            with guarding(runtime):
                 yield from function(*args, **kwargs)
 
         return generate
 
-    return _as_failures()(function)
+    return guarding(runtime)(function)
 
 
 @contextmanager
-def _as_failures() -> Iterator[None]:
+def guarding(runtime: RuntimeSettings) -> Iterator[None]:
+    """A part of a step. It fails without a retry where its inputs are refused, and is retried for a server's fault.
+
+    Args:
+        runtime: how often a step is retried, and when.
+
+    Raises:
+        dagster.Failure: a refusal, in its own words.
+        dagster.RetryRequested: a server did not answer, or was at fault.
+        Exception: any other error, as it was raised: a retry would raise it again.
+    """
     try:
         yield
     except _REFUSALS as error:
         raise dg.Failure(str(error), allow_retries=False) from error
+    except (dg.Failure, dg.RetryRequested, PartitionBusyError):
+        raise
+    except Exception as error:
+        if server_faults.may_pass(error):
+            raise dg.RetryRequested(runtime.max_retries, runtime.retry_seconds) from error
+        raise
 
 
 def describe(what: str, failures: Sequence[dg.DagsterEvent], run_id: str) -> str:
@@ -82,7 +103,7 @@ def cause(failures: Sequence[dg.DagsterEvent]) -> str:
     """
     for event in failures:
         error = event.step_failure_data.error if event.is_step_failure else None
-        while error is not None and error.cause is not None and (error.cls_name or "").startswith("Dagster"):
+        while error is not None and error.cause is not None and (error.cls_name or "").startswith(_WRAPPING):
             error = error.cause
         if error is not None:
             is_interrupted = error.cls_name == dg.DagsterExecutionInterruptedError.__name__

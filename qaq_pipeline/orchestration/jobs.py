@@ -48,7 +48,7 @@ def build_job_defs(
     storage = open_storage(settings, pipeline)
     resources: dict[str, object] = {
         "storage": storage,
-        "io_manager": TableIOManager(storage),
+        "io_manager": TableIOManager(storage, settings.runtime),
         "model_runtime": _model_runtime(settings, on_progress),
         "trial_runtime": TrialRuntime(settings, on_training),
     }

@@ -14,7 +14,7 @@ import dataframely as dy
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
-from qaq_pipeline.orchestration.failures import refusing
+from qaq_pipeline.orchestration.failures import guarded
 from qaq_pipeline.orchestration.partitions import of_all_batches, partitions_of
 from qaq_pipeline.pipeline import PIPELINE, Partitioning
 from qaq_pipeline.reports import plots
@@ -37,7 +37,7 @@ def asset(
 
     The schema of a table describes it; the docstring of the function describes another asset. `deps` are the inputs
     that the asset reads itself: all of an asset of no batch, and the reference where ranks are taken against one.
-    Refused inputs fail it without a retry.
+    Refused inputs fail it without a retry, and faults of servers are retried.
 
     Args:
         settings: settings of its partitions and inputs.
@@ -67,7 +67,7 @@ def asset(
             defined["deps"] = others
         if declared.schema is not None:
             defined |= _of_schema(declared.schema)
-        return dg.asset(**defined | options)(refusing(function))
+        return dg.asset(**defined | options)(guarded(function, settings.runtime))
 
     return define
 

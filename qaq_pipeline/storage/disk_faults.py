@@ -39,7 +39,7 @@ def fault_of(error: BaseException, home: Path) -> str | None:
         error: an error, or one that another layer raised from it.
         home: QAQ_HOME, for the remedy.
     """
-    for one in reversed(list(_causes(error))):  # The innermost text is the shortest.
+    for one in reversed(list(causes_of(error))):  # The innermost text is the shortest.
         file = getattr(one, "filename", None)
         if (found := remedy(str(one), Path(file) if isinstance(file, str) else home)) is not None:
             return found
@@ -55,7 +55,7 @@ def remedy(text: str, where: Path) -> str | None:
     return f"{' '.join(text.split())}: {said}, then run again. What was finished is stored"
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes_of(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that it was raised from or beside."""
     seen: set[int] = set()
     one: BaseException | None = error
