@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import botocore.exceptions
 import dagster as dg
@@ -54,7 +55,7 @@ def raised_from(error: Exception) -> OSError:
 
 
 def of_botocore(status: int) -> Exception:
-    answer = {"Error": {"Code": "Any"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    answer: Any = {"Error": {"Code": "Any"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return botocore.exceptions.ClientError(answer, "PutObject")
 
 

@@ -1,0 +1,233 @@
+"""Machines that share an object store and a database: what they make is as on one disk, and nothing is lost or doubled.
+
+Each machine is a home of its own. The servers are real: SeaweedFS and Postgres.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+from polars.testing import assert_frame_equal
+
+from qaq_pipeline.config.load import load_settings
+from qaq_pipeline.publication import versions
+from qaq_pipeline.runs.deployment import open_instance
+from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.storage import Storage, open_storage
+from qaq_pipeline_tests.cli.conftest import write_settings
+from qaq_pipeline_tests.conftest import write_jsonl
+from qaq_pipeline_tests.support.postgres import PASSWORD, PostgresServer
+from qaq_pipeline_tests.support.s3_server import BUCKET, SECRET, S3Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+QAQ = Path(sys.executable).with_name("qaq")
+NUM_PAIRS = 120
+NUM_QUANTITIES = 5
+"""Of a pair and a model."""
+MODELS = ("strong", "weak")
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[PostgresServer]:
+    one = PostgresServer()
+    one.start()
+    yield one
+    one.remove()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[S3Server]:
+    one = S3Server()
+    one.start()
+    yield one
+    one.remove()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A home, and the settings and secrets that it is used with."""
+
+    environment: dict[str, str]
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(QAQ), *command],
+            env=os.environ | self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, *command: str) -> str:
+        process = self.start(*command)
+        shown, _ = process.communicate()
+        assert process.returncode == 0, shown
+        return shown
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """The environment of this machine, for this process."""
+        with mock.patch.dict(os.environ, self.environment):
+            yield
+
+    @contextlib.contextmanager
+    def storage(self) -> Iterator[Storage]:
+        with self.here():
+            yield open_storage(load_settings())
+
+    def num_shards(self) -> int:
+        with self.storage() as storage:
+            return sum(len(storage.scores.shards(digest)) for digest in storage.files.names("score_cache"))
+
+    def cached(self) -> pl.DataFrame:
+        """Quantities in the score cache, by model."""
+        with self.storage() as storage:
+            frames = [
+                storage.files.read_frame(
+                    "score_cache", model.digest, name, columns=["pair_id", "quantity"]
+                ).with_columns(model=pl.lit(model.digest))
+                for model in storage.scores.models()
+                for name in storage.scores.shards(model.digest)
+            ]
+        return pl.concat(frames)
+
+    def log(self, *statuses: dg.DagsterRunStatus) -> str:
+        """The events of the runs with one of these statuses, or of all."""
+        with self.here(), open_instance() as instance:
+            runs = instance.get_runs(dg.RunsFilter(statuses=statuses) if statuses else None)
+            return "\n".join(str(entry) for run in runs for entry in instance.all_logs(run.run_id))
+
+
+@pytest.fixture
+def machine(
+    database: PostgresServer, store: S3Server, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> Callable[..., Machine]:
+    """Factory: a machine with a home of this name, on the shared servers or on its own disk."""
+
+    def make(name: str, *, is_shared: bool = True) -> Machine:
+        home = tmp_path / name
+        (home / "dagster").mkdir(parents=True)
+        runtime = {"batch_tokens": 300, "shard_seconds": 0, "retry_seconds": 2, "lock_timeout_seconds": 60}
+        storage = {"root": f"s3://{BUCKET}/{tmp_path.name}", "locks": {"kind": "postgres"}} if is_shared else {}
+        models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(MODELS)}
+        config = write_settings(home / "settings.yaml", models, runtime=runtime, storage=storage)
+        if is_shared:
+            address = {"postgres_url": {"env": "QAQ_POSTGRES_URL"}}
+            text = yaml.safe_dump({"storage": {"postgres": address}, "telemetry": {"enabled": False}})
+            (home / "dagster" / "dagster.yaml").write_text(text, encoding="utf-8")
+        return Machine(
+            {
+                "QAQ_HOME": str(home),
+                "DAGSTER_HOME": str(home / "dagster"),
+                "QAQ_CONFIG": str(config),
+                "QAQ_POSTGRES_URL": database.url.replace("postgresql:", "postgresql+psycopg2:"),
+                "OMP_NUM_THREADS": "1",
+                **store.environment,
+            }
+        )
+
+    return make
+
+
+def delivery(folder: Path, batch: str) -> str:
+    """The file of a batch of pairs that no other batch has."""
+    rows = [
+        {"query": f"Sum the list number {number} of {batch}.", "response": f"return sum({'x' * (number % 40)}{number})"}
+        for number in range(NUM_PAIRS)
+    ]
+    return str(write_jsonl(folder / f"{batch}.jsonl", rows))
+
+
+def decided(machine: Machine, *batches: str) -> pl.DataFrame:
+    """What was decided of each row of the batches."""
+    with machine.storage() as storage:
+        frames = [storage.tables.read("decisions", Partition(batch)).frame for batch in batches]
+    return pl.concat(frames).select("batch", "source_row", "pair_id", "decision", "reason", "duplicate_of")
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def test_what_one_machine_began_another_finishes_as_on_one_disk(
+    machine: Callable[..., Machine], tmp_path: Path
+) -> None:
+    file = delivery(tmp_path, "b1")
+    alone, one, other = machine("alone", is_shared=False), machine("one"), machine("other")
+    alone.run("run", file, "--batch", "b1")
+
+    process = one.start("run", file, "--batch", "b1")
+    wait_for(lambda: one.num_shards() >= 20, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < one.cached().height < NUM_PAIRS * NUM_QUANTITIES * len(MODELS)
+
+    other.run("run", file, "--batch", "b1")
+    found = other.cached()
+    assert found.is_unique().all(), "a quantity was scored twice"
+    assert found.height == NUM_PAIRS * NUM_QUANTITIES * len(MODELS)
+    assert_frame_equal(decided(other, "b1"), decided(alone, "b1"))
+    assert "up to date" in one.run("status")
+    one.run("lineage", "latest", "--verify")
+    assert "the process that ran it is gone" in one.log(dg.DagsterRunStatus.FAILURE)
+
+
+def test_two_machines_curate_at_once_and_both_batches_are_published(
+    machine: Callable[..., Machine], tmp_path: Path
+) -> None:
+    alone, one, other = machine("alone", is_shared=False), machine("one"), machine("other")
+    files = {batch: delivery(tmp_path, batch) for batch in ("b1", "b2")}
+    for batch, file in files.items():
+        alone.run("run", file, "--batch", batch)
+    processes = [one.start("run", files["b1"], "--batch", "b1"), other.start("run", files["b2"], "--batch", "b2")]
+    shown = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    with one.storage() as storage:
+        newest = versions.latest(storage)
+        assert newest is not None
+        assert set(versions.decided_batches(storage, newest.version)) == {"b1", "b2"}
+        # One, if both batches were decided before the first was published.
+        assert [entry.number for entry in versions.log(storage)] in ([1], [1, 2])
+    assert_frame_equal(decided(one, "b1", "b2"), decided(alone, "b1", "b2"))
+    assert one.cached().is_unique().all()
+
+
+@pytest.mark.parametrize("name", ["database", "store"])
+def test_a_server_that_is_killed_and_comes_back_costs_nothing(
+    machine: Callable[..., Machine], tmp_path: Path, name: str, database: PostgresServer, store: S3Server
+) -> None:
+    alone, one, server = machine("alone", is_shared=False), machine("one"), {"database": database, "store": store}[name]
+    file = delivery(tmp_path, "b1")
+    alone.run("run", file, "--batch", "b1")
+    process = one.start("run", file, "--batch", "b1")
+    wait_for(lambda: one.num_shards() >= 20, process)
+    server.kill()
+    time.sleep(3)
+    server.start()
+    shown, _ = process.communicate()
+    assert "Traceback" not in shown
+    if process.returncode != 0:
+        one.run("run", file, "--batch", "b1")
+    found = one.cached().unique()
+    assert found.height == NUM_PAIRS * NUM_QUANTITIES * len(MODELS)
+    assert_frame_equal(decided(one, "b1"), decided(alone, "b1"))
+    for secret in (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET):
+        assert secret not in shown
+        assert secret not in one.log()
