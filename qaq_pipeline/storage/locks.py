@@ -98,13 +98,13 @@ class FileLocks:
         self._file(name, partition).unlink(missing_ok=True)
 
     def _file(self, name: str, partition: tuple[str, ...]) -> Path:
-        for part in partition:
-            check_batch_name(part)
-        return self._directory / ("__".join((name, *partition)) + ".lock")
+        return self._directory / (label_of(name, partition).replace("/", "__") + ".lock")
 
 
 def label_of(name: str, partition: tuple[str, ...]) -> str:
-    """What a lock holds, in words: `logprobs/2026-11-02/strong`."""
+    """What a lock holds: `logprobs/2026-11-02/strong`. Raises ValueError for a part that cannot name a file."""
+    for part in partition:
+        check_batch_name(part)
     return "/".join((name, *partition))
 
 

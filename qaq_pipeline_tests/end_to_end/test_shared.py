@@ -43,18 +43,14 @@ MODELS = ("strong", "weak")
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[PostgresServer]:
-    one = PostgresServer()
-    one.start()
-    yield one
-    one.remove()
+    with PostgresServer() as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[S3Server]:
-    one = S3Server()
-    one.start()
-    yield one
-    one.remove()
+    with S3Server() as one:
+        yield one
 
 
 @dataclass(frozen=True)

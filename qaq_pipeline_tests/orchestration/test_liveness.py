@@ -147,10 +147,8 @@ def test_a_run_that_ends_leaves_no_lock(tmp_path: Path) -> None:
 @pytest.fixture
 def server() -> Iterator[PostgresServer]:
     """A database."""
-    one = PostgresServer()
-    one.start()
-    yield one
-    one.remove()
+    with PostgresServer() as one:
+        yield one
 
 
 def test_of_two_homes_with_one_database_neither_ends_a_run_of_the_other(

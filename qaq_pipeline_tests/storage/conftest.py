@@ -15,10 +15,8 @@ from qaq_pipeline_tests.support.s3_server import BUCKET, S3Server
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A server of objects, for all tests."""
-    one = S3Server()
-    one.start()
-    yield one
-    one.remove()
+    with S3Server() as one:
+        yield one
 
 
 @pytest.fixture

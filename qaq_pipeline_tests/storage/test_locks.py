@@ -40,10 +40,8 @@ with locks.hold(*partition):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    one = PostgresServer()
-    one.start()
-    yield one
-    one.remove()
+    with PostgresServer() as one:
+        yield one
 
 
 class Place:

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg2
 
@@ -78,7 +78,12 @@ class PostgresServer:
         self.kill()
         self.start()
 
-    def remove(self) -> None:
+    def __enter__(self) -> Self:
+        """Start it."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End it, and remove its data."""
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 import fsspec
 
@@ -94,7 +95,12 @@ class S3Server:
             self._process.wait()
             self._process = None
 
-    def remove(self) -> None:
+    def __enter__(self) -> Self:
+        """Start it."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End it, and remove its data."""
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
