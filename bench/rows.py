@@ -26,6 +26,7 @@ import torch
 from bench import opponents, workload
 from bench.opponents import Score
 from bench.workload import LONG, SHORT, Mix
+from qaq_pipeline.lm import devices
 from qaq_pipeline.lm.batching import BatchQueue
 from qaq_pipeline.lm.causal_lm import CausalLM, GpuCausalLM
 from qaq_pipeline.lm.devices import free_memory, matmul_flops_per_second, prepare
@@ -284,7 +285,7 @@ class SequenceScorer:
     """Scores chunks of token sequences with one thread."""
 
     def __init__(self) -> None:
-        self._model = load("bfloat16", 1)
+        self._model = load(devices.resolve_dtype("auto", torch.device("cpu")), 1)
         self.facts = self._model.facts
 
     def score(self, chunk: Sequence[TokenSequence], note: Callable[[int], None]) -> None:
