@@ -69,12 +69,12 @@ def show_same(old_home: Path, new_home: Path, config: str | None) -> Comparison:
     old, new = old_home / "storage", new_home / "storage"
     copy_home(old_home, new_home)
     settings = settings_in(new_home, config)
-    shards = set(new.glob("score_cache/**/*.parquet"))
+    storage = open_storage(settings)
+    cached = {one.digest: one.num_scores for one in storage.scores.models()}
     curate(settings, json.loads((old / "batch_order.json").read_bytes()))
     comparison = compare(old, new, Names.read(MAP))
-    scored = sorted(set(new.glob("score_cache/**/*.parquet")) - shards)
-    comparison.differences += [f"{path.relative_to(new)}: likelihoods were scored" for path in scored]
-    storage = open_storage(settings)
+    scored = [one for one in storage.scores.models() if one.num_scores != cached.get(one.digest)]
+    comparison.differences += [f"score_cache/{one.digest}: likelihoods were scored" for one in scored]
     newest = walk(storage, find_version(storage, "latest").version)
     comparison.differences += [f"lineage: {finding.sentence}" for finding in verify(storage, newest)]
     return comparison

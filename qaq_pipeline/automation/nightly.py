@@ -3,12 +3,14 @@
 import dagster as dg
 
 from qaq_pipeline.automation.sensor_status import status_sentence
-from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.base import SettingsError, settings_hash
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration import liveness
+from qaq_pipeline.orchestration.executors import run_tags
 from qaq_pipeline.runs.deployment import Deployment
 from qaq_pipeline.runs.job_runs import Events
 from qaq_pipeline.runs.refresh import refresh_all
+from qaq_pipeline.runs.submission import refuse_single_slot
 
 NIGHTLY = "refresh"
 
@@ -19,12 +21,13 @@ def build_nightly_job(settings: Settings) -> dg.JobDefinition:
     @dg.op
     def refresh_stale_tables(context: dg.OpExecutionContext) -> None:
         """Rebuilds stale tables, and publishes if something changed."""
+        refuse_single_slot(settings.runtime, context.instance)
         done = refresh_all(Deployment(settings, context.instance), Events(on_notice=context.log.warning))
         context.log.info(done.sentence)
 
-    executor = liveness.in_living_process(dg.in_process_executor, liveness.run_locks(settings))
+    executor = liveness.in_living_process(dg.in_process_executor, liveness.run_locks(settings), settings_hash(settings))
 
-    @dg.job(name=NIGHTLY, executor_def=executor)
+    @dg.job(name=NIGHTLY, executor_def=executor, run_tags=run_tags(settings.runtime))
     def refresh() -> None:
         """Does the same as `qaq refresh`: rebuilds stale tables, the oldest batch first, then publishes."""
         refresh_stale_tables()

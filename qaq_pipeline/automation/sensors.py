@@ -13,6 +13,7 @@ from qaq_pipeline.automation.screening_sensor import build_screening_sensor
 from qaq_pipeline.automation.sensor_status import default_status, status_sentence
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration import liveness
+from qaq_pipeline.orchestration.executors import run_tags
 
 
 def build_automation(settings: Settings) -> dg.Definitions:
@@ -37,6 +38,7 @@ def _build_curation_sensor(settings: Settings) -> dg.SensorDefinition:
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=settings.automation.interval_seconds,
         default_status=default_status(settings),
+        run_tags=run_tags(settings.runtime),
         emit_backfills=False,  # One run per batch: starting a backfill takes longer than running most batches.
         description=f"Runs each asset when its automation condition is met.{status_sentence(settings)}",
     )

@@ -181,7 +181,7 @@ def print_cache(models: Sequence[CachedModel]) -> None:
         "template": [one.identity["template_hash"] for one in models],
         "engine": [f"{one.identity['engine']} {one.identity['engine_version']}" for one in models],
         "scores": [f"{one.num_scores:,}" for one in models],
-        "shards": [f"{one.num_shards:,}" for one in models],
+        "files": [f"{one.num_files:,}" for one in models],
         "set aside": [f"{one.num_set_aside:,}" for one in models],
         "size": [f"{one.num_bytes / 1e6:,.2f} MB" for one in models],
         "hits": [f"{one.num_hits:,}" for one in models],

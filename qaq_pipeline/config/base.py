@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -16,6 +17,13 @@ from pydantic_core import to_jsonable_python
 ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 """Pattern of the name of a selection, a reference or a benchmark."""
+
+_USER = re.compile(r"(?<=://)[^/\s?#@]*:[^/\s?#@]*@|(?:(?<=http://)|(?<=https://))[^/\s?#@]+@")
+"""User and password of a URL. Elsewhere than in HTTP a user alone is no secret: Azure has the container there."""
+_PARAMETER = re.compile(
+    r"([?&][^=&\s#]*(?:sig|token|key|secret|password|credential)[^=&\s#]*=)[^&\s#'\")]+", re.IGNORECASE
+)
+"""A parameter of a URL that gives access, such as `X-Amz-Signature`."""
 
 
 class SettingsError(ValueError):
@@ -40,6 +48,11 @@ def require_distinct(what: str, names: Iterable[str]) -> None:
     for name, number in Counter(names).items():
         if number > 1:
             raise ValueError(f"{what}: {str(name)!r} appears twice")
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URLs have no user, no password, and no values of parameters that give access."""
+    return _PARAMETER.sub(r"\1…", _USER.sub("", text))
 
 
 def settings_hash(*parts: object) -> str:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from qaq_pipeline.config.base import SettingsError
+from qaq_pipeline.config.base import SettingsError, without_credentials
 from qaq_pipeline.config.settings import Settings
 
 
@@ -102,7 +102,7 @@ def _said(fault: ErrorDetails) -> str:
     """What is wrong with a value, the value, and the remedy."""
     value = fault["input"]
     is_secret = fault["loc"][:1] == ("alerts",)  # It may be a password instead of the name of its variable.
-    shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {value!r})"
+    shown = "" if is_secret or isinstance(value, dict | Settings) else f" (got {without_credentials(repr(value))})"
     if fault["type"] == "extra_forbidden":
         *parents, last = fault["loc"]
         return f"there is no such setting{shown}{_nearest(str(last), _fields_at(parents))}"

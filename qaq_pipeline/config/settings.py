@@ -7,12 +7,14 @@ of a field, the loader (`config.load`), and the fields of a selection (`config.s
 from __future__ import annotations
 
 import zoneinfo
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
-from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed, require_distinct
+from qaq_pipeline.config.base import NAME, ROLE_NAME, Closed, require_distinct, without_credentials
 from qaq_pipeline.config.conditions import RECORD, ROW_COLUMNS, TOKEN_COLUMNS, tables_named
 from qaq_pipeline.config.selections import (
     CONTROL_PREFIX,
@@ -370,6 +372,16 @@ class RuntimeSettings(Closed):
     each as a job of Kubernetes (dagster-k8s). `ray`: each as a job of Ray (dagster-ray)."""
     executor_config: dict[str, Any] = Field({})
     """Configuration of the executors `k8s` and `ray`, as dagster-k8s and dagster-ray document it."""
+    submit_to: str | None = None
+    """Address of a Dagster webserver, such as `http://dagster:3000`. `qaq run`, `qaq refresh`, `qaq withdraw`,
+    `qaq trial` and the nightly job then submit each run there and wait for its end, so that it goes through the queue
+    and the launcher of the deployment. Default: they execute it in their own process."""
+    run_tags: dict[str, Any] = Field({})
+    """Tags of every run, such as `dagster-k8s/config`."""
+    op_tags: dict[str, dict[str, Any]] = Field({})
+    """Tags of steps, by asset."""
+    max_runtime_seconds: int | None = Field(None, gt=0)
+    """Time after which Dagster's daemon ends a run (`run_monitoring`). Default: no limit."""
 
     batch_tokens: int | None = Field(None, ge=16)
     """Maximum number of tokens of one forward pass, padding included. It limits memory. Default: 1,024 on a CPU; on a
@@ -393,7 +405,14 @@ class RuntimeSettings(Closed):
     def _has_cluster(self) -> Self:
         if self.executor_config and self.executor not in ("k8s", "ray"):
             raise ValueError("executor_config is for the executors k8s and ray")
+        if self.submit_to is not None:
+            self._check_address(urlsplit(self.submit_to))
         return self
+
+    @staticmethod
+    def _check_address(address: SplitResult) -> None:
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError("submit_to is the address of a webserver, such as http://dagster:3000")
 
 
 class ReferenceSettings(Closed):
@@ -735,6 +754,16 @@ class Settings(Closed):
         self._home = (context or {}).get("home", self._home)
 
     @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        """Settings are stored with every table, and published in manifests."""
+        if found := [place for place, text in _texts(self.model_dump()) if without_credentials(text) != text]:
+            raise ValueError(
+                f"{', '.join(found)}: a URL contains a password, a token or a signature; settings are stored and "
+                "published with the dataset: give credentials in the environment, as the store documents it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         missing = [role for role in ("strong", "weak") if role not in self.models]
         if missing:
@@ -894,3 +923,15 @@ class Settings(Closed):
     def model_cache_dir(self) -> Path:
         """Folder of local and converted models."""
         return Path(self.model_cache) if self.model_cache else self._home / "models"
+
+
+def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in settings, with its place."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from _texts(inside, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for number, inside in enumerate(value):
+            yield from _texts(inside, f"{place}.{number}")
+    elif isinstance(value, str):
+        yield place, value

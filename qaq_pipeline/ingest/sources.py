@@ -16,6 +16,8 @@ from urllib.parse import parse_qsl, urlsplit
 import fsspec
 from fsspec import AbstractFileSystem
 
+from qaq_pipeline.config.base import without_credentials
+
 _HUB = "hf://datasets/"
 _SIGNS = "*?["
 """Characters of a pattern."""
@@ -27,7 +29,10 @@ _DOCUMENTS = (".md", ".rst", ".html", ".pdf", ".ipynb", ".py", ".png", ".jpg", "
 
 
 class SourceError(ValueError):
-    """A source cannot be read. The text names it, the fault and the remedy."""
+    """A source cannot be read. The text names it, without credentials, the fault and the remedy."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(without_credentials(text))
 
 
 def split_off(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
@@ -134,4 +139,5 @@ def _files(fs: AbstractFileSystem, path: str, source: str) -> dict[str, str]:
         root = path.rstrip("/") + "/"
         found = {str(place).removeprefix(root): str(place) for place in sorted(fs.find(path))}
         return {name: place for name, place in found.items() if not (name.endswith("/") or name.startswith(".git/"))}
-    return {PurePosixPath(path).name: path}
+    # The parameters of an address may give access: they are no part of the name.
+    return {PurePosixPath(urlsplit(path).path if "://" in path else path).name: path}

@@ -254,7 +254,7 @@ def _state(footer: Footer | None, entered: str | None) -> State:
 
 def _shards(storage: Storage, role: str, identity: Mapping[str, Any]) -> Shards:
     digest = ScoreIdentity(**identity).digest()
-    return Shards(role, digest, storage.files.url(*storage.scores.place(digest)), tuple(storage.scores.shards(digest)))
+    return Shards(role, digest, storage.files.url(*storage.scores.place(digest)), tuple(storage.scores.names(digest)))
 
 
 def _delivery(storage: Storage, entry: Mapping[str, Any], raw_data: Footer | None) -> DeliveredFiles:

@@ -166,7 +166,5 @@ def _path(
 
 def _holding(storage: Storage, scores: Iterable[Shards], pair_id: str | None) -> Iterator[str]:
     for shards in scores:
-        for name in shards.names if pair_id else ():
-            held = storage.files.read_frame(*storage.scores.place(shards.digest, name), columns=["pair_id"])["pair_id"]
-            if held.is_in([pair_id]).any():
-                yield f"{shards.path}/{name}"
+        for name in storage.scores.holding(shards.digest, pair_id) if pair_id else ():
+            yield f"{shards.path}/{name}"

@@ -30,7 +30,7 @@ class Finding:
 # --- the comparison -------------------------------------------------------------------------------------------------
 
 _TABLE_REMEDY = "restore it from a backup, or remove it and run `qaq refresh`, which rebuilds it"
-_SHARD_REMEDY = "remove it: its scores are computed again when a batch needs them"
+_SHARD_REMEDY = "leave it: the next scoring sets it aside and computes its scores again"
 
 
 def verify(storage: Storage, lineage: Lineage) -> Iterator[Finding]:

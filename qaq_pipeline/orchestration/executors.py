@@ -6,11 +6,14 @@ Belongs here: the choice and the configuration of an executor. Does not belong h
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG as MAX_RUNTIME
 
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, Settings
@@ -53,6 +56,19 @@ def _of_cluster(name: str) -> dg.ExecutorDefinition:
     from dagster_ray import ray_executor
 
     return ray_executor
+
+
+def run_tags(runtime: RuntimeSettings) -> dict[str, str]:
+    """Tags of every run that Dagster launches."""
+    limit = {} if runtime.max_runtime_seconds is None else {MAX_RUNTIME: str(runtime.max_runtime_seconds)}
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in runtime.run_tags.items()}
+    return limit | told
+
+
+def check_op_tags(runtime: RuntimeSettings, assets: Collection[str]) -> None:
+    """Raise `SettingsError` if there are tags for an asset that is not there."""
+    if unknown := sorted(runtime.op_tags.keys() - set(assets)):
+        raise SettingsError(f"runtime.op_tags: no asset {', '.join(unknown)}; the assets are {', '.join(assets)}")
 
 
 def on_gpu(settings: Settings, number: int) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import dagster as dg
 
+from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.freshness.staleness import Present
 from qaq_pipeline.orchestration import conditions, liveness
 from qaq_pipeline.orchestration.assets import build_assets, made_under
 from qaq_pipeline.orchestration.checks import build_checks
-from qaq_pipeline.orchestration.executors import build_executor
+from qaq_pipeline.orchestration.executors import build_executor, check_op_tags, run_tags
 from qaq_pipeline.orchestration.io_manager import TableIOManager
 from qaq_pipeline.pipeline import PIPELINE, Pipeline, Purpose
 from qaq_pipeline.schema.partition import Partition
@@ -44,6 +45,7 @@ def build_job_defs(
         on_training: called after every logged training step, where steps run in this process.
         resource_overrides: resources to use instead, by name.
     """
+    check_op_tags(settings.runtime, [asset.name for asset in pipeline.assets])
     made = made_under(settings, pipeline)
     storage = open_storage(settings, pipeline)
     resources: dict[str, object] = {
@@ -56,11 +58,13 @@ def build_job_defs(
         assets=conditions.automate(build_assets(settings, pipeline), made),
         asset_checks=build_checks(settings),
         jobs=[
-            dg.define_asset_job(name, selection=dg.AssetSelection.assets(*assets))
+            dg.define_asset_job(name, selection=dg.AssetSelection.assets(*assets), run_tags=run_tags(settings.runtime))
             for name, assets in made.jobs().items()
         ],
         resources=resources | (resource_overrides or {}),
-        executor=liveness.in_living_process(build_executor(settings.runtime), liveness.run_locks(settings)),
+        executor=liveness.in_living_process(
+            build_executor(settings.runtime), liveness.run_locks(settings), settings_hash(settings)
+        ),
     )
 
 

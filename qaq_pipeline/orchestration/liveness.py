@@ -25,10 +25,13 @@ from dagster._core.execution.retries import RetryMode
 from dagster._core.execution.step_dependency_config import StepDependencyConfig
 from dagster._core.storage.runs import InMemoryRunStorage, SqliteRunStorage
 
+from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import dagster_home
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.storage.locks import Locks, open_locks
 
+SETTINGS_TAG = "qaq/settings"
+"""Hash of the settings under which a run was submitted."""
 TAG = "qaq/process"
 """Run id, and the machine of the process. The id tells a tag of the run from one that it took over from another."""
 _LOCK = "run"
@@ -56,19 +59,20 @@ def living(locks: Locks, run_id: str) -> Iterator[dict[str, str]]:
     locks.forget(_LOCK, run_id)
 
 
-def in_living_process(executor: dg.ExecutorDefinition, locks: Locks) -> dg.ExecutorDefinition:
+def in_living_process(executor: dg.ExecutorDefinition, locks: Locks, own_settings: str) -> dg.ExecutorDefinition:
     """The executor, in a process that shows that it is alive.
 
     Args:
         executor: that executes the steps.
         locks: of runs.
+        own_settings: hash of the settings of this process. A run that was submitted under other settings fails.
     """
     create = executor.executor_creation_fn
     if create is None:
         raise ValueError(f"executor {executor.name} is not defined")
 
     def create_living(context: dg.InitExecutorContext) -> dg.Executor:
-        return _LivingExecutor(create(context), locks)
+        return _LivingExecutor(create(context), locks, own_settings)
 
     return dg.ExecutorDefinition(
         executor.name, executor.config_schema.as_field(), executor.get_requirements, create_living, executor.description
@@ -76,14 +80,20 @@ def in_living_process(executor: dg.ExecutorDefinition, locks: Locks) -> dg.Execu
 
 
 class _LivingExecutor(dg.Executor):
-    def __init__(self, executor: dg.Executor, locks: Locks) -> None:
+    def __init__(self, executor: dg.Executor, locks: Locks, own_settings: str) -> None:
         self._executor = executor
         self._locks = locks
+        self._own_settings = own_settings
 
     def execute(
         self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
     ) -> Iterator[dg.DagsterEvent]:
-        """The events of the run."""
+        """The events of the run. Raises `SettingsError` if it was submitted under other settings."""
+        if plan_context.dagster_run.tags.get(SETTINGS_TAG, self._own_settings) != self._own_settings:
+            raise SettingsError(
+                "the code location reads other settings than the command that submitted the run; give both the same "
+                "file by QAQ_CONFIG"
+            )
         with living(self._locks, plan_context.run_id) as tag:
             plan_context.instance.add_run_tags(plan_context.run_id, tag)
             yield from self._executor.execute(plan_context, execution_plan)

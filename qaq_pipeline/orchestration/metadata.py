@@ -67,7 +67,8 @@ def asset(
             defined["deps"] = others
         if declared.schema is not None:
             defined |= _of_schema(declared.schema)
-        return dg.asset(**defined | options)(guarded(function, settings.runtime))
+        op_tags = {**options.pop("op_tags", {}), **settings.runtime.op_tags.get(function.__name__, {})}
+        return dg.asset(**defined | options, op_tags=op_tags)(guarded(function, settings.runtime))
 
     return define
 

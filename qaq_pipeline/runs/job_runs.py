@@ -23,7 +23,9 @@ from qaq_pipeline.orchestration.conditions import BY_DRIVER
 from qaq_pipeline.orchestration.failures import describe
 from qaq_pipeline.orchestration.jobs import build_job_defs
 from qaq_pipeline.pipeline import PIPELINE
+from qaq_pipeline.runs import submission
 from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.runs.submission import Ended
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.scoring.logprobs import Progress
 from qaq_pipeline.storage.locks import Locks
@@ -109,20 +111,50 @@ class Driver:
             )
 
     def _run_job(self, job_name: str, partition: Partition | None) -> str:
-        instance, tags = self.deployment.instance, {BY_DRIVER: "true", **_partition_tags(partition)}
+        tags = {BY_DRIVER: "true", **_partition_tags(partition)}
+        done = self._submit(job_name, tags) if self._submits else self._execute(job_name, tags)
+        if not done.is_success:
+            self._end_if_interrupted(f"during {_name(job_name, partition)}")
+            failures = [event for event in done.events if event.is_step_failure or event.is_run_failure]
+            raise FailedJobError(describe(_name(job_name, partition), failures, done.run_id))
+        return done.run_id
+
+    @property
+    def _submits(self) -> bool:
+        return self.deployment.settings.runtime.submit_to is not None
+
+    def _submit(self, job_name: str, tags: dict[str, str]) -> Ended:
+        with submission.ending_by_signal():
+            try:
+                submitted = submission.submit(self.deployment, job_name, tags)
+                while (ended := submitted.ended()) is None:
+                    if (number := self._signal_come()) is not None:
+                        submitted.terminate()
+                        raise InterruptedRunError(
+                            f"interrupted by a signal; run {submitted.run_id} of {job_name} is being ended, and what "
+                            "it stored is kept: run again to go on",
+                            number,
+                        )
+                    if submitted.is_waiting_long():
+                        self.events.on_notice(f"run {submitted.run_id} of {job_name} waits in the queue of Dagster")
+            except submission.SubmissionError as error:
+                raise FailedJobError(str(error)) from error
+        return ended
+
+    def _execute(self, job_name: str, tags: dict[str, str]) -> Ended:
         if self.deployment.settings.runtime.executor != "in_process":
             result = _run_in_processes(self.deployment, job_name, tags)
-        else:
-            job, run_id = self._jobs.resolve_job_def(job_name), str(uuid.uuid4())
-            with liveness.living(self._locks, run_id) as tag:
-                result = job.execute_in_process(
-                    instance=instance, run_id=run_id, run_config=_QUIET, tags=tags | tag, raise_on_error=False
-                )
-        if not result.success:
-            self._end_if_interrupted(f"during {_name(job_name, partition)}")
-            failures = [event for event in result.all_events if event.is_step_failure or event.is_run_failure]
-            raise FailedJobError(describe(_name(job_name, partition), failures, result.run_id))
-        return result.run_id
+            return Ended(result.run_id, result.success, result.all_events)
+        job, run_id = self._jobs.resolve_job_def(job_name), str(uuid.uuid4())
+        with liveness.living(self._locks, run_id) as tag:
+            done = job.execute_in_process(
+                instance=self.deployment.instance,
+                run_id=run_id,
+                run_config=_QUIET,
+                tags=tags | tag,
+                raise_on_error=False,
+            )
+        return Ended(done.run_id, done.success, done.all_events)
 
 
 def _name(job_name: str, partition: Partition | None) -> str:

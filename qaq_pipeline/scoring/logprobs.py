@@ -245,7 +245,7 @@ def plan_scoring(
 def _cached(pairs: LongestFirst, identity: ScoreIdentity, storage: Storage) -> pl.DataFrame:
     """Every cached score of the pairs, as `ScoreCache.read`: all shards are read for `IDS_AT_ONCE` pairs at a time."""
     found = [pl.DataFrame(schema=FOUND)]
-    if storage.scores.shards(identity.digest()):
+    if storage.scores.names(identity.digest()):
         for start in range(0, len(pairs), IDS_AT_ONCE):
             scores = storage.scores.read(identity, pairs.pair_ids(start, start + IDS_AT_ONCE))
             found.append(scores.with_columns(pl.col("place") + pl.lit(start, pl.UInt32)))

@@ -8,6 +8,7 @@ Every write is atomic: on a local disk a temporary name in the same folder, then
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -17,7 +18,9 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +36,9 @@ _UNFINISHED = ".tmp"
 """Ending of the name of what is not stored yet; the name begins with a dot."""
 _CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
 """Errors of S3 for a write whose condition does not hold: the file is another, is being written, or is gone."""
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of disks without hard links."""
+_READS_AT_ONCE = 16
 _LEFTOVER_SECONDS = 24 * 3600
 """Age at which something unfinished was left by a process that was killed."""
 
@@ -110,6 +116,36 @@ class Files:
         with self.writing(*parts) as stream:
             stream.write(data)
 
+    def create(self, data: bytes, *parts: str) -> bool:
+        """Write a new file atomically; False, and nothing is written, if there is one."""
+        if self._is_conditional:
+            return self._replace(data, None, *parts)
+        try:
+            if self._is_local:
+                self._link(data, *parts)
+            else:
+                self._fs.pipe_file(self.path(*parts), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def _link(self, data: bytes, *parts: str) -> None:
+        """Write a new local file. Raises FileExistsError if there is one."""
+        file, target = self.unfinished(*parts), Path(self.path(*parts))
+        with file.path.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(file.path, target)
+        except OSError as error:
+            if error.errno not in _WITHOUT_LINKS:
+                raise
+            # Such a disk has no way to create a whole file exclusively. Of two writers at this moment one is lost.
+            if target.exists():
+                raise FileExistsError(target) from error
+            file.path.replace(target)
+
     @contextlib.contextmanager
     def writing(self, *parts: str) -> Iterator[BinaryIO]:
         """A seekable stream whose content becomes the file at the end, atomically; not after an error."""
@@ -163,6 +199,27 @@ class Files:
         """Raises `StorageError` where there is no file."""
         with self._must_exist(*parts):
             return self._fs.cat_file(self.path(*parts))
+
+    def read_if_any(self, *parts: str) -> bytes | None:
+        """The content of a file; None where there is no file."""
+        try:
+            return self._fs.cat_file(self.path(*parts))
+        except FileNotFoundError:
+            return None
+
+    def read_many(self, places: Iterable[Place]) -> Iterator[bytes | None]:
+        """The content of each file, None where there is no file; from an object store many at the same time."""
+        if self._is_local:
+            yield from (self.read_if_any(*place) for place in places)
+            return
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            asked: deque[Future[bytes | None]] = deque()
+            for place in places:
+                asked.append(threads.submit(self.read_if_any, *place))
+                if len(asked) == _READS_AT_ONCE:
+                    yield asked.popleft().result()
+            while asked:
+                yield asked.popleft().result()
 
     @contextlib.contextmanager
     def _must_exist(self, *parts: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from qaq_pipeline.config.base import SettingsError, settings_hash
+from qaq_pipeline.config.base import SettingsError, settings_hash, without_credentials
 from qaq_pipeline.config.load import dagster_home, home_directory, load_settings, packaged_profiles, parse_settings
 from qaq_pipeline.config.selections import Budget
 from qaq_pipeline.config.settings import Settings
@@ -85,6 +85,8 @@ def test_the_smallest_file_names_two_models() -> None:
             ["executor", "'in_process', 'multiprocess', 'k8s' or 'ray'", "got 'slurm'"],
         ),
         ({"runtime": {"executor_config": {"a": 1}}}, ["runtime: executor_config is for the executors k8s and ray"]),
+        ({"runtime": {"submit_to": "dagster:3000"}}, ["runtime: submit_to is the address of a webserver, such as"]),
+        ({"runtime": {"max_runtime_seconds": 0}}, ["runtime.max_runtime_seconds", "greater than 0", "got 0"]),
         ({"runtime": {"pool": {"kind": "in_process", "size": 2}}}, ["runtime.pool: kind: in_process has one process"]),
         ({"runtime": {"pool": {"address": "auto"}}}, ["runtime.pool: address is that of a Ray cluster; set kind: ray"]),
         (
@@ -443,3 +445,41 @@ def test_an_accepted_batch_name_is_one_plain_path_part(name: str) -> None:
     assert name.isascii()
     assert not set(name) & set("|/\\*?[]\n\0")
     assert ".." not in name
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"storage": {"root": "sftp://me:planted@host/data"}}, "storage.root"),
+        ({"landing": {"url": "https://planted@host/zone"}}, "landing.url"),
+        ({"runtime": {"submit_to": "http://me:planted@host:3000"}}, "runtime.submit_to"),
+        (
+            {
+                "screening": {
+                    "contamination": {"benchmarks": [{"name": "a", "path": "https://h/b?X-Amz-Signature=planted"}]}
+                }
+            },
+            "screening.contamination.benchmarks.0.path",
+        ),
+        ({"runtime": {"executor": "ray", "executor_config": {"a": ["x://h?token=planted"]}}}, "executor_config.a.0"),
+    ],
+)
+def test_a_url_with_credentials_is_refused_since_settings_are_published(values: dict[str, Any], place: str) -> None:
+    text = refusal(**values)
+    assert f"{place}: a URL contains a password, a token or a signature" in text
+    assert "planted" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:planted@host/a.jsonl: missing", "https://host/a.jsonl: missing"),
+        ("see 'https://h/a?part=1&sig=planted&b=2'.", "see 'https://h/a?part=1&sig=…&b=2'."),
+        ("https://h/a?X-Amz-Credential=p%2Fq&X-Amz-Signature=p", "https://h/a?X-Amz-Credential=…&X-Amz-Signature=…"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("hf://datasets/org/name@main/a.jsonl?split=train", "hf://datasets/org/name@main/a.jsonl?split=train"),
+        ("s3://bucket/a@b:c/x.jsonl", "s3://bucket/a@b:c/x.jsonl"),
+    ],
+)
+def test_credentials_of_urls_are_left_out(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown

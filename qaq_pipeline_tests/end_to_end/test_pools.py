@@ -28,6 +28,7 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.conftest import NO_CALIBRATION
 from qaq_pipeline_tests.end_to_end.test_real_models import read_pairs
 from qaq_pipeline_tests.end_to_end.test_recomputation import EXAMPLES, demo_settings
+from qaq_pipeline_tests.support.cached_scores import quantities_in
 from qaq_pipeline_tests.support.ray_cluster import two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(3600)]
@@ -115,18 +116,13 @@ def test_a_scoring_begun_on_processes_is_finished_on_ray_and_nothing_is_scored_a
     with pytest.raises(InterruptedError):
         runtime.score("strong", pairs, storage, lambda _: None)
     identity = runtime.identity("strong")
-    begun = set(storage.files.files_below("score_cache"))
     stored = storage.scores.read(identity, pl.Series([pair.pair_id for pair in read_pairs()]))
     found = under("ray", 2.0).score("strong", pairs, storage, lambda _: None)
     assert found.provenance["identity_hash"] == identity.digest()
     assert found.report.pool == "ray"
     assert found.report.num_cached_quantities == stored.height > 0
     assert found.report.num_scored_quantities > 0
-    shards = [name for name in storage.files.files_below("score_cache") if name.endswith(".parquet")]
-    assert begun <= set(storage.files.files_below("score_cache"))
-    rows = pl.concat(
-        storage.files.read_frame("score_cache", *name.split("/"), columns=["pair_id", "quantity"]) for name in shards
-    )
+    rows = quantities_in(storage)
     assert not rows.is_duplicated().any()
     assert rows.height == found.report.num_cached_quantities + found.report.num_scored_quantities
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import dagster as dg
@@ -26,11 +27,14 @@ from qaq_pipeline.config.load import load_settings
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs.deployment import open_instance
 from qaq_pipeline.schema.partition import Partition
+from qaq_pipeline.storage.files import Files
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.cli.conftest import write_settings
 from qaq_pipeline_tests.conftest import write_jsonl
+from qaq_pipeline_tests.support.cached_scores import quantities_in
 from qaq_pipeline_tests.support.postgres import PASSWORD, PostgresServer
 from qaq_pipeline_tests.support.s3_server import BUCKET, SECRET, S3Server
+from qaq_pipeline_tests.support.server import free_port, running_ui
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -88,19 +92,12 @@ class Machine:
 
     def num_shards(self) -> int:
         with self.storage() as storage:
-            return sum(len(storage.scores.shards(digest)) for digest in storage.files.names("score_cache"))
+            return sum(len(storage.scores.names(digest)) for digest in storage.files.names("score_cache"))
 
     def cached(self) -> pl.DataFrame:
         """Quantities in the score cache, by model."""
         with self.storage() as storage:
-            frames = [
-                storage.files.read_frame(
-                    "score_cache", model.digest, name, columns=["pair_id", "quantity"]
-                ).with_columns(model=pl.lit(model.digest))
-                for model in storage.scores.models()
-                for name in storage.scores.shards(model.digest)
-            ]
-        return pl.concat(frames)
+            return quantities_in(storage)
 
     def log(self, *statuses: dg.DagsterRunStatus) -> str:
         """The events of the runs with one of these statuses, or of all."""
@@ -115,16 +112,21 @@ def machine(
 ) -> Callable[..., Machine]:
     """Factory: a machine with a home of this name, on the shared servers or on its own disk."""
 
-    def make(name: str, *, is_shared: bool = True) -> Machine:
+    def make(name: str, *, is_shared: bool = True, runtime: dict[str, Any] | None = None, **sections: Any) -> Machine:
         home = tmp_path / name
         (home / "dagster").mkdir(parents=True)
-        runtime = {"batch_tokens": 300, "shard_seconds": 0, "retry_seconds": 2, "lock_timeout_seconds": 60}
+        small = {"batch_tokens": 300, "shard_seconds": 0, "retry_seconds": 2, "lock_timeout_seconds": 60}
         storage = {"root": f"s3://{BUCKET}/{tmp_path.name}", "locks": {"kind": "postgres"}} if is_shared else {}
         models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(MODELS)}
-        config = write_settings(home / "settings.yaml", models, runtime=runtime, storage=storage)
+        config = write_settings(
+            home / "settings.yaml", models, runtime=small | (runtime or {}), storage=storage, **sections
+        )
         if is_shared:
             address = {"postgres_url": {"env": "QAQ_POSTGRES_URL"}}
-            text = yaml.safe_dump({"storage": {"postgres": address}, "telemetry": {"enabled": False}})
+            several = {"runs": {"max_concurrent_runs": 4}}
+            text = yaml.safe_dump(
+                {"storage": {"postgres": address}, "telemetry": {"enabled": False}, "concurrency": several}
+            )
             (home / "dagster" / "dagster.yaml").write_text(text, encoding="utf-8")
         return Machine(
             {
@@ -227,3 +229,110 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(
     for secret in (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET):
         assert secret not in shown
         assert secret not in one.log()
+
+
+PATIENCE_S = 400.0
+
+
+def published(machine: Machine) -> set[str]:
+    """The batches of the newest version."""
+    with machine.storage() as storage:
+        newest = versions.latest(storage)
+        return set() if newest is None else set(versions.decided_batches(storage, newest.version))
+
+
+def wait_until(condition: Callable[[], bool], log: Path) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, log.read_text(encoding="utf-8")[-5000:]
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def deployed(machine: Callable[..., Machine], tmp_path: Path) -> Iterator[tuple[Callable[[str], Machine], Path]]:
+    """Webserver and daemon on one machine; a function that gives another machine under the same settings, and their
+    log."""
+    port = free_port()
+    sections = {
+        "landing": {"url": f"s3://{BUCKET}/{tmp_path.name}-landing", "require_marker": True, "interval_seconds": 3},
+        "automation": {"started": True, "interval_seconds": 5},
+        "runtime": {"submit_to": f"http://127.0.0.1:{port}", "max_runtime_seconds": 3600, "run_tags": {"team": "data"}},
+    }
+    cluster, log = machine("cluster", **sections), tmp_path / "ui.log"
+    with running_ui(os.environ | cluster.environment, log, port=port):
+        yield lambda name: machine(name, **sections), log
+
+
+def test_a_delivery_to_the_object_store_is_published_unattended_though_both_servers_restart(
+    deployed: tuple[Callable[[str], Machine], Path],
+    machine: Callable[..., Machine],
+    tmp_path: Path,
+    database: PostgresServer,
+    store: S3Server,
+) -> None:
+    another, log = deployed
+    watching, alone, file = another("watching"), machine("alone", is_shared=False), delivery(tmp_path, "b1")
+    alone.run("run", file, "--batch", "b1")
+    with watching.here():
+        landing = Files(load_settings().landing_url)
+        landing.write_bytes(Path(file).read_bytes(), "b1.jsonl")
+        landing.write_bytes(b"", "b1.jsonl._SUCCESS")
+    wait_until(lambda: watching.num_shards() >= 20, log)
+    for server in (database, store):
+        server.kill()
+        time.sleep(3)
+        server.start()
+        time.sleep(5)
+    wait_until(lambda: published(watching) == {"b1"}, log)
+    assert_frame_equal(decided(watching, "b1"), decided(alone, "b1"))
+    assert watching.cached().is_unique().all()
+    for secret in (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET):
+        assert secret not in log.read_text(encoding="utf-8")
+        assert secret not in watching.log()
+
+
+def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
+    deployed: tuple[Callable[[str], Machine], Path], machine: Callable[..., Machine], tmp_path: Path
+) -> None:
+    another, _ = deployed
+    laptop, alone, file = another("laptop"), machine("alone", is_shared=False), delivery(tmp_path, "b1")
+    alone.run("run", file, "--batch", "b1")
+    shown = laptop.run("run", file, "--batch", "b1")
+    assert "selected" in shown
+    assert_frame_equal(decided(laptop, "b1"), decided(alone, "b1"))
+    with laptop.here(), open_instance() as instance:
+        runs = instance.get_runs(dg.RunsFilter(tags={"qaq/driver": "true"}))
+        assert {"ingest_batch", "score_batch", "select_from_batch", "publish_dataset"} <= {run.job_name for run in runs}
+        for run in runs:
+            assert (run.tags["team"], run.tags["dagster/max_runtime"]) == ("data", "3600")
+            assert run.remote_job_origin is not None, "it came through the webserver"
+
+    process = laptop.start("run", delivery(tmp_path, "b2"), "--batch", "b2")
+    wait_for(lambda: laptop.num_shards() >= 20, process)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "is being ended, and what it stored is kept" in shown
+    with laptop.here(), open_instance() as instance:
+        ended = instance.get_runs(dg.RunsFilter(tags={"dagster/partition/batch": "b2"}), limit=1)
+        wait_for_end(instance, ended[0].run_id)
+
+    settings = Path(laptop.environment["QAQ_CONFIG"])
+    settings.write_text(settings.read_text(encoding="utf-8").replace("num_strata: 2", "num_strata: 1"))
+    process = laptop.start("run", file, "--batch", "b1")
+    shown, _ = process.communicate()
+    assert process.returncode == 1
+    assert "reads other settings than the command that submitted the run" in shown
+    assert "Traceback" not in shown
+
+
+def wait_for_end(instance: dg.DagsterInstance, run_id: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        run = instance.get_run_by_id(run_id)
+        assert run is not None
+        if run.is_finished:
+            assert run.status == dg.DagsterRunStatus.CANCELED
+            return
+        assert time.monotonic() < end
+        time.sleep(0.5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,3 +145,16 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, check_sentence: Check
     with pytest.raises(SourceError) as error:
         read([tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"])
     check_sentence(str(error.value).replace(str(tmp_path), "TMP"))
+
+
+def test_what_gives_access_to_an_address_is_in_no_name_and_no_message(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(ROWS)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert read([f"{address}/rows.jsonl?X-Amz-Signature=planted"]) == {"rows.jsonl": ROWS}
+        with pytest.raises(SourceError, match=r"missing\.jsonl\?token=…") as error:
+            read([f"{address}/missing.jsonl?token=planted"])
+        server.shutdown()
+    assert "planted" not in str(error.value)

@@ -92,7 +92,7 @@ _EXECUTE = """
         raise ValueError
 
     kind, home, folder = sys.argv[1:]
-    executor = liveness.in_living_process(dg.in_process_executor, FileLocks(Path(folder)))
+    executor = liveness.in_living_process(dg.in_process_executor, FileLocks(Path(folder)), "")
 
     @dg.job(executor_def=executor)
     def work():

@@ -80,7 +80,7 @@ def open_writer(storage: Storage, clock: Clock, closed: list[pl.DataFrame]) -> O
 @pytest.fixture
 def num_files(storage: Storage) -> Callable[[], int]:
     """Factory: counts the shards in the cache."""
-    return lambda: len(list(Path(storage.files.path("score_cache")).glob("*/*.parquet")))
+    return lambda: len(list(Path(storage.files.path("score_cache")).glob("*/shards/*.parquet")))
 
 
 @pytest.fixture

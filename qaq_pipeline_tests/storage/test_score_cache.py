@@ -1,9 +1,8 @@
-"""score_cache: shards of scores by identity; invalid shards are set aside."""
+"""score_cache: scores by identity; damaged files are set aside."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +99,7 @@ def test_the_folder_of_the_scores_says_whose_they_are(any_storage: Storage) -> N
 
 
 def shards(storage: Storage) -> list[Path]:
-    return sorted(Path(storage.files.url("score_cache", IDENTITY.digest())).glob("*.parquet"))
+    return sorted(Path(storage.files.url("score_cache", IDENTITY.digest())).glob("shards/*.parquet"))
 
 
 def flip_a_byte(data: bytes) -> bytes:
@@ -133,15 +132,16 @@ def test_what_is_no_shard_is_set_aside_named_and_never_read(
     spoiled.write_bytes(content := spoil(spoiled.read_bytes()))
     storage.scores.append(IDENTITY, cached(2), SCORED_WITH)
     assert keys(read_scores(storage, 1, 2)) == [(pair_name(2), "q")]
-    assert f"{spoiled}: no shard of scores" in caplog.text
-    assert (spoiled.parent / "set_aside" / spoiled.name).read_bytes() == content
+    assert f"{spoiled}: no file of scores" in caplog.text
+    set_aside = Path(storage.files.path("score_cache", IDENTITY.digest(), "set_aside"))
+    assert [file.read_bytes() for file in set_aside.iterdir()] == [content]
     assert not spoiled.exists()
     caplog.clear()
     storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
     assert keys(read_scores(storage, 1, 2)) == [(pair_name(1), "q"), (pair_name(2), "q")]
     assert caplog.text == ""
     (entry,) = storage.scores.models()
-    assert (entry.num_shards, entry.num_set_aside, entry.num_scores) == (2, 1, 2)
+    assert (entry.num_files, entry.num_set_aside, entry.num_scores) == (2, 1, 2)
 
 
 def test_the_cache_lists_what_it_holds_by_model_and_removes_it(any_storage: Storage) -> None:
@@ -154,7 +154,7 @@ def test_the_cache_lists_what_it_holds_by_model_and_removes_it(any_storage: Stor
     by_model = {entry.identity["model"]: entry for entry in any_storage.scores.models()}
     assert by_model.keys() == {IDENTITY.model, "another"}
     ours = by_model[IDENTITY.model]
-    assert (ours.digest, ours.num_shards, ours.num_scores, ours.num_hits) == (IDENTITY.digest(), 2, 4, 7)
+    assert (ours.digest, ours.num_files, ours.num_scores, ours.num_hits) == (IDENTITY.digest(), 2, 4, 7)
     assert ours.num_bytes > 1000
     any_storage.scores.prune(ours.digest)
     assert [entry.identity["model"] for entry in any_storage.scores.models()] == ["another"]
@@ -184,18 +184,15 @@ def test_every_score_says_which_libraries_and_device_made_it(any_storage: Storag
 
 def test_columns_of_a_shard_that_nobody_reads_do_no_harm(storage: Storage) -> None:
     wider = cached(1).with_columns(token_logprobs=pl.lit(None, pl.List(pl.Float32)))
-    storage.files.write_bytes(shard_of(wider), "score_cache", IDENTITY.digest(), "0123456789abcdef.parquet")
+    storage.scores.append(IDENTITY, cached(1, sum_nll=9.0), SCORED_WITH)
+    shards(storage)[0].write_bytes(shard_of(wider))
     assert read_scores(storage, 1).drop("scored_with").equals(cached(1))
 
 
-def test_a_shard_is_named_by_the_hash_of_its_bytes_and_an_equal_one_is_the_same_file(storage: Storage) -> None:
-    for _ in range(2):
-        storage.scores.append(IDENTITY, cached(1), SCORERS[0])
-    (shard,) = shards(storage)
-    assert shard.name == f"{hashlib.sha256(shard.read_bytes()).hexdigest()}.parquet"
-    storage.scores.append(IDENTITY, cached(1), SCORERS[1])
-    assert len(shards(storage)) == 2
-    assert scorers(storage, 1) == [SCORERS[0]]
+def test_of_equal_scores_the_scorer_that_sorts_first_is_named(any_storage: Storage) -> None:
+    for scorer in reversed(SCORERS):
+        any_storage.scores.append(IDENTITY, cached(1), scorer)
+    assert scorers(any_storage, 1) == [SCORERS[0]]
 
 
 def test_scores_that_do_not_fit_are_not_appended(storage: Storage) -> None:
@@ -204,36 +201,27 @@ def test_scores_that_do_not_fit_are_not_appended(storage: Storage) -> None:
     assert shards(storage) == []
 
 
-@pytest.mark.parametrize("race", ["before it is read", "before it is set aside"])
-def test_a_shard_that_vanishes_while_shards_are_read_is_no_error(
-    storage: Storage, race: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another reader may set a shard aside, and `qaq cache --prune` remove it, at any moment."""
+def test_a_cache_that_is_pruned_while_it_is_read_is_no_error(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2):
         storage.scores.append(IDENTITY, cached(number), SCORED_WITH)
-    vanishing = shards(storage)[0]
-    if race == "before it is set aside":
-        vanishing.write_bytes(b"torn")
-    read_bytes = storage.files.read_bytes
+    read_if_any, first = storage.files.read_if_any, shards(storage)[0].name
 
-    def read_and_remove(*parts: str) -> bytes:
-        if race == "before it is read":
-            vanishing.unlink(missing_ok=True)
-            return read_bytes(*parts)
-        data = read_bytes(*parts)
-        vanishing.unlink(missing_ok=True)
+    def read_and_prune(*parts: str) -> bytes | None:
+        data = read_if_any(*parts)
+        if parts[-1] == first and data is not None:
+            storage.scores.prune(IDENTITY.digest())
         return data
 
-    monkeypatch.setattr(storage.files, "read_bytes", read_and_remove)
-    assert read_scores(storage, 1, 2).height == 1
+    monkeypatch.setattr(storage.files, "read_if_any", read_and_prune)
+    assert keys(read_scores(storage, 1, 2)) == [(pair_name(1), "q")]
 
 
 def test_a_changed_shard_has_a_fault_and_a_missing_one_is_an_error(any_storage: Storage, check_sentence: Check) -> None:
     any_storage.scores.append(IDENTITY, cached(1), SCORED_WITH)
     digest = IDENTITY.digest()
-    (name,) = any_storage.scores.shards(digest)
+    (name,) = any_storage.scores.names(digest)
     assert any_storage.scores.fault(digest, name) is None
-    place = any_storage.scores.place(digest, name)
+    place = any_storage.scores.place(digest, *name.split("/"))
     any_storage.files.write_bytes(flip_a_byte(any_storage.files.read_bytes(*place)), *place)
     check_sentence(any_storage.scores.fault(digest, name))
     any_storage.files.remove(*place)

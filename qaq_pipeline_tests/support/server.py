@@ -77,11 +77,14 @@ def curated_ui(variables: dict[str, str], batch: str, file: Path, log: Path) -> 
 
 @contextlib.contextmanager
 def running_ui(
-    environment: dict[str, str], log: Path, command: Sequence[str] = (str(QAQ), "ui"), folder: Path = REPOSITORY
+    environment: dict[str, str],
+    log: Path,
+    command: Sequence[str] = (str(QAQ), "ui"),
+    folder: Path = REPOSITORY,
+    port: int | None = None,
 ) -> Iterator[str]:
-    """Start `qaq ui`, or another command, on a free port; Ctrl-C's signal ends its whole process group."""
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
+    """Start `qaq ui`, or another command, on a port; Ctrl-C's signal ends its whole process group."""
+    port = port or free_port()
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
@@ -98,6 +101,12 @@ def running_ui(
         yield url
     finally:
         interrupt(process)
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        return server.getsockname()[1]
 
 
 def code_locations(url: str) -> dict[str, str]:
