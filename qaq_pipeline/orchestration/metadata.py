@@ -5,7 +5,7 @@ Does not belong here: numbers about one table (`reports.table_numbers`).
 
 import base64
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -67,10 +67,20 @@ def asset(
             defined["deps"] = others
         if declared.schema is not None:
             defined |= _of_schema(declared.schema)
-        op_tags = {**options.pop("op_tags", {}), **settings.runtime.op_tags.get(function.__name__, {})}
+        op_tags = merged(options.pop("op_tags", {}), settings.runtime.op_tags.get(function.__name__, {}))
         return dg.asset(**defined | options, op_tags=op_tags)(guarded(function, settings.runtime))
 
     return define
+
+
+def merged(tags: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Tags with more of them; where both have a mapping, theirs are merged too."""
+    both = {
+        name: merged(tags[name], more[name])
+        for name in tags.keys() & more.keys()
+        if isinstance(tags[name], Mapping) and isinstance(more[name], Mapping)
+    }
+    return {**tags, **more, **both}
 
 
 def version_of(context: dg.AssetExecutionContext) -> str | None:

@@ -7,8 +7,6 @@ about its content.
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -123,19 +121,6 @@ def open_locks(settings: Settings, directory: Path) -> Locks:
         return FileLocks(directory, timeout)
     if find_spec("psycopg2") is None:
         raise SettingsError("storage.locks: kind postgres needs more packages; install qaq-pipeline[postgres]")
-    # Dagster's storage takes the same URL, with the name of the driver in it.
-    url = re.sub(r"^(\w+)\+\w+://", r"\1://", os.environ.get(locks.url_from, ""))
-    import psycopg2
+    from qaq_pipeline.storage.postgres_locks import locks_from_environment
 
-    from qaq_pipeline.storage.postgres_locks import PostgresLocks
-
-    try:
-        is_address = bool(psycopg2.extensions.parse_dsn(url))
-    except psycopg2.ProgrammingError:  # Its text may repeat a password.
-        is_address = False
-    if not is_address:
-        raise SettingsError(
-            f"storage.locks: the environment variable {locks.url_from} has no URL of a database, such as "
-            "postgresql://qaq@db.example/qaq"
-        )
-    return PostgresLocks(url, settings.storage_root, timeout)
+    return locks_from_environment(locks.url_from, settings.storage_root, timeout)

@@ -14,13 +14,16 @@ import hashlib
 import math
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg2
 from psycopg2 import extensions
 
+from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.storage.locks import PartitionBusyError, label_of
 
 _POLL_SECONDS = 0.2
@@ -46,15 +49,22 @@ class PostgresLocks:
         url: of the database.
         scope: what is locked, such as the root of the storage: the locks of others in the same database are others.
         timeout_seconds: how long a writer waits for another, and for the server.
+        url_from: environment variable with the URL: where these locks go to another process, it reads the URL there, so
+            that no password travels.
     """
 
     are_of_one_machine = False
 
-    def __init__(self, url: str, scope: str, timeout_seconds: float = 10.0) -> None:
+    def __init__(self, url: str, scope: str, timeout_seconds: float = 10.0, url_from: str = "") -> None:
         self._url = url
+        self._url_from = url_from
         self._scope = scope
         self._timeout = timeout_seconds
         self._here = _OfThread()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the URL."""
+        return locks_from_environment, (self._url_from, self._scope, self._timeout)
 
     @contextlib.contextmanager
     def hold(self, name: str, *partition: str, waits: bool = False) -> Iterator[None]:
@@ -150,6 +160,26 @@ class PostgresLocks:
         """Machine and process that hold a lock; None: nobody does."""
         name = _ask(session, _HOLDER, (key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF)
         return None if name is None else str(name)
+
+
+def locks_from_environment(url_from: str, scope: str, timeout_seconds: float) -> PostgresLocks:
+    """The locks of the database whose URL is in an environment variable.
+
+    Raises:
+        SettingsError: the variable has no URL of a database.
+    """
+    # Dagster's storage takes the same URL, with the name of the driver in it.
+    url = re.sub(r"^(\w+)\+\w+://", r"\1://", os.environ.get(url_from, ""))
+    try:
+        is_address = bool(extensions.parse_dsn(url))
+    except psycopg2.ProgrammingError:  # Its text may repeat a password.
+        is_address = False
+    if not is_address:
+        raise SettingsError(
+            f"storage.locks: the environment variable {url_from} has no URL of a database, such as "
+            "postgresql://qaq@db.example/qaq"
+        )
+    return PostgresLocks(url, scope, timeout_seconds, url_from)
 
 
 class _OfThread(threading.local):

@@ -93,6 +93,10 @@ class ScoreCache:
             self._files.write_json(asdict(identity), *folder, _IDENTITY)
         self._log(identity.digest()).append(frame, scored_with)
 
+    def pack(self, identity: ScoreIdentity) -> None:
+        """Pack all shards of an identity. Whoever appends does so by itself."""
+        self._log(identity.digest()).pack()
+
     def count_hits(self, identity: ScoreIdentity, number: int) -> None:
         """Add to the count of scores that runs have taken from the cache."""
         digest = identity.digest()

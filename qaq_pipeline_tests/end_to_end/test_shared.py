@@ -207,6 +207,15 @@ def test_two_machines_curate_at_once_and_both_batches_are_published(
     assert one.cached().is_unique().all()
 
 
+def test_scoring_processes_share_the_store_and_the_locks(machine: Callable[..., Machine], tmp_path: Path) -> None:
+    alone, file = machine("alone", is_shared=False), delivery(tmp_path, "b1")
+    several = machine("several", runtime={"pool": {"kind": "processes", "size": 2}})
+    alone.run("run", file, "--batch", "b1")
+    several.run("run", file, "--batch", "b1")
+    assert_frame_equal(decided(several, "b1"), decided(alone, "b1"))
+    assert several.cached().is_unique().all()
+
+
 @pytest.mark.parametrize("name", ["database", "store"])
 def test_a_server_that_is_killed_and_comes_back_costs_nothing(
     machine: Callable[..., Machine], tmp_path: Path, name: str, database: PostgresServer, store: S3Server

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.storage.locks import FileLocks, Locks, PartitionBusyError, open_locks
-from qaq_pipeline.storage.postgres_locks import LockServerError, PostgresLocks
+from qaq_pipeline.storage.postgres_locks import LockServerError, PostgresLocks, locks_from_environment
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import raw_rows
@@ -246,3 +247,17 @@ def test_a_variable_without_an_address_is_named_and_its_value_is_not(
     with pytest.raises(SettingsError, match="variable DATABASE has no URL of a database, such as") as caught:
         open_locks(settings, tmp_path)
     assert "8f3c1d" not in str(caught.value)
+
+
+def test_locks_go_to_another_process_without_their_password(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED_URL", server.url.replace("postgresql:", "postgresql+psycopg2:"))
+    sent = pickle.dumps(locks_from_environment("PLANTED_URL", "here", IMPATIENT))
+    assert not any(secret.encode() in sent for secret in (PASSWORD, PASSWORD.replace(" ", "%20"), server.url))
+    there = pickle.loads(sent)
+    with PostgresLocks(server.url, "here").hold("batch"), pytest.raises(PartitionBusyError):
+        there.hold("batch").__enter__()
+    monkeypatch.delenv("PLANTED_URL")
+    with pytest.raises(SettingsError, match="the environment variable PLANTED_URL has no URL of a database"):
+        pickle.loads(sent)
