@@ -24,7 +24,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.lm.prompts import PairEncoder
 from qaq_pipeline.publication import exports
-from qaq_pipeline.scoring.pools import SCORING_LIBRARIES
+from qaq_pipeline.scoring.pools import SCORING_LIBRARIES, pool_of
 from qaq_pipeline.screening.benchmarks import BenchmarkError, load_benchmark
 from qaq_pipeline.storage.files import Files
 from qaq_pipeline.storage.locks import open_locks
@@ -72,7 +72,8 @@ def _models(settings: Settings) -> Iterator[Finding]:
     for role, model in settings.models.items():
         check = f"model {role}"
         try:
-            device = devices.resolve_device(model.device)
+            placed = pool_of(settings.runtime).local(model)
+            device = devices.resolve_device(placed.device)
             files = model_files.locate(model, settings.model_cache_dir, download=False)
             tokenizer = load_tokenizer(model, files, settings.model_cache_dir)
             encoder = PairEncoder(tokenizer, model, settings.scoring, files.num_embeddings())
@@ -84,8 +85,9 @@ def _models(settings: Settings) -> Iterator[Finding]:
         except (OSError, ValueError) as error:  # Of the files, the tokenizer, the template, the device.
             yield Finding(check, is_ok=False, text=str(error))
             continue
+        where = str(device) if placed == model else f"{model.device} of another machine"
         dtype = devices.resolve_dtype(model.dtype, device)
-        yield Finding(check, is_ok=True, text=f"{files.name} on {device}, {dtype}, {model.frame} frame, {files.folder}")
+        yield Finding(check, is_ok=True, text=f"{files.name} on {where}, {dtype}, {model.frame} frame, {files.folder}")
         yield from (Finding(check, is_ok=True, text=said, is_warning=True) for said in warned)
 
 

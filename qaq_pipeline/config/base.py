@@ -18,10 +18,12 @@ ROLE_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 """Pattern of the name of a selection, a reference or a benchmark."""
 
-_USER = re.compile(r"(?<=://)[^/\s?#@]*:[^/\s?#@]*@|(?:(?<=http://)|(?<=https://))[^/\s?#@]+@")
+_USER = re.compile(r"(?<=://)[^\s?#'\"]*:[^\s?#'\"]*@|(?:(?<=http://)|(?<=https://))[^\s?#'\"]+@")
 """User and password of a URL. Elsewhere than in HTTP a user alone is no secret: Azure has the container there."""
 _PARAMETER = re.compile(
-    r"([?&][^=&\s#]*(?:sig|token|key|secret|password|credential)[^=&\s#]*=)[^&\s#'\")]+", re.IGNORECASE
+    r"([?&;#](?:[^=&;#\s]*[-_])?(?:access|api)?"
+    r"(?:sig|signature|token|key|keyid|secret|password|credential|credentials|auth|code)=)[^&;#\s'\")]+",
+    re.IGNORECASE,
 )
 """A parameter of a URL that gives access, such as `X-Amz-Signature`."""
 

@@ -181,7 +181,10 @@ def resolve_device(device: str) -> torch.device:
     has_gpu = torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count()
     available = {"cpu": True, "cuda": has_gpu, "mps": torch.backends.mps.is_available()}
     if not available[kind]:
-        raise DeviceNotFoundError(f"this machine has no device {device!r}; set `device: auto` or `cpu`")
+        raise DeviceNotFoundError(
+            f"this machine has no device {device!r}; set `device: auto` or `cpu`, or name the model's dtype too where "
+            "another machine scores (runtime.submit_to)"
+        )
     return torch.device(device)
 
 

@@ -20,15 +20,19 @@ from dagster._utils.interrupts import capture_interrupts
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import RuntimeSettings
+from qaq_pipeline.orchestration.executors import run_tags
 from qaq_pipeline.orchestration.liveness import SETTINGS_TAG
 from qaq_pipeline.runs.deployment import Deployment
+from qaq_pipeline.storage import server_faults
 
 if TYPE_CHECKING:
     from dagster_graphql import DagsterGraphQLClient, DagsterGraphQLClientError
 
 POLL_SECONDS = 1.0
 LONG_SECONDS = 60.0
-"""A run that waits so long in the queue is told of, once."""
+"""A run that waits so long in the queue is reported, once."""
+OUTAGE_SECONDS = 300.0
+"""Time for which the instance may not answer."""
 _WAITING = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
 
 
@@ -59,7 +63,7 @@ def submit(deployment: Deployment, job_name: str, tags: Mapping[str, str]) -> Su
     from dagster_graphql import DagsterGraphQLClientError
 
     address = str(deployment.settings.runtime.submit_to)
-    told = {**tags, SETTINGS_TAG: settings_hash(deployment.settings)}
+    told = {**run_tags(deployment.settings.runtime), **tags, SETTINGS_TAG: settings_hash(deployment.settings)}
     try:
         client = _client(address)
         run_id = client.submit_job_execution(job_name, tags=told, run_config={})
@@ -79,6 +83,8 @@ class Submitted:
     _instance: dg.DagsterInstance
     run_id: str
     _since: float = field(default_factory=time.monotonic)
+    _seen: float = field(default_factory=time.monotonic)
+    """When the instance last answered."""
     _is_told: bool = False
 
     def ended(self) -> Ended | None:
@@ -88,7 +94,21 @@ class Submitted:
             SubmissionError: the instance of this process does not have it, or no longer.
         """
         time.sleep(POLL_SECONDS)
+        try:
+            return self._ended()
+        except Exception as error:
+            if not server_faults.may_pass(error):
+                raise
+            if time.monotonic() - self._seen > OUTAGE_SECONDS:
+                raise SubmissionError(
+                    f"the database of Dagster does not answer any more; run {self.run_id} may go on: look at it in the "
+                    "UI, and run this command again when it has ended"
+                ) from error
+            return None
+
+    def _ended(self) -> Ended | None:
         run = self._instance.get_run_by_id(self.run_id)
+        self._seen = time.monotonic()
         if run is None:
             raise SubmissionError(
                 f"run {self.run_id} was submitted, but the Dagster instance of this command does not have it; give the "
@@ -101,7 +121,7 @@ class Submitted:
         return Ended(self.run_id, run.is_success, events)
 
     def is_waiting_long(self) -> bool:
-        """Whether it is in the queue for long; True once."""
+        """Return True once, when the run has been queued for `LONG_SECONDS`."""
         if self._is_told or time.monotonic() - self._since < LONG_SECONDS:
             return False
         self._is_told = True

@@ -23,7 +23,7 @@ from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.score_cache import FOUND
 from qaq_pipeline.storage.storage import Storage
 
-CHUNKS_LEFT = 4
+CHUNKS_LEFT = 2
 """A process gets so small a part of the characters that are left that it will get so many chunks like it."""
 CHARACTERS_PER_TOKEN = 3
 """Rough number, for the smallest chunks: about one forward pass."""

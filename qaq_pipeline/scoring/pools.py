@@ -57,19 +57,32 @@ def pool_of(runtime: RuntimeSettings) -> Pool:
         if find_spec("ray") is None:
             raise SettingsError("runtime.pool: kind: ray needs the package ray; install qaq-pipeline[ray]")
         return RayPool(runtime)
-    return LocalPool()
+    return LocalPool(may_be_elsewhere=runtime.submit_to is not None)
 
 
 class LocalPool:
-    """This process, or others of this machine."""
+    """This process, or others of this machine.
+
+    Args:
+        may_be_elsewhere: runs are submitted, so that this process may have no such device as the machine that scores. A
+            model whose dtype and device are named is not asked for here before it is loaded.
+    """
+
+    def __init__(self, *, may_be_elsewhere: bool = False) -> None:
+        self._may_be_elsewhere = may_be_elsewhere
 
     def local(self, model: ModelSettings) -> ModelSettings:
-        """The same."""
-        return model
+        """The same; on the CPU where its device may be elsewhere."""
+        return model.model_copy(update={"device": "cpu"}) if self._is_elsewhere(model) else model
 
     def kind(self, model: ModelSettings) -> Kind:
-        """Those of this machine."""
+        """Those of this machine, or those that are named."""
+        if self._is_elsewhere(model):
+            return model.dtype, {"libraries": _libraries(), "device": model.device.partition(":")[0]}
         return kind_here(model)
+
+    def _is_elsewhere(self, model: ModelSettings) -> bool:
+        return self._may_be_elsewhere and "auto" not in (model.dtype, model.device)
 
     def on_worker(self, function: Callable[[ModelSettings], Result], model: ModelSettings) -> Result:
         """Call it here."""

@@ -55,7 +55,7 @@ class PostgresLocks:
 
     are_of_one_machine = False
 
-    def __init__(self, url: str, scope: str, timeout_seconds: float = 10.0, url_from: str = "") -> None:
+    def __init__(self, url: str, scope: str, timeout_seconds: float = 10.0, url_from: str = "QAQ_POSTGRES_URL") -> None:
         self._url = url
         self._url_from = url_from
         self._scope = scope

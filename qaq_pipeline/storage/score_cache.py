@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,12 +109,15 @@ class ScoreCache:
         return sorted(map(self._model, digests), key=lambda cached: (cached.identity["model"], cached.digest))
 
     def prune(self, digest: str) -> None:
-        """Remove everything under an identity."""
-        removed = (_FOLDER, f".{uuid.uuid4().hex}.pruned")
-        with self._locks.hold(_FOLDER, digest):
-            # On a local disk moved in one step: a shard that is being written goes with it, or starts a new folder.
-            self._files.move((_FOLDER, digest), removed)
-        self._files.remove_folder(*removed)
+        """Remove all scores under an identity. A process that scores meanwhile adds to what is left.
+
+        Raises:
+            PartitionBusyError: another process packs them; run it again.
+        """
+        self._log(digest).clear()
+        for name in (_IDENTITY, _HITS):
+            with contextlib.suppress(FileNotFoundError):
+                self._files.remove(*self.place(digest, name))
 
     def names(self, digest: str) -> list[str]:
         """Paths of the files with scores under an identity, relative to its folder."""

@@ -1,17 +1,17 @@
 """The files of the scores of one identity: a log of shards in the order of their writing, and packs of older shards.
 
-index.json                 the packs, and the number of the first shard that is in none
-shards/<number>.parquet    a shard: written once; numbers have no gap
-packs/<time>-<id>.parquet  a pack: the scores of many shards, sorted by pair_id
-packs/<time>-<id>.keys     the keys of its pairs, sorted: a reader skips a pack without its pairs
-set_aside/                 files that are neither
+…/index.json                 the packs, and the number of the first shard that is in none
+…/shards/<number>.parquet    a shard: written once; numbers have no gap
+…/packs/<time>-<id>.parquet  a pack: the scores of many shards, sorted by pair_id
+…/packs/<time>-<id>.keys     the keys of its pairs, sorted: a reader skips a pack without its pairs
+…/set_aside/                 damaged files
 
 Belongs here: which files there are, and when shards become a pack. Does not belong here: the choice among scores
 (`score_cache`).
 
-Nothing depends on a listing, which may be old or incomplete on an object store: shards are found by their numbers,
-packs by the index. Writers take numbers by exclusive creation, and packing replaces the index conditionally, so that
-any number of processes may do either at any time.
+Nothing that is read depends on a listing, which may be old or incomplete on an object store: shards are found by their
+numbers, packs by the index. Writers take numbers by exclusive creation, and packing replaces the index conditionally,
+so that any number of processes may do either at any time. A number is never used twice, also after scores are removed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -37,13 +37,14 @@ from qaq_pipeline.storage.files import Files, Place, StorageError, hash_json, js
 from qaq_pipeline.storage.locks import Locks, PartitionBusyError
 
 logger = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 SHARDS_PER_PACK = 64
-"""Whoever writes the last of so many shards packs them."""
+"""The writer of every 64th shard packs all of them."""
 SCORES_PER_PACK = 1 << 19
 """Scores of the largest packs. One of them in memory takes some 60 MB."""
 _SHARDS_AT_ONCE = 32
-"""Shards that are asked for at once."""
+"""Shards that are asked for before it is known that they are there."""
 _DAY = 24 * 3600
 _INDEX, _SHARDS, _PACKS, _SET_ASIDE = "index.json", "shards", "packs", "set_aside"
 _KEY_DIGITS = 16
@@ -103,7 +104,7 @@ class ScoreLog:
     def __init__(self, files: Files, locks: Locks, place: Place) -> None:
         self._files, self._locks, self._place = files, locks, place
         self._end = 0
-        """A number at which the log did not end before."""
+        """The next number, as last seen."""
 
     def append(self, scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> None:
         """Store a shard. Pack the newest shards where it is the last of `SHARDS_PER_PACK`.
@@ -116,7 +117,7 @@ class ScoreLog:
             scores, {"data_version": parquet_file.hash_rows(scores), "scored_with": dict(scored_with)}
         )
         if not self._files.exists(*self._path(_INDEX)):
-            self._files.create(json_bytes(Index().as_json()), *self._path(_INDEX))
+            self._files.create(json_bytes(self._index().as_json()), *self._path(_INDEX))
         number = self._append(data)
         if (number + 1) % SHARDS_PER_PACK == 0:
             self.pack()
@@ -162,7 +163,7 @@ class ScoreLog:
         while True:
             index = self._index()
             new = [pack for pack in index.packs if pack.name not in read]
-            for pack in self._with_any(new, keys):
+            for pack in self._may_hold(new, keys):
                 yield self._pack(pack)
             read |= {pack.name for pack in new}
             position = max(position, index.first)
@@ -171,34 +172,67 @@ class ScoreLog:
                 is_damaged |= shard is None
                 if shard is not None:
                     yield shard
-            if self._index() == index:
+            if not self._fill_gap(position) and self._index() == index:
                 break
         if is_damaged:
             self.pack()
 
     def names(self) -> list[str]:
         """Paths of all files with scores, relative to the folder."""
-        index = self._index()
-        end = self._next_number(index.first)
-        return [*(_pack(pack.name) for pack in index.packs), *map(_shard, range(index.first, end))]
+
+        def of(index: Index) -> list[str]:
+            shards = range(index.first, self._next_number(index.first))
+            return [*(_pack(pack.name) for pack in index.packs), *map(_shard, shards)]
+
+        return self._while_it_stays(of)
 
     def holding(self, pair_id: str) -> list[str]:
         """Paths of the files that have a score of the pair, relative to the folder."""
-        index, pair_ids = self._index(), pl.Series([pair_id])
-        packs = [(_pack(one.name), self._pack(one)) for one in self._with_any(index.packs, _keys(pair_ids))]
-        shards = [(_shard(number), shard) for number, shard in self._shards_from(index.first) if shard is not None]
-        return [name for name, scores in (*packs, *shards) if scores["pair_id"].is_in([pair_id]).any()]
+        keys = _keys(pl.Series([pair_id]))
+
+        def of(index: Index) -> list[str]:
+            packs = [(_pack(one.name), self._pack(one)) for one in self._may_hold(index.packs, keys)]
+            shards = [(_shard(number), shard) for number, shard in self._shards_from(index.first) if shard is not None]
+            return [name for name, scores in (*packs, *shards) if scores["pair_id"].is_in([pair_id]).any()]
+
+        return self._while_it_stays(of)
 
     def counts(self) -> tuple[int, int]:
-        """Number of scores, and of bytes."""
-        index = self._index()
-        num_scores = sum(pack.num_scores for pack in index.packs)
-        num_bytes = sum(pack.num_bytes for pack in index.packs)
-        for number, shard in self._shards_from(index.first):
-            num_scores += 0 if shard is None else shard.height
-            with contextlib.suppress(StorageError):  # Packed meanwhile.
-                num_bytes += self._files.size(*self._path(_shard(number)))
-        return num_scores, num_bytes
+        """Number of scores, and of bytes. A score that two shards have is counted twice until they are packed."""
+
+        def of(index: Index) -> tuple[int, int]:
+            num_scores = sum(pack.num_scores for pack in index.packs)
+            num_bytes = sum(pack.num_bytes for pack in index.packs)
+            for number, shard in self._shards_from(index.first):
+                num_scores += 0 if shard is None else shard.height
+                with contextlib.suppress(StorageError):  # Packed meanwhile.
+                    num_bytes += self._files.size(*self._path(_shard(number)))
+            return num_scores, num_bytes
+
+        return self._while_it_stays(of)
+
+    def _while_it_stays(self, find: Callable[[Index], _Found]) -> _Found:
+        """What a function finds by an index that is still the same afterwards."""
+        while True:
+            index = self._index()
+            found = find(index)
+            if self._index() == index:
+                return found
+
+    def clear(self) -> None:
+        """Remove all scores. Numbers go on, so that a writer which knows the log takes none twice.
+
+        Raises:
+            PartitionBusyError: another process packs or removes them.
+        """
+        with self._locks.hold(*self._place):
+            index = self._index()
+            end = self._next_number(index.first)
+            self._files.write_json(Index(end).as_json(), *self._path(_INDEX))
+        self._remove_packs(pack.name for pack in index.packs)
+        self._remove_shards(range(index.first, end))
+        for name in self._files.names(*self._path(_SET_ASIDE)):
+            self._remove([f"{_SET_ASIDE}/{name}"])
 
     def num_set_aside(self) -> int:
         """Number of damaged files."""
@@ -210,6 +244,18 @@ class ScoreLog:
         with contextlib.suppress(_OvertakenError, PartitionBusyError):
             while self._pack_some():
                 pass
+
+    def _fill_gap(self, end: int) -> bool:
+        """Store an empty shard at the end of the shards that are found, if others follow: somebody removed a file."""
+        is_missing = max(map(int, self._listed(_SHARDS, _NUMBER)), default=end) > end and not self._has_shard(end)
+        if not is_missing or self._index().first > end:  # Packed meanwhile.
+            return False
+        path = self._files.path(*self._path(_shard(end)))
+        logger.warning("%s: it is missing, though later shards are there; its pairs are scored again", path)
+        scores = pl.DataFrame(schema=dtypes(CachedScores))
+        footer = {"data_version": parquet_file.hash_rows(scores), "scored_with": {}}
+        self._files.create(parquet_file.encode(scores, footer), *self._path(_shard(end)))
+        return True
 
     def _pack_some(self) -> bool:
         """Pack the first shards, as many as fill a pack; False where there is none."""
@@ -226,7 +272,7 @@ class ScoreLog:
             if num_scores >= SCORES_PER_PACK:
                 break
         if end == index.first:
-            return False
+            return self._fill_gap(end)
         merged = _to_merge(index.packs, num_scores)
         scores = distinct(pl.concat([pl.DataFrame(schema=SCORED), *shards, *map(self._pack, merged)]))
         made: list[Pack] = []
@@ -234,18 +280,22 @@ class ScoreLog:
             made += [self._write_pack(part) for part in scores.iter_slices(SCORES_PER_PACK)]
             self._replace(index, end, merged, made)
         except (_OvertakenError, PartitionBusyError):
-            self._remove_packs(pack.name for pack in made)
+            known = {pack.name for pack in self._index().packs}
+            self._remove_packs(pack.name for pack in made if pack.name not in known)
             raise
         self._remove_packs(pack.name for pack in merged)
         self._remove_shards(range(index.first, end))
         return True
 
     def _replace(self, old: Index, end: int, merged: Sequence[Pack], made: Sequence[Pack]) -> None:
+        kept = tuple(pack for pack in old.packs if pack not in merged)
+        new = Index(end, (*kept, *made)).as_json()
+
         def change(stored: Any) -> Any:
-            if stored != old.as_json():
+            # A store may have applied a write whose answer was lost: then it is there already.
+            if stored not in (old.as_json(), new):
                 raise _OvertakenError
-            kept = tuple(pack for pack in old.packs if pack not in merged)
-            return Index(end, (*kept, *made)).as_json()
+            return new
 
         with self._locks.hold(*self._place):
             self._files.update_json(change, *self._path(_INDEX), at_first=None)
@@ -253,47 +303,69 @@ class ScoreLog:
     def _write_pack(self, scores: pl.DataFrame) -> Pack:
         name = f"{int(time.time())}-{uuid.uuid4().hex[:_KEY_DIGITS]}"
         data = parquet_file.encode(scores, {"data_version": parquet_file.hash_rows(scores)})
-        keys = _keys(scores["pair_id"]).tobytes()
-        self._files.write_bytes(keys, *self._path(_keys_of(name)))
+        keys_hash = self._write_keys(name, scores)
         self._files.write_bytes(data, *self._path(_pack(name)))
-        return Pack(name, scores.height, len(data), _hash(keys))
+        return Pack(name, scores.height, len(data), keys_hash)
 
     def _index(self) -> Index:
-        data = self._files.read_if_any(*self._path(_INDEX))
-        if data is None:  # It is written before the first shard.
-            is_lost = self._listed(_SHARDS, _NUMBER) or self._listed(_PACKS, _PACK_NAME)
-            return self._rebuilt_index("it is missing") if is_lost else Index()
-        try:
-            return Index.parse(json.loads(data))
-        except (ValueError, KeyError, TypeError) as error:
-            return self._rebuilt_index(str(error))
+        index, fault = self._stored_index()
+        if index is None:
+            # It is written before the first shard.
+            are_files = self._listed(_SHARDS, _NUMBER) or self._listed(_PACKS, _PACK_NAME)
+            index = self._rebuilt_index() if fault or are_files else Index()
+        return index
 
-    def _rebuilt_index(self, fault: str) -> Index:
-        """The index as the files say. Its own file is replaced."""
-        logger.warning(
-            "%s: %s; it is built again from the files beside it", self._files.path(*self._path(_INDEX)), fault
-        )
-        packs = map(self._pack_as_found, self._listed(_PACKS, _PACK_NAME))
-        first = min(map(int, self._listed(_SHARDS, _NUMBER)), default=0)
-        index = Index(first, tuple(pack for pack in packs if pack is not None))
-        self._files.write_json(index.as_json(), *self._path(_INDEX))
+    def _stored_index(self) -> tuple[Index | None, str | None]:
+        """The index, or its fault; neither where there is no file."""
+        data = self._files.read_if_any(*self._path(_INDEX))
+        try:
+            return (None if data is None else Index.parse(json.loads(data))), None
+        except (ValueError, KeyError, TypeError) as error:
+            return None, str(error)
+
+    def _rebuilt_index(self) -> Index:
+        """Rebuild the index from the files, and store it.
+
+        Raises:
+            PartitionBusyError: another process changes it.
+        """
+        with self._locks.hold(*self._place):
+            index, fault = self._stored_index()
+            if index is not None:  # It was written meanwhile.
+                return index
+            path = self._files.path(*self._path(_INDEX))
+            logger.warning("%s: %s; it is built again from the files beside it", path, fault or "it is missing")
+            packs = map(self._pack_as_found, self._listed(_PACKS, _PACK_NAME))
+            first = min(map(int, self._listed(_SHARDS, _NUMBER)), default=0)
+            index = Index(first, tuple(pack for pack in packs if pack is not None))
+            self._files.write_json(index.as_json(), *self._path(_INDEX))
         return index
 
     def _pack_as_found(self, name: str) -> Pack | None:
         data = self._files.read_if_any(*self._path(_pack(name)))
         scores = None if data is None else self._scores_of(data, _pack(name))
-        if data is None or scores is None:
+        if data is None:
             return None
+        if scores is None:
+            self._set_aside(_pack(name))
+            self._remove_packs([name])
+            return None
+        return Pack(name, scores.height, len(data), self._write_keys(name, scores))
+
+    def _write_keys(self, name: str, scores: pl.DataFrame) -> str:
+        """Store the keys of a pack; return their hash."""
         keys = _keys(scores["pair_id"]).tobytes()
         self._files.write_bytes(keys, *self._path(_keys_of(name)))
-        return Pack(name, scores.height, len(data), _hash(keys))
+        return _hash(keys)
 
-    def _with_any(self, packs: Sequence[Pack], keys: np.ndarray) -> Iterator[Pack]:
+    def _may_hold(self, packs: Sequence[Pack], keys: np.ndarray) -> Iterator[Pack]:
         """The packs that may have one of the pairs."""
         stored = self._files.read_many(self._path(_keys_of(pack.name)) for pack in packs)
         for pack, data in zip(packs, stored, strict=True):
-            # Without its keys, or with damaged ones, it may have any pair.
-            if data is None or _hash(data) != pack.keys_hash or _have_any(np.frombuffer(data, np.uint64), keys):
+            if data is None or _hash(data) != pack.keys_hash:  # It may have any pair; its keys are stored again.
+                self._write_keys(pack.name, self._pack(pack))
+                yield pack
+            elif _have_any(np.frombuffer(data, np.uint64), keys):
                 yield pack
 
     def _pack(self, pack: Pack) -> pl.DataFrame:
@@ -311,13 +383,13 @@ class ScoreLog:
             path = self._files.path(*self._path(_pack(pack.name)))
             logger.warning("%s: it is missing; its pairs are scored again", path)
 
-        def change(stored: Any) -> Any:
-            now = Index.parse(stored)
-            return Index(now.first, tuple(one for one in now.packs if one != pack)).as_json()
-
-        with self._locks.hold(*self._place):
-            self._files.update_json(change, *self._path(_INDEX), at_first=None)
-        self._remove_packs([pack.name])
+        with contextlib.suppress(PartitionBusyError):  # Left to the next reader.
+            with self._locks.hold(*self._place):
+                now = self._stored_index()[0]
+                if now is not None and pack in now.packs:
+                    left = tuple(one for one in now.packs if one != pack)
+                    self._files.write_json(Index(now.first, left).as_json(), *self._path(_INDEX))
+            self._remove_packs([pack.name])
 
     def _shards_from(self, number: int) -> Iterator[tuple[int, pl.DataFrame | None]]:
         """Number and scores of each shard, from a number on; None where it is damaged, which is logged."""
@@ -337,10 +409,11 @@ class ScoreLog:
             return _decode(data)
         except parquet_file.UNREADABLE as error:
             path = self._files.path(*self._path(name))
-            logger.warning("%s: no file of scores (%s); set aside, its pairs are scored again", path, error)
+            logger.warning("%s: no file of scores (%s); its pairs are scored again", path, error)
             return None
 
     def _set_aside(self, name: str) -> None:
+        """Keep a copy of a damaged file, which is removed then."""
         data = self._files.read_if_any(*self._path(name))
         if data is not None:
             self._files.write_bytes(data, *self._path(_SET_ASIDE), name.replace("/", "-"))
@@ -358,10 +431,11 @@ class ScoreLog:
 
     def _remove_left_over(self) -> None:
         """Remove what processes left that were killed while they packed. A listing without some of it does no harm."""
-        index = self._index()
-        unknown = set(self._listed(_PACKS, _PACK_NAME)) - {pack.name for pack in index.packs}
+        packs, shards = self._listed(_PACKS, _PACK_NAME), self._listed(_SHARDS, _NUMBER)
+        index = self._index()  # After the listings: what it names is not left over.
+        unknown = set(packs) - {pack.name for pack in index.packs}
         self._remove_packs(name for name in unknown if int(name.partition("-")[0]) < time.time() - _DAY)
-        self._remove_shards(number for number in map(int, self._listed(_SHARDS, _NUMBER)) if number < index.first)
+        self._remove_shards(number for number in map(int, shards) if number < index.first)
 
     def _listed(self, folder: str, pattern: re.Pattern[str]) -> list[str]:
         """The part of each name that the pattern captures first, once each."""
@@ -394,9 +468,9 @@ def _to_merge(packs: Sequence[Pack], num_scores: int) -> list[Pack]:
 def _decode(data: bytes) -> pl.DataFrame:
     """The scores of a shard or a pack, as `SCORED`. Raises one of `UNREADABLE` where it is none."""
     stream = io.BytesIO(data)
+    if fault := parquet_file.file_fault(stream):
+        raise ValueError(fault)
     footer, _ = parquet_file.read_footer(stream)
-    if parquet_file.content_hash(stream) != footer["data_version"]:
-        raise ValueError("it was changed since it was written")
     # Its rows were checked when it was written, and there may be thousands of shards.
     frame = parquet_file.decode(data)
     if "scored_with" not in frame.columns:  # A shard has one for all rows.

@@ -478,7 +478,11 @@ def test_a_url_with_credentials_is_refused_since_settings_are_published(values: 
         ("https://h/a?X-Amz-Credential=p%2Fq&X-Amz-Signature=p", "https://h/a?X-Amz-Credential=…&X-Amz-Signature=…"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
         ("hf://datasets/org/name@main/a.jsonl?split=train", "hf://datasets/org/name@main/a.jsonl?split=train"),
-        ("s3://bucket/a@b:c/x.jsonl", "s3://bucket/a@b:c/x.jsonl"),
+        ("s3://bucket/a@b/x.jsonl", "s3://bucket/a@b/x.jsonl"),
+        ("postgresql://qaq:pa/ss@db/qaq", "postgresql://db/qaq"),
+        ("https://user:p@ss@host/a", "https://host/a"),
+        ("https://host/a#access_token=planted", "https://host/a#access_token=…"),
+        ("https://host/a?design=3&monkey=1&page=2", "https://host/a?design=3&monkey=1&page=2"),
     ],
 )
 def test_credentials_of_urls_are_left_out(text: str, shown: str) -> None:

@@ -6,10 +6,15 @@ Each machine is a home of its own. The servers are real: SeaweedFS and Postgres.
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +24,7 @@ from unittest import mock
 
 import dagster as dg
 import polars as pl
+import psycopg2
 import pytest
 import yaml
 from polars.testing import assert_frame_equal
@@ -40,6 +46,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QAQ = Path(sys.executable).with_name("qaq")
 NUM_PAIRS = 120
+TOKEN = "hf_" + "plantedTokenOfTheHub"
+SIGNATURE = "plantedSignatureOfAnAddress"
+SECRETS = (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET, TOKEN)
 NUM_QUANTITIES = 5
 """Of a pair and a model."""
 MODELS = ("strong", "weak")
@@ -99,11 +108,41 @@ class Machine:
         with self.storage() as storage:
             return quantities_in(storage)
 
+    def stored(self) -> Iterator[tuple[str, str]]:
+        """Every file of the storage as text: tables, pages, manifests, scores."""
+        with self.storage() as storage:
+            for name in storage.files.files_below():
+                data = storage.files.read_bytes(*name.split("/"))
+                yield name, text_of(name, data)
+
     def log(self, *statuses: dg.DagsterRunStatus) -> str:
         """The events of the runs with one of these statuses, or of all."""
         with self.here(), open_instance() as instance:
             runs = instance.get_runs(dg.RunsFilter(statuses=statuses) if statuses else None)
             return "\n".join(str(entry) for run in runs for entry in instance.all_logs(run.run_id))
+
+
+def text_of(name: str, data: bytes) -> str:
+    """The content of a file: a table with its metadata."""
+    if not name.endswith(".parquet"):
+        return data.decode("utf-8", "replace")
+    metadata = pl.read_parquet_metadata(io.BytesIO(data))
+    return json.dumps([pl.read_parquet(io.BytesIO(data)).to_dicts(), metadata], default=str, ensure_ascii=False)
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every file of the homes: instances, logs of steps, settings."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "models" not in path.parts):
+        yield str(path), text_of(path.name, path.read_bytes())
+
+
+def rows_of(database: PostgresServer) -> Iterator[tuple[str, str]]:
+    """Every table of the database: runs, tags, events, ticks, cursors."""
+    with contextlib.closing(psycopg2.connect(database.url)) as session, session.cursor() as cursor:
+        cursor.execute("SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'")
+        for (table,) in cursor.fetchall():
+            cursor.execute(f'SELECT * FROM "{table}"')
+            yield f"table {table}", str(cursor.fetchall())
 
 
 @pytest.fixture
@@ -134,6 +173,7 @@ def machine(
                 "DAGSTER_HOME": str(home / "dagster"),
                 "QAQ_CONFIG": str(config),
                 "QAQ_POSTGRES_URL": database.url.replace("postgresql:", "postgresql+psycopg2:"),
+                "HF_TOKEN": TOKEN,
                 "OMP_NUM_THREADS": "1",
                 **store.environment,
             }
@@ -235,7 +275,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(
     found = one.cached().unique()
     assert found.height == NUM_PAIRS * NUM_QUANTITIES * len(MODELS)
     assert_frame_equal(decided(one, "b1"), decided(alone, "b1"))
-    for secret in (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET):
+    for secret in SECRETS:
         assert secret not in shown
         assert secret not in one.log()
 
@@ -265,6 +305,7 @@ def deployed(machine: Callable[..., Machine], tmp_path: Path) -> Iterator[tuple[
     sections = {
         "landing": {"url": f"s3://{BUCKET}/{tmp_path.name}-landing", "require_marker": True, "interval_seconds": 3},
         "automation": {"started": True, "interval_seconds": 5},
+        "reports": {"plots": True},
         "runtime": {"submit_to": f"http://127.0.0.1:{port}", "max_runtime_seconds": 3600, "run_tags": {"team": "data"}},
     }
     cluster, log = machine("cluster", **sections), tmp_path / "ui.log"
@@ -295,19 +336,27 @@ def test_a_delivery_to_the_object_store_is_published_unattended_though_both_serv
     wait_until(lambda: published(watching) == {"b1"}, log)
     assert_frame_equal(decided(watching, "b1"), decided(alone, "b1"))
     assert watching.cached().is_unique().all()
-    for secret in (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET):
-        assert secret not in log.read_text(encoding="utf-8")
-        assert secret not in watching.log()
+    shown = "".join(watching.run(command) for command in ("doctor", "status", "cache"))
+    texts = {"commands": shown, "the log of the daemon": log.read_text(encoding="utf-8"), "events": watching.log()}
+    texts |= dict(watching.stored()) | dict(files_of(tmp_path)) | dict(rows_of(database))
+    assert len(texts) > 100
+    assert {name for name, text in texts.items() if any(secret in text for secret in SECRETS)} == set()
 
 
 def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
-    deployed: tuple[Callable[[str], Machine], Path], machine: Callable[..., Machine], tmp_path: Path
+    deployed: tuple[Callable[[str], Machine], Path],
+    machine: Callable[..., Machine],
+    tmp_path: Path,
+    database: PostgresServer,
 ) -> None:
     another, _ = deployed
     laptop, alone, file = another("laptop"), machine("alone", is_shared=False), delivery(tmp_path, "b1")
     alone.run("run", file, "--batch", "b1")
-    shown = laptop.run("run", file, "--batch", "b1")
+    with served(tmp_path) as address:
+        shown = laptop.run("run", f"{address}/b1.jsonl?X-Amz-Signature={SIGNATURE}", "--batch", "b1")
     assert "selected" in shown
+    texts = {"command": shown} | dict(laptop.stored()) | dict(rows_of(database))
+    assert {name for name, text in texts.items() if SIGNATURE in text} == set()
     assert_frame_equal(decided(laptop, "b1"), decided(alone, "b1"))
     with laptop.here(), open_instance() as instance:
         runs = instance.get_runs(dg.RunsFilter(tags={"qaq/driver": "true"}))
@@ -316,8 +365,9 @@ def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
             assert (run.tags["team"], run.tags["dagster/max_runtime"]) == ("data", "3600")
             assert run.remote_job_origin is not None, "it came through the webserver"
 
+    before = laptop.cached().height
     process = laptop.start("run", delivery(tmp_path, "b2"), "--batch", "b2")
-    wait_for(lambda: laptop.num_shards() >= 20, process)
+    wait_for(lambda: laptop.cached().height > before + NUM_PAIRS, process)
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
@@ -333,6 +383,16 @@ def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
     assert process.returncode == 1
     assert "reads other settings than the command that submitted the run" in shown
     assert "Traceback" not in shown
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address at which the files of a folder are."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def wait_for_end(instance: dg.DagsterInstance, run_id: str) -> None:

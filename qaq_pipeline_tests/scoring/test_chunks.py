@@ -52,10 +52,10 @@ def test_chunks_become_smaller_towards_the_end_so_that_no_process_waits_long(sto
         for chunk in iter(chunks_of(whole, storage).take, [])
     ]
     longest = int(whole.pairs.num_characters().max())
-    assert total / 8 <= sizes[0] <= total / 8 + longest
+    assert total / 4 <= sizes[0] <= total / 4 + longest
     assert all(later <= size + longest for size, later in itertools.pairwise(sizes))
     assert all(size >= FEWEST for size in sizes[:-1])
-    assert max(sizes[-4:]) <= FEWEST + longest
+    assert max(sizes[-2:]) <= FEWEST + longest
 
 
 def test_a_chunk_is_at_most_a_window(storage: Storage) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lm import causal_lm, model_files
+from qaq_pipeline.lm.devices import DeviceNotFoundError
 from qaq_pipeline.lm.prompts import Pair
 from qaq_pipeline.lm.workers import MAX_TRIES
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
@@ -285,3 +287,17 @@ def test_the_estimate_counts_what_the_scoring_then_computes(
     assert estimate.flops > 0
     assert estimate.seconds > 0
     assert runtime.estimate("strong", Pairs.of(twenty_samples), storage).estimate.seconds == 0.0
+
+
+@pytest.mark.parametrize("submits", [True, False])
+def test_a_command_that_submits_its_runs_needs_no_device_of_the_models(
+    settings_for: SettingsFor, submits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    address = {"submit_to": "http://127.0.0.1:3000"} if submits else {}
+    runtime = runtime_of(settings_for(strong={"device": "cuda", "dtype": "mixed"}, runtime=address))
+    if submits:
+        assert runtime.identity("strong").dtype == "mixed"
+    else:
+        with pytest.raises(DeviceNotFoundError, match="this machine has no device 'cuda'"):
+            runtime.identity("strong")

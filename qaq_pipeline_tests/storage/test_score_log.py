@@ -10,9 +10,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from filelock import FileLock
 
 from qaq_pipeline.schema.vocabularies import Quantity
-from qaq_pipeline.storage import score_log
+from qaq_pipeline.storage import parquet_file, score_log
+from qaq_pipeline.storage.locks import FileLocks
 from qaq_pipeline.storage.score_cache import ScoreCache
 from qaq_pipeline.storage.score_log import SCORED, ScoreLog, distinct
 from qaq_pipeline.storage.storage import Storage
@@ -131,7 +133,7 @@ def test_a_reader_takes_only_the_packs_with_its_pairs(
 
 
 def test_writers_at_the_same_time_lose_nothing(any_storage: Storage, fill: Callable[..., None]) -> None:
-    """Each has its own idea of where the log ends, and all of them pack."""
+    """Each remembers another end of the log, and all of them pack."""
     logs = [log_of(any_storage) for _ in range(4)]
 
     def write(number: int) -> None:
@@ -314,3 +316,107 @@ def test_two_caches_of_one_storage_have_the_same_scores(any_storage: Storage) ->
         (one if number % 2 else other).append(IDENTITY, cached(number), SCORED_WITH)
     assert one.read(IDENTITY, wanted).equals(other.read(IDENTITY, wanted))
     assert one.read(IDENTITY, wanted)["place"].to_list() == list(range(10))
+
+
+# --- what a review found ---------------------------------------------------------------------------------------------
+
+
+def test_an_index_whose_write_was_answered_late_keeps_its_packs(
+    storage: Storage, fill: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store applied a write, the answer was lost, and the library sent it again: the condition does not hold."""
+    monkeypatch.setattr(storage.files, "_is_conditional", True)
+    monkeypatch.setattr(storage.files, "_tag", lambda *_: "tag")
+    answers = iter([False])
+
+    def replace(data: bytes, _: str | None, *parts: str) -> bool:
+        if parts[-1] != "index.json" and storage.files.exists(*parts):
+            return False
+        storage.files.write_bytes(data, *parts)
+        return next(answers, True) if parts[-1] == "index.json" and b'"name"' in data else True
+
+    monkeypatch.setattr(storage.files, "_replace", replace)
+    fill(storage, *range(EVERY))
+    assert next(answers, None) is None, "an answer was lost"
+    assert pairs_in(storage) == list(range(EVERY))
+    fill(storage, *range(EVERY, 2 * EVERY))
+    assert pairs_in(storage) == list(range(2 * EVERY))
+
+
+@pytest.mark.parametrize("reader", ["pairs", "pack"])
+def test_a_shard_that_somebody_removed_hides_no_later_one(
+    any_storage: Storage, fill: Callable[..., None], reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = log_of(any_storage)
+    fill(any_storage, 0, 1, 2, log=log)
+    any_storage.files.remove(*PLACE, "shards", f"{1:012d}.parquet")
+    if reader == "pack":
+        fill(any_storage, *range(3, 2 * EVERY), log=log)
+    assert pairs_in(any_storage) == [0, 2, *(range(3, 2 * EVERY) if reader == "pack" else ())]
+    assert "it is missing, though later shards are there" in caplog.text
+
+
+def test_a_writer_goes_on_after_scores_were_removed(any_storage: Storage, fill: Callable[..., None]) -> None:
+    log = log_of(any_storage)
+    fill(any_storage, *range(EVERY + 2), log=log)
+    log_of(any_storage).clear()
+    assert files(any_storage) == ["index.json"]
+    fill(any_storage, 100, log=log_of(any_storage))
+    fill(any_storage, 101, log=log)
+    assert pairs_in(any_storage) == [100, 101]
+
+
+def test_a_writer_whose_number_is_removed_meanwhile_writes_again(
+    storage: Storage, fill: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(storage, 0, 1)
+    create = storage.files.create
+
+    def clear_first(data: bytes, *parts: str) -> bool:
+        monkeypatch.setattr(storage.files, "create", create)
+        log_of(storage).clear()
+        fill(storage, 100)
+        return create(data, *parts)
+
+    monkeypatch.setattr(storage.files, "create", clear_first)
+    fill(storage, 101)
+    assert pairs_in(storage) == [100, 101]
+
+
+def test_of_two_that_rebuild_the_index_the_second_takes_what_the_first_wrote(
+    storage: Storage, fill: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(storage, *range(EVERY))
+    storage.files.remove(*PLACE, "index.json")
+    hold = storage.locks.hold
+
+    def other_first(*names: str) -> object:
+        monkeypatch.setattr(storage.locks, "hold", hold)
+        fill(storage, *range(EVERY, 2 * EVERY))
+        return hold(*names)
+
+    monkeypatch.setattr(storage.locks, "hold", other_first)
+    assert pairs_in(storage) == list(range(2 * EVERY))
+
+
+def test_a_damaged_pack_is_left_to_the_next_reader_while_another_process_changes_the_index(
+    tmp_path: Path, fill: Callable[..., None]
+) -> None:
+    storage = Storage(str(tmp_path / "storage"), FileLocks(tmp_path / "locks", 0.1))
+    fill(storage, *range(EVERY + 1))
+    pack = Path(storage.files.path(*PLACE, *log_of(storage).names()[0].split("/")))
+    pack.write_bytes(flip_a_byte(pack.read_bytes()))
+    with ThreadPoolExecutor(1) as other, FileLock(tmp_path / "locks" / "score_cache__0123.lock"):
+        assert other.submit(pairs_in, storage).result() == [EVERY]
+    assert pairs_in(storage) == [EVERY]
+    assert len(log_of(storage).names()) == 1
+
+
+def test_a_shard_of_which_any_byte_changed_is_not_read(storage: Storage, fill: Callable[..., None]) -> None:
+    fill(storage, 0)
+    whole = storage.files.read_bytes(*PLACE, "shards", f"{0:012d}.parquet")
+    for place in range(0, len(whole), 7):
+        for bit in (0, 5):
+            changed = whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :]
+            with pytest.raises(parquet_file.UNREADABLE):
+                score_log._decode(changed)
