@@ -133,8 +133,11 @@ def packed_attention(
     if packed_row.record is not None:
         packed_row.record.by_layer[id(module)] = (key, value)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    attended = (module, query, key, value, packed_row, scaling, sliding_window, softcap)
+    if not torch.is_autocast_enabled(query.device.type):  # Leaving it takes time in each layer.
+        return _attend_to_row(*attended), None
     with torch.autocast(query.device.type, enabled=False):
-        return _attend_to_row(module, query, key, value, packed_row, scaling, sliding_window, softcap), None
+        return _attend_to_row(*attended), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
