@@ -25,8 +25,8 @@ from qaq_pipeline.storage.storage import Storage
 
 CHUNKS_LEFT = 2
 """A process gets so small a part of the characters that are left that it will get so many chunks like it."""
-CHARACTERS_PER_TOKEN = 3
-"""Rough number, for the smallest chunks: about one forward pass."""
+CHARACTERS_OF_TEMPLATE = 100
+"""Rough number of characters that the template adds to those of a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,10 @@ class Chunks:
     ) -> None:
         self._plan, self._identity, self._storage = plan, identity, storage
         self._num_processes = num_processes
-        self._fewest = CHARACTERS_PER_TOKEN * max(fact.batch_tokens for fact in facts)
-        self._left = int(plan.pairs.num_characters().sum(dtype=np.int64))
+        # Texts go through the model two or three times, so that a character makes one token, roughly: the smallest
+        # chunk is about one forward pass.
+        self._fewest = max(fact.batch_tokens for fact in facts)
+        self._left = int(plan.pairs.num_characters().sum(dtype=np.int64)) + CHARACTERS_OF_TEMPLATE * len(plan.pairs)
         self._pairs = self._with_known()
         self._next: ChunkPair | None = next(self._pairs, None)
 
@@ -115,7 +117,7 @@ class Chunks:
         characters = 0
         while self._next is not None and len(chunk) < WINDOW_PAIRS and (not chunk or characters < most):
             chunk.append(self._next)
-            characters += len(self._next.pair.query) + len(self._next.pair.answer)
+            characters += len(self._next.pair.query) + len(self._next.pair.answer) + CHARACTERS_OF_TEMPLATE
             self._next = next(self._pairs, None)
         self._left -= characters
         return chunk

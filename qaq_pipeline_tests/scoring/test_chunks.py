@@ -11,7 +11,7 @@ import pytest
 from qaq_pipeline.lm.workers import ScorerFacts
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Quantity
-from qaq_pipeline.scoring.chunks import CHARACTERS_PER_TOKEN, Chunks, Work, plan_of
+from qaq_pipeline.scoring.chunks import CHARACTERS_OF_TEMPLATE, Chunks, Work, plan_of
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import WINDOW_PAIRS, Plan
 from qaq_pipeline.storage.identity import ScoreIdentity
@@ -19,8 +19,8 @@ from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.scoring.test_planner import ALL, WatchedEncoder, pair, varied_pairs
 
 IDENTITY = ScoreIdentity("m", "r", "t", "h", "null_answer", "float32", 4096, "truncate_answer")
-FEWEST = 20 * CHARACTERS_PER_TOKEN
-"""Characters of the smallest chunk, with batches of 20 tokens."""
+FEWEST = 400
+"""Characters of the smallest chunk, with batches of so many tokens."""
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def chunks_of(plan: Plan, storage: Storage, num_processes: int = 2) -> Chunks:
-    facts = ScorerFacts("fake", is_padded=False, shares_prefixes=True, batch_tokens=20)
+    facts = ScorerFacts("fake", is_padded=False, shares_prefixes=True, batch_tokens=FEWEST)
     return Chunks(plan, IDENTITY, storage, [facts], num_processes)
 
 
@@ -46,12 +46,12 @@ def test_every_pair_is_in_one_chunk_the_longest_first(storage: Storage) -> None:
 
 def test_chunks_become_smaller_towards_the_end_so_that_no_process_waits_long(storage: Storage) -> None:
     whole = plan(500, storage)
-    total = int(whole.pairs.num_characters().sum())
+    total = int(whole.pairs.num_characters().sum()) + CHARACTERS_OF_TEMPLATE * len(whole.pairs)
     sizes = [
-        sum(len(one.pair.query) + len(one.pair.answer) for one in chunk)
+        sum(len(one.pair.query) + len(one.pair.answer) + CHARACTERS_OF_TEMPLATE for one in chunk)
         for chunk in iter(chunks_of(whole, storage).take, [])
     ]
-    longest = int(whole.pairs.num_characters().max())
+    longest = int(whole.pairs.num_characters().max()) + CHARACTERS_OF_TEMPLATE
     assert total / 4 <= sizes[0] <= total / 4 + longest
     assert all(later <= size + longest for size, later in itertools.pairwise(sizes))
     assert all(size >= FEWEST for size in sizes[:-1])
