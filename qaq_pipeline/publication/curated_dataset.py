@@ -25,7 +25,7 @@ from qaq_pipeline.publication.earlier_version import EarlierVersion
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY, may_be_in
-from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData, SelectedSubset
+from qaq_pipeline.schema.tables import RawData, ScreenedData, SelectedSubset
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError, sha256_of
@@ -108,8 +108,8 @@ def publish(
         spans = write_files(folder, settings.published, settings.exported, settings.export, batches, earlier)
         manifest = {**recipe, "batches": entries, "files": _hashes(folder), "spans": spans}
         version, is_new = versions.store(storage, manifest, folder)
-    keys = (batch["decisions"].select(*ROW_KEY, "pair_id") for batch in batches)
-    versions.index_pairs(storage, version, pl.concat([empty(Decisions).select(*ROW_KEY, "pair_id"), *keys]))
+    keys = (part for batch in batches for part in batch["decisions"].parts(*ROW_KEY, "pair_id"))
+    versions.index_pairs(storage, version, keys)
     newest = versions.latest(storage)
     previous = None if newest is None else newest.version
     difference = None

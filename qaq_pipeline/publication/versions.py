@@ -21,7 +21,7 @@ the log: a publication that is interrupted before leaves the newest version as i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -201,13 +201,13 @@ def store(storage: Storage, manifest: Mapping[str, Any], folder: Path) -> tuple[
     return version, True
 
 
-def index_pairs(storage: Storage, version: str, rows: pl.DataFrame) -> None:
+def index_pairs(storage: Storage, version: str, rows: Iterable[pl.DataFrame]) -> None:
     """Write the index from pair_ids to the rows of a version's scores, once.
 
     Args:
         storage: where.
         version: stored.
-        rows: the keys and pair_ids of its rows.
+        rows: the keys and pair_ids of its rows, some thousand at a time.
     """
     if not storage.files.exists(*index_place(version)):
         storage.tables.write_pair_index(rows, version, *index_place(version))
