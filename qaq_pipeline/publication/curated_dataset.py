@@ -20,7 +20,7 @@ from qaq_pipeline.config.settings import ExportSettings, Settings
 from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
-from qaq_pipeline.publication.difference import store_difference
+from qaq_pipeline.publication.difference import Changes, store_difference
 from qaq_pipeline.publication.earlier_version import EarlierVersion
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
@@ -65,8 +65,8 @@ class Publication:
     """True if its files were written now."""
     previous: str | None = None
     """The newest version before this publication."""
-    difference: pl.DataFrame | None = None
-    """Rows that entered and left since then, as Difference; None: there is no version before, or no files of it."""
+    changes: Changes | None = None
+    """Counts of the rows that entered and left since then; None: there is no version before, or no files of it."""
     retired: tuple[str, ...] = ()
     """Versions whose files were removed now."""
 
@@ -112,13 +112,13 @@ def publish(
     versions.index_pairs(storage, version, keys)
     newest = versions.latest(storage)
     previous = None if newest is None else newest.version
-    difference = None
+    changes = None
     if previous is not None and versions.is_kept(storage, previous):
-        difference = store_difference(storage, previous, version)
+        changes = store_difference(storage, previous, version)
     versions.record(storage, version, excluded, run_id)
     retired = versions.retire_oldest(storage, settings.publication.keep_versions)
     url = storage.files.url(*versions.place(version))
-    return Publication(version, manifest, url, is_new, previous, difference, retired)
+    return Publication(version, manifest, url, is_new, previous, changes, retired)
 
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import polars as pl
@@ -419,11 +420,15 @@ def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) ->
 # --- from one version to the next -----------------------------------------------------------------------------------
 
 
-def changes(published: Publication) -> list[tuple[Any, ...]]:
-    assert published.difference is not None
-    return published.difference.select(
-        "batch", "source_row", "is_added", "change", "decision_before", "decision_after"
-    ).rows()
+def changed_rows(storage: Storage, published: Publication) -> pl.DataFrame:
+    assert published.previous is not None
+    return difference.compare(storage, published.previous, published.version)
+
+
+def changes(storage: Storage, published: Publication) -> list[tuple[Any, ...]]:
+    found = changed_rows(storage, published)
+    assert published.changes == difference.count_changes(found)
+    return found.select("batch", "source_row", "is_added", "change", "decision_before", "decision_after").rows()
 
 
 def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
@@ -431,9 +436,9 @@ def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
 ) -> None:
     store_batch(storage, settings)
     first = publish_registered(storage, settings, "b1")
-    assert (first.previous, first.difference) == (None, None)
+    assert (first.previous, first.changes) == (None, None)
     again = publish_registered(storage, settings, "b1")
-    assert (again.previous, changes(again)) == (first.version, [])
+    assert (again.previous, changes(storage, again)) == (first.version, [])
     assert versions.read_difference(storage, first.version, again.version) is None
 
 
@@ -442,13 +447,12 @@ def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage
     first = publish_registered(storage, settings, "b1")
     store_batch(storage, settings, "b2", queries=("e", "f", "g", "h"))
     second = publish_registered(storage, settings, "b1", "b2")
-    assert changes(second) == [("b2", 4, True, "batch_entered", None, "selected")]
+    assert changes(storage, second) == [("b2", 4, True, "batch_entered", None, "selected")]
     third = publish_registered(storage, settings, "b2")
-    assert changes(third) == [("b1", 4, False, "batch_left", "selected", None)]
+    assert changes(storage, third) == [("b1", 4, False, "batch_left", "selected", None)]
     stored = versions.read_difference(storage, second.version, third.version)
     assert stored is not None
-    assert third.difference is not None
-    assert third.difference.equals(stored)
+    assert changed_rows(storage, third).equals(stored)
     assert first.version != third.version
 
 
@@ -460,9 +464,8 @@ def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reas
     half = parse_settings(MODELS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
     store_batch(storage, half)
     second = publish_registered(storage, half, "b1")
-    assert changes(second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]
-    assert second.difference is not None
-    (row,) = second.difference.iter_rows(named=True)
+    assert changes(storage, second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]
+    (row,) = changed_rows(storage, second).iter_rows(named=True)
     assert (row["reason_before"], row["reason_after"]) == ("below_cut", "within_budget")
 
 
@@ -474,12 +477,11 @@ def test_only_batches_that_were_decided_again_are_compared(storage: Storage, set
     second = publish_registered(storage, settings, "b1", "b2", "b3")
     columns = ["batch", "source_file", "source_row", "turn_index", "pair_id", "decision", "reason"]
     whole = [functools.partial(versions.scan_scores, storage, one.version, columns) for one in (first, second)]
-    assert second.difference is not None
-    assert second.difference.equals(difference.difference(*whole))
-    assert set(second.difference["batch"]) == {"b2"}
-    read = pl.concat(versions.scan_scores(storage, second.version, columns, {"b2"}))
-    assert read["source_row"].to_list() == [1, 2, 3, 4, 5, 6]
-    assert set(read["batch"]) == {"b2"}
+    scan = mock.Mock(wraps=versions.scan_batch)
+    with mock.patch.object(versions, "scan_batch", scan):
+        found = changed_rows(storage, second)
+    assert found.equals(difference.difference(*whole))
+    assert {call.args[2] for call in scan.mock_calls} == set(found["batch"]) == {"b2"}
 
 
 def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
@@ -591,7 +593,7 @@ def test_a_publication_that_is_cut_off_publishes_nothing_and_the_next_one_contin
         published = publish_registered(storage, settings, "b1")
         assert numbers(storage)[-1] == (len(before) + 1, published.version)
         assert storage.files.exists(*versions.index_place(published.version))
-        assert (published.difference is None) == (not before)
+        assert (published.changes is None) == (not before)
         assert curated_dataset.is_current(storage, ["b1"], settings)
 
 
