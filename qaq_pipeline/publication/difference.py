@@ -39,10 +39,12 @@ def store_difference(storage: Storage, older: str, newer: str) -> Changes:
     counts = [_count(_NO_DIFFERENCE)]
     with storage.files.writing(*versions.difference_place(older, newer)) as stream:
         writer = parquet_file.Writer(stream, _NO_DIFFERENCE.schema)
-        for found in _of_batches(storage, older, newer):
-            writer.append(found)
-            counts.append(_count(found))
-        writer.close({})
+        try:
+            for found in _of_batches(storage, older, newer):
+                writer.append(found)
+                counts.append(_count(found))
+        finally:  # Else it would be closed after its stream.
+            writer.close({})
     return _sorted(pl.concat(counts))
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_curated_dataset
 from qaq_pipeline.publication import curated_dataset, difference, versions
-from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
+from qaq_pipeline.publication.curated_dataset import Publication, _rows_of, publish, read_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.storage import parquet_file, tables
 from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.ordered_rows import OrderedRows
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import store_batch, store_selection
@@ -113,6 +116,41 @@ def test_publishing_the_same_content_again_writes_no_version(storage: Storage, s
     second = publish_registered(storage, settings, "b1")
     assert (second.version, second.is_new) == (first.version, False)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+
+
+def test_the_rows_of_other_batches_are_not_in_memory_while_a_batch_is_read(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "export: {formats: [messages, parquet]}")
+    names = ["b1", "b2", "b3", "b4"]
+    for name in names:
+        store_batch(storage, settings, name)
+    read: list[weakref.ref[pl.DataFrame]] = []
+    in_memory: list[int] = []
+
+    def rows_of(*arguments: Any) -> pl.DataFrame:
+        in_memory.append(sum(one() is not None for one in read))
+        rows = _rows_of(*arguments)
+        read.append(weakref.ref(rows))
+        return rows
+
+    with mock.patch.object(curated_dataset, "_rows_of", rows_of):
+        publish_registered(storage, settings, *names)
+    assert len(in_memory) == len(settings.exported) * len(names)
+    assert max(in_memory) <= 1  # A thread may just be letting go of the batch before.
+
+
+@pytest.mark.parametrize("at_once", [3, 100])
+def test_an_index_of_pairs_is_the_same_however_many_rows_are_in_memory(
+    storage: Storage, settings: Settings, at_once: int
+) -> None:
+    for name in ("b2", "b1"):
+        store_batch(storage, settings, name, queries=tuple("abcdefgh"))
+    with mock.patch.object(tables, "OrderedRows", functools.partial(OrderedRows, rows_at_once=at_once)):
+        version = publish_registered(storage, settings, "b1", "b2").version
+    scores = versions.read_scores(storage, version)
+    expected = scores.select("pair_id", *ROW_KEY).drop_nulls("pair_id").sort("pair_id", *ROW_KEY)
+    assert expected.height == 2 * 8
+    stored = storage.files.read_bytes(*versions.index_place(version))
+    assert stored == parquet_file.encode(expected, {"data_version": version})
 
 
 def test_equal_content_has_an_equal_version_in_another_storage(
@@ -482,6 +520,18 @@ def test_only_batches_that_were_decided_again_are_compared(storage: Storage, set
         found = changed_rows(storage, second)
     assert found.equals(difference.difference(*whole))
     assert {call.args[2] for call in scan.mock_calls} == set(found["batch"]) == {"b2"}
+
+
+def test_no_difference_from_a_damaged_version_is_stored(storage: Storage, settings: Settings) -> None:
+    found = []
+    for last in ("x", "y"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        found.append(publish_registered(storage, settings, "b1").version)
+    storage.files.remove(*versions.difference_place(*found))
+    storage.files.write_bytes(b"torn", *versions.place(found[0], versions.scores_name("b1")))
+    with pytest.raises(StorageError):
+        difference.store_difference(storage, *found)
+    assert versions.read_difference(storage, *found) is None
 
 
 def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
