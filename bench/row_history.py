@@ -92,7 +92,7 @@ def build(storage: Storage, num_rows: int) -> list[tuple[str, int, str]]:
     storage.provenance.write(_provenance("b"), "run")
     manifest = {"batches": entries, "files": {}}
     storage.files.write_json(manifest, *versions.place(VERSION, versions.MANIFEST))
-    versions.index_pairs(storage, VERSION, pl.concat(keys))
+    versions.index_pairs(storage, VERSION, keys)
     versions.record(storage, VERSION, {}, run_id=None)
     return [asked[0], asked[len(asked) // 2]]
 

@@ -7,11 +7,12 @@ Belongs here: files and manifest of a version. Does not belong here: the formats
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import polars as pl
 
@@ -20,12 +21,12 @@ from qaq_pipeline.config.settings import ExportSettings, Settings
 from qaq_pipeline.freshness.eligibility import split_by_eligibility
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.publication import dataset_card, exports, flat_scores, versions
-from qaq_pipeline.publication.difference import store_difference
+from qaq_pipeline.publication.difference import Changes, store_difference
 from qaq_pipeline.publication.earlier_version import EarlierVersion
 from qaq_pipeline.publication.withdrawn import withdrawn_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY, may_be_in
-from qaq_pipeline.schema.tables import Decisions, RawData, ScreenedData, SelectedSubset
+from qaq_pipeline.schema.tables import RawData, ScreenedData
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
 from qaq_pipeline.storage.files import StorageError, sha256_of
@@ -65,8 +66,8 @@ class Publication:
     """True if its files were written now."""
     previous: str | None = None
     """The newest version before this publication."""
-    difference: pl.DataFrame | None = None
-    """Rows that entered and left since then, as Difference; None: there is no version before, or no files of it."""
+    changes: Changes | None = None
+    """Counts of the rows that entered and left since then; None: there is no version before, or no files of it."""
     retired: tuple[str, ...] = ()
     """Versions whose files were removed now."""
 
@@ -108,17 +109,17 @@ def publish(
         spans = write_files(folder, settings.published, settings.exported, settings.export, batches, earlier)
         manifest = {**recipe, "batches": entries, "files": _hashes(folder), "spans": spans}
         version, is_new = versions.store(storage, manifest, folder)
-    keys = (batch["decisions"].select(*ROW_KEY, "pair_id") for batch in batches)
-    versions.index_pairs(storage, version, pl.concat([empty(Decisions).select(*ROW_KEY, "pair_id"), *keys]))
+    keys = (part for batch in batches for part in batch["decisions"].parts(*ROW_KEY, "pair_id"))
+    versions.index_pairs(storage, version, keys)
     newest = versions.latest(storage)
     previous = None if newest is None else newest.version
-    difference = None
+    changes = None
     if previous is not None and versions.is_kept(storage, previous):
-        difference = store_difference(storage, previous, version)
+        changes = store_difference(storage, previous, version)
     versions.record(storage, version, excluded, run_id)
     retired = versions.retire_oldest(storage, settings.publication.keep_versions)
     url = storage.files.url(*versions.place(version))
-    return Publication(version, manifest, url, is_new, previous, difference, retired)
+    return Publication(version, manifest, url, is_new, previous, changes, retired)
 
 
 def is_current(storage: Storage, registered: Sequence[str], settings: Settings) -> bool:
@@ -172,6 +173,8 @@ def write_files(
 ) -> dict[str, dict[str, exports.Span]]:
     """Write the files of a version: each exported selection in each format, the scores, and the card.
 
+    The rows of one batch are in memory at a time.
+
     Returns:
         The bytes of each batch in each file of JSON.
     """
@@ -179,17 +182,16 @@ def write_files(
     with ThreadPoolExecutor(_WRITERS) as pool:  # Polars and pyarrow do the work, so files are written side by side.
         scores = pool.submit(_write_scores, folder / versions.SCORES_FOLDER, batches, earlier)
         for selection in selections:
-            (folder / selection).mkdir()
-            rows = _rows(batches, selection, published, export, earlier.unchanged_in(selection, export.written))
-            writing = {
-                name: pool.submit(_write_records, name, rows, folder / selection, export, earlier)
-                for name in export.written
-            }
-            exported[selection] = _write_keys(rows, folder / selection, earlier)
-            for name, written in writing.items():
-                if (of_batches := written.result()) is not None:
-                    spans[f"{selection}/{exports.WRITTEN[name].path}"] = of_batches
-            del rows  # Before those of the next one are read.
+            chosen = None if selection == published.name else selection
+            taken = earlier.unchanged_in(selection, export.written)
+            with _SelectionFiles(folder / selection, export, pool) as files:
+                for batch in batches:
+                    if batch.batch in taken:
+                        files.take(batch.batch, earlier)
+                    else:
+                        files.append(batch.batch, _rows_of(batch, chosen, export))
+            exported[selection] = files.num_rows
+            spans |= files.spans
         scores.result()
     turns = None
     if export.rows == "conversation":
@@ -219,40 +221,56 @@ def _write_scores(folder: Path, batches: Sequence[BatchTables], earlier: Earlier
             flat_scores.write(batch["decisions"], columns, file)
 
 
-_Rows = dict[str, pl.DataFrame | None]
-"""The rows of a selection, best first, by batch; None: those of the version before."""
+class _SelectionFiles:
+    """The files of a selection, which are written batch by batch, side by side.
 
+    Args:
+        folder: of the selection.
+        export: what the files are.
+        pool: writes them.
+    """
 
-def _rows(
-    batches: Sequence[BatchTables], selection: str, published: Selection, export: ExportSettings, taken: Collection[str]
-) -> _Rows:
-    """The rows of a selection; those of the batches in `taken` are not read."""
-    chosen = None if selection == published.name else selection
-    return {one.batch: None if one.batch in taken else _rows_of(one, chosen, export) for one in batches}
+    def __init__(self, folder: Path, export: ExportSettings, pool: Executor) -> None:
+        folder.mkdir()
+        self._selection, self._pool, self._open = folder.name, pool, ExitStack()
+        self._records = {
+            name: self._open.enter_context(exports.open_file(name, folder, has_meta=export.meta))
+            for name in export.written
+        }
+        self._keys = self._open.enter_context(exports.KeysFile(folder))
 
+    def __enter__(self) -> Self:
+        return self
 
-def _write_records(
-    name: str, rows: _Rows, folder: Path, export: ExportSettings, earlier: EarlierVersion
-) -> dict[str, exports.Span] | None:
-    """Write the records of a selection in a format; the bytes of each batch in a file of JSON."""
-    if not exports.WRITTEN[name].is_json:
-        nothing = BatchTables("", {name: StoredTable(empty(PIPELINE[name].table)) for name in PIPELINE.published})
-        exports.write(
-            name,
-            pl.concat([_rows_of(nothing, None, export), *(one for one in rows.values() if one is not None)]),
-            folder,
-        )
-        return None
-    records = {batch: earlier.records(folder.name, name, batch) if one is None else one for batch, one in rows.items()}
-    return exports.write_json(name, {batch: one for batch, one in records.items() if one is not None}, folder)
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
+    def append(self, batch: str, rows: pl.DataFrame) -> None:
+        """Write the rows of a batch, best first."""
+        self._write(batch, dict.fromkeys(self._records, rows))
+        self._keys.append(exports.keys(rows))
 
-def _write_keys(rows: _Rows, folder: Path, earlier: EarlierVersion) -> int:
-    """Write the keys of the records of a selection; the number of records."""
-    keys = [earlier.keys(folder.name, batch) if one is None else exports.keys(one) for batch, one in rows.items()]
-    of_all = pl.concat([exports.keys(empty(SelectedSubset)), *keys])
-    exports.write_keys(of_all, folder)
-    return of_all.height
+    def take(self, batch: str, earlier: EarlierVersion) -> None:
+        """Write the rows of an unchanged batch with the bytes of the version before."""
+        found = {name: earlier.records(self._selection, name, batch) for name in self._records}
+        self._write(batch, {name: records for name, records in found.items() if records is not None})
+        self._keys.append(earlier.keys(self._selection, batch))
+
+    def _write(self, batch: str, records: Mapping[str, Any]) -> None:
+        list(self._pool.map(lambda name: self._records[name].append(batch, records[name]), records))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of records."""
+        return self._keys.num_rows
+
+    @property
+    def spans(self) -> dict[str, dict[str, exports.Span]]:
+        """The bytes of each batch in each file of JSON."""
+        of_files = {
+            f"{self._selection}/{exports.WRITTEN[name].path}": file.spans for name, file in self._records.items()
+        }
+        return {path: spans for path, spans in of_files.items() if spans is not None}
 
 
 def _rows_of(batch: BatchTables, selection: str | None, export: ExportSettings) -> pl.DataFrame:

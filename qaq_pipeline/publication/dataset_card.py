@@ -81,7 +81,7 @@ def dataset_card(
     made_of = {batch: of_batch["decisions"].provenance for batch, of_batch in tables.items()}
     benchmarks = {batch: of_batch["screened_data"].provenance["benchmarks"] for batch, of_batch in tables.items()}
     decisions = [of_batch["decisions"] for of_batch in tables.values()]
-    reasons = [table.select("decision", "reason") for table in [StoredTable(empty(Decisions)), *decisions]]
+    reasons = itertools.chain([empty(Decisions)], *(table.parts("decision", "reason") for table in decisions))
     page = {
         "metadata": yaml.safe_dump(_metadata(selection, exported, export), sort_keys=False, allow_unicode=True),
         "title": _title(selection),
@@ -96,7 +96,7 @@ def dataset_card(
         "identity": ("role", *(field.replace("_", " ") for field in IDENTITY), "batches"),
         "models": models(entries, IDENTITY),
         "strata": _strata(decisions),
-        "decisions": by_reason(pl.concat(reasons)).rows(),
+        "decisions": by_reason(reasons).rows(),
         "warnings": _warnings(made_of, selection.name),
         "signals": [signal.value for signal in Signal],
         "validity": _validity(made_of),

@@ -5,7 +5,7 @@ Belongs here: the comparison. Does not belong here: where it is stored (`version
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import polars as pl
@@ -21,28 +21,51 @@ from qaq_pipeline.storage.tables import empty
 Scores = Callable[[], Iterable[pl.DataFrame]]
 """Returns the key, pair_id, decision and reason of the rows of a version, part by part."""
 
+Changes = list[tuple[str, str, int]]
+"""Counts of a Difference by cause: `entered` or `left`, the change, rows. Those that entered are first."""
+
+COUNTED = ["is_added", "change"]
+"""The columns of a Difference that `count_changes` reads."""
+
 _KEY = [*ROW_KEY, "pair_id"]
+_NO_DIFFERENCE = empty(tables.Difference)
 _NO_SCORES = empty(tables.Decisions).select(*_KEY, "decision", "reason")
 
 
-def store_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame:
-    """Compare two stored versions, and store the difference if they are not the same version."""
-    found = compare(storage, older, newer)
-    if older != newer:
-        storage.files.write_bytes(parquet_file.encode(found, {}), *versions.difference_place(older, newer))
-    return found
+def store_difference(storage: Storage, older: str, newer: str) -> Changes:
+    """Compare two stored versions, store the difference if they are not the same version, and count its rows."""
+    if older == newer:
+        return []
+    counts = [_count(_NO_DIFFERENCE)]
+    with storage.files.writing(*versions.difference_place(older, newer)) as stream:
+        writer = parquet_file.Writer(stream, _NO_DIFFERENCE.schema)
+        try:
+            for found in _of_batches(storage, older, newer):
+                writer.append(found)
+                counts.append(_count(found))
+        finally:  # Else it would be closed after its stream.
+            writer.close({})
+    return _sorted(pl.concat(counts))
 
 
 def compare(storage: Storage, older: str, newer: str) -> pl.DataFrame:
-    """Compare two stored versions, named by their hashes. Raises StorageError.
+    """Compare two stored versions, named by their hashes. Raises StorageError."""
+    return pl.concat([_NO_DIFFERENCE, *_of_batches(storage, older, newer)])
 
-    Batches that both have with the same decisions have no difference, and are not read.
+
+def _of_batches(storage: Storage, older: str, newer: str) -> Iterator[pl.DataFrame]:
+    """The difference in each batch, by its name.
+
+    Batches that both versions have with the same decisions have no difference, and are not read.
     """
-    columns = (*_KEY, "decision", "reason")
     before, after = (versions.decided_batches(storage, version) for version in (older, newer))
-    changed = [{batch for batch, _ in one.items() - other.items()} for one, other in ((before, after), (after, before))]
-    scores = zip((older, newer), changed, strict=True)
-    return difference(*(partial(versions.scan_scores, storage, version, columns, only) for version, only in scores))
+    columns = (*_KEY, "decision", "reason")
+
+    def scores(version: str, batches: Mapping[str, str], batch: str) -> Scores:
+        return partial(versions.scan_batch, storage, version, batch, columns) if batch in batches else list
+
+    for batch in sorted({batch for batch, _ in before.items() ^ after.items()}):
+        yield difference(scores(older, before, batch), scores(newer, after, batch))
 
 
 def difference(before: Scores, after: Scores) -> pl.DataFrame:
@@ -94,7 +117,17 @@ def _selected(scores: Scores) -> tuple[pl.DataFrame, list[str]]:
     return pl.concat(found), sorted(batches)
 
 
-def count_changes(found: pl.DataFrame) -> list[tuple[str, str, int]]:
-    """Count the rows of a Difference that entered, then those that left, by cause."""
-    counts = found.group_by("is_added", "change").len().sort("is_added", "change", descending=[True, False])
-    return [("entered" if added else "left", change, n) for added, change, n in counts.iter_rows()]
+def count_changes(found: pl.DataFrame) -> Changes:
+    """Count the rows of a Difference, of which it needs the columns `COUNTED`."""
+    return _sorted(_count(found))
+
+
+def _count(found: pl.DataFrame) -> pl.DataFrame:
+    return found.group_by(COUNTED).agg(rows=pl.len())
+
+
+def _sorted(counts: pl.DataFrame) -> Changes:
+    """The sums of `_count` of some differences."""
+    sums = counts.group_by(COUNTED).agg(pl.col("rows").sum())
+    ordered = sums.sort(COUNTED, descending=[True, False])
+    return [("entered" if added else "left", change, rows) for added, change, rows in ordered.iter_rows()]

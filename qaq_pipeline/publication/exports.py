@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import polars as pl
 import pyarrow as pa
@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 
 from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.schema.row_place import ROW_KEY, without_records_of
+from qaq_pipeline.schema.tables import SelectedSubset
 from qaq_pipeline.storage import parquet_file
+from qaq_pipeline.storage.tables import empty
 
 KEYS = "keys.parquet"
 """File in the folder of a selection that leads from a record back to its row."""
@@ -91,55 +93,14 @@ class Format:
         return self.path.endswith((".json", ".jsonl"))
 
 
-def write(name: str, rows: pl.DataFrame, folder: Path) -> None:
-    """Write the rows in a format of Parquet or Arrow, in the folder of a selection."""
-    path = folder / WRITTEN[name].path
-    if path.suffix:
-        pq.write_table(_table(name, rows), path, compression="zstd")
-    else:
-        _save_to_disk(name, rows, path)
-
-
-def write_json(name: str, batches: Mapping[str, pl.DataFrame | Iterable[bytes]], folder: Path) -> dict[str, Span]:
-    """Write the records of batches in a format of JSON, in the folder of a selection.
-
-    Args:
-        name: of the format.
-        batches: the rows of each batch, or the bytes of its records, as they were written before; of a batch without
-            records no bytes, but rows.
-        folder: of the selection.
-
-    Returns:
-        The bytes of each batch that has records, from the first to the one after the last.
-    """
-    path, spans = folder / WRITTEN[name].path, {}
-    begin, between, end = _ARRAY if path.suffix == ".json" else _LINES
-    with path.open("wb") as stream:
-        stream.write(begin)
-        for batch, records in batches.items():
-            if isinstance(records, pl.DataFrame) and records.is_empty():
-                continue
-            stream.write(between if spans else b"")
-            start = stream.tell()
-            stream.writelines(_json(name, records, between) if isinstance(records, pl.DataFrame) else records)
-            spans[batch] = [start, stream.tell()]
-        stream.write(end if spans or begin else b"")
-    return spans
+def open_file(name: str, folder: Path, *, has_meta: bool) -> JsonFile | TableFile:
+    """Begin the file of a format in the folder of a selection."""
+    return JsonFile(name, folder) if WRITTEN[name].is_json else TableFile(name, folder, has_meta=has_meta)
 
 
 def keys(rows: pl.DataFrame) -> pl.DataFrame:
     """The key and the pair_id of each row."""
     return rows.select(*ROW_KEY, "pair_id")
-
-
-def write_keys(rows: pl.DataFrame, folder: Path) -> None:
-    """Write the `keys` of the records of a selection, by their place in the training files.
-
-    `line` counts the records of every format from 1. The file is there because trainers refuse other fields in a
-    record; `meta` adds them to the records, too.
-    """
-    numbered = rows.select(pl.int_range(1, pl.len() + 1).alias("line"), pl.all())
-    (folder / KEYS).write_bytes(parquet_file.encode(numbered, {}))
 
 
 def columns(name: str, *, has_meta: bool) -> pa.Schema:
@@ -248,42 +209,165 @@ _ALPACA = {"instruction": pl.col("query"), "input": pl.lit(""), "output": _ANSWE
 def _records(name: str, rows: pl.DataFrame) -> Iterator[pl.DataFrame]:
     """The records of the rows, some thousand at a time, each field a column."""
     meta = ["meta"] if "meta" in rows.columns else []
-    for part in [rows.clear()] if rows.is_empty() else rows.iter_slices(_ROWS_AT_A_TIME):
+    for part in rows.iter_slices(_ROWS_AT_A_TIME):
         yield part.select(*(field.alias(to) for to, field in WRITTEN[name].fields.items()), *meta)
+
+
+def _json(name: str, records: pl.DataFrame, between: bytes) -> bytes:
+    """Some thousand records in JSON, each without a line break."""
+    if name == CONVERSATION:  # JSON has line breaks between its values only, where white space means nothing.
+        texts = records["record"].str.replace_all(r"[\r\n]", " ")
+    else:
+        texts = records.select(pl.struct(pl.all()).struct.json_encode()).to_series()
+    return texts.str.join(between.decode()).item().encode()
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _json(name: str, rows: pl.DataFrame, between: bytes) -> Iterator[bytes]:
-    """The records in JSON, each without a line break, some thousand at a time."""
-    for number, records in enumerate(_records(name, rows)):
-        if name == CONVERSATION:  # JSON has line breaks between its values only, where white space means nothing.
-            texts = records["record"].str.replace_all(r"[\r\n]", " ")
-        else:
-            texts = records.select(pl.struct(pl.all()).struct.json_encode()).to_series()
-        yield (between if number else b"") + texts.str.join(between.decode()).item().encode()
+class JsonFile:
+    """The records of a selection in a format of JSON, which are written batch by batch.
 
+    Leaving its context ends the file.
 
-def _table(name: str, rows: pl.DataFrame) -> pa.Table:
-    """The records with the types that `datasets` gives to them when it reads them from JSONL."""
-    schema = columns(name, has_meta="meta" in rows.columns)
-    parts = (part.to_arrow(compat_level=pl.CompatLevel.oldest()) for part in _records(name, rows))
-    return pa.concat_tables(part.cast(schema) for part in parts)
-
-
-def _save_to_disk(name: str, rows: pl.DataFrame, folder: Path) -> None:
-    """Write the records as the files of `Dataset.save_to_disk`; needs the extra `datasets`.
-
-    The fingerprint is a hash of the rows, not a random number: the same rows give the same files.
+    Args:
+        name: of the format.
+        folder: of the selection.
     """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        path = folder / WRITTEN[name].path
+        self._name = name
+        self._begin, self._between, self._end = _ARRAY if path.suffix == ".json" else _LINES
+        self._stream = path.open("wb")
+        self._stream.write(self._begin)
+        self.spans: dict[str, Span] = {}
+        """The bytes of each batch that has records."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._stream:
+            self._stream.write(self._end if self.spans or self._begin else b"")
+
+    def append(self, batch: str, records: pl.DataFrame | Iterable[bytes]) -> None:
+        """Write the records of a batch.
+
+        Args:
+            batch: its name.
+            records: its rows, or the bytes of its records, as they were written before; of a batch without records no
+                bytes, but rows.
+        """
+        if isinstance(records, pl.DataFrame) and records.is_empty():
+            return
+        self._stream.write(self._between if self.spans else b"")
+        start = self._stream.tell()
+        self._stream.writelines(self._encoded(records) if isinstance(records, pl.DataFrame) else records)
+        self.spans[batch] = [start, self._stream.tell()]
+
+    def _encoded(self, rows: pl.DataFrame) -> Iterator[bytes]:
+        for number, records in enumerate(_records(self._name, rows)):
+            yield (self._between if number else b"") + _json(self._name, records, self._between)
+
+
+class TableFile:
+    """The records of a selection in a format of Parquet or Arrow, which are written together.
+
+    They come batch by batch. Until all have come, they are in a file that is then mapped into memory. Leaving the
+    context writes them.
+
+    Args:
+        name: of the format.
+        folder: of the selection.
+        has_meta: the rows have the column `meta`.
+    """
+
+    spans = None
+
+    def __init__(self, name: str, folder: Path, *, has_meta: bool) -> None:
+        self._name, self._folder = name, folder
+        self._schema = columns(name, has_meta=has_meta)
+        self._so_far = folder / f".{name}.arrow"
+        self._writer = pa.ipc.new_stream(str(self._so_far), self._schema)
+        self._waiting: list[pl.DataFrame] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._writer:
+            if kind is None and self._waiting:
+                self._add(pl.concat(self._waiting))
+        if kind is None:
+            with pa.memory_map(str(self._so_far)) as records:
+                _write_table(
+                    self._name, pa.ipc.open_stream(records).read_all(), self._folder / WRITTEN[self._name].path
+                )
+        self._so_far.unlink()
+
+    def append(self, _: str, rows: pl.DataFrame) -> None:
+        """Add the rows of a batch."""
+        waiting = pl.concat([*self._waiting, rows])
+        whole = waiting.height - waiting.height % _ROWS_AT_A_TIME
+        self._add(waiting[:whole])
+        self._waiting = [waiting[whole:]]
+
+    def _add(self, rows: pl.DataFrame) -> None:
+        """Add records with the types that `datasets` gives to them when it reads them from JSONL."""
+        for records in _records(self._name, rows):
+            table = records.to_arrow(compat_level=pl.CompatLevel.oldest())
+            self._writer.write_table(table.cast(self._schema))
+
+
+def _write_table(name: str, records: pa.Table, path: Path) -> None:
+    """Write Parquet, or the files of `Dataset.save_to_disk`, which needs the extra `datasets`."""
+    if path.suffix:
+        pq.write_table(records, path, compression="zstd")
+        return
     from datasets import Dataset
 
+    # The fingerprint is a hash of the rows, not a random number: the same rows give the same files.
     fingerprint = hashlib.blake2b(digest_size=8)
-    for data in _json(name, rows, b"\n"):
-        fingerprint.update(data)
+    for number, part in enumerate(records.to_batches()):
+        fingerprint.update((b"\n" if number else b"") + _json(name, pl.DataFrame(part), b"\n"))
     # One shard even without rows: `load_from_disk` fails if there is none.
-    Dataset(_table(name, rows), fingerprint=fingerprint.hexdigest()).save_to_disk(str(folder), num_shards=1)
+    Dataset(records, fingerprint=fingerprint.hexdigest()).save_to_disk(str(path), num_shards=1)
+
+
+class KeysFile:
+    """The `keys` of the records of a selection, by their place in the training files, which are written batch by batch.
+
+    `line` counts the records of every format from 1. The file is there because trainers refuse other fields in a
+    record; `meta` adds them to the records, too. Leaving its context ends the file.
+
+    Args:
+        folder: of the selection.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._stream = (folder / KEYS).open("wb")
+        self._writer = parquet_file.Writer(self._stream, _numbered(keys(empty(SelectedSubset)), 0).schema)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._stream:
+            self._writer.close({})
+
+    @property
+    def num_rows(self) -> int:
+        """Number of records so far."""
+        return self._writer.num_rows
+
+    def append(self, of_batch: pl.DataFrame) -> None:
+        """Write the `keys` of the next records."""
+        self._writer.append(_numbered(of_batch, self.num_rows))
+
+
+def _numbered(of_rows: pl.DataFrame, before: int) -> pl.DataFrame:
+    return of_rows.select(pl.int_range(before + 1, before + 1 + pl.len()).alias("line"), pl.all())
 
 
 # --- the formats --------------------------------------------------------------------------------------------------

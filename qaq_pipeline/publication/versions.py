@@ -21,7 +21,7 @@ the log: a publication that is interrupted before leaves the newest version as i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -201,13 +201,13 @@ def store(storage: Storage, manifest: Mapping[str, Any], folder: Path) -> tuple[
     return version, True
 
 
-def index_pairs(storage: Storage, version: str, rows: pl.DataFrame) -> None:
+def index_pairs(storage: Storage, version: str, rows: Iterable[pl.DataFrame]) -> None:
     """Write the index from pair_ids to the rows of a version's scores, once.
 
     Args:
         storage: where.
         version: stored.
-        rows: the keys and pair_ids of its rows.
+        rows: the keys and pair_ids of its rows, some thousand at a time.
     """
     if not storage.files.exists(*index_place(version)):
         storage.tables.write_pair_index(rows, version, *index_place(version))
@@ -247,25 +247,23 @@ def decided_batches(storage: Storage, version: str) -> dict[str, str]:
     return {entry["batch"]: entry["data_versions"]["decisions"] for entry in entries}
 
 
-def scan_scores(
-    storage: Storage, version: str, columns: Sequence[str], batches: Collection[str] | None = None
-) -> Iterator[pl.DataFrame]:
-    """Columns of the scores of a version, some thousand rows at a time. Raises `StorageError` as `read_scores`.
-
-    Args:
-        storage: where.
-        version: stored.
-        columns: names.
-        batches: whose rows are wanted; None: all.
-    """
-    for one in _places_of_scores(storage, version, batches).values():
+def scan_scores(storage: Storage, version: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Columns of the scores of a version, some thousand rows at a time. Raises `StorageError` as `read_scores`."""
+    for one in _places_of_scores(storage, version).values():
         yield from storage.tables.scan_file(columns, *one)
 
 
-def read_difference(storage: Storage, older: str, newer: str) -> pl.DataFrame | None:
-    """The stored difference between two versions; None: there is none."""
+def scan_batch(storage: Storage, version: str, batch: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The same of one batch, which the version has."""
+    return storage.tables.scan_file(columns, *place(version, scores_name(batch)))
+
+
+def read_difference(
+    storage: Storage, older: str, newer: str, columns: Sequence[str] | None = None
+) -> pl.DataFrame | None:
+    """The stored difference between two versions, or columns of it; None: there is none."""
     stored = difference_place(older, newer)
-    return storage.files.read_frame(*stored) if storage.files.exists(*stored) else None
+    return storage.files.read_frame(*stored, columns=columns) if storage.files.exists(*stored) else None
 
 
 def find_rows(

@@ -20,7 +20,7 @@ from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.selections import Selection
 from qaq_pipeline.config.settings import ReferenceSettings, ReportSettings, Settings
 from qaq_pipeline.pipeline import PIPELINE
-from qaq_pipeline.publication import versions
+from qaq_pipeline.publication import difference, versions
 from qaq_pipeline.publication.curated_dataset import BatchTables
 from qaq_pipeline.reports import drift, page_rows, pages, trial_page
 from qaq_pipeline.reports.pages import Frozen, Made, Scoring
@@ -160,7 +160,7 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
     """Find the previous version, the difference to it, the batches left out, and the pages of batches and the trial."""
     kept = versions.kept_versions(storage)
     previous = [None, *kept][kept.index(version)]
-    difference = None if previous is None else versions.read_difference(storage, previous, version)
+    found = None if previous is None else versions.read_difference(storage, previous, version, difference.COUNTED)
     excluded = versions.find_version(storage, version).excluded_batches
     batches = [*(entry["batch"] for entry in manifest["batches"]), *excluded]
     trial_page_place = versions.trial_page_place(version)
@@ -169,7 +169,7 @@ def _neighbours(storage: Storage, version: str, manifest: Mapping[str, Any]) -> 
         "of_trial": _verdict(storage, version),
         "trial": "/".join(("..", *trial_page_place[1:])) if storage.files.exists(*trial_page_place) else None,
         "previous": None if previous is None else _link(storage, previous),
-        "difference": difference,
+        "difference": found,
         "excluded": excluded,
         "sizes": {name: storage.files.size(*versions.place(version, name)) for name in manifest["files"]},
         "pages": {

@@ -97,7 +97,7 @@ def num_selected(flat: pl.DataFrame) -> int:
 
 def by_reason(flat: pl.DataFrame) -> pl.DataFrame:
     """Count the rows by decision and reason, as `selection.decisions.by_reason`, in words."""
-    return decisions.by_reason(flat).with_columns(pl.col("decision", "reason").cast(pl.String))
+    return decisions.by_reason([flat]).with_columns(pl.col("decision", "reason").cast(pl.String))
 
 
 def flow(flat: pl.DataFrame) -> pl.DataFrame:

@@ -15,7 +15,6 @@ import polars as pl
 
 from qaq_pipeline.config.selections import Budget, RmiBandSelection, Selection
 from qaq_pipeline.ingest.imported_tables import ImportedTable
-from qaq_pipeline.publication import difference
 from qaq_pipeline.publication.curated_dataset import Publication
 from qaq_pipeline.schema.long_form import to_long
 from qaq_pipeline.schema.vocabularies import Quantity, SelectionReason, Status
@@ -256,12 +255,13 @@ def of_publication(published: Publication, excluded: Mapping[str, str]) -> Numbe
 
 
 def _difference(published: Publication) -> Numbers:
-    found = published.difference
+    found = published.changes
     if found is None:
         return {}
+    rows = {way: sum(n for of, _, n in found if of == way) for way in ("entered", "left")}
     return {
         "previous_version": published.previous,
-        "rows_entered": int(found["is_added"].sum()),
-        "rows_left": int((~found["is_added"]).sum()),
-        "changes": {f"{way}: {why}": n for way, why, n in difference.count_changes(found)},
+        "rows_entered": rows["entered"],
+        "rows_left": rows["left"],
+        "changes": {f"{way}: {why}": n for way, why, n in found},
     }

@@ -88,7 +88,7 @@ def summarise(deployment: Deployment, batch: str, results: Results, unpassed: Se
             f"batch {batch} has {num_rows} delivered rows but {stored.num_rows} decisions: report this fault"
         )
     reasons: dict[str, dict[str, int]] = {decision.value: {} for decision in vocabularies.Decision}
-    for decision, reason, count in by_reason(stored.select("decision", "reason")).iter_rows():
+    for decision, reason, count in by_reason([stored.select("decision", "reason")]).iter_rows():
         reasons[decision][reason] = count
     published, decided = results["curated_dataset", None], results["decisions", partition]
     return BatchSummary(

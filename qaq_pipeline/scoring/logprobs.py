@@ -26,12 +26,12 @@ from qaq_pipeline.lm.prompts import PairEncoder, TokenSequence
 from qaq_pipeline.lm.workers import MAX_TRIES, Processes, ScorerFacts, SequenceScorer, score_batches
 from qaq_pipeline.schema.vocabularies import NullReason
 from qaq_pipeline.scoring.chunks import ChunkPair, Chunks, Counts, Work, plan_of
-from qaq_pipeline.scoring.ordered_rows import OrderedRows, Rows
 from qaq_pipeline.scoring.pairs import LongestFirst, Pairs
 from qaq_pipeline.scoring.planner import Plan, wanted_quantities
 from qaq_pipeline.scoring.shards import ShardWriter
 from qaq_pipeline.scoring.sums import Sums
 from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.ordered_rows import OrderedRows, Rows
 from qaq_pipeline.storage.score_cache import FOUND
 from qaq_pipeline.storage.storage import Storage
 

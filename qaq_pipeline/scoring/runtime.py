@@ -20,10 +20,10 @@ from qaq_pipeline.config.settings import ModelSettings, RuntimeSettings, Scoring
 from qaq_pipeline.lm import model_files
 from qaq_pipeline.scoring.chunk_scorer import ScoringSpec, local_model
 from qaq_pipeline.scoring.logprobs import Estimate, Progress, ScoringModel, ScoringReport, plan_scoring, score_pairs
-from qaq_pipeline.scoring.ordered_rows import Rows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.pools import Opened, pool_of, unloaded_facts_here
 from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.ordered_rows import Rows
 from qaq_pipeline.storage.storage import Storage
 
 

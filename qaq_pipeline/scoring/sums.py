@@ -14,7 +14,7 @@ import polars as pl
 from qaq_pipeline.lm.prompts import EncodedPair
 from qaq_pipeline.schema.tables import Logprobs, dtypes
 from qaq_pipeline.schema.vocabularies import NullReason, Quantity
-from qaq_pipeline.scoring.ordered_rows import ROWS_AT_ONCE
+from qaq_pipeline.storage.ordered_rows import ROWS_AT_ONCE
 
 _COUNTS = {
     "num_q_tokens": np.uint32,

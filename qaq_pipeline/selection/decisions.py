@@ -6,6 +6,7 @@ Does not belong here: the selection itself (`strategies`), and the words (`expla
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -146,10 +147,15 @@ def selected_rows(selection: str, raw_data: StoredTable, decisions: StoredTable)
     return pl.concat(found).sort("position")
 
 
-def by_reason(decisions: pl.DataFrame) -> pl.DataFrame:
-    """Count rows as decision, reason, rows: decisions in their order, the most frequent reason first."""
+def by_reason(decisions: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """Count rows as decision, reason, rows: decisions in their order, the most frequent reason first.
+
+    Args:
+        decisions: with the columns decision and reason, some rows at a time; one frame at least.
+    """
     order = {decision.value: place for place, decision in enumerate(Decision)}
-    counts = decisions.group_by("decision", "reason").agg(rows=pl.len().cast(pl.Int64))
+    of_parts = (part.group_by("decision", "reason").agg(rows=pl.len().cast(pl.Int64)) for part in decisions)
+    counts = pl.concat(of_parts).group_by("decision", "reason").agg(pl.col("rows").sum())
     place = pl.col("decision").replace_strict(order, return_dtype=pl.Int64)
     return counts.sort(place, "rows", "reason", descending=[False, True, False])
 

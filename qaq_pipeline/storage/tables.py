@@ -11,7 +11,7 @@ Belongs here: writing, reading and searching the tables of the pipeline. Does no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -24,9 +24,10 @@ import pyarrow as pa
 from qaq_pipeline.pipeline import PIPELINE, Pipeline
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
-from qaq_pipeline.schema.tables import dtypes, enforce
+from qaq_pipeline.schema.tables import Decisions, dtypes, enforce
 from qaq_pipeline.storage import parquet_file, row_lookup
 from qaq_pipeline.storage.files import Files, Place, StorageError
+from qaq_pipeline.storage.ordered_rows import OrderedRows
 from qaq_pipeline.storage.parquet_file import Writer
 from qaq_pipeline.storage.row_lookup import Where
 from qaq_pipeline.storage.stored_table import RowsFile, StoredTable, TableWriter
@@ -88,7 +89,7 @@ class Tables:
             self._files.put(made.local, *place)
         table.is_stored_in(RowsFile(partial(self._files.local, *place), table.data_version, table.num_rows))
         if name in _INDEXED:
-            keys = table.select("pair_id", *ROW_KEY)
+            keys = table.parts("pair_id", *ROW_KEY)
             self.write_pair_index(keys, table.data_version, *self._folder(name, partition), _INDEX_FILE)
 
     def begin(self, name: str, partition: Partition) -> TableWriter:
@@ -230,10 +231,24 @@ class Tables:
             found = [self.find_in_file(where, *file) for file in files.values()]
         return FoundRows(pl.concat(found)[:most] if found else pl.DataFrame(), is_indexed)
 
-    def write_pair_index(self, rows: pl.DataFrame, version: str, *parts: str) -> None:
-        """Write the index of a table of that version, or of other files of decided rows."""
-        index = parquet_file.encode(row_lookup.pair_index(rows), {"data_version": version})
-        self._files.write_bytes(index, *parts)
+    def write_pair_index(self, rows: Iterable[pl.DataFrame], version: str, *parts: str) -> None:
+        """Write the index of a table of that version, or of other files of decided rows.
+
+        Args:
+            rows: with key and pair_id, some thousand at a time: they are not in memory together.
+            version: of the table, or of the files.
+            parts: of the place of the index.
+        """
+        ordered = OrderedRows(self._files, parts[:-1], then_by=ROW_KEY)
+        nothing = row_lookup.indexed(empty(Decisions))
+        ordered.append(nothing)
+        for some in rows:
+            ordered.append(row_lookup.indexed(some))
+        with self._files.writing(*parts) as stream:
+            writer = Writer(stream, nothing.schema)
+            for some in ordered.parts():
+                writer.append(some)
+            writer.close({"data_version": version})
 
     def _index_version(self, *parts: str) -> str | None:
         """The version of the table that an index is of; None where there is no index, or it cannot be read."""

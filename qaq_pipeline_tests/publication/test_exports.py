@@ -20,14 +20,12 @@ from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.settings import ExportSettings
 from qaq_pipeline.publication.exports import (
     FORMATS,
-    WRITTEN,
     check_installed,
     columns,
     field_of_turns,
     llama_factory_entries,
+    open_file,
     with_meta,
-    write,
-    write_json,
 )
 from qaq_pipeline.schema.tables import SelectedSubset, dtypes, enforce
 from qaq_pipeline_tests.support.frames import pair_name, raw_rows
@@ -60,10 +58,8 @@ def export(name: str, rows: pl.DataFrame) -> dict[str, bytes]:
     """The files of the rows in a format, by path in the folder of a selection."""
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
-        if WRITTEN[name].is_json:
-            write_json(name, {"b1": rows}, folder)
-        else:
-            write(name, rows, folder)
+        with open_file(name, folder, has_meta="meta" in rows.columns) as file:
+            file.append("b1", rows)
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

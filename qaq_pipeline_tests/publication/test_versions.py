@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import polars as pl
@@ -20,10 +22,12 @@ from qaq_pipeline.config.load import parse_settings
 from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.orchestration.assets.publication.curated_dataset import build_curated_dataset
 from qaq_pipeline.publication import curated_dataset, difference, versions
-from qaq_pipeline.publication.curated_dataset import Publication, publish, read_batches
+from qaq_pipeline.publication.curated_dataset import Publication, _rows_of, publish, read_batches
 from qaq_pipeline.schema.partition import Partition
 from qaq_pipeline.schema.row_place import ROW_KEY
+from qaq_pipeline.storage import parquet_file, tables
 from qaq_pipeline.storage.files import StorageError, hash_json
+from qaq_pipeline.storage.ordered_rows import OrderedRows
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline_tests.support.frames import store_batch, store_selection
@@ -112,6 +116,41 @@ def test_publishing_the_same_content_again_writes_no_version(storage: Storage, s
     second = publish_registered(storage, settings, "b1")
     assert (second.version, second.is_new) == (first.version, False)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+
+
+def test_the_rows_of_other_batches_are_not_in_memory_while_a_batch_is_read(storage: Storage) -> None:
+    settings = parse_settings(SETTINGS + "export: {formats: [messages, parquet]}")
+    names = ["b1", "b2", "b3", "b4"]
+    for name in names:
+        store_batch(storage, settings, name)
+    read: list[weakref.ref[pl.DataFrame]] = []
+    in_memory: list[int] = []
+
+    def rows_of(*arguments: Any) -> pl.DataFrame:
+        in_memory.append(sum(one() is not None for one in read))
+        rows = _rows_of(*arguments)
+        read.append(weakref.ref(rows))
+        return rows
+
+    with mock.patch.object(curated_dataset, "_rows_of", rows_of):
+        publish_registered(storage, settings, *names)
+    assert len(in_memory) == len(settings.exported) * len(names)
+    assert max(in_memory) <= 1  # A thread may just be letting go of the batch before.
+
+
+@pytest.mark.parametrize("at_once", [3, 100])
+def test_an_index_of_pairs_is_the_same_however_many_rows_are_in_memory(
+    storage: Storage, settings: Settings, at_once: int
+) -> None:
+    for name in ("b2", "b1"):
+        store_batch(storage, settings, name, queries=tuple("abcdefgh"))
+    with mock.patch.object(tables, "OrderedRows", functools.partial(OrderedRows, rows_at_once=at_once)):
+        version = publish_registered(storage, settings, "b1", "b2").version
+    scores = versions.read_scores(storage, version)
+    expected = scores.select("pair_id", *ROW_KEY).drop_nulls("pair_id").sort("pair_id", *ROW_KEY)
+    assert expected.height == 2 * 8
+    stored = storage.files.read_bytes(*versions.index_place(version))
+    assert stored == parquet_file.encode(expected, {"data_version": version})
 
 
 def test_equal_content_has_an_equal_version_in_another_storage(
@@ -419,11 +458,15 @@ def test_what_enters_is_what_lies_there(storage: Storage, settings: Settings) ->
 # --- from one version to the next -----------------------------------------------------------------------------------
 
 
-def changes(published: Publication) -> list[tuple[Any, ...]]:
-    assert published.difference is not None
-    return published.difference.select(
-        "batch", "source_row", "is_added", "change", "decision_before", "decision_after"
-    ).rows()
+def changed_rows(storage: Storage, published: Publication) -> pl.DataFrame:
+    assert published.previous is not None
+    return difference.compare(storage, published.previous, published.version)
+
+
+def changes(storage: Storage, published: Publication) -> list[tuple[Any, ...]]:
+    found = changed_rows(storage, published)
+    assert published.changes == difference.count_changes(found)
+    return found.select("batch", "source_row", "is_added", "change", "decision_before", "decision_after").rows()
 
 
 def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
@@ -431,9 +474,9 @@ def test_the_first_version_has_no_difference_and_the_same_again_an_empty_one(
 ) -> None:
     store_batch(storage, settings)
     first = publish_registered(storage, settings, "b1")
-    assert (first.previous, first.difference) == (None, None)
+    assert (first.previous, first.changes) == (None, None)
     again = publish_registered(storage, settings, "b1")
-    assert (again.previous, changes(again)) == (first.version, [])
+    assert (again.previous, changes(storage, again)) == (first.version, [])
     assert versions.read_difference(storage, first.version, again.version) is None
 
 
@@ -442,13 +485,12 @@ def test_a_batch_that_enters_or_leaves_is_the_cause_of_its_rows(storage: Storage
     first = publish_registered(storage, settings, "b1")
     store_batch(storage, settings, "b2", queries=("e", "f", "g", "h"))
     second = publish_registered(storage, settings, "b1", "b2")
-    assert changes(second) == [("b2", 4, True, "batch_entered", None, "selected")]
+    assert changes(storage, second) == [("b2", 4, True, "batch_entered", None, "selected")]
     third = publish_registered(storage, settings, "b2")
-    assert changes(third) == [("b1", 4, False, "batch_left", "selected", None)]
+    assert changes(storage, third) == [("b1", 4, False, "batch_left", "selected", None)]
     stored = versions.read_difference(storage, second.version, third.version)
     assert stored is not None
-    assert third.difference is not None
-    assert third.difference.equals(stored)
+    assert changed_rows(storage, third).equals(stored)
     assert first.version != third.version
 
 
@@ -460,9 +502,8 @@ def test_a_row_of_another_text_is_another_row_and_another_decision_says_its_reas
     half = parse_settings(MODELS + "selections: [{name: diff_high, strategy: diff_high, budget: {count: 2}}]")
     store_batch(storage, half)
     second = publish_registered(storage, half, "b1")
-    assert changes(second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]
-    assert second.difference is not None
-    (row,) = second.difference.iter_rows(named=True)
+    assert changes(storage, second) == [("b1", 3, True, "decided_otherwise", "not_selected", "selected")]
+    (row,) = changed_rows(storage, second).iter_rows(named=True)
     assert (row["reason_before"], row["reason_after"]) == ("below_cut", "within_budget")
 
 
@@ -474,12 +515,23 @@ def test_only_batches_that_were_decided_again_are_compared(storage: Storage, set
     second = publish_registered(storage, settings, "b1", "b2", "b3")
     columns = ["batch", "source_file", "source_row", "turn_index", "pair_id", "decision", "reason"]
     whole = [functools.partial(versions.scan_scores, storage, one.version, columns) for one in (first, second)]
-    assert second.difference is not None
-    assert second.difference.equals(difference.difference(*whole))
-    assert set(second.difference["batch"]) == {"b2"}
-    read = pl.concat(versions.scan_scores(storage, second.version, columns, {"b2"}))
-    assert read["source_row"].to_list() == [1, 2, 3, 4, 5, 6]
-    assert set(read["batch"]) == {"b2"}
+    scan = mock.Mock(wraps=versions.scan_batch)
+    with mock.patch.object(versions, "scan_batch", scan):
+        found = changed_rows(storage, second)
+    assert found.equals(difference.difference(*whole))
+    assert {call.args[2] for call in scan.mock_calls} == set(found["batch"]) == {"b2"}
+
+
+def test_no_difference_from_a_damaged_version_is_stored(storage: Storage, settings: Settings) -> None:
+    found = []
+    for last in ("x", "y"):
+        store_batch(storage, settings, queries=("a", "b", "c", last))
+        found.append(publish_registered(storage, settings, "b1").version)
+    storage.files.remove(*versions.difference_place(*found))
+    storage.files.write_bytes(b"torn", *versions.place(found[0], versions.scores_name("b1")))
+    with pytest.raises(StorageError):
+        difference.store_difference(storage, *found)
+    assert versions.read_difference(storage, *found) is None
 
 
 def decided(*rows: tuple[str, int, str, str]) -> pl.DataFrame:
@@ -591,7 +643,7 @@ def test_a_publication_that_is_cut_off_publishes_nothing_and_the_next_one_contin
         published = publish_registered(storage, settings, "b1")
         assert numbers(storage)[-1] == (len(before) + 1, published.version)
         assert storage.files.exists(*versions.index_place(published.version))
-        assert (published.difference is None) == (not before)
+        assert (published.changes is None) == (not before)
         assert curated_dataset.is_current(storage, ["b1"], settings)
 
 

@@ -70,7 +70,7 @@ def test_the_selected_share_of_no_row_is_left_out() -> None:
 
 
 def test_changes_of_a_version_are_counted_by_cause() -> None:
-    changes = pl.DataFrame({"is_added": [False, True, True], "change": ["row_gone", "batch_entered", "batch_entered"]})
+    changes = [("entered", "batch_entered", 2), ("left", "row_gone", 1)]
     entries = [{"batch": "b1", "rows_in": 5, "rows_selected": 2}, {"batch": "b2", "rows_in": 7, "rows_selected": 3}]
     published = Publication("v1", {"batches": entries}, "file://v1", True, "v0", changes)
     found = table_numbers.of_publication(published, {"b3": "gated"})

@@ -375,7 +375,8 @@ def _another(frame: pl.DataFrame, column: str) -> pl.DataFrame:
 def _records(name: str, rows: pl.DataFrame) -> dict[str, list[object]]:
     """The values of each field."""
     with tempfile.TemporaryDirectory() as folder:
-        exports.write_json(name, {"b1": rows}, Path(folder))
+        with exports.open_file(name, Path(folder), has_meta="meta" in rows.columns) as file:
+            file.append("b1", rows)
         data = next(Path(folder).iterdir()).read_text(encoding="utf-8")
     records = json.loads(data) if name == "alpaca" else [json.loads(line) for line in data.splitlines()]
     return {field: [record[field] for record in records] for field in records[0]}

@@ -30,10 +30,10 @@ from qaq_pipeline.scoring import logprobs, pools
 from qaq_pipeline.scoring.chunk_scorer import ChunkScorer, OtherIdentityError, ScoringSpec, local_model
 from qaq_pipeline.scoring.chunks import ChunkPair, Work
 from qaq_pipeline.scoring.logprobs import Estimate, Progress
-from qaq_pipeline.scoring.ordered_rows import OrderedRows
 from qaq_pipeline.scoring.pairs import Pairs
 from qaq_pipeline.scoring.runtime import ModelRuntime
 from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.ordered_rows import OrderedRows
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.scoring.test_logprobs import assert_same_scores
 from qaq_pipeline_tests.support.sentences import Check

@@ -46,7 +46,7 @@ def test_no_row_group_is_read_that_its_statistics_rule_out(monkeypatch: pytest.M
     assert row_lookup.read_rows(stored(ROWS, 5), [("source_row", "==", 17)])["source_row"].to_list() == [17]
     assert set(read) == {3}
     read.clear()
-    index = row_lookup.pair_index(ROWS[::-1])
+    index = row_lookup.indexed(ROWS[::-1]).sort("pair_id")
     assert row_lookup.read_rows(stored(index, 5), row_lookup.of_pair(pair_name(29)))["source_row"].to_list() == [29]
     assert set(read) == {5}
 
@@ -55,7 +55,7 @@ def test_null_keys_and_files_without_rows_are_no_error() -> None:
     rows = raw_rows({}, {"pair_id": None})
     assert row_lookup.read_rows(stored(rows, 1), row_lookup.of_pair(pair_name(1)))["source_row"].to_list() == [1]
     assert row_lookup.read_rows(stored(ROWS.clear(), 5), [("source_row", "==", 1)]).is_empty()
-    assert row_lookup.pair_index(rows)["source_row"].to_list() == [1]
+    assert row_lookup.indexed(rows)["source_row"].to_list() == [1]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def build_decisions(settings: Settings) -> dg.AssetsDefinition:
             metadata["rows"] = dg.MetadataValue.url(settings.reports.rows_of_batch(context.partition_key))
             if frozen is None and gate is None:
                 metadata[UNREACHED_KEY] = missed
-            metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason(reasons))])
+            metadata |= pictures(context, settings, lambda: [plots.by_reason(by_reason([reasons]))])
             return table_result(context, writer, inputs, metadata, **facts)
 
     return decisions

@@ -1,6 +1,7 @@
 """Rows that come in any order and are read in the order of pair_id, however many they are.
 
-Belongs here: keeping some rows in memory and the others in files. Does not belong here: what the rows are (`sums`).
+Belongs here: keeping some rows in memory and the others in files. Does not belong here: what the rows are (`sums`,
+`tables`).
 """
 
 from __future__ import annotations
@@ -29,17 +30,25 @@ class Rows(Protocol):
 
 
 class OrderedRows:
-    """Rows with distinct pair_ids. As soon as there are many, they are in files, each of which is sorted.
+    """Rows of many pairs. As soon as there are many, they are in files, each of which is sorted.
 
     Args:
         files: of the storage.
         place: of a folder there, in which the files are until this object is gone.
         rows_at_once: a file is written when so many rows have come.
+        then_by: columns that order the rows of one pair; needed where a pair has several.
     """
 
-    def __init__(self, files: Files, place: Sequence[str], rows_at_once: int = ROWS_AT_ONCE) -> None:
+    def __init__(
+        self,
+        files: Files,
+        place: Sequence[str],
+        rows_at_once: int = ROWS_AT_ONCE,
+        then_by: Sequence[str] = (),
+    ) -> None:
         self._storage, self._place = files, place
         self._rows_at_once = rows_at_once
+        self._order = ["pair_id", *then_by]
         self._open: list[pl.DataFrame] = []
         self._folder: Path | None = None
         self._files: list[Path] = []
@@ -55,7 +64,7 @@ class OrderedRows:
     def parts(self) -> Iterator[pl.DataFrame]:
         """As `Rows`. Something must have been appended, if only a frame without rows."""
         if not self._files:
-            yield pl.concat(self._open).sort("pair_id")
+            yield pl.concat(self._open).sort(self._order)
             return
         self._close()
         rows = pl.scan_parquet(self._files, glob=False)
@@ -63,11 +72,12 @@ class OrderedRows:
         starts = sorted(self._starts)[:: max(self._rows_at_once // (2 * _ROWS_PER_START), 1)]
         for start, stop in zip(starts, [*starts[1:], None], strict=True):
             wanted = pl.col("pair_id") >= start
-            yield rows.filter(wanted if stop is None else wanted & (pl.col("pair_id") < stop)).sort("pair_id").collect()
+            part = rows.filter(wanted if stop is None else wanted & (pl.col("pair_id") < stop))
+            yield part.sort(self._order).collect()
 
     def _close(self) -> None:
         """Write the rows in memory to a file."""
-        rows = pl.concat(self._open).sort("pair_id") if self._open else pl.DataFrame()
+        rows = pl.concat(self._open).sort(self._order) if self._open else pl.DataFrame()
         self._open = []
         if rows.is_empty():
             return

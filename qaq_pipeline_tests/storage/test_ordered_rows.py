@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from qaq_pipeline.scoring.ordered_rows import OrderedRows
+from qaq_pipeline.storage.ordered_rows import OrderedRows
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline_tests.support.frames import pair_name
 
@@ -45,3 +45,11 @@ def test_no_part_is_much_larger_than_what_may_be_in_memory(storage: Storage) -> 
     for part in rows(40_000).iter_slices(1_000):
         ordered.append(part)
     assert max(part.height for part in ordered.parts()) <= 2 * 4_096
+
+
+def test_rows_of_one_pair_come_back_in_the_order_of_further_columns(storage: Storage) -> None:
+    thrice = pl.concat([rows(3_000).with_columns(batch=pl.lit(name)) for name in "cab"])
+    ordered = OrderedRows(storage.files, PLACE, 2_048, then_by=["batch"])
+    for part in thrice.iter_slices(1_000):
+        ordered.append(part)
+    assert pl.concat(ordered.parts()).equals(thrice.sort("pair_id", "batch"))
