@@ -50,6 +50,7 @@ class OrderedRows:
         self._rows_at_once = rows_at_once
         self._order = ["pair_id", *then_by]
         self._open: list[pl.DataFrame] = []
+        self._num_open = 0
         self._folder: Path | None = None
         self._files: list[Path] = []
         self._starts: list[str] = []
@@ -58,7 +59,8 @@ class OrderedRows:
     def append(self, rows: pl.DataFrame) -> None:
         """Add rows, of the same columns each time."""
         self._open.append(rows)
-        if sum(part.height for part in self._open) >= self._rows_at_once:
+        self._num_open += rows.height
+        if self._num_open >= self._rows_at_once:
             self._close()
 
     def parts(self) -> Iterator[pl.DataFrame]:
@@ -78,7 +80,7 @@ class OrderedRows:
     def _close(self) -> None:
         """Write the rows in memory to a file."""
         rows = pl.concat(self._open).sort(self._order) if self._open else pl.DataFrame()
-        self._open = []
+        self._open, self._num_open = [], 0
         if rows.is_empty():
             return
         if self._folder is None:

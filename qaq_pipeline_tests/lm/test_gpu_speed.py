@@ -132,6 +132,7 @@ def test_on_a_cpu_nothing_is_changed(family: str) -> None:
     assert not any(module._compiled_call_impl for module in model.modules())
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_however_many_models_were_before() -> None:
     """torch gives up on a function after eight variants, whichever model they were of, and says nothing."""
     for number in range(10):

@@ -24,7 +24,7 @@ def rows(num_rows: int) -> pl.DataFrame:
 @pytest.mark.parametrize(
     ("num_rows", "at_once"), [(0, 10), (1, 10), (9, 10), (20_000, 3_000), (20_000, 20_000), (20_000, 70_000)]
 )
-@pytest.mark.parametrize("appended", [1, 700, 5_000])
+@pytest.mark.parametrize("appended", [30, 700, 5_000])
 def test_rows_come_back_in_order_as_often_as_they_are_asked_for(
     num_rows: int, at_once: int, appended: int, storage: Storage, tmp_path: Path
 ) -> None:

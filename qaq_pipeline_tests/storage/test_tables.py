@@ -11,7 +11,7 @@ from unittest import mock
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaq_pipeline.pipeline import PIPELINE
@@ -105,6 +105,7 @@ def test_rows_that_were_replaced_since_the_table_was_opened_are_not_read(storage
 MANY = raw_rows(*[{"query": f"query {number}"} for number in range(7)])
 
 
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 7), max_size=4))
 def test_a_table_made_in_parts_is_the_same_file_as_one_made_at_once(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
