@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -24,15 +23,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import fsspec
 import polars as pl
 
 from qaq_pipeline.schema import tables
 from qaq_pipeline.schema.vocabularies import Quantity
-from qaq_pipeline.storage import score_log
+from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.identity import ScoreIdentity
+from qaq_pipeline.storage.score_log import Index
 from qaq_pipeline.storage.storage import Storage
 
 IDENTITY = ScoreIdentity("m", "r", "t", "h", "bare", "bfloat16", 2048, "truncate_answer")
+SCORED_WITH = {"libraries": {"torch": "2.13.0"}, "device": "cuda"}
 NUM_WANTED, NUM_NEW = 10_000, 310_000
 
 
@@ -42,7 +44,9 @@ def pair_ids(numbers: range) -> list[str]:
 
 
 def write(storage: Storage, shards: range, num_scores: int) -> None:
-    """Append shards, each of the pairs that its number gives."""
+    """Store shards, each of the pairs that its number gives."""
+    files, _ = fsspec.core.url_to_fs(storage.files.url())  # Without the care that a single write takes.
+    files.makedirs(storage.files.path(*storage.scores.place(IDENTITY.digest(), "shards")), exist_ok=True)
     quantities = [quantity.value for quantity in Quantity]
     per_shard = num_scores // len(quantities)
     for number in shards:
@@ -55,8 +59,10 @@ def write(storage: Storage, shards: range, num_scores: int) -> None:
                 "sum_nll": [number + 0.1 * place for place in range(per_shard * len(quantities))],
             }
         ).with_columns(num_tokens=pl.lit(100), end_ids=pl.lit(""), null_reason=pl.lit(None, pl.String))
-        columns = [pl.col(name).cast(dtype) for name, dtype in tables.dtypes(tables.CachedScores).items()]
-        storage.scores.append(IDENTITY, frame.select(columns), {"libraries": {"torch": "2.13.0"}, "device": "cuda"})
+        scores = frame.select(pl.col(name).cast(kind) for name, kind in tables.dtypes(tables.CachedScores).items())
+        footer = {"data_version": parquet_file.hash_rows(scores), "scored_with": SCORED_WITH}
+        place = storage.scores.place(IDENTITY.digest(), "shards", f"{number:012d}.parquet")
+        files.pipe_file(storage.files.path(*place), parquet_file.encode(scores, footer))
 
 
 def step(name: str, root: str, num_shards: int, num_scores: int, part: tuple[int, int]) -> dict[str, float]:
@@ -69,9 +75,7 @@ def step(name: str, root: str, num_shards: int, num_scores: int, part: tuple[int
     started = time.monotonic()
     match name:
         case "write":
-            never = mock.patch.object(score_log, "SHARDS_PER_PACK", 1 << 60)
-            with never, mock.patch.object(os, "fsync"):
-                write(storage, range(*part), num_scores)
+            write(storage, range(*part), num_scores)
         case "pack":
             storage.scores.pack(IDENTITY)
             found["files"] = len(storage.scores.names(IDENTITY.digest()))
@@ -115,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             return lambda: json.loads(_output(process))
 
+        storage = Storage(root, Path(folder) / "locks")
+        storage.files.write_json(Index().as_json(), *storage.scores.place(IDENTITY.digest(), "index.json"))
         bounds = [asked.shards * number // asked.writers for number in range(asked.writers + 1)]
         writers = [start("write", *part) for part in itertools.pairwise(bounds)]
         for number, end in enumerate(writers):
