@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import dagster as dg
 
+from qaq_pipeline.config.base import SettingsError
 from qaq_pipeline.config.load import home_directory
 from qaq_pipeline.config.settings import RuntimeSettings
 from qaq_pipeline.ingest.imported_tables import ImportedTableError
@@ -109,4 +110,8 @@ def cause(failures: Sequence[dg.DagsterEvent]) -> str:
             is_interrupted = error.cls_name == dg.DagsterExecutionInterruptedError.__name__
             message = "interrupted by a signal" if is_interrupted else error.message.strip().removeprefix(_FAILURE)
             return f"step {event.step_key}: {message}"
+    for event in failures:  # A run whose executor refused it.
+        error = getattr(event.event_specific_data, "error", None)
+        if error is not None and error.cls_name == SettingsError.__name__:
+            return error.message.strip().partition(f"{SettingsError.__name__}: ")[2]
     return "; ".join(event.message or "" for event in failures) or "no event says why; see the run's log"
