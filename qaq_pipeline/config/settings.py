@@ -10,7 +10,7 @@ import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
@@ -406,13 +406,10 @@ class RuntimeSettings(Closed):
         if self.executor_config and self.executor not in ("k8s", "ray"):
             raise ValueError("executor_config is for the executors k8s and ray")
         if self.submit_to is not None:
-            self._check_address(urlsplit(self.submit_to))
+            address = urlsplit(self.submit_to)
+            if address.scheme not in ("http", "https") or not address.hostname:
+                raise ValueError("submit_to is the address of a webserver, such as http://dagster:3000")
         return self
-
-    @staticmethod
-    def _check_address(address: SplitResult) -> None:
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError("submit_to is the address of a webserver, such as http://dagster:3000")
 
 
 class ReferenceSettings(Closed):

@@ -67,16 +67,16 @@ def asset(
             defined["deps"] = others
         if declared.schema is not None:
             defined |= _of_schema(declared.schema)
-        op_tags = merged(options.pop("op_tags", {}), settings.runtime.op_tags.get(function.__name__, {}))
+        op_tags = _merged(options.pop("op_tags", {}), settings.runtime.op_tags.get(function.__name__, {}))
         return dg.asset(**defined | options, op_tags=op_tags)(guarded(function, settings.runtime))
 
     return define
 
 
-def merged(tags: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(tags: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """Tags with more of them; where both have a mapping, theirs are merged too."""
     both = {
-        name: merged(tags[name], more[name])
+        name: _merged(tags[name], more[name])
         for name in tags.keys() & more.keys()
         if isinstance(tags[name], Mapping) and isinstance(more[name], Mapping)
     }

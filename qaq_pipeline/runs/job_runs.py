@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import dagster as dg
+from dagster._utils.interrupts import capture_interrupts
 
 from qaq_pipeline.config.base import SettingsError, settings_hash
 from qaq_pipeline.config.load import load_settings
@@ -112,19 +113,16 @@ class Driver:
 
     def _run_job(self, job_name: str, partition: Partition | None) -> str:
         tags = {BY_DRIVER: "true", **_partition_tags(partition)}
-        done = self._submit(job_name, tags) if self._submits else self._execute(job_name, tags)
+        submits = self.deployment.settings.runtime.submit_to is not None
+        done = self._submit(job_name, tags) if submits else self._execute(job_name, tags)
         if not done.is_success:
             self._end_if_interrupted(f"during {_name(job_name, partition)}")
             failures = [event for event in done.events if event.is_step_failure or event.is_run_failure]
             raise FailedJobError(describe(_name(job_name, partition), failures, done.run_id))
         return done.run_id
 
-    @property
-    def _submits(self) -> bool:
-        return self.deployment.settings.runtime.submit_to is not None
-
     def _submit(self, job_name: str, tags: dict[str, str]) -> Ended:
-        with submission.ending_by_signal():
+        with capture_interrupts():  # A signal ends nothing by itself; it is looked for below.
             try:
                 submitted = submission.submit(self.deployment, job_name, tags)
                 while (ended := submitted.ended()) is None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import dagster as dg
-from dagster._utils.interrupts import capture_interrupts
 
 from qaq_pipeline.config.base import settings_hash
 from qaq_pipeline.config.settings import RuntimeSettings
@@ -47,11 +45,6 @@ class Ended:
     run_id: str
     is_success: bool
     events: Sequence[dg.DagsterEvent]
-
-
-def ending_by_signal() -> AbstractContextManager[None]:
-    """Within it, SIGINT and SIGTERM end nothing by themselves: whoever waits for a run looks for them."""
-    return capture_interrupts()
 
 
 def submit(deployment: Deployment, job_name: str, tags: Mapping[str, str]) -> Submitted:

@@ -243,7 +243,7 @@ def plan_scoring(
 
 
 def _cached(pairs: LongestFirst, identity: ScoreIdentity, storage: Storage) -> pl.DataFrame:
-    """Every cached score of the pairs, as `ScoreCache.read`: all shards are read for `IDS_AT_ONCE` pairs at a time."""
+    """Every cached score of the pairs, as `ScoreCache.read`, for `IDS_AT_ONCE` pairs at a time."""
     found = [pl.DataFrame(schema=FOUND)]
     if storage.scores.names(identity.digest()):
         for start in range(0, len(pairs), IDS_AT_ONCE):

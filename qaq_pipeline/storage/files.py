@@ -335,24 +335,6 @@ class Files:
         start = self.path(*parts)
         return sorted(path.removeprefix(start).lstrip("/") for path in self._fs.find(start))
 
-    def move(self, source: Place, target: Place) -> None:
-        """Move a file or a folder: on a local disk at once, elsewhere file by file.
-
-        Raises:
-            FileNotFoundError: it is gone.
-        """
-        start, end = self.path(*source), self.path(*target)
-        if self._is_local:
-            Path(end).parent.mkdir(parents=True, exist_ok=True)
-            Path(start).rename(end)
-            return
-        found = self._fs.find(start)
-        if not found:
-            raise FileNotFoundError(self.url(*source))
-        for file in found:
-            self._fs.cp_file(file, end + file.removeprefix(start))
-        self._fs.rm(found)
-
     def remove(self, *parts: str) -> None:
         """Remove one file."""
         self._fs.rm_file(self.path(*parts))

@@ -156,11 +156,6 @@ def read_footer(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     return json.loads(texts[_FOOTER_KEY]), metadata.num_rows
 
 
-def content_hash(stream: BinaryIO) -> str:
-    """Hash of the columns' bytes, without the footer, which names its writer (32 hex digits)."""
-    return _hash_of(stream, _start_of_footer(stream)).hexdigest()
-
-
 def unreadable(error: Exception) -> str:
     """One of `UNREADABLE` as a sentence: a `KeyError` alone would give only the name of the missing field."""
     return f"it cannot be read ({f'its footer has no field {error}' if isinstance(error, KeyError) else error})"

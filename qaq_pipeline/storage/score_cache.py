@@ -21,7 +21,7 @@ from qaq_pipeline.storage import parquet_file
 from qaq_pipeline.storage.files import Files
 from qaq_pipeline.storage.identity import ScoreIdentity
 from qaq_pipeline.storage.locks import Locks, PartitionBusyError
-from qaq_pipeline.storage.score_log import ScoreLog
+from qaq_pipeline.storage.score_log import ScoreLog, distinct
 
 _FOLDER = "score_cache"
 _IDENTITY, _HITS = "identity.json", "hits.json"
@@ -69,14 +69,13 @@ class ScoreCache:
         scored it. Where two writers cached a score, the lower sum counts. A file that is torn or changed is set aside
         with a warning and never read: its pairs are scored again.
         """
-        key = ("place", "quantity", "num_tokens", "end_ids")
         places = pl.DataFrame({"pair_id": pair_ids}, schema={"pair_id": pl.String}).with_row_index("place")
         found = [
             scores.join(places, on="pair_id").cast(FOUND).select(list(FOUND))
             for scores in _many_at_once(self._log(identity.digest()).read(places["pair_id"]))
         ]
-        scores = pl.concat([pl.DataFrame(schema=FOUND), *found]).sort(*key, "sum_nll", "scored_with")
-        return scores.filter(pl.any_horizontal(pl.col(name).ne_missing(pl.col(name).shift()) for name in key))
+        key = ("place", "quantity", "num_tokens", "end_ids")
+        return distinct(pl.concat([pl.DataFrame(schema=FOUND), *found]), key)
 
     def append(self, identity: ScoreIdentity, scores: pl.DataFrame, scored_with: Mapping[str, Any]) -> None:
         """Add a shard of scores. Any number of processes may do so at a time.
@@ -163,10 +162,12 @@ class ScoreCache:
 def _many_at_once(parts: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
     """The rows, many at a time: each search for pairs takes all pair_ids."""
     waiting: list[pl.DataFrame] = []
+    num_waiting = 0
     for part in parts:
         waiting.append(part)
-        if sum(one.height for one in waiting) >= _ROWS_AT_ONCE:
+        num_waiting += part.height
+        if num_waiting >= _ROWS_AT_ONCE:
             yield pl.concat(waiting)
-            waiting.clear()
+            waiting, num_waiting = [], 0
     if waiting:
         yield pl.concat(waiting)

@@ -113,9 +113,7 @@ class ScoreLog:
             scores: as `CachedScores`.
             scored_with: the libraries and the device that scored them.
         """
-        data = parquet_file.encode(
-            scores, {"data_version": parquet_file.hash_rows(scores), "scored_with": dict(scored_with)}
-        )
+        data = _encode(scores, scored_with=dict(scored_with))
         if not self._files.exists(*self._path(_INDEX)):
             self._files.create(json_bytes(self._index().as_json()), *self._path(_INDEX))
         number = self._append(data)
@@ -252,9 +250,8 @@ class ScoreLog:
             return False
         path = self._files.path(*self._path(_shard(end)))
         logger.warning("%s: it is missing, though later shards are there; its pairs are scored again", path)
-        scores = pl.DataFrame(schema=dtypes(CachedScores))
-        footer = {"data_version": parquet_file.hash_rows(scores), "scored_with": {}}
-        self._files.create(parquet_file.encode(scores, footer), *self._path(_shard(end)))
+        empty = _encode(pl.DataFrame(schema=dtypes(CachedScores)), scored_with={})
+        self._files.create(empty, *self._path(_shard(end)))
         return True
 
     def _pack_some(self) -> bool:
@@ -302,7 +299,7 @@ class ScoreLog:
 
     def _write_pack(self, scores: pl.DataFrame) -> Pack:
         name = f"{int(time.time())}-{uuid.uuid4().hex[:_KEY_DIGITS]}"
-        data = parquet_file.encode(scores, {"data_version": parquet_file.hash_rows(scores)})
+        data = _encode(scores)
         keys_hash = self._write_keys(name, scores)
         self._files.write_bytes(data, *self._path(_pack(name)))
         return Pack(name, scores.height, len(data), keys_hash)
@@ -343,9 +340,9 @@ class ScoreLog:
 
     def _pack_as_found(self, name: str) -> Pack | None:
         data = self._files.read_if_any(*self._path(_pack(name)))
-        scores = None if data is None else self._scores_of(data, _pack(name))
         if data is None:
             return None
+        scores = self._scores_of(data, _pack(name))
         if scores is None:
             self._set_aside(_pack(name))
             self._remove_packs([name])
@@ -446,10 +443,10 @@ class ScoreLog:
         return (*self._place, *name.split("/"))
 
 
-def distinct(scores: pl.DataFrame) -> pl.DataFrame:
-    """One row of each score, sorted. Where two writers stored a score, the lower sum counts."""
-    ordered = scores.sort(*SAME, "sum_nll", "scored_with")
-    return ordered.filter(pl.any_horizontal(pl.col(name).ne_missing(pl.col(name).shift()) for name in SAME))
+def distinct(scores: pl.DataFrame, key: Sequence[str] = SAME) -> pl.DataFrame:
+    """One row of each score, sorted by the key. Where two writers stored a score, the lower sum counts."""
+    ordered = scores.sort(*key, "sum_nll", "scored_with")
+    return ordered.filter(pl.any_horizontal(pl.col(name).ne_missing(pl.col(name).shift()) for name in key))
 
 
 def _to_merge(packs: Sequence[Pack], num_scores: int) -> list[Pack]:
@@ -463,6 +460,11 @@ def _to_merge(packs: Sequence[Pack], num_scores: int) -> list[Pack]:
         merged.append(pack)
         num_scores += pack.num_scores
     return merged
+
+
+def _encode(scores: pl.DataFrame, **footer: Any) -> bytes:
+    """A shard, whose footer says what scored it, or a pack."""
+    return parquet_file.encode(scores, {"data_version": parquet_file.hash_rows(scores), **footer})
 
 
 def _decode(data: bytes) -> pl.DataFrame:

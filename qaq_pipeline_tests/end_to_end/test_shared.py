@@ -6,15 +6,12 @@ Each machine is a home of its own. The servers are real: SeaweedFS and Postgres.
 from __future__ import annotations
 
 import contextlib
-import functools
-import http.server
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ import polars as pl
 import psycopg2
 import pytest
 import yaml
+from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from polars.testing import assert_frame_equal
 
 from qaq_pipeline.config.load import load_settings
@@ -40,12 +38,13 @@ from qaq_pipeline_tests.conftest import write_jsonl
 from qaq_pipeline_tests.support.cached_scores import quantities_in
 from qaq_pipeline_tests.support.postgres import PASSWORD, PostgresServer
 from qaq_pipeline_tests.support.s3_server import BUCKET, SECRET, S3Server
-from qaq_pipeline_tests.support.server import free_port, running_ui
+from qaq_pipeline_tests.support.server import free_port, running_ui, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QAQ = Path(sys.executable).with_name("qaq")
 NUM_PAIRS = 120
+PATIENCE_S = 400.0
 TOKEN = "hf_" + "plantedTokenOfTheHub"
 SIGNATURE = "plantedSignatureOfAnAddress"
 SECRETS = (PASSWORD, PASSWORD.replace(" ", "%20"), SECRET, TOKEN)
@@ -285,7 +284,10 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(
         assert secret not in one.log()
 
 
-PATIENCE_S = 400.0
+def status_of(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return run.status
 
 
 def published(machine: Machine) -> set[str]:
@@ -354,7 +356,7 @@ def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
     tmp_path: Path,
     database: PostgresServer,
 ) -> None:
-    another, _ = deployed
+    another, log = deployed
     laptop, alone, file = another("laptop"), machine("alone", is_shared=False), delivery(tmp_path, "b1")
     alone.run("run", file, "--batch", "b1")
     with served(tmp_path) as address:
@@ -379,7 +381,8 @@ def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
     assert "is being ended, and what it stored is kept" in shown
     with laptop.here(), open_instance() as instance:
         ended = instance.get_runs(dg.RunsFilter(tags={"dagster/partition/batch": "b2"}), limit=1)
-        wait_for_end(instance, ended[0].run_id)
+        wait_until(lambda: status_of(instance, ended[0].run_id) in FINISHED_STATUSES, log)
+        assert status_of(instance, ended[0].run_id) == dg.DagsterRunStatus.CANCELED
 
     settings = Path(laptop.environment["QAQ_CONFIG"])
     settings.write_text(settings.read_text(encoding="utf-8").replace("num_strata: 2", "num_strata: 1"))
@@ -388,25 +391,3 @@ def test_a_command_on_another_machine_submits_its_runs_to_the_webserver(
     assert process.returncode == 1
     assert "reads other settings than the command that submitted the run" in shown
     assert "Traceback" not in shown
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address at which the files of a folder are."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def wait_for_end(instance: dg.DagsterInstance, run_id: str) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while True:
-        run = instance.get_run_by_id(run_id)
-        assert run is not None
-        if run.is_finished:
-            assert run.status == dg.DagsterRunStatus.CANCELED
-            return
-        assert time.monotonic() < end
-        time.sleep(0.5)

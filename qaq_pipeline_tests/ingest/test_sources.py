@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from huggingface_hub import HfFileSystem
 from qaq_pipeline.ingest.sources import SourceError, is_named_as_rows, read, split_off
 from qaq_pipeline_tests.support.hub_server import READER, Repository, point_to, running_hub
 from qaq_pipeline_tests.support.sentences import Check
+from qaq_pipeline_tests.support.server import served
 
 ROWS = b'{"query": "q", "answer": "a"}\n'
 
@@ -149,12 +147,8 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, check_sentence: Check
 
 def test_what_gives_access_to_an_address_is_in_no_name_and_no_message(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(ROWS)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
+    with served(tmp_path) as address:
         assert read([f"{address}/rows.jsonl?X-Amz-Signature=planted"]) == {"rows.jsonl": ROWS}
         with pytest.raises(SourceError, match=r"missing\.jsonl\?token=…") as error:
             read([f"{address}/missing.jsonl?token=planted"])
-        server.shutdown()
     assert "planted" not in str(error.value)

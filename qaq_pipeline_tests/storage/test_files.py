@@ -143,17 +143,3 @@ def test_an_error_of_the_store_that_is_no_conflict_is_raised(
     monkeypatch.setattr(s3_storage.files._fs, "pipe_file", refuse)
     with pytest.raises(PermissionError):
         s3_storage.files.update_json(lambda known: [*known, 1], "record.json", at_first=[])
-
-
-def test_a_file_and_a_folder_are_moved(any_storage: Storage) -> None:
-    files = any_storage.files
-    files.write_json(1, "from", "a.json")
-    files.write_json(2, "from", "more", "b.json")
-    files.move(("from",), ("to", "here"))
-    assert files.files_below("to") == ["here/a.json", "here/more/b.json"]
-    assert not files.exists("from", "a.json")
-    files.move(("to", "here", "a.json"), ("aside", "c.json"))
-    assert files.read_json("aside", "c.json") == 1
-    assert files.names("to", "here") == ["more"]
-    with pytest.raises(FileNotFoundError):
-        files.move(("from",), ("to", "there"))
