@@ -1,10 +1,10 @@
 """A large batch from its files to the published version: time and memory of each stage beside the models.
 
-    python -m bench.large_batch PAIRS.json ROWS [ROWS …] [--then ROWS] [--config SETTINGS]
+    python -m bench.large_batch PAIRS.json ROWS [ROWS …] [--then ROWS …] [--lines QUERY ANSWER] [--config SETTINGS]
 
 Each size is curated in a home of its own, by a process of its own. A row joins lines of the pairs' texts, so that rows
 are as real ones to a tokeniser and no two are alike. The models of the settings (`QAQ_HOME` has them) only tokenise:
-a scorer that costs nothing takes the place of their weights. `--then` adds a second batch on top of the first.
+a scorer that costs nothing takes the place of their weights. `--then` adds batches, one on top of the other.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from qaq_pipeline.runs import registration, run_batch
 from qaq_pipeline.runs.deployment import Deployment, open_instance
 from qaq_pipeline.runs.job_runs import Events
 
-QUERY_LINES, ANSWER_LINES = 2, 9
-"""Lines of a row: some 490 bytes of JSON, as in the data of instructions that are published."""
+LINES = (2, 9)
+"""Lines of a row's query and answer: some 490 bytes of JSON, as in the data of instructions that are published."""
 
 _NLLS = np.random.default_rng(0).gamma(2.0, 1.0, 4096).astype(np.float32)
 
@@ -96,7 +96,7 @@ class Measured:
         self._name, self._started = name, now
 
 
-def write_rows(file: Path, pairs: Path, rows: int, seed: int) -> None:
+def write_rows(file: Path, pairs: Path, rows: int, seed: int, lines: Sequence[int] = LINES) -> None:
     """Write rows of lines that are drawn from the texts of pairs."""
     drawn = random.Random(seed)  # noqa: S311
     accepted = records.read_file(pairs.read_bytes(), pairs.name, "b", RecordSettings()).frame.filter(status="accepted")
@@ -104,8 +104,8 @@ def write_rows(file: Path, pairs: Path, rows: int, seed: int) -> None:
     answers = [line for text in accepted["answer"] for line in text.splitlines() if line.strip()]
     with file.open("w", encoding="utf-8") as stream:
         for number in range(rows):
-            query = " ".join(drawn.choices(queries, k=QUERY_LINES))
-            answer = "\n".join(drawn.choices(answers, k=ANSWER_LINES))
+            query = " ".join(drawn.choices(queries, k=lines[0]))
+            answer = "\n".join(drawn.choices(answers, k=lines[1]))
             stream.write(json.dumps({"query": f"{query} ({seed}-{number})", "response": answer}) + "\n")
 
 
@@ -134,12 +134,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.large_batch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pairs", type=Path, help="file of pairs whose lines the rows are made of")
     parser.add_argument("rows", type=int, nargs="+", help="rows of the batch")
-    parser.add_argument("--then", type=int, default=0, help="rows of a second batch")
+    parser.add_argument("--then", type=int, nargs="+", default=[], help="rows of each batch that follows")
+    parser.add_argument("--lines", type=int, nargs=2, default=LINES, help="lines of a query and of an answer")
     parser.add_argument("--config", help="settings; default: QAQ_CONFIG, else demo")
     arguments = parser.parse_args()
     if len(arguments.rows) > 1:
         for rows in arguments.rows:
-            others = ["--then", str(arguments.then)] + (["--config", arguments.config] if arguments.config else [])
+            others = ["--lines", *map(str, arguments.lines)]
+            others += ["--then", *map(str, arguments.then)] if arguments.then else []
+            others += ["--config", arguments.config] if arguments.config else []
             command = [sys.executable, "-m", "bench.large_batch", str(arguments.pairs), str(rows), *others]
             subprocess.run(command, check=True)
         return
@@ -148,13 +151,12 @@ def main() -> None:
         home = Path(folder) / "home"
         home.mkdir()
         (home / "models").symlink_to(models)
-        files = [Path(folder) / f"batch-{n}.jsonl" for n in range(1, 3 if arguments.then else 2)]
-        for seed, (file, rows) in enumerate(zip(files, (arguments.rows[0], arguments.then), strict=False)):
-            write_rows(file, arguments.pairs, rows, seed)
+        sizes = [arguments.rows[0], *arguments.then]
+        files = [Path(folder) / f"batch-{n}.jsonl" for n in range(1, len(sizes) + 1)]
+        for seed, (file, rows) in enumerate(zip(files, sizes, strict=True)):
+            write_rows(file, arguments.pairs, rows, seed, arguments.lines)
         stages = curate(home, files, arguments.config)
-    table = Table(
-        "stage", "seconds", "CPU seconds", "peak GB", title=f"{arguments.rows[0]:,} rows, {os.cpu_count()} cores"
-    )
+    table = Table("stage", "seconds", "CPU seconds", "peak GB", title=f"{sum(sizes):,} rows, {os.cpu_count()} cores")
     for file in files:
         own = [stage for stage in stages if stage.name.startswith(f"{file.stem}:")]
         sums = sum(one.seconds for one in own), sum(one.cpu_seconds for one in own)

@@ -86,7 +86,7 @@ def test_rows_of_the_demo_have_the_same_scores_and_decisions_under_every_pool(
             assert one.select(pl.col(*SCORES).is_null()).equals(two.select(pl.col(*SCORES).is_null()))
         one, two = (found.tables.read("decisions", Partition("b1")).frame for found in (first, other))
         decided = [frame.select("source_row", "turn_index", "pair_id", "decision", "reason") for frame in (one, two)]
-        differ = decided[0].join(decided[1], on=decided[0].columns, how="anti")
+        differ = decided[0].join(decided[1], on=decided[0].columns, how="anti", nulls_equal=True)
         print(f"{name}: {differ.height} of {one.height} rows are decided otherwise {differ.rows()}")
         assert differ.is_empty()
 
