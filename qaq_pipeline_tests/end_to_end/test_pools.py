@@ -1,6 +1,6 @@
 """Rows of the demo under each pool: in process, two processes, and a real Ray cluster of two nodes.
 
-`QAQ_TEST_POOL_ROWS` is how many rows; all of them take half an hour on two cores.
+`QAQ_TEST_POOL_ROWS` is how many rows of each batch; all of them take half an hour on two cores.
 Tolerance: 1e-4 nats per token between pools, whose batches differ in shape; float32.
 """
 
@@ -64,31 +64,51 @@ def test_rows_of_the_demo_have_the_same_scores_and_decisions_under_every_pool(
     pools: dict[str, dict[str, Any]], instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storages: dict[str, Storage] = {}
-    rows = EXAMPLES.read_text(encoding="utf-8").splitlines(keepends=True)[:NUM_ROWS]
-    (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
+    batches = {file.name.split(".")[0]: first_rows(file, tmp_path) for file in sorted(EXAMPLES.parent.iterdir())}
     for name, pool in pools.items():
         settings = settings_under(pool, tmp_path / name, monkeypatch)
-        registration.register(Deployment(settings, instance), "b1", [tmp_path / "rows.jsonl"], None)
-        run_batch.run_batch(Deployment(settings, instance), "b1")
         storages[name] = open_storage(settings)
-        for role in ROLES:
-            shown = metadata_of(instance, f"b1|{role}")
-            assert (shown["pool"], shown["processes"]) == (name, 1 if name == "in_process" else 2)
-            assert all((" of " in device) == (name == "ray") for device in shown["devices"])
+        for batch, file in batches.items():
+            registration.register(Deployment(settings, instance), batch, [file], None)
+            run_batch.run_batch(Deployment(settings, instance), batch)
+            for role in ROLES:
+                shown = metadata_of(instance, f"{batch}|{role}")
+                assert (shown["pool"], shown["processes"]) == (name, 1 if name == "in_process" else 2)
+                assert all((" of " in device) == (name == "ray") for device in shown["devices"])
     first = storages.pop("in_process")
     for name, other in storages.items():
-        for role in ROLES:
-            one, two = (found.tables.read("rmi_scores", Partition("b1", role)).frame for found in (first, other))
-            assert one["pair_id"].equals(two["pair_id"])
-            shift = max(float((one[score] - two[score]).abs().max()) for score in SCORES)  # type: ignore[arg-type]
-            print(f"{name}, {role}: {one.height} pairs, largest difference from in_process {shift:.1e} nats per token")
-            assert shift <= TOLERANCE
-            assert one.select(pl.col(*SCORES).is_null()).equals(two.select(pl.col(*SCORES).is_null()))
-        one, two = (found.tables.read("decisions", Partition("b1")).frame for found in (first, other))
-        decided = [frame.select("source_row", "turn_index", "pair_id", "decision", "reason") for frame in (one, two)]
-        differ = decided[0].join(decided[1], on=decided[0].columns, how="anti", nulls_equal=True)
-        print(f"{name}: {differ.height} of {one.height} rows are decided otherwise {differ.rows()}")
-        assert differ.is_empty()
+        for batch in batches:
+            print(f"{batch} under {name}:")
+            for role in ROLES:
+                check_scores(
+                    *(found.tables.read("rmi_scores", Partition(batch, role)).frame for found in (first, other))
+                )
+            check_decisions(*(found.tables.read("decisions", Partition(batch)).frame for found in (first, other)))
+
+
+def first_rows(file: Path, folder: Path) -> Path:
+    """A file of the first rows of a batch of the demo."""
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)[:NUM_ROWS]
+    (folder / file.name).write_text("".join(rows), encoding="utf-8")
+    return folder / file.name
+
+
+def check_scores(one: pl.DataFrame, two: pl.DataFrame) -> None:
+    """The scores of one model under two pools are equal within the tolerance, and null in the same pairs."""
+    assert one["pair_id"].equals(two["pair_id"])
+    shift = max(float((one[score] - two[score]).abs().max()) for score in SCORES)  # type: ignore[arg-type]
+    print(f"{one.height} pairs, largest difference from in_process {shift:.1e} nats per token")
+    assert shift <= TOLERANCE
+    assert one.select(pl.col(*SCORES).is_null()).equals(two.select(pl.col(*SCORES).is_null()))
+
+
+def check_decisions(one: pl.DataFrame, two: pl.DataFrame) -> None:
+    """Every row has the same decision under two pools."""
+    decided = [frame.select("source_row", "turn_index", "pair_id", "decision", "reason") for frame in (one, two)]
+    differ = decided[0].join(decided[1], on=decided[0].columns, how="anti", nulls_equal=True)
+    print(f"{differ.height} of {one.height} rows are decided otherwise {differ.rows()}")
+    assert one.height == two.height
+    assert differ.is_empty()
 
 
 def metadata_of(instance: dg.DagsterInstance, partition: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from qaq_pipeline.storage.files import Files
 from qaq_pipeline.storage.storage import Storage, open_storage
 from qaq_pipeline_tests.cli.conftest import write_settings
 from qaq_pipeline_tests.conftest import write_jsonl
+from qaq_pipeline_tests.end_to_end.test_recomputation import EXAMPLES
 from qaq_pipeline_tests.support.cached_scores import quantities_in
 from qaq_pipeline_tests.support.postgres import PASSWORD, PostgresServer
 from qaq_pipeline_tests.support.s3_server import BUCKET, SECRET, S3Server
@@ -155,15 +156,25 @@ def machine(
 ) -> Callable[..., Machine]:
     """Factory: a machine with a home of this name, on the shared servers or on its own disk."""
 
-    def make(name: str, *, is_shared: bool = True, runtime: dict[str, Any] | None = None, **sections: Any) -> Machine:
+    def make(
+        name: str,
+        *,
+        is_shared: bool = True,
+        is_demo: bool = False,
+        runtime: dict[str, Any] | None = None,
+        **sections: Any,
+    ) -> Machine:
         home = tmp_path / name
         (home / "dagster").mkdir(parents=True)
-        small = {"batch_tokens": 300, "shard_seconds": 0, "retry_seconds": 2, "lock_timeout_seconds": 60}
         storage = {"root": f"s3://{BUCKET}/{tmp_path.name}", "locks": {"kind": "postgres"}} if is_shared else {}
-        models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(MODELS)}
-        config = write_settings(
-            home / "settings.yaml", models, runtime=small | (runtime or {}), storage=storage, **sections
-        )
+        if is_demo:
+            config = write_demo_settings(home / "settings.yaml", storage=storage, **sections)
+        else:
+            small = {"batch_tokens": 300, "shard_seconds": 0, "retry_seconds": 2, "lock_timeout_seconds": 60}
+            models = {role: tiny_model_dir(seed=seed) for seed, role in enumerate(MODELS)}
+            config = write_settings(
+                home / "settings.yaml", models, runtime=small | (runtime or {}), storage=storage, **sections
+            )
         if is_shared:
             address = {"postgres_url": {"env": "QAQ_POSTGRES_URL"}}
             several = {"runs": {"max_concurrent_runs": 4}}
@@ -184,6 +195,16 @@ def machine(
         )
 
     return make
+
+
+def write_demo_settings(path: Path, **sections: Any) -> Path:
+    """The demo's settings with its fetched models."""
+    values = load_settings("demo").model_dump(mode="json", exclude_defaults=True)
+    models = load_settings("demo").model_cache_dir.absolute()
+    if not (models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
+        pytest.fail(f"{models}: no models; `make test-slow` fetches them")
+    path.write_text(yaml.safe_dump(values | {"model_cache": str(models)} | sections), encoding="utf-8")
+    return path
 
 
 def delivery(folder: Path, batch: str) -> str:
@@ -229,6 +250,28 @@ def test_what_one_machine_began_another_finishes_as_on_one_disk(
     assert "up to date" in one.run("status")
     one.run("lineage", "latest", "--verify")
     assert "the process that ran it is gone" in one.log(dg.DagsterRunStatus.FAILURE)
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(5400)
+def test_the_demo_with_its_real_models_is_on_the_servers_as_on_one_disk(machine: Callable[..., Machine]) -> None:
+    alone, one, other = (machine(name, is_shared=name != "alone", is_demo=True) for name in ("alone", "one", "other"))
+    first, second = (str(path) for path in sorted(EXAMPLES.parent.iterdir()))
+    batches = [Path(file).name.split(".")[0] for file in (first, second)]
+    for file, batch in zip((first, second), batches, strict=True):
+        alone.run("run", file, "--batch", batch)
+
+    one.run("run", first, "--batch", batches[0])
+    before = one.num_scores()
+    process = one.start("run", second, "--batch", batches[1])
+    wait_for(lambda: one.num_scores() > before, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    print(other.run("run", second, "--batch", batches[1]))
+    assert_frame_equal(decided(other, *batches), decided(alone, *batches))
+    assert other.cached().is_unique().all(), "a quantity was scored twice"
+    assert_frame_equal(other.cached(), alone.cached(), check_row_order=False)
+    one.run("lineage", "latest", "--verify")
 
 
 def test_two_machines_curate_at_once_and_both_batches_are_published(
