@@ -1,0 +1,63 @@
+"""`python -m qaq_pipeline_tests.chaos`: a campaign, bounded in time and number; `make chaos` is an hour of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qaq_pipeline_tests.chaos import story
+from qaq_pipeline_tests.chaos.campaign import Campaign, Tally
+from qaq_pipeline_tests.chaos.ends import ENDS
+from qaq_pipeline_tests.chaos.places import Disk
+from qaq_pipeline_tests.chaos.warm import Warm
+
+_HOUR = 3600.0
+
+
+def main() -> int:
+    """Run a campaign and print what came of it; 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m qaq_pipeline_tests.chaos", description="Disturb the pipeline.")
+    parser.add_argument("--seconds", type=float, default=_HOUR, help="time after which no attack begins")
+    parser.add_argument("--ends", type=int, default=10_000, help="number of ends after which no attack begins")
+    parser.add_argument("--seed", type=int, help="of the draws; default: another one each time")
+    parser.add_argument("--kinds", nargs="+", choices=list(ENDS), default=list(ENDS), help="of disturbances")
+    arguments = parser.parse_args()
+    seed = int.from_bytes(os.urandom(3)) if arguments.seed is None else arguments.seed
+    console = Console(width=160, highlight=False)
+    console.print(f"seed {seed}")
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        folder = Path(name)
+        config = story.write_story_settings(folder / "settings.yaml", story.build_models(folder / "models"))
+        place = Disk(folder, config)
+        os.environ |= place.environment
+        with place.mounted(), Warm(folder) as commands:
+            campaign = Campaign(
+                place,
+                commands,
+                story.commands(story.deliver(folder)),
+                kinds=arguments.kinds,
+                seed=seed,
+                on_attack=lambda line: console.print(line, markup=False, soft_wrap=True),
+            )
+            tally = campaign.run(seconds=arguments.seconds, ends=arguments.ends)
+    report(tally, console)
+    return 1 if tally.wrong else 0
+
+
+def report(tally: Tally, console: Console) -> None:
+    """Print the counts."""
+    table = Table("disturbance", "ends", "over before it")
+    for kind in ENDS:
+        table.add_row(kind, f"{tally.ends[kind]:,}", f"{tally.over_before[kind]:,}")
+    table.add_row("all", f"{tally.ends.total():,}", f"{tally.over_before.total():,}")
+    console.print(table)
+    console.print(f"{tally.compared:,} results compared; {len(tally.wrong):,} lines of faults")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
