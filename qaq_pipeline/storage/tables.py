@@ -290,7 +290,7 @@ class Tables:
             raise StorageError(f"{self._files.url(*parts)}: {parquet_file.unreadable(error)}; {_AGAIN}") from error
 
 
-_AGAIN = "materialise it again"
+_AGAIN = "restore it from a backup, or remove it and run `qaq refresh`, which makes it again"
 
 
 def empty(table: type[dy.Schema]) -> pl.DataFrame:

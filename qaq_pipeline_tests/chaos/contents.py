@@ -2,9 +2,9 @@
 
 Belongs here: which files are compared, and how. Does not belong here: what was done to them (`campaign`).
 
-Not compared: the ids of runs and the times of publications, which differ between any two runs; the files of the score
-cache, whose number depends on where a scoring was taken up (its scores are compared); what a killed process left
-unfinished, under a name that begins with a dot, for a day.
+Not compared: the ids of runs, and the times of publications and withdrawals, which differ between any two runs; the
+files of the score cache, whose number depends on where a scoring was taken up (its scores are compared); what a killed
+process left unfinished, under a name that begins with a dot, for a day.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qaq_pipeline.config.settings import Settings
 from qaq_pipeline.lineage import lineage, verify
 from qaq_pipeline.publication import versions
 from qaq_pipeline.runs.deployment import open_instance
+from qaq_pipeline.schema.tables import CachedScores, dtypes
 from qaq_pipeline.storage.storage import Storage, open_storage
 
 Contents = Mapping[str, str]
@@ -27,7 +28,7 @@ Contents = Mapping[str, str]
 
 _RUNS = "provenance/runs/"
 _CACHE = "score_cache/"
-_PUBLICATIONS = "curated_dataset/publications.json"
+_PUBLICATIONS, _WITHDRAWALS = "curated_dataset/publications.json", "withdrawals.json"
 _UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -44,6 +45,9 @@ def contents(settings: Settings) -> Contents:
     found["publications"] = json.dumps(
         [(one.number, one.version, one.excluded_batches) for one in versions.log(storage)]
     )
+    if storage.files.exists(_WITHDRAWALS):
+        entries = storage.files.read_json(_WITHDRAWALS)
+        found["withdrawals"] = json.dumps([{**entry, "at": None} for entry in entries], sort_keys=True)
     scores = _scores(storage)
     found["scores"] = hashlib.sha256(scores.write_csv().encode()).hexdigest()
     keys = scores.select("model", "pair_id", "quantity")
@@ -75,15 +79,18 @@ def faults(settings: Settings) -> Iterator[str]:
 def _compared(storage: Storage) -> Iterator[str]:
     for name in storage.files.files_below():
         is_unfinished = any(part.startswith(".") for part in name.split("/"))
-        if not is_unfinished and not name.startswith((_RUNS, _CACHE)) and name != _PUBLICATIONS:
+        if not is_unfinished and not name.startswith((_RUNS, _CACHE)) and name not in (_PUBLICATIONS, _WITHDRAWALS):
             yield name
 
 
 def _scores(storage: Storage) -> pl.DataFrame:
     """Every score in the cache, in one order."""
+    columns = dtypes(CachedScores)
     frames = [
-        storage.files.read_frame(*storage.scores.place(digest, *name.split("/"))).with_columns(model=pl.lit(digest))
+        storage.files.read_frame(*storage.scores.place(digest, *name.split("/")), columns=list(columns)).with_columns(
+            model=pl.lit(digest)
+        )
         for digest in storage.files.names("score_cache")
         for name in storage.scores.names(digest)
     ]
-    return pl.concat(frames).sort(pl.all()) if frames else pl.DataFrame(schema=["model", "pair_id", "quantity"])
+    return pl.concat([pl.DataFrame(schema={**dtypes(CachedScores), "model": pl.String()}), *frames]).sort(pl.all())

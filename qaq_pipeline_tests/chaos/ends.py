@@ -167,7 +167,7 @@ def _wrong(running: Running, code: int, allowed: Sequence[int]) -> tuple[str, ..
         return (f"code {code}, with a traceback: {json.dumps(output[-3000:])}",)
     if code not in allowed:
         return (f"ended with code {code}: {_last_line(output)}",)
-    if code == 1 and not _last_line(output).startswith("error: "):
+    if code == 1 and "\nerror: " not in f"\n{output}":
         return (f"code 1 without an error in one line: {json.dumps(output[-1000:])}",)
     return ()
 

@@ -124,7 +124,7 @@ def _serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path + ".new")
         server.listen()
-        os.rename(path + ".new", path)
+        Path(path + ".new").rename(path)
         while True:
             connection, _ = server.accept()
             if os.fork() == 0:
@@ -182,7 +182,7 @@ def _run(asked: dict[str, Any]) -> None:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 The parent judges by the code and the traceback.
         traceback.print_exc()
     finally:
         atexit._run_exitfuncs()
