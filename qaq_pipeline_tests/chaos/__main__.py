@@ -13,7 +13,7 @@ from rich.table import Table
 from qaq_pipeline_tests.chaos import story
 from qaq_pipeline_tests.chaos.campaign import Campaign, Tally
 from qaq_pipeline_tests.chaos.ends import ENDS
-from qaq_pipeline_tests.chaos.places import Disk
+from qaq_pipeline_tests.chaos.places import Disk, Servers
 from qaq_pipeline_tests.chaos.warm import Warm
 
 _HOUR = 3600.0
@@ -25,17 +25,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=_HOUR, help="time after which no attack begins")
     parser.add_argument("--ends", type=int, default=10_000, help="number of ends after which no attack begins")
     parser.add_argument("--seed", type=int, help="of the draws; default: another one each time")
-    parser.add_argument("--kinds", nargs="+", choices=list(ENDS), default=list(ENDS), help="of disturbances")
+    parser.add_argument("--servers", action="store_true", help="on Postgres and an S3 server; default: on a disk")
+    parser.add_argument("--kinds", nargs="+", help="of disturbances; default: all")
     arguments = parser.parse_args()
     seed = int.from_bytes(os.urandom(3)) if arguments.seed is None else arguments.seed
     console = Console(width=160, highlight=False)
     console.print(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
-        config = story.write_story_settings(folder / "settings.yaml", story.build_models(folder / "models"))
-        place = Disk(folder, config)
-        os.environ |= place.environment
-        with place.mounted(), Warm(folder) as commands:
+        storage = {"root": Servers.ROOT, "locks": {"kind": "postgres"}} if arguments.servers else {}
+        models = story.build_models(folder / "models")
+        config = story.write_story_settings(folder / "settings.yaml", models, storage=storage)
+        place = (Servers if arguments.servers else Disk)(folder, config)
+        with place.running(), Warm(folder) as commands:
+            os.environ |= place.own_environment
             campaign = Campaign(
                 place,
                 commands,
@@ -45,14 +48,14 @@ def main() -> int:
                 on_attack=lambda line: console.print(line, markup=False, soft_wrap=True),
             )
             tally = campaign.run(seconds=arguments.seconds, ends=arguments.ends)
-    report(tally, console)
+    report(tally, list(ENDS[type(place)]), console)
     return 1 if tally.wrong else 0
 
 
-def report(tally: Tally, console: Console) -> None:
+def report(tally: Tally, kinds: list[str], console: Console) -> None:
     """Print the counts."""
     table = Table("disturbance", "ends", "over before it")
-    for kind in ENDS:
+    for kind in kinds:
         table.add_row(kind, f"{tally.ends[kind]:,}", f"{tally.over_before[kind]:,}")
     table.add_row("all", f"{tally.ends.total():,}", f"{tally.over_before.total():,}")
     console.print(table)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from qaq_pipeline_tests.chaos.contents import Contents, contents, differences, faults
 from qaq_pipeline_tests.chaos.ends import ENDS, Attack
-from qaq_pipeline_tests.chaos.places import Disk
-from qaq_pipeline_tests.chaos.warm import Moment, Warm
+from qaq_pipeline_tests.chaos.places import Place
+from qaq_pipeline_tests.chaos.warm import Warm
 
 _GO_ON = 0.7
 """Probability that a disturbed command is disturbed again, before it may end."""
@@ -33,7 +34,7 @@ class Undisturbed:
     contents: Contents
     """Of the place that it left."""
     seconds: float
-    changes: int
+    counts: Mapping[str, int]
 
 
 @dataclass
@@ -59,23 +60,24 @@ class Campaign:
         place: where the commands keep what they make, empty.
         commands: forks them.
         story: the commands in order, by name.
-        kinds: of disturbances, by name.
+        kinds: of disturbances, by name; default: all.
         seed: of the draws.
         on_attack: called with a line for a person after each attack.
     """
 
     def __init__(
         self,
-        place: Disk,
+        place: Place,
         commands: Warm,
         story: dict[str, list[str]],
         *,
-        kinds: Sequence[str] = tuple(ENDS),
+        kinds: Sequence[str] | None = None,
         seed: int = 0,
         on_attack: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._place, self._commands, self._story = place, commands, story
-        self._kinds, self._seed, self._on_attack = list(kinds), seed, on_attack
+        self._ends, self._seed, self._on_attack = ENDS[type(place)], seed, on_attack
+        self._kinds = list(self._ends if kinds is None else kinds)
         self.tally = Tally()
 
     def run(self, *, seconds: float, ends: int) -> Tally:
@@ -95,16 +97,15 @@ class Campaign:
         self._place.keep(before)
         for name, command in self._story.items():
             started = time.monotonic()
-            running = self._commands.start(command, self._place.environment, Moment("count", 0, str(self._place.disk)))
-            code = running.wait()
+            start = partial(self._commands.start, command, self._place.environment)
+            running, code, counts = self._place.counted(start)
             if code != 0:
                 raise RuntimeError(f"{name} fails undisturbed: {running.output}")
             seconds = time.monotonic() - started
-            changes = int(running.output.rpartition("changes: ")[2])
-            found[name] = Undisturbed(before, contents(self._place.settings()), seconds, changes)
+            found[name] = Undisturbed(before, contents(self._place.settings()), seconds, counts)
             before = name
             self._place.keep(before)
-            self._on_attack(f"{name}: {seconds:.1f} s, {changes} changes of files, undisturbed")
+            self._on_attack(f"{name}: {seconds:.1f} s, undisturbed, {counts}")
         return found
 
     def _attack(self, number: int, undisturbed: dict[str, Undisturbed]) -> None:
@@ -113,12 +114,12 @@ class Campaign:
         name = draw.choice(list(self._story))
         whole = undisturbed[name]
         others = [["status"], ["refresh"]]
-        attack = Attack(self._place, self._commands, self._story[name], others, whole.seconds, whole.changes, draw)
+        attack = Attack(self._place, self._commands, self._story[name], others, whole.seconds, whole.counts, draw)
         self._place.put_back(whole.before)
         done, wrong = [], []
         while not done or draw.random() < _GO_ON:
             kind = draw.choice(self._kinds)
-            ended = ENDS[kind](attack)
+            ended = self._ends[kind](attack)
             (self.tally.ends if ended.was_disturbed else self.tally.over_before)[kind] += 1
             self.tally.by_command[name] += ended.was_disturbed
             done.append(kind)

@@ -10,13 +10,15 @@ import json
 import random
 import re
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.chaos import warm
-from qaq_pipeline_tests.chaos.places import ROOM, Disk
+from qaq_pipeline_tests.chaos.places import ROOM, Disk, Place, Servers
+from qaq_pipeline_tests.chaos.proxies import Fault, Plan
 from qaq_pipeline_tests.chaos.warm import CRASHED, Moment, Running, Warm
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -28,15 +30,15 @@ _PATIENCE_S = 300.0
 class Attack:
     """A command, and what is needed to disturb it."""
 
-    place: Disk
+    place: Place
     commands: Warm
     command: Sequence[str]
     others: Sequence[Sequence[str]]
     """Commands that may run beside it."""
     seconds: float
     """That it takes undisturbed."""
-    changes: int
-    """Of files, undisturbed."""
+    counts: Mapping[str, int]
+    """How often each thing happens at which it can be disturbed."""
     draw: random.Random
 
     def start(self, moment: Moment | None = None) -> Running:
@@ -47,9 +49,9 @@ class Attack:
         """Wait for a part of the time that the command takes."""
         time.sleep(self.draw.uniform(0, self.seconds))
 
-    def some_change(self, act: str) -> Moment:
-        """One of the changes of files that the command makes."""
-        return Moment(act, self.draw.randint(1, self.changes), str(self.place.disk))  # type: ignore[arg-type]
+    def some(self, what: str) -> int:
+        """The number of one of the things that happen."""
+        return self.draw.randint(1, self.counts[what])
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def killed_at_a_moment(attack: Attack) -> Ended:
 
 def killed_at_a_change(attack: Attack) -> Ended:
     """SIGKILL immediately before a change of a file."""
-    running = attack.start(attack.some_change("kill"))
+    assert isinstance(attack.place, Disk)
+    running = attack.start(Moment("kill", attack.some("changes"), str(attack.place.disk)))
     code = running.wait()
     return Ended(code == _KILLED, _wrong(running, code, (0, _KILLED)))
 
@@ -91,7 +94,8 @@ def signalled(attack: Attack) -> Ended:
 
 def full_disk(attack: Attack) -> Ended:
     """No free byte on the disk from a change of a file on; there is room again afterwards."""
-    running = attack.start(attack.some_change("fill"))
+    assert isinstance(attack.place, Disk)
+    running = attack.start(Moment("fill", attack.some("changes"), str(attack.place.disk)))
     code = running.wait()
     wrong = _wrong(running, code, (0, 1))
     if code == 1 and "is full" not in running.output:
@@ -129,35 +133,79 @@ def damaged_file(attack: Attack) -> Ended:
 
     A person restores it from a backup, unless the command made it anew, which is told by its content.
     """
-    path = attack.draw.choice(_stored_files(attack.place))
+    files = open_storage(attack.place.settings()).files
+    name = attack.draw.choice([one for one in files.files_below() if files.size(*one.split("/"))])
+    place = tuple(name.split("/"))
     kind = attack.draw.choice(sorted(DAMAGE))
-    whole = path.read_bytes()
+    whole = files.read_bytes(*place)
     damaged = DAMAGE[kind](whole, attack.draw)
-    path.write_bytes(damaged)
+    files.write_bytes(damaged, *place)
     running = attack.start()
     code = running.wait()
-    wrong = _wrong(running, code, (0, 1))
-    if code == 1 and path.name not in running.output and path.parent.name not in running.output:
-        wrong = (*wrong, f"{kind} {path}: the error does not name it: {_last_line(running.output)}")
-    if path.exists() and path.read_bytes() == damaged:
-        path.write_bytes(whole)
-    return Ended(True, wrong)
+    wrong = [f"{kind} {name}: {line}" for line in _wrong(running, code, (0, 1))]
+    if code == 1 and place[-1] not in running.output:
+        wrong.append(f"{kind} {name}: the error does not name it: {_last_line(running.output)}")
+    if files.exists(*place) and files.read_bytes(*place) == damaged:
+        files.write_bytes(whole, *place)
+    return Ended(True, tuple(wrong))
 
 
-ENDS: dict[str, Callable[[Attack], Ended]] = {
+def failing_store(attack: Attack) -> Ended:
+    """The store answers 500, loses answers or cuts them, once or some times in a row."""
+    assert isinstance(attack.place, Servers)
+    faults: tuple[Fault, ...] = ("answer 500", "lose the answer", "cut the answer")
+    plan = Plan(attack.draw.choice(faults), attack.some("requests"), attack.draw.choice((1, 3, 30)))
+    attack.place.proxies.expect(plan)
+    running = attack.start()
+    code = running.wait()
+    is_disturbed = attack.place.proxies.num_requests >= plan.number
+    attack.place.proxies.expect()
+    return Ended(is_disturbed, tuple(f"{plan.fault}: {line}" for line in _wrong(running, code, (0, 1))))
+
+
+def lost_database(attack: Attack) -> Ended:
+    """All connections of the database are cut, and none can be made for a while."""
+    assert isinstance(attack.place, Servers)
+    proxies, number = attack.place.proxies, attack.some("messages")
+    proxies.expect(cut_at=number)
+    back = threading.Timer(attack.seconds + attack.draw.uniform(0, 5), proxies.let_in)
+    running = attack.start()
+    back.start()
+    code = running.wait()
+    back.join()
+    is_disturbed = proxies.num_messages >= number
+    proxies.expect()
+    return Ended(is_disturbed, _wrong(running, code, (0, 1)))
+
+
+def killed_at_a_request(attack: Attack) -> Ended:
+    """SIGKILL immediately before a request to the store."""
+    assert isinstance(attack.place, Servers)
+    started: list[Running] = []
+    plan = Plan("call", attack.some("requests"), call=lambda: started[0].send(signal.SIGKILL))
+    attack.place.proxies.expect(plan)
+    started.append(attack.start())
+    code = started[0].wait()
+    attack.place.proxies.expect()
+    return Ended(code == _KILLED, _wrong(started[0], code, (0, _KILLED)))
+
+
+_ANYWHERE: dict[str, Callable[[Attack], Ended]] = {
     "killed at a moment": killed_at_a_moment,
-    "killed at a change of a file": killed_at_a_change,
     "SIGTERM, SIGINT": signalled,
-    "full disk": full_disk,
     "two commands at once": two_at_once,
     "torn or flipped file": damaged_file,
 }
-
-
-def _stored_files(place: Disk) -> list[Path]:
-    """Files of the storage that are not empty; Dagster's own databases are not ours to check."""
-    root = Path(place.settings().storage_root)
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
+ENDS: dict[type, dict[str, Callable[[Attack], Ended]]] = {
+    Disk: {**_ANYWHERE, "killed at a change of a file": killed_at_a_change, "full disk": full_disk},
+    Servers: {
+        **_ANYWHERE,
+        "killed at a request": killed_at_a_request,
+        "failing store": failing_store,
+        "lost database": lost_database,
+    },
+}
+"""Disturbances by name, for each kind of place. Dagster's own databases are damaged nowhere: they are not ours."""
 
 
 def _wrong(running: Running, code: int, allowed: Sequence[int]) -> tuple[str, ...]:

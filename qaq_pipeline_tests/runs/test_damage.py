@@ -1,4 +1,4 @@
-"""A stored table that was damaged takes no row from the dataset and adds none: work that needs it stops, and says so."""
+"""A damaged table takes no row from the dataset and adds none: work that needs it stops, and says so."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_withdrawal_that_ended_after_the_screening_is_done_by_the_next_one(
     with monkeypatch.context() as patch:
         run_again = refresh._run_again
 
-        def end_after_the_screening(driver, one, rebuilt):  # noqa: ANN001, ANN202
+        def end_after_the_screening(driver, one, rebuilt):
             if one.table not in ("signatures", "screened_data"):
                 raise KeyboardInterrupt
             return run_again(driver, one, rebuilt)
