@@ -66,7 +66,7 @@ class Disk:
         self.disk = folder / "disk"
         self._home, self._copies = self.disk / "home", folder / "copies"
         self.environment: Mapping[str, str] = environment_of(self._home, config)
-        self.own_environment = self.environment
+        self.own_environment: Mapping[str, str] = self.environment
 
     def settings(self) -> Settings:
         """Its settings."""
