@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qaq_pipeline_tests.chaos import story
 from qaq_pipeline_tests.chaos.campaign import Campaign, Tally
-from qaq_pipeline_tests.chaos.ends import ENDS
+from qaq_pipeline_tests.chaos.ends import ENDS, OF_WORKERS
 from qaq_pipeline_tests.chaos.places import Disk, Servers
 from qaq_pipeline_tests.chaos.warm import Warm
 
@@ -26,7 +26,8 @@ def main() -> int:
     parser.add_argument("--ends", type=int, default=10_000, help="number of ends after which no attack begins")
     parser.add_argument("--seed", type=int, help="of the draws; default: another one each time")
     parser.add_argument("--servers", action="store_true", help="on Postgres and an S3 server; default: on a disk")
-    parser.add_argument("--kinds", nargs="+", help="of disturbances; default: all")
+    parser.add_argument("--workers", action="store_true", help="score in two processes, and end those")
+    parser.add_argument("--kinds", nargs="+", help="of disturbances; default: all of such a place")
     arguments = parser.parse_args()
     seed = int.from_bytes(os.urandom(3)) if arguments.seed is None else arguments.seed
     console = Console(width=160, highlight=False)
@@ -35,20 +36,23 @@ def main() -> int:
         folder = Path(name)
         storage = {"root": Servers.ROOT, "locks": {"kind": "postgres"}} if arguments.servers else {}
         models = story.build_models(folder / "models")
-        config = story.write_story_settings(folder / "settings.yaml", models, storage=storage)
+        pool = {"pool": {"kind": "processes", "size": 2}} if arguments.workers else {}
+        config = story.write_story_settings(folder / "settings.yaml", models, storage=storage, runtime=pool)
         place = (Servers if arguments.servers else Disk)(folder, config)
+        ends = OF_WORKERS if arguments.workers else ENDS[type(place)]
+        ends = {name: end for name, end in ends.items() if name in (arguments.kinds or ends)}
         with place.running(), Warm(folder) as commands:
             os.environ |= place.own_environment
             campaign = Campaign(
                 place,
                 commands,
                 story.commands(story.deliver(folder)),
-                kinds=arguments.kinds,
+                ends=ends,
                 seed=seed,
                 on_attack=lambda line: console.print(line, markup=False, soft_wrap=True),
             )
             tally = campaign.run(seconds=arguments.seconds, ends=arguments.ends)
-    report(tally, list(ENDS[type(place)]), console)
+    report(tally, list(ends), console)
     return 1 if tally.wrong else 0
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from qaq_pipeline_tests.chaos.contents import Contents, contents, differences, faults
-from qaq_pipeline_tests.chaos.ends import ENDS, Attack
+from qaq_pipeline_tests.chaos.ends import Attack, Ended
 from qaq_pipeline_tests.chaos.places import Place
 from qaq_pipeline_tests.chaos.warm import Warm
 
@@ -60,7 +60,7 @@ class Campaign:
         place: where the commands keep what they make, empty.
         commands: forks them.
         story: the commands in order, by name.
-        kinds: of disturbances, by name; default: all.
+        ends: disturbances by name.
         seed: of the draws.
         on_attack: called with a line for a person after each attack.
     """
@@ -71,13 +71,12 @@ class Campaign:
         commands: Warm,
         story: dict[str, list[str]],
         *,
-        kinds: Sequence[str] | None = None,
+        ends: Mapping[str, Callable[[Attack], Ended]],
         seed: int = 0,
         on_attack: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._place, self._commands, self._story = place, commands, story
-        self._ends, self._seed, self._on_attack = ENDS[type(place)], seed, on_attack
-        self._kinds = list(self._ends if kinds is None else kinds)
+        self._ends, self._seed, self._on_attack = ends, seed, on_attack
         self.tally = Tally()
 
     def run(self, *, seconds: float, ends: int) -> Tally:
@@ -118,7 +117,7 @@ class Campaign:
         self._place.put_back(whole.before)
         done, wrong = [], []
         while not done or draw.random() < _GO_ON:
-            kind = draw.choice(self._kinds)
+            kind = draw.choice(list(self._ends))
             ended = self._ends[kind](attack)
             (self.tally.ends if ended.was_disturbed else self.tally.over_before)[kind] += 1
             self.tally.by_command[name] += ended.was_disturbed

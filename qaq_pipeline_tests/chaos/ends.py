@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from qaq_pipeline.storage.storage import open_storage
 from qaq_pipeline_tests.chaos import warm
 from qaq_pipeline_tests.chaos.places import ROOM, Disk, Place, Servers
@@ -150,6 +152,28 @@ def damaged_file(attack: Attack) -> Ended:
     return Ended(True, tuple(wrong))
 
 
+def killed_worker(attack: Attack) -> Ended:
+    """SIGKILL to a process that the command has started, such as one that scores; the command goes on."""
+    running = attack.start()
+    attack.wait_a_while()
+    try:
+        children = psutil.Process(running.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    if children:
+        attack.draw.choice(children).kill()
+    code = running.wait()
+    return Ended(bool(children), _wrong(running, code, (0,)))
+
+
+def stepped_clock(attack: Attack) -> Ended:
+    """The clock steps at a change of a file, by up to a month, and is right again for the next command."""
+    assert isinstance(attack.place, Disk)
+    running = attack.start(Moment("step", attack.some("changes"), str(attack.place.disk)))
+    code = running.wait()
+    return Ended(True, _wrong(running, code, (0,)))
+
+
 def failing_store(attack: Attack) -> Ended:
     """The store answers 500, loses answers or cuts them, once or some times in a row."""
     assert isinstance(attack.place, Servers)
@@ -197,7 +221,12 @@ _ANYWHERE: dict[str, Callable[[Attack], Ended]] = {
     "torn or flipped file": damaged_file,
 }
 ENDS: dict[type, dict[str, Callable[[Attack], Ended]]] = {
-    Disk: {**_ANYWHERE, "killed at a change of a file": killed_at_a_change, "full disk": full_disk},
+    Disk: {
+        **_ANYWHERE,
+        "killed at a change of a file": killed_at_a_change,
+        "full disk": full_disk,
+        "stepped clock": stepped_clock,
+    },
     Servers: {
         **_ANYWHERE,
         "killed at a request": killed_at_a_request,
@@ -206,6 +235,8 @@ ENDS: dict[type, dict[str, Callable[[Attack], Ended]]] = {
     },
 }
 """Disturbances by name, for each kind of place. Dagster's own databases are damaged nowhere: they are not ours."""
+OF_WORKERS = {"killed worker": killed_worker, "killed at a moment": killed_at_a_moment}
+"""Disturbances of commands that score in processes of their own."""
 
 
 def _wrong(running: Running, code: int, allowed: Sequence[int]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,8 +23,11 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, Self
+
+import time_machine
 
 _PATIENCE_S = 180.0
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -37,8 +41,9 @@ CRASHED = 99
 class Moment:
     """What a command does to itself before a change of a file: a new one, a write, a rename, a removal."""
 
-    act: Literal["count", "kill", "fill"]
-    """count: say how many there were. kill: SIGKILL. fill: leave no free byte on the disk."""
+    act: Literal["count", "kill", "fill", "step"]
+    """count: say how many there were. kill: SIGKILL. fill: leave no free byte on the disk. step: set the clock by a
+    part of a day to a month, forwards or backwards."""
     number: int
     """Of the change, from 1."""
     below: str
@@ -206,12 +211,19 @@ def _watch(moment: Moment) -> None:
             return
         if seen == moment.number and moment.act == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif seen == moment.number:
+        elif seen == moment.number and moment.act == "fill":
             fill(Path(moment.below))
+        elif seen == moment.number:
+            _step_clock(random.Random(moment.number))
 
     sys.addaudithook(watch)
     if moment.act == "count":
         atexit.register(lambda: print(f"\nchanges: {seen}"))
+
+
+def _step_clock(draw: random.Random) -> None:
+    step = timedelta(days=draw.choice((-30, -1, 1, 30)) * draw.random())
+    time_machine.travel(datetime.now(UTC) + step, tick=True).start()
 
 
 def fill(disk: Path) -> None:
