@@ -83,7 +83,8 @@ def test_a_planted_loss_and_a_planted_double_are_found(disk: Disk, tmp_path: Pat
         storage = open_storage(disk.settings())
         files, newest = storage.files, versions.latest(storage)
         assert newest is not None
-        files.remove(*versions.place(newest.version, versions.CARD))
+        if files.exists(*(card := versions.place(newest.version, versions.CARD))):
+            files.remove(*card)
         (shards,) = {files.names("score_cache")[0]}
         name = files.names("score_cache", shards, "shards")[-1]
         double = f"{int(name.partition('.')[0]) + 1:012}.parquet"
