@@ -6,6 +6,7 @@ Belongs here: the order of things, and the counts. Does not belong here: the dis
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections import Counter
@@ -117,12 +118,15 @@ class Campaign:
         self._place.put_back(whole.before)
         done, wrong = [], []
         while not done or draw.random() < _GO_ON:
+            attack = dataclasses.replace(attack, left=1 / (1 + len(done)))
             kind = draw.choice(list(self._ends))
             ended = self._ends[kind](attack)
             (self.tally.ends if ended.was_disturbed else self.tally.over_before)[kind] += 1
             self.tally.by_command[name] += ended.was_disturbed
             done.append(kind)
             wrong += [f"{kind}: {line}" for line in ended.wrong]
+            if not ended.was_disturbed:
+                break  # The command is done.
         wrong += self._finish(attack, whole)
         self.tally.compared += 1
         told = [f"seed {self._seed}, attack {number}, {name}, {'; '.join(done)}: {line}" for line in wrong]

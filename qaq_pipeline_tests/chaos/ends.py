@@ -42,6 +42,8 @@ class Attack:
     counts: Mapping[str, int]
     """How often each thing happens at which it can be disturbed."""
     draw: random.Random
+    left: float = 1.0
+    """About what part of the work is left."""
 
     def start(self, moment: Moment | None = None) -> Running:
         """Start the command."""
@@ -49,11 +51,11 @@ class Attack:
 
     def wait_a_while(self) -> None:
         """Wait for a part of the time that the command takes."""
-        time.sleep(self.draw.uniform(0, self.seconds))
+        time.sleep(self.draw.uniform(0, self.seconds * self.left))
 
     def some(self, what: str) -> int:
         """The number of one of the things that happen."""
-        return self.draw.randint(1, self.counts[what])
+        return self.draw.randint(1, max(1, int(self.counts[what] * self.left)))
 
 
 @dataclass(frozen=True)
