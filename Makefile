@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export QAQ_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-pythons test-slow test-consumers bench docs docs-links pictures check format clean
+.PHONY: help install demo ui test test-pythons test-slow test-consumers bench chaos docs docs-links pictures check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-23s%s\n", $$1, $$2}'
@@ -68,6 +68,14 @@ test-consumers: install ## Load the exports with datasets, TRL and LLaMA-Factory
 bench: install ## Measure the scoring engine against its goals and real opponents (40 min; installs lm-eval)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m bench
+
+# The three places share the time: 1/2, 1/3 and 1/6 of it.
+CHAOS_SECONDS ?= 3600
+
+chaos: install ## Disturb the pipeline at random for an hour (CHAOS_SECONDS=3600; needs the right to mount)
+	$(BIN)/python -m qaq_pipeline_tests.chaos --seconds $$(($(CHAOS_SECONDS) / 2))
+	$(BIN)/python -m qaq_pipeline_tests.chaos --seconds $$(($(CHAOS_SECONDS) / 3)) --servers
+	$(BIN)/python -m qaq_pipeline_tests.chaos --seconds $$(($(CHAOS_SECONDS) / 6)) --workers
 
 docs: install ## Generate pages from the code and build the site in docs/_build/html, warnings as errors
 	$(BIN)/python -m docs.generate

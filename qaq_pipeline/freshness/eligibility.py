@@ -25,28 +25,41 @@ from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.tables import Footer, empty
 
+_SCREENED_FROM = ("raw_data", "signatures")
+"""The tables that a screening reads of each batch."""
+
 
 def split_by_eligibility(
     storage: Storage,
-    registered: Sequence[str],
+    registered: Collection[str],
     ranking: RankingSettings,
     selections: Sequence[Selection],
     export: ExportSettings,
     pipeline: Pipeline = PIPELINE,
+    *,
+    refuses_damage: bool = False,
 ) -> tuple[dict[str, dict[str, Footer]], dict[str, str]]:
     """Footers of the published tables of each eligible batch, and for every other registered batch the reason.
 
     Eligible batches are complete, consistent and current. Rows are read only to look for withdrawn texts.
+
+    Raises:
+        StorageError: with `refuses_damage`, a table of a batch cannot be read. Without, the batch is not eligible.
     """
     included, excluded = {}, {}
+    broken = damaged(storage, registered, pipeline)
+    whole = sorted(set(registered) - broken.keys())
     order = batch_order.batches_in_order(storage)
-    comparable = comparable_batches(storage, order, registered)
+    comparable = comparable_batches(storage, order, whole)
     withdrawn = withdrawals.read(storage)
     named = ranking.reference
     reference_version = None if named is None else storage.tables.version("rank_reference", Partition(named.name))
-    for batch in sorted(registered):
+    for batch in whole:
+        if (missing := _missing(storage, batch, pipeline.published)) is not None:
+            excluded[batch] = missing
+            continue
         try:
-            footers = _read_footers(storage, batch, pipeline.published)
+            footers = {name: storage.tables.footer(name, Partition(batch)) for name in pipeline.published}
             screening = footers["screened_data"].provenance
             fault = (
                 _inconsistency(footers)
@@ -55,21 +68,43 @@ def split_by_eligibility(
                 or stale_screening(batch, screening, order, comparable)
                 or changed_withdrawals(storage, batch, screening, withdrawn)
             )
-        except ValueError as error:  # A name that the UI let pass, or a StorageError.
-            excluded[batch] = str(error)
+        except StorageError as error:
+            broken[batch] = str(error)
             continue
         if fault:
             excluded[batch] = fault
         else:
             included[batch] = footers
-    return included, excluded
+    if refuses_damage and broken:
+        raise StorageError("; ".join(f"batch {batch}: {why}" for batch, why in broken.items()))
+    return included, excluded | broken
 
 
-def _read_footers(storage: Storage, batch: str, tables: Sequence[str]) -> dict[str, Footer]:
-    missing = [name for name in tables if not storage.tables.has(name, Partition(batch))]
-    if missing:
-        raise StorageError(f"not materialised: {', '.join(missing)}")
-    return {name: storage.tables.footer(name, Partition(batch)) for name in tables}
+def damaged(storage: Storage, registered: Collection[str], pipeline: Pipeline = PIPELINE) -> dict[str, str]:
+    """The batches with a table that cannot be read, of those that a screening or a publication reads, and why.
+
+    Changed bytes of rows are found when the rows are read.
+    """
+    found = {}
+    names = dict.fromkeys((*_SCREENED_FROM, *pipeline.published))
+    for batch in sorted(registered):
+        stored = [name for name in names if _missing(storage, batch, [name]) is None]
+        try:
+            for name in stored:
+                storage.tables.footer(name, Partition(batch))
+        except StorageError as error:
+            found[batch] = str(error)
+    return found
+
+
+def _missing(storage: Storage, batch: str, tables: Sequence[str]) -> str | None:
+    """Why a batch has not all of these tables; None: it has."""
+    try:
+        partition = Partition(batch)
+    except ValueError as error:  # A name that the UI let pass.
+        return str(error)
+    missing = [name for name in tables if not storage.tables.has(name, partition)]
+    return f"not materialised: {', '.join(missing)}" if missing else None
 
 
 def _inconsistency(footers: Mapping[str, Footer]) -> str | None:
@@ -115,19 +150,20 @@ def comparable_batches(storage: Storage, batches: Sequence[str], registered: Col
 
     Such a batch is registered, its tables up to the screening are consistent, and no gate of screening or scoring
     stopped it.
+
+    Raises:
+        StorageError: a table of a batch cannot be read: without the batch, its rows would be accepted a second time.
     """
     found = {}
     for batch in batches:
         if batch not in registered:
             continue
-        partition = Partition(batch)
-        try:
-            screened = storage.tables.footer("screened_data", partition)
-            has_decisions = storage.tables.has("decisions", partition)
-            decided = storage.tables.footer("decisions", partition).provenance if has_decisions else None
-        except StorageError:
+        partition, stored = Partition(batch), storage.tables
+        if not stored.has("screened_data", partition):
             continue
-        made_of = {name: storage.tables.version(name, partition) for name in ("raw_data", "signatures")}
+        screened = stored.footer("screened_data", partition)
+        decided = stored.footer("decisions", partition).provenance if stored.has("decisions", partition) else None
+        made_of = {name: stored.footer(name, partition).data_version for name in _SCREENED_FROM}
         gated = [gates.of_provenance(screened.provenance)]
         if decided is not None and decided["inputs"]["screened_data"] == screened.data_version:
             gated.append(gates.of_provenance(decided))

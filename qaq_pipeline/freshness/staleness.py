@@ -124,6 +124,17 @@ class Freshness:
             batch, made_of, self._order, self._comparable
         ) or eligibility.changed_withdrawals(self.storage, batch, made_of, self._withdrawn)
 
+    def is_screened_anew(self, batch: str) -> bool:
+        """Whether a batch has to be screened again, or was, and the stages that follow did not run: they were killed.
+
+        A batch that was never decided is not meant: its first run is not over.
+        """
+        return self.stale_screening(batch) is not None or any(
+            self._provenance(table, Partition(batch)) is not None
+            and changed_inputs(self.storage, table, batch, self.pipeline)
+            for table in ("decisions", "selected_subset")
+        )
+
     def wanted_screening(self, batch: str) -> str | None:
         """Hash of what a batch has to be screened against; None: its screening is not stale."""
         if self.stale_screening(batch) is None:
@@ -204,7 +215,8 @@ class Freshness:
 
     @cached_property
     def _comparable(self) -> dict[str, str]:
-        return eligibility.comparable_batches(self.storage, self._order, self.registered)
+        whole = set(self.registered) - set(eligibility.damaged(self.storage, self.registered, self.pipeline))
+        return eligibility.comparable_batches(self.storage, self._order, whole)
 
     @cached_property
     def _withdrawn(self) -> withdrawals.Withdrawals:

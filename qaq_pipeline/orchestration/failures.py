@@ -23,6 +23,7 @@ from qaq_pipeline.schema.tables import TableError
 from qaq_pipeline.screening.benchmarks import BenchmarkError
 from qaq_pipeline.screening.gates import StaleVerdictError
 from qaq_pipeline.storage import disk_faults, server_faults
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.locks import PartitionBusyError
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.trial.arms import TrialError
@@ -38,6 +39,7 @@ _REFUSALS = (
     NothingToPublishError,
     OriginError,
     StaleVerdictError,
+    StorageError,
     TableError,
     TrialError,
 )

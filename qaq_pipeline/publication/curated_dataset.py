@@ -29,7 +29,7 @@ from qaq_pipeline.schema.row_place import ROW_KEY, may_be_in
 from qaq_pipeline.schema.tables import RawData, ScreenedData
 from qaq_pipeline.schema.vocabularies import Status
 from qaq_pipeline.selection import decisions
-from qaq_pipeline.storage.files import StorageError, sha256_of
+from qaq_pipeline.storage.files import sha256_of
 from qaq_pipeline.storage.storage import Storage
 from qaq_pipeline.storage.stored_table import StoredTable
 from qaq_pipeline.storage.tables import empty
@@ -75,16 +75,26 @@ class Publication:
 def read_batches(
     storage: Storage, registered: Sequence[str], settings: Settings, pipeline: Pipeline = PIPELINE
 ) -> tuple[list[BatchTables], dict[str, str]]:
-    """The batches that enter the dataset, and for every other registered batch the reason why it does not."""
+    """The batches that enter the dataset, and for every other registered batch the reason why it does not.
+
+    Raises:
+        StorageError: a table of a batch cannot be read, or was changed since it was written. The batch is not left out:
+            a damaged disk must not take rows from the dataset.
+    """
     included, excluded = split_by_eligibility(
-        storage, registered, settings.ranking, settings.selections, settings.export, pipeline
+        storage,
+        registered,
+        settings.ranking,
+        settings.selections,
+        settings.export,
+        pipeline,
+        refuses_damage=True,
     )
-    batches = []
-    for batch, footers in included.items():
-        try:
-            batches.append(BatchTables(batch, {name: storage.tables.read(name, Partition(batch)) for name in footers}))
-        except StorageError as error:  # Changed since it was written.
-            excluded[batch] = str(error)
+    tables = storage.tables
+    batches = [
+        BatchTables(batch, {name: tables.read(name, Partition(batch)) for name in footers})
+        for batch, footers in included.items()
+    ]
     return batches, excluded
 
 

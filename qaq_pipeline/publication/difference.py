@@ -29,7 +29,9 @@ COUNTED = ["is_added", "change"]
 
 _KEY = [*ROW_KEY, "pair_id"]
 _NO_DIFFERENCE = empty(tables.Difference)
-_NO_SCORES = empty(tables.Decisions).select(*_KEY, "decision", "reason")
+_DECISIONS = tables.dtypes(tables.Decisions)
+_NO_SCORES = pl.DataFrame(schema={name: _DECISIONS[name] for name in (*_KEY, "decision", "reason")})
+_NO_KEYS = pl.DataFrame(schema={name: _DECISIONS[name] for name in _KEY})
 
 
 def store_difference(storage: Storage, older: str, newer: str) -> Changes:
@@ -110,7 +112,7 @@ def difference(before: Scores, after: Scores) -> pl.DataFrame:
 
 def _selected(scores: Scores) -> tuple[pl.DataFrame, list[str]]:
     """The key of each selected row, and the batches of all rows."""
-    found, batches = [_NO_SCORES.select(_KEY)], set()
+    found, batches = [_NO_KEYS], set()
     for part in scores():
         found.append(part.filter(decision=Decision.SELECTED.value).select(_KEY))
         batches |= set(part["batch"].unique())

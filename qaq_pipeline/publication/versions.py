@@ -31,12 +31,11 @@ from typing import Any
 import polars as pl
 
 from qaq_pipeline.config.settings import SCORES_FOLDER
-from qaq_pipeline.publication.flat_scores import flat_scores
-from qaq_pipeline.schema.tables import Decisions
+from qaq_pipeline.publication import flat_scores
 from qaq_pipeline.storage import row_lookup
 from qaq_pipeline.storage.files import LocalFile, Place, StorageError, hash_json
 from qaq_pipeline.storage.storage import Storage
-from qaq_pipeline.storage.tables import FoundRows, empty
+from qaq_pipeline.storage.tables import FoundRows
 
 MANIFEST_FORMAT = 3
 """Raise it whenever a batch that has not changed would be written with other bytes: they are taken from the version
@@ -48,7 +47,6 @@ TRIAL_HEADING = "## Training trial"
 _FOLDER = "curated_dataset"
 _LOG = (_FOLDER, "publications.json")
 _SHORTEST_HASH = 4
-_NO_SCORES = flat_scores(empty(Decisions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +230,13 @@ def read_manifest(storage: Storage, version: str) -> dict[str, Any]:
 def read_scores(storage: Storage, version: str) -> pl.DataFrame:
     """The scores of a version, in the order of its batches. Raises `StorageError` where they are missing or torn."""
     places = _places_of_scores(storage, version)
-    return pl.concat([storage.files.read_frame(*one) for one in places.values()]) if places else _NO_SCORES
+    return pl.concat([storage.files.read_frame(*one) for one in places.values()]) if places else flat_scores.head([])
 
 
 def columns_of_scores(storage: Storage, version: str) -> list[str]:
     """Names of the columns of the scores of a version. Raises `StorageError` as `read_scores`."""
     first = next(iter(_places_of_scores(storage, version).values()), None)
-    return _NO_SCORES.columns if first is None else storage.tables.columns_of_file(*first)
+    return flat_scores.head([]).columns if first is None else storage.tables.columns_of_file(*first)
 
 
 def decided_batches(storage: Storage, version: str) -> dict[str, str]:
@@ -273,7 +271,7 @@ def find_rows(
     named = [value for column, how, value in where if (column, how) == ("batch", "==")]
     places = _places_of_scores(storage, version, named or None).values()
     found = [storage.tables.find_in_file(where, *one, columns=columns) for one in places]
-    return pl.concat(found) if found else _NO_SCORES.select(pl.col(columns or "*"))
+    return pl.concat(found) if found else flat_scores.head([]).select(pl.col(columns or "*"))
 
 
 def find_pair(storage: Storage, version: str, start: str, most: int, batches: Sequence[str] = ()) -> FoundRows:

@@ -68,7 +68,8 @@ def refresh_stale(driver: Driver, *, only_screening: bool) -> Refreshed:
 
     Args:
         driver: runs the jobs.
-        only_screening: only batches whose screening is stale: the older batches or the withdrawals changed since.
+        only_screening: only batches whose screening is stale, as older batches or withdrawals changed, and those that
+            were screened again and not decided since.
     """
     rebuilt: list[tuple[str, Partition]] = []
     failed: dict[str, str] = {}
@@ -78,7 +79,7 @@ def refresh_stale(driver: Driver, *, only_screening: bool) -> Refreshed:
     while True:
         freshness = driver.deployment.freshness()
         batches = freshness.batches()
-        meant |= {batch for batch in batches if not only_screening or freshness.stale_screening(batch) is not None}
+        meant |= {batch for batch in batches if not only_screening or freshness.is_screened_anew(batch)}
         due = [one for batch in batches if batch in meant - set(failed) for one in freshness.stale(batch)]
         # A publication waits for the screening; calibration is left to `refresh_all`.
         left = batches if only_screening else uncalibrated

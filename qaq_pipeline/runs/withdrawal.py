@@ -35,6 +35,8 @@ class Withdrawal:
 def withdraw(deployment: Deployment, what: Withdrawal, events: Events = SILENT) -> Refreshed:
     """Withdraw a batch, or the text of a row in every batch, and publish without it; or revoke a withdrawal.
 
+    Asked again, it does what is left of it: the process that was asked first may have ended in between.
+
     Raises:
         RunError: there is no such row, or a stage that follows failed.
         ValueError: there is no such batch, or its name cannot be used.
@@ -42,8 +44,7 @@ def withdraw(deployment: Deployment, what: Withdrawal, events: Events = SILENT) 
     storage = deployment.storage
     deployment.require_batch(what.batch)
     rows = {} if what.row is None else _contents(storage, what.batch, what.row)
-    known = withdrawals.read(storage)
-    if not what.is_withdrawn and not (set(rows) & set(known.contents) if rows else what.batch in known.batches):
+    if not what.is_withdrawn and not withdrawals.were_withdrawn(storage, what.batch, rows):
         raise RunError(f"{what.batch}{'/' + what.row if what.row else ''} is not withdrawn: nothing to take back")
     withdrawals.add(storage, what.batch, rows, what.reason, is_withdrawn=what.is_withdrawn)
     with driving(deployment, events) as driver:

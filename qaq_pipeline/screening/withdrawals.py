@@ -8,7 +8,7 @@ A row is withdrawn by its content hash. This withdraws the same text in every ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypedDict
@@ -68,8 +68,14 @@ def read(storage: Storage, since: str | None = None) -> Withdrawals:
     return found
 
 
+def were_withdrawn(storage: Storage, batch: str, contents: Iterable[str]) -> bool:
+    """Whether any of these texts, or without texts the batch, was ever withdrawn."""
+    known = {_key(entry) for entry in _record(storage) if entry["is_withdrawn"]}
+    return not known.isdisjoint(list(contents) or [key_of_batch(batch)])
+
+
 def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, is_withdrawn: bool) -> None:
-    """Withdraw a batch or rows of it, or undo that.
+    """Withdraw a batch or rows of it, or undo that. What the record says already is not said again.
 
     Args:
         storage: contains the record.
@@ -80,10 +86,23 @@ def add(storage: Storage, batch: str, rows: Mapping[str, str], reason: str, *, i
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     meant: list[tuple[str | None, str | None]] = [*sorted(rows.items())] or [(None, None)]
-    said = {"at": now, "batch": check_batch_name(batch), "reason": reason, "is_withdrawn": is_withdrawn}
-    entries = [{**said, "content_hash": content, "row": row} for content, row in meant]
+    said = {"batch": check_batch_name(batch), "reason": reason, "is_withdrawn": is_withdrawn}
+
+    def added(record: list[_Entry]) -> list[_Entry]:
+        for content, row in meant:
+            entry = _Entry(at=now, content_hash=content, row=row, **said)
+            of_same = [one for one in record if _key(one) == _key(entry)]
+            if not of_same or {**of_same[-1], "at": now} != entry:
+                record = [*record, entry]
+        return record
+
     with storage.locks.hold("withdrawals"):
-        storage.files.update_json(lambda record: [*record, *entries], *_RECORD, at_first=[])
+        storage.files.update_json(added, *_RECORD, at_first=[])
+
+
+def _key(entry: _Entry) -> str:
+    """What an entry is about: a text, or a batch."""
+    return entry["content_hash"] or key_of_batch(entry["batch"])
 
 
 def _record(storage: Storage) -> list[_Entry]:

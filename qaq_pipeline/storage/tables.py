@@ -110,7 +110,7 @@ class Tables:
                 provenance, version = footer["provenance"], footer["data_version"]
                 columns, fault = pl.read_parquet_schema(local.path), parquet_file.file_fault(stream)
         if columns != dtypes(self._pipeline[name].table):
-            raise StorageError(f"{self._files.url(*parts)}: it has other columns than {name} has now; {_AGAIN}")
+            raise StorageError(f"{self._files.url(*parts)}: it has other columns than {name} has now; `qaq refresh` makes it again")
         if fault is not None:
             raise StorageError(f"{self._files.url(*parts)}: {fault}; {_AGAIN}")
         return StoredTable(RowsFile(lambda: local, version, num_rows), provenance)
@@ -290,7 +290,7 @@ class Tables:
             raise StorageError(f"{self._files.url(*parts)}: {parquet_file.unreadable(error)}; {_AGAIN}") from error
 
 
-_AGAIN = "materialise it again"
+_AGAIN = "restore it from a backup, or remove it and run `qaq refresh`, which makes it again"
 
 
 def empty(table: type[dy.Schema]) -> pl.DataFrame:

@@ -391,7 +391,6 @@ LEFT_OUT: dict[str, tuple[Callable[[Storage, Settings], None], str]] = {
         "in the pool reference:r1:0, not in batch:b1; `qaq refresh`",
     ),
     "other_strata": (_rank_otherwise("ranking_hash", "0"), "ranked under other settings of ranking; `qaq refresh`"),
-    "torn": (_tear, r"decisions/b1/table.parquet: it cannot be read"),
     "older_selection": (
         _decide_again,
         "selected_subset is older than decisions; `qaq refresh` makes it again",
@@ -412,6 +411,16 @@ def test_a_batch_that_is_incomplete_or_stale_is_left_out_with_the_reason(
     assert [tables.batch for tables in batches] == ["b2"]
     assert list(excluded) == ["b1"]
     assert reason in excluded["b1"]
+
+
+def test_a_batch_with_a_damaged_table_is_not_left_out_but_stops_the_publication(
+    storage: Storage, settings: Settings
+) -> None:
+    for batch in ("b1", "b2"):
+        store_batch(storage, settings, batch)
+    _tear(storage, settings)
+    with pytest.raises(StorageError, match=r"batch b1: .*decisions/b1/table.parquet: it cannot be read"):
+        read_batches(storage, ["b1", "b2"], settings)
 
 
 def test_a_batch_that_was_made_again_alike_is_not_stale(storage: Storage, settings: Settings) -> None:

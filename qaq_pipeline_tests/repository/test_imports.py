@@ -43,6 +43,16 @@ def test_importing_loads_no_heavy_library_and_touches_no_file(module: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_importing_starts_no_thread_that_computes() -> None:
+    """A process that was forked from one with such threads waits for them for ever."""
+    probe = "import qaq_pipeline.definitions, qaq_pipeline.cli.app\nfrom pathlib import Path\n"
+    probe += "print(*(path.read_text() for path in Path('/proc/self/task').glob('*/comm')))"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert "python" in run.stdout
+    assert "polars-0" not in run.stdout
+
+
 def test_what_explains_a_row_loads_no_dagster_and_no_datasets_of_pyarrow() -> None:
     """They take longer to import than a row to be found."""
     probe = "import sys, qaq_pipeline.cli.app, qaq_pipeline.cli.row_view, qaq_pipeline.publication.versions\n"

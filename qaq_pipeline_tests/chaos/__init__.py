@@ -1,0 +1,1 @@
+"""Attacks on the whole pipeline: its processes end at random, and what it stands on fails. `make chaos`."""
