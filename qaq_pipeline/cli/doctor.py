@@ -12,8 +12,10 @@ import platform
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -50,7 +52,7 @@ def doctor(config_file: ConfigOption = None) -> None:
     settings = read_settings(config_file)
     # In the order in which a run would depend on them.
     findings = [_versions(), *_models(settings), _storage(settings), _locks(settings), *_benchmarks(settings)]
-    findings += [_exports(settings), _dagster_home()]
+    findings += [_exports(settings), _dagster_home(settings)]
     result = Table("", "check", "finding", title="qaq doctor")
     for finding in findings:
         result.add_row(finding.mark, finding.check, escape(finding.text))
@@ -140,10 +142,23 @@ def _exports(settings: Settings) -> Finding:
     return Finding("exports", is_ok=True, text=", ".join(formats))
 
 
-def _dagster_home() -> Finding:
+def _dagster_home(settings: Settings) -> Finding:
     home = load.dagster_home()
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return Finding("Dagster home", is_ok=False, text=f"{home}: cannot be made ({error}); set QAQ_HOME")
-    return Finding("Dagster home", is_ok=os.access(home, os.W_OK), text=str(home))
+    if not os.access(home, os.W_OK):
+        return Finding("Dagster home", is_ok=False, text=str(home))
+    if settings.storage.locks.kind == "postgres" and not _names_postgres(home / "dagster.yaml"):
+        text = f"{home}: its batches and runs are known to this machine alone; name Postgres in its dagster.yaml too"
+        return Finding("Dagster home", is_ok=True, text=text, is_warning=True)
+    return Finding("Dagster home", is_ok=True, text=str(home))
+
+
+def _names_postgres(instance: Path) -> bool:
+    """Whether the settings of a Dagster instance keep its runs and events in Postgres."""
+    try:
+        return "postgres" in (yaml.safe_load(instance.read_text(encoding="utf-8")) or {}).get("storage", {})
+    except FileNotFoundError:
+        return False

@@ -110,7 +110,8 @@ class Tables:
                 provenance, version = footer["provenance"], footer["data_version"]
                 columns, fault = pl.read_parquet_schema(local.path), parquet_file.file_fault(stream)
         if columns != dtypes(self._pipeline[name].table):
-            raise StorageError(f"{self._files.url(*parts)}: it has other columns than {name} has now; `qaq refresh` makes it again")
+            fault = f"it has other columns than {name} has now; `qaq refresh` makes it again"
+            raise StorageError(f"{self._files.url(*parts)}: {fault}")
         if fault is not None:
             raise StorageError(f"{self._files.url(*parts)}: {fault}; {_AGAIN}")
         return StoredTable(RowsFile(lambda: local, version, num_rows), provenance)

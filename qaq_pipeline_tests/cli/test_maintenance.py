@@ -89,6 +89,11 @@ def test_doctor_warns_of_locks_that_other_machines_do_not_see_and_names_a_databa
     assert shown.code == 1
     assert "│ no │ locks │ postgres: the database of the locks cannot be reached" in shown.out
     assert "8f3c1d" not in shown.out
+    assert "│ warn │ Dagster home │" in shown.out
+    assert "known to this machine alone; name Postgres" in shown.out
+    dagster = tmp_path / "home" / "dagster"
+    (dagster / "dagster.yaml").write_text("storage: {postgres: {postgres_url: {env: QAQ_POSTGRES_URL}}}\n")
+    assert "│ ok │ Dagster home │" in qaq(Home(tmp_path / "home", config), "doctor").out
 
 
 def test_doctor_names_weights_that_are_not_those_of_the_config(
