@@ -94,7 +94,8 @@ class Warm:
 
     def __enter__(self) -> Self:
         """Start it."""
-        self._server = subprocess.Popen([sys.executable, "-m", __name__, str(self._socket)], preexec_fn=end_with_parent)
+        command = [sys.executable, "-m", __name__, str(self._socket)]
+        self._server = subprocess.Popen(command, preexec_fn=end_with_parent)  # noqa: PLW1509 It makes one system call.
         until = time.monotonic() + _PATIENCE_S
         while not self._socket.exists():
             if self._server.poll() is not None or time.monotonic() > until:
