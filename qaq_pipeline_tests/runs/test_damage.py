@@ -82,3 +82,22 @@ def test_a_withdrawal_that_ended_after_the_screening_is_done_by_the_next_one(
     assert newest is not None
     assert set(versions.decided_batches(storage, newest.version)) == {"b1", "b2"}
     assert len(storage.files.read_json("withdrawals.json")) == 1
+
+
+def test_a_revocation_that_ended_before_the_publication_is_done_by_the_next_one(
+    two_batches: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    withdrawal.withdraw(two_batches.deployment, withdrawal.Withdrawal("b1", "b1.jsonl:3", "a claim"))
+    back = withdrawal.Withdrawal("b1", "b1.jsonl:3", "it was settled", is_withdrawn=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(withdrawal, "refresh_stale", end)
+        with pytest.raises(KeyboardInterrupt):
+            withdrawal.withdraw(two_batches.deployment, back)
+    assert two_batches.statuses("b1")[2] == "withdrawn"
+    withdrawal.withdraw(two_batches.deployment, back)
+    assert two_batches.statuses("b1")[2] == "accepted"
+    assert two_batches.left_out() == {}
+
+
+def end(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
