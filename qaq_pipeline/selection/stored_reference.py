@@ -306,7 +306,8 @@ def _read_frozen(storage: Storage, partition: Partition, made: StoredTable) -> S
     except StorageError as error:
         if storage.tables.version(made.provenance["table"], partition) == made.data_version:
             return None
+        url = storage.tables.url(made.provenance["table"], partition)
         raise RankReferenceError(
-            f"the reference {partition.batch} is damaged, and cannot be made again as it was ({error}); restore the "
-            "file, or give ranking.reference a new name"
+            f"the reference {partition.batch} is damaged, and cannot be made again as it was: restore {url} from a "
+            "backup, or give ranking.reference a new name"
         ) from error
