@@ -81,6 +81,8 @@ def guarding(runtime: RuntimeSettings) -> Iterator[None]:
     try:
         yield
     except _REFUSALS as error:
+        if isinstance(error, StorageError) and server_faults.may_pass(error):
+            raise dg.RetryRequested(runtime.max_retries, runtime.retry_seconds) from error
         raise dg.Failure(str(error), allow_retries=False) from error
     except (dg.Failure, dg.RetryRequested, PartitionBusyError):
         raise

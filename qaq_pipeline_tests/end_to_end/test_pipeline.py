@@ -915,7 +915,7 @@ def test_a_missing_partition_upstream_is_named_with_its_remedy(
     settings = settings_for()
     registration.register(Deployment(settings, instance), "b1", [delivered], None)
     said = r"nothing of a batch 'b1' is stored .* \(in the UI, materialise raw_data first\)"
-    with pytest.raises(StorageError, match=said):
+    with pytest.raises(dg.Failure, match=said):
         run_stages(settings, instance, "b1", "select_from_batch")
 
 

@@ -13,6 +13,7 @@ import pytest
 from qaq_pipeline.config.settings import RuntimeSettings
 from qaq_pipeline.orchestration.failures import cause, guarded
 from qaq_pipeline.schema.tables import TableError
+from qaq_pipeline.storage.files import StorageError
 from qaq_pipeline.storage.locks import PartitionBusyError
 from qaq_pipeline.storage.origin import OriginError
 from qaq_pipeline.storage.postgres_locks import LockServerError
@@ -54,6 +55,13 @@ def raised_from(error: Exception) -> OSError:
     return outer
 
 
+def unread(error: Exception) -> StorageError:
+    """An error of a file that could not be read for this reason."""
+    outer = StorageError("table.parquet: cannot be read")
+    outer.__cause__ = error
+    return outer
+
+
 def of_botocore(status: int) -> Exception:
     answer: Any = {"Error": {"Code": "Any"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return botocore.exceptions.ClientError(answer, "PutObject")
@@ -70,6 +78,8 @@ def of_botocore(status: int) -> Exception:
         (botocore.exceptions.ReadTimeoutError(endpoint_url="http://127.0.0.1:1"), 3),
         (raised_from(of_botocore(503)), 3),
         (raised_from(of_botocore(403)), 1),
+        (unread(ConnectionResetError("gone")), 3),
+        (unread(FileNotFoundError("a file")), 1),
         (FileNotFoundError("a file"), 1),
         (OSError(28, "No space left on device"), 1),
         (PartitionBusyError("raw_data/b1 is being written by another process"), 1),
