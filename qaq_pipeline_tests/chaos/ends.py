@@ -138,7 +138,10 @@ def damaged_file(attack: Attack) -> Ended:
     A person restores it from a backup, unless the command made it anew, which is told by its content.
     """
     files = open_storage(attack.place.settings()).files
-    name = attack.draw.choice([one for one in files.files_below() if files.size(*one.split("/"))])
+    stored = [one for one in files.files_below() if files.size(*one.split("/"))]
+    if not stored:
+        return Ended(was_disturbed=False)
+    name = attack.draw.choice(stored)
     place = tuple(name.split("/"))
     kind = attack.draw.choice(sorted(DAMAGE))
     whole = files.read_bytes(*place)

@@ -29,6 +29,8 @@ from typing import Any, Literal, Self
 
 import time_machine
 
+from qaq_pipeline_tests.support.child import end_with_parent
+
 _PATIENCE_S = 180.0
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
@@ -92,7 +94,8 @@ class Warm:
 
     def __enter__(self) -> Self:
         """Start it."""
-        self._server = subprocess.Popen([sys.executable, "-m", __name__, str(self._socket)])
+        command = [sys.executable, "-m", __name__, str(self._socket)]
+        self._server = subprocess.Popen(command, preexec_fn=end_with_parent)  # noqa: PLW1509 It makes one system call.
         until = time.monotonic() + _PATIENCE_S
         while not self._socket.exists():
             if self._server.poll() is not None or time.monotonic() > until:

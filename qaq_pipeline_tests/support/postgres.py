@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import psycopg2
 
+from qaq_pipeline_tests.support.child import end_with_parent
+
 PASSWORD = "open sesame 8f3c1d"
 """To be found nowhere: in no event, log, page or message."""
 _BIN = Path(
@@ -52,6 +54,7 @@ class PostgresServer:
             [_BIN / "postgres", "-D", self._data, *(part for one in options for part in ("-c", one))],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 It makes one system call.
             **self._process_user(),
         )
         until = time.monotonic() + _START_SECONDS

@@ -17,6 +17,8 @@ from typing import Self
 
 import fsspec
 
+from qaq_pipeline_tests.support.child import end_with_parent
+
 BUCKET = "bucket"
 KEY, SECRET = "qaq", "sesame-s3-8f3c1d"
 _START_SECONDS = 60
@@ -68,6 +70,7 @@ class S3Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=self._folder,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 It makes one system call.
         )
         until = time.monotonic() + _START_SECONDS
         while True:
