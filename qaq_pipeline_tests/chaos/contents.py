@@ -26,7 +26,7 @@ from qaq_pipeline.storage.storage import Storage, open_storage
 Contents = Mapping[str, str]
 """A digest for each file, or part, by its name."""
 
-_RUNS = "provenance/runs/"
+_RUNS = ("provenance", "runs")
 _CACHE = "score_cache/"
 _PUBLICATIONS, _WITHDRAWALS = "curated_dataset/publications.json", "withdrawals.json"
 _UNFINISHED = [
@@ -52,7 +52,8 @@ def contents(settings: Settings) -> Contents:
     found["scores"] = hashlib.sha256(scores.write_csv().encode()).hexdigest()
     keys = scores.select("model", "pair_id", "quantity")
     found["scores twice"] = str(keys.height - keys.unique().height)
-    found["runs of provenance"] = " ".join(storage.files.names("provenance", "runs"))
+    # An object store may list folders that are empty by now.
+    found["runs of provenance"] = " ".join(sorted({name.split("/")[0] for name in storage.files.files_below(*_RUNS)}))
     return found
 
 
@@ -79,7 +80,11 @@ def faults(settings: Settings) -> Iterator[str]:
 def _compared(storage: Storage) -> Iterator[str]:
     for name in storage.files.files_below():
         is_unfinished = any(part.startswith(".") for part in name.split("/"))
-        if not is_unfinished and not name.startswith((_RUNS, _CACHE)) and name not in (_PUBLICATIONS, _WITHDRAWALS):
+        if (
+            not is_unfinished
+            and not name.startswith(("/".join(_RUNS), _CACHE))
+            and name not in (_PUBLICATIONS, _WITHDRAWALS)
+        ):
             yield name
 
 
